@@ -1,0 +1,157 @@
+"""Typed configuration: a YAML file plus `--a.b=c` overrides. Unknown keys are errors."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import jsonargparse
+
+from pshare_jax.errors import ConfigError
+
+Sharing = Literal["shared", "isolated"]
+DType = Literal["auto", "float32", "bfloat16"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One served model.
+
+    Args:
+        name: the name that clients ask for.
+        checkpoint: a decode-module checkpoint folder, or `identity` for the base's own weights.
+        sharing: `shared` reads the base's KV; `isolated` prefills with its own weights.
+        decode_engines: indices of the decode engines that host it; empty means all.
+    """
+
+    name: str
+    checkpoint: str = "identity"
+    sharing: Sharing = "shared"
+    decode_engines: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PrefillConfig:
+    """The prefill side.
+
+    Args:
+        engines: number of prefill engines, each with a mesh of its own.
+        tensor_parallel: devices of one engine's mesh.
+        num_pages: pages of one engine's pool; 0 sizes it from `max_model_len`.
+        chunk_buckets: chunk lengths (tokens) that are compiled; the largest is the chunk size.
+    """
+
+    engines: int = 1
+    tensor_parallel: int = 1
+    num_pages: int = 0
+    chunk_buckets: list[int] = field(default_factory=lambda: [32, 128, 512])
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """The decode side.
+
+    Args:
+        engines: number of decode engines, each with a mesh of its own.
+        tensor_parallel: devices of one engine's mesh.
+        num_pages: pages of one engine's pool; 0 sizes it from `max_model_len`.
+        max_num_seqs: sequences that may run at once on one engine.
+        batch_buckets: batch sizes that are compiled; the largest bounds one dispatch.
+        replay_buckets: chunk lengths (tokens) with which a decode module extends a sequence by
+            known tokens: the tail of a prompt, or a replay.
+        steps_per_dispatch: most tokens a sequence gets from one device call.
+    """
+
+    engines: int = 1
+    tensor_parallel: int = 1
+    num_pages: int = 0
+    max_num_seqs: int = 32
+    batch_buckets: list[int] = field(default_factory=lambda: [1, 8, 32])
+    replay_buckets: list[int] = field(default_factory=lambda: [32])
+    steps_per_dispatch: int = 1
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """The HTTP side.
+
+    Args:
+        host: address to listen on.
+        port: port to listen on; 0 picks a free one.
+        max_body_bytes: larger request bodies get 413.
+        drain_seconds: how long SIGTERM waits for running requests.
+        read_timeout_seconds: how long a client may take to send its request.
+        write_timeout_seconds: how long a streaming client may leave its data unread.
+        api_key: when set, requests must carry it as a bearer token.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    max_body_bytes: int = 4 * 1024 * 1024
+    drain_seconds: float = 30.0
+    read_timeout_seconds: float = 30.0
+    write_timeout_seconds: float = 60.0
+    api_key: str = ""
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Everything that `python -m pshare_jax.serve` needs.
+
+    Args:
+        base: the prefill checkpoint folder.
+        models: the served models, one entry a decode module.
+        dtype: dtype of weights, activations and KV; `auto` is float32 on CPU, else bfloat16.
+        max_model_len: most tokens of prompt plus completion.
+        page_size: token slots of one KV page.
+        max_queue: waiting requests beyond which new ones get 429.
+        compilation_cache_dir: folder of XLA's persistent compilation cache; empty turns it off.
+        kernel_backend: paged-attention backend; `auto` picks by platform.
+        prefill: the prefill side.
+        decode: the decode side.
+        server: the HTTP side.
+    """
+
+    base: str
+    models: list[ModelEntry] = field(default_factory=list)
+    dtype: DType = "auto"
+    max_model_len: int = 2048
+    page_size: int = 32
+    max_queue: int = 256
+    compilation_cache_dir: str = "~/.cache/pshare_jax/xla"
+    kernel_backend: str = "auto"
+    prefill: PrefillConfig = field(default_factory=PrefillConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+
+
+def build_parser(cls: type, prog: str, description: str) -> jsonargparse.ArgumentParser:
+    """A parser for the dataclass `cls`: `--config FILE.yaml` and one flag for each field."""
+    parser = jsonargparse.ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file with the keys below")
+    parser.add_class_arguments(cls)
+    return parser
+
+
+def load_config(cls: type[T], args: Sequence[str], prog: str, description: str = "") -> T:
+    """Parses `args` (`--config file.yaml --a.b=c ...`) into an instance of the dataclass `cls`.
+
+    Raises:
+        ConfigError: an unreadable file, an unknown key or a value of the wrong type, named.
+    """
+    parser = build_parser(cls, prog, description)
+    try:
+        namespace = parser.instantiate(parser.parse_args(list(args)))
+    except (argparse.ArgumentError, jsonargparse.ArgumentError, TypeError, ValueError) as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    return cls(**{f.name: namespace[f.name] for f in dataclasses.fields(cls)})  # type: ignore[arg-type]
+
+
+def load_serve_config(source: str | Path, *overrides: str) -> ServeConfig:
+    """Reads a serving configuration from the YAML file `source`, then applies `--a.b=c` flags."""
+    return load_config(ServeConfig, [f"--config={source}", *overrides], prog="pshare_jax.serve")

@@ -1,0 +1,44 @@
+"""The exceptions a caller can act on. Each message says what was wrong, where, and what to do."""
+
+from __future__ import annotations
+
+
+class PshareError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigError(PshareError):
+    """A configuration that cannot be served; the message names the key."""
+
+
+class CheckpointError(PshareError):
+    """A checkpoint or model file that cannot be used; the message names file and tensor."""
+
+
+class CertificateError(CheckpointError):
+    """A decode module whose certificate does not fit the base it is loaded beside."""
+
+
+class RequestError(PshareError):
+    """A request that can never be served; `param` names the offending field, if one does."""
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class UnknownModelError(RequestError):
+    """The request names a model that is not served."""
+
+
+class QueueFullError(PshareError):
+    """The engine's waiting queue is at its limit; `retry_after` is in seconds."""
+
+    def __init__(self, message: str, retry_after: float = 1.0):
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class EngineDeadError(PshareError):
+    """An engine thread has failed; nothing more can be served until a restart."""
