@@ -1,0 +1,1 @@
+"""Storing new K and V in their pages."""

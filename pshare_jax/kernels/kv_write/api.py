@@ -1,0 +1,45 @@
+"""Storing new K and V in their pages."""
+
+from __future__ import annotations
+
+import jax
+
+from pshare_jax.kernels.backends import select_backend
+from pshare_jax.kernels.kv_write import reference, xla
+
+BACKENDS = {"xla": xla.kv_write, "reference": reference.kv_write}
+
+
+def kv_write(
+    pages: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    page_table: jax.Array,
+    q_start: jax.Array,
+    q_lens: jax.Array,
+    *,
+    backend: str = "auto",
+) -> jax.Array:
+    """Stores row b's tokens i < q_lens[b] at positions q_start[b] + i.
+
+    Position j goes to page `page_table[b, j // page_size]`, slot `j % page_size`. Tokens past
+    q_lens may be written to page 0, nowhere else. No two rows may own the same page. The update
+    is in place when `pages` is donated to the surrounding jit.
+
+    Args:
+        pages: `[num_pages, 2, kv_heads, page_size, head_dim]`.
+        k: `[B, T, kv_heads, head_dim]`, rotated; cast to the dtype of pages.
+        v: `[B, T, kv_heads, head_dim]`.
+        page_table: `[B, N]` int32.
+        q_start: `[B]` int32, position of each row's first token.
+        q_lens: `[B]` int32, number of valid tokens, 0 .. T.
+        backend: `auto`, `xla` or `reference`.
+
+    Returns:
+        The updated pages.
+
+    Raises:
+        ValueError: an unknown backend.
+    """
+    write = select_backend("kv_write", BACKENDS, backend)
+    return write(pages, k, v, page_table, q_start, q_lens)

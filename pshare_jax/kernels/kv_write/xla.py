@@ -1,0 +1,25 @@
+"""Storing K and V in plain XLA: one scatter of tokens."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def kv_write(
+    pages: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    page_table: jax.Array,
+    q_start: jax.Array,
+    q_lens: jax.Array,
+) -> jax.Array:
+    """See `api.kv_write`."""
+    page_size = pages.shape[3]
+    token = jnp.arange(k.shape[1])[None, :]
+    position = q_start[:, None] + token
+    page = jnp.take_along_axis(page_table, position // page_size, axis=1, mode="clip")
+    page = jnp.where(token < q_lens[:, None], page, 0)
+    slot = position % page_size
+    pages = pages.at[page, 0, :, slot].set(k.astype(pages.dtype))
+    return pages.at[page, 1, :, slot].set(v.astype(pages.dtype))

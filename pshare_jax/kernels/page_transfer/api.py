@@ -1,0 +1,70 @@
+"""Moving whole pages: out of a pool, into a pool, and within one."""
+
+from __future__ import annotations
+
+import jax
+
+from pshare_jax.kernels.backends import select_backend
+from pshare_jax.kernels.page_transfer import reference, xla
+
+Pool = tuple[jax.Array, ...]
+"""One page array a layer, each `[num_pages, 2, kv_heads, page_size, head_dim]`."""
+
+GATHER = {"xla": xla.gather_pages, "reference": reference.gather_pages}
+SCATTER = {"xla": xla.scatter_pages, "reference": reference.scatter_pages}
+COPY = {"xla": xla.copy_pages, "reference": reference.copy_pages}
+
+
+def gather_pages(pool: Pool, indices: jax.Array, *, backend: str = "auto") -> jax.Array:
+    """Copies pages of all layers into one staging array.
+
+    Args:
+        pool: L page arrays.
+        indices: `[n]` int32; pad with 0.
+        backend: `auto`, `xla` or `reference`.
+
+    Returns:
+        `[L, n, 2, kv_heads, page_size, head_dim]`.
+
+    Raises:
+        ValueError: an unknown backend.
+    """
+    return select_backend("gather_pages", GATHER, backend)(pool, indices)
+
+
+def scatter_pages(
+    pool: Pool, staged: jax.Array, indices: jax.Array, *, backend: str = "auto"
+) -> Pool:
+    """Writes a staging array's pages into the pool, in place when the pool is donated.
+
+    Args:
+        pool: L page arrays.
+        staged: `[L, n, 2, kv_heads, page_size, head_dim]`, as `gather_pages` gives it.
+        indices: `[n]` int32, distinct but for the padding, which is 0.
+        backend: `auto`, `xla` or `reference`.
+
+    Returns:
+        The updated pool.
+
+    Raises:
+        ValueError: an unknown backend.
+    """
+    return select_backend("scatter_pages", SCATTER, backend)(pool, staged, indices)
+
+
+def copy_pages(pool: Pool, src: jax.Array, dst: jax.Array, *, backend: str = "auto") -> Pool:
+    """Copies page src[i] to page dst[i] in all layers, in place when the pool is donated.
+
+    Args:
+        pool: L page arrays.
+        src: `[n]` int32; pad with 0.
+        dst: `[n]` int32, distinct but for the padding, which is 0; no page may be in both.
+        backend: `auto`, `xla` or `reference`.
+
+    Returns:
+        The updated pool.
+
+    Raises:
+        ValueError: an unknown backend.
+    """
+    return select_backend("copy_pages", COPY, backend)(pool, src, dst)

@@ -1,0 +1,51 @@
+"""Causal attention over paged KV."""
+
+from __future__ import annotations
+
+import jax
+
+from pshare_jax.kernels.backends import select_backend
+from pshare_jax.kernels.paged_attention import reference, xla
+
+BACKENDS = {"xla": xla.paged_attention, "reference": reference.paged_attention}
+
+
+def paged_attention(
+    q: jax.Array,
+    pages: jax.Array,
+    page_table: jax.Array,
+    q_start: jax.Array,
+    q_lens: jax.Array,
+    *,
+    sliding_window: int | None = None,
+    backend: str = "auto",
+) -> jax.Array:
+    """Each row's queries attend to that row's KV, their own positions included.
+
+    Query i of row b (i < q_lens[b]) is at position p = q_start[b] + i and sees the key positions
+    j <= p, with a sliding window only those with j > p - sliding_window. Position j lies in page
+    `page_table[b, j // page_size]`, slot `j % page_size`. The KV of the queries themselves must
+    have been written before (`kv_write`). Scores are scaled by 1 / sqrt(head_dim); sums are
+    accumulated in float32. Slots that no query of a row sees may hold anything, NaN included.
+
+    Args:
+        q: `[B, T, heads, head_dim]`, float32 or bfloat16; rotated.
+        pages: `[num_pages, 2, kv_heads, page_size, head_dim]`; heads is a multiple of kv_heads,
+            and query head h reads KV head h // (heads // kv_heads).
+        page_table: `[B, N]` int32.
+        q_start: `[B]` int32, position of each row's first query.
+        q_lens: `[B]` int32, number of valid queries, 0 .. T.
+        sliding_window: number of most recent positions a query sees (itself included), or None.
+        backend: `auto`, `xla` or `reference`.
+
+    Returns:
+        `[B, T, heads, head_dim]` of q's dtype. Queries past q_lens give finite garbage.
+
+    Raises:
+        ValueError: an unknown backend, or heads that are no multiple of kv_heads.
+    """
+    heads, kv_heads = q.shape[2], pages.shape[2]
+    if heads % kv_heads:
+        raise ValueError(f"paged_attention: {heads} heads are no multiple of {kv_heads} KV heads")
+    attend = select_backend("paged_attention", BACKENDS, backend)
+    return attend(q, pages, page_table, q_start, q_lens, sliding_window=sliding_window)
