@@ -1,0 +1,1 @@
+"""The decoder, its weights, adapters, and the split into prefill and decode modules."""

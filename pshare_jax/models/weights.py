@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from pshare_jax.errors import CheckpointError
 from pshare_jax.models.config import ModelConfig
 
 Weights = dict[str, Any]
@@ -97,3 +98,22 @@ def lora_specs(
 def abstract_weights(specs: dict[str, WeightSpec], dtype: Any) -> Weights:
     """The weights as ShapeDtypeStructs of one dtype."""
     return {name: jax.ShapeDtypeStruct(spec.shape, dtype) for name, spec in specs.items()}
+
+
+def check_weights(config: ModelConfig, weights: Weights) -> None:
+    """Checks the names and shapes of a full module's weights against `config`.
+
+    Raises:
+        CheckpointError: names the first weight that is missing, unexpected or misshapen.
+    """
+    specs = weight_specs(config)
+    for name, spec in specs.items():
+        if name not in weights:
+            raise CheckpointError(f"{name}: missing from the weights of a {config.architecture}")
+        if (shape := tuple(weights[name].shape)) != spec.shape:
+            raise CheckpointError(
+                f"{name}: shape {list(shape)}, but the model's config needs {list(spec.shape)}"
+            )
+    for name in weights:
+        if name not in specs:
+            raise CheckpointError(f"{name}: unexpected in the weights of a {config.architecture}")

@@ -1,0 +1,130 @@
+"""LoRA decode modules (Hu et al., arXiv 2106.09685), many of them in one batch.
+
+The adapters of n modules are stacked along one axis. A row of the batch picks its adapter by index:
+x is multiplied with the A factors of all modules at once, a one-hot row mask keeps the chosen
+module's part, and the B factors of all modules map that back: two dense products whatever the mix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pshare_jax.errors import CheckpointError
+from pshare_jax.models.config import ModelConfig
+from pshare_jax.models.weights import LORA_TARGETS, Weights, lora_specs
+
+
+class LoraModule(NamedTuple):
+    """One module: factors as in `weights.lora_specs`; the update is `alpha / rank * a @ b`."""
+
+    weights: Weights
+    alpha: float
+    rank: int
+    targets: Sequence[str] = LORA_TARGETS
+
+
+class Adapters:
+    """Stacked adapters and the one each row uses. Lives for one trace.
+
+    Args:
+        weights: flat dict as made by `stack_adapters`: for each adapted projection
+            `<path>.lora_a [*in, n, r]` and `<path>.lora_b [n, r, *out]`, scales folded into b.
+        row_index: `[B]` int32, index of each row's adapter; -1 for none.
+    """
+
+    def __init__(self, weights: Weights, row_index: jax.Array):
+        self._weights = weights
+        self._row_index = row_index
+        self._mask: jax.Array | None = None
+
+    def update(self, path: str, x: jax.Array) -> jax.Array | None:
+        """What the adapters add to projection `path`: `[B, T, *in]` -> `[B, T, *out]` float32.
+
+        None when no adapter targets that projection.
+        """
+        a = self._weights.get(f"{path}.lora_a")
+        if a is None:
+            return None
+        if self._mask is None:
+            one_hot = jax.nn.one_hot(self._row_index, a.shape[-2], dtype=jnp.float32)
+            self._mask = one_hot[:, None, :, None]
+        low = jnp.tensordot(x, a, axes=a.ndim - 2, preferred_element_type=jnp.float32)
+        low = (low * self._mask).astype(x.dtype)
+        b = self._weights[f"{path}.lora_b"]
+        return jnp.tensordot(low, b, axes=2, preferred_element_type=jnp.float32)
+
+
+def check_lora(config: ModelConfig, module: LoraModule) -> None:
+    """Checks a module's names and shapes against `config`.
+
+    Raises:
+        CheckpointError: names the first weight that is missing, unexpected or misshapen.
+    """
+    specs = lora_specs(config, module.rank, module.targets)
+    for name, spec in specs.items():
+        if name not in module.weights:
+            raise CheckpointError(f"{name}: missing from a LoRA module of rank {module.rank}")
+        if (shape := tuple(module.weights[name].shape)) != spec.shape:
+            raise CheckpointError(
+                f"{name}: shape {list(shape)}, but rank {module.rank} on this base needs "
+                f"{list(spec.shape)}"
+            )
+    for name in module.weights:
+        if name not in specs:
+            raise CheckpointError(
+                f"{name}: unexpected in a LoRA module with targets {', '.join(module.targets)}"
+            )
+
+
+def stack_adapters(modules: Sequence[LoraModule]) -> Weights:
+    """Stacks modules of any ranks and targets for `Adapters`; module i gets index i.
+
+    Ranks are zero-padded to the largest, missing targets are zeros, `alpha / rank` is folded into b
+    (in float32, then back to the factor's dtype).
+    """
+    rank = max(module.rank for module in modules)
+    names = sorted({name for module in modules for name in module.weights})
+    stacked: Weights = {}
+    for name in names:
+        is_a = name.endswith(".lora_a")
+        rank_axis = -1 if is_a else 0
+        parts = []
+        template = next(m.weights[name] for m in modules if name in m.weights)
+        shape = list(template.shape)
+        shape[rank_axis] = rank
+        for module in modules:
+            factor = module.weights.get(name)
+            if factor is None:
+                parts.append(jnp.zeros(shape, template.dtype))
+                continue
+            if not is_a:
+                scale = module.alpha / module.rank
+                factor = (jnp.asarray(factor, jnp.float32) * scale).astype(template.dtype)
+            padding = [(0, 0)] * factor.ndim
+            padding[rank_axis] = (0, rank - module.rank)
+            parts.append(jnp.pad(factor, padding))
+        stacked[name] = jnp.stack(parts, axis=-2 if is_a else 0)
+    return stacked
+
+
+def merge(base: Weights, module: LoraModule) -> Weights:
+    """The full weights that `base` plus the module's updates amount to; `base` is not modified."""
+    merged = dict(base)
+    for name, a in module.weights.items():
+        path, _, factor = name.rpartition(".")
+        if factor != "lora_a":
+            continue
+        kernel = merged[f"{path}.kernel"]
+        update = jnp.tensordot(
+            jnp.asarray(a, jnp.float32),
+            jnp.asarray(module.weights[f"{path}.lora_b"], jnp.float32),
+            axes=1,
+        )
+        merged[f"{path}.kernel"] = (
+            jnp.asarray(kernel, jnp.float32) + module.alpha / module.rank * update
+        ).astype(kernel.dtype)
+    return merged
