@@ -1,0 +1,86 @@
+"""A destination folder that appears whole or not at all, and errors that fit on one line."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from pshare_jax.errors import CheckpointError
+
+
+def one_line(error: BaseException) -> str:
+    """The gist of `error`: the first non-empty line of its message, shortened."""
+    message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    line = next((line.strip() for line in message.splitlines() if line.strip()), "")
+    return (line or type(error).__name__)[:400]
+
+
+def check_absent(dest: Path) -> None:
+    """Raises CheckpointError when `dest` exists: nothing is ever overwritten."""
+    if dest.exists() or dest.is_symlink():
+        raise CheckpointError(f"{dest}: exists already; remove it or choose another destination")
+
+
+def check_space(dest: Path, needed: int) -> None:
+    """Raises CheckpointError when the disk of the folder `dest` has less than `needed` bytes free.
+
+    A full disk would be noticed while writing too, but only after minutes of work.
+    """
+    free = shutil.disk_usage(dest).free
+    if free < needed:
+        raise CheckpointError(
+            f"{dest}: no disk space: {needed / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free"
+        )
+
+
+@contextlib.contextmanager
+def atomic_folder(dest: str | Path) -> Iterator[Path]:
+    """A temporary folder beside `dest` that becomes `dest` when the block ends without an error.
+
+    Everything is flushed to disk before the rename. On any exception, KeyboardInterrupt included,
+    the temporary folder is removed.
+
+    Raises:
+        CheckpointError: `dest` exists, or it cannot be written (the message has the system's
+            reason).
+    """
+    dest = Path(os.path.abspath(dest))
+    check_absent(dest)
+    try:
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", suffix=".part", dir=dest.parent))
+    except OSError as error:
+        raise CheckpointError(f"{dest}: cannot be created: {one_line(error)}") from error
+    try:
+        # mkdtemp makes private folders; a checkpoint has the rights that the umask allows.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
+        yield temporary
+        check_absent(dest)
+        _flush(temporary)
+        temporary.rename(dest)
+        _flush_path(dest.parent)
+    except OSError as error:
+        raise CheckpointError(f"{dest}: cannot be written: {one_line(error)}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _flush_path(path: str | Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _flush(folder: Path) -> None:
+    for root, _, names in os.walk(folder):
+        for name in names:
+            _flush_path(os.path.join(root, name))
+        _flush_path(root)

@@ -1,0 +1,192 @@
+"""`pshare.json` and `tensors.json`: what a checkpoint folder says about itself.
+
+FOLDER/pshare.json   kind, architecture, dtype, fingerprint, certificate
+FOLDER/tensors.json  shape, dtype and SHA-256 of each tensor
+FOLDER/weights/      the tensors, an orbax checkpoint of one flat dict
+FOLDER/tokenizer/    tokenizer.json and its companions (prefill checkpoints only)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from pshare_jax.convert.files import one_line
+from pshare_jax.convert.tensors import DTYPES
+from pshare_jax.errors import CertificateError, CheckpointError
+from pshare_jax.models.config import Llama3RopeScaling, ModelConfig
+from pshare_jax.models.split import Certificate
+from pshare_jax.models.weights import WeightSpec, lora_specs, weight_specs
+
+FORMAT = 1
+MANIFEST_FILE = "pshare.json"
+TENSORS_FILE = "tensors.json"
+WEIGHTS_FOLDER = "weights"
+TOKENIZER_FOLDER = "tokenizer"
+
+CheckpointKind = Literal["prefill", "decode"]
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Shape, dtype name and content hash (`split.tensor_hash`) of one stored tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint is.
+
+    Args:
+        folder: where it lies.
+        kind: `prefill` or `decode`.
+        config: the architecture; a decode module's is its base's.
+        dtype: dtype name of all tensors.
+        fingerprint: hash of weights, architecture and tokenizer. For a prefill checkpoint it is the
+            prefill fingerprint; for a decode module its certificate's `weights_fingerprint`.
+        tokenizer_hash: hash of the tokenizer's files; a decode module has its base's.
+        certificate: a decode module's; None for a prefill checkpoint.
+        tensors: the stored tensors by name.
+    """
+
+    folder: Path
+    kind: CheckpointKind
+    config: ModelConfig
+    dtype: str
+    fingerprint: str
+    tokenizer_hash: str
+    certificate: Certificate | None
+    tensors: Mapping[str, TensorEntry]
+
+    @property
+    def specs(self) -> dict[str, WeightSpec]:
+        """Names, shapes and axes of the tensors that such a checkpoint must hold."""
+        return stored_specs(self.config, self.certificate)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        shapes = {
+            name: jax.ShapeDtypeStruct(entry.shape, DTYPES[entry.dtype])
+            for name, entry in self.tensors.items()
+        }
+        return sum(shape.size * shape.dtype.itemsize for shape in shapes.values())
+
+
+def stored_specs(config: ModelConfig, certificate: Certificate | None) -> dict[str, WeightSpec]:
+    """The tensors that a checkpoint holds: a full module's, or a LoRA module's factors only."""
+    if certificate is None or certificate.kind == "full":
+        return weight_specs(config)
+    assert certificate.lora_rank is not None
+    assert certificate.lora_targets is not None
+    return lora_specs(config, certificate.lora_rank, certificate.lora_targets)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes both files of `manifest` into `folder`."""
+    certificate = manifest.certificate and manifest.certificate.to_json()
+    about = {
+        "format": FORMAT,
+        "kind": manifest.kind,
+        "config": dataclasses.asdict(manifest.config),
+        "dtype": manifest.dtype,
+        "fingerprint": manifest.fingerprint,
+        "tokenizer_hash": manifest.tokenizer_hash,
+        "certificate": certificate,
+    }
+    tensors = {name: dataclasses.asdict(entry) for name, entry in manifest.tensors.items()}
+    (folder / MANIFEST_FILE).write_text(json.dumps(about, indent=2) + "\n")
+    lines = (f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in tensors.items())
+    (folder / TENSORS_FILE).write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in the file `path`.
+
+    Raises:
+        CheckpointError: no such file, not JSON, or not an object.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {one_line(error)}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: is not a JSON object")
+    return value
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """Reads and checks what the checkpoint in `folder` says about itself; no tensor is read.
+
+    Raises:
+        CheckpointError: no checkpoint, a malformed file, another format, or tensors that are
+            missing, unexpected or misshapen for the architecture; names the first.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder}: is not a checkpoint (no {MANIFEST_FILE}); "
+            "make one with `python -m pshare_jax.convert import`"
+        )
+    about = read_json(path)
+    if about.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: format is {about.get('format')!r}; only {FORMAT} is known")
+    tensors = read_json(folder / TENSORS_FILE)
+    try:
+        config = dict(about["config"])
+        if config.get("rope_scaling") is not None:
+            config["rope_scaling"] = Llama3RopeScaling(**config["rope_scaling"])
+        certificate = about["certificate"]
+        manifest = Manifest(
+            folder=folder,
+            kind=about["kind"],
+            config=ModelConfig(**config),
+            dtype=about["dtype"],
+            fingerprint=about["fingerprint"],
+            tokenizer_hash=about["tokenizer_hash"],
+            certificate=None if certificate is None else Certificate.from_json(certificate),
+            tensors={
+                name: TensorEntry(tuple(entry["shape"]), entry["dtype"], entry["sha256"])
+                for name, entry in tensors.items()
+            },
+        )
+    except CertificateError as error:
+        raise CertificateError(f"{path}: {error}") from error
+    except KeyError as error:
+        raise CheckpointError(f"{path}: {error.args[0]} is missing") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: malformed: {one_line(error)}") from error
+    if (manifest.kind, manifest.certificate is None) not in (("prefill", True), ("decode", False)):
+        raise CheckpointError(f"{path}: kind {manifest.kind!r} and the certificate disagree")
+    _check_tensors(manifest)
+    return manifest
+
+
+def _check_tensors(manifest: Manifest) -> None:
+    path = manifest.folder / TENSORS_FILE
+    specs = manifest.specs
+    for name, spec in specs.items():
+        entry = manifest.tensors.get(name)
+        if entry is None:
+            raise CheckpointError(f"{path}: tensor {name} is missing")
+        if entry.shape != spec.shape:
+            raise CheckpointError(
+                f"{path}: tensor {name} has shape {list(entry.shape)}, "
+                f"but its config needs {list(spec.shape)}"
+            )
+        if entry.dtype != manifest.dtype or entry.dtype not in DTYPES:
+            raise CheckpointError(f"{path}: tensor {name} has an unsupported dtype {entry.dtype!r}")
+    if unknown := sorted(set(manifest.tensors) - set(specs)):
+        raise CheckpointError(f"{path}: tensor {unknown[0]} is unexpected")

@@ -1,0 +1,70 @@
+"""Tensors that are read when asked."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+"""The dtypes of a checkpoint, by name."""
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor whose shape and dtype are known and whose values are read on each call of `read`.
+
+    Conversions hand these on, so that one tensor at a time is in memory.
+
+    Args:
+        shape: element counts.
+        dtype: numpy dtype.
+        read: gives the values as an array of that shape and dtype.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the values in bytes."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    def astype(self, dtype: np.dtype) -> LazyTensor:
+        """The same tensor, rounded to `dtype` when it is read."""
+        if dtype == self.dtype:
+            return self
+        return LazyTensor(self.shape, dtype, lambda: self.read().astype(dtype))
+
+    def map(self, function: Callable[[np.ndarray], np.ndarray]) -> LazyTensor:
+        """The same tensor after `function`, which must keep the dtype; its shape is traced."""
+        abstract = jax.ShapeDtypeStruct(self.shape, self.dtype)
+        shape = jax.eval_shape(function, abstract).shape
+        return LazyTensor(shape, self.dtype, lambda: function(self.read()))
+
+
+def as_lazy(tensor: LazyTensor | np.ndarray | jax.Array) -> LazyTensor:
+    """`tensor` as a LazyTensor; device arrays are copied to the host when read."""
+    if isinstance(tensor, LazyTensor):
+        return tensor
+    return LazyTensor(tuple(tensor.shape), np.dtype(tensor.dtype), lambda: np.asarray(tensor))
+
+
+def files_hash(files: Mapping[str, bytes]) -> str:
+    """SHA-256 (hex) of named files, whatever their order."""
+    digest = hashlib.sha256()
+    for name, data in sorted(files.items()):
+        digest.update(f"{name}\0{len(data)}\0".encode())
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def total_bytes(tensors: Mapping[str, Any]) -> int:
+    """Size in bytes of all `tensors` (LazyTensor or array)."""
+    return sum(tensor.nbytes for tensor in tensors.values())
