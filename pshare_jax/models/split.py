@@ -109,7 +109,9 @@ class Certificate:
         elif self.kind == "full" and any(field is not None for field in lora):
             problem = "kind is 'full', but LoRA fields are set"
         elif self.kind == "lora" and not complete:
-            problem = "kind is 'lora', but lora_rank, lora_alpha or lora_targets is missing or not positive"
+            problem = (
+                "kind is 'lora', which needs a positive lora_rank, lora_alpha and lora_targets"
+            )
         elif unknown:
             problem = f"lora_targets has {unknown[0]!r}; possible are {', '.join(LORA_TARGETS)}"
         if problem is not None:

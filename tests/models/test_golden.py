@@ -1,0 +1,57 @@
+"""Logits against transformers', on the tiny checkpoints that `tests/golden/make_golden.py` made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from pshare_jax.convert import names
+from pshare_jax.models.attention import CausalAttention
+from pshare_jax.models.decoder import bind
+from pshare_jax.models.registry import config_from_hf
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CASES = ("llama3", "llama_tied", "mistral", "qwen2", "qwen3")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_transformers(case):
+    config = config_from_hf(json.loads((GOLDEN / f"{case}.json").read_text()))
+    tensors = load_file(GOLDEN / f"{case}.safetensors")
+    expected = tensors.pop("golden.logits")
+    tokens = jnp.asarray(tensors.pop("golden.input_ids"), jnp.int32)
+    weights = {}
+    for name, tensor in tensors.items():
+        native = names.hf_to_native(name, config)
+        assert native is not None, name
+        weights[native] = jnp.asarray(names.to_native(native, tensor, config), jnp.float32)
+
+    @jax.jit
+    def forward(weights, tokens):
+        decoder = bind(config, weights)
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        return decoder.logits(decoder.hidden(tokens, positions, CausalAttention(config)))
+
+    np.testing.assert_allclose(forward(weights, tokens), expected, rtol=0, atol=1e-4)
+
+
+def test_the_cases_differ_where_they_should():
+    """The golden files exercise what they are there for."""
+    configs = {
+        case: config_from_hf(json.loads((GOLDEN / f"{case}.json").read_text())) for case in CASES
+    }
+    tokens = load_file(GOLDEN / "mistral.safetensors")["golden.input_ids"].shape[1]
+    assert configs["llama3"].rope_scaling is not None
+    assert not configs["llama3"].tie_word_embeddings
+    assert configs["llama_tied"].tie_word_embeddings
+    assert configs["mistral"].sliding_window is not None
+    assert configs["mistral"].sliding_window < tokens
+    assert configs["qwen2"].qkv_bias
+    assert configs["qwen3"].qk_norm
+    assert configs["qwen3"].head_dim != configs["qwen3"].hidden_size // configs["qwen3"].num_heads

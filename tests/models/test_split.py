@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pshare_jax.errors import CertificateError, CheckpointError
+from pshare_jax.models.attention import CausalAttention, DenseCache, init_cache
+from pshare_jax.models.config import ModelConfig
+from pshare_jax.models.decoder import bind, init_weights
+from pshare_jax.models.lora import LoraModule, merge
+from pshare_jax.models.split import (
+    Certificate,
+    DecodeModule,
+    PrefillModule,
+    check_certificate,
+    prefill_fingerprint,
+    split_prompt,
+    tensor_hash,
+)
+from pshare_jax.models.weights import Weights, lora_specs
+from tests.helpers import ARCHITECTURES, tiny_config
+
+# float32 sums in another order: a few units in the last place of logits around 1.
+TOLERANCE = 1e-5
+FULL = Certificate("base", tail=1, kind="full", cache_conditioned=True, weights_fingerprint="own")
+LORA = dataclasses.replace(
+    FULL, kind="lora", lora_rank=3, lora_alpha=6.0, lora_targets=("q", "o", "down")
+)
+
+
+def random_lora(config: ModelConfig, certificate: Certificate, seed: int) -> Weights:
+    assert certificate.lora_rank is not None
+    assert certificate.lora_targets is not None
+    rng = np.random.default_rng(seed)
+    specs = lora_specs(config, certificate.lora_rank, certificate.lora_targets)
+    return {
+        name: jnp.asarray(0.2 * rng.standard_normal(s.shape), jnp.float32)
+        for name, s in specs.items()
+    }
+
+
+def ordinary_logits(config: ModelConfig, weights: Weights, tokens: jax.Array) -> jax.Array:
+    """Logits `[B, n, vocab]` of one forward pass without any cache."""
+
+    @jax.jit
+    def forward(weights, tokens):
+        decoder = bind(config, weights)
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        return decoder.logits(decoder.hidden(tokens, positions, CausalAttention(config)))
+
+    return forward(weights, tokens)
+
+
+def split_logits(prefill: PrefillModule, decode: DecodeModule, tokens: jax.Array, tail: int):
+    """Logits `[B, n - split, vocab]` of the decode module over the prefill module's KV.
+
+    The cache holds what the prefill module wrote for positions 0 .. split - 1, and NaN elsewhere
+    would not do: slots that are masked still take part as zeros, so they hold large values.
+    """
+    config, n = prefill.config, tokens.shape[1]
+    split = split_prompt(n, tail)
+    positions = jnp.broadcast_to(jnp.arange(n), tokens.shape)
+
+    @jax.jit
+    def run(tokens):
+        empty = init_cache(config, tokens.shape[0], n + 3, jnp.dtype(jnp.float32))
+        cache = jax.tree.map(lambda slots: slots + 1e3, empty)
+        if split:
+            written = DenseCache(config, cache, 0)
+            prefill.write_kv(tokens[:, :split], positions[:, :split], written)
+            cache = written.cache
+        rest = DenseCache(config, cache, split)
+        return decode.logits(tokens[:, split:], positions[:, split:], rest)
+
+    return run(tokens)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("n", "tail"), [(1, 1), (1, 2), (2, 1), (9, 1), (9, 2), (9, 5)], ids=lambda v: str(v)
+)
+def test_rule_1_split_identity(architecture, n, tail):
+    """A decode module whose weights equal the base gives the base model's logits."""
+    config = tiny_config(architecture=architecture)
+    weights = init_weights(config, seed=1)
+    tokens = jnp.asarray(np.random.default_rng(n).integers(0, config.vocab_size, (2, n)), jnp.int32)
+    prefill = PrefillModule(config, weights, fingerprint="base")
+    decode = DecodeModule(config, weights, dataclasses.replace(FULL, tail=tail))
+
+    actual = split_logits(prefill, decode, tokens, tail)
+    expected = ordinary_logits(config, weights, tokens)[:, split_prompt(n, tail) :]
+
+    assert actual.shape == (2, min(n, tail), config.vocab_size)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE)
+    np.testing.assert_array_equal(actual.argmax(-1), expected.argmax(-1))
+
+
+def test_decode_modules_read_the_bases_kv_not_their_own():
+    config = tiny_config()
+    base, own = init_weights(config, seed=1), init_weights(config, seed=2)
+    tokens = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
+    decode = DecodeModule(config, own, FULL)
+
+    shared = split_logits(PrefillModule(config, base, "base"), decode, tokens, 1)
+    isolated = split_logits(PrefillModule(config, own, "own"), decode, tokens, 1)
+
+    expected = ordinary_logits(config, own, tokens)[:, -1:]
+    np.testing.assert_allclose(isolated, expected, rtol=0, atol=TOLERANCE)
+    assert np.abs(shared - isolated).max() > 0.1
+
+
+def test_lora_decode_module_equals_merged_weights():
+    config = tiny_config(architecture="qwen3")
+    base = init_weights(config, seed=1)
+    factors = random_lora(config, LORA, seed=3)
+    tokens = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
+    prefill = PrefillModule(config, base, "base")
+
+    merged = merge(base, LORA.lora_module(factors))
+    actual = split_logits(prefill, DecodeModule(config, base, LORA, factors), tokens, 2)
+    expected = split_logits(prefill, DecodeModule(config, merged, FULL), tokens, 2)
+    identity = split_logits(prefill, DecodeModule(config, base, FULL), tokens, 2)
+
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE)
+    assert np.abs(actual - identity).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("prompt_len", "tail", "expected"), [(10, 1, 9), (10, 3, 7), (3, 3, 0), (2, 5, 0), (1, 1, 0)]
+)
+def test_split_prompt(prompt_len, tail, expected):
+    assert split_prompt(prompt_len, tail) == expected
+
+
+def test_split_prompt_leaves_the_decode_module_a_token():
+    with pytest.raises(ValueError, match="tail is 0"):
+        split_prompt(10, 0)
+
+
+def test_rule_5_certificate():
+    """A decode module beside another base is refused, whatever the sharing."""
+    check_certificate(FULL, "base", "shared")
+    check_certificate(FULL, "base", "isolated")
+    for sharing in ("shared", "isolated"):
+        with pytest.raises(CertificateError, match=r"coder: made for the base base.* other"):
+            check_certificate(FULL, "other", sharing, name="coder")
+
+
+def test_rule_5_certificate_of_an_ordinary_fine_tune():
+    """Weights never trained on the base's KV may be served, but not over that KV."""
+    ordinary = dataclasses.replace(FULL, cache_conditioned=False)
+    check_certificate(ordinary, "base", "isolated")
+    with pytest.raises(CertificateError, match="set `sharing: isolated`"):
+        check_certificate(ordinary, "base", "shared")
+
+
+@pytest.mark.parametrize("certificate", [FULL, LORA], ids=["full", "lora"])
+def test_certificate_survives_json(certificate):
+    text = json.dumps(certificate.to_json())
+    assert Certificate.from_json(json.loads(text)) == certificate
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tail": "1"}, "tail"),
+        ({"tail": 0}, "tail is 0"),
+        ({"kind": "half"}, "kind"),
+        ({"prefill_fingerprint": None}, "prefill_fingerprint"),
+        ({"cache_conditioned": "yes"}, "cache_conditioned"),
+        ({"lora_rank": 0}, "lora_rank"),
+        ({"lora_rank": None}, "lora_rank"),
+        ({"lora_targets": ["q", "head"]}, "'head'"),
+        ({"kind": "full"}, "LoRA fields are set"),
+        ({"surprise": 1}, "surprise"),
+    ],
+    ids=lambda v: str(v)[:24],
+)
+def test_certificate_refuses_bad_json(change, message):
+    with pytest.raises(CertificateError, match=message):
+        Certificate.from_json(LORA.to_json() | change)
+
+
+def test_certificate_refuses_a_missing_field():
+    values = FULL.to_json()
+    del values["tail"]
+    with pytest.raises(CertificateError, match="tail"):
+        Certificate.from_json(values)
+
+
+def test_fingerprint_depends_on_everything_the_kv_depends_on():
+    config = tiny_config()
+    hashes = {"a": tensor_hash(np.zeros(3)), "b": tensor_hash(np.ones(3))}
+    fingerprint = prefill_fingerprint(config, hashes, "tokenizer")
+
+    reordered = dict(reversed(hashes.items()))
+    assert prefill_fingerprint(config, reordered, "tokenizer") == fingerprint
+    swapped = {"a": hashes["b"], "b": hashes["a"]}
+    others = [
+        prefill_fingerprint(config, swapped, "tokenizer"),
+        prefill_fingerprint(config, hashes, "another tokenizer"),
+        prefill_fingerprint(dataclasses.replace(config, rope_theta=5e5), hashes, "tokenizer"),
+    ]
+    assert len({fingerprint, *others}) == 4
+
+
+def test_tensor_hash_sees_dtype_shape_and_bytes():
+    x = np.arange(6, dtype=np.float32)
+    assert tensor_hash(x) == tensor_hash(jnp.asarray(x))
+    hashes = {
+        tensor_hash(y)
+        for y in (x, x.reshape(2, 3), x.view(np.int32), x[::-1], jnp.asarray(x, jnp.bfloat16))
+    }
+    assert len(hashes) == 5
+    strided = x.reshape(2, 3).T
+    assert tensor_hash(strided) == tensor_hash(np.array(strided, order="C"))
+
+
+def test_modules_name_the_weight_that_does_not_fit():
+    config = tiny_config()
+    weights = init_weights(config, seed=1)
+    wrong = weights | {"final_norm.scale": jnp.ones(3)}
+    with pytest.raises(CheckpointError, match=r"final_norm\.scale: shape \[3\]"):
+        PrefillModule(config, wrong, "base")
+    with pytest.raises(CheckpointError, match=r"final_norm\.scale"):
+        DecodeModule(config, wrong, FULL)
+
+
+def test_decode_module_wants_factors_that_fit_its_certificate():
+    config = tiny_config()
+    weights = init_weights(config, seed=1)
+    factors = random_lora(config, LORA, seed=3)
+    with pytest.raises(CheckpointError, match="no LoRA factors"):
+        DecodeModule(config, weights, LORA)
+    with pytest.raises(CheckpointError, match="kind 'full'"):
+        DecodeModule(config, weights, FULL, factors)
+    missing = dict(factors)
+    del missing["layers.1.attn.o.lora_b"]
+    with pytest.raises(CheckpointError, match=r"layers\.1\.attn\.o\.lora_b: missing"):
+        DecodeModule(config, weights, LORA, missing)
+    assert LORA.lora_module(factors) == LoraModule(factors, 6.0, 3, ("q", "o", "down"))
