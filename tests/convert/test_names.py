@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pshare_jax.convert.names import (
+    hf_shape,
+    hf_to_native,
+    is_redundant,
+    native_to_hf,
+    to_hf,
+    to_native,
+)
+from pshare_jax.errors import CheckpointError
+from pshare_jax.models.weights import lora_specs, weight_specs
+from tests.helpers import ARCHITECTURES, tiny_config
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_weight_has_a_name_and_a_layout_on_both_sides(architecture):
+    config = tiny_config(architecture=architecture)
+    rng = np.random.default_rng(0)
+    names = set()
+    for name, spec in (weight_specs(config) | lora_specs(config, rank=3)).items():
+        weight = rng.standard_normal(spec.shape, np.float32)
+        hf_name, hf = native_to_hf(name, config), to_hf(name, weight, config)
+        assert hf_to_native(hf_name, config) == name
+        assert hf.shape == hf_shape(name, config, rank=3)
+        np.testing.assert_array_equal(to_native(name, hf, config), weight)
+        names.add(hf_name)
+    assert len(names) == len(weight_specs(config)) + len(lora_specs(config, rank=3))
+
+
+def test_layouts_compute_the_same():
+    """Hugging Face computes `x @ W.T` over flat heads; the native kernel gives heads apart."""
+    config = tiny_config()
+    e, h, d = config.hidden_size, config.num_heads, config.head_dim
+    rng = np.random.default_rng(0)
+    q_proj, o_proj = rng.standard_normal((h * d, e)), rng.standard_normal((e, h * d))
+    lora_a, lora_b = rng.standard_normal((3, h * d)), rng.standard_normal((e, 3))
+    x, heads = rng.standard_normal(e), rng.standard_normal((h, d))
+
+    q = np.tensordot(x, to_native("layers.0.attn.q.kernel", q_proj, config), 1)
+    np.testing.assert_allclose(q, (q_proj @ x).reshape(h, d))
+    o = np.tensordot(heads, to_native("layers.0.attn.o.kernel", o_proj, config), 2)
+    np.testing.assert_allclose(o, o_proj @ heads.reshape(-1))
+    low = np.tensordot(heads, to_native("layers.0.attn.o.lora_a", lora_a, config), 2)
+    update = np.tensordot(low, to_native("layers.0.attn.o.lora_b", lora_b, config), 1)
+    np.testing.assert_allclose(update, lora_b @ (lora_a @ heads.reshape(-1)))
+
+
+def test_names():
+    config = tiny_config()
+    assert hf_to_native("model.layers.1.self_attn.q_proj.weight", config) == (
+        "layers.1.attn.q.kernel"
+    )
+    assert hf_to_native("model.layers.0.mlp.gate_proj.lora_A.weight", config) == (
+        "layers.0.mlp.gate.lora_a"
+    )
+    assert hf_to_native("lm_head.weight", config) == "lm_head.kernel"
+    for unknown in (
+        "model.layers.2.self_attn.q_proj.weight",
+        "model.layers.0.self_attn.q_proj.bias",
+        "model.layers.0.self_attn.q_norm.weight",
+        "transformer.h.0.attn.weight",
+    ):
+        assert hf_to_native(unknown, config) is None
+        assert not is_redundant(unknown, config)
+
+
+def test_redundant_tensors():
+    tied = tiny_config(tie_word_embeddings=True)
+    assert hf_to_native("lm_head.weight", tied) is None
+    assert is_redundant("lm_head.weight", tied)
+    assert not is_redundant("lm_head.weight", tiny_config())
+    assert is_redundant("model.layers.0.self_attn.rotary_emb.inv_freq", tied)
+
+
+def test_a_misshapen_tensor_is_named():
+    config = tiny_config()
+    with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.up_proj\.weight: shape \[48, 64\]"):
+        to_native("layers.0.mlp.up.kernel", np.zeros((48, 64)), config)
+    with pytest.raises(CheckpointError, match=r"down_proj\.lora_B\.weight: shape \[49, 3\]"):
+        to_native("layers.0.mlp.down.lora_b", np.zeros((49, 3)), config)
+    with pytest.raises(CheckpointError, match=r"layers\.9\.mlp\.up\.kernel: no such weight"):
+        native_to_hf("layers.9.mlp.up.kernel", config)
+
+
+def test_layouts_work_on_jax_arrays_and_keep_the_dtype():
+    config = tiny_config()
+    tensor = jnp.zeros((64, 48), jnp.bfloat16)
+    kernel = to_native("layers.0.mlp.up.kernel", tensor, config)
+    assert kernel.dtype == jnp.bfloat16
+    assert to_hf("layers.0.mlp.up.kernel", kernel, config).shape == tensor.shape
