@@ -1,0 +1,1 @@
+"""Device meshes and how arrays lie on them."""

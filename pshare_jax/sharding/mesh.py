@@ -1,0 +1,89 @@
+"""Carving the devices of a machine into the meshes of the engines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from pshare_jax.errors import ConfigError
+from pshare_jax.sharding.rules import TENSOR
+
+
+def carve(
+    devices: Sequence[Any],
+    prefill_engines: int,
+    prefill_tp: int,
+    decode_engines: int,
+    decode_tp: int,
+) -> tuple[list[Mesh], list[Mesh]]:
+    """Gives every engine a mesh of its own: first the prefill engines, then the decode engines.
+
+    Args:
+        devices: `jax.devices()`; taken in order, those left over stay unused.
+        prefill_engines: number of prefill engines, at least 1.
+        prefill_tp: devices of one prefill engine (its tensor-parallel degree), at least 1.
+        decode_engines: number of decode engines, at least 1.
+        decode_tp: devices of one decode engine, at least 1.
+
+    Returns:
+        The prefill meshes and the decode meshes, each with the one axis `tensor`.
+
+    Raises:
+        ConfigError: a number below 1, or too few devices.
+    """
+    counts = {
+        "prefill.engines": prefill_engines,
+        "prefill.tensor_parallel": prefill_tp,
+        "decode.engines": decode_engines,
+        "decode.tensor_parallel": decode_tp,
+    }
+    for key, count in counts.items():
+        if count < 1:
+            raise ConfigError(f"{key} is {count}; it must be at least 1")
+    needed = prefill_engines * prefill_tp + decode_engines * decode_tp
+    if len(devices) < needed:
+        asked = ", ".join(f"{key}={count}" for key, count in counts.items())
+        platform = devices[0].platform if devices else jax.default_backend()
+        raise ConfigError(_too_few(f"{asked} need", needed, len(devices), platform))
+    remaining = iter(devices)
+
+    def meshes(engines: int, degree: int) -> list[Mesh]:
+        return [
+            Mesh(np.asarray([next(remaining) for _ in range(degree)]), (TENSOR,))
+            for _ in range(engines)
+        ]
+
+    return meshes(prefill_engines, prefill_tp), meshes(decode_engines, decode_tp)
+
+
+def request_cpu_devices(count: int) -> None:
+    """Asks for at least `count` virtual CPU devices, which takes effect when JAX starts.
+
+    Does nothing on a machine whose JAX has started with enough devices of any kind already.
+
+    Raises:
+        ConfigError: JAX has started with fewer devices.
+    """
+    try:
+        # Never fewer than somebody has asked for before.
+        wanted = max(count, jax.config.jax_num_cpu_devices)  # type: ignore[attr-defined]
+        jax.config.update("jax_num_cpu_devices", wanted)
+    except RuntimeError as error:
+        devices = jax.devices()
+        if len(devices) < count:
+            message = _too_few("the engines need", count, len(devices), devices[0].platform)
+            raise ConfigError(f"{message}; JAX has already started in this process") from error
+
+
+def _too_few(who: str, needed: int, there: int, platform: str) -> str:
+    message = f"{who} {needed} devices, but there are {there} ({platform})"
+    if platform != "cpu":
+        return f"{message}; use fewer engines or a lower tensor_parallel"
+    return (
+        f"{message}; before JAX starts, set jax.config.update('jax_num_cpu_devices', {needed}) "
+        f"or the environment variable JAX_NUM_CPU_DEVICES={needed}"
+    )
