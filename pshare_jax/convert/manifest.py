@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-
-import jax
 
 from pshare_jax.convert.files import one_line
 from pshare_jax.convert.tensors import DTYPES
@@ -29,6 +28,7 @@ MANIFEST_FILE = "pshare.json"
 TENSORS_FILE = "tensors.json"
 WEIGHTS_FOLDER = "weights"
 TOKENIZER_FOLDER = "tokenizer"
+TOKENIZER_FILE = "tokenizer.json"
 
 CheckpointKind = Literal["prefill", "decode"]
 
@@ -40,6 +40,11 @@ class TensorEntry:
     shape: tuple[int, ...]
     dtype: str
     sha256: str
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the values in bytes."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True)
@@ -53,9 +58,11 @@ class Manifest:
         dtype: dtype name of all tensors.
         fingerprint: hash of weights, architecture and tokenizer. For a prefill checkpoint it is the
             prefill fingerprint; for a decode module its certificate's `weights_fingerprint`.
-        tokenizer_hash: hash of the tokenizer's files; a decode module has its base's.
+        tokenizer_hash: SHA-256 (hex) of `tokenizer.json`; a decode module has its base's.
         certificate: a decode module's; None for a prefill checkpoint.
         tensors: the stored tensors by name.
+        source_config: the Hugging Face `config.json` that it was imported from, if any: an export
+            gives back what `ModelConfig` does not carry.
     """
 
     folder: Path
@@ -66,6 +73,7 @@ class Manifest:
     tokenizer_hash: str
     certificate: Certificate | None
     tensors: Mapping[str, TensorEntry]
+    source_config: Mapping[str, Any] | None = None
 
     @property
     def specs(self) -> dict[str, WeightSpec]:
@@ -75,11 +83,7 @@ class Manifest:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        shapes = {
-            name: jax.ShapeDtypeStruct(entry.shape, DTYPES[entry.dtype])
-            for name, entry in self.tensors.items()
-        }
-        return sum(shape.size * shape.dtype.itemsize for shape in shapes.values())
+        return sum(entry.nbytes for entry in self.tensors.values())
 
 
 def stored_specs(config: ModelConfig, certificate: Certificate | None) -> dict[str, WeightSpec]:
@@ -102,6 +106,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "fingerprint": manifest.fingerprint,
         "tokenizer_hash": manifest.tokenizer_hash,
         "certificate": certificate,
+        "source_config": manifest.source_config,
     }
     tensors = {name: dataclasses.asdict(entry) for name, entry in manifest.tensors.items()}
     (folder / MANIFEST_FILE).write_text(json.dumps(about, indent=2) + "\n")
@@ -161,6 +166,7 @@ def read_manifest(folder: str | Path) -> Manifest:
                 name: TensorEntry(tuple(entry["shape"]), entry["dtype"], entry["sha256"])
                 for name, entry in tensors.items()
             },
+            source_config=about["source_config"],
         )
     except CertificateError as error:
         raise CertificateError(f"{path}: {error}") from error

@@ -7,6 +7,7 @@ device reads the byte ranges of its shard and no others, and a damaged file is n
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from orbax.checkpoint import type_handlers
 
 from pshare_jax.convert.files import atomic_folder, check_space, one_line
 from pshare_jax.convert.manifest import (
+    TOKENIZER_FILE,
     TOKENIZER_FOLDER,
     WEIGHTS_FOLDER,
     Manifest,
@@ -28,7 +30,7 @@ from pshare_jax.convert.manifest import (
     write_manifest,
 )
 from pshare_jax.convert.progress import Report, quiet
-from pshare_jax.convert.tensors import DTYPES, LazyTensor, as_lazy, files_hash, total_bytes
+from pshare_jax.convert.tensors import DTYPES, LazyTensor, as_lazy, total_bytes
 from pshare_jax.errors import CheckpointError
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.split import Certificate, prefill_fingerprint, tensor_hash
@@ -167,6 +169,8 @@ def write_prefill(
     config: ModelConfig,
     tensors: Mapping[str, Any],
     tokenizer_files: Mapping[str, bytes],
+    *,
+    source_config: Mapping[str, Any] | None = None,
     report: Report = quiet,
 ) -> Manifest:
     """Writes a prefill checkpoint: all of it, or nothing.
@@ -177,6 +181,7 @@ def write_prefill(
         tensors: every weight of `weight_specs(config)`, of one dtype; LazyTensors are read one at
             a time.
         tokenizer_files: `tokenizer.json` and its companions by name.
+        source_config: the Hugging Face `config.json` that the model came with, if any.
         report: called after each tensor.
 
     Raises:
@@ -192,10 +197,17 @@ def write_prefill(
         for name, data in tokenizer_files.items():
             (tokenizer / name).write_bytes(data)
         entries = _write_weights(folder, lazy, specs, report)
-        tokenizer_hash = files_hash(tokenizer_files)
-        fingerprint = fingerprint_of(config, entries, tokenizer_hash)
+        hashed = tokenizer_hash(tokenizer_files)
         manifest = Manifest(
-            Path(dest), "prefill", config, dtype, fingerprint, tokenizer_hash, None, entries
+            folder=Path(dest),
+            kind="prefill",
+            config=config,
+            dtype=dtype,
+            fingerprint=fingerprint_of(config, entries, hashed),
+            tokenizer_hash=hashed,
+            certificate=None,
+            tensors=entries,
+            source_config=source_config,
         )
         write_manifest(folder, manifest)
     return manifest
@@ -208,6 +220,7 @@ def write_decode(
     *,
     tail: int = 1,
     cache_conditioned: bool,
+    source_config: Mapping[str, Any] | None = None,
     lora_rank: int | None = None,
     lora_alpha: float | None = None,
     lora_targets: Sequence[str] | None = None,
@@ -222,6 +235,7 @@ def write_decode(
             LazyTensors are read one at a time.
         tail: how many of a prompt's last tokens the module reads itself.
         cache_conditioned: whether the module was trained on the base's KV.
+        source_config: the Hugging Face `config.json` that the weights came with, if any.
         lora_rank: rank of a LoRA module's factors; None for a full module, like the next two.
         lora_alpha: the update is `lora_alpha / lora_rank * a @ b`.
         lora_targets: adapted projections, out of `weights.LORA_TARGETS`.
@@ -250,17 +264,26 @@ def write_decode(
         fingerprint = weights_fingerprint(base, draft, entries)
         certificate = Certificate(**{**vars(draft), "weights_fingerprint": fingerprint})
         manifest = Manifest(
-            Path(dest),
-            "decode",
-            base.config,
-            dtype,
-            fingerprint,
-            base.tokenizer_hash,
-            certificate,
-            entries,
+            folder=Path(dest),
+            kind="decode",
+            config=base.config,
+            dtype=dtype,
+            fingerprint=fingerprint,
+            tokenizer_hash=base.tokenizer_hash,
+            certificate=certificate,
+            tensors=entries,
+            source_config=source_config,
         )
         write_manifest(folder, manifest)
     return manifest
+
+
+def tokenizer_hash(files: Mapping[str, bytes]) -> str:
+    """SHA-256 (hex) of `tokenizer.json`, which alone decides the ids that a text becomes.
+
+    The chat template and the stop tokens may change without making another prefill module.
+    """
+    return hashlib.sha256(files[TOKENIZER_FILE]).hexdigest()
 
 
 def fingerprint_of(
@@ -292,9 +315,9 @@ def read_tokenizer_files(manifest: Manifest) -> dict[str, bytes]:
         files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be read: {one_line(error)}") from error
-    if files_hash(files) != manifest.tokenizer_hash:
+    if TOKENIZER_FILE not in files or tokenizer_hash(files) != manifest.tokenizer_hash:
         raise CheckpointError(
-            f"{folder}: changed since the import; the prefill fingerprint covers it: import again"
+            f"{folder / TOKENIZER_FILE}: missing or changed since the import; import again"
         )
     return files
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +34,7 @@ class LazyTensor:
     @property
     def nbytes(self) -> int:
         """Size of the values in bytes."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def astype(self, dtype: np.dtype) -> LazyTensor:
         """The same tensor, rounded to `dtype` when it is read."""
@@ -54,15 +54,6 @@ def as_lazy(tensor: LazyTensor | np.ndarray | jax.Array) -> LazyTensor:
     if isinstance(tensor, LazyTensor):
         return tensor
     return LazyTensor(tuple(tensor.shape), np.dtype(tensor.dtype), lambda: np.asarray(tensor))
-
-
-def files_hash(files: Mapping[str, bytes]) -> str:
-    """SHA-256 (hex) of named files, whatever their order."""
-    digest = hashlib.sha256()
-    for name, data in sorted(files.items()):
-        digest.update(f"{name}\0{len(data)}\0".encode())
-        digest.update(data)
-    return digest.hexdigest()
 
 
 def total_bytes(tensors: Mapping[str, Any]) -> int:

@@ -1,0 +1,288 @@
+"""GGUF files: configuration and tensors, dequantized on reading.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The `gguf` package reads and
+dequantizes; this file maps names, shapes and hyper-parameters to the native ones.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType as QuantizationType
+
+from pshare_jax.convert.files import one_line
+from pshare_jax.convert.names import hf_shape, native_to_hf, to_native
+from pshare_jax.convert.tensors import DTYPES, LazyTensor
+from pshare_jax.errors import CheckpointError
+from pshare_jax.models.config import Architecture, Llama3RopeScaling, ModelConfig
+from pshare_jax.models.weights import weight_specs
+
+ARCHITECTURES: dict[str, tuple[Architecture, gguf.MODEL_ARCH]] = {
+    "llama": ("llama", gguf.MODEL_ARCH.LLAMA),
+    "mistral": ("mistral", gguf.MODEL_ARCH.LLAMA),
+    "qwen2": ("qwen2", gguf.MODEL_ARCH.QWEN2),
+    "qwen3": ("qwen3", gguf.MODEL_ARCH.QWEN3),
+}
+"""GGUF's name of an architecture: ours, and the one whose tensor names it uses."""
+
+ROPE_FACTORS = "rope_freqs.weight"
+
+KNOWN_ROPE_SCALINGS = (
+    Llama3RopeScaling(8.0, 1.0, 4.0, 8192),
+    Llama3RopeScaling(32.0, 1.0, 4.0, 8192),
+)
+"""Llama 3.1 and Llama 3.2: GGUF stores the resulting factors, not these numbers."""
+
+BLOCK_ELEMENTS = 1 << 18
+"""Elements dequantized at once: few enough to stay in the processor's cache."""
+
+
+class _Reader(gguf.GGUFReader):
+    """Names the tensor that a truncated file cuts off; the base class fails on a reshape."""
+
+    def _build_tensors(self, start_offs: int, fields: list[gguf.ReaderField]) -> None:
+        size = len(self.data)
+        for field in fields:
+            _, raw_name, _, dims, raw_type, offset = field.parts
+            block, block_bytes = gguf.GGML_QUANT_SIZES[QuantizationType(raw_type[0])]
+            end = start_offs + int(offset[0]) + int(np.prod(dims)) // block * block_bytes
+            if end > size:
+                name = bytes(raw_name).decode()
+                raise ValueError(f"tensor {name}: truncated: ends at byte {end}, file has {size}")
+        super()._build_tensors(start_offs, fields)
+
+
+class _TensorInfo(NamedTuple):
+    """Where a tensor lies in the file; `shape` is rows first, as numpy has it."""
+
+    shape: tuple[int, ...]
+    type: QuantizationType
+    nbytes: int
+    offset: int
+
+    @classmethod
+    def of(cls, tensor: gguf.ReaderTensor) -> _TensorInfo:
+        shape = tuple(int(n) for n in reversed(tensor.shape))
+        return cls(shape, tensor.tensor_type, int(tensor.n_bytes), int(tensor.data_offset))
+
+
+class GGUFFile:
+    """One model in a GGUF file.
+
+    Args:
+        path: the file.
+
+    Attributes:
+        path: the file.
+        config: the architecture.
+
+    Raises:
+        CheckpointError: no GGUF file, truncated or corrupt, or not a supported architecture.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            reader = _Reader(self.path)
+            # Copies, so that the reader and its hundreds of thousands of array views can go.
+            self._fields = {name: field.contents() for name, field in reader.fields.items()}
+            self._tensors = {tensor.name: _TensorInfo.of(tensor) for tensor in reader.tensors}
+            architecture = self.get("general.architecture", str)
+        except CheckpointError:
+            raise
+        except Exception as error:  # a corrupt file makes the reader fail in any way
+            raise CheckpointError(
+                f"{self.path}: not a GGUF file, or truncated or corrupt: {one_line(error)}"
+            ) from error
+        if architecture not in ARCHITECTURES:
+            raise CheckpointError(
+                f"{self.path}: architecture {architecture!r} is not supported; "
+                f"supported are {', '.join(ARCHITECTURES)}"
+            )
+        self._gguf_architecture = architecture
+        self.config = self._read_config()
+
+    def get(self, key: str, kind: type, default: Any = None) -> Any:
+        """Metadata `key` as a Python value of type `kind`; `default` when it is absent.
+
+        Raises:
+            CheckpointError: absent without a default, or of another type.
+        """
+        value = self._fields.get(key)
+        if value is None:
+            if default is None:
+                raise CheckpointError(f"{self.path}: metadata {key} is missing")
+            return default
+        if kind is float and isinstance(value, float):
+            # The shortest decimal of the float32 that is stored: 1e-05, not 9.99999974e-06.
+            return float(str(np.float32(value)))
+        if not isinstance(value, kind):
+            raise CheckpointError(f"{self.path}: metadata {key} is {value!r}, not {kind.__name__}")
+        return value
+
+    def has(self, key: str) -> bool:
+        """Whether metadata `key` is there."""
+        return key in self._fields
+
+    def _read_config(self) -> ModelConfig:
+        get = functools.partial(self._get_scoped, self._gguf_architecture)
+        architecture, _ = ARCHITECTURES[self._gguf_architecture]
+        sliding_window = get("attention.sliding_window", int, 0) or None
+        if architecture == "llama" and sliding_window is not None:
+            # Mistral is written as a llama; only the window tells them apart.
+            architecture = "mistral"
+        if get("expert_count", int, 0):
+            raise CheckpointError(f"{self.path}: a mixture of experts is not supported")
+        scaling = get("rope.scaling.type", str, "none")
+        if scaling != "none":
+            raise CheckpointError(f"{self.path}: rope.scaling.type {scaling!r} is not supported")
+        hidden_size = get("embedding_length", int)
+        num_heads = get("attention.head_count", int)
+        head_dim = get("attention.key_length", int, hidden_size // num_heads)
+        for key in ("rope.dimension_count", "attention.value_length"):
+            if (size := get(key, int, head_dim)) != head_dim:
+                raise CheckpointError(
+                    f"{self.path}: {key} is {size}; only the head size {head_dim} is supported"
+                )
+        if "token_embd.weight" not in self._tensors:
+            raise CheckpointError(f"{self.path}: tensor token_embd.weight is missing")
+        rope_theta = get("rope.freq_base", float, 10000.0)
+        try:
+            return ModelConfig(
+                architecture=architecture,
+                vocab_size=self._tensors["token_embd.weight"].shape[0],
+                hidden_size=hidden_size,
+                intermediate_size=get("feed_forward_length", int),
+                num_layers=get("block_count", int),
+                num_heads=num_heads,
+                num_kv_heads=get("attention.head_count_kv", int, num_heads),
+                head_dim=head_dim,
+                rope_theta=rope_theta,
+                rope_scaling=self._rope_scaling(head_dim, rope_theta),
+                rms_norm_eps=get("attention.layer_norm_rms_epsilon", float),
+                max_position_embeddings=get("context_length", int),
+                tie_word_embeddings="output.weight" not in self._tensors,
+                qkv_bias=architecture == "qwen2",
+                qk_norm=architecture == "qwen3",
+                sliding_window=sliding_window,
+            )
+        except ValueError as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
+
+    def _get_scoped(self, scope: str, key: str, kind: type, default: Any = None) -> Any:
+        return self.get(f"{scope}.{key}", kind, default)
+
+    def _rope_scaling(self, head_dim: int, theta: float) -> Llama3RopeScaling | None:
+        if ROPE_FACTORS not in self._tensors:
+            return None
+        factors = self._read(ROPE_FACTORS)
+        for scaling in KNOWN_ROPE_SCALINGS:
+            expected = rope_factors(scaling, head_dim, theta)
+            if factors.shape == expected.shape and np.allclose(factors, expected, rtol=1e-4):
+                return scaling
+        raise CheckpointError(
+            f"{self.path}: tensor {ROPE_FACTORS}: unknown scaling; Llama 3.1's and 3.2's are known"
+        )
+
+    def tensors(self) -> dict[str, LazyTensor]:
+        """Every weight by native name, in native layout.
+
+        bfloat16 when all matrices of the file are, else float32.
+
+        Raises:
+            CheckpointError: a tensor is missing, unexpected, misshapen or of an unknown type.
+        """
+        _, arch = ARCHITECTURES[self._gguf_architecture]
+        names = gguf.get_tensor_name_map(arch, self.config.num_layers)
+        specs = weight_specs(self.config)
+        matrices = {t.type for t in self._tensors.values() if len(t.shape) > 1}
+        all_bf16 = matrices == {QuantizationType.BF16}
+        dtype = DTYPES["bfloat16" if all_bf16 else "float32"]
+        wanted: dict[str, str] = {}
+        for native in specs:
+            module, _, suffix = native_to_hf(native, self.config).rpartition(".")
+            wanted[f"{names.get_name(module)}.{suffix}"] = native
+        for name in self._tensors:
+            if name not in wanted and name != ROPE_FACTORS:
+                raise CheckpointError(
+                    f"{self.path}: tensor {name} is unexpected in a {self.config.architecture}"
+                )
+        tensors: dict[str, LazyTensor] = {}
+        for name, native in wanted.items():
+            self._check(name, native)
+            read = functools.partial(self._read_native, name, native, dtype)
+            tensors[native] = LazyTensor(specs[native].shape, dtype, read)
+        return tensors
+
+    def _check(self, name: str, native: str) -> None:
+        tensor = self._tensors.get(name)
+        if tensor is None:
+            raise CheckpointError(f"{self.path}: tensor {name} is missing")
+        if tensor.shape != (expected := hf_shape(native, self.config)):
+            raise CheckpointError(
+                f"{self.path}: tensor {name} has shape {list(tensor.shape)}, "
+                f"but the model's metadata needs {list(expected)}"
+            )
+        block = np.zeros((1, gguf.GGML_QUANT_SIZES[tensor.type][1]), np.uint8)
+        try:
+            gguf.dequantize(block, tensor.type)
+        except NotImplementedError as error:
+            raise CheckpointError(
+                f"{self.path}: tensor {name}: type {tensor.type.name} cannot be dequantized"
+            ) from error
+
+    def _read_native(self, name: str, native: str, dtype: np.dtype) -> np.ndarray:
+        array = self._read(name, dtype)
+        permuted = native.endswith((".attn.q.kernel", ".attn.k.kernel"))
+        if permuted and ARCHITECTURES[self._gguf_architecture][1] == gguf.MODEL_ARCH.LLAMA:
+            array = unpermute_rope_rows(array, self.config.head_dim)
+        return to_native(native, array, self.config)
+
+    def _read(self, name: str, dtype: np.dtype = DTYPES["float32"]) -> np.ndarray:
+        """The dequantized values of the file's tensor `name`, rows first, rounded to `dtype`."""
+        tensor = self._tensors[name]
+        # Plain reads: pages of the reader's memory map would count as this process's memory.
+        try:
+            raw = np.fromfile(self.path, np.uint8, tensor.nbytes, offset=tensor.offset)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: tensor {name}: {one_line(error)}") from error
+        if raw.size != tensor.nbytes:
+            raise CheckpointError(f"{self.path}: tensor {name}: truncated")
+        columns = tensor.shape[-1]
+        rows = math.prod(tensor.shape[:-1])
+        raw = raw.reshape(rows, -1)
+        out = np.empty((rows, columns), dtype)
+        step = max(BLOCK_ELEMENTS // columns, 1)
+        for start in range(0, rows, step):
+            block = raw[start : start + step]
+            out[start : start + step] = gguf.dequantize(block, tensor.type)
+        return out.reshape(tensor.shape)
+
+
+def unpermute_rope_rows(array: np.ndarray, head_dim: int) -> np.ndarray:
+    """Undoes llama.cpp's row order of a query or key projection `[heads * head_dim, in]`.
+
+    llama.cpp rotates neighbouring pairs, so its converter interleaves the two halves of each head;
+    here and in Hugging Face's layout the halves are apart.
+    """
+    pairs = array.reshape(-1, head_dim // 2, 2, *array.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(array.shape)
+
+
+def rope_factors(scaling: Llama3RopeScaling, head_dim: int, theta: float) -> np.ndarray:
+    """By how much Llama 3.1's scaling divides each of the `head_dim / 2` frequencies, float32."""
+    frequencies = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    wavelengths = 2 * np.pi / frequencies
+    low = scaling.original_max_position_embeddings / scaling.low_freq_factor
+    high = scaling.original_max_position_embeddings / scaling.high_freq_factor
+    smooth = (scaling.original_max_position_embeddings / wavelengths - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    medium = 1 / ((1 - smooth) / scaling.factor + smooth)
+    factors = np.where(wavelengths > low, scaling.factor, np.where(wavelengths < high, 1.0, medium))
+    return factors.astype(np.float32)

@@ -1,0 +1,207 @@
+"""The tokenizer in a GGUF file as Hugging Face tokenizer files.
+
+GGUF stores vocabulary, merges and token types, and only the name of the pre-tokenizer; the
+table below spells the names out. The patterns are the published ones of each model family.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
+
+from pshare_jax.convert.files import one_line
+from pshare_jax.convert.gguf import GGUFFile
+from pshare_jax.errors import CheckpointError
+
+CONTROL = 3
+USER_DEFINED = 4
+"""Token types of `tokenizer.ggml.token_type` that are matched in the text before BPE."""
+
+END_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end_of_text|>", "<|endoftext|>")
+"""Control tokens that end a reply in the supported families, whichever of them is the EOS token."""
+
+_LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _split_by(pattern: str) -> pre_tokenizers.PreTokenizer:
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([split, byte_level])
+
+
+def _gpt2() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+def _smollm() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
+
+
+@dataclass(frozen=True)
+class _PreTokenizer:
+    """How a family cuts text before BPE.
+
+    `ignore_merges`: a piece that is a token stays whole even if no merges lead to it.
+    """
+
+    build: Callable[[], pre_tokenizers.PreTokenizer]
+    ignore_merges: bool = False
+    add_bos: bool = False
+    nfc: bool = False
+
+
+PRE_TOKENIZERS = {
+    "default": _PreTokenizer(_gpt2),
+    "gpt-2": _PreTokenizer(_gpt2),
+    "smollm": _PreTokenizer(_smollm),
+    "llama-bpe": _PreTokenizer(
+        lambda: _split_by(_LLAMA3_PATTERN), ignore_merges=True, add_bos=True
+    ),
+    "qwen2": _PreTokenizer(lambda: _split_by(_QWEN2_PATTERN), nfc=True),
+}
+"""The values of `tokenizer.ggml.pre` that are supported."""
+
+
+def tokenizer_files(file: GGUFFile) -> dict[str, bytes]:
+    """`tokenizer.json`, `tokenizer_config.json` and `generation_config.json` of a GGUF model.
+
+    Raises:
+        CheckpointError: no tokenizer, one that is not a byte-level BPE, or an unknown
+            pre-tokenizer.
+    """
+    model = file.get("tokenizer.ggml.model", str)
+    if model != "gpt2":
+        raise CheckpointError(
+            f"{file.path}: tokenizer.ggml.model {model!r} is not supported, only byte-level BPE "
+            "('gpt2') is; import from the Hugging Face folder instead"
+        )
+    name = file.get("tokenizer.ggml.pre", str, "default")
+    if name not in PRE_TOKENIZERS:
+        raise CheckpointError(
+            f"{file.path}: tokenizer.ggml.pre {name!r} is not supported; supported are "
+            f"{', '.join(PRE_TOKENIZERS)}"
+        )
+    tokens = file.get("tokenizer.ggml.tokens", list)
+    if len(tokens) > file.config.vocab_size:
+        raise CheckpointError(
+            f"{file.path}: tokenizer.ggml.tokens has {len(tokens)} tokens, but tensor "
+            f"token_embd.weight only {file.config.vocab_size} rows"
+        )
+    special = _special_tokens(file, tokens)
+    try:
+        tokenizer = _build(file, PRE_TOKENIZERS[name], tokens, special)
+    except CheckpointError:
+        raise
+    except Exception as error:  # the Rust library raises plain Exception
+        raise CheckpointError(f"{file.path}: tokenizer is malformed: {one_line(error)}") from error
+    about: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": file.config.max_position_embeddings,
+        **special,
+    }
+    if file.has("tokenizer.chat_template"):
+        about["chat_template"] = file.get("tokenizer.chat_template", str)
+    generation = {"eos_token_id": _end_ids(file, tokens)}
+    return {
+        "tokenizer.json": tokenizer.to_str(pretty=True).encode(),
+        "tokenizer_config.json": json.dumps(about, indent=2, ensure_ascii=False).encode(),
+        "generation_config.json": json.dumps(generation).encode(),
+    }
+
+
+def _special_tokens(file: GGUFFile, tokens: list[str]) -> dict[str, str]:
+    """The tokens that play a part, by Hugging Face's name of the part."""
+    parts = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    special: dict[str, str] = {}
+    for part, name in parts.items():
+        key = f"tokenizer.ggml.{name}_token_id"
+        if file.has(key):
+            special[f"{part}_token"] = tokens[_token_id(file, key, tokens)]
+    return special
+
+
+def _token_id(file: GGUFFile, key: str, tokens: list[str]) -> int:
+    token_id = file.get(key, int)
+    if not 0 <= token_id < len(tokens):
+        raise CheckpointError(f"{file.path}: metadata {key} is {token_id}: no such token")
+    return token_id
+
+
+def _types(file: GGUFFile, tokens: list[str]) -> list[int]:
+    types = file.get("tokenizer.ggml.token_type", list)
+    if len(types) != len(tokens):
+        raise CheckpointError(
+            f"{file.path}: tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} "
+            "tokens"
+        )
+    return types
+
+
+def _end_ids(file: GGUFFile, tokens: list[str]) -> list[int]:
+    keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
+    ids = [_token_id(file, key, tokens) for key in keys if file.has(key)]
+    types = _types(file, tokens)
+    ids += [i for i, kind in enumerate(types) if kind == CONTROL and tokens[i] in END_OF_TURN]
+    return list(dict.fromkeys(ids))
+
+
+def _build(
+    file: GGUFFile, family: _PreTokenizer, tokens: list[str], special: dict[str, str]
+) -> Tokenizer:
+    types = _types(file, tokens)
+    merges: list[tuple[str, str]] = []
+    for line in file.get("tokenizer.ggml.merges", list):
+        left, _, right = line.partition(" ")
+        merges.append((left, right))
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=family.ignore_merges))
+    if family.nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = family.build()
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens(
+        [
+            AddedToken(token, special=kind == CONTROL, normalized=False)
+            for token, kind in zip(tokens, types, strict=True)
+            if kind in (CONTROL, USER_DEFINED)
+        ]
+    )
+    template, used = ["$A"], []
+    if file.get("tokenizer.ggml.add_bos_token", bool, family.add_bos):
+        template.insert(0, _required(file, special, "bos_token"))
+        used.append(special["bos_token"])
+    if file.get("tokenizer.ggml.add_eos_token", bool, False):
+        template.append(_required(file, special, "eos_token"))
+        used.append(special["eos_token"])
+    if used:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[(token, vocabulary[token]) for token in set(used)]
+        )
+    return tokenizer
+
+
+def _required(file: GGUFFile, special: dict[str, str], part: str) -> str:
+    if part not in special:
+        raise CheckpointError(f"{file.path}: the tokenizer adds a {part}, but declares none")
+    return special[part]

@@ -1,0 +1,233 @@
+"""Hugging Face model folders: `config.json`, safetensors, tokenizer files; reading and writing."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from pshare_jax.convert.files import one_line
+from pshare_jax.convert.manifest import TOKENIZER_FILE, read_json
+from pshare_jax.convert.names import hf_shape, hf_to_native, is_redundant, native_to_hf, to_native
+from pshare_jax.convert.progress import Report, quiet
+from pshare_jax.convert.tensors import DTYPES, LazyTensor
+from pshare_jax.errors import CheckpointError
+from pshare_jax.models.config import ModelConfig
+from pshare_jax.models.weights import weight_specs
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+GENERATION_FILE = "generation_config.json"
+TOKENIZER_FILES = (
+    TOKENIZER_FILE,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    GENERATION_FILE,
+)
+HUB_PATTERNS = (CONFIG_FILE, "*.safetensors", INDEX_FILE, *TOKENIZER_FILES)
+
+_READ_AS = {"F32": "float32", "BF16": "bfloat16", "F16": "float32"}
+"""Safetensors dtype -> the smallest of ours that holds its every value."""
+
+_STORED_AS = {"float32": "F32", "bfloat16": "BF16"}
+
+SHARD_BYTES = 4 << 30
+"""Exported files are cut at about this size."""
+
+
+def safetensors_in(folder: Path, weights: str = WEIGHTS_FILE) -> dict[str, Path]:
+    """The file of each tensor by Hugging Face name, from `weights` or its index.
+
+    Raises:
+        CheckpointError: no weights, a malformed index, or a file that is missing, truncated or
+            corrupt.
+    """
+    index_path = folder / f"{weights}.index.json"
+    if not index_path.is_file():
+        path = folder / weights
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such file (only safetensors can be read)")
+        return dict.fromkeys(_names_in(path), path)
+    index = read_json(index_path).get("weight_map")
+    if not isinstance(index, dict) or not all(isinstance(v, str) for v in index.values()):
+        raise CheckpointError(f"{index_path}: has no valid weight_map")
+    held = {name: set(_names_in(folder / name)) for name in sorted(set(index.values()))}
+    for tensor, name in index.items():
+        if tensor not in held[name]:
+            raise CheckpointError(f"{folder / name}: tensor {tensor} is missing")
+    return {tensor: folder / name for tensor, name in index.items()}
+
+
+def _names_in(path: Path) -> list[str]:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    with _open(path) as file:
+        return list(file.keys())
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, "numpy")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: truncated or corrupt: {one_line(error)}") from error
+
+
+def lazy_safetensor(path: Path, name: str) -> LazyTensor:
+    """Tensor `name` of the file `path`; float16 becomes float32.
+
+    Raises:
+        CheckpointError: a dtype that no checkpoint has.
+    """
+    with _open(path) as file:
+        stored = file.get_slice(name)
+        shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
+    if dtype not in _READ_AS:
+        raise CheckpointError(
+            f"{path}: tensor {name} has dtype {dtype}; supported are {', '.join(_READ_AS)}"
+        )
+    target = DTYPES[_READ_AS[dtype]]
+
+    def read() -> np.ndarray:
+        # Opened anew each time: the pages of a kept memory map would pile up as this process's.
+        with _open(path) as file:
+            try:
+                return file.get_tensor(name).astype(target, copy=False)
+            except (SafetensorError, OSError, ValueError) as error:
+                raise CheckpointError(f"{path}: tensor {name}: {one_line(error)}") from error
+
+    return LazyTensor(shape, target, read)
+
+
+def read_tensors(folder: Path, config: ModelConfig) -> dict[str, LazyTensor]:
+    """Every weight of a Hugging Face folder by native name, in native layout.
+
+    The dtype is bfloat16 when all matrices of the folder are, else float32.
+
+    Raises:
+        CheckpointError: names file and tensor that is missing, unexpected, misshapen, of an
+            unsupported dtype, or in a file that is truncated or corrupt.
+    """
+    found: dict[str, LazyTensor] = {}
+    for name, path in safetensors_in(folder).items():
+        native = hf_to_native(name, config)
+        if native is None or native not in weight_specs_of(config):
+            if is_redundant(name, config):
+                continue
+            raise CheckpointError(
+                f"{path}: tensor {name} is unexpected in a {config.architecture} by {CONFIG_FILE}"
+            )
+        tensor = lazy_safetensor(path, name)
+        if tensor.shape != (expected := hf_shape(native, config)):
+            raise CheckpointError(
+                f"{path}: tensor {name} has shape {list(tensor.shape)}, "
+                f"but {CONFIG_FILE} needs {list(expected)}"
+            )
+        found[native] = tensor
+    for native in weight_specs_of(config):
+        if native not in found:
+            raise CheckpointError(f"{folder}: tensor {native_to_hf(native, config)} is missing")
+    matrices = {tensor.dtype.name for tensor in found.values() if len(tensor.shape) > 1}
+    dtype = DTYPES["bfloat16" if matrices == {"bfloat16"} else "float32"]
+    return {
+        native: in_native_layout(native, found[native], config, spec.shape).astype(dtype)
+        for native, spec in weight_specs_of(config).items()
+    }
+
+
+@functools.lru_cache(maxsize=4)
+def weight_specs_of(config: ModelConfig) -> dict[str, Any]:
+    """`weight_specs(config)`, cached: it is asked for each tensor."""
+    return weight_specs(config)
+
+
+def in_native_layout(
+    native: str, tensor: LazyTensor, config: ModelConfig, shape: tuple[int, ...]
+) -> LazyTensor:
+    """A Hugging Face tensor laid out as native weight `native` of `shape`."""
+    return LazyTensor(shape, tensor.dtype, lambda: to_native(native, tensor.read(), config))
+
+
+def read_tokenizer_folder(folder: Path) -> dict[str, bytes]:
+    """The tokenizer files of a Hugging Face folder; makes sure that the end tokens are declared.
+
+    Raises:
+        CheckpointError: no `tokenizer.json`.
+    """
+    if not (folder / TOKENIZER_FILE).is_file():
+        raise CheckpointError(
+            f"{folder / TOKENIZER_FILE}: no such file; save the tokenizer as a fast tokenizer first"
+        )
+    files = {
+        name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()
+    }
+    generation = read_json(folder / GENERATION_FILE) if GENERATION_FILE in files else {}
+    if generation.get("eos_token_id") is None:
+        eos = read_json(folder / CONFIG_FILE).get("eos_token_id")
+        if eos is not None:
+            files[GENERATION_FILE] = json.dumps({**generation, "eos_token_id": eos}).encode()
+    return files
+
+
+def write_safetensors(
+    folder: Path, tensors: Mapping[str, LazyTensor], name: str, report: Report = quiet
+) -> None:
+    """Writes `tensors` to `folder/name`, one at a time; large ones as shards with an index.
+
+    The format is the published one (https://github.com/huggingface/safetensors): the library
+    itself wants all tensors of a file in memory at once.
+    """
+    shards = list(_shards(tensors))
+    if len(shards) == 1:
+        _write_file(folder / name, tensors, report)
+        return
+    stem = name.removesuffix(".safetensors")
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards, 1):
+        shard_name = f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
+        _write_file(folder / shard_name, shard, report)
+        weight_map |= dict.fromkeys(shard, shard_name)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / f"{name}.index.json").write_text(json.dumps(index, indent=2))
+
+
+def _shards(tensors: Mapping[str, LazyTensor]) -> Iterator[dict[str, LazyTensor]]:
+    shard: dict[str, LazyTensor] = {}
+    size = 0
+    for name, tensor in tensors.items():
+        if shard and size + tensor.nbytes > SHARD_BYTES:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.nbytes
+    yield shard
+
+
+def _write_file(path: Path, tensors: Mapping[str, LazyTensor], report: Report) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in tensors.items():
+        header[name] = {
+            "dtype": _STORED_AS[tensor.dtype.name],
+            "shape": tensor.shape,
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors.items():
+            array = np.ascontiguousarray(tensor.read())
+            file.write(array.reshape(-1).view(np.uint8).data)
+            report(name, array.nbytes)
+        file.flush()
+        os.fsync(file.fileno())

