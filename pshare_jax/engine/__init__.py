@@ -1,0 +1,1 @@
+"""The engine: prefill engines, decode engines, the handoff between them, and the oracle."""

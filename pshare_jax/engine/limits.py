@@ -1,0 +1,72 @@
+"""Checks of a serving configuration against a model, before anything large is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pshare_jax.cache.layout import PageLayout
+from pshare_jax.config import ServeConfig
+from pshare_jax.errors import ConfigError
+from pshare_jax.models.config import ModelConfig
+
+DEFAULT_POOL_SEQUENCES = 8
+"""Sequences of full length that a pool holds when its size is not configured."""
+
+
+@dataclass(frozen=True)
+class PoolSizes:
+    """Pages of one prefill pool and of one decode pool, the padding page included."""
+
+    prefill: int
+    decode: int
+
+
+def check_config(config: ServeConfig, model: ModelConfig, layout: PageLayout) -> PoolSizes:
+    """Checks everything that can be known without devices, and settles the pool sizes.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    if config.page_size < 1:
+        raise ConfigError(f"page_size: must be at least 1, is {config.page_size}")
+    if not 2 <= config.max_model_len <= model.max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len: must be 2 .. {model.max_position_embeddings} (the model's), is "
+            f"{config.max_model_len}"
+        )
+    if config.max_queue < 1:
+        raise ConfigError(f"max_queue: must be at least 1, is {config.max_queue}")
+    for side, values in (("prefill", config.prefill), ("decode", config.decode)):
+        if values.engines < 1 or values.tensor_parallel < 1:
+            raise ConfigError(f"{side}: engines and tensor_parallel must be at least 1")
+    _check_buckets("prefill.chunk_buckets", config.prefill.chunk_buckets)
+    _check_buckets("decode.batch_buckets", config.decode.batch_buckets)
+    _check_buckets("decode.replay_buckets", config.decode.replay_buckets)
+    if max(config.prefill.chunk_buckets) < config.page_size:
+        raise ConfigError(
+            f"prefill.chunk_buckets: the largest ({max(config.prefill.chunk_buckets)}) must hold "
+            f"a page ({config.page_size} tokens)"
+        )
+    if config.decode.max_num_seqs < 1 or config.decode.steps_per_dispatch < 1:
+        raise ConfigError("decode: max_num_seqs and steps_per_dispatch must be at least 1")
+    longest = layout.pages_for(config.max_model_len)
+    return PoolSizes(
+        _pool_size("prefill.num_pages", config.prefill.num_pages, longest),
+        _pool_size("decode.num_pages", config.decode.num_pages, longest),
+    )
+
+
+def _check_buckets(key: str, buckets: list[int]) -> None:
+    if not buckets or min(buckets) < 1:
+        raise ConfigError(f"{key}: needs at least one size, all positive; is {buckets}")
+
+
+def _pool_size(key: str, num_pages: int, longest: int) -> int:
+    if num_pages == 0:
+        return DEFAULT_POOL_SEQUENCES * longest + 1
+    if num_pages < longest + 1:
+        raise ConfigError(
+            f"{key}: {num_pages} pages cannot hold one sequence of max_model_len tokens; that "
+            f"takes {longest + 1} (one is padding)"
+        )
+    return num_pages

@@ -1,0 +1,79 @@
+"""The oracle: one mesh, no paging, no batching, no threads, one token at a time.
+
+Slow and obvious. What the engine serves is compared with this, token by token.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pshare_jax.models.attention import KV, DenseCache, init_cache
+from pshare_jax.models.config import ModelConfig
+from pshare_jax.models.decoder import bind
+from pshare_jax.models.split import split_prompt
+from pshare_jax.models.weights import Weights
+
+
+def _step(
+    config: ModelConfig, weights: Weights, cache: list[KV], token: jax.Array, position: jax.Array
+) -> tuple[jax.Array, list[KV]]:
+    io = DenseCache(config, cache, position)
+    decoder = bind(config, weights)
+    hidden = decoder.hidden(token[None, None], position[None, None], io)
+    return decoder.logits(hidden)[0, 0], io.cache
+
+
+class Monolithic:
+    """Greedy generation by a prefill module and a decode module over one dense cache.
+
+    Args:
+        config: the architecture of both.
+        max_len: most tokens of prompt plus completion.
+    """
+
+    def __init__(self, config: ModelConfig, max_len: int):
+        self._config = config
+        self._max_len = max_len
+        self._step = jax.jit(functools.partial(_step, config))
+
+    def generate(
+        self,
+        prefill_weights: Weights,
+        decode_weights: Weights,
+        prompt: Sequence[int],
+        max_tokens: int,
+        *,
+        tail: int = 1,
+        end_token_ids: Sequence[int] = (),
+    ) -> list[int]:
+        """Greedy completion of `prompt` (token ids), the end token included.
+
+        Args:
+            prefill_weights: full weights of the prefill module.
+            decode_weights: full weights of the decode module.
+            prompt: at least one token id.
+            max_tokens: most tokens to generate.
+            tail: tokens of the prompt that the decode module reads, see `split_prompt`.
+            end_token_ids: generation ends with one of these.
+        """
+        dtype = prefill_weights["embed.embedding"].dtype
+        cache = init_cache(self._config, 1, self._max_len, dtype)
+        cover = split_prompt(len(prompt), tail)
+        logits = jnp.zeros(self._config.vocab_size)
+        for position, token in enumerate(prompt):
+            weights = prefill_weights if position < cover else decode_weights
+            logits, cache = self._step(weights, cache, np.int32(token), np.int32(position))
+        output: list[int] = []
+        while len(output) < max_tokens:
+            token = int(jnp.argmax(logits))
+            output.append(token)
+            if token in end_token_ids or len(output) == max_tokens:
+                break
+            position = np.int32(len(prompt) + len(output) - 1)
+            logits, cache = self._step(decode_weights, cache, np.int32(token), position)
+        return output

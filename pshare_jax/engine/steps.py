@@ -1,0 +1,181 @@
+"""The device functions of the engine: what one prefill chunk, one replay chunk and one decode
+dispatch compute. Pure; weights and pages are arguments, so that one executable of a shape serves
+every model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pshare_jax.cache.pool import Pages
+from pshare_jax.engine.sampler import History, Sampled, SamplingRows, sample
+from pshare_jax.kernels.kv_write.api import kv_write
+from pshare_jax.kernels.paged_attention.api import paged_attention
+from pshare_jax.models.config import ModelConfig
+from pshare_jax.models.decoder import bind
+from pshare_jax.models.lora import Adapters
+from pshare_jax.models.weights import Weights
+
+
+class Rows(NamedTuple):
+    """Where the tokens of a batch live; int32.
+
+    `page_table [B, N]`, `start [B]` (position of the first token), `lens [B]` (valid tokens).
+    """
+
+    page_table: jax.Array
+    start: jax.Array
+    lens: jax.Array
+
+
+@dataclass(frozen=True)
+class StepSpec:
+    """What a step is compiled for besides its shapes."""
+
+    config: ModelConfig
+    backend: str
+
+
+class PagedAttention:
+    """AttentionIO over a page pool: writes the new KV into pages, then attends to the pages.
+
+    `pages` is replaced layer by layer while a step is traced.
+    """
+
+    def __init__(self, spec: StepSpec, pages: Pages, rows: Rows):
+        self.pages = list(pages)
+        self._spec = spec
+        self._rows = rows
+
+    def store(self, layer: int, k: jax.Array, v: jax.Array) -> None:
+        """Writes k and v `[B, T, kv_heads, head_dim]`."""
+        self.pages[layer] = kv_write(
+            self.pages[layer], k, v, *self._rows, backend=self._spec.backend
+        )
+
+    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        """Writes k and v, then gives attention of q `[B, T, heads, head_dim]`."""
+        self.store(layer, k, v)
+        return paged_attention(
+            q,
+            self.pages[layer],
+            *self._rows,
+            sliding_window=self._spec.config.sliding_window,
+            backend=self._spec.backend,
+        )
+
+
+def _positions(rows: Rows, length: int) -> jax.Array:
+    return rows.start[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :]
+
+
+def prefill_chunk(
+    spec: StepSpec, weights: Weights, pages: Pages, tokens: jax.Array, rows: Rows
+) -> tuple[Pages, jax.Array]:
+    """The prefill module extends the KV of each row by its tokens `[B, T]`; no logits exist.
+
+    Returns the pages, and a scalar that is ready when the chunk has been computed.
+    """
+    io = PagedAttention(spec, pages, rows)
+    bind(spec.config, weights).write_kv(tokens, _positions(rows, tokens.shape[1]), io)
+    return tuple(io.pages), jnp.sum(rows.lens)
+
+
+def replay_chunk(
+    spec: StepSpec,
+    weights: Weights,
+    adapters: Weights | None,
+    pages: Pages,
+    tokens: jax.Array,
+    rows: Rows,
+    adapter_index: jax.Array,
+) -> tuple[Pages, jax.Array]:
+    """A decode module writes its own KV of known tokens `[B, T]`: a prompt's tail, or a replay."""
+    io = PagedAttention(spec, pages, rows)
+    decoder = bind(spec.config, weights)
+    stacked = None if adapters is None else Adapters(adapters, adapter_index)
+    decoder.write_kv(tokens, _positions(rows, tokens.shape[1]), io, stacked)
+    return tuple(io.pages), jnp.sum(rows.lens)
+
+
+class DecodeInput(NamedTuple):
+    """One decode dispatch: `tokens [B]` int32 are fed at `rows.start`; `slots [B]` int32 index the
+    history; `adapter_index [B]` int32, -1 for the base's weights; `num_steps` int32 scalar."""
+
+    tokens: jax.Array
+    rows: Rows
+    slots: jax.Array
+    adapter_index: jax.Array
+    sampling: SamplingRows
+    num_steps: jax.Array
+
+
+def decode_steps(
+    spec: StepSpec,
+    max_steps: int,
+    weights: Weights,
+    adapters: Weights | None,
+    pages: Pages,
+    history: History,
+    inputs: DecodeInput,
+) -> tuple[Pages, History, Sampled]:
+    """`inputs.num_steps` (1 .. max_steps) tokens for each row.
+
+    The loop's length is a run-time value, so one executable serves every number of steps.
+
+    Returns the pages, the history, and `Sampled` with leading axis `max_steps`; entries past
+    num_steps are 0.
+    """
+    decoder = bind(spec.config, weights)
+    stacked = None if adapters is None else Adapters(adapters, inputs.adapter_index)
+
+    def step(
+        i: jax.Array | int, tokens: jax.Array, pages: Pages, history: History
+    ) -> tuple[Pages, History, Sampled]:
+        rows = inputs.rows._replace(start=inputs.rows.start + i)
+        io = PagedAttention(spec, pages, rows)
+        hidden = decoder.hidden(tokens[:, None], _positions(rows, 1), io, stacked)
+        lengths = rows.start + 1
+        view = History(*(array[inputs.slots] for array in history))
+        sampled = sample(decoder.logits(hidden[:, 0]), inputs.sampling, view, lengths)
+        written = history.tokens.at[inputs.slots, lengths].set(sampled.tokens, mode="drop")
+        return tuple(io.pages), history._replace(tokens=written), sampled
+
+    if max_steps == 1:
+        pages, history, sampled = step(0, inputs.tokens, pages, history)
+        return pages, history, Sampled(*(array[None] for array in sampled))
+
+    shapes = jax.eval_shape(lambda: step(0, inputs.tokens, pages, history)[2])
+    outputs = Sampled(*(jnp.zeros((max_steps, *s.shape), s.dtype) for s in shapes))
+
+    def body(i: jax.Array, carry: tuple) -> tuple:
+        tokens, pages, history, outputs = carry
+        pages, history, sampled = step(i, tokens, pages, history)
+        outputs = Sampled(
+            *(all_.at[i].set(one) for all_, one in zip(outputs, sampled, strict=True))
+        )
+        return sampled.tokens, pages, history, outputs
+
+    _, pages, history, outputs = lax.fori_loop(
+        0, inputs.num_steps, body, (inputs.tokens, pages, history, outputs)
+    )
+    return pages, history, outputs
+
+
+def admit(
+    history: History,
+    slot: jax.Array,
+    tokens: jax.Array,
+    bias_ids: jax.Array,
+    bias_values: jax.Array,
+) -> History:
+    """Writes the known tokens `[max_len]` and the biases of a new sequence into its slot."""
+    return History(
+        history.tokens.at[slot].set(tokens),
+        history.bias_ids.at[slot].set(bias_ids),
+        history.bias_values.at[slot].set(bias_values),
+    )

@@ -1,0 +1,68 @@
+"""A thread that works while there is work, sleeps when there is none, and says so when it dies."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
+
+
+class Worker:
+    """Runs `work()` in a thread of its own until stopped.
+
+    Subclasses implement `work`, which does one bounded piece and returns whether it made
+    progress; after a fruitless one the thread sleeps until `notify`. An exception ends the
+    thread and calls `on_dead(reason)`.
+    """
+
+    def __init__(self, name: str, on_dead: Callable[[str], None]):
+        self.name = name
+        self._on_dead = on_dead
+        self._condition = threading.Condition()
+        self._notified = False
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+
+    def work(self) -> bool:
+        """One bounded piece of work; False when there was nothing to do."""
+        raise NotImplementedError
+
+    def setup(self) -> None:
+        """Called once in the thread, before the first piece of work."""
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
+        self._thread.start()
+
+    def notify(self) -> None:
+        """Wakes the thread: there may be work."""
+        with self._condition:
+            self._notified = True
+            self._condition.notify()
+
+    def stop(self) -> None:
+        """Ends the thread after its present piece of work and waits for it."""
+        with self._condition:
+            self._stopping = True
+            self._condition.notify()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self.setup()
+            while not self._stopping:
+                if not self.work():
+                    self._sleep()
+        except BaseException as error:
+            logger.exception("%s has failed", self.name)
+            self._on_dead(f"{self.name}: {type(error).__name__}: {error}")
+
+    def _sleep(self) -> None:
+        with self._condition:
+            while not self._notified and not self._stopping:
+                self._condition.wait()
+            self._notified = False
