@@ -59,8 +59,7 @@ def ordinary_logits(config: ModelConfig, weights: Weights, tokens: jax.Array) ->
 def split_logits(prefill: PrefillModule, decode: DecodeModule, tokens: jax.Array, tail: int):
     """Logits `[B, n - split, vocab]` of the decode module over the prefill module's KV.
 
-    The cache holds what the prefill module wrote for positions 0 .. split - 1, and NaN elsewhere
-    would not do: slots that are masked still take part as zeros, so they hold large values.
+    Cache slots that nobody has written hold large values: reading one would show.
     """
     config, n = prefill.config, tokens.shape[1]
     split = split_prompt(n, tail)
