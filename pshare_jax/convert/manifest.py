@@ -9,6 +9,7 @@ FOLDER/tokenizer/    tokenizer.json and its companions (prefill checkpoints only
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from pshare_jax.convert.files import one_line
 from pshare_jax.convert.tensors import DTYPES
 from pshare_jax.errors import CertificateError, CheckpointError
 from pshare_jax.models.config import Llama3RopeScaling, ModelConfig
-from pshare_jax.models.split import Certificate
+from pshare_jax.models.split import Certificate, prefill_fingerprint
 from pshare_jax.models.weights import WeightSpec, lora_specs, weight_specs
 
 FORMAT = 1
@@ -93,6 +94,27 @@ def stored_specs(config: ModelConfig, certificate: Certificate | None) -> dict[s
     assert certificate.lora_rank is not None
     assert certificate.lora_targets is not None
     return lora_specs(config, certificate.lora_rank, certificate.lora_targets)
+
+
+def tokenizer_hash(files: Mapping[str, bytes]) -> str:
+    """SHA-256 (hex) of `tokenizer.json`, which alone decides the ids that a text becomes.
+
+    The chat template and the stop tokens may change without making another prefill module.
+    """
+    return hashlib.sha256(files[TOKENIZER_FILE]).hexdigest()
+
+
+def fingerprint_of(
+    config: ModelConfig, entries: Mapping[str, TensorEntry], tokenizer_hash: str
+) -> str:
+    """The fingerprint of full weights of known hashes; a base and a copy of it have the same."""
+    hashes = {name: entry.sha256 for name, entry in entries.items()}
+    return prefill_fingerprint(config, hashes, tokenizer_hash)
+
+
+def lora_context(certificate: Certificate) -> str:
+    """What LoRA factors depend on besides themselves, in place of a tokenizer's hash."""
+    return f"{certificate.prefill_fingerprint} {certificate.lora_rank} {certificate.lora_alpha}"
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -7,8 +7,8 @@ device reads the byte ranges of its shard and no others, and a damaged file is n
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,20 @@ from pshare_jax.convert.manifest import (
     WEIGHTS_FOLDER,
     Manifest,
     TensorEntry,
+    fingerprint_of,
+    lora_context,
     read_manifest,
     stored_specs,
+    tokenizer_hash,
     write_manifest,
 )
 from pshare_jax.convert.progress import Report, quiet
 from pshare_jax.convert.tensors import DTYPES, LazyTensor, as_lazy, total_bytes
 from pshare_jax.errors import CheckpointError
 from pshare_jax.models.config import ModelConfig
-from pshare_jax.models.split import Certificate, prefill_fingerprint, tensor_hash
+from pshare_jax.models.split import Certificate, tensor_hash
 from pshare_jax.models.weights import Weights, WeightSpec
+from pshare_jax.sharding.rules import MESH_AXES
 
 __all__ = [
     "load_weights",
@@ -45,9 +49,6 @@ __all__ = [
     "write_prefill",
 ]
 
-SHARDED_AXES = ("vocab", "heads", "kv_heads", "mlp")
-"""Logical axes that tensor parallelism cuts; chunks follow the first of them that a tensor has."""
-
 MAX_CHUNKS = 16
 """Most chunks of one tensor: loading on up to this many devices reads each byte once."""
 
@@ -56,8 +57,8 @@ RESTORE_BYTES = 1 << 30
 
 
 def chunk_shape(spec: WeightSpec) -> tuple[int, ...]:
-    """Shape of the stored chunks of a tensor: its sharded axis is cut into at most `MAX_CHUNKS`."""
-    axis = next((i for i, name in enumerate(spec.axes) if name in SHARDED_AXES), None)
+    """Shape of a tensor's stored chunks: at most `MAX_CHUNKS` along the axis that meshes split."""
+    axis = next((i for i, name in enumerate(spec.axes) if MESH_AXES[name] is not None), None)
     if axis is None:
         return spec.shape
     size = spec.shape[axis]
@@ -261,7 +262,8 @@ def write_decode(
     dtype = _check_tensors(lazy, specs)
     with atomic_folder(dest) as folder:
         entries = _write_weights(folder, lazy, specs, report)
-        fingerprint = weights_fingerprint(base, draft, entries)
+        context = base.tokenizer_hash if draft.kind == "full" else lora_context(draft)
+        fingerprint = fingerprint_of(base.config, entries, context)
         certificate = Certificate(**{**vars(draft), "weights_fingerprint": fingerprint})
         manifest = Manifest(
             folder=Path(dest),
@@ -276,32 +278,6 @@ def write_decode(
         )
         write_manifest(folder, manifest)
     return manifest
-
-
-def tokenizer_hash(files: Mapping[str, bytes]) -> str:
-    """SHA-256 (hex) of `tokenizer.json`, which alone decides the ids that a text becomes.
-
-    The chat template and the stop tokens may change without making another prefill module.
-    """
-    return hashlib.sha256(files[TOKENIZER_FILE]).hexdigest()
-
-
-def fingerprint_of(
-    config: ModelConfig, entries: Mapping[str, TensorEntry], tokenizer_hash: str
-) -> str:
-    """The fingerprint of full weights of known hashes; a base and a copy of it have the same."""
-    hashes = {name: entry.sha256 for name, entry in entries.items()}
-    return prefill_fingerprint(config, hashes, tokenizer_hash)
-
-
-def weights_fingerprint(
-    base: Manifest, draft: Certificate, entries: Mapping[str, TensorEntry]
-) -> str:
-    """The fingerprint of a decode module; LoRA factors mean something on their base only."""
-    if draft.kind == "full":
-        return fingerprint_of(base.config, entries, base.tokenizer_hash)
-    context = f"{base.fingerprint} {draft.lora_rank} {draft.lora_alpha}"
-    return fingerprint_of(base.config, entries, context)
 
 
 def read_tokenizer_files(manifest: Manifest) -> dict[str, bytes]:
@@ -322,30 +298,29 @@ def read_tokenizer_files(manifest: Manifest) -> dict[str, bytes]:
     return files
 
 
+def _read(folder: Path, name: str) -> np.ndarray:
+    """Reads one tensor without orbax, which would parse the metadata of all tensors each time."""
+    path = folder / WEIGHTS_FOLDER / name
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path}/"}}
+    try:
+        return ts.open(spec, open=True).result().read().result()
+    except ValueError as error:
+        raise CheckpointError(f"{path}: tensor cannot be read: {one_line(error)}") from error
+
+
 def _restore(folder: Path, args: Mapping[str, ocp.RestoreArgs]) -> dict[str, Any]:
     """Restores the named tensors; CheckpointError names the first that cannot be."""
     restorer = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)
     weights = folder / WEIGHTS_FOLDER
-
-    def restore(names: Sequence[str]) -> dict[str, Any]:
-        request = ocp.args.PyTreeRestore(
-            item=dict.fromkeys(names, 0),
-            restore_args={name: args[name] for name in names},
-            partial_restore=True,
-        )
-        return restorer.restore(weights, args=request)  # type: ignore[arg-type]
-
+    request = ocp.args.PyTreeRestore(
+        item=dict.fromkeys(args, 0), restore_args=dict(args), partial_restore=True
+    )
     try:
-        return restore(list(args))
+        return restorer.restore(weights, args=request)  # type: ignore[arg-type]
     except Exception as error:
-        # Orbax's messages do not tell which tensor it was: find it by restoring one at a time.
+        # Orbax's messages do not tell which tensor it was: find it by reading one at a time.
         for name in args:
-            try:
-                restore([name])
-            except Exception as cause:
-                raise CheckpointError(
-                    f"{weights}: tensor {name} cannot be read: {one_line(cause)}"
-                ) from cause
+            _read(folder, name)
         raise CheckpointError(f"{weights}: cannot be read: {one_line(error)}") from error
 
 
@@ -405,11 +380,7 @@ def open_weights(folder: str | Path | Manifest) -> dict[str, LazyTensor]:
     """
     manifest = folder if isinstance(folder, Manifest) else read_manifest(folder)
 
-    def reader(name: str) -> Callable[[], np.ndarray]:
-        args = {name: ocp.RestoreArgs(restore_type=np.ndarray)}
-        return lambda: _restore(manifest.folder, args)[name]
-
     return {
-        name: LazyTensor(entry.shape, DTYPES[entry.dtype], reader(name))
+        name: LazyTensor(entry.shape, DTYPES[entry.dtype], partial(_read, manifest.folder, name))
         for name, entry in manifest.tensors.items()
     }

