@@ -130,7 +130,7 @@ class Tokenizer:
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
-        **template_kwargs: Any,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
         """Renders `messages` with the checkpoint's chat template, in transformers' Jinja sandbox.
 
@@ -149,7 +149,8 @@ class Tokenizer:
             raise RequestError(
                 "the model has no chat template; use /v1/completions", param="messages"
             )
-        if reserved := sorted(_reserved_variables() & set(template_kwargs)):
+        variables = dict(template_kwargs or {})
+        if reserved := sorted(_reserved_variables() & set(variables)):
             raise RequestError(
                 f"chat_template_kwargs may not set {', '.join(reserved)}",
                 param="chat_template_kwargs",
@@ -160,7 +161,7 @@ class Tokenizer:
                 tools=[dict(tool) for tool in tools] if tools else None,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
-                **template_kwargs,
+                **variables,
             )
         except Exception as error:  # a template can raise anything on data it did not expect
             raise RequestError(

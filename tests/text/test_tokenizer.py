@@ -72,15 +72,20 @@ def test_chat_template_is_rendered_with_tools_and_variables(byte_level):
         "<|im_start|>assistant\n"
     )
     text = byte_level.apply_chat_template(
-        MESSAGES[:1], tools=[{"name": "f"}], add_generation_prompt=False, mood="calm"
+        MESSAGES[:1],
+        tools=[{"name": "f"}],
+        add_generation_prompt=False,
+        template_kwargs={"mood": "calm"},
     )
     assert text == '<|im_start|>system\nbe kind<|im_end|>\ntools: [{"name": "f"}]\nmood: calm\n'
 
 
-@pytest.mark.parametrize("name", ["conversation", "tokenize", "chat_template", "documents"])
+@pytest.mark.parametrize(
+    "name", ["messages", "conversation", "tools", "tokenize", "chat_template", "self"]
+)
 def test_template_variables_cannot_replace_the_request(byte_level, name):
     with pytest.raises(RequestError, match=name) as error:
-        byte_level.apply_chat_template(MESSAGES, **{name: "x"})
+        byte_level.apply_chat_template(MESSAGES, template_kwargs={name: "x"})
     assert error.value.param == "chat_template_kwargs"
 
 

@@ -1,0 +1,54 @@
+"""`python -m pshare_jax.serve --config FILE.yaml`: the server's command line."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from collections.abc import Sequence
+
+from pshare_jax.config import ServeConfig, load_config
+from pshare_jax.errors import PshareError
+
+_DESCRIPTION = (
+    "Serves decode modules over one shared prefill module with OpenAI's HTTP API. Every key of the "
+    "configuration file is a flag too: --decode.max_num_seqs=16. --host and --port are short for "
+    "--server.host and --server.port; port 0 picks a free one. SIGTERM drains, a second one ends "
+    "at once."
+)
+_SHORT_FLAGS = {"--host": "--server.host", "--port": "--server.port"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the server; returns the exit code: 2 for a configuration that cannot be served."""
+    args = [_expand(arg) for arg in (sys.argv[1:] if argv is None else argv)]
+    try:
+        config = load_config(ServeConfig, args, prog="pshare_jax.serve", description=_DESCRIPTION)
+        logging.basicConfig(
+            level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+        )
+        # Imported late: jax takes seconds, which --help and a typing error need not wait for.
+        from pshare_jax.engine.orchestrator import Orchestrator
+        from pshare_jax.serve.lifecycle import bind, serve
+
+        with bind(config.server) as sock:
+            engine = Orchestrator.from_config(config)
+            return asyncio.run(serve(engine, sock, _announce))
+    except PshareError as error:
+        print(f"pshare_jax.serve: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _expand(arg: str) -> str:
+    flag, equals, value = arg.partition("=")
+    return _SHORT_FLAGS.get(flag, flag) + equals + value
+
+
+def _announce(url: str) -> None:
+    print(f"pshare_jax: ready at {url}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""The engine as the server sees it; `engine.orchestrator.Orchestrator` is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from pshare_jax.config import ServeConfig
+from pshare_jax.engine.request import Request, RequestOutput
+from pshare_jax.engine.stats import EngineStats
+from pshare_jax.models.config import ModelConfig
+from pshare_jax.text.tokenizer import Tokenizer
+
+Sink = Callable[[RequestOutput], None]
+
+
+class ModelInfo(Protocol):
+    """One served decode module."""
+
+    @property
+    def name(self) -> str:
+        """What clients ask for."""
+        ...
+
+    @property
+    def parent(self) -> str:
+        """Name of the base."""
+        ...
+
+    @property
+    def sharing(self) -> str:
+        """`shared` or `isolated`."""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """`identity`, `full` or `lora`."""
+        ...
+
+    @property
+    def tail(self) -> int:
+        """Prompt tokens that the decode module reads itself."""
+        ...
+
+    @property
+    def created(self) -> int:
+        """Unix seconds."""
+        ...
+
+
+class Submitter(Protocol):
+    """Takes sequences. Both methods return at once."""
+
+    def submit(self, request: Request, sink: Sink) -> None:
+        """Starts a sequence; `sink` gets its events, in order, from engine threads.
+
+        Raises:
+            RequestError: it can never be served.
+            UnknownModelError: its model is not served.
+            QueueFullError: not now.
+            EngineDeadError: not any more.
+        """
+        ...
+
+    def abort(self, request_id: str) -> None:
+        """Ends a sequence; unknown and ended ones are ignored."""
+        ...
+
+
+class Engine(Submitter, Protocol):
+    """The orchestrator."""
+
+    @property
+    def config(self) -> ServeConfig:
+        """What it was built from."""
+        ...
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """Shape of the base and of all decode modules."""
+        ...
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The base's tokenizer."""
+        ...
+
+    @property
+    def models(self) -> Mapping[str, ModelInfo]:
+        """The served decode modules by name."""
+        ...
+
+    @property
+    def ready(self) -> bool:
+        """Whether everything is compiled and the threads run."""
+        ...
+
+    @property
+    def dead(self) -> str | None:
+        """Why nothing can be served any more, if so."""
+        ...
+
+    def start(self) -> None:
+        """Compiles everything and starts the threads; returns when ready."""
+        ...
+
+    def stop(self) -> None:
+        """Ends the threads; sequences that still run get an ERROR event."""
+        ...
+
+    def stats(self) -> EngineStats:
+        """A snapshot; cheap."""
+        ...

@@ -1,0 +1,215 @@
+"""How the two endpoints spell the same thing: pieces of text, whole answers, usage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from msgspec import UNSET, Struct, UnsetType
+
+from pshare_jax.serve.protocol import (
+    AssistantMessage,
+    ChatChoice,
+    ChatCompletion,
+    ChatLogprobs,
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    Delta,
+    TokenLogprob,
+    TopLogprob,
+    Usage,
+)
+from pshare_jax.serve.sequence import Piece, ScoredToken, SequenceOutput
+from pshare_jax.text.tokenizer import Tokenizer
+
+# JSON has no minus infinity; OpenAI's stand-in for a probability of zero.
+MIN_LOGPROB = -9999.0
+
+
+@dataclass(frozen=True)
+class Heading:
+    """What all objects of one answer repeat. `stream_usage`: chunks say `usage: null`."""
+
+    id: str
+    created: int
+    model: str
+    stream_usage: bool
+
+    @property
+    def chunk_usage(self) -> UnsetType | None:
+        """The `usage` of a chunk that carries none."""
+        return None if self.stream_usage else UNSET
+
+
+class Format(Protocol):
+    """The spelling of one endpoint."""
+
+    heading: Heading
+
+    def opening(self, index: int) -> Struct | None:
+        """The chunk that opens choice `index`, if it has one."""
+        ...
+
+    def chunk(self, index: int, piece: Piece, sequence: SequenceOutput) -> Struct:
+        """A chunk with a piece of choice `index`."""
+        ...
+
+    def usage_chunk(self, usage: Usage) -> Struct:
+        """The last chunk, which has no choices."""
+        ...
+
+    def answer(
+        self, pieces: Sequence[Piece], sequences: Sequence[SequenceOutput], usage: Usage
+    ) -> Struct:
+        """The whole answer."""
+        ...
+
+
+class CompletionFormat:
+    """`/v1/completions`.
+
+    Args:
+        echoes: for each choice the text that goes before the completion, usually empty.
+        logprobs: how many of the most likely tokens are listed, or None for no probabilities.
+    """
+
+    def __init__(
+        self, heading: Heading, tokenizer: Tokenizer, echoes: Sequence[str], logprobs: int | None
+    ):
+        self.heading = heading
+        self._tokenizer = tokenizer
+        self._echoes = echoes
+        self._logprobs = logprobs
+
+    def opening(self, index: int) -> Struct | None:
+        """The prompt, when it is echoed."""
+        if not self._echoes[index]:
+            return None
+        choice = CompletionChoice(index, self._echoes[index], None, None, None)
+        return self._completion([choice], self.heading.chunk_usage)
+
+    def chunk(self, index: int, piece: Piece, sequence: SequenceOutput) -> Struct:
+        """A piece of text."""
+        return self._completion([self._choice(index, piece, sequence)], self.heading.chunk_usage)
+
+    def usage_chunk(self, usage: Usage) -> Struct:
+        """No choices, but the usage."""
+        return self._completion([], usage)
+
+    def answer(
+        self, pieces: Sequence[Piece], sequences: Sequence[SequenceOutput], usage: Usage
+    ) -> Struct:
+        """All texts, after their echoed prompts."""
+        choices = []
+        for index, (piece, sequence) in enumerate(zip(pieces, sequences, strict=True)):
+            choice = self._choice(index, piece, sequence)
+            choice.text = self._echoes[index] + choice.text
+            choices.append(choice)
+        return self._completion(choices, usage)
+
+    def _completion(
+        self, choices: list[CompletionChoice], usage: Usage | UnsetType | None
+    ) -> Completion:
+        heading = self.heading
+        return Completion(heading.id, heading.created, heading.model, choices, usage)
+
+    def _choice(self, index: int, piece: Piece, sequence: SequenceOutput) -> CompletionChoice:
+        logprobs = None if self._logprobs is None else self._scores(piece.tokens)
+        return CompletionChoice(
+            index, piece.text, logprobs, sequence.finish_reason, sequence.stop_reason
+        )
+
+    def _scores(self, tokens: Sequence[ScoredToken]) -> CompletionLogprobs:
+        name = self._tokenizer.token_text
+        top_logprobs = []
+        for token in tokens:
+            top = {name(i): _finite(value) for i, value in token.logprobs.top[: self._logprobs]}
+            # The chosen token is always listed, though it may not be among the most likely.
+            top.setdefault(name(token.token_id), _finite(token.logprobs.logprob))
+            top_logprobs.append(top)
+        return CompletionLogprobs(
+            tokens=[name(token.token_id) for token in tokens],
+            token_logprobs=[_finite(token.logprobs.logprob) for token in tokens],
+            top_logprobs=top_logprobs,
+            text_offset=[token.offset for token in tokens],
+        )
+
+
+class ChatFormat:
+    """`/v1/chat/completions`; `logprobs` as in `CompletionFormat`."""
+
+    def __init__(self, heading: Heading, tokenizer: Tokenizer, logprobs: int | None):
+        self.heading = heading
+        self._tokenizer = tokenizer
+        self._logprobs = logprobs
+
+    def opening(self, index: int) -> Struct | None:
+        """The role."""
+        delta = Delta(role="assistant", content="")
+        return self._chunk([ChatChoice(index, None, None, None, delta=delta)])
+
+    def chunk(self, index: int, piece: Piece, sequence: SequenceOutput) -> Struct:
+        """A piece of the message."""
+        delta = Delta(content=piece.text) if piece.text else Delta()
+        return self._chunk([self._choice(index, piece, sequence, delta=delta)])
+
+    def usage_chunk(self, usage: Usage) -> Struct:
+        """No choices, but the usage."""
+        return self._chunk([], usage)
+
+    def answer(
+        self, pieces: Sequence[Piece], sequences: Sequence[SequenceOutput], usage: Usage
+    ) -> Struct:
+        """All messages."""
+        choices = [
+            self._choice(index, piece, sequence, message=AssistantMessage(piece.text))
+            for index, (piece, sequence) in enumerate(zip(pieces, sequences, strict=True))
+        ]
+        heading = self.heading
+        return ChatCompletion(
+            heading.id, "chat.completion", heading.created, heading.model, choices, usage
+        )
+
+    def _chunk(self, choices: list[ChatChoice], usage: Usage | None = None) -> ChatCompletion:
+        heading = self.heading
+        return ChatCompletion(
+            heading.id,
+            "chat.completion.chunk",
+            heading.created,
+            heading.model,
+            choices,
+            usage or heading.chunk_usage,
+        )
+
+    def _choice(
+        self,
+        index: int,
+        piece: Piece,
+        sequence: SequenceOutput,
+        message: AssistantMessage | UnsetType = UNSET,
+        delta: Delta | UnsetType = UNSET,
+    ) -> ChatChoice:
+        logprobs = None
+        if self._logprobs is not None:
+            logprobs = ChatLogprobs([self._score(token) for token in piece.tokens])
+        return ChatChoice(
+            index, logprobs, sequence.finish_reason, sequence.stop_reason, message, delta
+        )
+
+    def _score(self, token: ScoredToken) -> TokenLogprob:
+        tokenizer, chosen = self._tokenizer, token.token_id
+        return TokenLogprob(
+            token=tokenizer.token_text(chosen),
+            logprob=_finite(token.logprobs.logprob),
+            bytes=list(tokenizer.token_bytes(chosen)),
+            top_logprobs=[
+                TopLogprob(tokenizer.token_text(i), _finite(value), list(tokenizer.token_bytes(i)))
+                for i, value in token.logprobs.top[: self._logprobs]
+            ],
+        )
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, MIN_LOGPROB)

@@ -1,0 +1,176 @@
+"""Runs one generation request: submits its sequences and answers, whole or as a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+import msgspec
+from aiohttp import web
+
+from pshare_jax.engine.request import FinishReason, Request, SamplingParams
+from pshare_jax.errors import EngineDeadError
+from pshare_jax.serve.errors import ApiError, GenerationError, as_api_error
+from pshare_jax.serve.events import Event, Generation
+from pshare_jax.serve.formats import Format
+from pshare_jax.serve.metrics import SequenceTimer
+from pshare_jax.serve.params import OutputParams, sample_seed
+from pshare_jax.serve.prompts import Prompt
+from pshare_jax.serve.protocol import Usage
+from pshare_jax.serve.sequence import SequenceOutput
+from pshare_jax.serve.service import Service
+from pshare_jax.serve.sse import EventStream
+from pshare_jax.serve.usage import total_usage
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked request: what to generate, and how to answer.
+
+    Choice i is sample `i % n` of prompt `i // n`. `arrival` is in seconds of `time.monotonic`.
+    """
+
+    model: str
+    prompts: Sequence[Prompt]
+    sampling: Sequence[SamplingParams]
+    output: OutputParams
+    cache_salt: str
+    format: Format
+    arrival: float
+
+    def requests(self) -> list[Request]:
+        """One engine request for each choice; sample i has the seed `seed + i`."""
+        n = self.output.n
+        return [
+            Request(
+                id=f"{self.format.heading.id}-{index * n + sample}",
+                model=self.model,
+                prompt_token_ids=prompt.token_ids,
+                params=dataclasses.replace(params, seed=sample_seed(params.seed, sample)),
+                cache_salt=self.cache_salt,
+            )
+            for index, (prompt, params) in enumerate(zip(self.prompts, self.sampling, strict=True))
+            for sample in range(n)
+        ]
+
+
+class Run:
+    """The choices of a job while they are being generated."""
+
+    def __init__(self, service: Service, job: Job, generation: Generation):
+        self._engine = service.engine
+        self._job = job
+        self._generation = generation
+        prompts = [prompt for prompt in job.prompts for _ in range(job.output.n)]
+        self.sequences = [SequenceOutput(service.tokenizer, job.output) for _ in prompts]
+        self._timers: list[SequenceTimer] = [
+            service.metrics.timer(job.model, job.arrival, len(prompt.token_ids))
+            for prompt in prompts
+        ]
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for sequence, timer in zip(self.sequences, self._timers, strict=True):
+            if sequence.finish_reason is None:
+                timer.end(FinishReason.ABORT, sequence.completion_tokens, time.monotonic())
+
+    async def progress(self) -> AsyncIterator[list[int]]:
+        """The choices that have got something new, batch by batch, until all have ended.
+
+        Raises:
+            GenerationError: the engine gave a sequence up.
+            EngineDeadError: it gave up altogether.
+        """
+        async for events in self._generation.batches():
+            for event in events:
+                self._feed(event)
+            yield sorted({event.index for event in events})
+
+    def usage(self) -> Usage:
+        """Tokens of the whole job."""
+        lengths = [len(prompt.token_ids) for prompt in self._job.prompts]
+        return total_usage(self.sequences, self._job.output.n, lengths)
+
+    def _feed(self, event: Event) -> None:
+        sequence, timer = self.sequences[event.index], self._timers[event.index]
+        if sequence.finish_reason is not None:
+            return
+        timer.tokens(event.output, event.time)
+        sequence.feed(event.output)
+        if sequence.finish_reason is None:
+            return
+        timer.end(sequence.finish_reason, sequence.completion_tokens, event.time)
+        if sequence.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+            if self._engine.dead is not None:
+                raise EngineDeadError(f"the engine has failed: {self._engine.dead}")
+            raise GenerationError(sequence.error or "the engine has ended the request")
+        # A stop string is found here; the engine would go on.
+        self._generation.abort(event.index)
+
+
+async def respond(request: web.Request, service: Service, job: Job) -> web.StreamResponse:
+    """Generates and answers.
+
+    Raises:
+        PshareError, ApiError, GenerationError: nothing was sent yet, and this is why.
+        ConnectionError: the client has gone.
+    """
+    requests = job.requests()
+    if len(requests) > service.max_sequences:
+        raise ApiError(
+            400,
+            f"{len(job.prompts)} prompts with n = {job.output.n} are {len(requests)} sequences; "
+            f"the server holds {service.max_sequences}",
+            param="n",
+        )
+    headers = {"X-Request-Id": job.format.heading.id}
+    with service.generation(requests) as generation, Run(service, job, generation) as run:
+        if not job.output.stream:
+            async for _ in run.progress():
+                pass
+            pieces = [sequence.take() for sequence in run.sequences]
+            answer = job.format.answer(pieces, run.sequences, run.usage())
+            return web.Response(
+                body=msgspec.json.encode(answer), content_type="application/json", headers=headers
+            )
+        stream = EventStream(request, headers, service.config.write_timeout_seconds)
+        await stream.open()
+        try:
+            await _stream(stream, job, run)
+        except (asyncio.CancelledError, ConnectionError):
+            raise
+        except Exception as error:  # the status is sent: what is left is an event that says so
+            api_error = as_api_error(error)
+            if api_error is None:
+                log.exception("a bug while streaming %s", job.format.heading.id)
+                api_error = ApiError(500, "internal error")
+            stream.add_json(api_error.body())
+            await stream.flush()
+        return stream.response
+
+
+async def _stream(stream: EventStream, job: Job, run: Run) -> None:
+    opened: set[int] = set()
+    async for indices in run.progress():
+        for index in indices:
+            sequence = run.sequences[index]
+            if index not in opened:
+                opened.add(index)
+                if (opening := job.format.opening(index)) is not None:
+                    stream.add(opening)
+            piece = sequence.take()
+            if piece.text or piece.tokens or sequence.finish_reason is not None:
+                stream.add(job.format.chunk(index, piece, sequence))
+        await stream.flush()
+    if job.output.include_usage:
+        stream.add(job.format.usage_chunk(run.usage()))
+    stream.add_json(b"[DONE]")
+    await stream.flush()

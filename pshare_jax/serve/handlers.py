@@ -1,0 +1,119 @@
+"""The generation endpoints: from an HTTP request to a `Job`."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import uuid
+
+from aiohttp import web
+
+from pshare_jax.errors import RequestError
+from pshare_jax.serve.formats import ChatFormat, CompletionFormat, Heading
+from pshare_jax.serve.generate import Job, respond
+from pshare_jax.serve.params import output_params, resolve_max_tokens, sampling_params
+from pshare_jax.serve.parsing import read_request
+from pshare_jax.serve.prompts import chat_prompt, completion_prompts
+from pshare_jax.serve.protocol import ChatRequest, CompletionRequest
+from pshare_jax.serve.service import SERVICE
+
+DEFAULT_COMPLETION_TOKENS = 16
+
+
+async def completions(request: web.Request) -> web.StreamResponse:
+    """`POST /v1/completions`."""
+    arrival = time.monotonic()
+    service = request.app[SERVICE]
+    service.require_serving()
+    body = await read_request(request, CompletionRequest, service.config.read_timeout_seconds)
+    service.model(body.model)
+    output = output_params(body)
+    # Checked before the work of tokenising, for one token; each prompt then gets its own number.
+    template = sampling_params(body, service.limits, 1, output.logprobs)
+    prompts = await completion_prompts(body, service.tokenizer, service.limits)
+    sampling = [
+        dataclasses.replace(
+            template,
+            max_tokens=resolve_max_tokens(
+                body.max_tokens,
+                DEFAULT_COMPLETION_TOKENS,
+                len(prompt.token_ids),
+                service.limits,
+                "prompt",
+            ),
+        )
+        for prompt in prompts
+    ]
+    echoes = [""] * (len(prompts) * output.n)
+    if output.echo:
+        texts = [
+            service.tokenizer.decode(prompt.token_ids, output.skip_special_tokens)
+            if prompt.text is None
+            else prompt.text
+            for prompt in prompts
+        ]
+        echoes = [text for text in texts for _ in range(output.n)]
+    job = Job(
+        model=body.model,
+        prompts=prompts,
+        sampling=sampling,
+        output=output,
+        cache_salt=body.cache_salt or "",
+        format=CompletionFormat(
+            _heading("cmpl", body.model, output.include_usage),
+            service.tokenizer,
+            echoes,
+            output.logprobs,
+        ),
+        arrival=arrival,
+    )
+    return await respond(request, service, job)
+
+
+async def chat_completions(request: web.Request) -> web.StreamResponse:
+    """`POST /v1/chat/completions`."""
+    arrival = time.monotonic()
+    service = request.app[SERVICE]
+    service.require_serving()
+    body = await read_request(request, ChatRequest, service.config.read_timeout_seconds)
+    service.model(body.model)
+    output = output_params(body)
+    template = sampling_params(body, service.limits, 1, output.logprobs)
+    prompt = await chat_prompt(
+        service.tokenizer,
+        service.limits,
+        body.messages,
+        None if body.tool_choice == "none" else body.tools,
+        body.add_generation_prompt,
+        body.chat_template_kwargs,
+    )
+    max_tokens = resolve_max_tokens(
+        _chat_max_tokens(body), None, len(prompt.token_ids), service.limits, "messages"
+    )
+    job = Job(
+        model=body.model,
+        prompts=[prompt],
+        sampling=[dataclasses.replace(template, max_tokens=max_tokens)],
+        output=output,
+        cache_salt=body.cache_salt or "",
+        format=ChatFormat(
+            _heading("chatcmpl", body.model, output.include_usage),
+            service.tokenizer,
+            output.logprobs,
+        ),
+        arrival=arrival,
+    )
+    return await respond(request, service, job)
+
+
+def _heading(prefix: str, model: str, stream_usage: bool) -> Heading:
+    return Heading(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), model, stream_usage)
+
+
+def _chat_max_tokens(body: ChatRequest) -> int | None:
+    old, new = body.max_tokens, body.max_completion_tokens
+    if old is not None and new is not None and old != new:
+        raise RequestError(
+            "max_tokens and max_completion_tokens differ; give one", param="max_completion_tokens"
+        )
+    return old if new is None else new

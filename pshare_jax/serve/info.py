@@ -1,0 +1,120 @@
+"""The small endpoints: models, tokens, and the server's own state."""
+
+from __future__ import annotations
+
+import msgspec
+from aiohttp import web
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_1_0_0
+
+from pshare_jax import __version__
+from pshare_jax.errors import RequestError
+from pshare_jax.serve.engine_api import ModelInfo
+from pshare_jax.serve.params import Limits, check_token_ids
+from pshare_jax.serve.parsing import read_request
+from pshare_jax.serve.prompts import chat_prompt, encode
+from pshare_jax.serve.protocol import (
+    DetokenizeRequest,
+    DetokenizeResponse,
+    ModelCard,
+    ModelList,
+    TokenizeRequest,
+    TokenizeResponse,
+)
+from pshare_jax.serve.service import SERVICE, Service
+
+
+def json_response(value: object, status: int = 200) -> web.Response:
+    """`value`, a struct or plain data, as JSON."""
+    return web.Response(
+        body=msgspec.json.encode(value), status=status, content_type="application/json"
+    )
+
+
+async def list_models(request: web.Request) -> web.Response:
+    """`GET /v1/models`."""
+    service = request.app[SERVICE]
+    return json_response(ModelList([_card(service, m) for m in service.engine.models.values()]))
+
+
+async def get_model(request: web.Request) -> web.Response:
+    """`GET /v1/models/{id}`; the id may hold slashes."""
+    service = request.app[SERVICE]
+    return json_response(_card(service, service.model(request.match_info["model"])))
+
+
+async def tokenize(request: web.Request) -> web.Response:
+    """`POST /tokenize`."""
+    service = request.app[SERVICE]
+    body = await read_request(request, TokenizeRequest, service.config.read_timeout_seconds)
+    if body.model is not None:
+        service.model(body.model)
+    # Counting is what this is for: a text of any length that fits a body may be counted.
+    limits = Limits(service.limits.vocab_size, max_model_len=2**63)
+    if (body.prompt is None) == (body.messages is None):
+        raise RequestError("give either prompt or messages", param="prompt")
+    if body.prompt is not None:
+        special = body.add_special_tokens is not False
+        ids = await encode(service.tokenizer, body.prompt, limits, "prompt", special)
+    else:
+        prompt = await chat_prompt(
+            service.tokenizer,
+            limits,
+            body.messages or [],
+            body.tools,
+            body.add_generation_prompt,
+            body.chat_template_kwargs,
+        )
+        ids = list(prompt.token_ids)
+    strings = None
+    if body.return_token_strs:
+        strings = [service.tokenizer.token_string(i) or "" for i in ids]
+    return json_response(TokenizeResponse(len(ids), service.limits.max_model_len, ids, strings))
+
+
+async def detokenize(request: web.Request) -> web.Response:
+    """`POST /detokenize`."""
+    service = request.app[SERVICE]
+    body = await read_request(request, DetokenizeRequest, service.config.read_timeout_seconds)
+    if body.model is not None:
+        service.model(body.model)
+    check_token_ids(body.tokens, service.limits.vocab_size, "tokens")
+    text = service.tokenizer.decode(body.tokens, skip_special_tokens=False)
+    return json_response(DetokenizeResponse(text))
+
+
+async def health(request: web.Request) -> web.Response:
+    """`GET /health`: 503 once the engine has failed."""
+    service = request.app[SERVICE]
+    dead = service.engine.dead
+    answer = {"status": service.state} if dead is None else {"status": "dead", "reason": dead}
+    return json_response(answer, 200 if dead is None else 503)
+
+
+async def ready(request: web.Request) -> web.Response:
+    """`GET /ready`: 200 while requests are taken."""
+    state = request.app[SERVICE].state
+    return json_response({"status": state}, 200 if state == "ok" else 503)
+
+
+async def metrics(request: web.Request) -> web.Response:
+    """`GET /metrics`."""
+    body = request.app[SERVICE].metrics.render()
+    return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_PLAIN_1_0_0})
+
+
+async def version(_: web.Request) -> web.Response:
+    """`GET /version`."""
+    return json_response({"version": __version__})
+
+
+def _card(service: Service, model: ModelInfo) -> ModelCard:
+    return ModelCard(
+        id=model.name,
+        created=model.created,
+        root=model.name,
+        parent=model.parent,
+        sharing=model.sharing,
+        kind=model.kind,
+        tail=model.tail,
+        max_model_len=service.limits.max_model_len,
+    )

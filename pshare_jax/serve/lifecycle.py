@@ -1,0 +1,188 @@
+"""A server's life: listen, warm up, serve, drain, end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable
+
+from aiohttp import web
+
+from pshare_jax.config import ServerConfig
+from pshare_jax.errors import ConfigError
+from pshare_jax.serve.app import build_app
+from pshare_jax.serve.engine_api import Engine
+from pshare_jax.serve.service import SERVICE, Service
+
+log = logging.getLogger(__name__)
+
+# How long a finished or aborted handler may take to write what it has left.
+SHUTDOWN_SECONDS = 2.0
+
+
+def bind(config: ServerConfig) -> socket.socket:
+    """A socket bound to the configured address; it does not listen yet.
+
+    Raises:
+        ConfigError: the address cannot be had.
+    """
+    sock = None
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.socket(family, kind, protocol)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except (OSError, OverflowError) as error:
+        if sock is not None:
+            sock.close()
+        raise ConfigError(
+            f"server.host, server.port: cannot listen on {config.host}:{config.port}: {error}"
+        ) from error
+    return sock
+
+
+def url_of(sock: socket.socket) -> str:
+    """The URL of a bound socket, with the port it really has."""
+    host, port = sock.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class HttpServer:
+    """The application on a socket.
+
+    Attributes:
+        service: the state its handlers share.
+    """
+
+    def __init__(self, engine: Engine):
+        config = engine.config.server
+        app = build_app(engine)
+        self.service: Service = app[SERVICE]
+        self._runner = web.AppRunner(
+            app,
+            # A client that goes away cancels its handler, which gives up its sequences.
+            handler_cancellation=True,
+            # Also bounds how long a connection may take to send its headers.
+            keepalive_timeout=config.read_timeout_seconds,
+            access_log_format='%a "%r" %s %b %Tf',
+            shutdown_timeout=SHUTDOWN_SECONDS,
+        )
+
+    async def start(self, sock: socket.socket) -> None:
+        """Listens on `sock`, a bound socket."""
+        await self._runner.setup()
+        await web.SockSite(self._runner, sock).start()
+
+    async def close(self) -> None:
+        """Ends all connections and stops listening."""
+        await self._runner.cleanup()
+
+
+class WarmUp:
+    """`Engine.start` in a thread of its own, so that the event loop goes on answering.
+
+    A daemon thread: a compilation cannot be interrupted, and must not keep the process alive.
+    """
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self._loop = asyncio.get_running_loop()
+        self._done: asyncio.Future[None] = self._loop.create_future()
+        threading.Thread(target=self._run, name="warm-up", daemon=True).start()
+
+    @property
+    def running(self) -> bool:
+        """Whether the thread still compiles."""
+        return not self._done.done()
+
+    @property
+    def done(self) -> asyncio.Future[None]:
+        """Resolved when the engine is ready; holds the exception if it failed."""
+        return self._done
+
+    def _run(self) -> None:
+        error: BaseException | None = None
+        try:
+            self._engine.start()
+        except BaseException as caught:  # whatever it was, the loop has to hear of it
+            error = caught
+        try:
+            self._loop.call_soon_threadsafe(self._resolve, error)
+        except RuntimeError:
+            log.info("warm-up ended after the server")
+
+    def _resolve(self, error: BaseException | None) -> None:
+        if self._done.cancelled():
+            return
+        if error is None:
+            self._done.set_result(None)
+        else:
+            self._done.set_exception(error)
+
+
+class StopSignal:
+    """The first SIGTERM or SIGINT asks for an orderly end; the second ends the process at once."""
+
+    def __init__(self) -> None:
+        self.received = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._handle, number)
+
+    def _handle(self, number: int) -> None:
+        if self.received.is_set():
+            log.warning("second signal: ending at once")
+            os._exit(128 + number)
+        log.info("%s: draining", signal.Signals(number).name)
+        self.received.set()
+
+
+async def serve(engine: Engine, sock: socket.socket, on_ready: Callable[[str], None]) -> int:
+    """Serves until a signal, then drains; returns the process's exit code.
+
+    Args:
+        engine: an engine that has not been started.
+        sock: a bound socket; it listens from now on, also while the engine warms up.
+        on_ready: called with the URL once requests are taken.
+    """
+    stop = StopSignal()
+    server = HttpServer(engine)
+    await server.start(sock)
+    log.info("listening on %s, warming up", url_of(sock))
+    warm_up = WarmUp(engine)
+    stopped = asyncio.ensure_future(stop.received.wait())
+    code = 0
+    await asyncio.wait({warm_up.done, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    if warm_up.done.done() and (error := warm_up.done.exception()) is not None:
+        log.error("warm-up failed", exc_info=error)
+        code = 1
+    else:
+        if warm_up.done.done():
+            on_ready(url_of(sock))
+        await stopped
+        code = await _drain(server, engine, warm_up)
+    stopped.cancel()
+    await server.close()
+    if warm_up.running:
+        # Interpreter shutdown under a compiling thread can crash; nothing is left to be saved.
+        logging.shutdown()
+        os._exit(code)
+    return code
+
+
+async def _drain(server: HttpServer, engine: Engine, warm_up: WarmUp) -> int:
+    seconds = engine.config.server.drain_seconds
+    if not await server.service.drain(seconds):
+        log.warning("requests still run after %g seconds: ending them", seconds)
+    if not warm_up.running:
+        # Sequences that still run get an error event, which their handlers pass on.
+        await asyncio.to_thread(engine.stop)
+        await server.service.drain(SHUTDOWN_SECONDS)
+    log.info("drained")
+    return 0

@@ -1,0 +1,230 @@
+"""Prometheus metrics: vLLM's names where vLLM has one, `pshare_` for the rest.
+
+Counters and gauges are read off the engine when somebody asks; latencies and lengths are observed
+here, where the client's clock runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from pshare_jax.engine.request import FinishReason, RequestOutput
+from pshare_jax.engine.stats import EngineStats, TokenSource
+
+_SOURCES: tuple[TokenSource, ...] = ("computed", "same_model", "other_model")
+_SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
+
+# (name, help, value of one model): what the engine counts for each model.
+_ModelMetric = tuple[str, str, Callable[[EngineStats, str], float]]
+_COUNTERS: tuple[_ModelMetric, ...] = (
+    (
+        "vllm:prefix_cache_queries",
+        "Prompt tokens looked up in a prefix index.",
+        lambda stats, model: sum(stats.prefill_tokens.get((model, s), 0) for s in _SOURCES),
+    ),
+    (
+        "vllm:prefix_cache_hits",
+        "Prompt tokens found in a prefix index.",
+        lambda stats, model: sum(stats.prefill_tokens.get((model, s), 0) for s in _SOURCES[1:]),
+    ),
+    (
+        "vllm:prompt_tokens",
+        "Prompt tokens of admitted requests.",
+        lambda stats, model: stats.prompt_tokens.get(model, 0),
+    ),
+    (
+        "vllm:generation_tokens",
+        "Generated tokens.",
+        lambda stats, model: stats.generation_tokens.get(model, 0),
+    ),
+    (
+        "vllm:num_preemptions",
+        "Sequences that lost their pages and were replayed.",
+        lambda stats, model: stats.preemptions.get(model, 0),
+    ),
+    (
+        "pshare_handoff_bytes",
+        "Bytes of KV moved from prefill pools to decode pools.",
+        lambda stats, model: stats.handoff_bytes.get(model, 0),
+    ),
+    (
+        "pshare_handoff_pages",
+        "Pages moved from prefill pools to decode pools.",
+        lambda stats, model: stats.handoff_pages.get(model, 0),
+    ),
+)
+_GAUGES: tuple[_ModelMetric, ...] = (
+    (
+        "vllm:num_requests_running",
+        "Sequences being generated.",
+        lambda stats, model: stats.running.get(model, 0),
+    ),
+    (
+        "vllm:num_requests_waiting",
+        "Sequences waiting for their turn.",
+        lambda stats, model: stats.waiting.get(model, 0),
+    ),
+    (
+        "vllm:kv_cache_usage_perc",
+        "Share of the decode pools' pages that running sequences hold; 1 is all.",
+        lambda stats, _: _decode_pool_usage(stats),
+    ),
+)
+
+
+def _decode_pool_usage(stats: EngineStats) -> float:
+    pools = [pool for name, pool in stats.pools.items() if name.startswith("decode")]
+    total = sum(pool.total for pool in pools)
+    return sum(pool.used for pool in pools) / total if total else 0.0
+
+
+class _EngineCollector(Collector):
+    def __init__(self, models: Sequence[str], stats: Callable[[], EngineStats]):
+        self._models = models
+        self._stats = stats
+
+    def collect(self) -> Iterable[Metric]:
+        stats = self._stats()
+        for name, text, value in _COUNTERS:
+            yield self._by_model(
+                CounterMetricFamily(name, text, labels=["model_name"]), value, stats
+            )
+        for name, text, value in _GAUGES:
+            yield self._by_model(GaugeMetricFamily(name, text, labels=["model_name"]), value, stats)
+        yield self._prefill_tokens(stats)
+        yield CounterMetricFamily(
+            "pshare_compiles", "Compilations after warm-up.", value=stats.compiles
+        )
+        yield self._pages(stats)
+
+    def _by_model(
+        self,
+        family: CounterMetricFamily | GaugeMetricFamily,
+        value: Callable[[EngineStats, str], float],
+        stats: EngineStats,
+    ) -> Metric:
+        for model in self._models:
+            family.add_metric([model], value(stats, model))
+        return family
+
+    def _prefill_tokens(self, stats: EngineStats) -> Metric:
+        family = CounterMetricFamily(
+            "pshare_prefill_tokens",
+            "Prompt tokens, by who computed their KV.",
+            labels=["model_name", "source"],
+        )
+        for model in self._models:
+            for source in _SOURCES:
+                family.add_metric([model, source], stats.prefill_tokens.get((model, source), 0))
+        return family
+
+    def _pages(self, stats: EngineStats) -> Metric:
+        family = GaugeMetricFamily(
+            "pshare_pages",
+            "Pages of a pool; the shared ones are among the used.",
+            labels=["pool", "state"],
+        )
+        for name, pool in stats.pools.items():
+            for state in ("free", "used", "shared", "cached"):
+                family.add_metric([name, state], getattr(pool, state))
+        return family
+
+
+class Metrics:
+    """Everything that `/metrics` shows.
+
+    Args:
+        models: names of the served models; each has its series from the start.
+        stats: takes a snapshot of the engine.
+    """
+
+    def __init__(self, models: Iterable[str], stats: Callable[[], EngineStats]):
+        names = list(models)
+        self._registry = CollectorRegistry()
+        self._registry.register(_EngineCollector(names, stats))
+        histogram = self._histogram
+        self.first_token = histogram("time_to_first_token_seconds", "Arrival to token 1.", _SECONDS)
+        self.inter_token = histogram(
+            "inter_token_latency_seconds", "Time between tokens.", _TOKEN_SECONDS
+        )
+        self.per_token = histogram(
+            "request_time_per_output_token_seconds",
+            "Mean time between the tokens of a request.",
+            _TOKEN_SECONDS,
+        )
+        self.end_to_end = histogram("e2e_request_latency_seconds", "Arrival to end.", _SECONDS)
+        self.prompt_len = histogram("request_prompt_tokens", "Prompt lengths.", _TOKENS)
+        self.completion_len = histogram("request_generation_tokens", "Answer lengths.", _TOKENS)
+        self.finished = Counter(
+            "vllm:request_success",
+            "Ended sequences, as their clients saw them.",
+            ["model_name", "finished_reason"],
+            registry=self._registry,
+        )
+        for name in names:
+            for reason in FinishReason:
+                self.finished.labels(name, reason.value)
+            for family in self._histograms():
+                family.labels(name)
+
+    def timer(self, model: str, arrival: float, prompt_len: int) -> SequenceTimer:
+        """Observes one sequence; `arrival` is in seconds of `time.monotonic`."""
+        return SequenceTimer(self, model, arrival, prompt_len)
+
+    def render(self) -> bytes:
+        """All metrics in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
+        return Histogram(
+            f"vllm:{name}", text, ["model_name"], buckets=buckets, registry=self._registry
+        )
+
+    def _histograms(self) -> Iterator[Histogram]:
+        yield from (value for value in vars(self).values() if isinstance(value, Histogram))
+
+
+class SequenceTimer:
+    """Times one sequence. A device call's tokens share the time since the one before."""
+
+    def __init__(self, metrics: Metrics, model: str, arrival: float, prompt_len: int):
+        self._metrics = metrics
+        self._model = model
+        self._arrival = arrival
+        self._prompt_len = prompt_len
+        self._inter_token = metrics.inter_token.labels(model)
+        self._first: float | None = None
+        self._last = arrival
+
+    def tokens(self, output: RequestOutput, now: float) -> None:
+        """Observes an event with tokens, which happened at `now`."""
+        count = len(output.token_ids)
+        if not count:
+            return
+        if self._first is None:
+            self._first = now
+            self._metrics.first_token.labels(self._model).observe(now - self._arrival)
+            # The clock cannot tell apart tokens that came with the first.
+            count = 0
+        for _ in range(count):
+            self._inter_token.observe((now - self._last) / count)
+        self._last = now
+
+    def end(self, reason: FinishReason, completion_tokens: int, now: float) -> None:
+        """Observes the end; lengths and latencies only of sequences that were served."""
+        metrics, model = self._metrics, self._model
+        metrics.finished.labels(model, reason.value).inc()
+        if reason not in (FinishReason.STOP, FinishReason.LENGTH):
+            return
+        metrics.prompt_len.labels(model).observe(self._prompt_len)
+        metrics.completion_len.labels(model).observe(completion_tokens)
+        metrics.end_to_end.labels(model).observe(now - self._arrival)
+        if self._first is not None and completion_tokens > 1:
+            mean = (self._last - self._first) / (completion_tokens - 1)
+            metrics.per_token.labels(model).observe(mean)

@@ -1,0 +1,248 @@
+"""Checks a request's numbers and turns them into `SamplingParams` and `OutputParams`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pshare_jax.engine.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
+from pshare_jax.errors import RequestError
+from pshare_jax.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest
+from pshare_jax.text.detokenizer import MAX_STOP_STRINGS
+
+MAX_SAMPLES = 128
+MAX_STOP_CHARS = 1000
+MAX_STOP_TOKENS = 256
+MAX_SALT_CHARS = 256
+# float32 cannot divide logits by less without overflow; the limit of such sampling is greedy.
+GREEDY_BELOW = 1e-4
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the served models allow: number of token ids, and most tokens of a sequence."""
+
+    vocab_size: int
+    max_model_len: int
+
+
+@dataclass(frozen=True)
+class OutputParams:
+    """How tokens become the text of an answer."""
+
+    n: int
+    stream: bool
+    include_usage: bool
+    stop: tuple[str, ...]
+    include_stop: bool
+    skip_special_tokens: bool
+    logprobs: int | None
+    echo: bool = False
+
+
+def output_params(body: CompletionRequest | ChatRequest) -> OutputParams:
+    """Checks and collects everything that concerns the answer.
+
+    Raises:
+        RequestError: a value out of range, or a combination that cannot be served.
+    """
+    n = 1 if body.n is None else _bounded("n", body.n, 1, MAX_SAMPLES)
+    stream = bool(body.stream)
+    if body.stream_options is not None and not stream:
+        raise RequestError("stream_options needs stream: true", param="stream_options")
+    if isinstance(body, ChatRequest):
+        _check_chat(body)
+        echo, logprobs = False, _chat_logprobs(body)
+    else:
+        echo, logprobs = bool(body.echo), body.logprobs
+        _check_completion(body, n)
+    if logprobs is not None:
+        param = "top_logprobs" if isinstance(body, ChatRequest) else "logprobs"
+        _bounded(param, logprobs, 0, MAX_LOGPROBS)
+    return OutputParams(
+        n=n,
+        stream=stream,
+        include_usage=body.stream_options is not None and bool(body.stream_options.include_usage),
+        stop=_stop_strings(body.stop),
+        include_stop=bool(body.include_stop_str_in_output),
+        skip_special_tokens=body.skip_special_tokens is not False,
+        logprobs=logprobs,
+        echo=echo,
+    )
+
+
+def sampling_params(
+    body: GenerationRequest, limits: Limits, max_tokens: int, logprobs: int | None
+) -> SamplingParams:
+    """Checks and collects everything that concerns the choice of tokens.
+
+    Raises:
+        RequestError: a value out of range.
+    """
+    temperature = _float("temperature", body.temperature, 1.0, 0.0, 100.0)
+    top_k = 0 if body.top_k is None else _bounded("top_k", body.top_k, -1, 2**63 - 1)
+    top_p = _float("top_p", body.top_p, 1.0, 0.0, 1.0)
+    if top_p == 0.0:
+        raise RequestError("top_p must be above 0 and at most 1, got 0", param="top_p")
+    if body.seed is not None:
+        _bounded("seed", body.seed, -(2**63), 2**63 - 1)
+    if body.cache_salt is not None and len(body.cache_salt) > MAX_SALT_CHARS:
+        raise RequestError(
+            f"cache_salt must have at most {MAX_SALT_CHARS} characters", param="cache_salt"
+        )
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=0.0 if temperature < GREEDY_BELOW else temperature,
+        top_k=min(max(top_k, 0), limits.vocab_size),
+        top_p=top_p,
+        min_p=_float("min_p", body.min_p, 0.0, 0.0, 1.0),
+        seed=sample_seed(body.seed, 0),
+        repetition_penalty=_float("repetition_penalty", body.repetition_penalty, 1.0, 0.01, 100.0),
+        presence_penalty=_float("presence_penalty", body.presence_penalty, 0.0, -2.0, 2.0),
+        frequency_penalty=_float("frequency_penalty", body.frequency_penalty, 0.0, -2.0, 2.0),
+        logit_bias=_logit_bias(body.logit_bias or {}, limits.vocab_size),
+        logprobs=logprobs,
+        stop_token_ids=_stop_token_ids(body.stop_token_ids or [], limits.vocab_size),
+        ignore_eos=bool(body.ignore_eos),
+    )
+
+
+def sample_seed(seed: int | None, index: int) -> int | None:
+    """Seed of sample `index` of a request: a 32-bit number, as the device's generator takes."""
+    return None if seed is None else (seed + index) % 2**32
+
+
+def check_token_ids(ids: Sequence[int], vocab_size: int, param: str) -> None:
+    """Raises RequestError if an id is not one of the model's."""
+    for token_id in ids:
+        if not 0 <= token_id < vocab_size:
+            raise RequestError(
+                f"{param}: token id {token_id} is out of range; the model has ids 0 to "
+                f"{vocab_size - 1}",
+                param=param,
+            )
+
+
+def resolve_max_tokens(
+    given: int | None, default: int | None, prompt_len: int, limits: Limits, param: str
+) -> int:
+    """Most tokens to generate after a prompt of `prompt_len` tokens.
+
+    A number that the client gave must fit; the default (None: as many as fit) is cut to fit.
+
+    Raises:
+        RequestError: the prompt, or the prompt with its completion, is too long.
+    """
+    room = limits.max_model_len - prompt_len
+    if given is not None and given < 1:
+        raise RequestError(f"max_tokens must be at least 1, got {given}", param="max_tokens")
+    wanted = given if given is not None else 1
+    if wanted > room:
+        raise RequestError(
+            f"This model's maximum context length is {limits.max_model_len} tokens. However, you "
+            f"requested {prompt_len + wanted} tokens ({prompt_len} in the {param}, {wanted} in "
+            f"the completion). Please reduce the length of the {param} or completion.",
+            param=param,
+            code="context_length_exceeded",
+        )
+    if given is not None:
+        return given
+    return room if default is None else min(default, room)
+
+
+def _check_completion(body: CompletionRequest, n: int) -> None:
+    if body.echo and body.logprobs is not None:
+        raise RequestError(
+            "echo with logprobs is not served: the prompt's own probabilities are not computed",
+            param="echo",
+        )
+    if body.best_of is not None and body.best_of != n:
+        raise RequestError(
+            f"best_of ({body.best_of}) must equal n ({n}): samples are not ranked", param="best_of"
+        )
+    if body.suffix:
+        raise RequestError("suffix is not served: no model here fills in", param="suffix")
+
+
+def _check_chat(body: ChatRequest) -> None:
+    if body.response_format is not None and body.response_format.type != "text":
+        raise RequestError(
+            f"response_format {body.response_format.type[:100]!r} is not served; only 'text' is",
+            param="response_format.type",
+        )
+    if body.tool_choice not in (None, "none", "auto"):
+        raise RequestError(
+            "tool_choice must be 'none' or 'auto': tool calls cannot be forced",
+            param="tool_choice",
+        )
+    if body.modalities not in (None, ["text"]):
+        raise RequestError("modalities must be ['text']", param="modalities")
+
+
+def _chat_logprobs(body: ChatRequest) -> int | None:
+    if body.top_logprobs is not None and not body.logprobs:
+        raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
+    return (body.top_logprobs or 0) if body.logprobs else None
+
+
+def _bounded(name: str, value: int, low: int, high: int) -> int:
+    if not low <= value <= high:
+        raise RequestError(
+            f"{name} must be between {low} and {high}, got {_brief(value)}", param=name
+        )
+    return value
+
+
+def _float(name: str, value: float | None, default: float, low: float, high: float) -> float:
+    if value is None:
+        return default
+    if not low <= value <= high:
+        raise RequestError(f"{name} must be between {low:g} and {high:g}, got {value}", param=name)
+    return value
+
+
+def _brief(value: int) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"a number of {len(text)} digits"
+
+
+def _stop_strings(stop: str | list[str] | None) -> tuple[str, ...]:
+    stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+    if len(stops) > MAX_STOP_STRINGS:
+        raise RequestError(
+            f"stop may hold at most {MAX_STOP_STRINGS} strings, got {len(stops)}", param="stop"
+        )
+    if not all(0 < len(text) <= MAX_STOP_CHARS for text in stops):
+        raise RequestError(
+            f"each stop string must have 1 to {MAX_STOP_CHARS} characters", param="stop"
+        )
+    return stops
+
+
+def _stop_token_ids(ids: Sequence[int], vocab_size: int) -> tuple[int, ...]:
+    if len(ids) > MAX_STOP_TOKENS:
+        raise RequestError(
+            f"stop_token_ids may hold at most {MAX_STOP_TOKENS} ids, got {len(ids)}",
+            param="stop_token_ids",
+        )
+    check_token_ids(ids, vocab_size, "stop_token_ids")
+    return tuple(ids)
+
+
+def _logit_bias(bias: Mapping[str, float], vocab_size: int) -> dict[int, float]:
+    if len(bias) > MAX_LOGIT_BIAS:
+        raise RequestError(
+            f"logit_bias may hold at most {MAX_LOGIT_BIAS} tokens, got {len(bias)}",
+            param="logit_bias",
+        )
+    biases = {}
+    for key, value in bias.items():
+        # The length check keeps int() from being asked for thousands of digits.
+        if not (key.isascii() and key.isdigit() and len(key) <= 20):
+            raise RequestError(
+                f"logit_bias: {key[:40]!r} is not a token id written as a number",
+                param="logit_bias",
+            )
+        biases[int(key)] = _float("logit_bias", value, 0.0, -100.0, 100.0)
+    check_token_ids(list(biases), vocab_size, "logit_bias")
+    return biases

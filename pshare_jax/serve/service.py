@@ -1,0 +1,106 @@
+"""What all handlers share: the engine, its limits, and whether requests are taken."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from aiohttp import web
+
+from pshare_jax.engine.request import Request
+from pshare_jax.errors import EngineDeadError, UnknownModelError
+from pshare_jax.serve.engine_api import Engine, ModelInfo
+from pshare_jax.serve.errors import ApiError
+from pshare_jax.serve.events import EventBridge, Generation
+from pshare_jax.serve.metrics import Metrics
+from pshare_jax.serve.params import Limits
+
+
+class Service:
+    """One running server's state. Belongs to one event loop."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.config = engine.config.server
+        self.tokenizer = engine.tokenizer
+        self.limits = Limits(engine.model_config.vocab_size, engine.config.max_model_len)
+        self.metrics = Metrics(engine.models, engine.stats)
+        self.draining = False
+        self._bridge = EventBridge(asyncio.get_running_loop())
+        self._active = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def max_sequences(self) -> int:
+        """More sequences than the engine can hold could never be admitted together."""
+        decode = self.engine.config.decode
+        return self.engine.config.max_queue + decode.engines * decode.max_num_seqs
+
+    @property
+    def state(self) -> str:
+        """`ok`, `warming_up`, `draining` or `dead`."""
+        if self.engine.dead is not None:
+            return "dead"
+        if self.draining:
+            return "draining"
+        return "ok" if self.engine.ready else "warming_up"
+
+    def require_serving(self) -> None:
+        """Raises ApiError (503) or EngineDeadError while requests are not taken."""
+        match self.state:
+            case "dead":
+                raise EngineDeadError(f"the engine has failed: {self.engine.dead}")
+            case "draining":
+                raise ApiError(
+                    503,
+                    "the server is shutting down",
+                    code="shutting_down",
+                    headers={"Retry-After": "1"},
+                )
+            case "warming_up":
+                raise ApiError(
+                    503,
+                    "the server is still compiling; ask /ready",
+                    code="warming_up",
+                    headers={"Retry-After": "5"},
+                )
+
+    def model(self, name: str) -> ModelInfo:
+        """The served model of that name.
+
+        Raises:
+            UnknownModelError: there is none.
+        """
+        if name not in self.engine.models:
+            served = ", ".join(self.engine.models)
+            raise UnknownModelError(f"The model {name[:100]!r} does not exist; served: {served}")
+        return self.engine.models[name]
+
+    @contextmanager
+    def generation(self, requests: Sequence[Request]) -> Iterator[Generation]:
+        """Runs the sequences of one HTTP request; leaving aborts what still runs."""
+        self.require_serving()
+        self._active += 1
+        self._idle.clear()
+        try:
+            with Generation(self.engine, self._bridge, requests) as generation:
+                yield generation
+        finally:
+            self._active -= 1
+            if not self._active:
+                self._idle.set()
+
+    async def drain(self, seconds: float) -> bool:
+        """Takes no more requests and waits for the running ones; whether all ended in time."""
+        self.draining = True
+        try:
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+
+SERVICE = web.AppKey("service", Service)

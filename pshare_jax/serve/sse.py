@@ -1,0 +1,81 @@
+"""Server-sent events over one response, with a limit on how long a client may not read."""
+
+from __future__ import annotations
+
+import asyncio
+from types import TracebackType
+
+import msgspec
+from aiohttp import web
+
+_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    # Proxies of nginx's kind would otherwise collect the events.
+    "X-Accel-Buffering": "no",
+}
+
+
+class WriteTimeout:
+    """`async with WriteTimeout(request, seconds)`: a client that does not read is cut off.
+
+    Raises ConnectionResetError, as if the client had gone.
+    """
+
+    def __init__(self, request: web.Request, seconds: float):
+        self._request = request
+        self._timeout = asyncio.timeout(seconds)
+
+    async def __aenter__(self) -> None:
+        await self._timeout.__aenter__()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            await self._timeout.__aexit__(kind, error, trace)
+        except TimeoutError:
+            if self._request.transport is not None:
+                self._request.transport.abort()
+            raise ConnectionResetError("the client does not read its answer") from None
+
+
+class EventStream:
+    """Collects events and sends them together."""
+
+    def __init__(self, request: web.Request, headers: dict[str, str], write_timeout: float):
+        self._request = request
+        self._seconds = write_timeout
+        self._encoder = msgspec.json.Encoder()
+        self._pending = bytearray()
+        self.response = web.StreamResponse(headers={**_HEADERS, **headers})
+
+    def add(self, event: msgspec.Struct) -> None:
+        """Queues `event` as JSON."""
+        self.add_json(self._encoder.encode(event))
+
+    def add_json(self, data: bytes) -> None:
+        """Queues an event that is encoded already."""
+        self._pending += b"data: "
+        self._pending += data
+        self._pending += b"\n\n"
+
+    async def flush(self) -> None:
+        """Sends what is queued.
+
+        Raises:
+            ConnectionError: the client has gone, or does not read.
+        """
+        if not self._pending:
+            return
+        data, self._pending = bytes(self._pending), bytearray()
+        async with WriteTimeout(self._request, self._seconds):
+            await self.response.write(data)
+
+    async def open(self) -> None:
+        """Sends the headers."""
+        async with WriteTimeout(self._request, self._seconds):
+            await self.response.prepare(self._request)
