@@ -1,0 +1,261 @@
+"""An engine without a model: scripted tokens from a thread, and an honest prefix index."""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from pshare_jax.config import ModelEntry, ServeConfig, ServerConfig
+from pshare_jax.engine.request import (
+    FinishReason,
+    PromptUsage,
+    Request,
+    RequestOutput,
+    TokenLogprobs,
+)
+from pshare_jax.engine.stats import EngineStats, PoolStats
+from pshare_jax.errors import EngineDeadError, QueueFullError, UnknownModelError
+from pshare_jax.models.config import ModelConfig
+from pshare_jax.text.tokenizer import Tokenizer
+
+MODELS = {"planner": "shared", "coder": "shared", "team/critic": "isolated"}
+PAGE_SIZE = 4
+TAIL = 1
+
+
+@dataclass(frozen=True)
+class FakeModelInfo:
+    name: str
+    sharing: str
+    parent: str = "base"
+    kind: str = "identity"
+    tail: int = TAIL
+    created: int = 1_700_000_000
+
+
+@dataclass
+class Running:
+    request: Request
+    sink: Callable[[RequestOutput], None]
+    script: list[int]
+    usage: PromptUsage
+    sent: int = 0
+
+
+@dataclass
+class FakeOrchestrator:
+    """Generates `script(request)` for each request, the last token over and over if need be.
+
+    `gate` lets tokens through while it is set; `start_gate` lets `start` return. Tokens come
+    `tokens_per_event` at a time. `log_usage` keeps what was told about each prompt.
+    """
+
+    config: ServeConfig
+    tokenizer: Tokenizer
+    script: Callable[[Request], list[int]]
+    tokens_per_event: int = 1
+    gate: threading.Event = field(default_factory=threading.Event)
+    start_gate: threading.Event = field(default_factory=threading.Event)
+    start_error: Exception | None = None
+    submit_error: Exception | None = None
+    ready: bool = False
+    dead: str | None = None
+    submitted: list[Request] = field(default_factory=list)
+    aborted: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.model_config = ModelConfig("llama", self.tokenizer.vocab_size + 8, 8, 8, 1, 1, 1, 8)
+        self.models = {name: FakeModelInfo(name, sharing) for name, sharing in MODELS.items()}
+        self._lock = threading.Condition()
+        self._running: dict[str, Running] = {}
+        self._index: dict[tuple, str] = {}
+        self._counts: dict[str, Counter] = {
+            name: Counter() for name in ("prefill", "prompt", "generation", "finished", "bytes")
+        }
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self.gate.set()
+        self.start_gate.set()
+
+    def start(self) -> None:
+        self.start_gate.wait()
+        if self.start_error is not None:
+            raise self.start_error
+        self._thread.start()
+        self.ready = True
+
+    def stop(self) -> None:
+        self.gate.set()
+        with self._lock:
+            self._stopped = True
+            self._lock.notify_all()
+            self._end_all("the engine was stopped")
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def fail(self, reason: str) -> None:
+        with self._lock:
+            self.dead = reason
+            self._end_all(reason)
+
+    def submit(self, request: Request, sink: Callable[[RequestOutput], None]) -> None:
+        with self._lock:
+            if self.dead is not None:
+                raise EngineDeadError(self.dead)
+            if self.submit_error is not None:
+                raise self.submit_error
+            if request.model not in self.models:
+                raise UnknownModelError(f"no model {request.model}")
+            if len(self._running) >= self.config.max_queue:
+                raise QueueFullError("the queue is full", retry_after=1.5)
+            assert request.id not in self._running
+            self.submitted.append(request)
+            usage = self._prefill(request)
+            self._running[request.id] = Running(request, sink, self.script(request), usage)
+            self._lock.notify_all()
+
+    def abort(self, request_id: str) -> None:
+        with self._lock:
+            self.aborted.append(request_id)
+            if running := self._running.pop(request_id, None):
+                self._finish(running, RequestOutput(request_id, finish_reason=FinishReason.ABORT))
+
+    def stats(self) -> EngineStats:
+        with self._lock:
+            running = Counter(run.request.model for run in self._running.values())
+            counts = self._counts
+            return EngineStats(
+                prefill_tokens=dict(counts["prefill"]),
+                prompt_tokens=dict(counts["prompt"]),
+                generation_tokens=dict(counts["generation"]),
+                handoff_bytes=dict(counts["bytes"]),
+                handoff_pages={},
+                preemptions={"planner": 3},
+                compiles=0,
+                finished=dict(counts["finished"]),
+                running=dict(running),
+                waiting={"coder": 2},
+                pools={
+                    "prefill0": PoolStats(total=99, free=90, used=2, shared=1, cached=7),
+                    "decode0": PoolStats(total=50, free=30, used=15, shared=4, cached=5),
+                    "decode1": PoolStats(total=50, free=40, used=5, shared=0, cached=5),
+                },
+            )
+
+    @property
+    def running_ids(self) -> list[str]:
+        with self._lock:
+            return list(self._running)
+
+    def _prefill(self, request: Request) -> PromptUsage:
+        """Whole pages before the tail are found by the hash chain of what comes before them."""
+        covered = request.prompt_token_ids[:-TAIL]
+        namespace = request.model if MODELS[request.model] == "isolated" else "base"
+        sources: Counter = Counter()
+        hit = True
+        for end in range(PAGE_SIZE, len(covered) + 1, PAGE_SIZE):
+            key = (namespace, request.cache_salt, covered[:end])
+            hit = hit and key in self._index
+            if not hit:
+                self._index[key] = request.model
+                continue
+            source = "same_model" if self._index[key] == request.model else "other_model"
+            sources[source] += PAGE_SIZE
+        cached = sources.total()
+        sources["computed"] = len(covered) - cached
+        for source, tokens in sources.items():
+            self._counts["prefill"][request.model, source] += tokens
+        self._counts["prompt"][request.model] += len(request.prompt_token_ids)
+        self._counts["bytes"][request.model] += 10 * sources["computed"]
+        return PromptUsage(
+            prompt_tokens=len(request.prompt_token_ids),
+            computed_tokens=sources["computed"],
+            cached_tokens=cached,
+            shared_tokens=sources["other_model"],
+        )
+
+    def _run(self) -> None:
+        while True:
+            self.gate.wait()
+            with self._lock:
+                while not self._running and not self._stopped:
+                    self._lock.wait()
+                if self._stopped:
+                    return
+                for running in list(self._running.values()):
+                    self._step(running)
+            time.sleep(0)
+
+    def _step(self, running: Running) -> None:
+        request, params = running.request, running.request.params
+        stops = set(params.stop_token_ids)
+        if not params.ignore_eos:
+            stops.update(self.tokenizer.eos_token_ids)
+        token_ids, reason, stop_token = [], None, None
+        while reason is None and len(token_ids) < self.tokens_per_event:
+            token_id = running.script[min(running.sent, len(running.script) - 1)]
+            token_ids.append(token_id)
+            running.sent += 1
+            if token_id in stops:
+                reason, stop_token = FinishReason.STOP, token_id
+            elif running.sent >= params.max_tokens:
+                reason = FinishReason.LENGTH
+        self._counts["generation"][request.model] += len(token_ids)
+        output = RequestOutput(
+            request.id,
+            token_ids=tuple(token_ids),
+            logprobs=self._logprobs(token_ids, params.logprobs),
+            usage=running.usage if running.sent == len(token_ids) else None,
+            finish_reason=reason,
+            stop_token=stop_token,
+        )
+        if reason is None:
+            running.sink(output)
+        else:
+            del self._running[request.id]
+            self._finish(running, output)
+
+    def _logprobs(self, token_ids: list[int], count: int | None) -> tuple[TokenLogprobs, ...]:
+        """The chosen token is the second most likely; the least likely one is impossible."""
+        if count is None:
+            return ()
+        scores = [-0.25, -0.5, *(-float(rank) for rank in range(1, 18)), float("-inf")]
+        return tuple(
+            TokenLogprobs(
+                -0.5,
+                tuple(
+                    ((token_id + (1, 0, *range(2, 20))[rank]) % 400, scores[rank])
+                    for rank in range(count)
+                ),
+            )
+            for token_id in token_ids
+        )
+
+    def _finish(self, running: Running, output: RequestOutput) -> None:
+        self._counts["finished"][running.request.model, output.finish_reason] += 1
+        running.sink(output)
+
+    def _end_all(self, reason: str) -> None:
+        for running in list(self._running.values()):
+            self._finish(
+                running,
+                RequestOutput(running.request.id, finish_reason=FinishReason.ERROR, error=reason),
+            )
+        self._running.clear()
+
+
+def fake_config(max_model_len: int = 256, max_queue: int = 64, **server) -> ServeConfig:
+    return ServeConfig(
+        base="fake",
+        models=[ModelEntry(name) for name in MODELS],
+        max_model_len=max_model_len,
+        max_queue=max_queue,
+        server=ServerConfig(**{"port": 0, **server}),
+    )
+
+
+def fake_engine(tokenizer: Tokenizer, config: ServeConfig | None = None, text: str = "hello world"):
+    """Answers `text` and the end token, whatever it is asked."""
+    answer = [*tokenizer.encode(text), tokenizer.eos_token_ids[0]]
+    return FakeOrchestrator(config or fake_config(), tokenizer, lambda request: list(answer))
