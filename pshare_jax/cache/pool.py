@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -73,12 +73,3 @@ class PagePool:
             raise RuntimeError(
                 "only the thread that owns a page pool may touch its arrays; call own() first"
             )
-
-
-def pool_bytes(layout: PageLayout, num_pages: int) -> int:
-    """Bytes of a pool over all devices of its mesh, without replication."""
-    return layout.bytes_per_page * num_pages
-
-
-PageTable = Any
-"""int32 `[rows, width]` numpy array of page indices; 0 where a row has no page."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from array import array
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -29,10 +30,14 @@ def block_keys(root: bytes, tokens: Sequence[int], page_size: int) -> list[bytes
     keys: list[bytes] = []
     key = root
     for end in range(page_size, len(tokens) + 1, page_size):
-        block = array("i", tokens[end - page_size : end]).tobytes()
-        key = hashlib.blake2b(key + block, digest_size=16).digest()
+        key = block_key(key, tokens[end - page_size : end])
         keys.append(key)
     return keys
+
+
+def block_key(parent: bytes, tokens: Sequence[int]) -> bytes:
+    """The key of the block `tokens` that follows the block of key `parent`."""
+    return hashlib.blake2b(parent + array("i", tokens).tobytes(), digest_size=16).digest()
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -89,7 +94,7 @@ class PrefixIndex:
         self._full: dict[bytes, Node] = {}
         self._children: dict[bytes, _Children] = {}
         self._by_page: dict[int, Node] = {}
-        self._unused: dict[Node, None] = {}
+        self._unused: OrderedDict[Node, None] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._by_page)
@@ -164,7 +169,3 @@ class PrefixIndex:
     def num_unused(self) -> int:
         """Indexed pages that nothing references; all of them can be evicted, leaves first."""
         return len(self._unused)
-
-    def nodes(self) -> Iterator[Node]:
-        """All nodes."""
-        return iter(self._by_page.values())

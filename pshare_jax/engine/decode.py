@@ -145,6 +145,7 @@ class DecodeEngine(Worker):
         self._inbox: list[_Arrival] = []
         self._inbox_lock = threading.Lock()
         self._in_flight = 0
+        self._first_refused: Sequence | None = None
         self._blocked: list[_Arrival] = []
         self._rows: list[DecodeRow] = []
         self._tick = 0
@@ -160,8 +161,25 @@ class DecodeEngine(Worker):
 
         Full prompt pages that this pool holds, or that are on their way to it, are shared. A page
         for each running sequence is left over, so that arrivals do not at once cause preemptions.
-        From any thread.
+        A sequence that was refused is served before all younger ones, whichever prefill engine
+        they come from. From any thread.
         """
+        cache = self.cache
+        with cache.lock:
+            first = self._first_refused
+            if first is not None and not first.abandoned and first.order < sequence.order:
+                return None
+            reservation = self._reserve(sequence)
+            if reservation is None:
+                self._first_refused = sequence
+                return None
+            if first is not sequence:
+                return reservation
+            self._first_refused = None
+        self._on_room()
+        return reservation
+
+    def _reserve(self, sequence: Sequence) -> Reservation | None:
         cache, layout = self.cache, self._layout
         with cache.lock:
             if not self._free_slots:
@@ -204,6 +222,13 @@ class DecodeEngine(Worker):
             self.cache.insert(parent)
             arriving.append(parent)
         return arriving
+
+    def cancel(self, reservation: Reservation) -> None:
+        """Gives back a reservation whose pages will not come, because the sender is failing."""
+        with self.cache.lock:
+            self.cache.release(reservation.pages)
+            self._free_slots.append(reservation.slot)
+            self._in_flight -= 1
 
     def commit(self, sequence: Sequence, reservation: Reservation, staged: list[Staged]) -> None:
         """Takes over a sequence and the pages its reservation lacked; from any thread."""
@@ -288,6 +313,14 @@ class DecodeEngine(Worker):
         values[: len(bias)] = list(bias.values())
         self._history = self._admit(self._history, np.int32(slot), row, ids, values)
 
+    def release_all(self) -> None:
+        """Gives back what sequences hold here; once no engine thread runs any more."""
+        for arrival in (*self._inbox, *self._blocked):
+            self.cache.release(arrival.reservation.pages)
+        for row in self._rows:
+            self.cache.release(row.pages)
+        self._inbox, self._blocked, self._rows = [], [], []
+
     def _drop_abandoned(self) -> None:
         for row in [row for row in self._rows if row.sequence.abandoned]:
             self._remove(row)
@@ -363,12 +396,12 @@ class DecodeEngine(Worker):
         return True
 
     def _accept(self, row: DecodeRow, tokens: list[int], logprobs: list[TokenLogprobs]) -> None:
-        before = len(row.sequence.output)
-        reason = row.sequence.append(tokens, logprobs)
-        row.num_kv += len(tokens)
-        self._counters.generated(row.sequence.model.name, len(row.sequence.output) - before)
+        accepted, reason = row.sequence.accept(tokens)
+        row.num_kv += len(accepted)
+        self._counters.generated(row.sequence.model.name, len(accepted))
         if reason is not None:
             self._remove(row)
+        row.sequence.emit(accepted, logprobs, reason)
 
     def _ensure_pages(self, row: DecodeRow, steps: int) -> bool:
         """Pages for the next `steps` tokens of `row`, preempting younger sequences if need be."""

@@ -141,7 +141,7 @@ class Orchestrator:
             )
             for i, mesh in enumerate(prefill_meshes)
         ]
-        self._router = Router(self._prefill, self._decode)
+        self._router = Router(self._prefill, [engine.cache for engine in self._decode])
         self._live: dict[str, Sequence] = {}
         self._lock = threading.Lock()
         self._order = itertools.count()
@@ -228,9 +228,9 @@ class Orchestrator:
                 raise QueueFullError(f"{num_waiting} requests are waiting; try again later")
             self._live[request.id] = sequence
         self._route(sequence)
-        # A death between the check above and the registration must not leave it waiting for ever.
-        if self.dead is not None:
-            sequence.finish(FinishReason.ERROR, self.dead)
+        # An end between the check above and the registration must not leave it waiting for ever.
+        if self.dead is not None or not self.ready:
+            sequence.finish(FinishReason.ERROR, self.dead or "the engine was stopped")
 
     def abort(self, request_id: str) -> None:
         """Ends a request; its last event says ABORT. Unknown ids are ignored."""
@@ -238,8 +238,7 @@ class Orchestrator:
             sequence = self._live.get(request_id)
         if sequence is not None:
             sequence.abort_requested = True
-            self._prefill[sequence.prefill_engine].notify()
-            self._decode[sequence.decode_engine].notify()
+            self._notify_all()
 
     def stop(self) -> None:
         """Ends the engine threads; requests that still run get an ERROR event."""
@@ -247,6 +246,8 @@ class Orchestrator:
         for engine in (*self._prefill, *self._decode):
             engine.stop()
         self._fail_all("the engine was stopped")
+        for engine in (*self._prefill, *self._decode):
+            engine.release_all()
 
     def stats(self) -> EngineStats:
         """A snapshot of counters and gauges."""
@@ -277,16 +278,20 @@ class Orchestrator:
         for engine in self._prefill:
             engine.notify()
 
+    def _notify_all(self) -> None:
+        for engine in (*self._prefill, *self._decode):
+            engine.notify()
+
     def _finished(self, sequence: Sequence, reason: FinishReason) -> None:
         with self._lock:
             self._live.pop(sequence.request.id, None)
+        self._router.forget(sequence)
         self._counters.ended(sequence.model.name, reason, len(sequence.prompt))
 
     def _die(self, reason: str) -> None:
         self.dead = reason
         self._fail_all(f"the engine has failed: {reason}")
-        for engine in (*self._prefill, *self._decode):
-            engine.notify()
+        self._notify_all()
 
     def _fail_all(self, error: str) -> None:
         with self._lock:
@@ -359,7 +364,7 @@ def prepare_jax(config: ServeConfig) -> None:
     request_cpu_devices(
         prefill.engines * prefill.tensor_parallel + decode.engines * decode.tensor_parallel
     )
-    if config.compilation_cache_dir and jax.config.read("jax_compilation_cache_dir") is None:
+    if config.compilation_cache_dir and jax.config.values["jax_compilation_cache_dir"] is None:
         folder = os.path.expanduser(config.compilation_cache_dir)
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

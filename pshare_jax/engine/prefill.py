@@ -64,6 +64,11 @@ class PrefillTask:
         """Prompt tokens still to be covered."""
         return self.sequence.cover - self.filled
 
+    @property
+    def pending(self) -> int:
+        """Prompt tokens still to be computed, as far as is known."""
+        return min(self.remaining, self.sequence.num_uncached)
+
     def usage(self) -> PromptUsage:
         """Where this prompt's KV came from."""
         own = self.reused[self.sequence.model.name]
@@ -138,10 +143,10 @@ class PrefillEngine(Worker):
 
     @property
     def num_pending_tokens(self) -> int:
-        """Prompt tokens that are waiting here; read by the router, from any thread."""
+        """Prompt tokens still to be computed here; read by the router, from any thread."""
         with self._inbox_lock:
-            queued = sum(sequence.cover for sequence in self._inbox)
-        return queued + sum(task.remaining for task in (*self._waiting, *self._active))
+            queued = sum(sequence.num_uncached for sequence in self._inbox)
+        return queued + sum(task.pending for task in (*self._waiting, *self._active))
 
     def submit(self, sequence: Sequence) -> None:
         """Takes a sequence over; from any thread."""
@@ -196,22 +201,37 @@ class PrefillEngine(Worker):
                 self.cache.release(task.pages)
                 task.sequence.finish(FinishReason.ABORT)
 
+    def release_all(self) -> None:
+        """Gives back what sequences hold here; once no engine thread runs any more."""
+        for tasks in (self._waiting, self._active, self._covered):
+            for task in tasks:
+                self.cache.release(task.pages)
+            tasks.clear()
+
     def _start_waiting(self) -> None:
-        """Gives pages to waiting tasks, oldest first, as long as there are enough."""
-        while self._waiting:
-            task = self._waiting[0]
+        """Gives pages to waiting tasks, oldest first, as long as there are enough.
+
+        A task whose next page is about to be computed for another one waits for that, rather than
+        take pages that it will not need.
+        """
+        computing = {key for task in self._active for key in task.sequence.chain}
+        for task in tuple(self._waiting):
             sequence = task.sequence
             matched = self.cache.match(sequence.keys, sequence.prompt)
+            if sequence.chain[len(matched)] in computing:
+                self.cache.release(node.page for node in matched)
+                continue
             fresh = self.cache.allocate(self._layout.pages_for(sequence.cover) - len(matched))
             if fresh is None:
                 self.cache.release(node.page for node in matched)
                 return
-            self._waiting.pop(0)
+            self._waiting.remove(task)
             task.pages = [node.page for node in matched] + fresh
             for node in matched:
                 self._account(task, node, len(node.tokens))
             if task.remaining:
                 self._active.append(task)
+                computing.update(sequence.chain)
             else:
                 self._cover(task)
 
@@ -312,7 +332,11 @@ class PrefillEngine(Worker):
                 continue
             source = [task.pages[number] for number in reservation.fill]
             target = [reservation.pages[number] for number in reservation.fill]
-            staged = self._sender.move(self._pool, source, target, decoder.staging)
+            try:
+                staged = self._sender.move(self._pool, source, target, decoder.staging)
+            except BaseException:
+                decoder.cancel(reservation)
+                raise
             num_bytes = len(source) * self._layout.bytes_per_page
             self._counters.handed_over(sequence.model.name, len(source), num_bytes)
             if sequence.usage is None:

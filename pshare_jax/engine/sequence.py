@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from pshare_jax.cache.prefix_index import block_keys, root_key
+from pshare_jax.cache.prefix_index import block_key, block_keys, root_key
 from pshare_jax.config import Sharing
 from pshare_jax.engine.request import (
     FinishReason,
@@ -46,7 +46,8 @@ class Sequence:
     """A request with everything that is known of it so far.
 
     It is owned by one thread at a time: the submitting one, then a prefill engine's, then a
-    decode engine's. Only `abort_requested` and `finish` may be used from others.
+    decode engine's. Only `abort_requested` and `finish` may be used from others. `on_finish` is
+    called before the last event is emitted, so that who has seen that finds the books closed.
     """
 
     def __init__(
@@ -69,16 +70,22 @@ class Sequence:
         self.cover = split_prompt(len(self.prompt), model.tail)
         self.root = root_key(model.namespace, request.cache_salt)
         self.keys = block_keys(self.root, self.prompt[: self.cover], page_size)
+        full = len(self.keys)
+        rest = self.prompt[full * page_size : self.cover]
+        self.chain = [*self.keys, block_key(self.keys[-1] if full else self.root, rest)]
+        """The keys, and one more for all that the prefill module covers, its last page included."""
         self.end_token_ids = end_token_ids
         self.output: list[int] = []
         self.usage: PromptUsage | None = None
+        self.num_uncached = self.cover
+        """Prompt tokens that the router expects to be computed for it."""
         self.prefill_engine = 0
         self.decode_engine = 0
         self.abort_requested = False
         self._page_size = page_size
         self._sink = sink
         self._on_finish = on_finish
-        self._finish_lock = threading.Lock()
+        self._event_lock = threading.Lock()
         self._finished = False
 
     @property
@@ -112,53 +119,54 @@ class Sequence:
         """Chain key of the page before page `index`."""
         return self.keys[index - 1] if index else self.root
 
-    def append(self, tokens: list[int], logprobs: list[TokenLogprobs]) -> FinishReason | None:
-        """Adds generated tokens up to the first that ends the sequence, and emits them.
+    def accept(self, tokens: list[int]) -> tuple[list[int], FinishReason | None]:
+        """Takes in generated tokens, up to the first that ends the sequence.
 
-        Returns the reason when the sequence has ended; it is finished then.
+        Returns those taken in, and the reason when the sequence has ended; `emit` is next.
         """
         accepted: list[int] = []
-        reason: FinishReason | None = None
         for token in tokens:
             accepted.append(token)
+            self.output.append(token)
             if token in self.end_token_ids:
-                reason = FinishReason.STOP
-            elif len(self.output) + len(accepted) >= self.request.params.max_tokens:
-                reason = FinishReason.LENGTH
-            if reason is not None:
-                break
-        first = not self.output
-        self.output.extend(accepted)
-        stop_token = accepted[-1] if reason is FinishReason.STOP else None
-        event = RequestOutput(
-            request_id=self.request.id,
-            token_ids=tuple(accepted),
-            logprobs=tuple(logprobs[: len(accepted)]),
-            usage=self.usage if first else None,
-            finish_reason=reason,
-            stop_token=stop_token,
+                return accepted, FinishReason.STOP
+            if self.remaining <= 0:
+                return accepted, FinishReason.LENGTH
+        return accepted, None
+
+    def emit(
+        self, tokens: list[int], logprobs: list[TokenLogprobs], reason: FinishReason | None
+    ) -> None:
+        """Emits the newest tokens; with a reason they are the last."""
+        first = len(self.output) == len(tokens)
+        self._emit(
+            RequestOutput(
+                request_id=self.request.id,
+                token_ids=tuple(tokens),
+                logprobs=tuple(logprobs[: len(tokens)]),
+                usage=self.usage if first else None,
+                finish_reason=reason,
+                stop_token=tokens[-1] if reason is FinishReason.STOP else None,
+            )
         )
-        if reason is None:
-            if not self._finished:
-                self._sink(event)
-        else:
-            self._finish(event, reason)
-        return reason
 
     def finish(self, reason: FinishReason, error: str | None = None) -> None:
         """Ends the sequence without further tokens. Idempotent, from any thread."""
-        event = RequestOutput(
-            request_id=self.request.id,
-            usage=self.usage,
-            finish_reason=reason,
-            error=error,
+        self._emit(
+            RequestOutput(
+                request_id=self.request.id,
+                usage=self.usage,
+                finish_reason=reason,
+                error=error,
+            )
         )
-        self._finish(event, reason)
 
-    def _finish(self, event: RequestOutput, reason: FinishReason) -> None:
-        with self._finish_lock:
+    def _emit(self, event: RequestOutput) -> None:
+        """Nothing follows the last event, even if another thread ends the sequence meanwhile."""
+        with self._event_lock:
             if self._finished:
                 return
-            self._finished = True
-        self._sink(event)
-        self._on_finish(self, reason)
+            if event.finish_reason is not None:
+                self._finished = True
+                self._on_finish(self, event.finish_reason)
+            self._sink(event)
