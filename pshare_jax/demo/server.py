@@ -1,0 +1,58 @@
+"""A server in a process of its own, for as long as a `with` block lasts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO
+
+from pshare_jax.errors import EngineDeadError
+
+READY = "pshare_jax: ready at "
+STOP_SECONDS = 20.0
+LOG_LINES = 15
+
+
+@contextmanager
+def running_server(args: Sequence[str], ready_seconds: float = 600.0) -> Iterator[str]:
+    """Runs `python -m pshare_jax.serve ARGS` on a free port of 127.0.0.1; gives its URL once ready.
+
+    Raises:
+        EngineDeadError: it ended, or was not ready in time; with the end of its log.
+    """
+    command = [sys.executable, "-m", "pshare_jax.serve", "--port=0", *args]
+    with (
+        tempfile.TemporaryFile(mode="w+") as log,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process,
+    ):
+        try:
+            yield _wait_until_ready(process, log, ready_seconds)
+        finally:
+            _end(process)
+
+
+def _wait_until_ready(process: subprocess.Popen[str], log: IO[str], seconds: float) -> str:
+    watchdog = threading.Timer(seconds, process.kill)
+    watchdog.start()
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith(READY):
+                return line.removeprefix(READY).strip()
+    finally:
+        watchdog.cancel()
+    log.seek(0)
+    tail = "".join(log.readlines()[-LOG_LINES:])
+    raise EngineDeadError(f"the server ended with code {process.wait()}:\n{tail}")
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    process.terminate()
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
