@@ -30,6 +30,8 @@ def bind(config: ServerConfig) -> socket.socket:
     Raises:
         ConfigError: the address cannot be had.
     """
+    if not 0 <= config.port <= 65535:
+        raise ConfigError(f"server.port must be between 0 and 65535, got {config.port}")
     sock = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -38,7 +40,7 @@ def bind(config: ServerConfig) -> socket.socket:
         sock = socket.socket(family, kind, protocol)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         if sock is not None:
             sock.close()
         raise ConfigError(

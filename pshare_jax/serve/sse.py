@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
 from types import TracebackType
 
 import msgspec
@@ -39,8 +41,15 @@ class WriteTimeout:
             await self._timeout.__aexit__(kind, error, trace)
         except TimeoutError:
             if self._request.transport is not None:
-                self._request.transport.abort()
+                _reset(self._request.transport)
             raise ConnectionResetError("the client does not read its answer") from None
+
+
+def _reset(transport: asyncio.Transport) -> None:
+    # An ordinary close would leave the kernel to offer the rest to the client for minutes.
+    sock = transport.get_extra_info("socket")
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
 
 
 class EventStream:

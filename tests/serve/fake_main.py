@@ -1,0 +1,41 @@
+"""The server process over the fake engine: `python -m tests.serve.fake_main TOKENIZER DRAIN`.
+
+Prints the URL once it listens and again when it is ready. A file `OPEN` in the tokenizer's folder
+lets tokens through; without a file `STARTED` there, warm-up does not end.
+"""
+
+import asyncio
+import sys
+import threading
+import time
+from pathlib import Path
+
+from pshare_jax.serve.lifecycle import bind, serve, url_of
+from pshare_jax.text.tokenizer import Tokenizer
+from tests.serve.fake import fake_config, fake_engine
+
+
+def main() -> int:
+    folder = Path(sys.argv[1])
+    config = fake_config(drain_seconds=float(sys.argv[2]))
+    engine = fake_engine(Tokenizer.load(folder), config)
+    engine.gate.clear()
+    engine.start_gate.clear()
+
+    def watch() -> None:
+        while True:
+            for name, gate in [("OPEN", engine.gate), ("STARTED", engine.start_gate)]:
+                if (folder / name).exists():
+                    gate.set()
+            if (folder / "FAIL").exists():
+                engine.start_error = RuntimeError("no such device")
+            time.sleep(0.01)
+
+    threading.Thread(target=watch, daemon=True).start()
+    with bind(config.server) as sock:
+        print(url_of(sock), flush=True)
+        return asyncio.run(serve(engine, sock, lambda url: print(url, flush=True)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
