@@ -104,7 +104,7 @@ async def _call(
                     pieces.append(text)
                     show(text.replace("[", r"\["))
     details = usage["prompt_tokens_details"]
-    call = Call(
+    return Call(
         model=model,
         prompt_tokens=usage["prompt_tokens"],
         cached_tokens=details["cached_tokens"],
@@ -114,7 +114,6 @@ async def _call(
         time_to_first_token=first - sent,
         decode_time=last - first,
     )
-    return call
 
 
 async def _handoff_bytes(http: aiohttp.ClientSession) -> dict[str, int]:

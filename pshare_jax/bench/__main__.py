@@ -1,0 +1,68 @@
+"""`python -m pshare_jax.bench COMMAND`: run a benchmark, print a table, keep the figures."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+from rich.console import Console
+from rich.table import Table
+
+from pshare_jax.bench import machine, micro
+from pshare_jax.errors import PshareError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    parser = jsonargparse.ArgumentParser(
+        prog="pshare_jax.bench", description="Measures the engine and the server."
+    )
+    micro_parser = jsonargparse.ArgumentParser(
+        description="Prefill and decode speed of one model through the engine."
+    )
+    micro_parser.add_class_arguments(micro.MicroOptions)
+    micro_parser.add_argument("--json", type=str | None, default=None, help="file for the figures")
+    commands = parser.add_subcommands(dest="command")
+    commands.add_subcommand("micro", micro_parser)
+    arguments = parser.parse_args(None if argv is None else list(argv))
+    options = dict(arguments[arguments.command])
+    json_file = options.pop("json")
+    try:
+        result = micro.run(micro.MicroOptions(**options))
+    except PshareError as error:
+        print(f"pshare_jax.bench: {error}", file=sys.stderr)
+        return 2
+    result["machine"] = machine.describe()
+    _show(result)
+    if json_file is not None:
+        Path(json_file).write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+def _show(result: dict[str, Any]) -> None:
+    options = result["options"]
+    table = Table(title=f"{options['base']}: tokens/s through the engine")
+    table.add_column("")
+    for header in ("median", "slowest", "fastest"):
+        table.add_column(header, justify="right")
+    for length, rate in result["prefill"].items():
+        table.add_row(f"prefill, {length} tokens", *_cells(rate))
+    for batch, rate in result["decode"].items():
+        table.add_row(
+            f"decode, batch {batch}, {options['context']} tokens of context", *_cells(rate)
+        )
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(f"{options['repeats']} repeats. {machine.one_line(result['machine'])}")
+
+
+def _cells(rate: dict[str, float]) -> list[str]:
+    return [f"{rate[key]:,.1f}" for key in ("median", "low", "high")]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
