@@ -131,13 +131,14 @@ def decode_steps(
     num_steps are 0.
     """
     decoder = bind(spec.config, weights)
-    stacked = None if adapters is None else Adapters(adapters, inputs.adapter_index)
 
     def step(
         i: jax.Array | int, tokens: jax.Array, pages: Pages, history: History
     ) -> tuple[Pages, History, Sampled]:
         rows = inputs.rows._replace(start=inputs.rows.start + i)
         io = PagedAttention(spec, pages, rows)
+        # Lives for one trace; this function is traced more than once.
+        stacked = None if adapters is None else Adapters(adapters, inputs.adapter_index)
         hidden = decoder.hidden(tokens[:, None], _positions(rows, 1), io, stacked)
         lengths = rows.start + 1
         view = History(*(array[inputs.slots] for array in history))
