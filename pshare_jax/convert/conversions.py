@@ -191,6 +191,6 @@ def _hf_config(manifest: Manifest, tokenizer: Mapping[str, bytes]) -> dict[str, 
             about.setdefault("eos_token_id", generation.get("eos_token_id"))
     # transformers 4 says torch_dtype, 5 says dtype; absent means float32.
     name = "torch_dtype" if "torch_dtype" in about else "dtype"
-    if name in about or manifest.dtype != "float32":
+    if not manifest.source_config or name in about or manifest.dtype != "float32":
         about[name] = manifest.dtype
     return about

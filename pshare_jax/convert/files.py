@@ -6,10 +6,13 @@ import contextlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from pshare_jax.errors import CheckpointError
+
+REMOVE_ATTEMPTS = 20
 
 
 def one_line(error: BaseException) -> str:
@@ -68,7 +71,16 @@ def atomic_folder(dest: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise CheckpointError(f"{dest}: cannot be written: {one_line(error)}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder into which a write that was interrupted may still be putting files."""
+    for _ in range(REMOVE_ATTEMPTS):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.05)
 
 
 def _flush_path(path: str | Path) -> None:

@@ -1,12 +1,11 @@
 """Checkpoint folders: writing them tensor by tensor, loading them shard by shard.
 
-The weights are an ordinary orbax checkpoint (one flat dict, Zarr 3). Each tensor is one file of
-inner chunks that lie along the axis on which tensor parallelism cuts it, each with a CRC-32C: a
-device reads the byte ranges of its shard and no others, and a damaged file is noticed at load.
+The weights are an ordinary orbax checkpoint of one flat dict. This is the only file that knows it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,11 +14,12 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore as ts
+from jax.sharding import Sharding
 from orbax.checkpoint import type_handlers
 
 from pshare_jax.convert.files import atomic_folder, check_space, one_line
 from pshare_jax.convert.manifest import (
+    TENSORS_FILE,
     TOKENIZER_FILE,
     TOKENIZER_FOLDER,
     WEIGHTS_FOLDER,
@@ -34,11 +34,11 @@ from pshare_jax.convert.manifest import (
 )
 from pshare_jax.convert.progress import Report, quiet
 from pshare_jax.convert.tensors import DTYPES, LazyTensor, as_lazy, total_bytes
+from pshare_jax.convert.zarr import StoredTensor, chunk_shape, write_tensor
 from pshare_jax.errors import CheckpointError
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.split import Certificate, tensor_hash
 from pshare_jax.models.weights import Weights, WeightSpec
-from pshare_jax.sharding.rules import MESH_AXES
 
 __all__ = [
     "load_weights",
@@ -49,37 +49,8 @@ __all__ = [
     "write_prefill",
 ]
 
-MAX_CHUNKS = 16
-"""Most chunks of one tensor: loading on up to this many devices reads each byte once."""
-
-RESTORE_BYTES = 1 << 30
-"""Tensors are restored in groups of about this size, which bounds the host memory of a load."""
-
-
-def chunk_shape(spec: WeightSpec) -> tuple[int, ...]:
-    """Shape of a tensor's stored chunks: at most `MAX_CHUNKS` along the axis that meshes split."""
-    axis = next((i for i, name in enumerate(spec.axes) if MESH_AXES[name] is not None), None)
-    if axis is None:
-        return spec.shape
-    size = spec.shape[axis]
-    chunks = max(n for n in range(1, MAX_CHUNKS + 1) if size % n == 0)
-    return (*spec.shape[:axis], size // chunks, *spec.shape[axis + 1 :])
-
-
-def _zarr_spec(path: Path, tensor: LazyTensor, chunk: Sequence[int]) -> dict[str, Any]:
-    data = {"name": "bytes", "configuration": {"endian": "little"}}
-    checked = [data, {"name": "crc32c"}]
-    sharding = {"chunk_shape": chunk, "codecs": checked, "index_codecs": checked}
-    return {
-        "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": f"{path}/"},
-        "metadata": {
-            "shape": tensor.shape,
-            "data_type": tensor.dtype.name,
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": tensor.shape}},
-            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-        },
-    }
+GROUP_BYTES = 1 << 28
+"""Tensors are loaded in groups of about this size, which bounds the host memory of a load."""
 
 
 class _LazyTensorHandler(type_handlers.NumpyHandler):
@@ -97,8 +68,6 @@ class _LazyTensorHandler(type_handlers.NumpyHandler):
         self, values: Sequence[Any], infos: Sequence[Any], args: Sequence[Any] | None = None
     ) -> list[Any]:
         del args
-        # The whole folder is flushed once at the end.
-        context = ts.Context({"file_io_sync": False})
         for tensor, info in zip(values, infos, strict=True):
             await info.await_path_creation()
             array = np.ascontiguousarray(tensor.read())
@@ -107,10 +76,8 @@ class _LazyTensorHandler(type_handlers.NumpyHandler):
                     f"tensor {info.name}: read as {array.dtype}{list(array.shape)}, "
                     f"announced as {tensor.dtype}{list(tensor.shape)}"
                 )
-            spec = _zarr_spec(info.parent_dir / info.name, tensor, self._chunks[info.name])
             try:
-                store = await ts.open(spec, create=True, context=context)
-                await store.write(array, can_reference_source_data_indefinitely=True)
+                write_tensor(info.parent_dir / info.name, array, self._chunks[info.name])
             except ValueError as error:
                 raise CheckpointError(
                     f"tensor {info.name}: not written: {one_line(error)}"
@@ -299,36 +266,42 @@ def read_tokenizer_files(manifest: Manifest) -> dict[str, bytes]:
 
 
 def _read(folder: Path, name: str) -> np.ndarray:
-    """Reads one tensor without orbax, which would parse the metadata of all tensors each time."""
-    path = folder / WEIGHTS_FOLDER / name
-    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path}/"}}
-    try:
-        return ts.open(spec, open=True).result().read().result()
-    except ValueError as error:
-        raise CheckpointError(f"{path}: tensor cannot be read: {one_line(error)}") from error
+    return StoredTensor(folder / WEIGHTS_FOLDER, name).read()()
 
 
-def _restore(folder: Path, args: Mapping[str, ocp.RestoreArgs]) -> dict[str, Any]:
-    """Restores the named tensors; CheckpointError names the first that cannot be."""
-    restorer = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)
-    weights = folder / WEIGHTS_FOLDER
-    request = ocp.args.PyTreeRestore(
-        item=dict.fromkeys(args, 0), restore_args=dict(args), partial_restore=True
-    )
-    try:
-        return restorer.restore(weights, args=request)  # type: ignore[arg-type]
-    except Exception as error:
-        # Orbax's messages do not tell which tensor it was: find it by reading one at a time.
-        for name in args:
-            _read(folder, name)
-        raise CheckpointError(f"{weights}: cannot be read: {one_line(error)}") from error
+def _load_group(
+    manifest: Manifest, names: Sequence[str], dtype: np.dtype, shardings: Mapping[str, Sharding]
+) -> Weights:
+    """Loads some tensors: all reads are started before the first is waited for."""
+    started = []
+    for name in names:
+        shape = manifest.tensors[name].shape
+        stored = StoredTensor(manifest.folder / WEIGHTS_FOLDER, name, dtype)
+        if stored.shape != shape:
+            raise CheckpointError(
+                f"{manifest.folder / WEIGHTS_FOLDER / name}: has shape {list(stored.shape)}, but "
+                f"{TENSORS_FILE} says {list(shape)}"
+            )
+        indices = shardings[name].addressable_devices_indices_map(shape)
+        # Replicas share one read.
+        parts = {str(index): index for index in indices.values()}
+        reads = {key: stored.read(index or ()) for key, index in parts.items()}
+        started.append((name, indices, reads))
+    weights: Weights = {}
+    for name, indices, reads in started:
+        values = {key: reads.pop(key)() for key in list(reads)}
+        shards = [jax.device_put(values[str(index)], device) for device, index in indices.items()]
+        weights[name] = jax.make_array_from_single_device_arrays(
+            manifest.tensors[name].shape, shardings[name], shards
+        )
+    return weights
 
 
 def load_weights(
     folder: str | Path | Manifest,
     *,
     dtype: Any = None,
-    shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+    shardings: Mapping[str, Sharding] | None = None,
 ) -> Weights:
     """Loads a checkpoint's tensors as jax.Arrays.
 
@@ -346,29 +319,18 @@ def load_weights(
     """
     manifest = folder if isinstance(folder, Manifest) else read_manifest(folder)
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    placed = {name: (shardings or {}).get(name, default) for name in manifest.tensors}
     target = np.dtype(dtype or DTYPES[manifest.dtype])
     weights: Weights = {}
-    group: dict[str, ocp.RestoreArgs] = {}
+    group: list[str] = []
     size = 0
     for name, entry in manifest.tensors.items():
-        group[name] = ocp.ArrayRestoreArgs(
-            restore_type=jax.Array,
-            dtype=target,  # type: ignore[arg-type]
-            sharding=(shardings or {}).get(name, default),
-        )
-        size += int(np.prod(entry.shape)) * target.itemsize
-        if size >= RESTORE_BYTES:
-            weights |= _restore(manifest.folder, group)
-            group, size = {}, 0
-    if group:
-        weights |= _restore(manifest.folder, group)
-    for name, entry in manifest.tensors.items():
-        if tuple(weights[name].shape) != entry.shape:
-            raise CheckpointError(
-                f"{manifest.folder / WEIGHTS_FOLDER}: tensor {name} has shape "
-                f"{list(weights[name].shape)} in the file, {list(entry.shape)} by the manifest"
-            )
-    return weights
+        group.append(name)
+        size += math.prod(entry.shape) * target.itemsize
+        if size >= GROUP_BYTES:
+            weights |= _load_group(manifest, group, target, placed)
+            group, size = [], 0
+    return weights | _load_group(manifest, group, target, placed)
 
 
 def open_weights(folder: str | Path | Manifest) -> dict[str, LazyTensor]:

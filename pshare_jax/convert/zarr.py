@@ -1,0 +1,114 @@
+"""One tensor on disk: a Zarr 3 array as orbax stores it, with chunks made for sharded reading.
+
+Each tensor is one file of inner chunks that lie along the axis on which tensor parallelism cuts it,
+each with a CRC-32C: a device reads the byte ranges of its shard and no others, and a damaged file
+is noticed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from pshare_jax.convert.files import one_line
+from pshare_jax.errors import CheckpointError
+from pshare_jax.models.weights import WeightSpec
+from pshare_jax.sharding.rules import MESH_AXES
+
+MAX_CHUNKS = 16
+"""Most chunks of one tensor: loading on up to this many devices reads each byte once."""
+
+
+def chunk_shape(spec: WeightSpec) -> tuple[int, ...]:
+    """Shape of a tensor's stored chunks: at most `MAX_CHUNKS` along the axis that meshes split."""
+    axis = next((i for i, name in enumerate(spec.axes) if MESH_AXES[name] is not None), None)
+    if axis is None:
+        return spec.shape
+    size = spec.shape[axis]
+    chunks = max(n for n in range(1, MAX_CHUNKS + 1) if size % n == 0)
+    return (*spec.shape[:axis], size // chunks, *spec.shape[axis + 1 :])
+
+
+def _zarr_spec(path: Path, tensor: np.ndarray, chunk: Sequence[int]) -> dict[str, Any]:
+    data = {"name": "bytes", "configuration": {"endian": "little"}}
+    checked = [data, {"name": "crc32c"}]
+    sharding = {"chunk_shape": chunk, "codecs": checked, "index_codecs": checked}
+    return {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": f"{path}/"},
+        # All-zero chunks are stored too, so that a missing one is an error and not zeros.
+        "store_data_equal_to_fill_value": True,
+        "metadata": {
+            "shape": tensor.shape,
+            "data_type": tensor.dtype.name,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": tensor.shape}},
+            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        },
+    }
+
+
+def _finish(future: Any) -> Any:
+    """The result of a tensorstore future, which is done when this returns or raises.
+
+    After an interrupt it is waited for all the same: a write in flight would make anew the files
+    that are being removed.
+    """
+    try:
+        return future.result()
+    except KeyboardInterrupt:
+        future.exception()
+        raise
+
+
+def write_tensor(path: Path, array: np.ndarray, chunk: Sequence[int]) -> None:
+    """Writes `array` as the Zarr array in the folder `path`; not yet flushed to disk.
+
+    Raises:
+        ValueError: the system's reason for which it could not be written.
+    """
+    # Whoever makes the checkpoint flushes all of it once.
+    context = ts.Context({"file_io_sync": False})
+    store = _finish(ts.open(_zarr_spec(path, array, chunk), create=True, context=context))
+    _finish(store.write(array, can_reference_source_data_indefinitely=True))
+
+
+class StoredTensor:
+    """One tensor of a checkpoint, opened for reading.
+
+    Tensorstore is used without orbax, which parses the metadata of all tensors for each one, does
+    not say which tensor cannot be read, and leaves other reads in flight behind.
+    """
+
+    def __init__(self, weights: Path, name: str, dtype: np.dtype | None = None):
+        self._path = weights / name
+        spec = {
+            "driver": "zarr3",
+            "kvstore": {"driver": "file", "path": f"{self._path}/"},
+            "fill_missing_data_reads": False,
+        }
+        with self._errors():
+            store = ts.open(spec, open=True, read=True).result()
+        self.shape = tuple(store.shape)
+        self._store = store if dtype is None else ts.cast(store, dtype)
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            raise CheckpointError(f"{self._path}: cannot be read: {one_line(error)}") from error
+
+    def read(self, index: tuple[slice, ...] = ()) -> Callable[[], np.ndarray]:
+        """Starts reading a part, by default all; the result waits for it."""
+        future = self._store[index].read()
+
+        def result() -> np.ndarray:
+            with self._errors():
+                return future.result()
+
+        return result
