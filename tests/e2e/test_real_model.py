@@ -1,0 +1,71 @@
+"""SmolLM2-135M, imported from its GGUF file and served: the whole way, with real text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+import openai
+import pytest
+
+from pshare_jax.convert.orbax import load_weights, read_manifest
+from pshare_jax.engine.monolithic import Monolithic
+from pshare_jax.text.tokenizer import Tokenizer
+from tests.e2e import metrics
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+MODELS = ("planner", "coder", "critic", "writer")
+FACTS = "The harbour office opens at nine. The ferry to Tarva leaves at ten past eight. "
+
+
+@pytest.fixture
+def api(real_server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{real_server}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_it_knows_what_it_should(api):
+    answer = api.chat.completions.create(
+        model="planner",
+        messages=[{"role": "user", "content": "What is the capital of France?"}],
+        max_tokens=20,
+        temperature=0,
+    )
+    assert "Paris" in answer.choices[0].message.content
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_a_context_of_1000_tokens_is_computed_once_for_four_models(api, real_server):
+    context = FACTS * 56
+    before = metrics.read(real_server)["pshare_prefill_tokens_total"]
+    answers = [
+        api.completions.create(model=model, prompt=context, max_tokens=8, temperature=0)
+        for model in MODELS
+    ]
+    after = metrics.read(real_server)["pshare_prefill_tokens_total"]
+    cover = answers[0].usage.prompt_tokens - 1
+    assert 1000 <= cover <= 1200
+    details = [answer.usage.prompt_tokens_details.model_dump() for answer in answers]
+    assert [d["cached_tokens"] for d in details] == [0, cover, cover, cover]
+    assert [d["shared_tokens"] for d in details] == [0, cover, cover, cover]
+    grown = {key: value - before.get(key, 0) for key, value in after.items()}
+    assert sum(value for key, value in grown.items() if "computed" in key) == cover
+    # Equal weights over equal KV: equal answers, at every sharer.
+    assert len({answer.choices[0].text for answer in answers}) == 1
+
+
+def test_served_tokens_are_the_oracles(api, real_base):
+    tokenizer = Tokenizer.load(real_base / "tokenizer")
+    weights = load_weights(real_base, dtype=jnp.float32)
+    prompt = tokenizer.encode("Once upon a time, in a harbour by the sea,")
+    oracle = Monolithic(read_manifest(real_base).config, 64)
+    expected = oracle.generate(weights, weights, prompt, 24)
+    answer = api.completions.create(
+        model="critic",
+        prompt=prompt,
+        max_tokens=24,
+        temperature=0,
+        extra_body={"ignore_eos": True, "skip_special_tokens": False},
+    )
+    assert answer.choices[0].text == tokenizer.decode(expected, skip_special_tokens=False)

@@ -1,0 +1,190 @@
+"""The real server process and the real client, over a tiny random model."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+
+import jax.numpy as jnp
+import openai
+import pytest
+
+from pshare_jax.convert.orbax import load_weights, read_manifest
+from pshare_jax.demo.server import READY
+from pshare_jax.engine.monolithic import Monolithic
+from pshare_jax.text.tokenizer import Tokenizer
+from tests.e2e import metrics
+from tests.e2e.conftest import TINY_CONTEXT, write_config
+
+CONTEXT = "the quick brown fox jumps over the lazy dog and then "
+
+
+def test_models(api):
+    models = {model.id: model.model_dump() for model in api.models.list()}
+    assert list(models) == ["planner", "coder", "critic", "own"]
+    assert {m["parent"] for m in models.values()} == {"base"}
+    assert [m["sharing"] for m in models.values()] == ["shared"] * 3 + ["isolated"]
+
+
+def test_served_tokens_are_the_oracles(api, tiny_folder):
+    tokenizer = Tokenizer.load(tiny_folder / "base/tokenizer")
+    config = read_manifest(tiny_folder / "base").config
+    base = load_weights(tiny_folder / "base", dtype=jnp.float32)
+    coder = load_weights(tiny_folder / "coder", dtype=jnp.float32)
+    prompt = tokenizer.encode(CONTEXT * 3)
+    oracle = Monolithic(config, 256)
+    for model, prefill in (("coder", base), ("own", coder)):
+        expected = oracle.generate(
+            prefill, coder, prompt, 24, end_token_ids=tokenizer.eos_token_ids
+        )
+        answer = api.completions.create(
+            model=model, prompt=prompt, max_tokens=24, temperature=0, logprobs=0
+        )
+        tokens = [token for token in expected if token not in tokenizer.eos_token_ids]
+        assert answer.choices[0].text == tokenizer.decode(tokens)
+        assert answer.usage.completion_tokens == len(expected)
+
+
+def test_four_models_over_one_context_compute_it_once(api, tiny_server):
+    prompt = "once " + CONTEXT * 20
+    before = metrics.read(tiny_server)["pshare_prefill_tokens_total"]
+    usages = [
+        api.completions.create(model=model, prompt=prompt, max_tokens=4, temperature=0).usage
+        for model in ("planner", "coder", "critic", "planner")
+    ]
+    after = metrics.read(tiny_server)["pshare_prefill_tokens_total"]
+    cover = usages[0].prompt_tokens - 1
+    details = [usage.prompt_tokens_details.model_dump() for usage in usages]
+    assert [d["cached_tokens"] for d in details] == [0, cover, cover, cover]
+    assert [d["shared_tokens"] for d in details] == [0, cover, cover, 0]
+    grown = {key: value - before.get(key, 0) for key, value in after.items()}
+    computed = sum(value for key, value in grown.items() if "computed" in key)
+    assert computed == cover
+    assert grown[("coder", "other_model")] == grown[("critic", "other_model")] == cover
+    assert grown[("planner", "same_model")] == cover
+
+
+def test_streams_run_side_by_side(api):
+    def stream(seed: int) -> tuple[str, str]:
+        options = {"model": ("planner", "coder", "critic", "own")[seed % 4], "seed": seed}
+        prompt, limit = f"{seed} {CONTEXT}", 20
+        chunks = api.completions.create(
+            prompt=prompt, max_tokens=limit, temperature=0.8, stream=True, **options
+        )
+        streamed = "".join(chunk.choices[0].text for chunk in chunks)
+        alone = api.completions.create(prompt=prompt, max_tokens=limit, temperature=0.8, **options)
+        return streamed, alone.choices[0].text
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        pairs = list(pool.map(stream, range(16)))
+    # A seed gives the same draws whatever else is in the batch.
+    assert all(streamed == alone for streamed, alone in pairs)
+    assert len({streamed for streamed, _ in pairs}) > 8
+
+
+def test_chat_with_logprobs(api):
+    answer = api.chat.completions.create(
+        model="coder",
+        messages=[{"role": "user", "content": "hello world"}],
+        max_tokens=6,
+        temperature=0,
+        logprobs=True,
+        top_logprobs=3,
+    )
+    content = answer.choices[0].logprobs.content
+    assert len(content) == answer.usage.completion_tokens
+    for token in content:
+        assert token.logprob == pytest.approx(token.top_logprobs[0].logprob)
+        assert token.logprob <= 0
+
+
+def test_errors_are_typed(api):
+    with pytest.raises(openai.NotFoundError, match="nobody"):
+        api.completions.create(model="nobody", prompt="hi")
+    with pytest.raises(openai.BadRequestError, match="context length"):
+        api.completions.create(model="coder", prompt="hi", max_tokens=TINY_CONTEXT)
+    with pytest.raises(openai.BadRequestError, match="temperature"):
+        api.completions.create(model="coder", prompt="hi", temperature=-1)
+    assert api.completions.create(model="coder", prompt="hi", max_tokens=1).choices
+
+
+def test_a_client_that_vanishes_gives_its_pages_back(tiny_server):
+    metrics.eventually(lambda: metrics.pages_in_use(tiny_server) == 0)
+    host, _, port = tiny_server.removeprefix("http://").partition(":")
+    body = json.dumps(
+        {"model": "coder", "prompt": "hi", "max_tokens": 1200, "stream": True, "ignore_eos": True}
+    )
+    request = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n{body}"
+    )
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(request.encode())
+        stream = connection.makefile("rb")
+        assert any(line.startswith(b"data: ") for line in stream)
+        assert metrics.pages_in_use(tiny_server) > 0
+    metrics.eventually(lambda: metrics.pages_in_use(tiny_server) == 0)
+
+
+def test_nothing_compiled_after_warm_up(api, tiny_server):
+    api.completions.create(model="coder", prompt=CONTEXT * 7, max_tokens=30, top_p=0.5, n=3)
+    compiles = metrics.read(tiny_server)["pshare_compiles_total"]
+    assert list(compiles.values()) == [0]
+
+
+def test_sigterm_drains(tiny_folder):
+    command = [sys.executable, "-m", "pshare_jax.serve", "--port=0"]
+    config = write_config(tiny_folder)
+    with subprocess.Popen(
+        [*command, f"--config={config}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        try:
+            line = process.stdout.readline()
+            assert line.startswith(READY)
+            url = line.removeprefix(READY).strip()
+            body = {"model": "coder", "prompt": "hi", "max_tokens": 400, "ignore_eos": True}
+            request = urllib.request.Request(
+                f"{url}/v1/completions",
+                json.dumps(body).encode(),
+                {"Content-Type": "application/json"},
+            )
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                answer = pool.submit(lambda: json.load(urllib.request.urlopen(request, timeout=60)))
+                metrics.eventually(lambda: metrics.pages_in_use(url) > 0)
+                process.send_signal(signal.SIGTERM)
+                assert answer.result()["usage"]["completion_tokens"] == 400
+            assert process.wait(timeout=30) == 0
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--base=nowhere"], "nowhere: is not a checkpoint"),
+        (["--page_size=0"], "page_size"),
+        (["--no_such_key=1"], "no_such_key"),
+        (['--models=[{"name": "x", "checkpoint": "base"}]'], "base"),
+    ],
+)
+def test_a_configuration_that_cannot_be_served(tiny_folder, flags, message):
+    config = write_config(tiny_folder)
+    done = subprocess.run(
+        [sys.executable, "-m", "pshare_jax.serve", f"--config={config}", *flags],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("pshare_jax.serve: ")
+    assert message in last
