@@ -27,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.basicConfig(
             level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
         )
+        # At INFO it lists the platforms that this machine does not have.
+        logging.getLogger("jax").setLevel(logging.WARNING)
         # Imported late: jax takes seconds, which --help and a typing error need not wait for.
         from pshare_jax.engine.orchestrator import Orchestrator
         from pshare_jax.serve.lifecycle import bind, serve

@@ -13,8 +13,7 @@ import msgspec
 from aiohttp import web
 
 from pshare_jax.engine.request import FinishReason, Request, SamplingParams
-from pshare_jax.errors import EngineDeadError
-from pshare_jax.serve.errors import ApiError, GenerationError, as_api_error
+from pshare_jax.serve.errors import ApiError, as_api_error
 from pshare_jax.serve.events import Event, Generation
 from pshare_jax.serve.formats import Format
 from pshare_jax.serve.metrics import SequenceTimer
@@ -64,7 +63,7 @@ class Run:
     """The choices of a job while they are being generated."""
 
     def __init__(self, service: Service, job: Job, generation: Generation):
-        self._engine = service.engine
+        self._service = service
         self._job = job
         self._generation = generation
         prompts = [prompt for prompt in job.prompts for _ in range(job.output.n)]
@@ -86,8 +85,7 @@ class Run:
         """The choices that have got something new, batch by batch, until all have ended.
 
         Raises:
-            GenerationError: the engine gave a sequence up.
-            EngineDeadError: it gave up altogether.
+            GenerationError, EngineDeadError, ApiError: the engine gave a sequence up.
         """
         async for events in self._generation.batches():
             for event in events:
@@ -109,9 +107,7 @@ class Run:
             return
         timer.end(sequence.finish_reason, sequence.completion_tokens, event.time)
         if sequence.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
-            if self._engine.dead is not None:
-                raise EngineDeadError(f"the engine has failed: {self._engine.dead}")
-            raise GenerationError(sequence.error or "the engine has ended the request")
+            raise self._service.failure(sequence.error)
         # A stop string is found here; the engine would go on.
         self._generation.abort(event.index)
 

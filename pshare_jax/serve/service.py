@@ -11,7 +11,7 @@ from aiohttp import web
 from pshare_jax.engine.request import Request
 from pshare_jax.errors import EngineDeadError, UnknownModelError
 from pshare_jax.serve.engine_api import Engine, ModelInfo
-from pshare_jax.serve.errors import ApiError
+from pshare_jax.serve.errors import ApiError, GenerationError
 from pshare_jax.serve.events import EventBridge, Generation
 from pshare_jax.serve.metrics import Metrics
 from pshare_jax.serve.params import Limits
@@ -53,12 +53,7 @@ class Service:
             case "dead":
                 raise EngineDeadError(f"the engine has failed: {self.engine.dead}")
             case "draining":
-                raise ApiError(
-                    503,
-                    "the server is shutting down",
-                    code="shutting_down",
-                    headers={"Retry-After": "1"},
-                )
+                raise _shutting_down()
             case "warming_up":
                 raise ApiError(
                     503,
@@ -66,6 +61,14 @@ class Service:
                     code="warming_up",
                     headers={"Retry-After": "5"},
                 )
+
+    def failure(self, reason: str | None) -> Exception:
+        """What to raise for a sequence that the engine ended with `reason`."""
+        if self.engine.dead is not None:
+            return EngineDeadError(f"the engine has failed: {self.engine.dead}")
+        if self.draining:
+            return _shutting_down()
+        return GenerationError(reason or "the engine has ended the request")
 
     def model(self, name: str) -> ModelInfo:
         """The served model of that name.
@@ -101,6 +104,11 @@ class Service:
         except TimeoutError:
             return False
         return True
+
+
+def _shutting_down() -> ApiError:
+    message = "the server is shutting down"
+    return ApiError(503, message, code="shutting_down", headers={"Retry-After": "1"})
 
 
 SERVICE = web.AppKey("service", Service)

@@ -150,22 +150,32 @@ class Process:
         except urllib.error.URLError:
             return 0  # nobody listens yet, or any more
 
+    def running(self) -> int:
+        """Sequences of the first model that the engine has."""
+        with urllib.request.urlopen(self.url + "/metrics", timeout=SECONDS) as response:
+            name = b'vllm:num_requests_running{model_name="planner"} '
+            [line] = [line for line in response if line.startswith(name)]
+            return int(float(line.removeprefix(name)))
+
     def start(self) -> None:
         self.touch("STARTED")
         assert self.popen.stdout.readline().strip() == self.url
 
     @contextmanager
-    def completion(self):
-        """A streamed completion whose headers have come."""
-        body = json.dumps({"model": "planner", "prompt": "x", "stream": True}).encode()
+    def completion(self, stream: bool = True):
+        """A completion that is being generated; of a stream, the headers have come."""
+        body = json.dumps({"model": "planner", "prompt": "x", "stream": stream}).encode()
+        before = self.running()
         host, port = self.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=SECONDS) as sock:
             sock.sendall(
                 b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
                 b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
             )
-            received = sock.recv(4096)
-            assert received.startswith(b"HTTP/1.1 200 OK")
+            if stream:
+                assert sock.recv(4096).startswith(b"HTTP/1.1 200 OK")
+            else:
+                eventually(lambda: self.running() == before + 1)
             yield sock
 
     def signal(self, number: int = signal.SIGTERM) -> None:
@@ -229,10 +239,13 @@ def test_a_signal_drains(process, number):
 @pytest.mark.parametrize("process", [0.2], indirect=True)
 def test_what_outlasts_the_drain_is_told_so(process):
     process.start()
-    with process.completion() as sock:
+    with process.completion() as streaming, process.completion(stream=False) as waiting:
         process.signal()
-        received = read_all(sock)
-    assert b'data: {"error":{"message":"the engine was stopped"' in received
+        received = read_all(streaming)
+        answer = read_all(waiting)
+    assert b'data: {"error":{"message":"the server is shutting down"' in received
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert b'"code":"shutting_down"' in answer
     assert process.wait() == 0
 
 
