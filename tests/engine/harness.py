@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import queue
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,6 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from pshare_jax.config import DecodeConfig, ModelEntry, PrefillConfig, ServeConfig
 from pshare_jax.engine.loader import BaseSource, LoadTensors, ModelSource
@@ -25,14 +28,19 @@ from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.decoder import init_weights
 from pshare_jax.models.lora import LoraModule, merge
 from pshare_jax.models.split import Certificate
-from pshare_jax.models.weights import Weights
+from pshare_jax.models.weights import LORA_TARGETS, Weights, lora_specs
+from tests.helpers import tiny_config
 
 MAX_LEN = 128
 PAGE = 8
 
 
 def serve_config(**overrides: Any) -> ServeConfig:
-    """Small pages, chunks and batches, so that short prompts cross many borders."""
+    """Small pages, chunks, batches and pools, so that short prompts meet every border.
+
+    Without overrides it is the one configuration that most tests use, since each other one has to
+    be compiled.
+    """
     defaults: dict[str, Any] = {
         "base": "base",
         "models": [ModelEntry("unused")],
@@ -40,8 +48,14 @@ def serve_config(**overrides: Any) -> ServeConfig:
         "max_model_len": MAX_LEN,
         "page_size": PAGE,
         "compilation_cache_dir": "",
-        "prefill": PrefillConfig(chunk_buckets=[4, 16]),
-        "decode": DecodeConfig(batch_buckets=[1, 4], max_num_seqs=8, replay_buckets=[4]),
+        "prefill": PrefillConfig(chunk_buckets=[4, 16], num_pages=40),
+        "decode": DecodeConfig(
+            batch_buckets=[1, 4],
+            max_num_seqs=8,
+            replay_buckets=[4],
+            num_pages=28,
+            steps_per_dispatch=4,
+        ),
     }
     return ServeConfig(**{**defaults, **overrides})
 
@@ -102,20 +116,53 @@ class Models:
     def base_source(self) -> BaseSource:
         return BaseSource(self.config, "base-print", loader(self.base))
 
-    def expected(
-        self, oracle: Monolithic, name: str, prompt: Sequence[int], max_tokens: int
-    ) -> list[int]:
+    @functools.cached_property
+    def oracle(self) -> Monolithic:
+        return Monolithic(self.config, MAX_LEN)
+
+    def expected(self, name: str, prompt: Sequence[int], max_tokens: int = 8) -> list[int]:
         """What the oracle generates for model `name`."""
         source = next(s for s in self.sources if s.name == name)
         own = self.full_weights[name]
         prefill = own if source.sharing == "isolated" else self.base
-        return oracle.generate(prefill, own, prompt, max_tokens, tail=self.tails[name])
+        return self.oracle.generate(prefill, own, prompt, max_tokens, tail=self.tails[name])
+
+
+@functools.cache
+def every_kind(architecture: str = "llama") -> Models:
+    """One model of every kind, with tails 1, 2 and 5 and LoRA modules of unlike shape."""
+    config = tiny_config(architecture=architecture)
+    models = Models(config)
+    models.add_identity("identity")
+    models.add_full("full", 1)
+    models.add_full("full-tail2", 2, tail=2)
+    models.add_lora("lora", lora_module(config, 3, rank=2, targets=("q", "v")))
+    models.add_lora("lora-tail5", lora_module(config, 4, rank=4, targets=LORA_TARGETS), tail=5)
+    models.add_full("isolated", 5, isolated=True)
+    models.add_lora(
+        "isolated-lora",
+        lora_module(config, 6, rank=3, targets=("k", "up", "down")),
+        tail=2,
+        isolated=True,
+    )
+    return models
+
+
+def lora_module(config: ModelConfig, seed: int, *, rank: int, targets: Sequence[str]) -> LoraModule:
+    """A random module whose update is as large as the base's weights."""
+    rng = np.random.default_rng(seed)
+    weights = {
+        name: jnp.asarray(rng.normal(0, 0.3, spec.shape), jnp.float32)
+        for name, spec in lora_specs(config, rank, targets).items()
+    }
+    return LoraModule(weights, 2.0 * rank, rank, targets)
 
 
 class Reply:
     """Collects the events of one request."""
 
-    def __init__(self) -> None:
+    def __init__(self, request_id: str) -> None:
+        self.id = request_id
         self._events: queue.Queue[RequestOutput] = queue.Queue()
         self.tokens: list[int] = []
         self.logprobs: list[Any] = []
@@ -154,28 +201,43 @@ class Client:
         salt = params.pop("cache_salt", "")
         params = {"temperature": 0.0, "ignore_eos": True, **params}
         self._count += 1
-        reply = Reply()
-        reply_id = f"r{self._count}"
-        reply.id = reply_id  # type: ignore[attr-defined]
-        self.engine.submit(
-            Request(
-                reply_id,
-                model,
-                tuple(prompt),
-                SamplingParams(max_tokens=max_tokens, **params),
-                salt,
-            ),
-            reply.sink,
-        )
+        reply = Reply(params.pop("id", f"r{self._count}"))
+        sampling = SamplingParams(max_tokens=max_tokens, **params)
+        self.engine.submit(Request(reply.id, model, tuple(prompt), sampling, salt), reply.sink)
         return reply
+
+    def abort(self, reply: Reply) -> None:
+        self.engine.abort(reply.id)
+
+    def computed(self) -> int:
+        """Prompt tokens computed so far, for all models."""
+        tokens = self.engine.stats().prefill_tokens
+        return sum(n for (_, source), n in tokens.items() if source == "computed")
+
+    def check_idle(self) -> None:
+        """No sequence holds a page, and no request is alive."""
+        stats = self.engine.stats()
+        assert sum(stats.running.values()) + sum(stats.waiting.values()) == 0, stats
+        for cache in self.engine.caches.values():
+            cache.check(idle=True)
 
     def generate(self, model: str, prompt: Sequence[int], max_tokens: int = 8, **p: Any) -> Reply:
         return self.submit(model, prompt, max_tokens, **p).wait()
 
 
+def two_by_two() -> ServeConfig:
+    """Two prefill engines, two decode engines, one token a dispatch."""
+    return serve_config(
+        prefill=PrefillConfig(engines=2, chunk_buckets=[16], num_pages=40),
+        decode=DecodeConfig(
+            engines=2, batch_buckets=[4], max_num_seqs=8, replay_buckets=[4], num_pages=28
+        ),
+    )
+
+
 @contextmanager
 def running(models: Models, config: ServeConfig) -> Iterator[Client]:
-    """A started engine; its page books are checked when everything has ended."""
+    """A started engine; its page books must be clear when it has stopped."""
     engine = Orchestrator(config, models.base_source, models.sources)
     engine.start()
     try:
@@ -183,4 +245,4 @@ def running(models: Models, config: ServeConfig) -> Iterator[Client]:
     finally:
         engine.stop()
     for cache in engine.caches.values():
-        cache.check()
+        cache.check(idle=True)

@@ -1,0 +1,37 @@
+"""Started engines, one a module and configuration, over models of every kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax
+import pytest
+
+from tests.engine.harness import Client, Models, every_kind, running, serve_config, two_by_two
+
+
+@pytest.fixture(scope="package", autouse=True)
+def quick_compilation() -> Iterator[None]:
+    """Tiny models run for milliseconds and compile for seconds."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def models() -> Models:
+    return every_kind()
+
+
+@pytest.fixture(scope="module")
+def client(models: Models) -> Iterator[Client]:
+    """One prefill engine and one decode engine, four tokens a dispatch."""
+    with running(models, serve_config()) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def client2x2(models: Models) -> Iterator[Client]:
+    """Two prefill engines and two decode engines, one token a dispatch."""
+    with running(models, two_by_two()) as client:
+        yield client

@@ -1,0 +1,125 @@
+"""Rule 4: what a decode module writes is seen by its own sequence alone."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pshare_jax.engine.worker import Worker
+from tests.engine.harness import Client, Models
+
+PAGE = 8
+
+
+def prompt_of(seed: int, length: int) -> list[int]:
+    return np.random.default_rng(seed).integers(0, 256, length).tolist()
+
+
+def in_thread_of(worker: Worker, function: Callable[[], Any]) -> Any:
+    """Runs `function` in the worker's thread, which owns the pool, before its next work."""
+    done, result = threading.Event(), []
+    work = worker.work
+
+    def once() -> bool:
+        worker.work = work  # type: ignore[method-assign]
+        result.append(function())
+        done.set()
+        return work()
+
+    worker.work = once  # type: ignore[method-assign]
+    worker.notify()
+    assert done.wait(60)
+    return result[0]
+
+
+def pages_of(client: Client, side: str) -> np.ndarray:
+    """All pages of a pool, `[layers, pages, ...]`."""
+    engine = getattr(client.engine, f"_{side}")[0]
+    return in_thread_of(
+        engine, lambda: engine._pool.read(lambda pages: np.stack([np.asarray(p) for p in pages]))
+    )
+
+
+@pytest.mark.parametrize("name", ["full", "lora", "lora-tail5"])
+def test_rule_4_no_poison(client: Client, models: Models, name: str) -> None:
+    """A model's own output is prefilled by the base when it comes back as a prompt."""
+    salt = f"own output of {name}"
+    prompt = prompt_of(1, 21)
+    tail = models.tails[name]
+    first = client.generate(name, prompt, 12, cache_salt=salt)
+    longer = [*prompt, *first.tokens]
+    before = client.computed()
+    again = client.generate(name, longer, cache_salt=salt)
+    assert client.computed() - before == len(first.tokens)
+    assert again.usage is not None
+    assert again.usage.cached_tokens == len(prompt) - tail
+    assert again.tokens == models.expected(name, longer)
+
+
+BRANCHES = {
+    "mid page": prompt_of(10, 13),
+    "longer in that page": [*prompt_of(10, 13), 7, 7],
+    "to its end": [*prompt_of(10, 13), 7, 7, 7, 9],
+    "past its end": [*prompt_of(10, 13), 7, 7, 7, 9, 4, 4],
+    "branching off in it": [*prompt_of(10, 10), 3, 3, 3, 3],
+    "branching off later": [*prompt_of(10, 13), 8, 8, 1, 1, 1],
+}
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+@pytest.mark.parametrize("picked", list(itertools.combinations(BRANCHES, 3))[::2])
+def test_rule_4_partly_filled_page(
+    client: Client, models: Models, picked: tuple[str, ...], order: tuple[int, ...]
+) -> None:
+    """Prompts that end in, go on from, and branch off within one page while others decode."""
+    salt = f"{picked} {order}"
+    prompts = [BRANCHES[picked[i]] for i in order]
+    names = ("full", "lora", "identity")
+    # A full model decodes long enough to be still at it when the last one has answered.
+    replies = [client.submit("full", prompts[0], 40, cache_salt=salt)]
+    replies[0].next_event()
+    replies += [client.submit(n, p, cache_salt=salt) for n, p in zip(names, prompts, strict=True)]
+    for reply in replies:
+        reply.wait()
+    assert replies[0].tokens == models.expected("full", prompts[0], 40)
+    for reply, name, prompt in zip(replies[1:], names, prompts, strict=True):
+        assert reply.tokens == models.expected(name, prompt), (name, prompt)
+    # Each different beginning is computed once.
+    beginnings = {tuple(prompt[:n]) for prompt in prompts for n in range(1, len(prompt))}
+    computed = [reply.usage.computed_tokens for reply in replies if reply.usage is not None]
+    assert sum(computed) == len(beginnings)
+
+
+def test_decoding_leaves_prefill_pages_alone(client: Client) -> None:
+    """The prefill pool, and the shared pages of the decode pool, keep every bit."""
+    salt, prompt = "pages", prompt_of(20, 21)
+    client.generate("full", prompt, 1, cache_salt=salt)
+    before = {side: pages_of(client, side) for side in ("prefill", "decode")}
+    replies = [client.submit(n, prompt, 30, cache_salt=salt) for n in ("full", "lora", "identity")]
+    for reply in replies:
+        reply.wait()
+    after = {side: pages_of(client, side) for side in ("prefill", "decode")}
+    # Page 0 takes the writes of padding.
+    np.testing.assert_array_equal(before["prefill"][:, 1:], after["prefill"][:, 1:])
+    cache = client.engine._decode[0].cache
+    cached = [page for page in range(1, 28) if cache.node_of(page) is not None]
+    assert len(cached) >= 2
+    np.testing.assert_array_equal(before["decode"][:, cached], after["decode"][:, cached])
+    assert np.abs(before["decode"][:, cached]).sum() > 0
+
+
+def test_only_prompt_pages_are_indexed(client: Client) -> None:
+    """Neither index holds a token that was generated."""
+    prompt = prompt_of(30, 17)
+    reply = client.generate("full", prompt, 30, cache_salt="indexed")
+    generated = reply.tokens
+    for name, cache in client.engine.caches.items():
+        for page in range(1, cache.num_usable + 1):
+            node = cache.node_of(page)
+            if node is not None and node.tokens[:1] == [prompt[16]]:
+                assert node.tokens[1:2] != generated[:1], name
