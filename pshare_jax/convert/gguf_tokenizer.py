@@ -1,7 +1,9 @@
 """The tokenizer in a GGUF file as Hugging Face tokenizer files.
 
-GGUF stores vocabulary, merges and token types, and only the name of the pre-tokenizer; the
-table below spells the names out. The patterns are the published ones of each model family.
+For byte-level BPE (`gpt2`) GGUF stores vocabulary, merges and token types, and only the name of the
+pre-tokenizer; the table below spells the names out. The patterns are the published ones of each
+model family. For SentencePiece BPE (`llama`) it stores vocabulary and scores, which imply the
+merges.
 """
 
 from __future__ import annotations
@@ -29,6 +31,9 @@ from pshare_jax.errors import CheckpointError
 CONTROL = 3
 USER_DEFINED = 4
 """Token types of `tokenizer.ggml.token_type` that are matched in the text before BPE."""
+
+SPACE = "\u2581"
+"""SentencePiece's spelling of a space."""
 
 END_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end_of_text|>", "<|endoftext|>")
 """Control tokens that end a reply in the supported families, whichever of them is the EOS token."""
@@ -86,21 +91,9 @@ def tokenizer_files(file: GGUFFile) -> dict[str, bytes]:
     """`tokenizer.json`, `tokenizer_config.json` and `generation_config.json` of a GGUF model.
 
     Raises:
-        CheckpointError: no tokenizer, one that is not a byte-level BPE, or an unknown
-            pre-tokenizer.
+        CheckpointError: no tokenizer, or one of an unknown kind.
     """
-    model = file.get("tokenizer.ggml.model", str)
-    if model != "gpt2":
-        raise CheckpointError(
-            f"{file.path}: tokenizer.ggml.model {model!r} is not supported, only byte-level BPE "
-            "('gpt2') is; import from the Hugging Face folder instead"
-        )
-    name = file.get("tokenizer.ggml.pre", str, "default")
-    if name not in PRE_TOKENIZERS:
-        raise CheckpointError(
-            f"{file.path}: tokenizer.ggml.pre {name!r} is not supported; supported are "
-            f"{', '.join(PRE_TOKENIZERS)}"
-        )
+    build = _builder(file)
     tokens = file.get("tokenizer.ggml.tokens", list)
     if len(tokens) > file.config.vocab_size:
         raise CheckpointError(
@@ -109,7 +102,8 @@ def tokenizer_files(file: GGUFFile) -> dict[str, bytes]:
         )
     special = _special_tokens(file, tokens)
     try:
-        tokenizer = _build(file, PRE_TOKENIZERS[name], tokens, special)
+        tokenizer = build(file, tokens)
+        _add_special_tokens(file, tokenizer, tokens, special)
     except CheckpointError:
         raise
     except Exception as error:  # the Rust library raises plain Exception
@@ -128,6 +122,28 @@ def tokenizer_files(file: GGUFFile) -> dict[str, bytes]:
         "tokenizer_config.json": json.dumps(about, indent=2, ensure_ascii=False).encode(),
         "generation_config.json": json.dumps(generation).encode(),
     }
+
+
+def _builder(file: GGUFFile) -> Callable[[GGUFFile, list[str]], Tokenizer]:
+    model = file.get("tokenizer.ggml.model", str)
+    if model == "llama":
+        return _sentencepiece
+    if model != "gpt2":
+        raise CheckpointError(
+            f"{file.path}: tokenizer.ggml.model {model!r} is not supported, 'gpt2' and 'llama' "
+            "are; import from the Hugging Face folder instead"
+        )
+    name = _pre_tokenizer_name(file)
+    if name not in PRE_TOKENIZERS:
+        raise CheckpointError(
+            f"{file.path}: tokenizer.ggml.pre {name!r} is not supported; supported are "
+            f"{', '.join(PRE_TOKENIZERS)}"
+        )
+    return _byte_level
+
+
+def _pre_tokenizer_name(file: GGUFFile) -> str:
+    return file.get("tokenizer.ggml.pre", str, "default")
 
 
 def _special_tokens(file: GGUFFile, tokens: list[str]) -> dict[str, str]:
@@ -166,10 +182,8 @@ def _end_ids(file: GGUFFile, tokens: list[str]) -> list[int]:
     return list(dict.fromkeys(ids))
 
 
-def _build(
-    file: GGUFFile, family: _PreTokenizer, tokens: list[str], special: dict[str, str]
-) -> Tokenizer:
-    types = _types(file, tokens)
+def _byte_level(file: GGUFFile, tokens: list[str]) -> Tokenizer:
+    family = PRE_TOKENIZERS[_pre_tokenizer_name(file)]
     merges: list[tuple[str, str]] = []
     for line in file.get("tokenizer.ggml.merges", list):
         left, _, right = line.partition(" ")
@@ -180,15 +194,69 @@ def _build(
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = family.build()
     tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece(file: GGUFFile, tokens: list[str]) -> Tokenizer:
+    scores = file.get("tokenizer.ggml.scores", list)
+    if len(scores) != len(tokens):
+        raise CheckpointError(
+            f"{file.path}: tokenizer.ggml.scores has {len(scores)} entries for {len(tokens)} tokens"
+        )
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    key = "tokenizer.ggml.unknown_token_id"
+    unknown = tokens[_token_id(file, key, tokens)] if file.has(key) else None
+    model = models.BPE(
+        vocabulary,
+        _merges_of(vocabulary, scores),
+        unk_token=unknown,
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    tokenizer = Tokenizer(model)
+    prefix = file.get("tokenizer.ggml.add_space_prefix", bool, True)
+    replace = normalizers.Replace(" ", SPACE)
+    tokenizer.normalizer = (
+        normalizers.Sequence([normalizers.Prepend(SPACE), replace]) if prefix else replace
+    )
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if prefix:
+        steps.append(decoders.Strip(" ", 1, 0))
+    tokenizer.decoder = decoders.Sequence(steps)
+    return tokenizer
+
+
+def _merges_of(vocabulary: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
+    """The merges that SentencePiece's scores imply: pairs by the score of what they make.
+
+    SentencePiece joins the neighbours whose joint token scores best (Kudo and Richardson, 2018).
+    """
+    pairs = [
+        (-scores[i], vocabulary[token[:cut]], vocabulary[token[cut:]], token, cut)
+        for token, i in vocabulary.items()
+        for cut in range(1, len(token))
+        if token[:cut] in vocabulary and token[cut:] in vocabulary
+    ]
+    return [(token[:cut], token[cut:]) for *_, token, cut in sorted(pairs)]
+
+
+def _add_special_tokens(
+    file: GGUFFile, tokenizer: Tokenizer, tokens: list[str], special: dict[str, str]
+) -> None:
+    """Control tokens, and the ones that are put around every text."""
     tokenizer.add_tokens(
         [
             AddedToken(token, special=kind == CONTROL, normalized=False)
-            for token, kind in zip(tokens, types, strict=True)
+            for token, kind in zip(tokens, _types(file, tokens), strict=True)
             if kind in (CONTROL, USER_DEFINED)
         ]
     )
+    if file.get("tokenizer.ggml.model", str) == "llama":
+        add_bos = True
+    else:
+        add_bos = PRE_TOKENIZERS[_pre_tokenizer_name(file)].add_bos
     template, used = ["$A"], []
-    if file.get("tokenizer.ggml.add_bos_token", bool, family.add_bos):
+    if file.get("tokenizer.ggml.add_bos_token", bool, add_bos):
         template.insert(0, _required(file, special, "bos_token"))
         used.append(special["bos_token"])
     if file.get("tokenizer.ggml.add_eos_token", bool, False):
@@ -196,9 +264,9 @@ def _build(
         used.append(special["eos_token"])
     if used:
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=template, special_tokens=[(token, vocabulary[token]) for token in set(used)]
+            single=template,
+            special_tokens=[(token, tokens.index(token)) for token in set(used)],
         )
-    return tokenizer
 
 
 def _required(file: GGUFFile, special: dict[str, str], part: str) -> str:

@@ -59,8 +59,14 @@ class _LazyTensorHandler(type_handlers.NumpyHandler):
     Orbax's own handlers want all arrays at once and cannot be given the chunk axis.
     """
 
-    def __init__(self, chunks: Mapping[str, Sequence[int]], done: Callable[[str, Any], None]):
+    def __init__(
+        self,
+        dest: Path,
+        chunks: Mapping[str, Sequence[int]],
+        done: Callable[[str, np.ndarray], None],
+    ):
         super().__init__()
+        self._dest = dest
         self._chunks = chunks
         self._done = done
 
@@ -78,15 +84,14 @@ class _LazyTensorHandler(type_handlers.NumpyHandler):
                 )
             try:
                 write_tensor(info.parent_dir / info.name, array, self._chunks[info.name])
-            except ValueError as error:
-                raise CheckpointError(
-                    f"tensor {info.name}: not written: {one_line(error)}"
-                ) from error
+            except CheckpointError as error:
+                raise CheckpointError(f"{self._dest}: {error}") from error
             self._done(info.name, array)
         return []
 
 
 def _write_weights(
+    dest: Path,
     folder: Path,
     tensors: Mapping[str, LazyTensor],
     specs: Mapping[str, WeightSpec],
@@ -99,7 +104,8 @@ def _write_weights(
         entries[name] = TensorEntry(array.shape, array.dtype.name, tensor_hash(array))
         report(name, array.nbytes)
 
-    handler = _LazyTensorHandler({name: chunk_shape(spec) for name, spec in specs.items()}, done)
+    chunks = {name: chunk_shape(spec) for name, spec in specs.items()}
+    handler = _LazyTensorHandler(dest, chunks, done)
     # Orbax warns about a registry without jax.Array, though none is saved here.
     registry = type_handlers.create_type_handler_registry(
         (LazyTensor, handler),
@@ -164,7 +170,7 @@ def write_prefill(
         tokenizer.mkdir()
         for name, data in tokenizer_files.items():
             (tokenizer / name).write_bytes(data)
-        entries = _write_weights(folder, lazy, specs, report)
+        entries = _write_weights(Path(dest), folder, lazy, specs, report)
         hashed = tokenizer_hash(tokenizer_files)
         manifest = Manifest(
             folder=Path(dest),
@@ -228,7 +234,7 @@ def write_decode(
     specs = stored_specs(base.config, draft)
     dtype = _check_tensors(lazy, specs)
     with atomic_folder(dest) as folder:
-        entries = _write_weights(folder, lazy, specs, report)
+        entries = _write_weights(Path(dest), folder, lazy, specs, report)
         context = base.tokenizer_hash if draft.kind == "full" else lora_context(draft)
         fingerprint = fingerprint_of(base.config, entries, context)
         certificate = Certificate(**{**vars(draft), "weights_fingerprint": fingerprint})

@@ -8,6 +8,8 @@ is noticed.
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from pshare_jax.convert.files import one_line
 from pshare_jax.errors import CheckpointError
 from pshare_jax.models.weights import WeightSpec
 from pshare_jax.sharding.rules import MESH_AXES
+
+_OS_ERROR = re.compile(r"os_error_code='(\d+)'")
 
 MAX_CHUNKS = 16
 """Most chunks of one tensor: loading on up to this many devices reads each byte once."""
@@ -69,12 +73,17 @@ def write_tensor(path: Path, array: np.ndarray, chunk: Sequence[int]) -> None:
     """Writes `array` as the Zarr array in the folder `path`; not yet flushed to disk.
 
     Raises:
-        ValueError: the system's reason for which it could not be written.
+        CheckpointError: it could not be written; the message has the system's reason.
     """
     # Whoever makes the checkpoint flushes all of it once.
     context = ts.Context({"file_io_sync": False})
-    store = _finish(ts.open(_zarr_spec(path, array, chunk), create=True, context=context))
-    _finish(store.write(array, can_reference_source_data_indefinitely=True))
+    try:
+        store = _finish(ts.open(_zarr_spec(path, array, chunk), create=True, context=context))
+        _finish(store.write(array, can_reference_source_data_indefinitely=True))
+    except ValueError as error:
+        code = _OS_ERROR.search(str(error))
+        reason = os.strerror(int(code[1])) if code else one_line(error)
+        raise CheckpointError(f"tensor {path.name}: cannot be written: {reason}") from error
 
 
 class StoredTensor:
