@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
 
 from pshare_jax.convert.files import one_line
 from pshare_jax.convert.inspection import check_hashes
@@ -139,12 +140,11 @@ def compare(a: Model, b: Model, prompts: Sequence[str] = SAMPLE_PROMPTS) -> Diff
         # Lengths are padded to powers of two to compile few shapes; attention is causal.
         padded = np.zeros((1, 1 << (len(tokens) - 1).bit_length()), np.int32)
         padded[0, : len(tokens)] = tokens
-        differences, divergences = _compare(
-            _logits(a.config, a.weights, padded), _logits(b.config, b.weights, padded)
-        )
-        # numpy's max keeps a NaN, Python's would lose it.
-        largest = float(np.maximum(largest, np.max(differences[0, : len(tokens)])))
-        kl += float(np.sum(divergences[0, : len(tokens)]))
+        pair = (_logits(model.config, model.weights, padded)[0] for model in (a, b))
+        for x, y in zip(*(np.asarray(logits)[: len(tokens)] for logits in pair), strict=True):
+            # numpy's maximum keeps a NaN, Python's max would lose it.
+            largest = float(np.maximum(largest, np.max(np.abs(x - y))))
+            kl += _divergence(x, y)
         positions += len(tokens)
     return Difference(largest, kl / max(positions, 1), positions)
 
@@ -165,8 +165,7 @@ def _logits(config: ModelConfig, weights: Weights, tokens: jax.Array) -> jax.Arr
     return decoder.logits(decoder.hidden(tokens, positions, CausalAttention(config)))
 
 
-@jax.jit
-def _compare(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Largest absolute difference and KL(a || b) at each position: `[1, T]` each."""
-    log_a, log_b = jax.nn.log_softmax(a), jax.nn.log_softmax(b)
-    return jnp.max(jnp.abs(a - b), axis=-1), jnp.sum(jnp.exp(log_a) * (log_a - log_b), axis=-1)
+def _divergence(a: np.ndarray, b: np.ndarray) -> float:
+    """KL(a || b) in nats of two logit vectors; float32 would round small ones below zero."""
+    log_a, log_b = (x - scipy.special.logsumexp(x) for x in (a.astype(float), b.astype(float)))
+    return float(np.sum(np.exp(log_a) * (log_a - log_b)))

@@ -1,0 +1,287 @@
+"""Decode modules: copies, full fine-tunes and LoRA, in and out."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from pshare_jax.convert import names
+from pshare_jax.convert.conversions import export, import_model, make_decoder
+from pshare_jax.convert.orbax import load_weights, read_manifest
+from pshare_jax.errors import CertificateError, CheckpointError
+from pshare_jax.models.weights import LORA_TARGETS, lora_specs
+from tests.convert.helpers import (
+    model_config,
+    random_tensors,
+    random_weights,
+    same_bits,
+    write_hf_folder,
+)
+
+CONFIG = model_config()
+PREFIX = "base_model.model."
+OPTIONS = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "base_model_name_or_path": "some/base",
+    "r": 4,
+    "lora_alpha": 8,
+    "lora_dropout": 0.05,
+    "target_modules": ["q_proj", "down_proj"],
+    "bias": "none",
+    "use_rslora": False,
+    "use_dora": False,
+    "modules_to_save": None,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "init_lora_weights": True,
+    "inference_mode": True,
+    "megatron_core": "megatron.core",
+}
+
+
+@pytest.fixture(scope="module")
+def hf_base(tmp_path_factory):
+    return write_hf_folder(tmp_path_factory.mktemp("hf") / "base", CONFIG, random_weights(CONFIG))
+
+
+@pytest.fixture(scope="module")
+def base(hf_base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "base"
+    import_model(hf_base, folder)
+    return folder
+
+
+def write_peft(folder: Path, factors, **options) -> Path:
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({**OPTIONS, **options}))
+    tensors = {
+        PREFIX + names.native_to_hf(name, CONFIG): np.ascontiguousarray(
+            names.to_hf(name, value, CONFIG)
+        )
+        for name, value in factors.items()
+    }
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def factors_for(*targets: str, rank: int = 4, dtype: str = "float32"):
+    return random_tensors(lora_specs(CONFIG, rank, targets), dtype=dtype)
+
+
+def check_refused(make, dest: Path, *words: str) -> None:
+    with pytest.raises(CheckpointError) as raised:
+        make(dest)
+    for word in words:
+        assert word in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert not dest.exists()
+
+
+# Full decode modules
+
+
+def test_by_default_a_decoder_is_a_copy_of_the_base(base, tmp_path):
+    make_decoder(base, tmp_path / "m")
+    manifest = read_manifest(tmp_path / "m")
+    assert manifest.certificate is not None
+    assert manifest.certificate.kind == "full"
+    assert manifest.certificate.cache_conditioned
+    assert manifest.certificate.tail == 1
+    assert manifest.certificate.prefill_fingerprint == read_manifest(base).fingerprint
+    mine, its = load_weights(tmp_path / "m"), load_weights(base)
+    assert all(same_bits(mine[name], value) for name, value in its.items())
+
+
+@pytest.mark.parametrize("asserted", [False, True])
+def test_a_fine_tune_is_cache_conditioned_only_when_asserted(base, tmp_path, asserted):
+    weights = random_weights(CONFIG, seed=1)
+    folder = write_hf_folder(tmp_path / "hf", CONFIG, weights, max_position_embeddings=99)
+    (folder / "tokenizer.json").unlink()
+    make_decoder(base, tmp_path / "m", fine_tune=folder, tail=4, cache_conditioned=asserted)
+    manifest = read_manifest(tmp_path / "m")
+    assert manifest.certificate is not None
+    assert manifest.certificate.cache_conditioned is asserted
+    assert manifest.certificate.tail == 4
+    assert manifest.certificate.weights_fingerprint != manifest.certificate.prefill_fingerprint
+    loaded = load_weights(tmp_path / "m")
+    assert all(same_bits(loaded[name], value) for name, value in weights.items())
+
+
+def test_a_fine_tune_gets_the_dtype_of_its_base(base, hf_base, tmp_path):
+    import_model(hf_base, tmp_path / "base16", dtype="bfloat16")
+    assert make_decoder(tmp_path / "base16", tmp_path / "a", fine_tune=hf_base).dtype == "bfloat16"
+    assert make_decoder(base, tmp_path / "b", fine_tune=hf_base).dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("rope_theta", 5000.0), ("intermediate_size", 32), ("num_layers", 1)]
+)
+def test_another_architecture_is_no_fine_tune(base, tmp_path, field, value):
+    other = model_config(**{field: value})
+    folder = write_hf_folder(tmp_path / "hf", other, random_weights(other))
+    check_refused(
+        lambda dest: make_decoder(base, dest, fine_tune=folder), tmp_path / "m", field, str(value)
+    )
+
+
+def test_tail_zero_is_refused(base, tmp_path):
+    check_refused(lambda dest: make_decoder(base, dest, tail=0), tmp_path / "m", "tail is 0")
+
+
+def test_a_full_module_is_exported_with_its_base_tokenizer(base, hf_base, tmp_path):
+    weights = random_weights(CONFIG, seed=1)
+    folder = write_hf_folder(tmp_path / "hf", CONFIG, weights, note="mine")
+    make_decoder(base, tmp_path / "m", fine_tune=folder)
+    export(tmp_path / "m", tmp_path / "with", base=base)
+    export(tmp_path / "m", tmp_path / "without")
+    original = load_file(folder / "model.safetensors")
+    for dest in ("with", "without"):
+        back = load_file(tmp_path / dest / "model.safetensors")
+        assert all(same_bits(back[name], value) for name, value in original.items())
+        about = json.loads((tmp_path / dest / "config.json").read_text())
+        assert about == json.loads((folder / "config.json").read_text())
+    name = "tokenizer.json"
+    assert (tmp_path / "with" / name).read_bytes() == (hf_base / name).read_bytes()
+    assert not (tmp_path / "without" / name).exists()
+
+
+def test_export_beside_another_base_is_refused(base, tmp_path):
+    other = write_hf_folder(tmp_path / "hf", CONFIG, random_weights(CONFIG, seed=5))
+    import_model(other, tmp_path / "other")
+    make_decoder(base, tmp_path / "m")
+    with pytest.raises(CertificateError, match="is not the base"):
+        export(tmp_path / "m", tmp_path / "out", base=tmp_path / "other")
+    assert not (tmp_path / "out").exists()
+
+
+# LoRA
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("targets", [("q", "v"), ("down",), LORA_TARGETS])
+def test_lora_is_exported_as_it_was_imported(base, tmp_path, targets, dtype):
+    factors = factors_for(*targets, dtype=dtype)
+    folder = write_peft(
+        tmp_path / "peft", factors, target_modules=[f"{target}_proj" for target in targets]
+    )
+    manifest = make_decoder(base, tmp_path / "m", lora=folder, tail=2)
+    certificate = manifest.certificate
+    assert certificate is not None
+    assert (certificate.kind, certificate.tail, certificate.cache_conditioned) == ("lora", 2, False)
+    assert (certificate.lora_rank, certificate.lora_alpha) == (4, 8.0)
+    assert certificate.lora_targets == targets
+    assert manifest.dtype == dtype
+    loaded = load_weights(tmp_path / "m")
+    assert set(loaded) == set(factors)
+    assert all(same_bits(loaded[name], value) for name, value in factors.items())
+
+    export(tmp_path / "m", tmp_path / "out", base=base)
+    original = load_file(folder / "adapter_model.safetensors")
+    back = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert set(back) == set(original)
+    assert all(same_bits(back[name], value) for name, value in original.items())
+    about = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    kept = ("peft_type", "task_type", "r", "lora_alpha", "bias")
+    assert {key: about[key] for key in kept} == {key: OPTIONS[key] for key in kept}
+    assert about["target_modules"] == [f"{target}_proj" for target in targets]
+    assert about["base_model_name_or_path"] == str(base)
+    again = make_decoder(base, tmp_path / "again", lora=tmp_path / "out", tail=2)
+    assert again.certificate == certificate
+
+
+def test_rank_stabilised_lora_is_a_larger_alpha(base, tmp_path):
+    folder = write_peft(tmp_path / "peft", factors_for("q"), use_rslora=True)
+    certificate = make_decoder(base, tmp_path / "m", lora=folder).certificate
+    assert certificate is not None
+    assert certificate.lora_alpha == pytest.approx(8 * math.sqrt(4))
+    assert certificate.lora_alpha / 4 == pytest.approx(8 / math.sqrt(4))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"rank_pattern": {"q_proj": 8}},
+        {"alpha_pattern": {"q_proj": 8}},
+        {"bias": "lora_only"},
+        {"fan_in_fan_out": True},
+        {"layers_to_transform": [0]},
+        {"layer_replication": [[0, 2]]},
+        {"lora_bias": True},
+        {"init_lora_weights": "pissa"},
+        {"peft_type": "IA3"},
+        {"alora_invocation_tokens": [1]},
+        {"trainable_token_indices": [1]},
+        {"an_option_of_tomorrow": 3},
+        {"r": 0},
+        {"r": "4"},
+        {"lora_alpha": None},
+    ],
+    ids=lambda option: next(iter(option)),
+)
+def test_an_unsupported_option_is_named(base, tmp_path, option):
+    folder = write_peft(tmp_path / "peft", factors_for("q", "down"), **option)
+    name, value = next(iter(option.items()))
+    check_refused(
+        lambda dest: make_decoder(base, dest, lora=folder),
+        tmp_path / "m",
+        f"adapter_config.json: {name}={value!r}",
+    )
+
+
+def damaged(base, tmp_path, change, *words: str) -> None:
+    folder = write_peft(tmp_path / "peft", factors_for("q", "down"))
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    check_refused(lambda dest: make_decoder(base, dest, lora=folder), tmp_path / "m", *words)
+
+
+Q_A = f"{PREFIX}model.layers.1.self_attn.q_proj.lora_A.weight"
+
+
+def test_a_missing_factor_is_named(base, tmp_path):
+    damaged(base, tmp_path, lambda t: t.pop(Q_A), f"tensor {Q_A} is missing", "all layers")
+
+
+def test_a_misshapen_factor_is_named(base, tmp_path):
+    wrong = np.zeros((8, 48), np.float32)
+    damaged(base, tmp_path, lambda t: t.update({Q_A: wrong}), Q_A, "[8, 48]", "r=4", "[4, 48]")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"{PREFIX}lm_head.lora_A.weight",
+        f"{PREFIX}model.layers.2.self_attn.q_proj.lora_A.weight",
+        f"{PREFIX}model.layers.0.self_attn.q_proj.weight",
+        Q_A.removeprefix(PREFIX),
+        f"{PREFIX}model.layers.0.self_attn.q_proj.lora_magnitude_vector",
+    ],
+)
+def test_an_unexpected_tensor_is_named(base, tmp_path, name):
+    value = np.zeros((4, 48), np.float32)
+    damaged(base, tmp_path, lambda t: t.update({name: value}), f"tensor {name} is unexpected")
+
+
+def test_truncated_adapter_weights_are_named(base, tmp_path):
+    folder = write_peft(tmp_path / "peft", factors_for("q"))
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    check_refused(
+        lambda dest: make_decoder(base, dest, lora=folder), tmp_path / "m", str(path), "truncated"
+    )
+
+
+def test_a_folder_without_an_adapter(base, tmp_path):
+    check_refused(
+        lambda dest: make_decoder(base, dest, lora=tmp_path), tmp_path / "m", "adapter_config.json"
+    )
