@@ -284,11 +284,12 @@ class DecodeEngine(Worker):
         """Stores arrived pages and admits the sequences whose pages are all there."""
         with self._inbox_lock:
             arrivals, self._inbox = self._inbox, []
+        self._blocked += arrivals
         for arrival in arrivals:
             self._receiver.store(self._pool, arrival.staged)
             for node in arrival.reservation.arriving:
                 node.ready = True
-        candidates, self._blocked = self._blocked + arrivals, []
+        candidates, self._blocked = self._blocked, []
         for arrival in candidates:
             if all(node.ready for node in arrival.reservation.awaited):
                 self._admit_row(arrival)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import queue
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -196,14 +197,26 @@ class Client:
         self._count = 0
 
     def submit(
-        self, model: str, prompt: Sequence[int], max_tokens: int = 8, **params: Any
+        self,
+        model: str,
+        prompt: Sequence[int],
+        max_tokens: int = 8,
+        *,
+        then: Callable[[RequestOutput], None] = lambda event: None,
+        **params: Any,
     ) -> Reply:
+        """Greedy without end tokens unless asked otherwise; `then` is called after each event."""
         salt = params.pop("cache_salt", "")
         params = {"temperature": 0.0, "ignore_eos": True, **params}
         self._count += 1
         reply = Reply(params.pop("id", f"r{self._count}"))
         sampling = SamplingParams(max_tokens=max_tokens, **params)
-        self.engine.submit(Request(reply.id, model, tuple(prompt), sampling, salt), reply.sink)
+
+        def sink(event: RequestOutput) -> None:
+            reply.sink(event)
+            then(event)
+
+        self.engine.submit(Request(reply.id, model, tuple(prompt), sampling, salt), sink)
         return reply
 
     def abort(self, reply: Reply) -> None:
@@ -233,6 +246,14 @@ def two_by_two() -> ServeConfig:
             engines=2, batch_buckets=[4], max_num_seqs=8, replay_buckets=[4], num_pages=28
         ),
     )
+
+
+def wait_until(condition: Callable[[], Any], timeout: float = 60) -> None:
+    """Polls until `condition` is true."""
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.001)
 
 
 @contextmanager

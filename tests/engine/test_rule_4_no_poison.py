@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pshare_jax.cache.prefix_index import Node, root_key
 from pshare_jax.engine.worker import Worker
 from tests.engine.harness import Client, Models
 
@@ -113,13 +114,22 @@ def test_decoding_leaves_prefill_pages_alone(client: Client) -> None:
     assert np.abs(before["decode"][:, cached]).sum() > 0
 
 
-def test_only_prompt_pages_are_indexed(client: Client) -> None:
-    """Neither index holds a token that was generated."""
-    prompt = prompt_of(30, 17)
-    reply = client.generate("full", prompt, 30, cache_salt="indexed")
-    generated = reply.tokens
+def test_only_prompt_pages_are_indexed(client: Client, models: Models) -> None:
+    """Neither index holds a token that was generated, nor one that the decode module read."""
+    prompt, salt = prompt_of(30, 21), "indexed"
+    client.generate("full", prompt, 30, cache_salt=salt)
+    runtime = client.engine._runtimes["full"]
+    root = root_key(runtime.namespace, salt)
+    held: dict[str, list[list[int]]] = {}
     for name, cache in client.engine.caches.items():
-        for page in range(1, cache.num_usable + 1):
-            node = cache.node_of(page)
-            if node is not None and node.tokens[:1] == [prompt[16]]:
-                assert node.tokens[1:2] != generated[:1], name
+        nodes = [cache.node_of(page) for page in range(1, cache.num_usable + 1)]
+        chains = [chain_of(node) for node in nodes if node is not None]
+        held[name] = sorted(
+            [n for node in c for n in node.tokens] for c in chains if c[0].parent_key == root
+        )
+    assert held["prefill0"] == [prompt[:8], prompt[:16], prompt[:20]]
+    assert held["decode0"] == [prompt[:8], prompt[:16]]
+
+
+def chain_of(node: Node) -> list[Node]:
+    return [*(chain_of(node.parent) if node.parent is not None else []), node]

@@ -1,0 +1,248 @@
+"""Rule 6: whatever becomes of requests, every page ends up free or held by an index."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pshare_jax.engine.orchestrator import Orchestrator
+from pshare_jax.engine.request import FinishReason, Request, RequestOutput
+from pshare_jax.engine.sequence import Sequence
+from pshare_jax.errors import EngineDeadError
+from tests.engine.harness import Client, Models, Reply, running, serve_config, wait_until
+from tests.helpers import tiny_config
+
+NUM_REQUESTS = 70
+
+
+def count_evictions(client: Client, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    evictions: Counter[str] = Counter()
+    for name, cache in client.engine.caches.items():
+
+        def evict(name: str = name, original: Any = cache._evict) -> None:
+            evictions[name] += 1
+            original()
+
+        monkeypatch.setattr(cache, "_evict", evict)
+    return evictions
+
+
+def random_prompt(rng: np.random.Generator, contexts: list[list[int]]) -> list[int]:
+    """A beginning of one of a few contexts, sometimes with an end of its own."""
+    context = contexts[rng.integers(len(contexts))]
+    prompt = context[: rng.integers(1, len(context))]
+    return [*prompt, *rng.integers(0, 256, rng.integers(0, 9)).tolist()]
+
+
+@pytest.mark.parametrize("engines", ["client", "client2x2"])
+def test_rule_6_no_leaks(
+    engines: str,
+    models: Models,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A storm of requests, aborted at all stages, over pools that are far too small for it."""
+    client: Client = request.getfixturevalue(engines)
+    rng = np.random.default_rng(len(engines))
+    contexts = rng.integers(0, 256, (4, 60)).tolist()
+    evictions = count_evictions(client, monkeypatch)
+    names = list(models.full_weights)
+    asked: list[tuple[str, list[int], int, Reply]] = []
+    for i in range(NUM_REQUESTS):
+        name = names[rng.integers(len(names))]
+        prompt, max_tokens = random_prompt(rng, contexts), int(rng.integers(1, 60))
+        asked.append((name, prompt, max_tokens, client.submit(name, prompt, max_tokens)))
+        match rng.integers(5):
+            case 0:  # where it is just now: waiting, in prefill, or waiting for room
+                client.abort(asked[rng.integers(len(asked))][3])
+            case 1:  # while it decodes, if it has come that far
+                reply = asked[rng.integers(len(asked))][3]
+                if reply.reason is None and i % 2:
+                    reply.next_event()
+                client.abort(reply)
+            case _:
+                pass
+    for _, _, _, reply in asked:
+        reply.wait(120)
+    client.check_idle()
+    reasons = Counter(reply.reason for *_, reply in asked)
+    assert reasons[FinishReason.ABORT] >= 5
+    assert reasons[FinishReason.LENGTH] >= 20
+    assert sum(client.engine.stats().preemptions.values()) > 0
+    assert {name.rstrip("01") for name in evictions} == {"prefill", "decode"}
+    for name, prompt, max_tokens, reply in asked:
+        expected = models.expected(name, prompt, max_tokens)
+        if reply.reason is FinishReason.LENGTH:
+            assert reply.tokens == expected
+        else:
+            assert reply.tokens == expected[: len(reply.tokens)]
+
+
+def test_preempted_sequences_replay_and_go_on(client: Client, models: Models) -> None:
+    """Long answers of all kinds of models at once: all but the oldest are preempted."""
+    before = client.engine.stats().preemptions
+    rng = np.random.default_rng(5)
+    asked = [(name, rng.integers(0, 256, 11 + i).tolist()) for i, name in enumerate(models.tails)]
+    replies = [client.submit(name, prompt, 100) for name, prompt in asked]
+    for (name, prompt), reply in zip(asked, replies, strict=True):
+        reply.wait()
+        assert reply.tokens == models.expected(name, prompt, 100)
+    after = client.engine.stats().preemptions
+    preempted = {name for name in after if after[name] > before.get(name, 0)}
+    assert len(preempted) >= 3
+    assert asked[0][0] not in preempted
+    client.check_idle()
+
+
+def test_aborts_at_every_stage(client: Client) -> None:
+    """Nobody else is running, so each stage is met for certain."""
+    prompt = list(range(60))
+    reply = client.submit("full", prompt, 60)
+    reply.next_event()
+    client.abort(reply)
+    client.abort(reply)
+    client.engine.abort("no such request")
+    assert reply.wait().reason is FinishReason.ABORT
+    assert 0 < len(reply.tokens) < 60
+
+    # One sequence fills the decode pool, so that the next one is covered and waits for room.
+    wide = client.submit("full", prompt, 60)
+    wide.next_event()
+    blocked = [client.submit("lora", [i, *prompt], 60) for i in range(6)]
+    for other in blocked:
+        client.abort(other)
+    assert {other.wait().reason for other in blocked} == {FinishReason.ABORT}
+    assert wide.wait().reason is FinishReason.LENGTH
+    client.check_idle()
+
+
+def test_abort_from_the_sink(client: Client) -> None:
+    """A front that finds a stop string aborts from within the event."""
+    reply = client.submit(
+        "full", [1, 2, 3], 100, id="own", then=lambda event: client.engine.abort("own")
+    )
+    assert reply.wait().reason is FinishReason.ABORT
+    assert len(reply.tokens) < 100
+    client.check_idle()
+
+
+def test_the_books_are_closed_before_the_last_event(client: Client) -> None:
+    """Who has seen the last event may use the id again, and finds all pages back."""
+    again: list[Reply] = []
+    idle: list[bool] = []
+
+    def then(event: RequestOutput) -> None:
+        if event.finish_reason is not None and not again:
+            client.check_idle()
+            idle.append(True)
+            again.append(client.submit("full", [1, 2, 3], id="same"))
+
+    client.submit("full", [1, 2, 3], id="same", then=then).wait()
+    wait_until(lambda: again)
+    assert again[0].wait().reason is FinishReason.LENGTH
+    assert idle == [True]
+
+
+@pytest.fixture(scope="module")
+def two_models() -> Models:
+    models = Models(tiny_config())
+    models.add_full("full", 1)
+    models.add_full("tail3", 2, tail=3)
+    return models
+
+
+@pytest.mark.parametrize(
+    ("side", "step"),
+    [
+        ("prefill", "_chunk"),
+        ("prefill", "_sender._gather"),
+        ("decode", "_receiver._scatter"),
+        ("decode", "_replay"),
+        ("decode", "_decode"),
+    ],
+)
+def test_a_failing_step_fails_all_requests(
+    two_models: Models, side: str, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every request that is alive ends with an error, and nothing is taken on any more."""
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    gate = threading.Event()
+    with running(two_models, serve_config()) as client:
+        engine = client.engine
+        # The decode thread stands still until everything is in place.
+        replies = [
+            client.submit("full", [i] * 20, 100, then=lambda _: gate.wait(60)) for i in range(3)
+        ]
+        replies[0].next_event()
+        owner = getattr(engine, f"_{side}")[0]
+        *path, attribute = step.split(".")
+        for name in path:
+            owner = getattr(owner, name)
+        monkeypatch.setattr(owner, attribute, fail)
+        replies.append(client.submit("tail3", [7] * 30, 90))
+        wait_until(lambda: engine.dead or engine._decode[0]._inbox)
+        gate.set()
+        for reply in replies:
+            reply.wait()
+            assert reply.reason is FinishReason.ERROR
+            assert reply.error is not None
+            assert "out of memory" in reply.error
+        assert engine.dead is not None
+        assert f"{side}0" in engine.dead
+        with pytest.raises(EngineDeadError, match="out of memory"):
+            client.submit("full", [1])
+        assert engine.stats().finished["full", FinishReason.ERROR] == 3
+
+
+def test_stop_ends_what_runs(two_models: Models) -> None:
+    with running(two_models, serve_config()) as client:
+        replies = [client.submit("full", [i] * 20, 100) for i in range(20)]
+        replies[0].next_event()
+        client.engine.stop()
+        reasons = Counter(reply.wait().reason for reply in replies)
+        assert set(reasons) <= {FinishReason.ERROR, FinishReason.LENGTH}
+        assert reasons[FinishReason.ERROR] >= 10
+        assert all("stopped" in (r.error or "stopped") for r in replies)
+        with pytest.raises(EngineDeadError, match="not running"):
+            client.submit("full", [1])
+        client.check_idle()
+
+
+def test_a_refused_sequence_goes_before_younger_ones(two_models: Models) -> None:
+    """With several prefill engines, a stream of small prompts could starve a large one."""
+    engine = Orchestrator(serve_config(), two_models.base_source, two_models.sources)
+    decode = engine._decode[0]
+
+    def sequence(order: int, length: int) -> Sequence:
+        return Sequence(
+            Request(f"{order}", "full", (order + 1,) * length),
+            engine._runtimes["full"],
+            lambda event: None,
+            order=order,
+            seed=0,
+            page_size=8,
+            end_token_ids=frozenset(),
+            on_finish=lambda sequence, reason: None,
+        )
+
+    first, large, small = sequence(0, 120), sequence(1, 121), sequence(2, 1)
+    other_large = sequence(3, 122)
+    held = decode.reserve(first)
+    assert held is not None
+    assert decode.reserve(other_large) is None
+    assert decode.reserve(large) is None
+    assert decode.reserve(small) is None
+    assert decode.reserve(sequence(-1, 1)) is not None, "an older one is not held up"
+    decode.cancel(held)
+    assert decode.reserve(large) is not None
+    assert decode.reserve(small) is not None
+    assert decode.reserve(other_large) is None
+    other_large.abort_requested = True
+    assert decode.reserve(sequence(4, 1)) is not None
