@@ -326,6 +326,8 @@ class Orchestrator:
             raise RequestError(
                 f"logit_bias: token id {wrong[0]} is out of range 0..{vocab - 1}", "logit_bias"
             )
+        if not all(map(math.isfinite, params.logit_bias.values())):
+            raise RequestError("logit_bias: every bias must be a finite number", "logit_bias")
         if params.logprobs is not None and not 0 <= params.logprobs <= min(MAX_LOGPROBS, vocab):
             raise RequestError(f"logprobs must be 0..{MAX_LOGPROBS}", "logprobs")
         values = {

@@ -15,10 +15,11 @@ class SamplingParams:
     """How the next token is chosen; the defaults are OpenAI's and vLLM's.
 
     Order on the device: repetition, presence and frequency penalties, logit bias, temperature,
-    min-p, top-k, top-p. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 and `min_p` 0 are
-    off. `logprobs` asks for the log-probability (of the unmodified distribution, natural log) of
-    the chosen token and of that many most likely ones; None asks for none. `stop_token_ids` come on
-    top of the model's own end tokens, which `ignore_eos` turns off.
+    min-p, top-k, top-p. `temperature` 0 (or less than 1e-5) is greedy; `top_k` 0 and `top_p` 1
+    and `min_p` 0 are off; equal scores are kept or dropped together. `logprobs` asks for the
+    log-probability (of the unmodified distribution, natural log) of the chosen token and of that
+    many most likely ones; None asks for none. `stop_token_ids` come on top of the model's own end
+    tokens, which `ignore_eos` turns off.
     """
 
     max_tokens: int = 16

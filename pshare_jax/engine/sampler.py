@@ -19,6 +19,12 @@ from jax import lax
 from pshare_jax.engine.host_arrays import host_array
 from pshare_jax.engine.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
 
+MIN_TEMPERATURE = 1e-5
+"""Below this a row is greedy: the scores would overflow."""
+
+MIN_TOP_P = 1e-30
+"""The least nucleus that is asked for; it always holds the most likely token."""
+
 
 class SamplingRows(NamedTuple):
     """Sampling parameters of a batch: float32 or int32 `[B]`, bool scalars for the batch."""
@@ -77,8 +83,8 @@ def pack_rows(
         return host_array(any(map(test, params)), np.bool_)
 
     return SamplingRows(
-        temperature=floats("temperature"),
-        top_p=floats("top_p"),
+        temperature=host_array([p.temperature * _is_random(p) for p in rows], np.float32),
+        top_p=host_array([max(p.top_p, MIN_TOP_P) for p in rows], np.float32),
         min_p=floats("min_p"),
         repetition_penalty=floats("repetition_penalty"),
         presence_penalty=floats("presence_penalty"),
@@ -88,7 +94,7 @@ def pack_rows(
         prompt_len=host_array([*prompt_lens, *[0] * pad], np.int32),
         any_penalty=any_of(_has_penalty),
         any_bias=any_of(lambda p: len(p.logit_bias) > 0),
-        any_random=any_of(lambda p: p.temperature > 0),
+        any_random=any_of(_is_random),
         any_filter=any_of(_has_filter),
         any_logprobs=any_of(lambda p: p.logprobs is not None),
     )
@@ -98,8 +104,12 @@ def _has_penalty(p: SamplingParams) -> bool:
     return p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
 
 
+def _is_random(p: SamplingParams) -> bool:
+    return p.temperature >= MIN_TEMPERATURE
+
+
 def _has_filter(p: SamplingParams) -> bool:
-    return p.temperature > 0 and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0)
+    return _is_random(p) and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0)
 
 
 def sample(logits: jax.Array, rows: SamplingRows, history: History, lengths: jax.Array) -> Sampled:
