@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -115,10 +114,11 @@ def read_tensors(folder: Path, config: ModelConfig) -> dict[str, LazyTensor]:
         CheckpointError: names file and tensor that is missing, unexpected, misshapen, of an
             unsupported dtype, or in a file that is truncated or corrupt.
     """
+    specs = weight_specs(config)
     found: dict[str, LazyTensor] = {}
     for name, path in safetensors_in(folder).items():
         native = hf_to_native(name, config)
-        if native is None or native not in weight_specs_of(config):
+        if native is None or native not in specs:
             if is_redundant(name, config):
                 continue
             raise CheckpointError(
@@ -131,21 +131,15 @@ def read_tensors(folder: Path, config: ModelConfig) -> dict[str, LazyTensor]:
                 f"but {CONFIG_FILE} needs {list(expected)}"
             )
         found[native] = tensor
-    for native in weight_specs_of(config):
+    for native in specs:
         if native not in found:
             raise CheckpointError(f"{folder}: tensor {native_to_hf(native, config)} is missing")
     matrices = {tensor.dtype.name for tensor in found.values() if len(tensor.shape) > 1}
     dtype = DTYPES["bfloat16" if matrices == {"bfloat16"} else "float32"]
     return {
         native: in_native_layout(native, found[native], config, spec.shape).astype(dtype)
-        for native, spec in weight_specs_of(config).items()
+        for native, spec in specs.items()
     }
-
-
-@functools.lru_cache(maxsize=4)
-def weight_specs_of(config: ModelConfig) -> dict[str, Any]:
-    """`weight_specs(config)`, cached: it is asked for each tensor."""
-    return weight_specs(config)
 
 
 def in_native_layout(

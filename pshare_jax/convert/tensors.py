@@ -42,12 +42,6 @@ class LazyTensor:
             return self
         return LazyTensor(self.shape, dtype, lambda: self.read().astype(dtype))
 
-    def map(self, function: Callable[[np.ndarray], np.ndarray]) -> LazyTensor:
-        """The same tensor after `function`, which must keep the dtype; its shape is traced."""
-        abstract = jax.ShapeDtypeStruct(self.shape, self.dtype)
-        shape = jax.eval_shape(function, abstract).shape
-        return LazyTensor(shape, self.dtype, lambda: function(self.read()))
-
 
 def as_lazy(tensor: LazyTensor | np.ndarray | jax.Array) -> LazyTensor:
     """`tensor` as a LazyTensor; device arrays are copied to the host when read."""
