@@ -7,6 +7,7 @@ checkpoint that cannot be used, explained in one line on standard error; 130 int
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -130,5 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Conversions compute nothing: leave accelerators to whoever serves or trains on this machine.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     signal.signal(signal.SIGTERM, _terminate)
     sys.exit(main())

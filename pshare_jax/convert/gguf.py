@@ -104,6 +104,11 @@ class GGUFFile:
                 f"{self.path}: architecture {architecture!r} is not supported; "
                 f"supported are {', '.join(ARCHITECTURES)}"
             )
+        if (parts := self.get("split.count", int, 0)) > 1:
+            raise CheckpointError(
+                f"{self.path}: is one of {parts} parts of a model; join them first "
+                "(llama.cpp's `llama-gguf-split --merge`)"
+            )
         self._gguf_architecture = architecture
         self.config = self._read_config()
 

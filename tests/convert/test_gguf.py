@@ -239,6 +239,7 @@ def test_an_integer_tensor_is_refused(tmp_path):
     ("edit", "words"),
     [
         (lambda w: w.add_expert_count(8), ("mixture of experts",)),
+        (lambda w: w.add_uint16("split.count", 3), ("one of 3 parts",)),
         (
             lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN),
             ("rope.scaling.type 'yarn' is not supported",),
