@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from pshare_jax.cache.layout import PageLayout
 from pshare_jax.config import ServeConfig
 from pshare_jax.errors import ConfigError
+from pshare_jax.kernels.backends import select_backend
+from pshare_jax.kernels.kv_write import api as kv_write
+from pshare_jax.kernels.page_transfer import api as page_transfer
+from pshare_jax.kernels.paged_attention import api as paged_attention
 from pshare_jax.models.config import ModelConfig
 
 DEFAULT_POOL_SEQUENCES = 8
@@ -49,11 +53,25 @@ def check_config(config: ServeConfig, model: ModelConfig, layout: PageLayout) ->
         )
     if config.decode.max_num_seqs < 1 or config.decode.steps_per_dispatch < 1:
         raise ConfigError("decode: max_num_seqs and steps_per_dispatch must be at least 1")
+    _check_backend(config.kernel_backend)
     longest = layout.pages_for(config.max_model_len)
     return PoolSizes(
         _pool_size("prefill.num_pages", config.prefill.num_pages, longest),
         _pool_size("decode.num_pages", config.decode.num_pages, longest),
     )
+
+
+def _check_backend(name: str) -> None:
+    tables = {
+        "paged_attention": paged_attention.BACKENDS,
+        "kv_write": kv_write.BACKENDS,
+        "page_transfer": page_transfer.COPY,
+    }
+    for op, backends in tables.items():
+        try:
+            select_backend(op, backends, name)
+        except ValueError as error:
+            raise ConfigError(f"kernel_backend: {error}") from error
 
 
 def _check_buckets(key: str, buckets: list[int]) -> None:

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+
+from pshare_jax.cache.layout import PageLayout
+from pshare_jax.config import DecodeConfig, ModelEntry, PrefillConfig, ServeConfig
+from pshare_jax.engine.limits import DEFAULT_POOL_SEQUENCES, PoolSizes, check_config
+from pshare_jax.engine.loader import BaseSource, ModelSource, runtimes
+from pshare_jax.errors import ConfigError
+from pshare_jax.models.split import Certificate
+from tests.engine.harness import loader, serve_config
+from tests.helpers import tiny_config
+
+MODEL = tiny_config()
+
+
+def check(config: ServeConfig) -> PoolSizes:
+    return check_config(config, MODEL, PageLayout.of(MODEL, max(config.page_size, 1), jnp.float32))
+
+
+def test_pool_sizes() -> None:
+    assert check(serve_config()) == PoolSizes(40, 28)
+    config = serve_config(prefill=PrefillConfig(chunk_buckets=[16]), decode=DecodeConfig())
+    longest = 128 // 8
+    assert check(config) == PoolSizes(*[DEFAULT_POOL_SEQUENCES * longest + 1] * 2)
+    # The smallest pool that can serve anything.
+    assert check(replace(config, decode=DecodeConfig(num_pages=longest + 1))).decode == longest + 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"page_size": 0}, "page_size"),
+        ({"max_model_len": 1}, "max_model_len"),
+        ({"max_model_len": 10**6}, f"max_model_len.*{MODEL.max_position_embeddings}"),
+        ({"max_queue": 0}, "max_queue"),
+        ({"kernel_backend": "cuda9"}, "kernel_backend.*cuda9"),
+        ({"prefill": {"engines": 0}}, "prefill: engines"),
+        ({"prefill": {"tensor_parallel": 0}}, "prefill: engines and tensor_parallel"),
+        ({"decode": {"engines": -1}}, "decode: engines"),
+        ({"decode": {"tensor_parallel": 0}}, "decode: engines and tensor_parallel"),
+        ({"prefill": {"chunk_buckets": []}}, "prefill.chunk_buckets"),
+        ({"prefill": {"chunk_buckets": [0, 16]}}, "prefill.chunk_buckets"),
+        ({"prefill": {"chunk_buckets": [4]}}, "prefill.chunk_buckets: the largest"),
+        ({"decode": {"batch_buckets": []}}, "decode.batch_buckets"),
+        ({"decode": {"replay_buckets": [-1]}}, "decode.replay_buckets"),
+        ({"decode": {"max_num_seqs": 0}}, "max_num_seqs"),
+        ({"decode": {"steps_per_dispatch": 0}}, "steps_per_dispatch"),
+        ({"prefill": {"num_pages": 16}}, "prefill.num_pages.*17"),
+        ({"decode": {"num_pages": 16}}, "decode.num_pages.*17"),
+        ({"decode": {"num_pages": -1}}, "decode.num_pages"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_by_key(overrides: dict[str, Any], message: str) -> None:
+    config = serve_config()
+    for key, value in overrides.items():
+        new = replace(getattr(config, key), **value) if isinstance(value, dict) else value
+        config = replace(config, **{key: new})
+    with pytest.raises(ConfigError, match=message):
+        check(config)
+
+
+BASE = BaseSource(MODEL, "print", loader({}))
+LORA = Certificate("print", 3, "lora", True, "own", 2, 4.0, ("q",))
+
+
+def source(name: str, **fields: Any) -> ModelSource:
+    return ModelSource(
+        name, fields.pop("kind", "identity"), fields.pop("sharing", "shared"), loader({}), **fields
+    )
+
+
+def test_runtimes() -> None:
+    table = runtimes(
+        BASE,
+        [
+            source("plain"),
+            source("first", kind="lora", certificate=LORA, decode_engines=(1,)),
+            source(
+                "own",
+                kind="full",
+                sharing="isolated",
+                certificate=Certificate("print", 2, "full", True, "x"),
+            ),
+            source("second", kind="lora", certificate=LORA),
+        ],
+        2,
+    )
+    assert [table[name].tail for name in ("plain", "first", "own")] == [1, 3, 2]
+    assert table["plain"].namespace == table["first"].namespace == "print"
+    assert table["own"].namespace not in ("print", "plain")
+    assert table["own"].prefill_weights == "own"
+    assert table["first"].group == table["second"].group
+    assert table["plain"].group != table["own"].group
+    assert [table[name].adapter for name in table] == [-1, 0, -1, 1]
+    assert [table[name].decode_engines for name in ("plain", "first")] == [(0, 1), (1,)]
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ([], "at least one model"),
+        ([source("")], "models"),
+        ([source("a"), source("a")], "'a'"),
+        ([source("a", decode_engines=(2,))], r"models\.a\.decode_engines: 2"),
+        ([source("a", decode_engines=(-1,))], r"models\.a\.decode_engines: -1"),
+    ],
+)
+def test_model_tables_that_cannot_be_served(sources: list[ModelSource], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        runtimes(BASE, sources, 2)
+
+
+def test_entries_default_to_the_base() -> None:
+    assert ModelEntry("a").checkpoint == "identity"
