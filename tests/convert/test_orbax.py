@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from pshare_jax.convert.orbax import (
 )
 from pshare_jax.convert.tensors import LazyTensor
 from pshare_jax.convert.zarr import StoredTensor, chunk_shape
-from pshare_jax.errors import CertificateError, CheckpointError
+from pshare_jax.errors import CheckpointError
 from pshare_jax.models.weights import WeightSpec, lora_specs, weight_specs
 from pshare_jax.sharding.rules import weight_shardings
 from tests.convert.helpers import (
@@ -45,12 +44,6 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "base"
     write_prefill(folder, CONFIG, WEIGHTS, TOKENIZER_FILES, source_config={"model_type": "llama"})
     return folder
-
-
-@pytest.fixture
-def copy(saved, tmp_path):
-    """A copy to be damaged."""
-    return Path(shutil.copytree(saved, tmp_path / "copy"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -157,6 +150,10 @@ def test_sharded_load_reads_each_byte_once(tmp_path):
     assert sum(weights[name].nbytes for name in sharded) > 0.99 * manifest.nbytes
     # Beyond the values: chunk tables, Zarr headers, and norms that each device reads.
     assert manifest.nbytes <= read < 1.15 * manifest.nbytes
+    for name, spec in manifest.specs.items():
+        shard = shardings[name].shard_shape(spec.shape)
+        chunk = chunk_shape(spec)
+        assert all(size % part == 0 for size, part in zip(shard, chunk, strict=True)), name
 
 
 def test_a_shard_is_read_without_the_rest_of_its_tensor(tmp_path):
@@ -336,116 +333,3 @@ def test_a_full_disk_is_noticed_before_writing(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"no disk space: .* MB are needed, 0 MB are free"):
         write_prefill(tmp_path / "base", CONFIG, WEIGHTS, TOKENIZER_FILES)
     assert list(tmp_path.iterdir()) == []
-
-
-# Damaged checkpoints
-
-
-def data_file(folder: Path, name: str) -> Path:
-    return next(p for p in (folder / "weights" / name / "c").rglob("*") if p.is_file())
-
-
-NAME = "layers.1.attn.k.kernel"
-
-
-@pytest.mark.parametrize("damage", ["truncated", "emptied", "flipped", "removed", "headless"])
-def test_a_damaged_tensor_is_named(copy, damage):
-    path = data_file(copy, NAME)
-    content = bytearray(path.read_bytes())
-    match damage:
-        case "truncated":
-            path.write_bytes(content[:-100])
-        case "emptied":
-            path.write_bytes(b"")
-        case "flipped":
-            content[7] ^= 1
-            path.write_bytes(content)
-        case "removed":
-            path.unlink()
-        case _:
-            (copy / "weights" / NAME / "zarr.json").unlink()
-    with pytest.raises(CheckpointError, match=f"weights/{NAME}: cannot be read") as raised:
-        load_weights(copy)
-    assert "\n" not in str(raised.value)
-    with pytest.raises(CheckpointError, match=NAME):
-        open_weights(copy)[NAME].read()
-
-
-def test_check_hashes_notices_an_exchanged_tensor(copy):
-    weights = copy / "weights"
-    shutil.rmtree(weights / NAME)
-    shutil.copytree(weights / "layers.0.attn.k.kernel", weights / NAME)
-    load_weights(copy)
-    with pytest.raises(CheckpointError, match=f"tensor {NAME} is not the one that tensors.json"):
-        check_hashes(copy)
-
-
-def test_check_hashes_notices_another_tokenizer(copy):
-    check_hashes(copy)
-    (copy / "tokenizer" / "tokenizer.json").write_text("{ }")
-    with pytest.raises(CheckpointError, match=r"tokenizer.json: missing or changed"):
-        check_hashes(copy)
-
-
-def test_check_hashes_notices_another_fingerprint(copy):
-    about = json.loads((copy / "pshare.json").read_text())
-    about["config"]["rope_theta"] = 12345.0
-    (copy / "pshare.json").write_text(json.dumps(about))
-    with pytest.raises(CheckpointError, match="fingerprint is not the one of its tensors"):
-        check_hashes(copy)
-
-
-def test_a_misshapen_tensor_is_named(copy):
-    weights = copy / "weights"
-    shutil.rmtree(weights / NAME)
-    shutil.copytree(weights / "layers.1.attn.q.kernel", weights / NAME)
-    with pytest.raises(CheckpointError, match=rf"{NAME}: has shape \[48, 4, 16\], but"):
-        load_weights(copy)
-
-
-@pytest.mark.parametrize(
-    ("file", "edit", "message"),
-    [
-        ("pshare.json", lambda a: a.update(format=2), "pshare.json: format is 2; only 1 is known"),
-        ("pshare.json", lambda a: a.pop("dtype"), "pshare.json: dtype is missing"),
-        ("pshare.json", lambda a: a["config"].update(size=1), "pshare.json: malformed: .*size"),
-        ("pshare.json", lambda a: a["config"].update(num_heads=3), "pshare.json: malformed: num_h"),
-        ("pshare.json", lambda a: a.update(kind="decode"), "'decode' and the certificate disagree"),
-        ("tensors.json", lambda a: a.pop(NAME), f"tensors.json: tensor {NAME} is missing"),
-        (
-            "tensors.json",
-            lambda a: a[NAME].update(shape=[1, 2]),
-            rf"tensor {NAME} has shape \[1, 2\], but its config needs \[48, 2, 16\]",
-        ),
-        ("tensors.json", lambda a: a[NAME].update(dtype="int8"), "unsupported dtype 'int8'"),
-        ("tensors.json", lambda a: a.update(extra=a[NAME]), "tensor extra is unexpected"),
-    ],
-)
-def test_a_malformed_manifest_is_refused(copy, file, edit, message):
-    about = json.loads((copy / file).read_text())
-    edit(about)
-    (copy / file).write_text(json.dumps(about))
-    with pytest.raises(CheckpointError, match=message):
-        read_manifest(copy)
-
-
-def test_a_malformed_certificate_is_refused(saved, tmp_path):
-    write_decode(tmp_path / "m", read_manifest(saved), WEIGHTS, cache_conditioned=True)
-    path = tmp_path / "m" / "pshare.json"
-    about = json.loads(path.read_text())
-    about["certificate"]["tail"] = 0
-    path.write_text(json.dumps(about))
-    with pytest.raises(CertificateError, match=r"pshare.json: certificate: tail is 0"):
-        read_manifest(tmp_path / "m")
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]"])
-def test_a_broken_json_file_is_named(copy, content):
-    (copy / "tensors.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"tensors.json"):
-        read_manifest(copy)
-
-
-def test_a_folder_that_is_no_checkpoint(tmp_path):
-    with pytest.raises(CheckpointError, match="is not a checkpoint"):
-        load_weights(tmp_path)
