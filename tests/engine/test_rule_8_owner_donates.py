@@ -35,7 +35,7 @@ def test_steps_donate_the_pool(client: Client) -> None:
     engines = (client.engine._prefill[0], client.engine._decode[0])
     old = [engine._pool._pages for engine in engines]
     addresses = [[page.unsafe_buffer_pointer() for page in pages] for pages in old]
-    client.generate("lora-tail5", list(range(30)), 20)
+    client.generate("lora-tail5", list(range(30)), 20, cache_salt="donate")
     for engine, pages, where in zip(engines, old, addresses, strict=True):
         assert all(page.is_deleted() for page in pages)
         assert [page.unsafe_buffer_pointer() for page in engine._pool._pages] == where

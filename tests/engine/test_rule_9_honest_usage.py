@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ def test_rule_9_honest_usage(engines: str, models: Models, request: pytest.Fixtu
     context = rng.integers(0, 256, 60).tolist()
     names = list(models.tails)
     replies = []
+    before = client.engine.stats()
     for i in range(40):
         prompt = [*context[: rng.integers(0, 60)], *rng.integers(0, 256, 1 + i % 3).tolist()]
         name = names[i % len(names)]
@@ -43,18 +46,22 @@ def test_rule_9_honest_usage(engines: str, models: Models, request: pytest.Fixtu
         prompt_tokens[name] += len(prompt)
         generated[name] += len(reply.tokens)
         handed[name] += usage.handoff_bytes
-    stats = client.engine.stats()
-    assert sum(stats.preemptions.values()) == 0, "replays are counted, but are nobody's usage"
-    assert {k: n for k, n in stats.prefill_tokens.items() if n} == {
-        k: n for k, n in totals.items() if n
-    }
-    assert stats.prompt_tokens == prompt_tokens
-    assert stats.generation_tokens == generated
-    assert stats.handoff_bytes == handed
+    after = client.engine.stats()
+    assert after.preemptions == before.preemptions, "a replay is counted, but is nobody's usage"
+    assert growth(before.prefill_tokens, after.prefill_tokens) == +totals
+    assert growth(before.prompt_tokens, after.prompt_tokens) == prompt_tokens
+    assert growth(before.generation_tokens, after.generation_tokens) == generated
+    assert growth(before.handoff_bytes, after.handoff_bytes) == +handed
     page_bytes = client.engine._prefill[0]._layout.bytes_per_page
-    assert {k: n * page_bytes for k, n in stats.handoff_pages.items()} == handed
-    asked = Counter(name for name, _, _ in replies)
-    assert stats.finished == {(name, FinishReason.LENGTH): n for name, n in asked.items()}
+    pages = growth(before.handoff_pages, after.handoff_pages)
+    assert {name: n * page_bytes for name, n in pages.items()} == +handed
+    asked = Counter((name, FinishReason.LENGTH) for name, _, _ in replies)
+    assert growth(before.finished, after.finished) == asked
+
+
+def growth(before: Mapping[Any, int], after: Mapping[Any, int]) -> Counter[Any]:
+    """By how much each counter has grown, those that have not left out."""
+    return Counter(after) - Counter(before)
 
 
 def test_origin_of_a_token_is_the_model_that_had_it_computed(client: Client) -> None:

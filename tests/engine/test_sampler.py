@@ -152,7 +152,7 @@ def test_filters_keep_exactly_the_right_tokens(
             temperature=1.0,
             top_k=top_k,
             top_p=top_p + nearby if top_p < 1 else top_p,
-            min_p=min_p * (1 + nearby),
+            min_p=min(min_p * (1 + nearby), 1.0),
         )
         assume((allowed(values, moved) == keep).all())
     rows = pack_rows([params], [0], [1], 1)
