@@ -78,6 +78,17 @@ def test_rule_3_fan_out(
     assert client.computed() - before == length - 1
 
 
+def test_a_fan_out_takes_its_pages_once(client: Client, salt: str) -> None:
+    """It does not push other contexts out with pages that it will not need."""
+    other, prompt = prompt_of(1, 120), prompt_of(2, 100)
+    client.generate("full", other, 1, cache_salt=salt)
+    replies = [client.submit(n, prompt, 1, cache_salt=salt) for n in SHARED[:4]]
+    for reply in replies:
+        reply.wait()
+    # 15 and 13 of 39 pages are taken.
+    assert usage_of(client.submit("full", other, 1, cache_salt=salt)).computed_tokens == 0
+
+
 @pytest.mark.parametrize("engines", ENGINES)
 def test_rule_3_interleaved_sessions(
     engines: str, salt: str, request: pytest.FixtureRequest

@@ -9,9 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pshare_jax.engine.orchestrator import Orchestrator
-from pshare_jax.engine.request import FinishReason, Request, RequestOutput
-from pshare_jax.engine.sequence import Sequence
+from pshare_jax.engine.request import FinishReason, RequestOutput
 from pshare_jax.errors import EngineDeadError
 from tests.engine.harness import Client, Models, Reply, running, serve_config, wait_until
 from tests.helpers import tiny_config
@@ -214,36 +212,3 @@ def test_stop_ends_what_runs(two_models: Models) -> None:
         with pytest.raises(EngineDeadError, match="not running"):
             client.submit("full", [1])
         client.check_idle()
-
-
-def test_a_refused_sequence_goes_before_younger_ones(two_models: Models) -> None:
-    """With several prefill engines, a stream of small prompts could starve a large one."""
-    engine = Orchestrator(serve_config(), two_models.base_source, two_models.sources)
-    decode = engine._decode[0]
-
-    def sequence(order: int, length: int) -> Sequence:
-        return Sequence(
-            Request(f"{order}", "full", (order + 1,) * length),
-            engine._runtimes["full"],
-            lambda event: None,
-            order=order,
-            seed=0,
-            page_size=8,
-            end_token_ids=frozenset(),
-            on_finish=lambda sequence, reason: None,
-        )
-
-    first, large, small = sequence(0, 120), sequence(1, 121), sequence(2, 1)
-    other_large = sequence(3, 122)
-    held = decode.reserve(first)
-    assert held is not None
-    assert decode.reserve(other_large) is None
-    assert decode.reserve(large) is None
-    assert decode.reserve(small) is None
-    assert decode.reserve(sequence(-1, 1)) is not None, "an older one is not held up"
-    decode.cancel(held)
-    assert decode.reserve(large) is not None
-    assert decode.reserve(small) is not None
-    assert decode.reserve(other_large) is None
-    other_large.abort_requested = True
-    assert decode.reserve(sequence(4, 1)) is not None
