@@ -20,14 +20,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from pshare_jax.cache.layout import PageLayout
 from pshare_jax.cache.page_cache import PageCache
 from pshare_jax.cache.pool import PagePool, Pages
-from pshare_jax.cache.prefix_index import Node
 from pshare_jax.config import DecodeConfig
+from pshare_jax.engine.admission import Admission, Reservation
 from pshare_jax.engine.buckets import TRANSFER_BUCKETS, bucket_for
 from pshare_jax.engine.counters import Counters
-from pshare_jax.engine.handoff import Receiver, Reservation, Staged
+from pshare_jax.engine.handoff import Receiver, Staged
 from pshare_jax.engine.host_arrays import host_array, padded
 from pshare_jax.engine.request import MAX_LOGIT_BIAS, FinishReason, TokenLogprobs
-from pshare_jax.engine.sampler import Sampled, empty_history, pack_rows
+from pshare_jax.engine.sampler import Sampled, empty_history, pack_rows, row_logprobs
 from pshare_jax.engine.scheduler import group_order, next_batch, preemption_victim, steps_for
 from pshare_jax.engine.sequence import Sequence
 from pshare_jax.engine.steps import (
@@ -121,7 +121,7 @@ class DecodeEngine(Worker):
         self._table_width = layout.pages_for(max_model_len)
         self._counters = counters
         self._on_preempt = on_preempt
-        self._on_room = on_room
+        self.admission = Admission(self.cache, layout, config.max_num_seqs, on_room)
         sharding, everywhere = pool_sharding(mesh, layout.num_kv_heads), replicated(mesh)
         self.staging: Sharding = NamedSharding(mesh, PartitionSpec(None, *sharding.spec))
         self._pool = PagePool(layout, num_pages, sharding)
@@ -141,11 +141,8 @@ class DecodeEngine(Worker):
             donate_argnums=(2, 3),
             out_shardings=(sharding, everywhere, everywhere),
         )
-        self._free_slots = list(range(config.max_num_seqs))
         self._inbox: list[_Arrival] = []
         self._inbox_lock = threading.Lock()
-        self._in_flight = 0
-        self._first_refused: Sequence | None = None
         self._blocked: list[_Arrival] = []
         self._rows: list[DecodeRow] = []
         self._tick = 0
@@ -155,80 +152,6 @@ class DecodeEngine(Worker):
     def running(self) -> list[Sequence]:
         """Sequences that have a slot; a snapshot, from any thread."""
         return [row.sequence for row in tuple(self._rows)]
-
-    def reserve(self, sequence: Sequence) -> Reservation | None:
-        """A slot and pages for all known tokens, or None when there is no room now.
-
-        Full prompt pages that this pool holds, or that are on their way to it, are shared. A page
-        for each running sequence is left over, so that arrivals do not at once cause preemptions.
-        A sequence that was refused is served before all younger ones, whichever prefill engine
-        they come from. From any thread.
-        """
-        cache = self.cache
-        with cache.lock:
-            first = self._first_refused
-            if first is not None and not first.abandoned and first.order < sequence.order:
-                return None
-            reservation = self._reserve(sequence)
-            if reservation is None:
-                self._first_refused = sequence
-                return None
-            if first is not sequence:
-                return reservation
-            self._first_refused = None
-        self._on_room()
-        return reservation
-
-    def _reserve(self, sequence: Sequence) -> Reservation | None:
-        cache, layout = self.cache, self._layout
-        with cache.lock:
-            if not self._free_slots:
-                return None
-            shared = cache.match(sequence.keys, sequence.prompt)
-            needed = layout.pages_for(sequence.num_tokens) - len(shared)
-            others = len(self._rows) + self._in_flight
-            fresh = None
-            if cache.num_available >= needed + others:
-                fresh = cache.allocate(needed)
-            if fresh is None:
-                cache.release(node.page for node in shared)
-                return None
-            pages = [node.page for node in shared] + fresh
-            arriving = self._index_arriving(sequence, shared, pages)
-            self._in_flight += 1
-            return Reservation(
-                slot=self._free_slots.pop(),
-                pages=pages,
-                fill=list(range(len(shared), layout.pages_for(sequence.cover))),
-                arriving=arriving,
-                awaited=[node for node in shared if not node.ready],
-            )
-
-    def _index_arriving(
-        self, sequence: Sequence, shared: list[Node], pages: list[int]
-    ) -> list[Node]:
-        arriving: list[Node] = []
-        parent = shared[-1] if shared else None
-        for number in range(len(shared), len(sequence.keys)):
-            parent = Node(
-                parent=parent,
-                parent_key=sequence.parent_key(number),
-                page=pages[number],
-                tokens=sequence.cover_block(number),
-                origins=[],
-                key=sequence.keys[number],
-                ready=False,
-            )
-            self.cache.insert(parent)
-            arriving.append(parent)
-        return arriving
-
-    def cancel(self, reservation: Reservation) -> None:
-        """Gives back a reservation whose pages will not come, because the sender is failing."""
-        with self.cache.lock:
-            self.cache.release(reservation.pages)
-            self._free_slots.append(reservation.slot)
-            self._in_flight -= 1
 
     def commit(self, sequence: Sequence, reservation: Reservation, staged: list[Staged]) -> None:
         """Takes over a sequence and the pages its reservation lacked; from any thread."""
@@ -302,8 +225,6 @@ class DecodeEngine(Worker):
         tokens = sequence.known_tokens(0, sequence.num_tokens)
         self._write_history(slot, tokens, sequence.request.params.logit_bias)
         self._rows.append(DecodeRow(sequence, slot, arrival.reservation.pages, sequence.cover))
-        with self.cache.lock:
-            self._in_flight -= 1
 
     def _write_history(self, slot: int, tokens: list[int], bias: Mapping[int, float]) -> None:
         row = np.zeros(self._max_len, np.int32)
@@ -329,10 +250,7 @@ class DecodeEngine(Worker):
 
     def _remove(self, row: DecodeRow) -> None:
         self._rows.remove(row)
-        with self.cache.lock:
-            self.cache.release(row.pages)
-            self._free_slots.append(row.slot)
-        self._on_room()
+        self.admission.leave(row.slot, row.pages)
 
     def _catch_up(self, row: DecodeRow) -> None:
         """Writes one chunk of the KV that `row` lacks before it can sample."""
@@ -392,7 +310,11 @@ class DecodeEngine(Worker):
         host = jax.device_get(sampled) if wants_logprobs else None
         for i, row in enumerate(batch):
             row.last_step = self._tick
-            logprobs = [] if host is None else _row_logprobs(host, i, steps, row.sequence)
+            logprobs = (
+                []
+                if host is None
+                else row_logprobs(host, i, steps, row.sequence.request.params.logprobs)
+            )
             self._accept(row, tokens[i], logprobs)
         return True
 
@@ -423,8 +345,7 @@ class DecodeEngine(Worker):
 
         With sequences still arriving it waits for them instead: they are younger.
         """
-        with self.cache.lock:
-            arriving = self._in_flight
+        arriving = self.admission.num_inside > len(self._rows)
         if len(self._rows) > 1 and not arriving:
             self._preempt(row)
         return False
@@ -472,18 +393,3 @@ class DecodeEngine(Worker):
             return pages, sampled
 
         return self._pool.update(step)
-
-
-def _row_logprobs(host: Sampled, row: int, steps: int, sequence: Sequence) -> list[TokenLogprobs]:
-    """Log-probabilities of one row's `steps` tokens, with as many alternatives as it asked for."""
-    count = sequence.request.params.logprobs
-    if count is None:
-        return []
-    entries: list[TokenLogprobs] = []
-    for step in range(steps):
-        ids = host.top_ids[step, row, :count].tolist()
-        values = host.top_logprobs[step, row, :count].tolist()
-        entries.append(
-            TokenLogprobs(float(host.logprobs[step, row]), tuple(zip(ids, values, strict=True)))
-        )
-    return entries

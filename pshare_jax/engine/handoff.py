@@ -5,32 +5,15 @@ The prefill thread gathers and moves; the decode thread, owner of its pool, scat
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import jax
 import numpy as np
 from jax.sharding import Sharding
 
 from pshare_jax.cache.pool import PagePool, Pages
-from pshare_jax.cache.prefix_index import Node
 from pshare_jax.engine.buckets import TRANSFER_BUCKETS, pieces
 from pshare_jax.kernels.page_transfer.api import gather_pages, scatter_pages
-
-
-@dataclass
-class Reservation:
-    """Room for one sequence on a decode engine.
-
-    `pages` are the sequence's decode pages in order of position. Those numbered in `fill` (page
-    numbers within the sequence) hold nothing yet and have to be moved; `arriving` are the index
-    nodes of the fresh shared ones, `awaited` nodes that another handoff is filling.
-    """
-
-    slot: int
-    pages: list[int]
-    fill: list[int] = field(default_factory=list)
-    arriving: list[Node] = field(default_factory=list)
-    awaited: list[Node] = field(default_factory=list)
 
 
 @dataclass

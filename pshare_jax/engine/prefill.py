@@ -326,7 +326,7 @@ class PrefillEngine(Worker):
         for task in sorted(self._covered, key=lambda task: task.order):
             sequence = task.sequence
             decoder = self._decoders[sequence.decode_engine]
-            reservation = None if decoder in full else decoder.reserve(sequence)
+            reservation = None if decoder in full else decoder.admission.reserve(sequence)
             if reservation is None:
                 full.add(decoder)
                 continue
@@ -335,7 +335,7 @@ class PrefillEngine(Worker):
             try:
                 staged = self._sender.move(self._pool, source, target, decoder.staging)
             except BaseException:
-                decoder.cancel(reservation)
+                decoder.admission.leave(reservation.slot, reservation.pages)
                 raise
             num_bytes = len(source) * self._layout.bytes_per_page
             self._counters.handed_over(sequence.model.name, len(source), num_bytes)

@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from pshare_jax.engine.host_arrays import host_array
-from pshare_jax.engine.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
+from pshare_jax.engine.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams, TokenLogprobs
 
 MIN_TEMPERATURE = 1e-5
 """Below this a row is greedy: the scores would overflow."""
@@ -240,3 +240,23 @@ def empty_history(num_slots: int, max_len: int) -> History:
         bias_ids=jnp.full((slots, MAX_LOGIT_BIAS), -1, jnp.int32),
         bias_values=jnp.zeros((slots, MAX_LOGIT_BIAS), jnp.float32),
     )
+
+
+def row_logprobs(sampled: Sampled, row: int, steps: int, count: int | None) -> list[TokenLogprobs]:
+    """What one row of a dispatch is told: an entry a token with `count` alternatives.
+
+    Args:
+        sampled: on the host, with a leading axis of steps.
+        row: the row.
+        steps: steps that were taken.
+        count: alternatives that were asked for; None if log-probabilities were not.
+    """
+    if count is None:
+        return []
+    entries: list[TokenLogprobs] = []
+    for step in range(steps):
+        ids = sampled.top_ids[step, row, :count].tolist()
+        values = sampled.top_logprobs[step, row, :count].tolist()
+        top = tuple(zip(ids, values, strict=True))
+        entries.append(TokenLogprobs(float(sampled.logprobs[step, row]), top))
+    return entries

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from pshare_jax.engine.admission import Reservation
 from pshare_jax.engine.decode import DecodeEngine
-from pshare_jax.engine.handoff import Reservation, Staged
+from pshare_jax.engine.handoff import Staged
 from pshare_jax.engine.orchestrator import Orchestrator
 from pshare_jax.engine.request import Request
 from pshare_jax.engine.sequence import Sequence
@@ -37,9 +38,12 @@ class Bench:
         )
 
     def reserve(self, sequence: Sequence) -> Reservation:
-        reservation = self.decode.reserve(sequence)
+        reservation = self.decode.admission.reserve(sequence)
         assert reservation is not None
         return reservation
+
+    def cancel(self, reservation: Reservation) -> None:
+        self.decode.admission.leave(reservation.slot, reservation.pages)
 
     def commit(self, sequence: Sequence, reservation: Reservation, value: float) -> None:
         """Sends pages full of `value`."""
@@ -89,10 +93,10 @@ def test_pages_on_their_way_are_shared_and_waited_for(bench: Bench) -> None:
 
 def test_a_cancelled_reservation_leaves_nothing(bench: Bench) -> None:
     free = bench.decode.cache.num_available
-    slots = len(bench.decode._free_slots)
-    bench.decode.cancel(bench.reserve(bench.sequence(0, [5] * 20)))
+    inside = bench.decode.admission.num_inside
+    bench.cancel(bench.reserve(bench.sequence(0, [5] * 20)))
     assert bench.decode.cache.num_available == free
-    assert len(bench.decode._free_slots) == slots
+    assert bench.decode.admission.num_inside == inside
     bench.decode.cache.check(idle=True)
 
 
@@ -100,14 +104,14 @@ def test_a_page_for_each_running_sequence_is_left_over(bench: Bench) -> None:
     """27 pages: two sequences of 12 and one of 2 leave one page where two are wanted."""
     for order in range(2):
         bench.reserve(bench.sequence(order, [order] * 96))
-    assert bench.decode.reserve(bench.sequence(2, [2] * 16)) is None
-    assert bench.decode.reserve(bench.sequence(2, [2] * 8)) is not None
+    assert bench.decode.admission.reserve(bench.sequence(2, [2] * 16)) is None
+    assert bench.decode.admission.reserve(bench.sequence(2, [2] * 8)) is not None
 
 
 def test_no_slot_no_reservation(bench: Bench) -> None:
     for order in range(8):
         bench.reserve(bench.sequence(order, [order]))
-    assert bench.decode.reserve(bench.sequence(8, [8])) is None
+    assert bench.decode.admission.reserve(bench.sequence(8, [8])) is None
 
 
 def test_a_refused_sequence_goes_before_younger_ones(bench: Bench) -> None:
@@ -116,15 +120,15 @@ def test_a_refused_sequence_goes_before_younger_ones(bench: Bench) -> None:
     large, small = bench.sequence(1, [1] * 121), bench.sequence(2, [2])
     younger = bench.sequence(3, [3] * 122)
     for refused in (younger, large, small):
-        assert bench.decode.reserve(refused) is None
-    oldest = bench.decode.reserve(bench.sequence(-1, [9]))
+        assert bench.decode.admission.reserve(refused) is None
+    oldest = bench.decode.admission.reserve(bench.sequence(-1, [9]))
     assert oldest is not None, "an older one is not held up"
     for reservation in (held, oldest):
-        bench.decode.cancel(reservation)
+        bench.cancel(reservation)
     bench.reserve(large)
     bench.reserve(small)
-    assert bench.decode.reserve(younger) is None
-    assert bench.decode.reserve(bench.sequence(4, [4])) is None
+    assert bench.decode.admission.reserve(younger) is None
+    assert bench.decode.admission.reserve(bench.sequence(4, [4])) is None
     younger.abort_requested = True
     bench.reserve(bench.sequence(4, [4]))
 
@@ -141,7 +145,7 @@ def test_a_full_pool_of_cached_pages_has_room(bench: Bench) -> None:
     assert (counts.used, counts.cached) == (0, 24)
     again = bench.reserve(bench.sequence(2, [0] * 104))
     assert again.fill == [12]
-    bench.decode.cancel(again)
+    bench.cancel(again)
     most = bench.reserve(bench.sequence(3, [*[0] * 32, *[7] * 95]))
     assert most.fill == list(range(4, 16))
     assert bench.contents(most.pages[0]) == 0.0

@@ -84,3 +84,6 @@ def test_origin_of_a_token_is_the_model_that_had_it_computed(client: Client) -> 
     usage = client.generate("lora", [*context[:4], 0, 0, 0], 1, cache_salt=salt).usage
     assert usage is not None
     assert (usage.computed_tokens, usage.cached_tokens, usage.shared_tokens) == (2, 4, 2)
+    usage = client.generate("full", [*context[:4], 0, 0, 0], 1, cache_salt=salt).usage
+    assert usage is not None
+    assert (usage.computed_tokens, usage.cached_tokens, usage.shared_tokens) == (0, 6, 4)
