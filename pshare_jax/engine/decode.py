@@ -72,7 +72,7 @@ class DecodeRow:
         return self.sequence.num_tokens - self.num_kv
 
 
-@dataclass
+@dataclass(eq=False)
 class _Arrival:
     sequence: Sequence
     reservation: Reservation
@@ -212,12 +212,10 @@ class DecodeEngine(Worker):
             self._receiver.store(self._pool, arrival.staged)
             for node in arrival.reservation.arriving:
                 node.ready = True
-        candidates, self._blocked = self._blocked, []
-        for arrival in candidates:
+        for arrival in tuple(self._blocked):
             if all(node.ready for node in arrival.reservation.awaited):
                 self._admit_row(arrival)
-            else:
-                self._blocked.append(arrival)
+                self._blocked.remove(arrival)
         return len(arrivals) > 0
 
     def _admit_row(self, arrival: _Arrival) -> None:

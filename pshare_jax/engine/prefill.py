@@ -214,13 +214,12 @@ class PrefillEngine(Worker):
         A task whose next page is about to be computed for another one waits for that, rather than
         take pages that it will not need.
         """
-        computing = {key for task in self._active for key in task.sequence.chain}
+        coming = {key for task in self._active for key in self._uncomputed(task)}
         for task in tuple(self._waiting):
             sequence = task.sequence
-            matched = self.cache.match(sequence.keys, sequence.prompt)
-            if sequence.chain[len(matched)] in computing:
-                self.cache.release(node.page for node in matched)
+            if not coming.isdisjoint(sequence.chain):
                 continue
+            matched = self.cache.match(sequence.keys, sequence.prompt)
             fresh = self.cache.allocate(self._layout.pages_for(sequence.cover) - len(matched))
             if fresh is None:
                 self.cache.release(node.page for node in matched)
@@ -231,9 +230,12 @@ class PrefillEngine(Worker):
                 self._account(task, node, len(node.tokens))
             if task.remaining:
                 self._active.append(task)
-                computing.update(sequence.chain)
+                coming.update(self._uncomputed(task))
             else:
                 self._cover(task)
+
+    def _uncomputed(self, task: PrefillTask) -> list[bytes]:
+        return task.sequence.chain[task.filled // self._layout.page_size :]
 
     def _cover(self, task: PrefillTask) -> None:
         self._covered.append(task)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from pshare_jax.engine.request import (
     TokenLogprobs,
 )
 from pshare_jax.models.split import split_prompt
+
+logger = logging.getLogger(__name__)
 
 Sink = Callable[[RequestOutput], None]
 ModelKind = Literal["identity", "full", "lora"]
@@ -169,4 +172,9 @@ class Sequence:
             if event.finish_reason is not None:
                 self._finished = True
                 self._on_finish(self, event.finish_reason)
-            self._sink(event)
+            try:
+                self._sink(event)
+            except Exception:
+                # The engine's thread serves others too.
+                logger.exception("the sink of request %s has failed", self.request.id)
+                self.abort_requested = True

@@ -146,6 +146,17 @@ def test_the_books_are_closed_before_the_last_event(client: Client) -> None:
     assert idle == [True]
 
 
+def test_a_sink_that_fails_ends_its_own_request_only(client: Client) -> None:
+    def broken(event: RequestOutput) -> None:
+        raise RuntimeError("the client has gone")
+
+    other = client.submit("full", [1, 2], 60)
+    reply = client.submit("full", [1, 2, 3], 100, then=broken)
+    assert reply.wait().reason is FinishReason.ABORT
+    assert other.wait().reason is FinishReason.LENGTH
+    client.check_idle()
+
+
 @pytest.fixture(scope="module")
 def two_models() -> Models:
     models = Models(tiny_config())
