@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from pshare_jax.errors import (
     RequestError,
     UnknownModelError,
 )
-from tests.engine.harness import Client, Models, running, serve_config
+from tests.engine.harness import Client, Models, running, serve_config, two_by_two
 from tests.helpers import tiny_config
 
 
@@ -116,6 +117,25 @@ def test_an_engine_that_is_not_started_serves_nothing(one: Models) -> None:
     with pytest.raises(RuntimeError, match="tokenizer"):
         _ = engine.tokenizer
     engine.stop()
+
+
+def test_a_model_decodes_where_it_is_hosted(one: Models) -> None:
+    """Only there are its weights loaded."""
+    models = Models(one.config)
+    models.add_full("everywhere", 1)
+    models.add_full("second", 2)
+    models.sources[1] = replace(models.sources[1], decode_engines=(1,))
+    with running(models, two_by_two()) as client:
+        assert [list(e._groups) for e in client.engine._decode] == [
+            ["full/everywhere"],
+            ["full/everywhere", "full/second"],
+        ]
+        replies = [client.submit("second", [i] * 10) for i in range(4)]
+        tokens = [reply.wait().tokens for reply in replies]
+        assert tokens == [models.expected("second", [i] * 10) for i in range(4)]
+        pools = client.engine.stats().pools
+        assert pools["decode0"].free == pools["decode0"].total
+        assert pools["decode1"].cached > 0
 
 
 def test_models_and_stats(client: Client, models: Models) -> None:

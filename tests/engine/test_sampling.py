@@ -73,21 +73,48 @@ def test_logit_bias_forces_a_token(client: Client) -> None:
     assert tokens_of(client, temperature=1.0, logit_bias={42: 100.0}) == [42] * 14
 
 
+def base_logits(models: Models, tokens: list[int]) -> np.ndarray:
+    """Logits at every position from an ordinary forward pass of the base, `[T, V]` float64."""
+
+    @jax.jit
+    def forward(weights: Weights) -> jax.Array:
+        decoder = bind(models.config, weights)
+        positions = jnp.arange(len(tokens))[None]
+        attention = CausalAttention(models.config)
+        return decoder.logits(decoder.hidden(jnp.asarray([tokens]), positions, attention))[0]
+
+    return np.asarray(forward(models.base), np.float64)
+
+
+def test_penalties_see_every_token(client: Client, models: Models) -> None:
+    """Those of the same dispatch too."""
+    presence, frequency, repetition = 0.6, 0.4, 1.3
+    reply = client.generate(
+        "identity",
+        PROMPT,
+        30,
+        presence_penalty=presence,
+        frequency_penalty=frequency,
+        repetition_penalty=repetition,
+    )
+    tokens = [*PROMPT, *reply.tokens]
+    logits = base_logits(models, tokens)
+    for i in range(len(PROMPT), len(tokens)):
+        row, output = logits[i - 1].copy(), tokens[len(PROMPT) : i]
+        for token in set(tokens[:i]):
+            row[token] *= 1 / repetition if row[token] > 0 else repetition
+        for token in set(output):
+            row[token] -= presence + frequency * output.count(token)
+        assert tokens[i] == row.argmax()
+
+
 def test_logprobs_are_the_log_softmax(client: Client, models: Models) -> None:
     """Checked with a model that is the base, whose logits an ordinary forward pass gives."""
     reply = client.generate(
         "identity", PROMPT, 9, temperature=1.2, seed=1, logprobs=3, presence_penalty=1.0
     )
-    tokens = jnp.asarray([[*PROMPT, *reply.tokens]])
-
-    @jax.jit
-    def log_softmax(weights: Weights) -> jax.Array:
-        decoder = bind(models.config, weights)
-        positions = jnp.arange(tokens.shape[1])[None]
-        hidden = decoder.hidden(tokens, positions, CausalAttention(models.config))
-        return jax.nn.log_softmax(decoder.logits(hidden)[0], axis=-1)
-
-    reference = np.asarray(log_softmax(models.base))
+    logits = base_logits(models, [*PROMPT, *reply.tokens])
+    reference = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     assert len(reply.logprobs) == 9
     for i, (token, entry) in enumerate(zip(reply.tokens, reply.logprobs, strict=True)):
         row = reference[len(PROMPT) - 1 + i]
