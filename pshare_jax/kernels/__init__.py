@@ -4,9 +4,3 @@ All of them take the pages of one layer, `[num_pages, 2, kv_heads, page_size, he
 (axis 1: 0 = K, 1 = V), and read every size off the array's shape. Page 0 is never handed out:
 it takes the writes of padding, and page tables point at it where they have no page.
 """
-
-from pshare_jax.kernels.kv_write.api import kv_write
-from pshare_jax.kernels.page_transfer.api import copy_pages, gather_pages, scatter_pages
-from pshare_jax.kernels.paged_attention.api import paged_attention
-
-__all__ = ["copy_pages", "gather_pages", "kv_write", "paged_attention", "scatter_pages"]

@@ -1,9 +1,10 @@
-"""Storing K and V by definition: one scatter of tokens."""
+"""Storing K and V by definition: one token after the other."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 
 def kv_write(
@@ -15,11 +16,15 @@ def kv_write(
     q_lens: jax.Array,
 ) -> jax.Array:
     """See `api.kv_write`."""
+    B, T = k.shape[:2]
     page_size = pages.shape[3]
-    token = jnp.arange(k.shape[1])[None, :]
-    position = q_start[:, None] + token
-    page = jnp.take_along_axis(page_table, position // page_size, axis=1, mode="clip")
-    page = jnp.where(token < q_lens[:, None], page, 0)
-    slot = position % page_size
-    pages = pages.at[page, 0, :, slot].set(k.astype(pages.dtype))
-    return pages.at[page, 1, :, slot].set(v.astype(pages.dtype))
+    kv = jnp.stack([k, v], axis=2).astype(pages.dtype)
+
+    def store(i: jax.Array, pages: jax.Array) -> jax.Array:
+        row, token = i // T, i % T
+        position = q_start[row] + token
+        page, slot = page_table[row, position // page_size], position % page_size
+        written = pages.at[page, :, :, slot].set(kv[row, token])
+        return jnp.where(token < q_lens[row], written, pages)
+
+    return lax.fori_loop(0, B * T, store, pages)

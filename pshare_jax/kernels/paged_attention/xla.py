@@ -1,19 +1,32 @@
-"""Paged attention in plain XLA: online softmax over blocks of pages, in one dynamic loop.
+"""Paged attention in plain XLA: one loop over tiles of queries, one over blocks of pages.
 
-The loop runs over as many blocks as the longest row needs, so one executable serves every
-context length. Online softmax: Milakov and Gimelshein, 2018 (arXiv:1805.02867).
+A tile is up to `TILE_QUERIES` queries of one row, and visits only the pages that they see: trip
+counts are run-time values, so one executable serves every context length and skips what lies
+before a sliding window. The softmax is accumulated block by block (Milakov and Gimelshein, 2018,
+arXiv 1805.02867). Written for CPUs: single pages are sliced, since a slice of contiguous memory
+is copied at twice the speed of XLA's gather, and temporaries are of a tile's size.
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-BLOCK_TOKENS = 256
-"""Key positions of one loop iteration."""
+TILE_QUERIES = 256
+"""Most queries of one tile."""
+
+BLOCK_PAGES = 8
+"""Most pages of one block. Each is a slice of its own, and slices cost compile time."""
+
+DECODE_BLOCK_TOKENS = 512
+"""Most key positions of one block for one query a row: large copies use all cores."""
+
+PREFILL_BLOCK_TOKENS = 256
+"""Most key positions of one block for many queries a row: a tile's scores stay in the cache."""
 
 MASKED = -1e30
-"""Score of an invisible key: finite, so that rows without any visible key give no NaN."""
+"""Score of a key that is not seen: finite, so that a query that sees nothing makes no NaN."""
 
 
 def paged_attention(
@@ -29,48 +42,65 @@ def paged_attention(
     B, T, H, D = q.shape
     _, _, KH, S, _ = pages.shape
     G = H // KH
-    block_pages = max(1, min(BLOCK_TOKENS // S, page_table.shape[1]))
+    tiles = -(-T // TILE_QUERIES)
+    tile = -(-T // tiles)
+    M = tile * G
+    block_tokens = DECODE_BLOCK_TOKENS if T == 1 else PREFILL_BLOCK_TOKENS
+    block_pages = max(1, min(BLOCK_PAGES, block_tokens // S, page_table.shape[1]))
     block = block_pages * S
     page_table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % block_pages)))
 
-    # [B, KH, T * G, D]: all queries that share a KV head are the rows of one matrix.
-    q = (q * D**-0.5).astype(q.dtype).reshape(B, T, KH, G, D)
-    q = q.transpose(0, 2, 1, 3, 4).reshape(B, KH, T * G, D)
-    position = q_start[:, None] + jnp.arange(T, dtype=jnp.int32)
-    position = jnp.repeat(position, G, axis=1)[:, None, :, None]
-    end = jnp.where(q_lens > 0, q_start + q_lens, 0)
-    first = jnp.zeros_like(q_start)
-    if sliding_window is not None:
-        first = jnp.maximum(q_start - (sliding_window - 1), 0)
-    first_block = jnp.min(jnp.where(q_lens > 0, first, jnp.iinfo(jnp.int32).max)) // block
-    last_block = (jnp.max(end) + block - 1) // block
+    # [B * tiles, KH, M, D]: the queries that share a KV head are the rows of one matrix.
+    q = jnp.pad(q, ((0, 0), (0, tiles * tile - T), (0, 0), (0, 0)))
+    q = q.reshape(B, tiles, tile, KH, G, D).transpose(0, 1, 3, 2, 4, 5)
+    q = q.reshape(B * tiles, KH, M, D)
+    offset = jnp.repeat(jnp.arange(tile, dtype=jnp.int32), G)[:, None]
 
-    def step(i, carry):
-        highest, total, out = carry
-        ids = jax.lax.dynamic_slice_in_dim(page_table, i * block_pages, block_pages, 1)
-        kv = pages[ids].transpose(2, 0, 3, 1, 4, 5).reshape(2, B, KH, block, D)
-        key = i * block + jnp.arange(block, dtype=jnp.int32)
-        used = (key >= first[:, None]) & (key < end[:, None])
-        # Unused slots may hold NaN, and 0 * NaN is NaN.
-        v = jnp.where(used[:, None, :, None], kv[1], 0)
-        scores = jnp.einsum("bhqd,bhjd->bhqj", q, kv[0], preferred_element_type=jnp.float32)
-        visible = used[:, None, None, :] & (key <= position)
+    def attend_tile(index: jax.Array, out: jax.Array) -> jax.Array:
+        row = index // tiles
+        start = q_start[row] + index % tiles * tile
+        end = jnp.minimum(start + tile, q_start[row] + q_lens[row])
+        first = jnp.int32(0)
         if sliding_window is not None:
-            visible &= key > position - sliding_window
-        scores = jnp.where(visible, scores, MASKED)
-        new_highest = jnp.maximum(highest, scores.max(axis=-1, keepdims=True))
-        rescale = jnp.exp(highest - new_highest)
-        weights = jnp.exp(scores - new_highest)
-        total = total * rescale + weights.sum(axis=-1, keepdims=True)
-        update = jnp.einsum(
-            "bhqj,bhjd->bhqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-        )
-        return new_highest, total, out * rescale + update
+            first = jnp.maximum(start - (sliding_window - 1), 0)
+        last_block = jnp.where(start < end, (end + block - 1) // block, 0)
+        queries = lax.dynamic_index_in_dim(q, index, keepdims=False).astype(jnp.float32)
 
-    highest = jnp.full((B, KH, T * G, 1), MASKED, jnp.float32)
-    total = jnp.zeros((B, KH, T * G, 1), jnp.float32)
-    out = jnp.zeros((B, KH, T * G, D), jnp.float32)
-    _, total, out = jax.lax.fori_loop(first_block, last_block, step, (highest, total, out))
-    out = out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
-    out = out.reshape(B, KH, T, G, D).transpose(0, 2, 1, 3, 4)
-    return out.reshape(B, T, H, D).astype(q.dtype)
+        def load(ids: jax.Array, part: int) -> jax.Array:
+            slices = [lax.dynamic_slice(pages, (i, part, 0, 0, 0), (1, 1, KH, S, D)) for i in ids]
+            block = lax.concatenate([page.reshape(KH, S, D) for page in slices], 1)
+            return block.astype(jnp.float32)
+
+        def attend_block(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            highest, total, acc = carry
+            ids = lax.dynamic_slice(page_table, (row, i * block_pages), (1, block_pages))[0]
+            key = i * block + jnp.arange(block, dtype=jnp.int32)
+            stored = (key >= first) & (key < end)
+            seen = stored & (key <= start + offset)
+            if sliding_window is not None:
+                seen &= key > start + offset - sliding_window
+            k = load(ids, 0)
+            # Other slots may hold NaN, and 0 * NaN is NaN.
+            v = jnp.where(stored[:, None], load(ids, 1), 0)
+            scores = jnp.einsum("kmd,kjd->kmj", queries, k) * D**-0.5
+            scores = jnp.where(seen, scores, MASKED)
+            new_highest = jnp.maximum(highest, scores.max(axis=-1, keepdims=True))
+            rescale = jnp.exp(highest - new_highest)
+            weights = jnp.exp(scores - new_highest)
+            total = total * rescale + weights.sum(axis=-1, keepdims=True)
+            update = jnp.einsum("kmj,kjd->kmd", weights, v)
+            return new_highest, total, acc * rescale + update
+
+        init = (
+            jnp.full((KH, M, 1), MASKED, jnp.float32),
+            jnp.zeros((KH, M, 1), jnp.float32),
+            jnp.zeros((KH, M, D), jnp.float32),
+        )
+        _, total, acc = lax.fori_loop(first // block, last_block, attend_block, init)
+        # A tile without valid queries has visited nothing: 0 / tiny.
+        result = acc / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
+        return lax.dynamic_update_index_in_dim(out, result.astype(out.dtype), index, 0)
+
+    out = lax.fori_loop(0, B * tiles, attend_tile, jnp.zeros_like(q))
+    out = out.reshape(B, tiles, KH, tile, G, D).transpose(0, 1, 3, 2, 4, 5)
+    return out.reshape(B, tiles * tile, H, D)[:, :T]

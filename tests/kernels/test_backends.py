@@ -1,0 +1,28 @@
+"""Choosing an implementation by name."""
+
+import pytest
+
+from pshare_jax.kernels.backends import select_backend
+from pshare_jax.kernels.kv_write import api as kv_write
+from pshare_jax.kernels.page_transfer import api as page_transfer
+from pshare_jax.kernels.paged_attention import api as paged_attention
+
+TABLES = [
+    paged_attention.BACKENDS,
+    kv_write.BACKENDS,
+    page_transfer.GATHER,
+    page_transfer.SCATTER,
+    page_transfer.COPY,
+]
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_op_has_the_same_backends_and_prefers_xla(table):
+    assert list(table) == ["xla", "reference"]
+    assert select_backend("op", table, "auto") is table["xla"]
+    assert select_backend("op", table, "reference") is table["reference"]
+
+
+def test_unknown_backend_names_op_and_choices():
+    with pytest.raises(ValueError, match="op: unknown backend 'c'; choose one of auto, a, b"):
+        select_backend("op", {"a": 1, "b": 2}, "c")

@@ -1,0 +1,100 @@
+"""Every backend of gather, scatter and copy against numpy's indexing."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pshare_jax.kernels.page_transfer.api import COPY, copy_pages, gather_pages, scatter_pages
+
+LAYERS, NUM_PAGES, COUNT = 3, 12, 5
+PAGE_SHAPE = (2, 2, 4, 8)
+BACKENDS = list(COPY)
+
+
+@functools.cache
+def compiled(function, backend: str):
+    return jax.jit(functools.partial(function, backend=backend))
+
+
+def random_pool(seed: int, dtype: str) -> tuple[jax.Array, ...]:
+    rng = np.random.default_rng(seed)
+    shape = (LAYERS, NUM_PAGES, *PAGE_SHAPE)
+    return tuple(jnp.asarray(rng.standard_normal(shape), dtype))
+
+
+@st.composite
+def indices(draw, count: int) -> np.ndarray:
+    """`count` distinct pages, the last few of them perhaps padding."""
+    pages = draw(st.permutations(range(1, NUM_PAGES)))[:count]
+    padding = draw(st.integers(0, COUNT))
+    return np.asarray([*pages[: count - padding], *[0] * min(padding, count)], np.int32)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=10, deadline=None)
+@given(data=st.data())
+def test_gather(backend, dtype, data):
+    pool = random_pool(data.draw(st.integers(0, 99)), dtype)
+    index = data.draw(indices(COUNT))
+    staged = compiled(gather_pages, backend)(pool, index)
+    assert staged.dtype == dtype
+    np.testing.assert_array_equal(staged, np.stack([np.asarray(pages)[index] for pages in pool]))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=10, deadline=None)
+@given(data=st.data())
+def test_scatter(backend, dtype, data):
+    pool = random_pool(data.draw(st.integers(0, 99)), dtype)
+    index = data.draw(indices(COUNT))
+    rng = np.random.default_rng(1)
+    staged = jnp.asarray(rng.standard_normal((LAYERS, COUNT, *PAGE_SHAPE)), dtype)
+    after = compiled(scatter_pages, backend)(pool, staged, index)
+    for layer in range(LAYERS):
+        expected = np.array(pool[layer])
+        expected[index] = np.asarray(staged[layer])
+        assert after[layer].dtype == dtype
+        np.testing.assert_array_equal(np.asarray(after[layer])[1:], expected[1:])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=10, deadline=None)
+@given(data=st.data())
+def test_copy(backend, data):
+    pool = random_pool(data.draw(st.integers(0, 99)), "float32")
+    pages = data.draw(indices(2 * COUNT))
+    src, dst = pages[:COUNT], pages[COUNT:]
+    src = np.where(dst == 0, 0, src)
+    after = compiled(copy_pages, backend)(pool, src, dst)
+    for layer in range(LAYERS):
+        expected = np.array(pool[layer])
+        expected[dst] = expected[src]
+        np.testing.assert_array_equal(np.asarray(after[layer])[1:], expected[1:])
+
+
+def test_one_source_may_go_to_several_pages():
+    pool = random_pool(0, "float32")
+    after = copy_pages(pool, jnp.asarray([3, 3]), jnp.asarray([1, 2]))
+    for before, pages in zip(pool, after, strict=True):
+        np.testing.assert_array_equal(pages[1], before[3])
+        np.testing.assert_array_equal(pages[2], before[3])
+
+
+@pytest.mark.parametrize("name", ["gather_pages", "scatter_pages", "copy_pages"])
+def test_unknown_backend_is_named(name):
+    pool, index = random_pool(0, "float32"), jnp.zeros(1, jnp.int32)
+    staged = jnp.zeros((LAYERS, 1, *PAGE_SHAPE))
+    call = {
+        "gather_pages": lambda: gather_pages(pool, index, backend="tpu"),
+        "scatter_pages": lambda: scatter_pages(pool, staged, index, backend="tpu"),
+        "copy_pages": lambda: copy_pages(pool, index, index, backend="tpu"),
+    }
+    with pytest.raises(ValueError, match=f"{name}: unknown backend 'tpu'"):
+        call[name]()
