@@ -101,6 +101,11 @@ class Machine(RuleBasedStateMachine):
         assert counts.shared == sum(count > 1 for count in self.held.values())
         assert self.cache.num_available == counts.total - counts.used
 
+    @invariant()
+    def a_victim_is_found_without_a_search(self) -> None:
+        first = next(iter(self.cache._index._unused), None)
+        assert first is None or first.num_children == 0
+
     def teardown(self) -> None:
         for page, count in self.held.items():
             for _ in range(count):

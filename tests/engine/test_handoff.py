@@ -1,20 +1,46 @@
-"""Reservations and arrivals on a decode engine whose thread does not run, step by step."""
+"""Moving pages; reservations and arrivals on a decode engine that is not started, step by step."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 
+from pshare_jax.cache.layout import PageLayout
+from pshare_jax.cache.pool import PagePool
 from pshare_jax.engine.admission import Reservation
 from pshare_jax.engine.decode import DecodeEngine
-from pshare_jax.engine.handoff import Staged
+from pshare_jax.engine.handoff import Receiver, Sender, Staged
 from pshare_jax.engine.orchestrator import Orchestrator
 from pshare_jax.engine.request import Request
 from pshare_jax.engine.sequence import Sequence
 from tests.engine.harness import Models, serve_config
 from tests.helpers import tiny_config
+
+
+def test_any_number_of_pages_moves() -> None:
+    """More than the largest bucket in several pieces; padding harms no page."""
+    source, target = (SingleDeviceSharding(device) for device in jax.devices()[:2])
+    layout = PageLayout(2, 1, 4, 2, jnp.float32)
+    here, there = PagePool(layout, 100, source), PagePool(layout, 100, target)
+    here.own()
+    there.own()
+    rng = np.random.default_rng(0)
+    contents = rng.normal(size=(2, *layout.layer_shape(100))).astype(np.float32)
+    here.update(lambda pages: (tuple(jax.device_put(c, source) for c in contents), None))
+    sender, receiver = Sender(source, "auto"), Receiver(target, "auto")
+    expected = np.zeros_like(contents)
+    for count in (0, 1, 5, 70):
+        pages = rng.permutation(np.arange(1, 100))
+        sent, wanted = pages[:count], rng.permutation(pages)[:count]
+        receiver.store(there, sender.move(here, sent.tolist(), wanted.tolist(), target))
+        expected[:, wanted] = contents[:, sent]
+        got = there.read(lambda pages: np.stack([np.asarray(p) for p in pages]))
+        np.testing.assert_array_equal(got[:, 1:], expected[:, 1:])
 
 
 class Bench:
