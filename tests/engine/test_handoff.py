@@ -175,3 +175,22 @@ def test_a_full_pool_of_cached_pages_has_room(bench: Bench) -> None:
     most = bench.reserve(bench.sequence(3, [*[0] * 32, *[7] * 95]))
     assert most.fill == list(range(4, 16))
     assert bench.contents(most.pages[0]) == 0.0
+
+
+def test_who_gives_way_when_pages_run_out(bench: Bench) -> None:
+    """The youngest, but for one that is still on its way: that one is younger."""
+    for order in range(2):
+        sequence = bench.sequence(order, [order] * 96)
+        bench.commit(sequence, bench.reserve(sequence), 1.0)
+    assert bench.running() == [0, 1]
+    older, younger = bench.decode._rows
+    arriving = bench.reserve(bench.sequence(2, [2] * 8))
+    assert bench.decode.cache.allocate(2) is not None, "the last pages"
+    assert not bench.decode._ensure_pages(younger, steps=4)
+    assert bench.running() == [0, 1], "it waits for the one on its way"
+    bench.cancel(arriving)
+    assert bench.decode.cache.allocate(1) is not None
+    assert not bench.decode._ensure_pages(younger, steps=4)
+    assert bench.running() == [0], "it has gone back to be covered again"
+    assert bench.decode._ensure_pages(older, steps=4)
+    assert len(older.pages) == 13
