@@ -26,7 +26,7 @@ PREFILL_BLOCK_TOKENS = 256
 """Most key positions of one block for many queries a row: a tile's scores stay in the cache."""
 
 MASKED = -1e30
-"""Score of a key that is not seen: finite, so that a query that sees nothing makes no NaN."""
+"""Score of a key that is not seen: finite, so that a block without any seen key makes no NaN."""
 
 
 def paged_attention(
@@ -64,7 +64,9 @@ def paged_attention(
         if sliding_window is not None:
             first = jnp.maximum(start - (sliding_window - 1), 0)
         last_block = jnp.where(start < end, (end + block - 1) // block, 0)
-        queries = lax.dynamic_index_in_dim(q, index, keepdims=False).astype(jnp.float32)
+        # Padding queries look where the last valid one does.
+        position = jnp.minimum(start + offset, end - 1)
+        queries = lax.dynamic_index_in_dim(q, index, keepdims=False).astype(jnp.float32) * D**-0.5
 
         def load(ids: jax.Array, part: int) -> jax.Array:
             slices = [lax.dynamic_slice(pages, (i, part, 0, 0, 0), (1, 1, KH, S, D)) for i in ids]
@@ -76,13 +78,13 @@ def paged_attention(
             ids = lax.dynamic_slice(page_table, (row, i * block_pages), (1, block_pages))[0]
             key = i * block + jnp.arange(block, dtype=jnp.int32)
             stored = (key >= first) & (key < end)
-            seen = stored & (key <= start + offset)
+            seen = key <= position
             if sliding_window is not None:
-                seen &= key > start + offset - sliding_window
+                seen &= key > position - sliding_window
             k = load(ids, 0)
             # Other slots may hold NaN, and 0 * NaN is NaN.
             v = jnp.where(stored[:, None], load(ids, 1), 0)
-            scores = jnp.einsum("kmd,kjd->kmj", queries, k) * D**-0.5
+            scores = jnp.einsum("kmd,kjd->kmj", queries, k)
             scores = jnp.where(seen, scores, MASKED)
             new_highest = jnp.maximum(highest, scores.max(axis=-1, keepdims=True))
             rescale = jnp.exp(highest - new_highest)
