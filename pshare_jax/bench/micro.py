@@ -43,7 +43,7 @@ class MicroOptions:
     context: int = 1024
     window: int = 16
     repeats: int = 5
-    page_size: int = 32
+    page_size: int = 64
     chunk: int = 512
     seed: int = 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-TRANSFER_BUCKETS = (1, 4, 16, 64)
+TRANSFER_BUCKETS = (1, 4, 16)
 """Pages moved by one device call of the handoff."""
 
 

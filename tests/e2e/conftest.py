@@ -79,9 +79,9 @@ def real_server(real_base) -> Iterator[str]:
         f"--base={real_base}",
         f"--compilation_cache_dir={CACHE / 'xla-tests'}",
         "--max_model_len=1280",
-        "--prefill.num_pages=96",
+        "--prefill.num_pages=48",
         "--prefill.chunk_buckets=[512]",
-        "--decode.num_pages=96",
+        "--decode.num_pages=48",
         "--decode.batch_buckets=[4]",
     ]
     with running_server(args) as url:
