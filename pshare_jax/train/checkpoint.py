@@ -1,0 +1,228 @@
+"""Checkpoints of a run: written while training goes on, kept by age and by evaluation, checked.
+
+Of the trainer's files, only this one knows orbax. A checkpoint counts once orbax has committed it,
+so a process may be killed at any moment. Besides, each array's checksum is stored, and compared
+when it is restored.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from pshare_jax.convert.files import one_line
+from pshare_jax.errors import CheckpointError
+from pshare_jax.models.weights import Weights
+
+_EVAL = "eval_loss"
+
+Warn = Callable[[str], None]
+"""Gets a message that the user should read."""
+
+
+class TrainState(NamedTuple):
+    """What a step reads and writes: the trained weights and the optimizer's state."""
+
+    trainable: Weights
+    optimizer: Any
+
+
+class Restored(NamedTuple):
+    """A checkpoint: the number of steps done, the state after them, the last evaluation's loss."""
+
+    step: int
+    state: TrainState
+    eval_loss: float | None
+
+
+@jax.jit
+def _checksums(state: TrainState) -> list[jax.Array]:
+    """Of each array the sum of its 32-bit words, modulo 2^32: it does not depend on the layout."""
+    return [
+        jnp.sum(jax.lax.bitcast_convert_type(leaf, jnp.uint32), dtype=jnp.uint32)
+        for leaf in jax.tree.leaves(state)
+    ]
+
+
+class Checkpoints:
+    """The checkpoints in one folder.
+
+    Args:
+        folder: made when it is not there.
+        keep: how many of the newest are kept, besides the one with the least evaluation loss.
+        warn: told of checkpoints that could not be written or are damaged.
+    """
+
+    def __init__(self, folder: Path, keep: int, warn: Warn):
+        self._folder = folder.absolute()
+        self._warn = warn
+        self._saving: int | None = None
+        # It tells every step of a save.
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        policies = [
+            preservation_policy.LatestN(keep),
+            preservation_policy.BestN(
+                get_metric_fn=lambda metrics: -metrics[_EVAL],
+                n=1,
+                keep_checkpoints_without_metrics=False,
+            ),
+        ]
+        self._options = ocp.CheckpointManagerOptions(
+            preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,
+        )
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(self._folder, options=self._options)
+
+    def save(self, step: int, state: TrainState, eval_loss: float | None) -> None:
+        """Starts writing the state after `step` steps; it may be donated as soon as this returns.
+
+        A checkpoint that cannot be written is told of and given up: training goes on, and older
+        checkpoints stay.
+
+        Args:
+            step: number of steps done.
+            state: on any mesh.
+            eval_loss: of exactly these weights, or None.
+        """
+        self.settle()
+        checksums = [int(total) for total in _checksums(state)]
+        self._saving = step
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),  # type: ignore[call-arg]
+                    about=ocp.args.JsonSave({"checksums": checksums, _EVAL: eval_loss}),  # type: ignore[call-arg]
+                ),
+                metrics=None if eval_loss is None else {_EVAL: eval_loss},
+                force=True,
+            )
+        except Exception as error:  # orbax and tensorstore raise many unrelated types
+            self._give_up(error)
+
+    def settle(self) -> None:
+        """Waits until the checkpoint that is being written is committed, or given up."""
+        if self._saving is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # as above; raised by the writing thread
+            self._give_up(error)
+        self._saving = None
+
+    def _give_up(self, error: Exception) -> None:
+        step, self._saving = self._saving, None
+        older = [other for other in self._manager.all_steps(read=True) if other != step]
+        rest = (
+            f"the one of step {max(older)} stays the newest" if older else "there is no older one"
+        )
+        self._warn(
+            f"{self._folder}: the checkpoint of step {step} could not be written: "
+            f"{_reason(error)}; {rest}, and training goes on"
+        )
+        shutil.rmtree(self._folder / str(step), ignore_errors=True)
+        self._manager = self._open()
+
+    def restore(self, template: TrainState) -> Restored | None:
+        """The newest checkpoint that is whole; damaged ones are told of and moved aside.
+
+        Args:
+            template: arrays, or ShapeDtypeStructs with shardings, like those that were saved.
+
+        Returns:
+            None when the folder holds no checkpoint.
+
+        Raises:
+            CheckpointError: all checkpoints are damaged.
+        """
+        steps = sorted(self._manager.all_steps(read=True), reverse=True)
+        for step in steps:
+            try:
+                return self._restore(step, template)
+            except Exception as error:  # whatever a damaged file leads to
+                self._set_aside(step, _reason(error))
+        if steps:
+            raise CheckpointError(
+                f"{self._folder}: none of its {len(steps)} checkpoints can be used; remove the run "
+                "folder to start again"
+            )
+        return None
+
+    def restore_best(self, template: TrainState) -> Restored | None:
+        """The checkpoint with the least evaluation loss, the newest of equals; None if no
+        checkpoint has been evaluated.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        self.settle()
+        if not (losses := self._eval_losses()):
+            return None
+        best = min(losses, key=lambda step: (losses[step], -step))
+        try:
+            return self._restore(best, template)
+        except Exception as error:  # whatever a damaged file leads to
+            raise CheckpointError(
+                f"{self._folder / str(best)}: the checkpoint with the best evaluation is damaged: "
+                f"{_reason(error)}; use checkpoint.export=last"
+            ) from error
+
+    def best_loss(self) -> float | None:
+        """The least evaluation loss of all checkpoints; None if none has been evaluated."""
+        return min(self._eval_losses().values(), default=None)
+
+    def _eval_losses(self) -> dict[int, float]:
+        losses = {step: self._about(step)[_EVAL] for step in self._manager.all_steps(read=True)}
+        return {step: loss for step, loss in losses.items() if loss is not None}
+
+    def _about(self, step: int) -> dict[str, Any]:
+        args = ocp.args.Composite(about=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=args)["about"]
+
+    def _restore(self, step: int, template: TrainState) -> Restored:
+        about = self._about(step)
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))  # type: ignore[call-arg]
+        state = self._manager.restore(step, args=args)["state"]
+        if [int(total) for total in _checksums(state)] != about["checksums"]:
+            raise CheckpointError("its contents are not what was written")
+        return Restored(step, TrainState(*state), about[_EVAL])
+
+    def _set_aside(self, step: int, reason: str) -> None:
+        damaged = self._folder.with_name("damaged") / str(step)
+        self._warn(
+            f"{self._folder / str(step)}: the checkpoint is damaged: {reason}; it is moved to "
+            f"{damaged}, and the one before it is used"
+        )
+        if jax.process_index() == 0:
+            damaged.parent.mkdir(exist_ok=True)
+            shutil.rmtree(damaged, ignore_errors=True)
+            (self._folder / str(step)).rename(damaged)
+        multihost_utils.sync_global_devices("checkpoint set aside")
+        self._manager.reload()
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self.settle()
+        self._manager.close()
+
+
+def _reason(error: Exception) -> str:
+    """The innermost cause: what the system said, not what was being done."""
+    cause: BaseException = error
+    while (inner := cause.__cause__ or cause.__context__) is not None:
+        cause = inner
+    return one_line(cause)
