@@ -42,8 +42,8 @@ class Meter:
         self._seen: set[Hashable] = set()
         self._steady: list[float] = []
         self._end = 0.0
-        self.loss = float("nan")
-        """Of the last step, in nats a target token."""
+        self.loss: float | None = None
+        """Of the last step, in nats a target token; None before the first."""
 
     def restart(self) -> None:
         """The next step begins now."""

@@ -99,8 +99,12 @@ class MetricsLog:
         self._file = path.open("a", buffering=1)
         self._events = None
         if tensorboard:
+            # Two starts within a second would share a file but for the suffix.
             self._events = SummaryWriter(
-                str(folder / TENSORBOARD_FOLDER), purge_step=first_step, flush_secs=10
+                str(folder / TENSORBOARD_FOLDER),
+                purge_step=first_step,
+                flush_secs=10,
+                filename_suffix=f".{first_step}",
             )
 
     def write(self, step: int, values: dict[str, float | int]) -> None:
@@ -108,7 +112,7 @@ class MetricsLog:
         record: dict[str, Any] = {"step": step}
         for name, value in values.items():
             record[name] = value if math.isfinite(value) else None
-            if self._events is not None:
+            if self._events is not None and math.isfinite(value):
                 self._events.add_scalar(name, value, step)
         self._file.write(json.dumps(record) + "\n")
 

@@ -36,6 +36,8 @@ GIVEN = ("--base=b", "--output=o", "--data.train=[d.jsonl]")
         (["--mode=distill"], "distill.teacher: mode distill needs one"),
         (["--distill.teacher=x"], "the other modes have none"),
         (["--checkpoint.export=best"], "best needs data.eval"),
+        (["--distributed.coordinator=localhost:1"], "process_id -1 of num_processes 0"),
+        (["--mesh.data=64"], "64 devices, but there are 8"),
         (["--base=/nowhere"], "/nowhere: is not a checkpoint"),
     ],
 )
