@@ -1,1 +1,0 @@
-"""Cache-conditioned fine-tuning: decode modules trained on the frozen prefill module's KV."""
