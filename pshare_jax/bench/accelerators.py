@@ -113,6 +113,8 @@ def prepare() -> None:
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     jax.config.update("jax_platforms", "cpu")
+    # Programs for devices that are not there can be stored, but not loaded again.
+    jax.config.update("jax_enable_compilation_cache", False)
 
 
 def _is_installed(module: str) -> bool:

@@ -1,5 +1,10 @@
-"""The accelerators' compilers start before JAX does."""
+"""Lets the accelerators' compilers start on this machine."""
+
+import pytest
 
 from pshare_jax.bench.accelerators import prepare
 
-prepare()
+
+@pytest.fixture(scope="session", autouse=True)
+def compilers():
+    prepare()

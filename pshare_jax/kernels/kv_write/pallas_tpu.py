@@ -6,7 +6,7 @@ VMEM: the group before and after, and its new tokens, each twice (the grid's pip
 SMEM: page, group and range of new slots of every program (prefetched scalars).
 Slots lie along sublanes, of which DMA moves no fraction, so a group is read, merged and written
 back: (2 * slots + new) * 4 * KH * D bytes a program in bfloat16, no FLOPs, bound by HBM. For one
-token that is a fortieth of what attention then reads at 1024 positions.
+token that is a thirtieth of what attention then reads at 1024 positions.
 XLA's scatter is no choice here: it wants the slots major and would transpose the pool.
 """
 

@@ -7,8 +7,8 @@ Registers: queries, float32 output and softmax state. Shared memory: K and V blo
 deep (Triton's pipeline). Head dims are padded to a power of two by masks, groups to 16 rows.
 Split-K: where batch x KV heads x tiles leave multiprocessors idle, the positions of a row are
 split over programs, and the partial results are merged by log-sum-exp (a small XLA program).
-Intensity: 2 FLOPs a byte and row in bfloat16: decode (4 .. 8 rows) is bound by HBM, a tile of 64
-rows by it too unless K and V come from L2, which they do for the tiles of one chunk.
+Intensity: one FLOP a row and byte of bfloat16 pages: decode (4 .. 8 rows) is bound by HBM, and so
+are tiles of 64 rows but for K and V in L2, where the tiles of one chunk read the same.
 """
 
 from __future__ import annotations

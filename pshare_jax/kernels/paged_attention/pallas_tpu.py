@@ -7,8 +7,8 @@ VMEM: the program's queries and output (pipelined by the grid), two block buffer
 SMEM: page table, starts and lengths (prefetched scalars), and the number of the current buffer.
 Copies: each page is contiguous in HBM and copied as one; while a block is computed the next one is
 under way, and the last block of a program starts the first one of the next program.
-Intensity: M * 2 FLOPs a byte in bfloat16 over group M: decode (M = 4 .. 8) is bound by HBM, a tile
-of 128 queries (M = 512 and more) by the MXU. Every page is read once a tile.
+Intensity: M FLOPs a byte of bfloat16 pages: decode (M = 4 .. 8) is bound by HBM; tiles of 64 and
+128 queries (M = 256, 512 in groups of 4) are where a v5 and a v6e turn from HBM to the MXU.
 Online softmax: Milakov and Gimelshein, arXiv 1805.02867.
 """
 
