@@ -43,7 +43,6 @@ from pshare_jax.engine.sequence import ModelKind, Sequence, Sink
 from pshare_jax.engine.stats import EngineStats, PoolStats
 from pshare_jax.engine.steps import StepSpec
 from pshare_jax.errors import EngineDeadError, QueueFullError, RequestError, UnknownModelError
-from pshare_jax.kernels.backends import backend_for
 from pshare_jax.sharding.mesh import carve, request_cpu_devices
 from pshare_jax.text.tokenizer import Tokenizer
 
@@ -106,7 +105,7 @@ class Orchestrator:
             config.decode.engines,
             config.decode.tensor_parallel,
         )
-        backend = backend_for(config.kernel_backend, jax.default_backend())
+        spec = StepSpec(base.config, config.kernel_backend)
         loader = WeightLoader(base, sources)
         self._counters = Counters()
         self._decode = [
@@ -114,7 +113,7 @@ class Orchestrator:
                 index=i,
                 mesh=mesh,
                 groups=loader.decode(mesh, i, self._runtimes),
-                spec=StepSpec(base.config, backend, mesh),
+                spec=spec,
                 layout=layout,
                 num_pages=sizes.decode,
                 config=config.decode,
@@ -131,7 +130,7 @@ class Orchestrator:
                 index=i,
                 mesh=mesh,
                 weights=loader.prefill(mesh),
-                spec=StepSpec(base.config, backend, mesh),
+                spec=spec,
                 layout=layout,
                 num_pages=sizes.prefill,
                 chunk_buckets=config.prefill.chunk_buckets,
