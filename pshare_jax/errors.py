@@ -11,6 +11,14 @@ class ConfigError(PshareError):
     """A configuration that cannot be served; the message names the key."""
 
 
+class DataError(PshareError):
+    """Training data that cannot be used; the message names file and line."""
+
+
+class TrainingError(PshareError):
+    """A training run that cannot go on."""
+
+
 class CheckpointError(PshareError):
     """A checkpoint or model file that cannot be used; the message names file and tensor."""
 

@@ -198,6 +198,7 @@ def write_decode(
     lora_rank: int | None = None,
     lora_alpha: float | None = None,
     lora_targets: Sequence[str] | None = None,
+    extra_files: Mapping[str, bytes] | None = None,
     report: Report = quiet,
 ) -> Manifest:
     """Writes a decode module for the prefill checkpoint `base`: all of it, or nothing.
@@ -213,6 +214,7 @@ def write_decode(
         lora_rank: rank of a LoRA module's factors; None for a full module, like the next two.
         lora_alpha: the update is `lora_alpha / lora_rank * a @ b`.
         lora_targets: adapted projections, out of `weights.LORA_TARGETS`.
+        extra_files: contents of files to lay beside, by name.
         report: called after each tensor.
 
     Raises:
@@ -250,6 +252,8 @@ def write_decode(
             source_config=source_config,
         )
         write_manifest(folder, manifest)
+        for name, data in (extra_files or {}).items():
+            (folder / name).write_bytes(data)
     return manifest
 
 

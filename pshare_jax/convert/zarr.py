@@ -20,7 +20,7 @@ import tensorstore as ts
 from pshare_jax.convert.files import one_line
 from pshare_jax.errors import CheckpointError
 from pshare_jax.models.weights import WeightSpec
-from pshare_jax.sharding.rules import MESH_AXES
+from pshare_jax.sharding.rules import MESH_AXES, TENSOR
 
 _OS_ERROR = re.compile(r"os_error_code='(\d+)'")
 
@@ -29,8 +29,8 @@ MAX_CHUNKS = 16
 
 
 def chunk_shape(spec: WeightSpec) -> tuple[int, ...]:
-    """Shape of a tensor's stored chunks: at most `MAX_CHUNKS` along the axis that meshes split."""
-    axis = next((i for i, name in enumerate(spec.axes) if MESH_AXES[name] is not None), None)
+    """Shape of a tensor's stored chunks: at most `MAX_CHUNKS`, along its tensor-parallel axis."""
+    axis = next((i for i, name in enumerate(spec.axes) if TENSOR in MESH_AXES[name]), None)
     if axis is None:
         return spec.shape
     size = spec.shape[axis]

@@ -107,6 +107,8 @@ class Decoder(nnx.Module):
         positions: jax.Array,
         attention: AttentionIO,
         adapters: Adapters | None = None,
+        *,
+        remat: bool = False,
     ) -> jax.Array:
         """The last hidden states, after the final norm; KV of every layer goes to `attention`.
 
@@ -115,6 +117,8 @@ class Decoder(nnx.Module):
             positions: `[B, T]` int32, the position of each token in its sequence.
             attention: where earlier KV is and new KV goes.
             adapters: LoRA updates of each row, if any.
+            remat: keep only each layer's input for the gradient and compute the rest again. Then
+                `attention` may not change while the layers run.
 
         Returns:
             `[B, T, embed]` of the weights' dtype.
@@ -122,7 +126,10 @@ class Decoder(nnx.Module):
         rope = rope_table(self.config, positions)
         x = self.embed(tokens)
         for i, layer in enumerate(self.layers):
-            x = layer(x, i, rope, attention, adapters)
+            apply = functools.partial(
+                layer, layer=i, rope=rope, attention=attention, adapters=adapters
+            )
+            x = (jax.checkpoint(apply) if remat else apply)(x)
         return self.final_norm(x)
 
     def logits(self, hidden: jax.Array) -> jax.Array:

@@ -38,8 +38,9 @@ class Adapters:
 
     def __init__(self, weights: Weights, row_index: jax.Array):
         self._weights = weights
-        self._row_index = row_index
-        self._mask: jax.Array | None = None
+        a = next((a for name, a in weights.items() if name.endswith(".lora_a")), None)
+        one_hot = jax.nn.one_hot(row_index, 0 if a is None else a.shape[-2], dtype=jnp.float32)
+        self._mask = one_hot[:, None, :, None]
 
     def update(self, path: str, x: jax.Array) -> jax.Array | None:
         """What the adapters add to projection `path`: `[B, T, *in]` -> `[B, T, *out]` float32.
@@ -49,9 +50,6 @@ class Adapters:
         a = self._weights.get(f"{path}.lora_a")
         if a is None:
             return None
-        if self._mask is None:
-            one_hot = jax.nn.one_hot(self._row_index, a.shape[-2], dtype=jnp.float32)
-            self._mask = one_hot[:, None, :, None]
         low = jnp.tensordot(x, a, axes=a.ndim - 2, preferred_element_type=jnp.float32)
         low = (low * self._mask).astype(x.dtype)
         b = self._weights[f"{path}.lora_b"]

@@ -7,24 +7,30 @@ memory, never correctness.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Protocol
 
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 TENSOR = "tensor"
-"""The only mesh axis: tensor parallelism."""
+"""Mesh axis of tensor parallelism: the only one of a serving mesh."""
+DATA = "data"
+"""Mesh axis of data parallelism, in training."""
+FSDP = "fsdp"
+"""Mesh axis over which training splits the batch and the weights too."""
 
-MESH_AXES: dict[str | None, str | None] = {
-    "vocab": TENSOR,
-    "heads": TENSOR,
-    "kv_heads": TENSOR,
-    "mlp": TENSOR,
-    "embed": None,
-    "head_dim": None,
-    None: None,
+MESH_AXES: dict[str | None, tuple[str, ...]] = {
+    "batch": (DATA, FSDP),
+    "vocab": (TENSOR,),
+    "heads": (TENSOR,),
+    "kv_heads": (TENSOR,),
+    "mlp": (TENSOR,),
+    "embed": (FSDP,),
+    "head_dim": (),
+    None: (),
 }
-"""Logical axis name -> mesh axis, or None for an axis that is replicated."""
+"""Logical axis name -> the mesh axes it is split over, of those that a mesh has."""
 
 
 class ArraySpec(Protocol):
@@ -44,12 +50,12 @@ class ArraySpec(Protocol):
 def sharding_for(mesh: Mesh, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> NamedSharding:
     """How an array is laid out on `mesh`.
 
-    An axis is split over its mesh axis when its size is a multiple of the number of devices
+    An axis is split over its mesh axes when its size is a multiple of the number of devices
     there, and replicated otherwise. So KV heads are replicated on a mesh of a higher degree than
     their number while the query heads that read them are still split.
 
     Args:
-        mesh: has the axis `tensor`.
+        mesh: has some of the axes `data`, `fsdp` and `tensor`.
         shape: the array's shape.
         axes: the logical name of each axis, keys of `MESH_AXES`.
 
@@ -61,11 +67,17 @@ def sharding_for(mesh: Mesh, shape: tuple[int, ...], axes: tuple[str | None, ...
     if unknown := [axis for axis in axes if axis not in MESH_AXES]:
         known = sorted(name for name in MESH_AXES if name is not None)
         raise ValueError(f"unknown logical axis {unknown[0]!r}; known ones are {known}")
-    names = [MESH_AXES[axis] for axis in axes]
-    split = [
-        name if name is not None and size % mesh.shape[name] == 0 else None
-        for size, name in zip(shape, names, strict=True)
-    ]
+    split: list[str | tuple[str, ...] | None] = []
+    for size, axis in zip(shape, axes, strict=True):
+        names = tuple(name for name in MESH_AXES[axis] if name in mesh.shape)
+        even = size % math.prod(mesh.shape[name] for name in names) == 0
+        match names:
+            case (name,) if even:
+                split.append(name)
+            case (_, _, *_) if even:
+                split.append(names)
+            case _:
+                split.append(None)
     return NamedSharding(mesh, PartitionSpec(*split))
 
 

@@ -1,0 +1,77 @@
+"""`python -m pshare_jax.train --config FILE.yaml`: trains a decode module.
+
+Exit codes: 0 done; 2 something that cannot be used, explained in one line on standard error; 130
+stopped by a signal, with a checkpoint to go on from.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from pshare_jax.config import load_config
+from pshare_jax.errors import PshareError
+from pshare_jax.train.config import TrainConfig, check_config
+
+_DESCRIPTION = (
+    "Trains a decode module on the frozen prefill module's KV. Every key of the configuration file "
+    "is a flag too: --optimizer.learning_rate=1e-4. A run that was stopped or killed goes on when "
+    "it is started again. SIGINT and SIGTERM save a checkpoint first; a second one ends at once."
+)
+
+
+class _StopSignal:
+    """Within its block, remembers the first SIGINT or SIGTERM; a second one ends the process."""
+
+    def __init__(self, active: bool):
+        self.received = False
+        self._numbers = (signal.SIGINT, signal.SIGTERM) if active else ()
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> _StopSignal:
+        self._before = {number: signal.signal(number, self._handle) for number in self._numbers}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: object) -> None:
+        self.received = True
+        signal.signal(number, signal.SIG_DFL)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the training; returns the exit code."""
+    args = sys.argv[1:] if argv is None else argv
+    try:
+        config = load_config(TrainConfig, args, "python -m pshare_jax.train", _DESCRIPTION)
+        check_config(config)
+        # Imported late: jax takes seconds, which --help and a typing error need not wait for.
+        from pshare_jax.train import distributed, loop
+        from pshare_jax.train.report import Reporter
+
+        distributed.start(config)
+        import jax
+
+        reporter = Reporter(active=jax.process_index() == 0)
+        # One process of several cannot stop on its own.
+        with _StopSignal(active=jax.process_count() == 1) as stop:
+            try:
+                loop.train(config, reporter, lambda: stop.received)
+            except loop.StopRequestedError as stopped:
+                reporter.say(f"{config.output}: {stopped}; start again to go on")
+                return 130
+    except PshareError as error:
+        print(f"pshare_jax.train: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    # Set before transformers is imported: nothing here needs the hub's progress bars or forks.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main())

@@ -1,0 +1,234 @@
+"""From JSONL lines to token ids and the turns that are trained."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pshare_jax.errors import DataError, RequestError
+from pshare_jax.text.tokenizer import Tokenizer
+from pshare_jax.train.config import BadLine
+
+_SHOWN_BAD_LINES = 5
+
+
+@dataclass(frozen=True)
+class Turn:
+    """An answer: tokens `start .. end - 1` of its example, the end token included."""
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Example:
+    """A sequence and the answers in it.
+
+    Each turn's prompt, as the server would get it, is exactly the tokens before the turn.
+
+    Args:
+        tokens: `[n]` int32; nothing follows the last turn.
+        turns: in order; each starts at 1 or later.
+        source: `file:line`.
+    """
+
+    tokens: np.ndarray
+    turns: tuple[Turn, ...]
+    source: str
+
+
+@dataclass
+class Dataset:
+    """The examples of some files.
+
+    Args:
+        examples: in file order. A conversation is several when its chat template writes an earlier
+            turn differently once others follow it.
+        sha256: hash (hex) of the files' bytes.
+        bad_lines: `file:line: reason` of the first lines that were skipped.
+        num_bad_lines: how many were skipped.
+    """
+
+    examples: list[Example] = field(default_factory=list)
+    sha256: str = ""
+    bad_lines: list[str] = field(default_factory=list)
+    num_bad_lines: int = 0
+
+
+def read_dataset(
+    paths: Sequence[str], tokenizer: Tokenizer, *, max_length: int, on_bad_line: BadLine
+) -> Dataset:
+    """Reads and tokenises JSONL files; empty lines do not count.
+
+    Args:
+        paths: the files.
+        tokenizer: the base's.
+        max_length: most tokens of an example.
+        on_bad_line: whether a line that cannot be used is an error or is skipped and counted.
+
+    Raises:
+        DataError: a file that cannot be read, names file and line of one that cannot be used, or
+            no line could be used.
+    """
+    dataset = Dataset()
+    digest = hashlib.sha256()
+    for path in paths:
+        for number, line in _lines(path, digest):
+            source = f"{path}:{number}"
+            try:
+                dataset.examples += read_line(line, tokenizer, max_length, source)
+            except DataError as error:
+                if on_bad_line == "error":
+                    raise
+                dataset.num_bad_lines += 1
+                if len(dataset.bad_lines) < _SHOWN_BAD_LINES:
+                    dataset.bad_lines.append(str(error))
+    dataset.sha256 = digest.hexdigest()
+    if not dataset.examples:
+        hint = f"; the first bad line is {dataset.bad_lines[0]}" if dataset.bad_lines else ""
+        raise DataError(f"{', '.join(paths)}: no examples{hint}")
+    return dataset
+
+
+def _lines(path: str, digest: Any) -> Iterator[tuple[int, bytes]]:
+    try:
+        with Path(path).expanduser().open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                digest.update(line)
+                if line.strip():
+                    yield number, line
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def read_line(line: bytes, tokenizer: Tokenizer, max_length: int, source: str) -> list[Example]:
+    """The examples of one line: mostly one.
+
+    Raises:
+        DataError: starts with `source`; says what is wrong with the line and what to do.
+    """
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{source}: not valid JSON: {error}") from error
+    try:
+        if not isinstance(record, dict):
+            raise DataError("not a JSON object")
+        if "messages" in record:
+            parts = _conversation(record, tokenizer)
+        else:
+            parts = [_completion(record, tokenizer)]
+    except (DataError, RequestError) as error:
+        raise DataError(f"{source}: {error}") from error
+    for tokens, _ in parts:
+        if len(tokens) > max_length:
+            raise DataError(
+                f"{source}: {len(tokens)} tokens, but data.max_length is {max_length}; raise it, "
+                "or leave such lines out with data.on_bad_line=skip"
+            )
+    return [Example(np.asarray(tokens, np.int32), tuple(turns), source) for tokens, turns in parts]
+
+
+_Parts = tuple[list[int], list[Turn]]
+
+
+def _completion(record: Mapping[str, Any], tokenizer: Tokenizer) -> _Parts:
+    texts: list[str] = []
+    for name in ("prompt", "completion"):
+        if not isinstance(text := record.get(name), str):
+            raise DataError(f"needs messages, or prompt and completion; {name} is no text")
+        texts.append(text)
+    prompt = tokenizer.encode(texts[0])
+    if not prompt:
+        raise DataError("the prompt has no tokens")
+    answer = _ended(tokenizer.encode(texts[1], add_special_tokens=False), tokenizer)
+    return prompt + answer, [Turn(len(prompt), len(prompt) + len(answer))]
+
+
+def _conversation(record: Mapping[str, Any], tokenizer: Tokenizer) -> list[_Parts]:
+    """One sequence, or more where a turn's prompt does not begin with the turns before it."""
+    messages, tools = record["messages"], record.get("tools")
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise DataError("messages is not a list of objects")
+    if tools is not None and not (
+        isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
+    ):
+        raise DataError("tools is not a list of objects")
+    messages = [_message(message, index) for index, message in enumerate(messages)]
+    parts: list[_Parts] = []
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = tokenizer.apply_chat_template(messages[:index], tools)
+        after = tokenizer.apply_chat_template(
+            messages[: index + 1], tools, add_generation_prompt=False
+        )
+        if not after.startswith(before):
+            raise DataError(
+                f"messages[{index}]: the chat template does not write the answer after the prompt "
+                "that it asks the answer with, so there is no prompt to train on"
+            )
+        # Prompt and answer are tokenised apart, as in serving.
+        prompt = tokenizer.encode(before, add_special_tokens=False)
+        answer = tokenizer.encode(after[len(before) :], add_special_tokens=False)
+        answer = _ended(answer, tokenizer)
+        if not prompt:
+            raise DataError(f"messages[{index}]: the prompt has no tokens")
+        turn = Turn(len(prompt), len(prompt) + len(answer))
+        if parts and prompt[: len(parts[-1][0])] == parts[-1][0]:
+            parts[-1] = (prompt + answer, [*parts[-1][1], turn])
+        else:
+            parts.append((prompt + answer, [turn]))
+    if not parts:
+        raise DataError("messages has no assistant turn, so there is nothing to train")
+    return parts
+
+
+def _ended(answer: list[int], tokenizer: Tokenizer) -> list[int]:
+    """`answer` up to its last end token; with one, when it has none."""
+    ends = [i for i, token in enumerate(answer) if token in tokenizer.eos_token_ids]
+    if ends:
+        return answer[: ends[-1] + 1]
+    if not tokenizer.eos_token_ids:
+        raise DataError("the base's tokenizer names no end token, which an answer must end with")
+    return [*answer, tokenizer.eos_token_ids[0]]
+
+
+def _message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """A message as the server hands it to the chat template."""
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or not role:
+        raise DataError(f"messages[{index}]: role is missing or no text")
+    if content is None and role == "assistant":
+        content = ""
+    if not isinstance(content, str):
+        raise DataError(f"messages[{index}]: content is missing or no text")
+    fields = {**message, "role": "system" if role == "developer" else role, "content": content}
+    if calls := fields.pop("tool_calls", None):
+        try:
+            fields["tool_calls"] = [_tool_call(call) for call in calls]
+        except (TypeError, KeyError, AttributeError) as error:
+            raise DataError(
+                f"messages[{index}]: tool_calls is not a list of "
+                '{"type": "function", "function": {"name": ..., "arguments": ...}}'
+            ) from error
+    return fields
+
+
+def _tool_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    # Templates write the arguments as JSON themselves.
+    function = call["function"]
+    arguments = function["arguments"]
+    if isinstance(arguments, str):
+        try:
+            decoded = json.loads(arguments)
+            arguments = decoded if isinstance(decoded, dict) else arguments
+        except ValueError:
+            pass  # a model may have produced broken JSON: it is shown as it was
+    return {**call, "function": {**function, "arguments": arguments or {}}}

@@ -1,0 +1,176 @@
+"""A run before its first step: everything that follows from the configuration and the files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pshare_jax.convert.manifest import TOKENIZER_FOLDER, Manifest, read_manifest
+from pshare_jax.errors import ConfigError
+from pshare_jax.models.weights import Weights
+from pshare_jax.text.tokenizer import Tokenizer
+from pshare_jax.train.batches import MicroBatch, Plan, fill_micro_batches, make_plan
+from pshare_jax.train.config import TrainConfig
+from pshare_jax.train.data import Dataset, read_dataset
+from pshare_jax.train.distributed import make_mesh
+from pshare_jax.train.kv_store import KVStore, open_store
+from pshare_jax.train.layout import Bucket, Row, choose_buckets, make_row
+from pshare_jax.train.loss import LoraShape, Recipe
+from pshare_jax.train.optimizer import make_optimizer
+from pshare_jax.train.output import open_run
+from pshare_jax.train.report import Reporter
+from pshare_jax.train.step import Computations
+from pshare_jax.train.weights import Teacher, initial_weights, load_base, trainable_specs
+
+
+@dataclass
+class Job:
+    """A run's parts.
+
+    Args:
+        config: its configuration.
+        base: the prefill checkpoint.
+        identity: what `run.json` says.
+        rows: training rows, then evaluation rows.
+        plan: the steps.
+        evaluation: micro-batches of the evaluation rows; empty without.
+        computations: the compiled functions.
+        trainable: float32 master weights at the start.
+        frozen: what the loss reads besides: `base` for LoRA, `teacher` when distilling.
+        base_weights: the prefill module's, while its KV is computed anew for each batch.
+        store: its KV of all rows, when that is kept.
+    """
+
+    config: TrainConfig
+    base: Manifest
+    identity: dict[str, Any]
+    rows: list[Row]
+    plan: Plan
+    evaluation: list[MicroBatch]
+    computations: Computations
+    trainable: Weights
+    frozen: Mapping[str, Weights]
+    base_weights: Weights | None
+    store: KVStore | None
+
+
+def _read(config: TrainConfig, paths: list[str], tokenizer: Tokenizer, say: Reporter) -> Dataset:
+    data = config.data
+    dataset = read_dataset(
+        paths, tokenizer, max_length=data.max_length, on_bad_line=data.on_bad_line
+    )
+    skipped = f", {dataset.num_bad_lines} bad lines skipped" if dataset.num_bad_lines else ""
+    say.say(f"{', '.join(paths)}: {len(dataset.examples)} examples{skipped}")
+    for line in dataset.bad_lines:
+        say.say(f"  skipped {line}")
+    return dataset
+
+
+def prepare(config: TrainConfig, reporter: Reporter) -> Job:
+    """Reads the data, loads the weights, and computes the KV that is kept.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: names the key, line or file that cannot be used.
+    """
+    base = read_manifest(config.base)
+    if base.kind != "prefill":
+        raise ConfigError(f"base: {config.base} is a decode module; name a prefill checkpoint")
+    teacher = Teacher(config.distill.teacher, base) if config.distill.teacher else None
+    tokenizer = Tokenizer.load(base.folder / TOKENIZER_FOLDER)
+    train = _read(config, config.data.train, tokenizer, reporter)
+    held_out = _read(config, config.data.eval, tokenizer, reporter) if config.data.eval else None
+    mesh = make_mesh(config.mesh)
+    identity = open_run(config, base, train, held_out, write=jax.process_index() == 0)
+
+    examples = train.examples + (held_out.examples if held_out else [])
+    tail = None if config.mode == "full" else config.tail
+    rows = [make_row(example, tail) for example in examples]
+    buckets, assigned = choose_buckets(rows, config.data.buckets)
+    size, optimizer = config.micro_batch_size, config.optimizer
+    plan = make_plan(
+        buckets,
+        assigned[: len(train.examples)],
+        micro_batch_size=size,
+        accumulation=optimizer.batch_size // size,
+        epochs=optimizer.epochs,
+        max_steps=optimizer.max_steps,
+        seed=config.seed,
+    )
+    evaluation = fill_micro_batches(
+        np.arange(len(train.examples), len(rows)), buckets, assigned, size
+    )
+
+    platform = mesh.devices.flat[0].platform
+    auto = "float32" if platform == "cpu" else "bfloat16"
+    dtype = auto if config.dtype == "auto" else config.dtype
+    lora = None
+    if config.lora.rank:
+        lora = LoraShape(config.lora.rank, config.lora_alpha, tuple(config.lora.targets))
+    recipe = Recipe(base.config, dtype, lora, teacher.config if teacher else None, config.remat)
+    computations = Computations(
+        recipe,
+        make_optimizer(optimizer, len(plan.steps)),
+        mesh,
+        trainable_specs(base.config, lora),
+    )
+    start = teacher if config.distill.init == "teacher" else None
+    trainable = initial_weights(base, lora, start, mesh, config.seed)
+    frozen: dict[str, Weights] = {}
+    if teacher is not None:
+        frozen["teacher"] = teacher.load(mesh, jnp.dtype(dtype))
+    base_weights, store = None, None
+    if config.mode != "full":
+        base_weights = load_base(base, mesh, jnp.dtype(dtype))
+        if lora is not None:
+            frozen["base"] = base_weights
+        folder = Path(config.kv_cache.folder or config.output).expanduser()
+        store, message = open_store(base.config, rows, dtype, config.kv_cache, folder)
+        reporter.say(message)
+        if store is not None:
+            _fill(store, computations, base_weights, rows, buckets, assigned, size, reporter)
+            base_weights = None
+    return Job(
+        config,
+        base,
+        identity,
+        rows,
+        plan,
+        evaluation,
+        computations,
+        trainable,
+        frozen,
+        base_weights,
+        store,
+    )
+
+
+def _fill(
+    store: KVStore,
+    computations: Computations,
+    base: Weights,
+    rows: list[Row],
+    buckets: list[Bucket],
+    assigned: np.ndarray,
+    size: int,
+    reporter: Reporter,
+) -> None:
+    def compute(prompt: np.ndarray) -> np.ndarray:
+        batch = computations.put({"prompt": prompt})
+        return computations.to_host(computations.base_kv(base, batch["prompt"]))
+
+    done = 0
+
+    def report(count: int) -> None:
+        nonlocal done
+        done += count
+        reporter.advance("KV of prompts", done, len(rows))
+
+    reporter.start("KV of prompts", len(rows))
+    store.fill(rows, buckets, assigned, size, compute, report)
+    reporter.stop()

@@ -1,0 +1,174 @@
+"""How an example lies in a batch: which module reads which tokens, and what each may see.
+
+The one place where training applies the split rule. Serving answers turn k like this: the prefill
+module covers the prompt but for its last `tail` tokens, earlier answers included; the decode module
+reads those and its own answer, and sees no KV that it wrote in earlier turns. So a row holds the
+prompt of the last turn once, for the prefill module, and one *segment* for each turn, for the
+decode module: the tail of the turn's prompt and the answer but its last token. A token sees the
+prefill module's KV before its segment, and its own segment up to itself. Segments of short turns
+with a long tail overlap in position; they never see each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from pshare_jax.models.split import split_prompt
+from pshare_jax.train.data import Example
+
+_PROMPT_MULTIPLE = 16
+_DECODE_MULTIPLE = 4
+# Batches of like cost belong together: a decode token costs a forward and a backward pass.
+_DECODE_COST = 3
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example as the modules read it. P prompt, T decode, Y target tokens, N in all.
+
+    Args:
+        prompt: `[P]` int32: what the prefill module covers.
+        tokens: `[T]` int32: what the decode module reads, segment after segment.
+        positions: `[T]` int32: position of each in the sequence.
+        segments: `[T]` int32: which turn each belongs to.
+        covers: `[T]` int32: how many of the prefill module's positions each sees.
+        targets: `[Y]` int32: the indices into `tokens` after which an answer token follows.
+        labels: `[Y]` int32: those answer tokens.
+        sequence: `[N]` int32: the whole, but for the last token.
+        sequence_targets: `[Y]` int32: like `targets`, indices into `sequence`.
+    """
+
+    prompt: np.ndarray
+    tokens: np.ndarray
+    positions: np.ndarray
+    segments: np.ndarray
+    covers: np.ndarray
+    targets: np.ndarray
+    labels: np.ndarray
+    sequence: np.ndarray
+    sequence_targets: np.ndarray
+
+
+def make_row(example: Example, tail: int | None) -> Row:
+    """Lays out `example`.
+
+    Args:
+        example: the tokens and turns.
+        tail: the split rule's; None for ordinary fine-tuning: the decode module reads everything,
+            as one segment, and the prefill module nothing.
+    """
+    tokens = example.tokens
+    # The token before each answer token, as positions in the sequence.
+    before = np.concatenate([np.arange(t.start - 1, t.end - 1) for t in example.turns])
+    if tail is None:
+        reads = [np.arange(example.turns[-1].end - 1)]
+        covered = [0]
+        targets = before
+    else:
+        covered = [split_prompt(turn.start, tail) for turn in example.turns]
+        reads = [
+            np.arange(cover, turn.end - 1)
+            for cover, turn in zip(covered, example.turns, strict=True)
+        ]
+        ends = np.cumsum([len(read) for read in reads])
+        answers = [turn.end - turn.start for turn in example.turns]
+        targets = np.concatenate(
+            [np.arange(end - n, end) for end, n in zip(ends, answers, strict=True)]
+        )
+    lengths = [len(read) for read in reads]
+    positions = np.concatenate(reads)
+
+    def int32(values: np.ndarray) -> np.ndarray:
+        return values.astype(np.int32)
+
+    return Row(
+        prompt=tokens[: covered[-1]],
+        tokens=tokens[positions],
+        positions=int32(positions),
+        segments=int32(np.repeat(np.arange(len(reads)), lengths)),
+        covers=int32(np.repeat(covered, lengths)),
+        targets=int32(targets),
+        labels=tokens[before + 1],
+        sequence=tokens[:-1],
+        sequence_targets=int32(before),
+    )
+
+
+class Bucket(NamedTuple):
+    """A shape that rows are padded to: prompt, decode, target and sequence tokens."""
+
+    prompt: int
+    decode: int
+    targets: int
+    sequence: int
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def choose_buckets(rows: Sequence[Row], count: int) -> tuple[list[Bucket], np.ndarray]:
+    """At most `count` shapes for `rows`, and the index of each row's.
+
+    Rows are sorted by cost and cut into groups of equal size; a group's bucket is the smallest
+    shape (in small multiples) that all of its rows fit. Depends on the rows alone.
+    """
+    cost = [len(row.prompt) + _DECODE_COST * len(row.tokens) for row in rows]
+    order = np.argsort(cost, kind="stable")
+    buckets: list[Bucket] = []
+    assigned = np.zeros(len(rows), np.int64)
+    for group in np.array_split(order, min(count, len(rows))):
+        members = [rows[i] for i in group]
+        bucket = Bucket(
+            _round_up(max(len(row.prompt) for row in members), _PROMPT_MULTIPLE),
+            _round_up(max(len(row.tokens) for row in members), _DECODE_MULTIPLE),
+            _round_up(max(len(row.targets) for row in members), _DECODE_MULTIPLE),
+            _round_up(max(len(row.sequence) for row in members), _PROMPT_MULTIPLE),
+        )
+        if bucket not in buckets:
+            buckets.append(bucket)
+        assigned[group] = buckets.index(bucket)
+    return buckets, assigned
+
+
+Batch = dict[str, np.ndarray]
+"""Rows of one bucket, padded and stacked; see `collate`."""
+
+
+def collate(rows: Sequence[Row], bucket: Bucket, size: int, *, teacher: bool) -> Batch:
+    """Pads `rows` to `bucket`, and with empty rows to `size` of them.
+
+    Returns:
+        `prompt [B, P]`, `tokens`, `positions`, `segments` (-1: padding) and `covers [B, T]`,
+        `targets` and `labels [B, Y]`, all int32, and `weights [B, Y]` float32: 1 for a target, 0
+        for padding. With `teacher` also `sequence [B, N]` and `sequence_targets [B, Y]`.
+    """
+
+    def padded(name: str, length: int, fill: int = 0) -> np.ndarray:
+        out = np.full((size, length), fill, np.int32)
+        for i, row in enumerate(rows):
+            values = getattr(row, name)
+            out[i, : len(values)] = values
+        return out
+
+    weights = np.zeros((size, bucket.targets), np.float32)
+    for i, row in enumerate(rows):
+        weights[i, : len(row.targets)] = 1
+    batch = {
+        "prompt": padded("prompt", bucket.prompt),
+        "tokens": padded("tokens", bucket.decode),
+        "positions": padded("positions", bucket.decode),
+        "segments": padded("segments", bucket.decode, -1),
+        "covers": padded("covers", bucket.decode),
+        "targets": padded("targets", bucket.targets),
+        "labels": padded("labels", bucket.targets),
+        "weights": weights,
+    }
+    if teacher:
+        batch["sequence"] = padded("sequence", bucket.sequence)
+        batch["sequence_targets"] = padded("sequence_targets", bucket.targets)
+    return batch

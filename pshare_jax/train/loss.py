@@ -1,0 +1,191 @@
+"""The training loss of a batch: one forward pass of the decode module over the base's KV."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from pshare_jax.models.attention import CausalAttention, causal_mask, dense_attention
+from pshare_jax.models.config import ModelConfig
+from pshare_jax.models.decoder import bind
+from pshare_jax.models.lora import Adapters, LoraModule, stack_adapters
+from pshare_jax.models.weights import Weights
+
+Arrays = Mapping[str, jax.Array]
+"""A batch as `layout.collate` makes it."""
+
+
+@dataclass(frozen=True)
+class LoraShape:
+    """Rank, scale and targets of the LoRA module that is trained."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a loss depends on besides arrays; hashable, so that it can be static under jit.
+
+    Args:
+        config: the architecture of base and decode module.
+        dtype: dtype name of weights and activations within the computation.
+        lora: the shape of the LoRA module, or None for a full module.
+        teacher: the teacher's architecture when distilling.
+        remat: see `Decoder.hidden`.
+    """
+
+    config: ModelConfig
+    dtype: str
+    lora: LoraShape | None = None
+    teacher: ModelConfig | None = None
+    remat: bool = False
+
+
+class _KVRecorder(CausalAttention):
+    """Causal attention that keeps each layer's keys and values."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.layers: list[jax.Array] = []
+
+    def store(self, layer: int, k: jax.Array, v: jax.Array) -> None:
+        del layer
+        self.layers.append(jnp.stack([k, v], axis=2))
+
+    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        self.store(layer, k, v)
+        return super().attend(layer, q, k, v)
+
+
+def base_kv(recipe: Recipe, weights: Weights, prompt: jax.Array) -> jax.Array:
+    """The prefill module's KV of `prompt [B, P]` from position 0 on.
+
+    Returns:
+        `[B, P, layers, 2, kv_heads, head_dim]` of the recipe's dtype. Tokens of one row lie
+        together, so that rows can be kept and gathered at their own lengths.
+    """
+    recorder = _KVRecorder(recipe.config)
+    positions = jnp.broadcast_to(jnp.arange(prompt.shape[1]), prompt.shape)
+    bind(recipe.config, _cast(weights, recipe.dtype)).write_kv(prompt, positions, recorder)
+    return jnp.stack(recorder.layers, axis=2)
+
+
+class SplitAttention:
+    """Attention over [the prefill module's KV ; the decode module's own], by segments.
+
+    A token sees the prefill module's positions below its cover, and the tokens of its segment at
+    its own and earlier positions; both within the sliding window.
+
+    Args:
+        config: the architecture.
+        kv: as `base_kv` gives it; None when no token is covered.
+        batch: `positions`, `segments` and `covers`.
+    """
+
+    def __init__(self, config: ModelConfig, kv: jax.Array | None, batch: Arrays):
+        self._kv = kv
+        positions, segments = batch["positions"], batch["segments"]
+        window = config.sliding_window
+        own = causal_mask(positions, positions[:, None, :], window)
+        own &= segments[:, :, None] == segments[:, None, :]
+        if kv is None:
+            self._mask = own
+            return
+        slots = jnp.arange(kv.shape[1])
+        base = causal_mask(positions, slots, window) & (slots < batch["covers"][..., None])
+        self._mask = jnp.concatenate([base, own], axis=-1)
+
+    def store(self, layer: int, k: jax.Array, v: jax.Array) -> None:
+        """Drops k and v: later tokens are in the same call."""
+
+    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        """See `AttentionIO.attend`."""
+        if self._kv is not None:
+            base = self._kv[:, :, layer].astype(k.dtype)
+            k = jnp.concatenate([base[:, :, 0], k], axis=1)
+            v = jnp.concatenate([base[:, :, 1], v], axis=1)
+        return dense_attention(q, k, v, self._mask)
+
+
+def target_logits(
+    recipe: Recipe,
+    trainable: Weights,
+    base: Weights | None,
+    kv: jax.Array | None,
+    batch: Arrays,
+) -> jax.Array:
+    """The decode module's logits after each target token: `[B, Y, vocab]` float32.
+
+    Args:
+        recipe: static facts.
+        trainable: full weights, or LoRA factors.
+        base: the base's weights below LoRA factors; not used for a full module.
+        kv: the prefill module's KV of `batch["prompt"]`, or None.
+        batch: see `layout.collate`.
+    """
+    own = _cast(trainable, recipe.dtype)
+    adapters = None
+    if (lora := recipe.lora) is not None:
+        assert base is not None
+        stacked = stack_adapters([LoraModule(own, lora.alpha, lora.rank, lora.targets)])
+        adapters = Adapters(stacked, jnp.zeros(batch["tokens"].shape[0], jnp.int32))
+        own = _cast(base, recipe.dtype)
+    decoder = bind(recipe.config, own)
+    attention = SplitAttention(recipe.config, kv, batch)
+    hidden = decoder.hidden(
+        batch["tokens"], batch["positions"], attention, adapters, remat=recipe.remat
+    )
+    return decoder.logits(_pick(hidden, batch["targets"]))
+
+
+def teacher_logits(recipe: Recipe, weights: Weights, batch: Arrays) -> jax.Array:
+    """The teacher's logits, with its own KV, at the same targets: `[B, Y, vocab]` float32."""
+    assert recipe.teacher is not None
+    sequence = batch["sequence"]
+    decoder = bind(recipe.teacher, _cast(weights, recipe.dtype))
+    positions = jnp.broadcast_to(jnp.arange(sequence.shape[1]), sequence.shape)
+    hidden = decoder.hidden(sequence, positions, CausalAttention(recipe.teacher))
+    return decoder.logits(_pick(hidden, batch["sequence_targets"]))
+
+
+def loss_sum(
+    recipe: Recipe,
+    trainable: Weights,
+    frozen: Mapping[str, Weights],
+    kv: jax.Array | None,
+    batch: Arrays,
+) -> jax.Array:
+    """The loss in nats, summed over the batch's target tokens; float32 scalar.
+
+    Cross-entropy with the labels or, with a teacher, the divergence KL(teacher || decode module)
+    (Hinton et al., arXiv 1503.02531, at temperature 1).
+
+    Args:
+        recipe: static facts.
+        trainable: full weights, or LoRA factors; the only input with a gradient.
+        frozen: `base` for LoRA, `teacher` when distilling.
+        kv: the prefill module's KV, a constant.
+        batch: see `layout.collate`.
+    """
+    logits = target_logits(recipe, trainable, frozen.get("base"), kv, batch)
+    log_probs = jax.nn.log_softmax(logits)
+    if recipe.teacher is None:
+        picked = jnp.take_along_axis(log_probs, batch["labels"][..., None], axis=-1)
+        losses = -picked[..., 0]
+    else:
+        teacher = jax.nn.log_softmax(teacher_logits(recipe, frozen["teacher"], batch))
+        losses = jnp.sum(jnp.exp(teacher) * (teacher - log_probs), axis=-1)
+    return jnp.sum(losses * batch["weights"])
+
+
+def _cast(weights: Weights, dtype: str) -> Weights:
+    return {name: weight.astype(dtype) for name, weight in weights.items()}
+
+
+def _pick(hidden: jax.Array, targets: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(hidden, targets[..., None], axis=1)

@@ -1,0 +1,107 @@
+"""What a run leaves: the decode module with its certificate and its training record."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pshare_jax.convert.manifest import Manifest, read_json
+from pshare_jax.convert.orbax import write_decode
+from pshare_jax.convert.tensors import DTYPES
+from pshare_jax.train.config import TrainConfig, as_json, check_resumable
+from pshare_jax.train.data import Dataset
+
+RUN_FILE = "run.json"
+RECORD_FILE = "training.json"
+MODULE_FOLDER = "decode_module"
+_PACKAGES = ("pshare_jax", "jax", "jaxlib", "flax", "optax", "grain", "orbax-checkpoint", "numpy")
+
+
+def open_run(
+    config: TrainConfig, base: Manifest, train: Dataset, evaluation: Dataset | None, write: bool
+) -> dict[str, Any]:
+    """Starts or continues the run in `config.output`, and gives what identifies it.
+
+    Args:
+        config: the run's.
+        base: the prefill checkpoint.
+        train: the training set.
+        evaluation: the held-out set, if any.
+        write: whether this process writes `run.json`.
+
+    Raises:
+        ConfigError: the folder holds a run with another configuration, base or data.
+        CheckpointError: its `run.json` is damaged.
+    """
+    identity = {
+        "config": as_json(config),
+        "base": base.fingerprint,
+        "data": {
+            "train_sha256": train.sha256,
+            "train_examples": len(train.examples),
+            "train_bad_lines": train.num_bad_lines,
+            "eval_sha256": evaluation.sha256 if evaluation else None,
+            "eval_examples": len(evaluation.examples) if evaluation else 0,
+            "eval_bad_lines": evaluation.num_bad_lines if evaluation else 0,
+        },
+    }
+    path = Path(config.output) / RUN_FILE
+    if path.is_file():
+        check_resumable(config, read_json(path), identity)
+    elif write:
+        temporary = path.with_suffix(".part")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(identity, indent=2) + "\n")
+        temporary.replace(path)
+    return identity
+
+
+def finished_record(config: TrainConfig) -> dict[str, Any] | None:
+    """The training record of a run that is done, or None."""
+    path = Path(config.output) / MODULE_FOLDER / RECORD_FILE
+    return read_json(path) if path.is_file() else None
+
+
+def write_module(
+    config: TrainConfig,
+    base: Manifest,
+    weights: dict[str, np.ndarray],
+    identity: dict[str, Any],
+    results: dict[str, Any],
+) -> dict[str, Any]:
+    """Writes `decode_module/`, which is served as is; gives the training record in it.
+
+    Args:
+        config: the run's.
+        base: the prefill checkpoint.
+        weights: the trained weights, float32; stored in the base's dtype.
+        identity: see `open_run`.
+        results: steps, losses and times.
+
+    Raises:
+        CheckpointError: it cannot be written; nothing is left.
+    """
+    record = {
+        **identity,
+        **results,
+        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+    }
+    stored = {name: weight.astype(DTYPES[base.dtype]) for name, weight in weights.items()}
+    is_lora = bool(config.lora.rank)
+    write_decode(
+        Path(config.output) / MODULE_FOLDER,
+        base,
+        stored,
+        tail=1 if config.mode == "full" else config.tail,
+        cache_conditioned=config.mode != "full",
+        source_config=None if is_lora else base.source_config,
+        lora_rank=config.lora.rank if is_lora else None,
+        lora_alpha=config.lora_alpha if is_lora else None,
+        lora_targets=config.lora.targets if is_lora else None,
+        extra_files={RECORD_FILE: (json.dumps(record, indent=2) + "\n").encode()},
+    )
+    return record

@@ -1,0 +1,130 @@
+"""What a run tells: a progress bar or lines, metrics as JSON lines and for TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from tensorboardX import SummaryWriter
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Reporter:
+    """Tells the user on standard error: a bar on a terminal, now and then a line elsewhere.
+
+    Args:
+        active: False in all processes but one, which then say nothing.
+    """
+
+    def __init__(self, active: bool = True):
+        self._console = Console(stderr=True, soft_wrap=True, highlight=False)
+        self._active = active
+        self._bar: Progress | None = None
+        self._last_line = -math.inf
+        self._start = 0.0
+        self._first = 0
+
+    def say(self, message: str) -> None:
+        """Shows one line, above the bar if there is one."""
+        if self._active:
+            self._console.print(message, markup=False)
+
+    def start(self, title: str, total: int, done: int = 0) -> None:
+        """Starts counting to `total`; what is `done` already does not count for the time left."""
+        self.stop()
+        self._start, self._first, self._last_line = time.monotonic(), done, -math.inf
+        if self._active and self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._bar.start()
+            self._bar.add_task(title, total=total, completed=done, note="")
+
+    def advance(self, title: str, done: int, total: int, note: str = "") -> None:
+        """Shows that `done` of `total` are done."""
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, note=note)
+            return
+        now = time.monotonic()
+        if now - self._last_line >= _SECONDS_BETWEEN_LINES or done == total:
+            self._last_line = now
+            rate = (now - self._start) / max(done - self._first, 1)
+            left = time.strftime("%H:%M:%S", time.gmtime(rate * (total - done)))
+            self.say(f"{title} {done}/{total}  {note}  {left} left")
+
+    def stop(self) -> None:
+        """Takes the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+class MetricsLog:
+    """`metrics.jsonl` and, if wanted, TensorBoard events in a run folder.
+
+    Args:
+        folder: the run folder.
+        first_step: a resumed run's first step; what was logged from there on is dropped, since it
+            will be logged again.
+        tensorboard: whether to write events.
+    """
+
+    def __init__(self, folder: Path, first_step: int, tensorboard: bool):
+        path = folder / METRICS_FILE
+        kept = [line for line in _lines(path) if json.loads(line)["step"] < first_step]
+        temporary = path.with_suffix(".part")
+        temporary.write_text("".join(kept))
+        temporary.replace(path)
+        self._file = path.open("a", buffering=1)
+        self._events = None
+        if tensorboard:
+            # Two starts within a second would share a file but for the suffix.
+            self._events = SummaryWriter(
+                str(folder / TENSORBOARD_FOLDER),
+                purge_step=first_step,
+                flush_secs=10,
+                filename_suffix=f".{first_step}",
+            )
+
+    def write(self, step: int, values: dict[str, float | int]) -> None:
+        """Logs `values` as those after `step` steps; one that is not finite becomes null."""
+        record: dict[str, Any] = {"step": step}
+        for name, value in values.items():
+            record[name] = value if math.isfinite(value) else None
+            if self._events is not None and math.isfinite(value):
+                self._events.add_scalar(name, value, step)
+        self._file.write(json.dumps(record) + "\n")
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def _lines(path: Path) -> list[str]:
+    """Whole lines of an earlier start; a kill can leave half of one at the end."""
+    if not path.is_file():
+        return []
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

@@ -1,0 +1,177 @@
+"""The compiled computations of training, on one mesh."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from pshare_jax.models.weights import Weights, WeightSpec, weight_specs
+from pshare_jax.sharding.rules import replicated, sharding_for, weight_shardings
+from pshare_jax.train.layout import Batch
+from pshare_jax.train.loss import Recipe, base_kv, loss_sum
+
+KV_AXES = ("batch", None, None, None, "kv_heads", "head_dim")
+
+
+class Gradients(NamedTuple):
+    """Sums over target tokens: of the loss in nats and of its gradient, and their number."""
+
+    loss: Any
+    tokens: Any
+    weights: Any
+
+
+class Update(NamedTuple):
+    """Mean loss in nats a target token, number of target tokens, global norm of the gradient."""
+
+    loss: Any
+    tokens: Any
+    norm: Any
+
+
+class Computations:
+    """Everything that training runs on devices; each method is compiled once for each shape.
+
+    Gradients of micro-batches are added up as sums over tokens and divided once, so that however a
+    batch is cut, every target token counts the same.
+
+    Args:
+        recipe: what the loss depends on.
+        optimizer: see `optimizer.make_optimizer`.
+        mesh: has the axes `data`, `fsdp` and `tensor`.
+        specs: the trainable weights.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        optimizer: optax.GradientTransformation,
+        mesh: Mesh,
+        specs: Mapping[str, WeightSpec],
+    ):
+        self.recipe = recipe
+        self.mesh = mesh
+        self.trainable_shardings = weight_shardings(mesh, specs)
+        self.base_shardings = weight_shardings(mesh, weight_specs(recipe.config))
+        scalar = replicated(mesh)
+        abstract = {
+            name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in specs.items()
+        }
+        self.state_shardings = optax.tree.map_params(
+            optimizer,
+            lambda _, sharding: sharding,
+            jax.eval_shape(optimizer.init, abstract),
+            self.trainable_shardings,
+            transform_non_params=lambda _: scalar,
+        )
+        gradients = Gradients(scalar, scalar, self.trainable_shardings)
+        self._optimizer = optimizer
+        self._init = jax.jit(optimizer.init, out_shardings=self.state_shardings)
+        self._gradients = jax.jit(functools.partial(_gradients, recipe), out_shardings=gradients)
+        self._add = jax.jit(_add, donate_argnums=0, out_shardings=gradients)
+        self._update = jax.jit(
+            functools.partial(_update, optimizer),
+            donate_argnums=(0, 1),
+            out_shardings=(
+                self.trainable_shardings,
+                self.state_shardings,
+                Update(scalar, scalar, scalar),
+            ),
+        )
+        self._loss = jax.jit(functools.partial(_loss, recipe), out_shardings=(scalar, scalar))
+        self._base_kv = jax.jit(functools.partial(base_kv, recipe))
+        self._replicate = jax.jit(lambda x: x, out_shardings=scalar)
+
+    def init_optimizer(self, trainable: Weights) -> Any:
+        """The optimizer's state at step 0: moments of `trainable` and of nothing else."""
+        return self._init(trainable)
+
+    def put(self, batch: Batch) -> dict[str, jax.Array]:
+        """A batch on the mesh, its rows split over `data` and `fsdp`."""
+        return {name: self._put(name, array) for name, array in batch.items()}
+
+    def _put(self, name: str, array: np.ndarray) -> jax.Array:
+        axes = KV_AXES if name == "kv" else ("batch", *(None,) * (array.ndim - 1))
+        sharding: NamedSharding = sharding_for(self.mesh, array.shape, axes)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    def base_kv(self, base: Weights, prompt: jax.Array) -> jax.Array:
+        """See `loss.base_kv`."""
+        return self._base_kv(base, prompt)
+
+    def gradients(
+        self,
+        trainable: Weights,
+        frozen: Mapping[str, Weights],
+        kv: jax.Array | None,
+        batch: Mapping[str, jax.Array],
+    ) -> Gradients:
+        """Loss and gradient sums of one micro-batch; see `loss.loss_sum`."""
+        return self._gradients(trainable, frozen, kv, batch)
+
+    def add(self, total: Gradients, more: Gradients) -> Gradients:
+        """Their sum; `total` is donated."""
+        return self._add(total, more)
+
+    def update(
+        self, trainable: Weights, state: Any, gradients: Gradients
+    ) -> tuple[Weights, Any, Update]:
+        """One optimizer step; weights and state are donated."""
+        return self._update(trainable, state, gradients)
+
+    def loss(
+        self,
+        trainable: Weights,
+        frozen: Mapping[str, Weights],
+        kv: jax.Array | None,
+        batch: Mapping[str, jax.Array],
+    ) -> tuple[jax.Array, jax.Array]:
+        """Loss sum in nats and number of target tokens of one micro-batch, without a gradient."""
+        return self._loss(trainable, frozen, kv, batch)
+
+    def to_host(self, array: jax.Array) -> np.ndarray:
+        """The whole of an array, in every process."""
+        return np.asarray(self._replicate(array))
+
+
+def _gradients(
+    recipe: Recipe,
+    trainable: Weights,
+    frozen: Mapping[str, Weights],
+    kv: jax.Array | None,
+    batch: Mapping[str, jax.Array],
+) -> Gradients:
+    loss, weights = jax.value_and_grad(
+        lambda trained: loss_sum(recipe, trained, frozen, kv, batch)
+    )(trainable)
+    return Gradients(loss, jnp.sum(batch["weights"]), weights)
+
+
+def _add(total: Gradients, more: Gradients) -> Gradients:
+    return jax.tree.map(jnp.add, total, more)
+
+
+def _update(
+    optimizer: optax.GradientTransformation, trainable: Weights, state: Any, total: Gradients
+) -> tuple[Weights, Any, Update]:
+    gradients = {name: weight / total.tokens for name, weight in total.weights.items()}
+    updates, state = optimizer.update(gradients, state, trainable)
+    metrics = Update(total.loss / total.tokens, total.tokens, optax.tree.norm(gradients))
+    return optax.apply_updates(trainable, updates), state, metrics  # type: ignore[return-value]
+
+
+def _loss(
+    recipe: Recipe,
+    trainable: Weights,
+    frozen: Mapping[str, Weights],
+    kv: jax.Array | None,
+    batch: Mapping[str, jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+    return loss_sum(recipe, trainable, frozen, kv, batch), jnp.sum(batch["weights"])

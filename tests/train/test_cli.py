@@ -1,0 +1,73 @@
+"""The command line: overrides, and errors on one line with exit code 2."""
+
+from pathlib import Path
+
+import pytest
+
+from pshare_jax.config import load_config
+from pshare_jax.train.__main__ import main
+from pshare_jax.train.config import TrainConfig, check_config
+from tests.train.helpers import write_jsonl
+
+
+def errors_of(capsys, *args: str) -> str:
+    assert main(args) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("pshare_jax.train: ")
+    return line
+
+
+GIVEN = ("--base=b", "--output=o", "--data.train=[d.jsonl]")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--optimizer.learnin_rate=1"], "learnin_rate"),
+        (["--mode=half"], "mode"),
+        (["--tail=0"], "tail is 0; it must be at least 1"),
+        (["--optimizer.beta2=1.0"], "optimizer.beta2 is 1.0"),
+        (["--optimizer.learning_rate=.nan"], "optimizer.learning_rate is nan"),
+        (["--data.train=[]"], "data.train: name at least one"),
+        (["--optimizer.micro_batch_size=7"], "must be a multiple of optimizer.micro_batch_size"),
+        (["--mesh.data=3"], "cannot be split evenly over mesh.data x mesh.fsdp = 3"),
+        (["--mode=full", "--lora.rank=4"], "mode full trains all weights"),
+        (["--lora.rank=4", "--lora.targets=[q,q]"], "lora.targets"),
+        (["--mode=distill"], "distill.teacher: mode distill needs one"),
+        (["--distill.teacher=x"], "the other modes have none"),
+        (["--checkpoint.export=best"], "best needs data.eval"),
+        (["--distributed.coordinator=localhost:1"], "process_id -1 of num_processes 0"),
+        (["--mesh.data=64"], "64 devices, but there are 8"),
+        (["--base=/nowhere"], "/nowhere: is not a checkpoint"),
+    ],
+)
+def test_errors_name_the_key(capsys, flags, message):
+    assert message in errors_of(capsys, *GIVEN, *flags, "--compilation_cache_dir=")
+
+
+def test_a_decode_module_is_no_base(capsys, plain_run, data, tmp_path):
+    module = plain_run.folder / "decode_module"
+    flags = (f"--base={module}", f"--output={tmp_path / 'run'}", f"--data.train=[{data}]")
+    message = errors_of(capsys, *flags, "--compilation_cache_dir=")
+    assert "is a decode module; name a prefill checkpoint" in message
+
+
+def test_bad_data_is_one_line(capsys, base, tmp_path):
+    data = write_jsonl(tmp_path / "d.jsonl", [{"text": "a"}])
+    flags = (f"--base={base}", f"--output={tmp_path / 'run'}", f"--data.train=[{data}]")
+    assert "d.jsonl:1: needs messages" in errors_of(capsys, *flags, "--compilation_cache_dir=")
+
+
+def test_defaults_are_the_papers():
+    config = TrainConfig("base", "output")
+    optimizer = config.optimizer
+    assert (optimizer.beta1, optimizer.beta2, optimizer.weight_decay) == (0.9, 0.999, 0.1)
+    assert (optimizer.warmup, optimizer.clip_norm, optimizer.epochs) == (0.03, 0, 1)
+    assert (optimizer.batch_size, config.data.max_length, config.tail) == (128, 1024, 1)
+
+
+def test_the_shipped_configurations_are_valid():
+    files = sorted((Path(__file__).parents[2] / "configs/train").glob("*.yaml"))
+    assert files
+    for file in files:
+        check_config(load_config(TrainConfig, [f"--config={file}"], "train"))

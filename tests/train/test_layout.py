@@ -1,0 +1,85 @@
+"""The split rule as rows and batches."""
+
+import numpy as np
+import pytest
+
+from pshare_jax.train.data import Example, Turn
+from pshare_jax.train.layout import Bucket, choose_buckets, collate, make_row
+
+
+def example(length: int, *turns: tuple[int, int]) -> Example:
+    return Example(
+        np.arange(100, 100 + length, dtype=np.int32), tuple(Turn(*t) for t in turns), "file:1"
+    )
+
+
+TWO_TURNS = example(12, (4, 6), (9, 12))
+
+
+def test_tail_1_is_the_papers_split():
+    row = make_row(example(6, (4, 6)), tail=1)
+    assert row.prompt.tolist() == [100, 101, 102]
+    assert row.tokens.tolist() == [103, 104]
+    assert row.positions.tolist() == [3, 4]
+    assert row.covers.tolist() == [3, 3]
+    assert row.tokens[row.targets].tolist() == [103, 104]
+    assert row.labels.tolist() == [104, 105]
+
+
+def test_each_turn_is_a_segment_over_the_kv_before_it():
+    row = make_row(TWO_TURNS, tail=2)
+    assert row.prompt.tolist() == [100, 101, 102, 103, 104, 105, 106]
+    assert row.positions.tolist() == [2, 3, 4, 7, 8, 9, 10]
+    assert row.segments.tolist() == [0, 0, 0, 1, 1, 1, 1]
+    assert row.covers.tolist() == [2, 2, 2, 7, 7, 7, 7]
+    assert row.positions[row.targets].tolist() == [3, 4, 8, 9, 10]
+    assert row.labels.tolist() == [104, 105, 109, 110, 111]
+
+
+def test_a_tail_longer_than_the_gap_repeats_positions():
+    row = make_row(TWO_TURNS, tail=6)
+    assert row.positions.tolist() == [*range(5), *range(3, 11)]
+    assert row.covers.tolist() == [0] * 5 + [3] * 8
+    assert row.labels.tolist() == [104, 105, 109, 110, 111]
+
+
+def test_ordinary_fine_tuning_reads_everything_itself():
+    row = make_row(TWO_TURNS, tail=None)
+    assert row.prompt.tolist() == []
+    assert row.positions.tolist() == list(range(11))
+    assert set(row.segments.tolist()) == set(row.covers.tolist()) == {0}
+    assert row.targets.tolist() == row.sequence_targets.tolist() == [3, 4, 8, 9, 10]
+
+
+@pytest.mark.parametrize("tail", [1, 3, None])
+def test_the_token_after_every_target_is_its_label(tail):
+    row = make_row(TWO_TURNS, tail)
+    after = TWO_TURNS.tokens[row.positions[row.targets] + 1]
+    assert after.tolist() == row.labels.tolist()
+    assert TWO_TURNS.tokens[row.sequence_targets + 1].tolist() == row.labels.tolist()
+
+
+def test_buckets_hold_their_rows_and_are_few():
+    rows = [make_row(example(n, (n // 2, n)), tail=1) for n in (8, 90, 10, 60, 12, 61)]
+    buckets, assigned = choose_buckets(rows, 2)
+    assert len(buckets) == 2
+    assert assigned.tolist() == [0, 1, 0, 1, 0, 1]
+    for row, index in zip(rows, assigned, strict=True):
+        bucket = buckets[index]
+        sizes = (len(row.prompt), len(row.tokens), len(row.targets), len(row.sequence))
+        assert all(size <= limit for size, limit in zip(sizes, bucket, strict=True))
+    assert choose_buckets(rows[:1], 3)[0] == [Bucket(16, 4, 4, 16)]
+
+
+def test_padding_weighs_nothing():
+    rows = [make_row(TWO_TURNS, tail=2)]
+    batch = collate(rows, Bucket(16, 8, 8, 16), 2, teacher=True)
+    assert {name: array.shape for name, array in batch.items()} == {
+        "prompt": (2, 16),
+        **dict.fromkeys(("tokens", "positions", "segments", "covers"), (2, 8)),
+        **dict.fromkeys(("targets", "labels", "weights", "sequence_targets"), (2, 8)),
+        "sequence": (2, 16),
+    }
+    assert batch["weights"].tolist() == [[1.0] * 5 + [0.0] * 3, [0.0] * 8]
+    assert (batch["segments"][0, 7:] == -1).all()
+    assert (batch["segments"][1] == -1).all()

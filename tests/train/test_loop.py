@@ -1,0 +1,300 @@
+"""Runs: they learn, resume to the bit, refuse to mix, and leave a decode module."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from pshare_jax.convert.conversions import export
+from pshare_jax.convert.orbax import open_weights, read_manifest
+from pshare_jax.errors import CertificateError, ConfigError, DataError, TrainingError
+from pshare_jax.models.split import check_certificate
+from pshare_jax.models.weights import lora_specs
+from pshare_jax.train.config import DistillConfig, LoraConfig
+from pshare_jax.train.loop import StopRequestedError, train
+from pshare_jax.train.report import Reporter
+from tests.train.helpers import (
+    MODEL,
+    chats,
+    losses,
+    metrics,
+    scalars,
+    train_config,
+    write_jsonl,
+)
+
+QUIET = Reporter(active=False)
+
+
+def module_weights(folder) -> dict[str, np.ndarray]:
+    return {name: t.read() for name, t in open_weights(folder / "decode_module").items()}
+
+
+def assert_same_weights(a, b) -> None:
+    first, second = module_weights(a), module_weights(b)
+    assert first.keys() == second.keys()
+    for name, array in first.items():
+        assert array.tobytes() == second[name].tobytes(), name
+
+
+def assert_learned(folder) -> None:
+    values = losses(folder)
+    assert np.mean(values[-2:]) < 0.7 * values[0]
+
+
+def test_a_run_learns_and_records_what_it_did(plain_run, data, held_out):
+    folder, record = plain_run
+    assert_learned(folder)
+    assert record == json.loads((folder / "decode_module/training.json").read_text())
+    assert record["steps"] == record["exported_step"] == 10
+    assert record["train_loss"] == losses(folder)[-1]
+    assert record["data"]["train_examples"] == 40
+    assert record["data"]["eval_examples"] == 10
+    assert len(record["data"]["train_sha256"]) == 64
+    assert record["config"]["tail"] == 2
+    lines = metrics(folder)
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 11))
+    evaluated = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+    assert list(evaluated) == [3, 6, 9, 10]
+    assert record["eval_loss"] == evaluated[10] < evaluated[3]
+    for line in lines:
+        if "loss" in line:
+            assert line["tokens_per_second"] > 0
+            assert line["utilisation"] > 0
+            assert line["target_tokens"] > 0
+    assert lines[0]["epoch"] == 0.2
+
+
+def test_the_module_states_how_it_was_trained(plain_run, base):
+    manifest = read_manifest(plain_run.folder / "decode_module")
+    certificate = manifest.certificate
+    assert certificate is not None
+    assert (certificate.kind, certificate.tail, certificate.cache_conditioned) == ("full", 2, True)
+    check_certificate(certificate, read_manifest(base).fingerprint, "shared")
+
+
+@pytest.fixture
+def config(base, data, held_out, tmp_path):
+    """The configuration of `plain_run`, in another folder."""
+    return train_config(
+        base,
+        data,
+        tmp_path / "run",
+        tail=2,
+        data={"eval": [held_out]},
+        optimizer={"epochs": 2},
+        report={"eval_every": 3},
+    )
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(config, plain_run, tmp_path):
+    folder = tmp_path / "run"
+    for stop_after in (4, 3):
+        asked = itertools.count(1)
+        with pytest.raises(StopRequestedError):
+            train(config, QUIET, lambda: next(asked) == stop_after)  # noqa: B023
+    # What a killed process may have logged after its last checkpoint is logged again.
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "loss": 99.0}\n{"step": 9, "lo')
+    record = train(config, QUIET)
+    assert record["train_loss"] == plain_run.record["train_loss"]
+    assert record["eval_loss"] == plain_run.record["eval_loss"]
+    assert losses(folder) == losses(plain_run.folder)
+    assert_same_weights(folder, plain_run.folder)
+
+
+def test_a_finished_run_is_left_alone(config, plain_run):
+    again = dataclasses.replace(config, output=str(plain_run.folder))
+    assert train(again, QUIET) == plain_run.record
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"tail": 3}, "a run with tail = 2, not 3"),
+        ({"optimizer": {"epochs": 3}}, "a run with optimizer.epochs = 2, not 3"),
+        ({"other_data": True}, "a run with data.train_sha256 = "),
+    ],
+)
+def test_a_folder_holds_one_run(config, base, data, held_out, tmp_path, overrides, message):
+    with pytest.raises(StopRequestedError):
+        train(config, QUIET, lambda: True)
+    if overrides.pop("other_data", False):
+        data = write_jsonl(tmp_path / "other.jsonl", chats(40, seed=7))
+    common = {"tail": 2, "data": {"eval": [held_out]}, "optimizer": {"epochs": 2}}
+    changed = train_config(base, data, tmp_path / "run", **{**common, **overrides})
+    with pytest.raises(ConfigError, match=message):
+        train(changed, QUIET)
+
+
+def test_accumulation_gives_the_steps_of_whole_batches(base, data, plain_run, tmp_path):
+    folder = tmp_path / "run"
+    config = train_config(
+        base, data, folder, tail=2, optimizer={"epochs": 2, "micro_batch_size": 4}
+    )
+    train(config, QUIET)
+    np.testing.assert_allclose(losses(folder), losses(plain_run.folder), rtol=1e-4)
+
+
+def test_bfloat16_keeps_float32_masters(base, data, held_out, plain_run, tmp_path):
+    folder = tmp_path / "run"
+    config = train_config(
+        base,
+        data,
+        folder,
+        tail=2,
+        dtype="bfloat16",
+        remat=True,
+        data={"eval": [held_out]},
+        optimizer={"epochs": 2, "clip_norm": 1e6},
+    )
+    train(config, QUIET)
+    assert_learned(folder)
+    np.testing.assert_allclose(losses(folder), losses(plain_run.folder), rtol=0.1)
+    weight = module_weights(folder)["layers.0.mlp.up.kernel"]
+    assert weight.dtype == np.float32
+    # A step is smaller than bfloat16 could hold beside the weight.
+    assert np.mean(weight.view(np.uint32) & 0xFFFF != 0) > 0.9
+
+
+def test_lora_trains_factors_only(base, data, held_out, tmp_path):
+    folder = tmp_path / "run"
+    config = train_config(
+        base,
+        data,
+        folder,
+        lora=LoraConfig(rank=2, alpha=8.0, targets=["q", "v", "up"]),
+        data={"eval": [held_out]},
+        optimizer={"epochs": 3, "learning_rate": 0.05},
+        report={"tensorboard": True},
+    )
+    train(config, QUIET)
+    assert_learned(folder)
+    certificate = read_manifest(folder / "decode_module").certificate
+    assert certificate is not None
+    assert (certificate.lora_rank, certificate.lora_alpha) == (2, 8.0)
+    assert certificate.cache_conditioned
+    weights = module_weights(folder)
+    assert weights.keys() == lora_specs(MODEL, 2, ("q", "v", "up")).keys()
+    assert all(np.abs(weight).max() > 0 for weight in weights.values())
+    events = scalars(folder / "tensorboard")
+    assert [step for step, _ in events["loss"]] == list(range(1, 16))
+    assert [value for _, value in events["loss"]] == pytest.approx(losses(folder))
+    assert [step for step, _ in events["eval_loss"]] == [15]
+
+
+@pytest.fixture(scope="session")
+def ordinary_run(base, data, held_out, tmp_path_factory):
+    """An ordinary fine-tune."""
+    folder = tmp_path_factory.mktemp("ordinary") / "run"
+    config = train_config(
+        base,
+        data,
+        folder,
+        mode="full",
+        tail=2,
+        data={"eval": [held_out]},
+        optimizer={"epochs": 2},
+    )
+    train(config, QUIET)
+    return folder
+
+
+def test_ordinary_fine_tuning_may_not_share(ordinary_run, base):
+    assert_learned(ordinary_run)
+    certificate = read_manifest(ordinary_run / "decode_module").certificate
+    assert certificate is not None
+    assert certificate.tail == 1
+    fingerprint = read_manifest(base).fingerprint
+    check_certificate(certificate, fingerprint, "isolated")
+    with pytest.raises(CertificateError, match="sharing: isolated"):
+        check_certificate(certificate, fingerprint, "shared")
+
+
+def test_distilling_moves_a_fine_tune_onto_the_shared_kv(
+    ordinary_run, base, data, held_out, tmp_path
+):
+    # The teacher as it would come from elsewhere: a Hugging Face folder.
+    export(ordinary_run / "decode_module", tmp_path / "teacher", base=base)
+    folder = tmp_path / "run"
+    config = train_config(
+        base,
+        data,
+        folder,
+        mode="distill",
+        distill=DistillConfig(teacher=str(tmp_path / "teacher")),
+        data={"eval": [held_out]},
+        optimizer={"epochs": 3, "learning_rate": 3e-3},
+        report={"eval_every": 1},
+    )
+    train(config, QUIET)
+    evaluated = [line["eval_loss"] for line in metrics(folder) if "eval_loss" in line]
+    assert evaluated[-1] < 0.5 * evaluated[0]
+    certificate = read_manifest(folder / "decode_module").certificate
+    assert certificate is not None
+    assert certificate.cache_conditioned
+
+
+def test_a_teacher_must_be_a_fine_tune_of_the_base(base, data, plain_run, tmp_path):
+    def distill_from(teacher):
+        config = train_config(
+            base,
+            data,
+            tmp_path / "run",
+            mode="distill",
+            distill=DistillConfig(teacher=str(teacher)),
+        )
+        train(config, QUIET)
+
+    with pytest.raises(ConfigError, match="no full decode module"):
+        distill_from(base)
+
+
+def test_the_best_weights_are_exported_on_demand(base, data, held_out, tmp_path):
+    folder = tmp_path / "run"
+    config = train_config(
+        base,
+        data,
+        folder,
+        tail=2,
+        data={"eval": [held_out]},
+        optimizer={"learning_rate": 0.3, "schedule": "constant", "max_steps": 4},
+        report={"eval_every": 1},
+        checkpoint={"export": "best", "keep": 1},
+    )
+    record = train(config, QUIET)
+    evaluated = {line["step"]: line["eval_loss"] for line in metrics(folder) if "eval_loss" in line}
+    best = min(evaluated, key=lambda step: evaluated[step])
+    assert best < 4, "the rate is meant to be too high"
+    assert record["exported_step"] == best
+    assert record["eval_loss"] == evaluated[best]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(base, data, held_out, tmp_path):
+    config = train_config(
+        base,
+        data,
+        tmp_path / "run",
+        tail=2,
+        data={"eval": [held_out]},
+        optimizer={"learning_rate": 1e30},
+    )
+    with pytest.raises(TrainingError, match=r"the loss of step \d is nan; lower"):
+        train(config, QUIET)
+
+
+def test_bad_lines_are_counted_in_the_record(base, tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(chats(1, seed=0)[0]) + "\nnonsense\n")
+    config = train_config(base, str(path), tmp_path / "run", optimizer={"max_steps": 1})
+    with pytest.raises(DataError, match=r"data.jsonl:2: not valid JSON"):
+        train(config, QUIET)
+    skipping = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, on_bad_line="skip")
+    )
+    record = train(skipping, QUIET)
+    assert record["data"]["train_examples"] == record["data"]["train_bad_lines"] == 1

@@ -1,0 +1,134 @@
+"""Runs in processes of their own: killed at any moment, or several over one mesh."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.train.helpers import losses, metrics
+from tests.train.test_loop import assert_same_weights
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
+
+
+def start(base, data, held_out, output, *flags: str, devices: int = 8) -> subprocess.Popen[str]:
+    """The run of `plain_run` by command line, with a checkpoint after each step."""
+    command = [
+        *(sys.executable, "-m", "pshare_jax.train"),
+        f"--base={base}",
+        f"--output={output}",
+        "--tail=2",
+        f"--data.train=[{data}]",
+        f"--data.eval=[{held_out}]",
+        "--data.max_length=128",
+        "--data.buckets=1",
+        "--optimizer.learning_rate=0.01",
+        "--optimizer.batch_size=8",
+        "--optimizer.epochs=2",
+        "--report.eval_every=3",
+        "--report.peak_tflops=1",
+        "--report.tensorboard=false",
+        "--checkpoint.every=1",
+        f"--compilation_cache_dir={ROOT / '.cache/xla-tests'}",
+        *flags,
+    ]
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return errors
+
+
+def kill_when(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
+    """Stops the process once `condition` holds, sees that it still does, and kills it."""
+    end = time.monotonic() + 120
+    while True:
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < end
+        if condition():
+            os.kill(process.pid, signal.SIGSTOP)
+            if condition():
+                break
+            os.kill(process.pid, signal.SIGCONT)
+    process.kill()
+    process.communicate()
+
+
+def saving(checkpoints: Path) -> bool:
+    """Whether a checkpoint is being written, beside at least two that are complete."""
+    names = os.listdir(checkpoints) if checkpoints.is_dir() else []
+    whole = [name for name in names if name.isdigit()]
+    return len(whole) >= 2 and len(whole) < len(names)
+
+
+def test_killed_runs_end_with_the_same_bits(base, data, held_out, plain_run, tmp_path):
+    output = tmp_path / "run"
+    process = start(base, data, held_out, output)
+    kill_when(process, lambda: saving(output / "checkpoints"))
+    first = max(line["step"] for line in metrics(output))
+    process = start(base, data, held_out, output)
+    kill_when(process, lambda: len(losses(output)) > first + 1)
+    errors = finish(start(base, data, held_out, output))
+    assert "going on after step" in errors
+    assert losses(output) == losses(plain_run.folder)
+    assert_same_weights(output, plain_run.folder)
+
+
+def test_a_signal_saves_and_stops(base, data, held_out, plain_run, tmp_path):
+    output = tmp_path / "run"
+    process = start(base, data, held_out, output, "--checkpoint.every=0")
+    while not (output / "metrics.jsonl").is_file() or not losses(output):
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.terminate()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "start again to go on" in errors
+    finish(start(base, data, held_out, output))
+    assert_same_weights(output, plain_run.folder)
+
+
+def test_two_processes_give_the_losses_of_one(base, data, held_out, plain_run, tmp_path):
+    output = tmp_path / "run"
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{sock.getsockname()[1]}"
+    processes = [
+        start(
+            *(base, data, held_out, output),
+            "--mesh.fsdp=2",
+            f"--distributed.coordinator={coordinator}",
+            "--distributed.num_processes=2",
+            f"--distributed.process_id={index}",
+            devices=1,
+        )
+        for index in range(2)
+    ]
+    try:
+        for process in processes:
+            finish(process)
+    finally:
+        for process in processes:
+            process.kill()
+    np.testing.assert_allclose(losses(output), losses(plain_run.folder), rtol=0, atol=1e-4)
+    ours, theirs = metrics(output)[-1], metrics(plain_run.folder)[-1]
+    assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], abs=1e-4)

@@ -1,0 +1,73 @@
+"""What is told and counted."""
+
+import numpy as np
+
+from pshare_jax.train.config import LoraConfig
+from pshare_jax.train.data import Example, Turn
+from pshare_jax.train.flops import row_flops
+from pshare_jax.train.layout import make_row
+from pshare_jax.train.loss import LoraShape, Recipe
+from pshare_jax.train.report import MetricsLog, Reporter
+from tests.train.helpers import MODEL, metrics, scalars
+
+# Multiplications and additions of a token by hand: q and o, k and v, gate and up and down.
+PROJECTIONS = 2 * (2 * 48 * 64 + 2 * 48 * 32 + 3 * 48 * 64)
+CONTEXT = 2 * 2 * 4 * 16
+HEAD = 2 * 48 * 416
+ROW = make_row(Example(np.arange(10, dtype=np.int32), (Turn(7, 10),), "file:1"), 1)
+
+
+def forward(positions, targets: int) -> int:
+    return sum(2 * (PROJECTIONS + CONTEXT * (p + 1)) for p in positions) + HEAD * targets
+
+
+def test_arithmetic_of_a_row_by_hand():
+    decode, prompt, whole = forward(range(6, 9), 3), forward(range(6), 0), forward(range(9), 3)
+    full = Recipe(MODEL, "float32")
+    assert row_flops(full, ROW, kv_kept=True) == 3 * decode
+    assert row_flops(full, ROW, kv_kept=False) == 3 * decode + prompt
+    lora = Recipe(MODEL, "float32", LoraShape(2, 4.0, tuple(LoraConfig().targets)))
+    assert row_flops(lora, ROW, kv_kept=True) == 2 * decode
+    distilled = Recipe(MODEL, "float32", teacher=MODEL)
+    assert row_flops(distilled, ROW, kv_kept=True) == 3 * decode + whole
+
+
+def test_lines_where_there_is_no_terminal(capsys):
+    reporter = Reporter()
+    reporter.start("training", 100)
+    for step in range(1, 101):
+        reporter.advance("training", step, 100, f"loss {step}")
+    reporter.stop()
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("training 1/100  loss 1  ")
+    assert first.endswith(" left")
+    assert last == "training 100/100  loss 100  00:00:00 left"
+
+
+def test_only_one_process_speaks(capsys):
+    reporter = Reporter(active=False)
+    reporter.start("training", 1)
+    reporter.advance("training", 1, 1)
+    reporter.say("hello")
+    assert capsys.readouterr().err == ""
+
+
+def test_metrics_after_the_resumed_step_are_dropped(tmp_path):
+    log = MetricsLog(tmp_path, 1, tensorboard=True)
+    for step in (1, 2, 3):
+        log.write(step, {"loss": step / 2})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    log = MetricsLog(tmp_path, 3, tensorboard=True)
+    log.write(3, {"loss": float("nan"), "seconds": 0.25})
+    log.close()
+    assert metrics(tmp_path) == [
+        {"step": 1, "loss": 0.5},
+        {"step": 2, "loss": 1.0},
+        {"step": 3, "loss": None, "seconds": 0.25},
+    ]
+    assert scalars(tmp_path / "tensorboard") == {
+        "loss": [(1, 0.5), (2, 1.0), (3, 1.5)],
+        "seconds": [(3, 0.25)],
+    }
