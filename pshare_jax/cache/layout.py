@@ -6,11 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
+from jax.experimental.layout import Format, Layout
+from jax.sharding import Sharding
 
 from pshare_jax.models.config import ModelConfig
 
 KV_HEADS_AXIS = 2
 """Axis of one layer's page array that is sharded over the tensor axis of a mesh."""
+
+TPU_LANES = 128
+"""Width of a TPU's vector register, to which the innermost axis of an array is padded."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,18 @@ class PageLayout:
     def layer_shape(self, num_pages: int) -> tuple[int, int, int, int, int]:
         """Shape of one layer's array of `num_pages` pages."""
         return (num_pages, 2, self.num_kv_heads, self.page_size, self.head_dim)
+
+    def placement(self, sharding: Sharding) -> Sharding | Format:
+        """How one layer's array lies on the devices of `sharding`, for `out_shardings` of jit.
+
+        Pages are contiguous everywhere. On a TPU that must be said for head sizes that do not fill
+        a vector register: XLA would rather make another axis the innermost one, and kernels would
+        copy the whole pool to undo that. A page then takes the memory of the next full size.
+        """
+        on_tpu = next(iter(sharding.device_set)).platform == "tpu"
+        if on_tpu and self.head_dim % TPU_LANES:
+            return Format(Layout(tuple(range(len(self.layer_shape(1))))), sharding)
+        return sharding
 
     @property
     def bytes_per_token(self) -> int:

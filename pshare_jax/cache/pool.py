@@ -28,8 +28,10 @@ class PagePool:
     def __init__(self, layout: PageLayout, num_pages: int, sharding: Sharding):
         self.layout = layout
         self.num_pages = num_pages
+        self.placement = layout.placement(sharding)
+        """For the `out_shardings` of steps that return the arrays."""
         shape = layout.layer_shape(num_pages)
-        allocate = jax.jit(lambda: jnp.zeros(shape, layout.dtype), out_shardings=sharding)
+        allocate = jax.jit(lambda: jnp.zeros(shape, layout.dtype), out_shardings=self.placement)
         self._pages: Pages = tuple(allocate() for _ in range(layout.num_layers))
         self._owner: int | None = None
 

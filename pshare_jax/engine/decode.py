@@ -125,7 +125,8 @@ class DecodeEngine(Worker):
         sharding, everywhere = pool_sharding(mesh, layout.num_kv_heads), replicated(mesh)
         self.staging: Sharding = NamedSharding(mesh, PartitionSpec(None, *sharding.spec))
         self._pool = PagePool(layout, num_pages, sharding)
-        self._receiver = Receiver(sharding, spec.backend)
+        pages = self._pool.placement
+        self._receiver = Receiver(pages, spec.backend)
         self._history = jax.jit(
             functools.partial(empty_history, config.max_num_seqs, max_model_len),
             out_shardings=everywhere,
@@ -134,12 +135,12 @@ class DecodeEngine(Worker):
         self._replay = jax.jit(
             functools.partial(replay_chunk, spec),
             donate_argnums=2,
-            out_shardings=(sharding, everywhere),
+            out_shardings=(pages, everywhere),
         )
         self._decode = jax.jit(
             functools.partial(decode_steps, spec, config.steps_per_dispatch),
             donate_argnums=(2, 3),
-            out_shardings=(sharding, everywhere, everywhere),
+            out_shardings=(pages, everywhere, everywhere),
         )
         self._inbox: list[_Arrival] = []
         self._inbox_lock = threading.Lock()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
+from jax.experimental.layout import Format
 from jax.sharding import Sharding
 
 from pshare_jax.cache.pool import PagePool, Pages
@@ -62,11 +63,11 @@ class Sender:
 class Receiver:
     """The decode side of a handoff."""
 
-    def __init__(self, pages_sharding: Sharding, backend: str):
+    def __init__(self, pages: Sharding | Format, backend: str):
         self._scatter = jax.jit(
             lambda pages, staged, indices: scatter_pages(pages, staged, indices, backend=backend),
             donate_argnums=0,
-            out_shardings=pages_sharding,
+            out_shardings=pages,
         )
 
     def store(self, pool: PagePool, staged: list[Staged]) -> None:

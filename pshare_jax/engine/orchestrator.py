@@ -43,6 +43,7 @@ from pshare_jax.engine.sequence import ModelKind, Sequence, Sink
 from pshare_jax.engine.stats import EngineStats, PoolStats
 from pshare_jax.engine.steps import StepSpec
 from pshare_jax.errors import EngineDeadError, QueueFullError, RequestError, UnknownModelError
+from pshare_jax.kernels.backends import backend_for
 from pshare_jax.sharding.mesh import carve, request_cpu_devices
 from pshare_jax.text.tokenizer import Tokenizer
 
@@ -105,7 +106,7 @@ class Orchestrator:
             config.decode.engines,
             config.decode.tensor_parallel,
         )
-        spec = StepSpec(base.config, config.kernel_backend)
+        backend = backend_for(config.kernel_backend, jax.default_backend())
         loader = WeightLoader(base, sources)
         self._counters = Counters()
         self._decode = [
@@ -113,7 +114,7 @@ class Orchestrator:
                 index=i,
                 mesh=mesh,
                 groups=loader.decode(mesh, i, self._runtimes),
-                spec=spec,
+                spec=StepSpec(base.config, backend, mesh),
                 layout=layout,
                 num_pages=sizes.decode,
                 config=config.decode,
@@ -130,7 +131,7 @@ class Orchestrator:
                 index=i,
                 mesh=mesh,
                 weights=loader.prefill(mesh),
-                spec=spec,
+                spec=StepSpec(base.config, backend, mesh),
                 layout=layout,
                 num_pages=sizes.prefill,
                 chunk_buckets=config.prefill.chunk_buckets,

@@ -122,15 +122,16 @@ class PrefillEngine(Worker):
         self._counters = counters
         sharding = pool_sharding(mesh, layout.num_kv_heads)
         self._pool = PagePool(layout, num_pages, sharding)
+        pages = self._pool.placement
         self._chunk = jax.jit(
             functools.partial(prefill_chunk, spec),
             donate_argnums=1,
-            out_shardings=(sharding, replicated(mesh)),
+            out_shardings=(pages, replicated(mesh)),
         )
         self._copy = jax.jit(
             functools.partial(copy_pages, backend=spec.backend),
             donate_argnums=0,
-            out_shardings=sharding,
+            out_shardings=pages,
         )
         staging = NamedSharding(mesh, PartitionSpec(None, *sharding.spec))
         self._sender = Sender(staging, spec.backend)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 
 from pshare_jax.cache.pool import Pages
 from pshare_jax.engine.sampler import History, Sampled, SamplingRows, sample
@@ -34,10 +35,12 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class StepSpec:
-    """What a step is compiled for besides its shapes."""
+    """What a step is compiled for besides its shapes: model, kernel backend, and the mesh that
+    Pallas kernels split their work over (None: one device)."""
 
     config: ModelConfig
     backend: str
+    mesh: Mesh | None = None
 
 
 class PagedAttention:
@@ -54,7 +57,12 @@ class PagedAttention:
     def store(self, layer: int, k: jax.Array, v: jax.Array) -> None:
         """Writes k and v `[B, T, kv_heads, head_dim]`."""
         self.pages[layer] = kv_write(
-            self.pages[layer], k, v, *self._rows, backend=self._spec.backend
+            self.pages[layer],
+            k,
+            v,
+            *self._rows,
+            mesh=self._spec.mesh,
+            backend=self._spec.backend,
         )
 
     def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -65,6 +73,7 @@ class PagedAttention:
             self.pages[layer],
             *self._rows,
             sliding_window=self._spec.config.sliding_window,
+            mesh=self._spec.mesh,
             backend=self._spec.backend,
         )
 

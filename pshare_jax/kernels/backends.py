@@ -7,6 +7,27 @@ from typing import TypeVar
 
 F = TypeVar("F")
 
+BACKEND_NAMES = (
+    "xla",
+    "reference",
+    "pallas_tpu",
+    "pallas_gpu",
+    "pallas_tpu_interpret",
+    "pallas_gpu_interpret",
+)
+"""Every op has all of them. `reference` is the definition, slow; the `_interpret` ones run the
+Pallas kernels in Pallas' interpreter, on any platform and very slowly, for tests."""
+
+_BY_PLATFORM = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
+
+
+def backend_for(setting: str, platform: str) -> str:
+    """What the setting `kernel_backend` means on a platform (`jax.default_backend()`).
+
+    `auto` is Pallas on TPUs and GPUs and XLA elsewhere; any other name is kept.
+    """
+    return _BY_PLATFORM.get(platform, "xla") if setting == "auto" else setting
+
 
 def select_backend(op: str, backends: Mapping[str, F], backend: str) -> F:
     """The implementation of `op` called `backend`; `auto` is the first entry of the table.

@@ -9,6 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-3}
+"""Relative error of attention that is allowed against the oracle."""
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -22,6 +25,7 @@ class Geometry:
     page_size: int
     pages_per_row: int
     sliding_window: int | None = None
+    soft_cap: float | None = None
 
     @property
     def heads(self) -> int:
@@ -116,6 +120,8 @@ def attention_oracle(
             for head in range(geometry.heads):
                 k, v = kv[:, 0, head // geometry.group], kv[:, 1, head // geometry.group]
                 scores = k @ q[row, token, head] / np.sqrt(geometry.head_dim)
+                if geometry.soft_cap is not None:
+                    scores = geometry.soft_cap * np.tanh(scores / geometry.soft_cap)
                 weights = np.exp(scores - scores.max())
                 out[row, token, head] = weights @ v / weights.sum()
     return out
@@ -129,3 +135,22 @@ def relative_error(actual: np.ndarray, expected: np.ndarray, dtype: str) -> floa
     rounding = np.abs(expected) * float(jnp.finfo(dtype).eps) / 2
     difference = np.maximum(np.abs(actual.astype(np.float64) - expected) - rounding, 0.0)
     return float(np.linalg.norm(difference) / max(np.linalg.norm(expected), 1e-30))
+
+
+def assert_equals_oracle(attend: Any, geometry: Geometry, dtype: str, case: Rows) -> None:
+    """Compares `attend(q, pages, page_table, q_start, q_lens)` with the oracle on random KV."""
+    rng = np.random.default_rng(case.seed)
+    table = page_tables(geometry, case, rng)
+    pages = jnp.asarray(filled_pages(geometry, case, table, rng), dtype)
+    shape = (geometry.batch, geometry.tokens, geometry.heads, geometry.head_dim)
+    q = jnp.asarray(rng.standard_normal(shape), dtype)
+
+    out = attend(q, pages, table, case.start, case.lens)
+
+    assert out.shape == shape
+    assert out.dtype == dtype
+    actual = np.asarray(out, np.float32)
+    assert np.isfinite(actual).all()
+    valid = np.arange(geometry.tokens) < case.lens[:, None]
+    expected = attention_oracle(geometry, np.asarray(q), np.asarray(pages), table, case)
+    assert relative_error(actual[valid], expected[valid], dtype) <= TOLERANCE[dtype]

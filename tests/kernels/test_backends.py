@@ -2,7 +2,7 @@
 
 import pytest
 
-from pshare_jax.kernels.backends import select_backend
+from pshare_jax.kernels.backends import BACKEND_NAMES, backend_for, select_backend
 from pshare_jax.kernels.kv_write import api as kv_write
 from pshare_jax.kernels.page_transfer import api as page_transfer
 from pshare_jax.kernels.paged_attention import api as paged_attention
@@ -18,7 +18,7 @@ TABLES = [
 
 @pytest.mark.parametrize("table", TABLES)
 def test_every_op_has_the_same_backends_and_prefers_xla(table):
-    assert list(table) == ["xla", "reference"]
+    assert tuple(table) == BACKEND_NAMES
     assert select_backend("op", table, "auto") is table["xla"]
     assert select_backend("op", table, "reference") is table["reference"]
 
@@ -26,3 +26,17 @@ def test_every_op_has_the_same_backends_and_prefers_xla(table):
 def test_unknown_backend_names_op_and_choices():
     with pytest.raises(ValueError, match="op: unknown backend 'c'; choose one of auto, a, b"):
         select_backend("op", {"a": 1, "b": 2}, "c")
+
+
+@pytest.mark.parametrize(
+    ("setting", "platform", "backend"),
+    [
+        ("auto", "cpu", "xla"),
+        ("auto", "tpu", "pallas_tpu"),
+        ("auto", "gpu", "pallas_gpu"),
+        ("xla", "tpu", "xla"),
+        ("pallas_gpu_interpret", "cpu", "pallas_gpu_interpret"),
+    ],
+)
+def test_auto_goes_by_platform_and_a_name_overrides_it(setting, platform, backend):
+    assert backend_for(setting, platform) == backend

@@ -9,13 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pshare_jax.kernels.kv_write.api import BACKENDS, kv_write
+from pshare_jax.kernels.kv_write.api import kv_write
 from tests.kernels.paged_cases import Geometry, page_tables, rows
+
+BACKENDS = ["xla", "reference", "pallas_tpu_interpret"]
 
 GEOMETRIES = {
     "one token a row": Geometry(
         4, 1, kv_heads=2, group=1, head_dim=8, page_size=4, pages_per_row=3
     ),
+    "one token a row, wide pages": Geometry(3, 1, 2, 1, 8, 32, 3),
     "several tokens": Geometry(3, 7, 3, 1, 8, 4, 6),
     "pages of one slot": Geometry(2, 3, 1, 1, 8, 1, 9),
     "more than a page": Geometry(2, 20, 2, 1, 8, 8, 5),

@@ -9,17 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pshare_jax.kernels.paged_attention.api import BACKENDS, paged_attention
-from tests.kernels.paged_cases import (
-    Geometry,
-    attention_oracle,
-    filled_pages,
-    page_tables,
-    relative_error,
-    rows,
-)
+from pshare_jax.kernels.paged_attention.api import paged_attention
+from tests.kernels.paged_cases import TOLERANCE, Geometry, assert_equals_oracle, rows
 
-TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-3}
+BACKENDS = ["xla", "reference"]
 
 DECODE = Geometry(3, 1, kv_heads=2, group=3, head_dim=16, page_size=4, pages_per_row=12)
 GEOMETRIES = {
@@ -29,6 +22,8 @@ GEOMETRIES = {
     "prefix": Geometry(2, 7, 2, 2, 8, 4, 10),
     "prefix, no groups": Geometry(2, 5, 3, 1, 8, 8, 3),
     "prefix, window": Geometry(2, 7, 2, 2, 8, 4, 10, sliding_window=5),
+    "decode, soft cap": Geometry(2, 1, 2, 2, 16, 4, 12, soft_cap=0.5),
+    "prefix, soft cap": Geometry(2, 7, 2, 2, 8, 4, 10, soft_cap=2.0),
     "window of one": Geometry(2, 3, 1, 2, 8, 4, 4, sliding_window=1),
     "several tiles": Geometry(1, 300, 1, 2, 8, 16, 24),
     "several tiles, window": Geometry(1, 300, 1, 2, 8, 16, 24, sliding_window=130),
@@ -36,9 +31,11 @@ GEOMETRIES = {
 
 
 @functools.cache
-def compiled(backend: str, sliding_window: int | None):
+def compiled(backend: str, sliding_window: int | None, soft_cap: float | None):
     return jax.jit(
-        functools.partial(paged_attention, sliding_window=sliding_window, backend=backend)
+        functools.partial(
+            paged_attention, sliding_window=sliding_window, soft_cap=soft_cap, backend=backend
+        )
     )
 
 
@@ -49,22 +46,8 @@ def compiled(backend: str, sliding_window: int | None):
 @given(data=st.data())
 def test_equals_the_oracle(backend, geometry, dtype, data):
     case = data.draw(rows(geometry))
-    rng = np.random.default_rng(case.seed)
-    table = page_tables(geometry, case, rng)
-    pages = jnp.asarray(filled_pages(geometry, case, table, rng), dtype)
-    shape = (geometry.batch, geometry.tokens, geometry.heads, geometry.head_dim)
-    q = jnp.asarray(rng.standard_normal(shape), dtype)
-
-    attend = compiled(backend, geometry.sliding_window)
-    out = attend(q, pages, table, case.start, case.lens)
-
-    assert out.shape == shape
-    assert out.dtype == dtype
-    actual = np.asarray(out, np.float32)
-    assert np.isfinite(actual).all()
-    valid = np.arange(geometry.tokens) < case.lens[:, None]
-    expected = attention_oracle(geometry, np.asarray(q), np.asarray(pages), table, case)
-    assert relative_error(actual[valid], expected[valid], dtype) <= TOLERANCE[dtype]
+    attend = compiled(backend, geometry.sliding_window, geometry.soft_cap)
+    assert_equals_oracle(attend, geometry, dtype, case)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -75,7 +58,7 @@ def test_large_scores_do_not_overflow(backend):
     q = 1e4 * np.ones((1, 1, geometry.heads, geometry.head_dim), np.float32)
     table = np.arange(1, 13, dtype=np.int32)[None]
     start, lens = np.asarray([47], np.int32), np.asarray([1], np.int32)
-    out = compiled(backend, None)(q, pages, table, start, lens)
+    out = compiled(backend, None, None)(q, pages, table, start, lens)
     # Scores are so far apart that every head returns the value of its best key.
     kv = pages[1:13].transpose(1, 2, 0, 3, 4).reshape(2, geometry.kv_heads, 48, geometry.head_dim)
     best = kv[0].sum(axis=-1).argmax(axis=-1)

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import jax
+from jax.sharding import Mesh
 
 from pshare_jax.kernels.backends import select_backend
-from pshare_jax.kernels.kv_write import reference, xla
+from pshare_jax.kernels.kv_write import pallas_tpu, reference, xla
+from pshare_jax.kernels.over_heads import write_over_heads
 
-BACKENDS = {"xla": xla.kv_write, "reference": reference.kv_write}
+BACKENDS = {
+    "xla": xla.kv_write,
+    "reference": reference.kv_write,
+    "pallas_tpu": write_over_heads(pallas_tpu.kv_write),
+    # On GPUs XLA's scatter is one kernel that writes the new tokens in place and nothing else.
+    "pallas_gpu": xla.kv_write,
+    "pallas_tpu_interpret": write_over_heads(pallas_tpu.kv_write, interpret=True),
+    "pallas_gpu_interpret": xla.kv_write,
+}
 
 
 def kv_write(
@@ -18,6 +28,7 @@ def kv_write(
     q_start: jax.Array,
     q_lens: jax.Array,
     *,
+    mesh: Mesh | None = None,
     backend: str = "auto",
 ) -> jax.Array:
     """Stores row b's tokens i < q_lens[b] at positions q_start[b] + i.
@@ -33,7 +44,9 @@ def kv_write(
         page_table: `[B, N]` int32.
         q_start: `[B]` int32, position of each row's first token.
         q_lens: `[B]` int32, number of valid tokens, 0 .. T.
-        backend: `auto`, `xla` or `reference`.
+        mesh: the mesh that the arrays live on, as `sharding/rules.py` lays them out; None for one
+            device. Pallas backends need it to split their work.
+        backend: a key of `BACKENDS`, or `auto`.
 
     Returns:
         The updated pages.
@@ -42,4 +55,4 @@ def kv_write(
         ValueError: an unknown backend.
     """
     write = select_backend("kv_write", BACKENDS, backend)
-    return write(pages, k, v, page_table, q_start, q_lens)
+    return write(pages, k, v, page_table, q_start, q_lens, mesh=mesh)

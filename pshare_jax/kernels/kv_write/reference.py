@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 
 
 def kv_write(
@@ -14,8 +15,11 @@ def kv_write(
     page_table: jax.Array,
     q_start: jax.Array,
     q_lens: jax.Array,
+    *,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """See `api.kv_write`."""
+    del mesh  # XLA splits the work as its operands lie.
     B, T = k.shape[:2]
     page_size = pages.shape[3]
     kv = jnp.stack([k, v], axis=2).astype(pages.dtype)

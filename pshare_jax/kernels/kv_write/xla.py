@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 
 def kv_write(
@@ -13,8 +14,11 @@ def kv_write(
     page_table: jax.Array,
     q_start: jax.Array,
     q_lens: jax.Array,
+    *,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """See `api.kv_write`."""
+    del mesh  # XLA splits the work as its operands lie.
     page_size = pages.shape[3]
     token = jnp.arange(k.shape[1], dtype=jnp.int32)
     position = q_start[:, None] + token

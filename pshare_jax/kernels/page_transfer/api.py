@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import jax
 
-from pshare_jax.kernels.backends import select_backend
+from pshare_jax.kernels.backends import BACKEND_NAMES, select_backend
 from pshare_jax.kernels.page_transfer import reference, xla
 
 Pool = tuple[jax.Array, ...]
 """One page array a layer, each `[num_pages, 2, kv_heads, page_size, head_dim]`."""
 
-GATHER = {"xla": xla.gather_pages, "reference": reference.gather_pages}
-SCATTER = {"xla": xla.scatter_pages, "reference": reference.scatter_pages}
-COPY = {"xla": xla.copy_pages, "reference": reference.copy_pages}
+F = TypeVar("F", bound=Callable)
+
+
+def _backends(xla: F, reference: F) -> dict[str, F]:
+    """XLA serves the accelerators too: a page is one contiguous slice, and on TPU and GPU alike
+    XLA compiles the loop to one copy of it at a time, in place."""
+    return {name: reference if name == "reference" else xla for name in BACKEND_NAMES}
+
+
+GATHER = _backends(xla.gather_pages, reference.gather_pages)
+SCATTER = _backends(xla.scatter_pages, reference.scatter_pages)
+COPY = _backends(xla.copy_pages, reference.copy_pages)
 
 
 def gather_pages(pool: Pool, indices: jax.Array, *, backend: str = "auto") -> jax.Array:
@@ -21,7 +33,7 @@ def gather_pages(pool: Pool, indices: jax.Array, *, backend: str = "auto") -> ja
     Args:
         pool: L page arrays.
         indices: `[n]` int32; pad with 0.
-        backend: `auto`, `xla` or `reference`.
+        backend: a key of the table, or `auto`.
 
     Returns:
         `[L, n, 2, kv_heads, page_size, head_dim]`.
@@ -41,7 +53,7 @@ def scatter_pages(
         pool: L page arrays.
         staged: `[L, n, 2, kv_heads, page_size, head_dim]`, as `gather_pages` gives it.
         indices: `[n]` int32, distinct but for the padding, which is 0.
-        backend: `auto`, `xla` or `reference`.
+        backend: a key of the table, or `auto`.
 
     Returns:
         The updated pool.
@@ -59,7 +71,7 @@ def copy_pages(pool: Pool, src: jax.Array, dst: jax.Array, *, backend: str = "au
         pool: L page arrays.
         src: `[n]` int32; pad with 0.
         dst: `[n]` int32, distinct but for the padding, which is 0; no page may be in both.
-        backend: `auto`, `xla` or `reference`.
+        backend: a key of the table, or `auto`.
 
     Returns:
         The updated pool.

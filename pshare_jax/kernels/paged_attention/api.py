@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import jax
+from jax.sharding import Mesh
 
 from pshare_jax.kernels.backends import select_backend
-from pshare_jax.kernels.paged_attention import reference, xla
+from pshare_jax.kernels.over_heads import attention_over_heads
+from pshare_jax.kernels.paged_attention import pallas_gpu, pallas_tpu, reference, xla
 
-BACKENDS = {"xla": xla.paged_attention, "reference": reference.paged_attention}
+_TPU = (pallas_tpu.paged_attention, pallas_tpu.TILES, pallas_tpu.Tiles())
+_GPU = (pallas_gpu.paged_attention, pallas_gpu.TILES, pallas_gpu.Tiles())
+
+BACKENDS = {
+    "xla": xla.paged_attention,
+    "reference": reference.paged_attention,
+    "pallas_tpu": attention_over_heads(*_TPU),
+    "pallas_gpu": attention_over_heads(*_GPU),
+    "pallas_tpu_interpret": attention_over_heads(*_TPU, interpret=True),
+    "pallas_gpu_interpret": attention_over_heads(*_GPU, interpret=True),
+}
 
 
 def paged_attention(
@@ -18,6 +30,8 @@ def paged_attention(
     q_lens: jax.Array,
     *,
     sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    mesh: Mesh | None = None,
     backend: str = "auto",
 ) -> jax.Array:
     """Each row's queries attend to that row's KV, their own positions included.
@@ -25,8 +39,9 @@ def paged_attention(
     Query i of row b (i < q_lens[b]) is at position p = q_start[b] + i and sees the key positions
     j <= p, with a sliding window only those with j > p - sliding_window. Position j lies in page
     `page_table[b, j // page_size]`, slot `j % page_size`. The KV of the queries themselves must
-    have been written before (`kv_write`). Scores are scaled by 1 / sqrt(head_dim); sums are
-    accumulated in float32. Slots that no query of a row sees may hold anything, NaN included.
+    have been written before (`kv_write`). Scores are scaled by 1 / sqrt(head_dim), then, with a
+    soft cap c, bounded to c * tanh(score / c) (Gemma 2, arXiv 2408.00118); sums are accumulated in
+    float32. Slots that no query of a row sees may hold anything, NaN included.
 
     Args:
         q: `[B, T, heads, head_dim]`, float32 or bfloat16; rotated.
@@ -36,7 +51,10 @@ def paged_attention(
         q_start: `[B]` int32, position of each row's first query.
         q_lens: `[B]` int32, number of valid queries, 0 .. T.
         sliding_window: number of most recent positions a query sees (itself included), or None.
-        backend: `auto`, `xla` or `reference`.
+        soft_cap: bound of the scores' size, or None.
+        mesh: the mesh that the arrays live on, as `sharding/rules.py` lays them out; None for one
+            device. Pallas backends need it to split their work and to choose tile sizes.
+        backend: a key of `BACKENDS`, or `auto`.
 
     Returns:
         `[B, T, heads, head_dim]` of q's dtype. Queries past q_lens give finite garbage.
@@ -48,4 +66,13 @@ def paged_attention(
     if heads % kv_heads:
         raise ValueError(f"paged_attention: {heads} heads are no multiple of {kv_heads} KV heads")
     attend = select_backend("paged_attention", BACKENDS, backend)
-    return attend(q, pages, page_table, q_start, q_lens, sliding_window=sliding_window)
+    return attend(
+        q,
+        pages,
+        page_table,
+        q_start,
+        q_lens,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+        mesh=mesh,
+    )

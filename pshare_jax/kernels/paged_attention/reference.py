@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 
 def paged_attention(
@@ -14,8 +15,11 @@ def paged_attention(
     q_lens: jax.Array,
     *,
     sliding_window: int | None,
+    soft_cap: float | None = None,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """See `api.paged_attention`; everything in float32."""
+    del mesh  # XLA splits the work as its operands lie.
     B, T, H, D = q.shape
     kv_heads = pages.shape[2]
 
@@ -34,7 +38,10 @@ def paged_attention(
     # Slots that no query sees may hold anything, and 0 * NaN is NaN.
     v = jnp.where(visible.any(axis=1)[:, None, :, None], v, 0.0)
     scores = jnp.einsum("bthd,bhjd->bhtj", q.astype(jnp.float32), k, precision="highest")
-    scores = jnp.where(visible[:, None], scores * D**-0.5, -jnp.inf)
+    scores = scores * D**-0.5
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    scores = jnp.where(visible[:, None], scores, -jnp.inf)
     # A query that sees nothing (padding) has weights 0 and output 0.
     highest = jnp.max(scores, axis=-1, keepdims=True, initial=jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - highest)

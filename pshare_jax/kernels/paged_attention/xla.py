@@ -12,6 +12,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 
 TILE_QUERIES = 256
 """Most queries of one tile."""
@@ -37,8 +38,11 @@ def paged_attention(
     q_lens: jax.Array,
     *,
     sliding_window: int | None,
+    soft_cap: float | None = None,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """See `api.paged_attention`."""
+    del mesh  # XLA splits the work as its operands lie.
     B, T, H, D = q.shape
     _, _, KH, S, _ = pages.shape
     G = H // KH
@@ -85,6 +89,8 @@ def paged_attention(
             # Other slots may hold NaN, and 0 * NaN is NaN.
             v = jnp.where(stored[:, None], load(ids, 1), 0)
             scores = jnp.einsum("kmd,kjd->kmj", queries, k)
+            if soft_cap is not None:
+                scores = soft_cap * jnp.tanh(scores / soft_cap)
             scores = jnp.where(seen, scores, MASKED)
             new_highest = jnp.maximum(highest, scores.max(axis=-1, keepdims=True))
             rescale = jnp.exp(highest - new_highest)

@@ -1,0 +1,124 @@
+"""Accelerators to compile for without having them: topologies, and what the hardware can do."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from pshare_jax.errors import ConfigError
+
+_H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 minor: 0 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 2 }
+runtime_version { major: 12 minor: 9 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+"""XLA's description of an H100 SXM, which the CUDA compiler takes in place of a device."""
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """One kind of machine, and how its devices are divided.
+
+    Args:
+        name: as in tables and on the command line.
+        platform: `tpu` or `cuda`.
+        topology: the platform's name of the topology.
+        prefill: devices of the prefill mesh.
+        decode: devices of the decode mesh.
+        memory: bytes of one device that a program may use.
+        bandwidth: bytes a second of one device's memory.
+        peak: bfloat16 operations a second of one device.
+    """
+
+    name: str
+    platform: str
+    topology: str
+    prefill: int
+    decode: int
+    memory: float
+    bandwidth: float
+    peak: float
+
+    @property
+    def backend(self) -> str:
+        """The kernels for this platform."""
+        return "pallas_tpu" if self.platform == "tpu" else "pallas_gpu"
+
+    def devices(self) -> list[Any]:
+        """Its devices, for meshes and shardings of what is compiled.
+
+        Raises:
+            ConfigError: the platform's compiler is not installed.
+        """
+        package = "libtpu" if self.platform == "tpu" else "jax_plugins.xla_cuda12"
+        if not _is_installed(package):
+            raise ConfigError(
+                f"{self.name}: its compiler, {package}, is not installed; `make test-compile` "
+                "sets up an environment that has it"
+            )
+        if self.platform == "tpu":
+            topology = topologies.get_topology_desc(topology_name=self.topology, platform="tpu")
+        else:
+            topology = topologies.get_topology_desc(
+                topology_name="h100",
+                platform="cuda",
+                topology=self.topology,
+                target_config=_H100,
+            )
+        return list(topology.devices)
+
+
+# Bandwidth and peak are the vendors' published figures (Cloud TPU system architecture; NVIDIA H100
+# SXM data sheet, dense); memory is what the compilers accept.
+ACCELERATORS = {
+    a.name: a
+    for a in (
+        Accelerator("v5e:2x4", "tpu", "v5e:2x4", 4, 4, 15.75 * 2**30, 819e9, 197e12),
+        Accelerator("v5p:2x2x1", "tpu", "v5p:2x2x1", 2, 2, 95.74 * 2**30, 2765e9, 459e12),
+        Accelerator("v6e:2x4", "tpu", "v6e:2x4", 4, 4, 31.25 * 2**30, 1640e9, 918e12),
+        Accelerator("h100", "cuda", "1x1x2", 1, 1, 84942979072, 3352e9, 989e12),
+    )
+}
+
+
+def prepare() -> None:
+    """Lets the accelerators' compilers start on a machine without accelerators.
+
+    Must run before JAX does; the environment's own values win.
+    """
+    defaults = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_MIN_LOG_LEVEL": "3",
+        "TPU_STDERR_LOG_LEVEL": "3",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    jax.config.update("jax_platforms", "cpu")
+    # Programs for devices that are not there can be stored, but not loaded again.
+    jax.config.update("jax_enable_compilation_cache", False)
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False

@@ -1,0 +1,201 @@
+"""`bench compile`: do the kernels and the engine's steps compile for accelerators, and do they fit?
+
+The production compilers of TPU and CUDA run without the hardware, so that this needs none: weights
+and pages are abstract. It proves that programs compile and what memory they take; it measures no
+speed. Times in the table are the compiler's estimate, where it gives one, and a floor computed from
+the hardware's published bandwidth and peak.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import jax
+
+from pshare_jax.bench.accelerators import ACCELERATORS, Accelerator, prepare
+from pshare_jax.bench.compile_programs import (
+    KERNEL_CASES,
+    MODELS,
+    Program,
+    Sizes,
+    kernel_program,
+    step_programs,
+)
+from pshare_jax.errors import ConfigError
+
+_ALL_GATHER = re.compile(r"= \(?(\w+)\[([\d,]*)\][^=]*? all-gather(?:-start)?\(")
+_ITEM_BYTES = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1, "f16": 2, "u8": 1, "s8": 1}
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """What is compiled.
+
+    Args:
+        accelerators: names of machines; all if empty.
+        models: names of models; all if empty.
+        kernels: whether to compile the kernels alone, too.
+        layers: number of layers; 0 keeps the models'. Fewer compile faster and mean less.
+        sizes: sizes of the steps.
+    """
+
+    accelerators: list[str] = field(default_factory=list)
+    models: list[str] = field(default_factory=list)
+    kernels: bool = True
+    layers: int = 0
+    sizes: Sizes = field(default_factory=Sizes)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of one program; bytes are of one device.
+
+    `pool_bytes` of pages were given; `largest_pool_tokens` would fit beside everything else.
+    `pool_in_place`: the pages given are the pages returned, and neither a temporary nor an
+    all-gather is as large as one layer of them. `accessed_bytes` and `estimated_seconds` are the
+    compiler's, None where it gives none; `floor_seconds` is the roofline.
+    """
+
+    compile_seconds: float
+    weight_bytes: int
+    pool_bytes: int
+    temp_bytes: int
+    code_bytes: int
+    total_bytes: int
+    largest_pool_tokens: int | None
+    pool_in_place: bool
+    accessed_bytes: float | None
+    least_bytes: float
+    estimated_seconds: float | None
+    floor_seconds: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One row of the table: either `compiled` or `error` is there."""
+
+    accelerator: str
+    model: str
+    program: str
+    compiled: Compiled | None = None
+    error: str | None = None
+
+
+def compile_program(accelerator: Accelerator, program: Program, layers: int) -> Compiled:
+    """Compiles one program and reads what the compiler says of it.
+
+    Raises:
+        Exception: whatever the compiler refuses it with.
+    """
+    started = time.perf_counter()
+    compiled = program.function.lower(*program.arguments).compile()
+    seconds = time.perf_counter() - started
+    memory = compiled.memory_analysis()
+    cost = compiled.cost_analysis() or {}
+    # Outputs that are not written over an argument take memory of their own.
+    new_outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + max(new_outputs, 0)
+    other = total - program.pool_bytes
+    donates_pool = program.name != "handoff: gather"
+    one_layer = program.pool_bytes / max(layers, 1)
+    in_place = (
+        (memory.alias_size_in_bytes >= program.pool_bytes or not donates_pool)
+        and memory.temp_size_in_bytes < max(one_layer, 2**20)
+        and largest_all_gather(compiled.as_text()) < max(one_layer, 2**20)
+    )
+    floor = max(program.least_bytes / accelerator.bandwidth, program.least_flops / accelerator.peak)
+    tokens = None
+    if program.bytes_per_token:
+        tokens = max(int((accelerator.memory - other) // program.bytes_per_token), 0)
+    return Compiled(
+        compile_seconds=seconds,
+        weight_bytes=program.weight_bytes,
+        pool_bytes=program.pool_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+        code_bytes=memory.generated_code_size_in_bytes,
+        total_bytes=total,
+        largest_pool_tokens=tokens,
+        pool_in_place=in_place,
+        accessed_bytes=cost.get("bytes accessed"),
+        least_bytes=program.least_bytes,
+        estimated_seconds=usable_estimate(cost.get("optimal_seconds"), floor),
+        floor_seconds=floor,
+    )
+
+
+def usable_estimate(seconds: float | None, floor: float) -> float | None:
+    """The compiler's time, or None where it leaves parts out and so comes out below the floor.
+
+    XLA adds a second less than nothing for what it cannot time, and takes a loop for one round.
+    """
+    return seconds if seconds is not None and seconds >= floor else None
+
+
+def largest_all_gather(hlo: str) -> int:
+    """Bytes of the largest result of an all-gather in a compiled program's text."""
+    sizes = [0]
+    for dtype, shape in _ALL_GATHER.findall(hlo):
+        count = 1
+        for size in filter(None, shape.split(",")):
+            count *= int(size)
+        sizes.append(count * _ITEM_BYTES.get(dtype, 8))
+    return max(sizes)
+
+
+def outcomes(options: CompileOptions) -> Iterator[Outcome]:
+    """Compiles everything, one row at a time; what a compiler refuses is a row with its error.
+
+    Raises:
+        ConfigError: an unknown name, or a compiler that is not installed.
+    """
+    models = _known("models", options.models, MODELS)
+    for name in _known("accelerators", options.accelerators, ACCELERATORS):
+        accelerator = ACCELERATORS[name]
+        if options.kernels:
+            for case in KERNEL_CASES:
+                program = kernel_program(accelerator, case)
+                yield _outcome(accelerator, "", program, 1)
+        for model in models:
+            config = MODELS[model]
+            if options.layers:
+                config = replace(config, num_layers=options.layers)
+            for program in step_programs(accelerator, config, options.sizes):
+                yield _outcome(accelerator, model, program, config.num_layers)
+
+
+def _known(option: str, names: list[str], table: dict[str, Any]) -> list[str]:
+    if unknown := [name for name in names if name not in table]:
+        raise ConfigError(f"{option}: unknown {unknown[0]!r}; choose from {', '.join(table)}")
+    return names or list(table)
+
+
+def _outcome(accelerator: Accelerator, model: str, program: Program, layers: int) -> Outcome:
+    row = Outcome(accelerator.name, model, program.name)
+    try:
+        return replace(row, compiled=compile_program(accelerator, program, layers))
+    except Exception as error:  # compilers raise many types; a refusal is a result here
+        return replace(row, error=" ".join(str(error).split())[:300])
+
+
+def run(
+    options: CompileOptions, on_outcome: Callable[[Outcome], None] = lambda _: None
+) -> dict[str, Any]:
+    """Compiles; returns `{"options", "versions", "outcomes": [...]}` as plain data.
+
+    Args:
+        options: what to compile.
+        on_outcome: told of every row when it is there.
+
+    Raises:
+        ConfigError: an unknown name, or a compiler that is not installed.
+    """
+    prepare()
+    rows = []
+    for outcome in outcomes(options):
+        on_outcome(outcome)
+        rows.append(asdict(outcome))
+    return {"options": asdict(options), "jax": jax.__version__, "outcomes": rows}

@@ -1,0 +1,145 @@
+"""The tables of `bench compile`: for the terminal, and docs/accelerators.md."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Any
+
+from pshare_jax.bench.accelerators import ACCELERATORS
+
+_COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")
+
+_STEP_HEADER = (
+    "| machine | step | weights | KV pool given | temporaries | total of memory | pool in place "
+    "| largest pool, tokens | bytes accessed / least | compile | estimate | floor |\n"
+    "|---|---|--:|--:|--:|--:|---|--:|--:|--:|--:|--:|"
+)
+_INTRODUCTION = """\
+Made by `python -m pshare_jax.bench compile --markdown docs/accelerators.md`. The production
+compilers of TPU and CUDA compile without the hardware; nothing here ran on an accelerator, and no
+figure is a measured speed.
+"""
+_STEPS = """\
+Prefill chunk: {chunk} tokens, the last of a prompt of {context}. Decode step: {batch} rows at
+position {context}. Handoff: {transfer} pages of {page_size} tokens. All in bfloat16; bytes are of
+one device.
+
+- **KV pool given**: half of what the weights leave. **Largest pool**: what fits beside all else.
+- **Pool in place**: the pages returned are those given, and neither a temporary nor an all-gather
+  is as large as one layer of them.
+- **Bytes accessed** are XLA's estimate; **least** is the weights that the step reads plus the KV of
+  all its rows. XLA counts what it prefetches into on-chip memory twice more, every branch of the
+  sampler although greedy decoding takes none, and the KV of a chunk once for each tile of queries.
+- **Estimate** is XLA's time where it is one: it leaves out loops and what it cannot time, and then
+  comes out below the floor.
+- **Floor** is the larger of least bytes over bandwidth and operations over peak; communication is
+  not in it.
+- `-`: the compiler gives no figure.
+"""
+_KERNEL_HEADER = "| kernel pair | " + " | ".join(ACCELERATORS) + " |"
+
+
+def line(outcome: dict[str, Any]) -> str:
+    """One row for the terminal."""
+    name = " ".join(filter(None, (outcome["accelerator"], outcome["model"], outcome["program"])))
+    if (compiled := outcome["compiled"]) is None:
+        return f"{name}: {outcome['error']}"
+    where = "in place" if compiled["pool_in_place"] else "COPIES THE POOL"
+    return (
+        f"{name}: compiles in {compiled['compile_seconds']:.1f} s, "
+        f"{_gib(compiled['total_bytes'])} GiB, {where}"
+    )
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """docs/accelerators.md."""
+    sizes = result["options"]["sizes"]
+    outcomes = result["outcomes"]
+    parts = [
+        "# Accelerators\n",
+        _INTRODUCTION,
+        f"Compilers: {_versions()}.\n",
+        "## Machines\n",
+        "| machine | prefill mesh | decode mesh | memory a device | bandwidth | bfloat16 peak |\n"
+        "|---|--:|--:|--:|--:|--:|",
+        *(
+            f"| {a.name} | {a.prefill} | {a.decode} | {_gib(a.memory)} GiB "
+            f"| {a.bandwidth / 1e9:,.0f} GB/s | {a.peak / 1e12:,.0f} TFLOP/s |"
+            for a in ACCELERATORS.values()
+        ),
+        "\n## Steps\n",
+        _STEPS.format(**sizes),
+    ]
+    for model in dict.fromkeys(o["model"] for o in outcomes if o["model"]):
+        parts += [f"### {model}\n", _STEP_HEADER]
+        parts += [_step_row(o) for o in outcomes if o["model"] == model]
+        parts.append("")
+    kernels = [o for o in outcomes if not o["model"]]
+    if kernels:
+        parts += [
+            "## Kernels\n",
+            "`kv_write` and `paged_attention` of one layer on one device: seconds to compile, or "
+            "the error.\n",
+            _KERNEL_HEADER,
+            "|---|" + "--:|" * len(ACCELERATORS),
+        ]
+        parts += [
+            _kernel_row(program, kernels)
+            for program in dict.fromkeys(o["program"] for o in kernels)
+        ]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _step_row(outcome: dict[str, Any]) -> str:
+    head = f"| {outcome['accelerator']} | {outcome['program']} "
+    if (c := outcome["compiled"]) is None:
+        return f"{head}| {outcome['error']} |" + " |" * 9
+    memory = ACCELERATORS[outcome["accelerator"]].memory
+    ratio = "-"
+    if c["accessed_bytes"] and c["weight_bytes"]:
+        ratio = f"{c['accessed_bytes'] / c['least_bytes']:.2f}"
+    cells = (
+        f"{_gib(c['weight_bytes'])} GiB",
+        f"{_gib(c['pool_bytes'])} GiB",
+        f"{c['temp_bytes'] / 2**20:,.0f} MiB",
+        f"{100 * c['total_bytes'] / memory:.0f} %",
+        "yes" if c["pool_in_place"] else "**no**",
+        f"{c['largest_pool_tokens']:,}",
+        ratio,
+        f"{c['compile_seconds']:.0f} s",
+        _ms(c["estimated_seconds"]),
+        _ms(c["floor_seconds"]),
+    )
+    return head + "| " + " | ".join(cells) + " |"
+
+
+def _kernel_row(program: str, kernels: list[dict[str, Any]]) -> str:
+    cells = []
+    for accelerator in ACCELERATORS:
+        found = [o for o in kernels if o["program"] == program and o["accelerator"] == accelerator]
+        if not found:
+            cells.append("not compiled")
+        elif (compiled := found[0]["compiled"]) is None:
+            cells.append(found[0]["error"])
+        else:
+            place = "" if compiled["pool_in_place"] else ", copies the pool"
+            cells.append(f"{compiled['compile_seconds']:.1f}{place}")
+    return f"| {program} | " + " | ".join(cells) + " |"
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.1f}"
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1000 * seconds:.2f} ms"
+
+
+def _versions() -> str:
+    found = []
+    for package in _COMPILERS:
+        try:
+            found.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"no {package}")
+    return ", ".join(found)

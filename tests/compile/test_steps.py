@@ -1,0 +1,34 @@
+"""Whole steps of the real models compile, fit, and leave the KV pool where it is."""
+
+import pytest
+
+from pshare_jax.bench.accelerators import ACCELERATORS
+from pshare_jax.bench.compile import compile_program
+from pshare_jax.bench.compile_programs import MODELS, Sizes, step_programs
+
+# Tensor parallelism over four, two and one devices, and the model that fills the smallest of them.
+CASES = [
+    ("v5e:2x4", "Qwen3-14B"),
+    ("v5p:2x2x1", "Qwen3-8B"),
+    ("v6e:2x4", "Llama-3.1-8B"),
+    ("h100", "Llama-3.1-8B"),
+]
+STEPS = ("prefill chunk", "handoff: gather", "handoff: scatter", "decode step")
+
+
+@pytest.mark.compile
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("name", "model"), CASES)
+def test_steps_compile_fit_and_keep_the_pool_in_place(name, model):
+    accelerator, config, sizes = ACCELERATORS[name], MODELS[model], Sizes()
+    compiled = {
+        program.name: compile_program(accelerator, program, config.num_layers)
+        for program in step_programs(accelerator, config, sizes)
+    }
+    assert tuple(compiled) == STEPS
+    for step, result in compiled.items():
+        assert result.pool_in_place, step
+        assert result.temp_bytes < result.pool_bytes / config.num_layers, step
+        assert result.total_bytes < accelerator.memory, step
+    # The decode mesh holds its whole batch at full context beside the weights.
+    assert compiled["decode step"].largest_pool_tokens > sizes.batch * sizes.context / 2

@@ -1,0 +1,31 @@
+"""The engine on Pallas kernels, in the interpreter: greedy tokens are the oracle's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pshare_jax.config import DecodeConfig, PrefillConfig
+from tests.engine.harness import Models, running, serve_config
+from tests.helpers import tiny_config
+
+
+@pytest.mark.parametrize("backend", ["pallas_tpu_interpret", "pallas_gpu_interpret"])
+def test_same_tokens_as_the_oracle_on_unequal_meshes(backend: str) -> None:
+    models = Models(tiny_config(architecture="qwen3"))
+    models.add_identity("identity")
+    models.add_full("full", 1, tail=2)
+    config = serve_config(
+        kernel_backend=backend,
+        prefill=PrefillConfig(tensor_parallel=2, chunk_buckets=[16], num_pages=40),
+        decode=DecodeConfig(
+            tensor_parallel=4, batch_buckets=[2], max_num_seqs=4, replay_buckets=[4], num_pages=40
+        ),
+    )
+    context = np.random.default_rng(0).integers(0, 256, 21).tolist()
+    with running(models, config) as client:
+        replies = {name: client.submit(name, tuple(context), 4) for name in models.tails}
+        for reply in replies.values():
+            reply.wait(120)
+    for name, reply in replies.items():
+        assert reply.tokens == models.expected(name, context, 4), name
