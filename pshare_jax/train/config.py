@@ -61,10 +61,12 @@ class DistillConfig:
         teacher: an ordinary fine-tune of the base: a Hugging Face folder, or a full decode module.
         init: what a full student starts from: the `teacher`'s weights or the `base`'s. A LoRA
             student always starts from the base.
+        max_tokens: most tokens of the teacher's answer to a prompt that comes without one.
     """
 
     teacher: str = ""
     init: Literal["teacher", "base"] = "teacher"
+    max_tokens: int = 256
 
 
 @dataclass(frozen=True)
@@ -244,6 +246,7 @@ _AT_LEAST: dict[str, float] = {
     "seed": 0,
     "data.max_length": 2,
     "data.buckets": 1,
+    "distill.max_tokens": 1,
     "lora.rank": 0,
     "lora.alpha": 0,
     "optimizer.learning_rate": 0,

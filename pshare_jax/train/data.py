@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ class Example:
 
     Args:
         tokens: `[n]` int32; nothing follows the last turn.
-        turns: in order; each starts at 1 or later.
+        turns: in order; each starts at 1 or later. None at all: a prompt that a teacher is to
+            answer.
         source: `file:line`.
     """
 
@@ -62,7 +63,12 @@ class Dataset:
 
 
 def read_dataset(
-    paths: Sequence[str], tokenizer: Tokenizer, *, max_length: int, on_bad_line: BadLine
+    paths: Sequence[str],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    on_bad_line: BadLine,
+    unanswered: bool = False,
 ) -> Dataset:
     """Reads and tokenises JSONL files; empty lines do not count.
 
@@ -71,6 +77,7 @@ def read_dataset(
         tokenizer: the base's.
         max_length: most tokens of an example.
         on_bad_line: whether a line that cannot be used is an error or is skipped and counted.
+        unanswered: whether a line may lack its last answer, see `read_line`.
 
     Raises:
         DataError: a file that cannot be read, names file and line of one that cannot be used, or
@@ -82,7 +89,9 @@ def read_dataset(
         for number, line in _lines(path, digest):
             source = f"{path}:{number}"
             try:
-                dataset.examples += read_line(line, tokenizer, max_length, source)
+                dataset.examples += read_line(
+                    line, tokenizer, max_length, source, unanswered=unanswered
+                )
             except DataError as error:
                 if on_bad_line == "error":
                     raise
@@ -107,8 +116,27 @@ def _lines(path: str, digest: Any) -> Iterator[tuple[int, bytes]]:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def read_line(line: bytes, tokenizer: Tokenizer, max_length: int, source: str) -> list[Example]:
+def answered(dataset: Dataset, answers: Sequence[Sequence[int]]) -> Dataset:
+    """`dataset` with `answers` (token ids) to its examples that have no turns, in order."""
+    remaining = iter(answers)
+    examples = []
+    for example in dataset.examples:
+        if not example.turns:
+            answer = np.asarray(next(remaining), np.int32)
+            start = len(example.tokens)
+            tokens = np.concatenate([example.tokens, answer])
+            example = Example(tokens, (Turn(start, len(tokens)),), example.source)
+        examples.append(example)
+    return replace(dataset, examples=examples)
+
+
+def read_line(
+    line: bytes, tokenizer: Tokenizer, max_length: int, source: str, *, unanswered: bool = False
+) -> list[Example]:
     """The examples of one line: mostly one.
+
+    With `unanswered`, a prompt without a completion, or messages that do not end with the
+    assistant's, give one example without turns.
 
     Raises:
         DataError: starts with `source`; says what is wrong with the line and what to do.
@@ -120,7 +148,11 @@ def read_line(line: bytes, tokenizer: Tokenizer, max_length: int, source: str) -
     try:
         if not isinstance(record, dict):
             raise DataError("not a JSON object")
-        if "messages" in record:
+        if unanswered and _lacks_answer(record):
+            parts = [(_question(record, tokenizer), [])]
+            # The answer needs at least one token.
+            max_length -= 1
+        elif "messages" in record:
             parts = _conversation(record, tokenizer)
         else:
             parts = [_completion(record, tokenizer)]
@@ -138,6 +170,29 @@ def read_line(line: bytes, tokenizer: Tokenizer, max_length: int, source: str) -
 _Parts = tuple[list[int], list[Turn]]
 
 
+def _lacks_answer(record: Mapping[str, Any]) -> bool:
+    messages = record.get("messages")
+    if messages is None:
+        return "completion" not in record
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    return isinstance(last, dict) and last.get("role") != "assistant"
+
+
+def _question(record: Mapping[str, Any], tokenizer: Tokenizer) -> list[int]:
+    """The prompt that the server would get."""
+    if "messages" in record:
+        messages, tools = _messages(record)
+        text = tokenizer.apply_chat_template(messages, tools)
+        prompt = tokenizer.encode(text, add_special_tokens=False)
+    else:
+        if not isinstance(text := record.get("prompt"), str):
+            raise DataError("needs messages or prompt; prompt is no text")
+        prompt = tokenizer.encode(text)
+    if not prompt:
+        raise DataError("the prompt has no tokens")
+    return prompt
+
+
 def _completion(record: Mapping[str, Any], tokenizer: Tokenizer) -> _Parts:
     texts: list[str] = []
     for name in ("prompt", "completion"):
@@ -151,8 +206,8 @@ def _completion(record: Mapping[str, Any], tokenizer: Tokenizer) -> _Parts:
     return prompt + answer, [Turn(len(prompt), len(prompt) + len(answer))]
 
 
-def _conversation(record: Mapping[str, Any], tokenizer: Tokenizer) -> list[_Parts]:
-    """One sequence, or more where a turn's prompt does not begin with the turns before it."""
+def _messages(record: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[Any] | None]:
+    """The messages and tools of a conversation."""
     messages, tools = record["messages"], record.get("tools")
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise DataError("messages is not a list of objects")
@@ -160,7 +215,12 @@ def _conversation(record: Mapping[str, Any], tokenizer: Tokenizer) -> list[_Part
         isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
     ):
         raise DataError("tools is not a list of objects")
-    messages = [_message(message, index) for index, message in enumerate(messages)]
+    return [_message(message, index) for index, message in enumerate(messages)], tools
+
+
+def _conversation(record: Mapping[str, Any], tokenizer: Tokenizer) -> list[_Parts]:
+    """One sequence, or more where a turn's prompt does not begin with the turns before it."""
+    messages, tools = _messages(record)
     parts: list[_Parts] = []
     for index, message in enumerate(messages):
         if message["role"] != "assistant":

@@ -15,6 +15,7 @@ from pshare_jax.convert.manifest import TOKENIZER_FOLDER, Manifest, read_manifes
 from pshare_jax.errors import ConfigError
 from pshare_jax.models.weights import Weights
 from pshare_jax.text.tokenizer import Tokenizer
+from pshare_jax.train.answers import answer_with_teacher
 from pshare_jax.train.batches import MicroBatch, Plan, fill_micro_batches, make_plan
 from pshare_jax.train.config import TrainConfig
 from pshare_jax.train.data import Dataset, read_dataset
@@ -63,13 +64,41 @@ class Job:
 def _read(config: TrainConfig, paths: list[str], tokenizer: Tokenizer, say: Reporter) -> Dataset:
     data = config.data
     dataset = read_dataset(
-        paths, tokenizer, max_length=data.max_length, on_bad_line=data.on_bad_line
+        paths,
+        tokenizer,
+        max_length=data.max_length,
+        on_bad_line=data.on_bad_line,
+        unanswered=config.mode == "distill",
     )
     skipped = f", {dataset.num_bad_lines} bad lines skipped" if dataset.num_bad_lines else ""
     say.say(f"{', '.join(paths)}: {len(dataset.examples)} examples{skipped}")
     for line in dataset.bad_lines:
         say.say(f"  skipped {line}")
     return dataset
+
+
+def _answer(
+    config: TrainConfig,
+    dataset: Dataset,
+    teacher: Teacher,
+    dtype: str,
+    weights: Weights,
+    tokenizer: Tokenizer,
+    reporter: Reporter,
+) -> Dataset:
+    return answer_with_teacher(
+        dataset,
+        teacher.config,
+        dtype,
+        weights,
+        tokenizer,
+        teacher=config.distill.teacher,
+        max_tokens=config.distill.max_tokens,
+        max_length=config.data.max_length,
+        folder=Path(config.output).expanduser(),
+        write=jax.process_index() == 0,
+        reporter=reporter,
+    )
 
 
 def prepare(config: TrainConfig, reporter: Reporter) -> Job:
@@ -86,8 +115,20 @@ def prepare(config: TrainConfig, reporter: Reporter) -> Job:
     train = _read(config, config.data.train, tokenizer, reporter)
     held_out = _read(config, config.data.eval, tokenizer, reporter) if config.data.eval else None
     mesh = make_mesh(config.mesh)
+    platform = mesh.devices.flat[0].platform
+    auto = "float32" if platform == "cpu" else "bfloat16"
+    dtype = auto if config.dtype == "auto" else config.dtype
+    frozen: dict[str, Weights] = {}
     identity = open_run(config, base, train, held_out, write=jax.process_index() == 0)
 
+    if teacher is not None:
+        frozen["teacher"] = teacher.load(mesh, jnp.dtype(dtype))
+        train, held_out = (
+            dataset
+            and _answer(config, dataset, teacher, dtype, frozen["teacher"], tokenizer, reporter)
+            for dataset in (train, held_out)
+        )
+        assert train is not None
     examples = train.examples + (held_out.examples if held_out else [])
     tail = None if config.mode == "full" else config.tail
     rows = [make_row(example, tail) for example in examples]
@@ -106,9 +147,6 @@ def prepare(config: TrainConfig, reporter: Reporter) -> Job:
         np.arange(len(train.examples), len(rows)), buckets, assigned, size
     )
 
-    platform = mesh.devices.flat[0].platform
-    auto = "float32" if platform == "cpu" else "bfloat16"
-    dtype = auto if config.dtype == "auto" else config.dtype
     lora = None
     if config.lora.rank:
         lora = LoraShape(config.lora.rank, config.lora_alpha, tuple(config.lora.targets))
@@ -121,9 +159,6 @@ def prepare(config: TrainConfig, reporter: Reporter) -> Job:
     )
     start = teacher if config.distill.init == "teacher" else None
     trainable = initial_weights(base, lora, start, mesh, config.seed)
-    frozen: dict[str, Weights] = {}
-    if teacher is not None:
-        frozen["teacher"] = teacher.load(mesh, jnp.dtype(dtype))
     base_weights, store = None, None
     if config.mode != "full":
         base_weights = load_base(base, mesh, jnp.dtype(dtype))

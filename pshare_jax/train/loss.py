@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from pshare_jax.models.attention import CausalAttention, causal_mask, dense_attention
 from pshare_jax.models.config import ModelConfig
-from pshare_jax.models.decoder import bind
+from pshare_jax.models.decoder import Decoder, bind
 from pshare_jax.models.lora import Adapters, LoraModule, stack_adapters
 from pshare_jax.models.weights import Weights
 
@@ -112,6 +112,26 @@ class SplitAttention:
         return dense_attention(q, k, v, self._mask)
 
 
+def bind_trainable(
+    recipe: Recipe, trainable: Weights, base: Weights | None, batch_size: int
+) -> tuple[Decoder, Adapters | None]:
+    """The decode module of weights in training: a decoder, and LoRA adapters for each row.
+
+    Args:
+        recipe: static facts.
+        trainable: full weights, or LoRA factors.
+        base: the base's weights below LoRA factors; not used for a full module.
+        batch_size: rows that the adapters are for.
+    """
+    own = _cast(trainable, recipe.dtype)
+    if (lora := recipe.lora) is None:
+        return bind(recipe.config, own), None
+    assert base is not None
+    stacked = stack_adapters([LoraModule(own, lora.alpha, lora.rank, lora.targets)])
+    adapters = Adapters(stacked, jnp.zeros(batch_size, jnp.int32))
+    return bind(recipe.config, _cast(base, recipe.dtype)), adapters
+
+
 def target_logits(
     recipe: Recipe,
     trainable: Weights,
@@ -128,14 +148,7 @@ def target_logits(
         kv: the prefill module's KV of `batch["prompt"]`, or None.
         batch: see `layout.collate`.
     """
-    own = _cast(trainable, recipe.dtype)
-    adapters = None
-    if (lora := recipe.lora) is not None:
-        assert base is not None
-        stacked = stack_adapters([LoraModule(own, lora.alpha, lora.rank, lora.targets)])
-        adapters = Adapters(stacked, jnp.zeros(batch["tokens"].shape[0], jnp.int32))
-        own = _cast(base, recipe.dtype)
-    decoder = bind(recipe.config, own)
+    decoder, adapters = bind_trainable(recipe, trainable, base, batch["tokens"].shape[0])
     attention = SplitAttention(recipe.config, kv, batch)
     hidden = decoder.hidden(
         batch["tokens"], batch["positions"], attention, adapters, remat=recipe.remat

@@ -54,3 +54,20 @@ def plain_run(base, data, held_out, tmp_path_factory) -> Run:
         report={"eval_every": 3},
     )
     return Run(folder, train(config, Reporter(active=False)))
+
+
+@pytest.fixture(scope="session")
+def ordinary_run(base, data, held_out, tmp_path_factory):
+    """An ordinary fine-tune."""
+    folder = tmp_path_factory.mktemp("ordinary") / "run"
+    config = train_config(
+        base,
+        data,
+        folder,
+        mode="full",
+        tail=2,
+        data={"eval": [held_out]},
+        optimizer={"epochs": 2},
+    )
+    train(config, Reporter(active=False))
+    return folder

@@ -187,23 +187,6 @@ def test_lora_trains_factors_only(base, data, held_out, tmp_path):
     assert [step for step, _ in events["eval_loss"]] == [15]
 
 
-@pytest.fixture(scope="session")
-def ordinary_run(base, data, held_out, tmp_path_factory):
-    """An ordinary fine-tune."""
-    folder = tmp_path_factory.mktemp("ordinary") / "run"
-    config = train_config(
-        base,
-        data,
-        folder,
-        mode="full",
-        tail=2,
-        data={"eval": [held_out]},
-        optimizer={"epochs": 2},
-    )
-    train(config, QUIET)
-    return folder
-
-
 def test_ordinary_fine_tuning_may_not_share(ordinary_run, base):
     assert_learned(ordinary_run)
     certificate = read_manifest(ordinary_run / "decode_module").certificate
