@@ -4,13 +4,18 @@ BIN := .venv/bin
 CONFIG ?= configs/serve/smollm2-135m.yaml
 BASE := checkpoints/smollm2-135m
 
-.PHONY: demo serve test test-compile lint format clean
+.PHONY: demo serve results test test-compile lint format clean
 
 demo: .venv/.run
 	$(BIN)/python -m pshare_jax.demo
 
 serve: .venv/.run $(BASE)/pshare.json
 	$(BIN)/python -m pshare_jax.serve --config $(CONFIG)
+
+# Finished runs are kept; started again it goes on where it was stopped.
+results: .venv/.study $(BASE)/pshare.json
+	$(BIN)/python -m pshare_jax.study run --config configs/study/smollm2-135m.yaml
+	$(BIN)/python -m pshare_jax.study report --config configs/study/smollm2-135m.yaml
 
 test: .venv/.test
 	$(BIN)/python -m pytest
@@ -46,6 +51,10 @@ $(BASE)/pshare.json: | .venv/.run
 .venv/.test: pyproject.toml | .venv/.python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $@ .venv/.run
+
+.venv/.study: pyproject.toml | .venv/.run
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[study]'
+	@touch $@
 
 # The compilers of TPU and CUDA run without the hardware; they are kept apart from .venv, where jax
 # would find their plug-ins. Their versions go with jax's, which names libtpu's itself.

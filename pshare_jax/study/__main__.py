@@ -1,0 +1,62 @@
+"""`python -m pshare_jax.study run|report --config FILE.yaml`: compares fine-tuning methods.
+
+Exit codes: 0 done; 2 something that cannot be used, explained in one line on standard error.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pshare_jax.config import load_config
+from pshare_jax.errors import PshareError
+from pshare_jax.study.config import StudyConfig
+
+DOCUMENT = Path("docs/training.md")
+_USAGE = "usage: python -m pshare_jax.study run|report --config FILE.yaml [--key=value ...]"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    command, *args = (sys.argv[1:] if argv is None else list(argv)) or [""]
+    if command not in ("run", "report"):
+        print(_USAGE, file=sys.stderr)
+        return 0 if command in ("-h", "--help") else 2
+    try:
+        config = load_config(StudyConfig, args, f"python -m pshare_jax.study {command}")
+        if command == "run":
+            _run(config)
+        else:
+            _report(config)
+    except PshareError as error:
+        print(f"pshare_jax.study: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(config: StudyConfig) -> None:
+    """Makes what is missing; goes on where it was stopped."""
+    from pshare_jax.study.runner import Study
+    from pshare_jax.train.report import Reporter
+
+    Study(config, Reporter()).make()
+
+
+def _report(config: StudyConfig) -> None:
+    """Writes the tables into `DOCUMENT` and the plots beside the results."""
+    from pshare_jax.study import report
+
+    folder = Path(config.results)
+    results = report.read_results(folder)
+    text = report.tables(results)
+    for task in config.tasks:
+        plot = folder / f"{task.name}-shares.png"
+        if report.plot_shares(results, task.name, plot):
+            text += f"\n![{task.name}: accuracy by share]({plot.relative_to(DOCUMENT.parent)})\n"
+    report.write_into(DOCUMENT, text)
+    print(f"{DOCUMENT}: {len(results)} results")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

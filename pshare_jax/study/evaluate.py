@@ -1,0 +1,105 @@
+"""Evaluation of a trained decode module by the trainer's own decoding, at any split of a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from pshare_jax.convert.manifest import TOKENIZER_FOLDER, read_manifest
+from pshare_jax.convert.orbax import load_weights
+from pshare_jax.evals.grading import grade
+from pshare_jax.evals.items import Item
+from pshare_jax.models.split import split_prompt
+from pshare_jax.text.tokenizer import Tokenizer
+from pshare_jax.train.generate import Prompt, generate
+from pshare_jax.train.loss import LoraShape, Recipe
+
+_DTYPE = "float32"
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a module answered: for each item the text, and whether it is right."""
+
+    texts: list[str]
+    correct: list[bool]
+
+
+class Evaluator:
+    """A decode module beside its base, ready to answer.
+
+    Args:
+        base: the prefill checkpoint folder.
+        module: the decode module's folder; None: the base's own weights.
+        batch_size: prompts that are answered together.
+
+    Raises:
+        CheckpointError: one of them cannot be read.
+    """
+
+    def __init__(self, base: str | Path, module: str | Path | None, batch_size: int):
+        manifest = read_manifest(base)
+        self._base = load_weights(manifest, dtype=jnp.float32)
+        self._weights = self._base
+        self._batch_size = batch_size
+        lora = None
+        if module is not None:
+            own = read_manifest(module)
+            self._weights = load_weights(own, dtype=jnp.float32)
+            certificate = own.certificate
+            assert certificate is not None
+            if certificate.lora_targets is not None:
+                assert certificate.lora_rank is not None
+                assert certificate.lora_alpha is not None
+                lora = LoraShape(
+                    certificate.lora_rank, certificate.lora_alpha, certificate.lora_targets
+                )
+        self._recipe = Recipe(manifest.config, _DTYPE, lora)
+        self._tokenizer = Tokenizer.load(manifest.folder / TOKENIZER_FOLDER)
+
+    def answer(
+        self,
+        items: Sequence[Item],
+        cover: Callable[[int], int],
+        max_tokens: int,
+        report: Callable[[int], None],
+    ) -> Answers:
+        """Answers `items` greedily.
+
+        Args:
+            items: see `pshare_jax.evals`.
+            cover: from the length of a prompt to how much of it the base covers.
+            max_tokens: most tokens of an answer.
+            report: gets the number of items done, now and then.
+        """
+        prompts = [self._prompt(item) for item in items]
+        outputs = generate(
+            self._recipe,
+            self._weights,
+            self._base,
+            [Prompt(tokens, cover(len(tokens))) for tokens in prompts],
+            max_tokens=max_tokens,
+            end_token_ids=self._tokenizer.eos_token_ids,
+            batch_size=self._batch_size,
+            report=report,
+        )
+        texts = [self._tokenizer.decode(tokens) for tokens in outputs]
+        correct = [grade(item, text).correct for item, text in zip(items, texts, strict=True)]
+        return Answers(texts, correct)
+
+    def _prompt(self, item: Item) -> list[int]:
+        text = self._tokenizer.apply_chat_template(item.messages, item.tools)
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+
+def cover_share(share: float) -> Callable[[int], int]:
+    """The base covers that share of a prompt, rounded down; never its last token."""
+    return lambda length: min(int(share * length), split_prompt(length, 1))
+
+
+def cover_all_but(tail: int) -> Callable[[int], int]:
+    """The split rule, as a module is served."""
+    return lambda length: split_prompt(length, tail)

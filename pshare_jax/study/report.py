@@ -1,0 +1,158 @@
+"""Tables and plots of a study, from its result files."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pshare_jax.convert.manifest import read_json
+from pshare_jax.errors import DataError
+from pshare_jax.evals.statistics import bootstrap_interval
+from pshare_jax.study.config import SHARES
+from pshare_jax.study.tasks import SUMMARY_FILE
+
+Result = Mapping[str, Any]
+
+BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
+_METHODS = {
+    "base": "base, not trained",
+    "full": "full fine-tuning",
+    "prefillshare": "PrefillShare, all weights",
+    "lora": "PrefillShare, LoRA",
+}
+_NAIVE = "naive sharing"
+_NAIVE_SHARE = "test, share 1.0"
+
+
+def read_results(folder: Path) -> list[Result]:
+    """All result files of `folder`.
+
+    Raises:
+        DataError: there are none.
+    """
+    paths = [path for path in sorted(folder.glob("*.json")) if path.name != SUMMARY_FILE]
+    if not paths:
+        raise DataError(f"{folder}: no results; make them with python -m pshare_jax.study run")
+    return [read_json(path) for path in paths]
+
+
+def tables(results: Sequence[Result]) -> str:
+    """Markdown: the accuracies of each task, and what was tried on the validation sets."""
+    tasks = list(dict.fromkeys(result["task"] for result in results))
+    parts = [_test_table(task, [r for r in results if r["task"] == task]) for task in tasks]
+    return "\n".join([*parts, _validation_table(results)])
+
+
+def write_into(document: Path, text: str) -> None:
+    """Replaces what stands between the markers `BEGIN` and `END` in `document`.
+
+    Raises:
+        DataError: it has no such markers.
+    """
+    before, begin, rest = document.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise DataError(f"{document}: has no lines {BEGIN} and {END}")
+    document.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}")
+
+
+def _test_table(task: str, results: Sequence[Result]) -> str:
+    """One row a method and size; accuracies of several seeds are averaged over items and seeds."""
+    groups: dict[tuple[str, int, int], list[Result]] = defaultdict(list)
+    for result in results:
+        if "test" in result["evaluations"]:
+            key = (result["method"], result.get("examples", 0), result.get("tail", 1))
+            groups[key].append(result)
+    order = {method: place for place, method in enumerate(_METHODS)}
+    rows = []
+    for method, examples, tail in sorted(groups, key=lambda k: (order[k[0]], k[1:])):
+        group = groups[method, examples, tail]
+        name = _METHODS[method] + (f", tail {tail}" if tail > 1 else "")
+        rows.append(_row(name, group, "test", group))
+        if method == "full" and all(_NAIVE_SHARE in r["evaluations"] for r in group):
+            rows.append(_row(f"{_NAIVE} (those weights)", group, _NAIVE_SHARE, []))
+    if not rows:
+        return f"**{task}**: not measured yet.\n"
+    head = (
+        f"**{task}**\n\n| | examples | seeds | test accuracy % (95 % interval) | training, min |\n"
+        "|---|--:|--:|--:|--:|\n"
+    )
+    return head + "\n".join(rows) + "\n"
+
+
+def _row(name: str, group: Sequence[Result], evaluation: str, trained: Sequence[Result]) -> str:
+    evaluations = [result["evaluations"][evaluation] for result in group]
+    correct = [right == "1" for e in evaluations for right in e["correct"]]
+    low, high = bootstrap_interval(correct)
+    minutes = [m for m in map(_minutes, trained) if m is not None]
+    cells = (
+        name,
+        f"{group[0]['examples']:,}" if group[0].get("examples") else "-",
+        str(len(group)),
+        f"{100 * sum(correct) / len(correct):.1f} ({100 * low:.1f} - {100 * high:.1f})",
+        f"{statistics.mean(minutes):.0f}" if minutes else "-",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _minutes(result: Result) -> float | None:
+    """Duration of a training run; None where none was measured."""
+    training = result.get("training", {})
+    seconds = training.get("step_seconds")
+    return None if seconds is None else training["steps"] * seconds / 60
+
+
+def _validation_table(results: Iterable[Result]) -> str:
+    rows = []
+    for result in results:
+        if (evaluation := result["evaluations"].get("validation")) is not None:
+            low, high = evaluation["interval"]
+            rows.append(
+                f"| {result['task']} | {_METHODS[result['method']]} | {result['tail']} | "
+                f"{result['learning_rate']:g} | {result['examples']:,} | {result['seed']} | "
+                f"{100 * evaluation['accuracy']:.1f} ({100 * low:.1f} - {100 * high:.1f}) |"
+            )
+    head = (
+        "Every run, on the validation sets that settings were chosen on:\n\n"
+        "| task | method | tail | learning rate | examples | seed | accuracy % (95 % interval) |\n"
+        "|---|---|--:|--:|--:|--:|--:|\n"
+    )
+    return head + "\n".join(rows) + "\n"
+
+
+def plot_shares(results: Sequence[Result], task: str, path: Path) -> bool:
+    """Accuracy against the share of the prompt that is read from the base's KV (the paper's
+    Figure 2), as a PNG; whether there was anything to plot."""
+    lines: dict[str, list[Result]] = defaultdict(list)
+    for result in results:
+        if result["task"] == task and _NAIVE_SHARE in result["evaluations"]:
+            name = _NAIVE if result["method"] == "full" else _METHODS[result["method"]]
+            lines[f"{name}, {result['examples']:,} examples"].append(result)
+    if not lines:
+        return False
+    # Imported late: it is an extra.
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for name, group in sorted(lines.items()):
+        shares = [100 * share for share in SHARES]
+        means = [
+            100 * statistics.mean(r["evaluations"][f"test, share {s}"]["accuracy"] for r in group)
+            for s in SHARES
+        ]
+        axes.plot(shares, means, marker="o", label=name)
+    axes.set_xlabel("share of the prompt read from the base's KV, %")
+    axes.set_ylabel("test accuracy, %")
+    axes.set_title(task)
+    axes.set_ylim(0, 100)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return True

@@ -1,0 +1,161 @@
+"""The tasks of the study: training, validation and test items, made from packages on PyPI.
+
+Each task is three JSONL files that both the trainer and `pshare_jax.evals` read. No question of one
+file is in another; for tool calls no *function* is, and for code no *program*. `tasks.json` keeps
+the counts and hashes, and that the overlap was counted as zero.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pshare_jax.errors import DataError
+from pshare_jax.study import programs, tools
+
+SPLITS = ("train", "validation", "test")
+SUMMARY_FILE = "tasks.json"
+
+Item = dict[str, Any]
+Sizes = tuple[int, int, int]
+"""Items of the training, validation and test set."""
+
+# reasoning-gym draws item i of a data set with seed + i: seeds of splits must lie far apart.
+_SEEDS = {"train": 10_000_000, "validation": 20_000_000, "test": 30_000_000}
+
+
+def _item(kind: str, question: str, answer: str, reference: Any, key: str) -> Item:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"kind": kind, "messages": messages, "reference": reference, "key": key}
+
+
+def _reasoning_gym(name: str, seed: int, size: int) -> Iterator[dict[str, Any]]:
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise DataError(
+            "the study's tasks need reasoning-gym: pip install 'pshare_jax[study]'"
+        ) from error
+    yield from reasoning_gym.create_dataset(name, seed=seed, size=size)
+
+
+def _family(seed: int, size: int) -> Iterator[Item]:
+    """How one member of a family is related to another: one word, worked out while reading."""
+    for entry in _reasoning_gym("family_relationships", seed, size):
+        question, answer = entry["question"], entry["answer"]
+        yield _item("exact", question, answer, answer, question)
+
+
+def _math(seed: int, size: int) -> Iterator[Item]:
+    """Word problems after GSM8K, answered step by step; the last number counts."""
+    for entry in _reasoning_gym("gsm_symbolic", seed, size):
+        question, answer = entry["question"], str(entry["answer"])
+        steps = entry["metadata"]["answer_cot"]
+        if len(question) + len(steps) <= _MATH_CHARACTERS:
+            yield _item("math", question, steps, answer, question)
+
+
+_MATH_CHARACTERS = 700
+
+
+def _code(seed: int, size: int) -> Iterator[Item]:
+    """Short Python functions on lists of numbers, described in words and tested by examples."""
+    for program in programs.generate(seed, size):
+        reference = {"entry_point": programs.ENTRY_POINT, "tests": program.tests}
+        yield _item("code", program.question, program.source, reference, program.key)
+
+
+_GENERATED: dict[str, tuple[Callable[[int, int], Iterator[Item]], float]] = {
+    # How many items to draw for each one that is kept, since duplicates are dropped.
+    "family": (_family, 1.2),
+    "math": (_math, 2.5),
+    "code": (_code, 3.0),
+}
+TASKS = (*_GENERATED, "tools")
+
+
+def _generated(task: str, sizes: Sizes) -> dict[str, list[Item]]:
+    make, margin = _GENERATED[task]
+    splits: dict[str, list[Item]] = {}
+    seen: set[str] = set()
+    # The test set is drawn first: what it holds is left out of the others.
+    for split in reversed(SPLITS):
+        size = sizes[SPLITS.index(split)]
+        splits[split] = []
+        for item in make(_SEEDS[split], int(size * margin) + 100):
+            if len(splits[split]) == size:
+                break
+            if item["key"] not in seen:
+                seen.add(item["key"])
+                splits[split].append(item)
+        if len(splits[split]) < size:
+            raise DataError(f"{task}: {size} different {split} items are more than it can make")
+    return splits
+
+
+def _tools(sizes: Sizes) -> dict[str, list[Item]]:
+    splits = tools.split_by_function(tools.load(), dict(zip(SPLITS, sizes, strict=True)))
+    return {
+        split: [
+            _item("tools", call.question, call.answer, call.reference, call.question)
+            | {"tools": call.functions}
+            for call in calls
+        ]
+        for split, calls in splits.items()
+    }
+
+
+def overlap(splits: dict[str, list[Item]]) -> int:
+    """How many keys (questions, programs) and, for tools, functions are in more than one split."""
+    count = 0
+    names: list[set[str]] = []
+    for items in splits.values():
+        keys = {item["key"] for item in items}
+        keys |= {f"function {name}" for item in items for name in _functions(item)}
+        count += sum(len(keys & other) for other in names)
+        names.append(keys)
+    return count
+
+
+def _functions(item: Item) -> Iterable[str]:
+    return (function["name"] for function in item.get("tools", []))
+
+
+def make_task(task: str, sizes: Sizes, folder: Path) -> dict[str, Any]:
+    """Writes a task's `train.jsonl`, `validation.jsonl` and `test.jsonl` to `folder`.
+
+    Args:
+        task: one of `TASKS`.
+        sizes: items of each split; for tools the most there can be.
+        folder: made if it does not exist.
+
+    Returns:
+        A JSON object: for each split `items` and `sha256`, and the `overlap` between splits: 0.
+
+    Raises:
+        DataError: fewer items can be made, a package is missing, or splits overlap.
+    """
+    splits = _tools(sizes) if task == "tools" else _generated(task, sizes)
+    if shared := overlap(splits):
+        raise DataError(f"{task}: {shared} keys are in more than one split")
+    folder.mkdir(parents=True, exist_ok=True)
+    summary: dict[str, Any] = {"overlap": 0}
+    for split in SPLITS:
+        lines = []
+        for index, item in enumerate(splits[split]):
+            fields = {name: value for name, value in item.items() if name != "key"}
+            lines.append(json.dumps({"id": f"{task}-{split}-{index}", **fields}) + "\n")
+        content = "".join(lines).encode()
+        _write(folder / f"{split}.jsonl", content)
+        summary[split] = {"items": len(lines), "sha256": hashlib.sha256(content).hexdigest()}
+    return summary
+
+
+def _write(path: Path, content: bytes) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)

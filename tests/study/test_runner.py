@@ -1,0 +1,142 @@
+"""A small study from its data to its report, on a tiny base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pshare_jax.errors import ConfigError, DataError
+from pshare_jax.study import report, runner
+from pshare_jax.study.__main__ import main
+from pshare_jax.study.config import Runs, StudyConfig, TaskConfig, expand
+from pshare_jax.study.runner import Study
+from pshare_jax.train.report import Reporter
+from tests.train.helpers import write_base
+
+TASK = TaskConfig("code", 24, 4, 6, 4)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory) -> StudyConfig:
+    """Finished: two learning rates of PrefillShare, the better one with LoRA, and full."""
+    folder = tmp_path_factory.mktemp("study")
+    base = write_base(folder)
+    config = StudyConfig(
+        base=str(base),
+        folder=str(folder / "work"),
+        results=str(folder / "results"),
+        tasks=[TASK],
+        runs=[
+            Runs("code", "prefillshare", 8, [1e-3, 1e-2]),
+            Runs("code", "prefillshare", 16, test=True),
+            Runs("code", "full", 8, [1e-3], test=True, shares=True, keep=True),
+            Runs("code", "lora", 8, [1e-3], test=True),
+        ],
+        batch_size=4,
+        lora_rank=2,
+    )
+    Study(config, Reporter(active=False)).make()
+    return config
+
+
+@pytest.mark.slow
+def test_every_run_leaves_a_result(study):
+    results = {p.name: json.loads(p.read_text()) for p in Path(study.results).glob("*.json")}
+    assert len(results) == 1 + 1 + 5
+    assert results["tasks.json"]["code"]["overlap"] == 0
+    full = results["code-full-0.001-8-0.json"]
+    assert set(full["evaluations"]) == {
+        "validation",
+        "test",
+        *(f"test, share {share}" for share in (0.0, 0.25, 0.5, 0.75, 1.0)),
+    }
+    # An ordinary fine-tune reads its prompt itself.
+    assert (
+        full["evaluations"]["test"]["correct"] == full["evaluations"]["test, share 0.0"]["correct"]
+    )
+    assert len(full["evaluations"]["test"]["correct"]) == TASK.test
+    assert full["training"]["steps"] == 2
+    assert "test" not in results["code-prefillshare-0.001-8-0.json"]["evaluations"]
+    # Weights are kept where that was asked for.
+    kept = [path.name for path in (Path(study.folder) / "models").iterdir()]
+    assert kept == ["code-full-0.001-8-0"]
+
+
+@pytest.mark.slow
+def test_finished_runs_are_not_made_again(study, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("something was run again")
+
+    monkeypatch.setattr(runner.subprocess, "run", refuse)
+    monkeypatch.setattr(Study, "_evaluate", refuse)
+    Study(study, Reporter(active=False)).make()
+
+
+@pytest.mark.slow
+def test_the_report_shows_every_result(study, tmp_path):
+    document = tmp_path / "training.md"
+    document.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    results = report.read_results(Path(study.results))
+    report.write_into(document, report.tables(results))
+    text = document.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "old" not in text
+    # Base, full, naive sharing, PrefillShare and LoRA on the test set.
+    assert [line.split("|")[1].strip() for line in text.splitlines() if "| 1 | " in line][:5] == [
+        "base, not trained",
+        "full fine-tuning",
+        "naive sharing (those weights)",
+        "PrefillShare, all weights",
+        "PrefillShare, LoRA",
+    ]
+    assert text.count("| code |") == 5
+    assert report.plot_shares(results, "code", tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def result(rate: float, accuracy: float, examples: int) -> dict:
+    return {
+        "task": "t",
+        "method": "full",
+        "learning_rate": rate,
+        "examples": examples,
+        "seed": 0,
+        "tail": 1,
+        "evaluations": {"validation": {"accuracy": accuracy}},
+    }
+
+
+def test_the_best_rate_is_that_of_the_sweep(tmp_path):
+    config = StudyConfig("base", "work", str(tmp_path), [], [])
+    study = Study(config, Reporter(active=False))
+    runs = Runs("t", "full", 100)
+    assert study.best_rate(runs) is None
+    # The sweep has the fewest examples; a longer run is better but tells nothing about rates.
+    for rate, accuracy, examples in ((1e-4, 0.3, 10), (1e-3, 0.5, 10), (1e-2, 0.9, 100)):
+        made = result(rate, accuracy, examples)
+        (tmp_path / f"t-full-{rate:g}-{examples}-0.json").write_text(json.dumps(made))
+    assert study.best_rate(runs) == 1e-3
+    assert [run.name for run in expand(runs, 1e-3)] == ["t-full-0.001-100-0"]
+
+
+def test_a_rate_that_nothing_tells():
+    with pytest.raises(ConfigError, match="t, lora: learning_rates is empty"):
+        list(expand(Runs("t", "lora", 1), None))
+
+
+def test_names_tell_tails_apart():
+    [run] = expand(Runs("t", "prefillshare", 16, [3e-4], [2], tail=8), None)
+    assert run.name == "t-prefillshare-tail8-0.0003-16-2"
+
+
+def test_errors_are_one_line(tmp_path, capsys):
+    folders = ["--base=b", f"--folder={tmp_path}", f"--results={tmp_path}"]
+    assert main(["report", *folders, "--tasks=[]", "--runs=[]"]) == 2
+    assert "no results" in capsys.readouterr().err
+    assert main(["walk"]) == 2
+    (tmp_path / "d.md").write_text("nothing")
+    with pytest.raises(DataError, match="has no lines"):
+        report.write_into(tmp_path / "d.md", "x")
