@@ -36,14 +36,14 @@ def check_reference(reference: Any) -> None:
 
 
 def grade(
-    reference: Mapping[str, str], text: str, limits: sandbox.Limits = sandbox.Limits()
+    reference: Mapping[str, str], text: str, limits: sandbox.Limits = sandbox.DEFAULT_LIMITS
 ) -> Grade:
     """Runs the answer's code and then its tests.
 
     Args:
-        reference: `entry_point`, the name that must be defined; `tests`, source with assertions, or
-            with a function `check(candidate)` as HumanEval's; `prompt`, source that the code goes on
-            from.
+        reference: `entry_point`, the name that must be defined; `tests`, source with assertions,
+            or with a function `check(candidate)` as HumanEval's; `prompt`, source that the code
+            goes on from.
         text: the answer; of an answer with a fenced block of Python, that block is the code.
         limits: of the process that runs it.
 

@@ -62,8 +62,9 @@ def paired_bootstrap_interval(
 
 
 def wilson_interval(correct: Sequence[bool], *, confidence: float = 0.95) -> Interval:
-    """Wilson's score interval of an accuracy; unlike the bootstrap's it is wide where all answers are
-    right, or none.
+    """Wilson's score interval of an accuracy.
+
+    Unlike the bootstrap's it is not empty where all answers are right, or none.
 
     Raises:
         ValueError: there are no answers.

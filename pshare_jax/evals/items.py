@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from pshare_jax.errors import DataError
 from pshare_jax.evals import code, exact, math, tools
@@ -38,8 +38,8 @@ class Item:
 def read_items(path: str | Path) -> list[Item]:
     """The items of a JSONL file, in its order; empty lines do not count.
 
-    A last message of the assistant is the reference answer and is dropped. Functions in BFCL's style
-    (`{"name", "description", "parameters"}`) are wrapped as OpenAI's API wants them.
+    A last message of the assistant is the reference answer and is dropped. Functions in BFCL's
+    style (`{"name", "description", "parameters"}`) are wrapped as OpenAI's API wants them.
 
     Raises:
         DataError: the file cannot be read or has no items, or names file and line of one that
@@ -97,7 +97,7 @@ def parse_item(line: bytes | str) -> Item:
         raise DataError(f"kind is {_show(kind)}; it must be one of {', '.join(get_args(Kind))}")
     if "reference" not in record:
         raise DataError("reference is missing: what a right answer is compared with")
-    item = Item(name, kind, _messages(record), _tools(record), record["reference"])
+    item = Item(name, cast(Kind, kind), _messages(record), _tools(record), record["reference"])
     _check_reference(item)
     return item
 

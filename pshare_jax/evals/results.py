@@ -14,7 +14,7 @@ from pshare_jax.evals.intervals import bootstrap_interval, wilson_interval
 
 
 def accuracy(correct: Sequence[bool]) -> dict[str, Any]:
-    """Of a result: the number of `items`, of `correct` ones, the `accuracy`, and its 95 % intervals.
+    """A result's `items` and `correct` (numbers of them), `accuracy` and 95 % intervals of it.
 
     Raises:
         ValueError: there are no answers.

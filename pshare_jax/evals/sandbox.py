@@ -40,6 +40,9 @@ class Limits:
     processes: int = 32
 
 
+DEFAULT_LIMITS = Limits()
+
+
 @dataclass(frozen=True)
 class Program:
     """An answer and what it is tested with.
@@ -65,7 +68,7 @@ class Outcome:
     detail: str
 
 
-def run(program: Program, limits: Limits = Limits()) -> Outcome:
+def run(program: Program, limits: Limits = DEFAULT_LIMITS) -> Outcome:
     """Runs a program: a fresh interpreter with nothing but the standard library.
 
     Leaves no process and no file behind. docs/evaluation.md says what it protects from.
@@ -78,15 +81,17 @@ def run(program: Program, limits: Limits = Limits()) -> Outcome:
     job = json.dumps({"token": token, **asdict(program), **asdict(limits)}).encode()
     read_end, write_end = os.pipe()
     try:
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            with tempfile.TemporaryFile() as errors:
-                try:
-                    code = _run(job, limits.seconds, folder, write_end, errors)
-                finally:
-                    os.close(write_end)
-                report = _report(read_end, token)
-                if "ready" not in report:
-                    raise EvaluationError(f"the sandbox cannot be started: {_tail(errors)}")
+        with (
+            tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+            tempfile.TemporaryFile() as errors,
+        ):
+            try:
+                code = _run(job, limits.seconds, folder, write_end, errors)
+            finally:
+                os.close(write_end)
+            report = _report(read_end, token)
+            if "ready" not in report:
+                raise EvaluationError(f"the sandbox cannot be started: {_tail(errors)}")
     finally:
         os.close(read_end)
     return _outcome(report, code, limits)

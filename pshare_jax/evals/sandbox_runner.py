@@ -1,9 +1,9 @@
-"""Runs one untrusted program and its tests; `sandbox.py` starts it, as a script, in a process of its own.
+"""Runs one untrusted program and its tests; `sandbox.py` starts it, in a process of its own.
 
-It is handed a file descriptor to report on, and on standard input a JSON object: `token` (proves that
-a report is its own), `answer`, `tests`, `entry_point`, `has_check`
-(whether the tests define a function `check` of the candidate), and the limits. Only the standard
-library is imported. What it protects from, and what not, is in docs/evaluation.md.
+A script that imports nothing but the standard library. It is handed a file descriptor to report on
+and, on standard input, a JSON object: `token` (proves that a report is its own), `answer`, `tests`,
+`entry_point`, `has_check` (whether the tests define a function `check` of the candidate), and the
+limits. What it protects from, and what not, is in docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def _run(report_to: int, job: dict[str, Any]) -> None:
     """Defines what the answer defines, then runs the tests on it, and reports."""
     # Taken before the answer can replace them.
     write, leave, compiled, execute = os.write, os._exit, compile, exec
-    scope = vars(builtins)
+    scope: dict[str, Any] = builtins.__dict__
     originals = dict(scope)
     token, answer, tests = job.pop("token"), job["answer"], job["tests"]
     entry_point, has_check = job["entry_point"], job["has_check"]

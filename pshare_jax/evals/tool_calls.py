@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import re
 import warnings
@@ -176,9 +177,8 @@ def tool_calls_text(tool_calls: Any) -> str:
             continue
         arguments = function.get("arguments") or {}
         if isinstance(arguments, str):
-            try:
+            # A model may have produced broken JSON: it is graded as it was.
+            with contextlib.suppress(ValueError):
                 arguments = json.loads(arguments)
-            except ValueError:
-                pass  # a model may have produced broken JSON: it is graded as it was
         calls.append({"name": function.get("name"), "arguments": arguments})
     return json.dumps(calls, ensure_ascii=False)

@@ -1,7 +1,7 @@
-"""Tool calls, compared with acceptable ones by the rules of the Berkeley Function-Calling Leaderboard.
+"""Tool calls, compared with acceptable ones as the Berkeley Function-Calling Leaderboard does.
 
-An acceptable call is `{"name": {"argument": [acceptable values]}}`; an argument that may be left out
-has "" among its values. Calls may come in any order.
+An acceptable call is `{"name": {"argument": [acceptable values]}}`; an argument that may be left
+out has "" among its values. Calls may come in any order.
 
 Source: BFCL's AST evaluation, https://gorilla.cs.berkeley.edu/leaderboard.html
 """
@@ -38,7 +38,7 @@ def check_reference(reference: Any, tools: Sequence[Mapping[str, Any]]) -> None:
     """Raises DataError unless `reference` is a list of acceptable calls to functions of `tools`."""
     if not isinstance(reference, list) or not reference:
         raise DataError(
-            'reference must be a list of acceptable calls, like [{"f": {"x": [1]}}], as kind is tools'
+            'reference must be a list of calls, like [{"f": {"x": [1]}}], as kind is tools'
         )
     known = {tool["function"]["name"] for tool in tools}
     for entry in reference:
@@ -74,9 +74,7 @@ def grade(
         ((name, acceptable),) = entry.items()
         problems = [_problem(call, functions[name], acceptable) for call in calls]
         if None not in problems:
-            return Grade(
-                False, shorten(problems[0] if len(calls) == 1 else f"no call to {name} fits")
-            )
+            return Grade(False, shorten(str(problems[0])))
         del calls[problems.index(None)]
     return Grade(True, "calls match")
 
