@@ -12,11 +12,15 @@ class ConfigError(PshareError):
 
 
 class DataError(PshareError):
-    """Training data that cannot be used; the message names file and line."""
+    """Data to train or evaluate with that cannot be used; the message names file and line."""
 
 
 class TrainingError(PshareError):
     """A training run that cannot go on."""
+
+
+class EvaluationError(PshareError):
+    """An evaluation that cannot go on, or results that cannot be compared."""
 
 
 class CheckpointError(PshareError):

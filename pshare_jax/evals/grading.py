@@ -1,0 +1,24 @@
+"""Grades one answer of one item."""
+
+from __future__ import annotations
+
+from pshare_jax.evals import code, exact, math, tools
+from pshare_jax.evals.items import Item
+from pshare_jax.evals.verdict import Grade
+
+
+def grade(item: Item, text: str) -> Grade:
+    """Whether `text` answers `item`.
+
+    Answers of kind code are run, in a process of their own and with limits: see `sandbox.run`.
+    Safe to call from several threads.
+    """
+    match item.kind:
+        case "exact":
+            return exact.grade(item.reference, text)
+        case "math":
+            return math.grade(item.reference, text)
+        case "code":
+            return code.grade(item.reference, text)
+        case "tools":
+            return tools.grade(item.reference, item.tools, text)
