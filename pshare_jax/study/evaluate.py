@@ -91,7 +91,7 @@ class Evaluator:
         return Answers(texts, correct)
 
     def _prompt(self, item: Item) -> list[int]:
-        text = self._tokenizer.apply_chat_template(item.messages, item.tools)
+        text = self._tokenizer.apply_chat_template(item.messages, item.tools or None)
         return self._tokenizer.encode(text, add_special_tokens=False)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from pshare_jax.convert.manifest import read_json
 from pshare_jax.errors import DataError
-from pshare_jax.evals.statistics import bootstrap_interval
+from pshare_jax.evals.intervals import bootstrap_interval
 from pshare_jax.study.config import SHARES
 from pshare_jax.study.tasks import SUMMARY_FILE
 

@@ -168,7 +168,7 @@ class Study:
     ) -> dict[str, Any]:
         """A JSON object; which items were right is kept as a string of 0s and 1s."""
         # Imported late: JAX is not needed when all results are there.
-        from pshare_jax.evals.statistics import bootstrap_interval
+        from pshare_jax.evals.intervals import bootstrap_interval
         from pshare_jax.study.evaluate import Evaluator, cover_all_but, cover_share
 
         items = self._items(task, split)
