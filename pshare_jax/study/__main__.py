@@ -1,5 +1,7 @@
 """`python -m pshare_jax.study run|report --config FILE.yaml`: compares fine-tuning methods.
 
+`python -m pshare_jax.study quick FOLDER` does so in minutes, on a tiny model that it makes.
+
 Exit codes: 0 done; 2 something that cannot be used, explained in one line on standard error.
 """
 
@@ -14,16 +16,23 @@ from pshare_jax.errors import PshareError
 from pshare_jax.study.config import StudyConfig
 
 DOCUMENT = Path("docs/training.md")
-_USAGE = "usage: python -m pshare_jax.study run|report --config FILE.yaml [--key=value ...]"
+_USAGE = (
+    "usage: python -m pshare_jax.study run|report --config FILE.yaml [--key=value ...]\n"
+    "       python -m pshare_jax.study quick FOLDER"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     command, *args = (sys.argv[1:] if argv is None else list(argv)) or [""]
-    if command not in ("run", "report"):
+    quick = command == "quick" and len(args) == 1
+    if command not in ("run", "report") and not quick:
         print(_USAGE, file=sys.stderr)
         return 0 if command in ("-h", "--help") else 2
     try:
+        if quick:
+            _quick(Path(args[0]))
+            return 0
         config = load_config(StudyConfig, args, f"python -m pshare_jax.study {command}")
         if command == "run":
             _run(config)
@@ -41,6 +50,16 @@ def _run(config: StudyConfig) -> None:
     from pshare_jax.train.report import Reporter
 
     Study(config, Reporter()).make()
+
+
+def _quick(folder: Path) -> None:
+    """Makes the quick study in `folder`, or what is missing of it, and prints its tables."""
+    from pshare_jax.study import report
+    from pshare_jax.study.quick import quick_study
+
+    config = quick_study(folder)
+    _run(config)
+    print(report.tables(report.read_results(Path(config.results))))
 
 
 def _report(config: StudyConfig) -> None:

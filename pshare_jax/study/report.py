@@ -93,7 +93,7 @@ def _row(name: str, group: Sequence[Result], evaluation: str, trained: Sequence[
         f"{group[0]['examples']:,}" if group[0].get("examples") else "-",
         str(len(group)),
         f"{100 * sum(correct) / len(correct):.1f} ({100 * low:.1f} - {100 * high:.1f})",
-        f"{statistics.mean(minutes):.0f}" if minutes else "-",
+        f"{statistics.mean(minutes):.1f}" if minutes else "-",
     )
     return f"| {' | '.join(cells)} |"
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pshare_jax.errors import DataError
-from pshare_jax.study import programs, tools
+from pshare_jax.study import programs, quick, tools
 
 SPLITS = ("train", "validation", "test")
 SUMMARY_FILE = "tasks.json"
@@ -69,11 +69,18 @@ def _code(seed: int, size: int) -> Iterator[Item]:
         yield _item("code", program.question, program.source, reference, program.key)
 
 
+def _lookup(seed: int, size: int) -> Iterator[Item]:
+    """What a tiny model with random weights can learn, see `quick`."""
+    for question, answer in quick.lookups(seed, size):
+        yield _item("exact", question, answer, answer, question)
+
+
 _GENERATED: dict[str, tuple[Callable[[int, int], Iterator[Item]], float]] = {
     # How many items to draw for each one that is kept, since duplicates are dropped.
     "family": (_family, 1.2),
     "math": (_math, 2.5),
     "code": (_code, 3.0),
+    quick.TASK: (_lookup, 1.1),
 }
 TASKS = (*_GENERATED, "tools")
 

@@ -1,0 +1,35 @@
+"""The result in small: PrefillShare learns what full fine-tuning does; naive sharing breaks."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pshare_jax.study.__main__ import main
+from pshare_jax.study.quick import lookups
+
+
+@pytest.mark.slow
+def test_cache_conditioned_modules_learn_where_naive_sharing_fails(tmp_path, capsys):
+    assert main(["quick", str(tmp_path)]) == 0
+    results = {
+        result["method"]: result["evaluations"]
+        for path in (tmp_path / "results").glob("lookup-*.json")
+        if (result := json.loads(path.read_text()))
+    }
+    accuracy = {method: found["test"]["accuracy"] for method, found in results.items()}
+    assert accuracy["base"] < 0.2
+    assert accuracy["full"] > 0.9
+    assert accuracy["prefillshare"] > 0.9
+    assert accuracy["lora"] > 0.9
+    assert results["full"]["test, share 1.0"]["accuracy"] < 0.5
+    assert "naive sharing" in capsys.readouterr().out
+
+
+def test_questions_have_one_capital_that_decides():
+    answers = {}
+    for question, answer in lookups(1, 300):
+        [capital] = [letter for letter in question if letter.isupper()]
+        assert answers.setdefault(capital, answer) == answer
+    assert sorted(answers) == sorted(answers.values()) == list("ABCDEFGHIJKLMNOP")
