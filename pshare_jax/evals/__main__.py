@@ -1,4 +1,4 @@
-"""`python -m pshare_jax.evals run|compare`: accuracy of a served model, and of two compared.
+"""`python -m pshare_jax.evals run|compare|import`: how often served models answer rightly.
 
 Exit codes: 0 done; 2 something that cannot be used, explained in one line on standard error; 130
 interrupted.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -16,11 +17,11 @@ from typing import Any
 from rich.console import Console
 
 from pshare_jax.errors import EvaluationError, PshareError
-from pshare_jax.evals import report
+from pshare_jax.evals import benchmarks, report
 from pshare_jax.evals.backend import Backend, Sampling
 from pshare_jax.evals.compare import compare
 from pshare_jax.evals.items import Item, file_sha256, read_items
-from pshare_jax.evals.results import check_writable, read_result, write_result
+from pshare_jax.evals.results import check_writable, read_result, write_file, write_result
 from pshare_jax.evals.run import evaluate
 
 
@@ -35,6 +36,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("a", metavar="A.json")
     command.add_argument("b", metavar="B.json")
     command.add_argument("--json", metavar="FILE", help="write the comparison to a file too")
+    importing = commands.add_parser("import", help="make a file of items from a benchmark's files")
+    benchmark = importing.add_subparsers(dest="benchmark", required=True)
+    command = benchmark.add_parser("human-eval", help="functions to complete")
+    command.add_argument("problems", metavar="HumanEval.jsonl.gz")
+    command.add_argument("dest", metavar="ITEMS.jsonl")
+    command = benchmark.add_parser("bfcl", help="function calls, single-turn Python questions")
+    command.add_argument("questions", metavar="BFCL_v4_NAME.json")
+    command.add_argument("answers", metavar="possible_answer/BFCL_v4_NAME.json")
+    command.add_argument("dest", metavar="ITEMS.jsonl")
     return parser
 
 
@@ -96,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     args = _parser().parse_args(argv)
     try:
-        return {"run": _run, "compare": _compare}[args.command](args)
+        return {"run": _run, "compare": _compare, "import": _import}[args.command](args)
     except PshareError as error:
         print(f"pshare_jax.evals: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -154,6 +164,17 @@ def _compare(args: argparse.Namespace) -> int:
         fields = {"a": args.a, "b": args.b, **dataclasses.asdict(comparison)}
         write_result(args.json, fields)
     Console(highlight=False).print(report.comparison_table(comparison, args.a, args.b))
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    check_writable(args.dest)
+    if args.benchmark == "human-eval":
+        records = benchmarks.human_eval(args.problems)
+    else:
+        records = benchmarks.bfcl(args.questions, args.answers)
+    write_file(args.dest, "".join(f"{json.dumps(record)}\n" for record in records))
+    print(f"{len(records)} items in {args.dest}")
     return 0
 
 
