@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import queue
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -124,6 +124,7 @@ class Engine:
         stop: Sequence[str] = (),
         sampling: SamplingParams | None = None,
         cache_salt: str = "",
+        on_completion: Callable[[int, Completion], None] | None = None,
         **params: Any,
     ) -> list[Completion]:
         """Completes prompts, all of them at once.
@@ -134,6 +135,8 @@ class Engine:
             stop: strings that end a completion.
             sampling: how to sample; greedy when neither this nor `params` says otherwise.
             cache_salt: prompts of different salts share no KV.
+            on_completion: called with the index of a prompt and its completion as soon as it is
+                there, in the caller's thread; the next one waits until it returns.
             params: fields of SamplingParams, on top of `sampling`.
 
         Raises:
@@ -149,6 +152,7 @@ class Engine:
             for prompt in many
         ]
         collectors = {request.id: _Collector(self._orchestrator, stop) for request in requests}
+        indices = {request.id: index for index, request in enumerate(requests)}
         waiting = list(reversed(requests))
         running = 0
         try:
@@ -158,8 +162,11 @@ class Engine:
                 collector = collectors[event.request_id]
                 was_done = collector.done
                 collector.add(event)
-                if collector.done and not was_done and event.finish_reason is None:
-                    self._orchestrator.abort(event.request_id)
+                if collector.done and not was_done:
+                    if event.finish_reason is None:
+                        self._orchestrator.abort(event.request_id)
+                    if on_completion is not None:
+                        on_completion(indices[event.request_id], collector.completion())
                 running -= event.finish_reason is not None
         except BaseException:
             for request in requests:

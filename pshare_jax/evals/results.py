@@ -46,7 +46,16 @@ def check_writable(path: str | Path) -> None:
 
 
 def write_result(path: str | Path, result: Mapping[str, Any]) -> None:
-    """Writes a JSON object so that the file is the whole of it or does not change at all.
+    """Writes a JSON object to a file, whole or not at all.
+
+    Raises:
+        EvaluationError: it cannot be written.
+    """
+    write_file(path, json.dumps(result, indent=2) + "\n")
+
+
+def write_file(path: str | Path, text: str) -> None:
+    """Writes a text so that the file is the whole of it or does not change at all.
 
     Raises:
         EvaluationError: it cannot be written.
@@ -57,8 +66,7 @@ def write_result(path: str | Path, result: Mapping[str, Any]) -> None:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
             with open(handle, "w", encoding="utf-8") as file:
-                json.dump(result, file, indent=2, ensure_ascii=True)
-                file.write("\n")
+                file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(temporary, 0o666 & ~_umask())

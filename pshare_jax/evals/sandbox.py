@@ -97,6 +97,17 @@ def run(program: Program, limits: Limits = DEFAULT_LIMITS) -> Outcome:
     return _outcome(report, code, limits)
 
 
+def check() -> None:
+    """Runs a program that is right.
+
+    Raises:
+        EvaluationError: it does not pass, so that no answer would.
+    """
+    outcome = run(Program("def one():\n    return 1\n", "assert one() == 1\n", "one"))
+    if not outcome.passed:
+        raise EvaluationError(f"the sandbox does not work here: {outcome.detail}")
+
+
 def _run(job: bytes, seconds: int, folder: str, report_to: int, errors: IO[bytes]) -> int | None:
     """The exit code; None when its time was over."""
     process = subprocess.Popen(

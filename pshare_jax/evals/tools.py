@@ -48,7 +48,7 @@ def check_reference(reference: Any, tools: Sequence[Mapping[str, Any]]) -> None:
         if name not in known:
             raise DataError(f"reference: {name!r} is not among tools, which have {sorted(known)}")
         if not isinstance(arguments, dict) or not all(
-            isinstance(values, list) and values for values in arguments.values()
+            isinstance(values, list) for values in arguments.values()
         ):
             raise DataError(f"reference: {name}: each argument needs a list of acceptable values")
 
