@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +15,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from pshare_jax.bench import agents, agents_report, compile_report, machine, micro
+from pshare_jax.bench import (
+    agents,
+    agents_plots,
+    agents_report,
+    compile_report,
+    machine,
+    micro,
+)
 from pshare_jax.bench import compile as compile_bench
 from pshare_jax.errors import PshareError
 
@@ -43,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     agents_parser.add_argument("--config", action="config", help="YAML file with the keys below")
     agents_parser.add_class_arguments(agents.AgentsOptions)
+    agents_parser.add_argument(
+        "--plots", type=str | None, default=None, help="folder for plots (PNG); needs matplotlib"
+    )
     for command in (micro_parser, compile_parser, agents_parser):
         command.add_argument("--json", type=str | None, default=None, help="file for the figures")
     commands = parser.add_subcommands(dest="command")
@@ -53,22 +62,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parser.instantiate(parser.parse_args(None if argv is None else list(argv)))
         options = dict(arguments[arguments.command])
-        json_file = options.pop("json")
+        json_file, plots = options.pop("json"), options.pop("plots", None)
+        if plots is not None:
+            agents_plots.check_installed()
         result = benches[arguments.command](options)
+        # The figures first: they may be of hours, and plots can be drawn again.
+        if json_file is not None:
+            _write_json(Path(json_file), result)
+        if plots is not None:
+            agents_plots.draw(result, Path(plots))
     except PshareError as error:
         print(f"pshare_jax.bench: {error}", file=sys.stderr)
         return 2
-    if json_file is not None:
-        _write_json(Path(json_file), result)
     return 0
 
 
 def _write_json(path: Path, result: dict[str, Any]) -> None:
     """Whole or not at all: whoever reads the file later must not find half a result."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(json.dumps(result, indent=2) + "\n")
-    os.replace(file.name, path)
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(result, indent=2) + "\n")
+    os.replace(part, path)
 
 
 def _agents(options: dict[str, Any]) -> dict[str, Any]:

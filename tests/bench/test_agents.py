@@ -1,16 +1,29 @@
 """The whole command: against a scripted engine, and against two servers of a tiny model."""
 
+import asyncio
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import yaml
 
 from pshare_jax.bench.__main__ import main
+from pshare_jax.bench.agents_calibrate import Costs, session_costs
+from pshare_jax.bench.agents_load import Load
+from pshare_jax.bench.agents_targets import find_target, open_http
+from pshare_jax.bench.agents_workload import Workload
+from pshare_jax.bench.limits import isolated_prefill_tokens, rho, shared_prefill_tokens
+from pshare_jax.convert.orbax import write_prefill
+from pshare_jax.errors import BenchmarkError
+from pshare_jax.models.decoder import init_weights
 from pshare_jax.text.tokenizer import Tokenizer
+from tests.helpers import tiny_config
 from tests.serve.fake import fake_config, fake_engine
 from tests.serve.server import Client, running_server
 from tests.text.tiny import write_byte_level
 
+ROOT = Path(__file__).parents[2]
 SMALL = [
     "--workload.models=2",
     "--workload.turns=2",
@@ -85,6 +98,59 @@ def test_contexts_grow_by_what_was_generated(served, tokenizer_folder, tmp_path)
     assert list(second[64:68]) != reply
 
 
+@pytest.mark.parametrize("pattern", ["react", "reflexion", "fanout"])
+def test_patterns_sweeps_and_arrivals(pattern, served, tokenizer_folder, tmp_path):
+    code, result = play(
+        tmp_path,
+        f"--urls=[{served.url},{served.url}]",
+        "--names=[coder,planner]",
+        f"--tokenizer={tokenizer_folder}",
+        f"--workload.pattern={pattern}",
+        "--model_counts=[1,2]",
+        "--rate=50",
+        "--sessions=3",
+        "--warmup=0",
+        f"--plots={tmp_path / 'plots'}",
+    )
+    assert code == 0
+    assert result is not None
+    for run, count in zip(result["runs"], [1, 2], strict=True):
+        shape = {"prompt": 64, "generated": 4, "observed": 8}
+        calls = Workload(pattern=pattern, models=count, turns=4 // count, **shape).calls()
+        assert run["models"] == count
+        assert run["calls"] == 3 * 4
+        assert run["prompt_tokens"]["total"] == 3 * sum(call.prompt for call in calls)
+    models = [request.model for request in served.engine.submitted]
+    assert set(models[:12]) == {"coder"}
+    assert set(models[12:]) == {"coder", "planner"}
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {
+        "concurrency.png",
+        "models.png",
+    }
+
+
+class Forgetful(dict):
+    def __setitem__(self, key, value):
+        pass
+
+
+def test_decode_is_not_measured_where_prompts_are_forgotten(served, tokenizer_folder):
+    served.engine._index = Forgetful()
+    encode = Tokenizer.load(tokenizer_folder).encode
+
+    async def measure() -> Costs:
+        async with open_http(10, None) as http:
+            target = await find_target(http, "shared", [served.url], [], 2)
+            load = Load(sessions=2, concurrency=2, rate=0.0, seed=0)
+            shape = Workload(models=2, turns=1, prompt=32, generated=2)
+            return await session_costs(http, target, shape, encode, load, {})
+
+    with pytest.raises(
+        BenchmarkError, match=r"shared: only 0 of \d+ prompt tokens were still cached"
+    ):
+        asyncio.run(measure())
+
+
 def test_text_that_a_server_knows_is_refused(served, tokenizer_folder, tmp_path, capsys):
     flags = [f"--urls=[{served.url}]", f"--tokenizer={tokenizer_folder}", "--sessions=1"]
     assert play(tmp_path, *flags)[0] == 0
@@ -129,3 +195,67 @@ def test_more_models_than_are_served(served, tokenizer_folder, capsys):
     assert "4 models are needed, these are there: planner, coder, team/critic" in (
         capsys.readouterr().err
     )
+
+
+def tiny_servers(folder: Path) -> list[str]:
+    """Configurations of one tiny base under two names: sharing, and not."""
+    config = tiny_config(vocab_size=416, max_position_embeddings=512)
+    tokenizer = write_byte_level(folder / "tokenizer")
+    files = {path.name: path.read_bytes() for path in tokenizer.iterdir()}
+    write_prefill(folder / "base", config, init_weights(config, 0), files)
+    flags = []
+    for sharing in ("shared", "isolated"):
+        served = {
+            "base": str(folder / "base"),
+            "models": [{"name": name, "sharing": sharing} for name in ("planner", "coder")],
+            "max_model_len": 256,
+            "page_size": 16,
+            "compilation_cache_dir": str(ROOT / ".cache/xla-tests"),
+            "prefill": {"chunk_buckets": [128]},
+            "decode": {"batch_buckets": [4], "max_num_seqs": 4, "replay_buckets": [16]},
+        }
+        file = folder / f"{sharing}.yaml"
+        file.write_text(yaml.safe_dump(served))
+        flags.append(f"--{sharing}={file}")
+    return flags
+
+
+@pytest.mark.slow
+def test_sharing_against_not_sharing(tmp_path, capsys):
+    code, result = play(
+        tmp_path, *tiny_servers(tmp_path), "--sessions=3", "--rounds=2", "--concurrency=[2]"
+    )
+    assert code == 0
+    assert result is not None
+    # Interleaved, and who comes first alternates.
+    order = [run["target"] for run in result["runs"]]
+    assert order == ["isolated", "shared", "shared", "isolated"]
+    workload = Workload(models=2, turns=2, prompt=64, generated=4, observed=8)
+    # Each call's last prompt token is the decode module's own, and never prefilled; headings of
+    # two sessions may begin with the same few tokens.
+    for run in result["runs"]:
+        sharing = run["target"] == "shared"
+        count = shared_prefill_tokens if sharing else isolated_prefill_tokens
+        models = 1 if sharing else 2
+        computed = run["server"]["prefill_tokens"]["computed"]
+        most = 3 * (count(workload.calls()) - models)
+        assert 0.95 * most < computed <= most
+        assert (run["prompt_tokens"]["other_model"] > 0) == sharing
+        assert run["server"]["compiles"] == 0
+        assert run["server"]["busy_seconds"].keys() == {"prefill0", "decode0"}
+        assert run["server"]["peak_kv_bytes"]["prefill0"] > 0
+    [row] = result["comparisons"]
+    assert (row["target"], row["baseline"], row["models"]) == ("shared", "isolated", 2)
+    first, second = (
+        next(r for r in result["runs"] if r["target"] == name and r["round"] == 0)
+        for name in ("shared", "isolated")
+    )
+    ratio = first["generated_tokens_per_s"] / second["generated_tokens_per_s"]
+    assert ratio in row["best"]["throughput"].values()
+    [limit] = result["limits"]
+    assert limit["rho"] == pytest.approx(rho(workload.calls()))
+    assert limit["prefill_s"] > 0
+    assert limit["decode_s"] > 0
+    assert 1 < limit["g_max"] < limit["rho"]
+    assert limit["achieved"] == row["best"]["throughput"]["median"]
+    assert "G_max" in capsys.readouterr().out

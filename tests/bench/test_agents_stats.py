@@ -1,7 +1,12 @@
 """Figures of a run worked out by hand."""
 
+import sys
+from dataclasses import asdict
+
 import pytest
 
+from pshare_jax.bench import agents_plots
+from pshare_jax.bench.__main__ import main
 from pshare_jax.bench.agents_calibrate import Costs
 from pshare_jax.bench.agents_compare import against_limit, best_concurrency, compare
 from pshare_jax.bench.agents_load import CallRecord, Load, SessionRecord, _arrivals
@@ -97,3 +102,33 @@ def test_achieved_of_the_limit():
     assert found["rho"] == pytest.approx(5936 / 1592)
     assert found["g_max"] == pytest.approx((5936 / 1592 * 7 + 3) / 10)
     assert found["achieved_of_g_max"] == pytest.approx(3.15 / found["g_max"])
+
+
+def test_plots_are_drawn_from_a_result(tmp_path):
+    result = {
+        "runs": [*RUNS, *({**run, "models": 8} for run in RUNS)],
+        "targets": [{"name": "isolated"}, {"name": "shared"}],
+        "options": {"workload": asdict(Workload())},
+    }
+    files = agents_plots.draw(result, tmp_path / "plots")
+    assert [file.name for file in files] == ["concurrency.png", "models.png"]
+    for file in files:
+        assert file.read_bytes().startswith(b"\x89PNG")
+    one = {**result, "runs": RUNS}
+    assert [file.name for file in agents_plots.draw(one, tmp_path)] == ["concurrency.png"]
+
+
+def test_points_of_the_plots():
+    points = agents_plots.by_concurrency(RUNS, "shared", 4)
+    assert [(x, [r["generated_tokens_per_s"] for r in runs]) for x, runs in points] == [
+        (1, [12, 12]),
+        (4, [30, 33]),
+    ]
+    [(models, best)] = agents_plots.by_models(RUNS, "isolated")
+    assert (models, [run["concurrency"] for run in best]) == (4, [1, 1])
+
+
+def test_missing_matplotlib_is_named_before_anything_is_run(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["agents", "--urls=[http://127.0.0.1:9]", "--plots=x"]) == 2
+    assert "pip install 'pshare_jax[bench]'" in capsys.readouterr().err
