@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pshare_jax.bench import agents
 from pshare_jax.bench.__main__ import main
+from pshare_jax.bench.agents import AgentsOptions
 from pshare_jax.bench.agents_calibrate import Costs, session_costs
 from pshare_jax.bench.agents_load import Load
 from pshare_jax.bench.agents_targets import find_target, open_http
@@ -259,3 +261,22 @@ def test_sharing_against_not_sharing(tmp_path, capsys):
     assert 1 < limit["g_max"] < limit["rho"]
     assert limit["achieved"] == row["best"]["throughput"]["median"]
     assert "G_max" in capsys.readouterr().out
+
+
+def test_the_configuration_of_make_bench_is_understood(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    seen = []
+
+    def keep(options: AgentsOptions, progress) -> dict:
+        seen.append(options)
+        raise BenchmarkError("enough")
+
+    monkeypatch.setattr(agents, "run", keep)
+    assert main(["agents", "--config=configs/bench/agents.yaml", "--sessions=4"]) == 2
+    [options] = seen
+    assert options.workload == Workload()
+    assert (options.sessions, options.rounds, options.concurrency) == (4, 3, [1, 2, 4])
+    for name, config in options.configs.items():
+        served = yaml.safe_load(Path(config).read_text())
+        assert {model.get("sharing", "shared") for model in served["models"]} == {name}
+        assert served["max_model_len"] >= options.workload.longest
