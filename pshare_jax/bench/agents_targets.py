@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -40,10 +42,17 @@ def started(configs: dict[str, str], args: Sequence[str]) -> Iterator[dict[str, 
         EngineDeadError: a server did not start.
     """
     with ExitStack() as stack:
+        # Ended by default, this process would leave its servers behind.
+        before = signal.signal(signal.SIGTERM, _exit)
+        stack.callback(signal.signal, signal.SIGTERM, before)
         yield {
             name: stack.enter_context(running_server([f"--config={config}", *args]))
             for name, config in configs.items()
         }
+
+
+def _exit(number: int, _: object) -> None:
+    sys.exit(128 + number)
 
 
 def tokenizer_folder(given: str | None, configs: dict[str, str]) -> str:

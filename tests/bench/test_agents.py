@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from pshare_jax.bench.__main__ import main
 from pshare_jax.bench.agents import AgentsOptions
 from pshare_jax.bench.agents_calibrate import Costs, session_costs
 from pshare_jax.bench.agents_load import Load
-from pshare_jax.bench.agents_targets import find_target, open_http
+from pshare_jax.bench.agents_targets import find_target, open_http, started
 from pshare_jax.bench.agents_workload import Workload
 from pshare_jax.bench.limits import isolated_prefill_tokens, rho, shared_prefill_tokens
 from pshare_jax.convert.orbax import write_prefill
@@ -280,3 +281,11 @@ def test_the_configuration_of_make_bench_is_understood(monkeypatch):
         served = yaml.safe_load(Path(config).read_text())
         assert {model.get("sharing", "shared") for model in served["models"]} == {name}
         assert served["max_model_len"] >= options.workload.longest
+
+
+def test_a_benchmark_that_is_ended_stops_its_servers():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as caught, started({}, []):
+        signal.raise_signal(signal.SIGTERM)
+    assert caught.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
