@@ -4,13 +4,17 @@ BIN := .venv/bin
 CONFIG ?= configs/serve/smollm2-135m.yaml
 BASE := checkpoints/smollm2-135m
 
-.PHONY: demo serve results test test-compile lint format clean
+.PHONY: demo serve bench results test test-compile lint format clean
 
 demo: .venv/.run
 	$(BIN)/python -m pshare_jax.demo
 
 serve: .venv/.run $(BASE)/pshare.json
 	$(BIN)/python -m pshare_jax.serve --config $(CONFIG)
+
+bench: .venv/.bench $(BASE)/pshare.json
+	$(BIN)/python -m pshare_jax.bench agents --config configs/bench/agents.yaml \
+	  --json runs/bench/agents.json --plots runs/bench
 
 # Finished runs are kept; started again it goes on where it was stopped.
 results: .venv/.study $(BASE)/pshare.json
@@ -51,6 +55,10 @@ $(BASE)/pshare.json: | .venv/.run
 .venv/.test: pyproject.toml | .venv/.python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $@ .venv/.run
+
+.venv/.bench: pyproject.toml | .venv/.run
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	@touch $@
 
 .venv/.study: pyproject.toml | .venv/.run
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[study]'

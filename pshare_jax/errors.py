@@ -54,3 +54,7 @@ class QueueFullError(PshareError):
 
 class EngineDeadError(PshareError):
     """An engine thread has failed; nothing more can be served until a restart."""
+
+
+class BenchmarkError(PshareError):
+    """A benchmark run that cannot be counted: a reply failed or was not what was asked for."""

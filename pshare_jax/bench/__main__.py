@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,11 +12,22 @@ from typing import Any
 
 import jsonargparse
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from pshare_jax.bench import (
+    agents,
+    agents_plots,
+    agents_report,
+    compile_report,
+    machine,
+    micro,
+)
 from pshare_jax.bench import compile as compile_bench
-from pshare_jax.bench import compile_report, machine, micro
 from pshare_jax.errors import PshareError
+
+# Columns of a table that goes into a file or a pipe.
+_FILE_WIDTH = 150
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,22 +44,64 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     compile_parser.add_class_arguments(compile_bench.CompileOptions)
     compile_parser.add_argument("--markdown", type=str | None, default=None, help="file for tables")
-    for command in (micro_parser, compile_parser):
+    agents_parser = jsonargparse.ArgumentParser(
+        description="Sessions of several models over one context, over HTTP."
+    )
+    agents_parser.add_argument("--config", action="config", help="YAML file with the keys below")
+    agents_parser.add_class_arguments(agents.AgentsOptions)
+    agents_parser.add_argument(
+        "--plots", type=str | None, default=None, help="folder for plots (PNG); needs matplotlib"
+    )
+    for command in (micro_parser, compile_parser, agents_parser):
         command.add_argument("--json", type=str | None, default=None, help="file for the figures")
     commands = parser.add_subcommands(dest="command")
     commands.add_subcommand("micro", micro_parser)
     commands.add_subcommand("compile", compile_parser)
-    arguments = parser.instantiate(parser.parse_args(None if argv is None else list(argv)))
-    options = dict(arguments[arguments.command])
-    json_file = options.pop("json")
+    commands.add_subcommand("agents", agents_parser)
+    benches = {"micro": _micro, "compile": _compile, "agents": _agents}
     try:
-        result = {"micro": _micro, "compile": _compile}[arguments.command](options)
+        arguments = parser.instantiate(parser.parse_args(None if argv is None else list(argv)))
+        options = dict(arguments[arguments.command])
+        json_file, plots = options.pop("json"), options.pop("plots", None)
+        if plots is not None:
+            agents_plots.check_installed()
+        result = benches[arguments.command](options)
+        # The figures first: they may be of hours, and plots can be drawn again.
+        if json_file is not None:
+            _write_json(Path(json_file), result)
+        if plots is not None:
+            agents_plots.draw(result, Path(plots))
     except PshareError as error:
         print(f"pshare_jax.bench: {error}", file=sys.stderr)
         return 2
-    if json_file is not None:
-        Path(json_file).write_text(json.dumps(result, indent=2) + "\n")
     return 0
+
+
+def _write_json(path: Path, result: dict[str, Any]) -> None:
+    """Whole or not at all: whoever reads the file later must not find half a result."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(result, indent=2) + "\n")
+    os.replace(part, path)
+
+
+def _agents(options: dict[str, Any]) -> dict[str, Any]:
+    options.pop("config", None)
+    columns = (TextColumn("calls"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=None)
+        result = agents.run(
+            agents.AgentsOptions(**options),
+            lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    result["machine"] = machine.describe()
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH
+    console.print(agents_report.runs_table(result))
+    for line in (*agents_report.lines(result), machine.one_line(result["machine"])):
+        console.print(line, soft_wrap=True)
+    return result
 
 
 def _micro(options: dict[str, Any]) -> dict[str, Any]:

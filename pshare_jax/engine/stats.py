@@ -32,8 +32,8 @@ class EngineStats:
 
     Counters only grow and are keyed by model name: `prefill_tokens` by (model, source), where the
     source says who computed a prompt token's KV; `finished` by (model, reason); `compiles` counts
-    compilations after warm-up. `running` and `waiting` are sequences right now. `pools` is keyed by
-    the engine's name: `prefill0`, `decode0`, ...
+    compilations after warm-up. `running` and `waiting` are sequences right now. `pools` and
+    `busy_seconds` (time at work) are keyed by the engine's name: `prefill0`, `decode0`, ...
     """
 
     prefill_tokens: Mapping[tuple[str, TokenSource], int] = field(default_factory=dict)
@@ -47,3 +47,4 @@ class EngineStats:
     running: Mapping[str, int] = field(default_factory=dict)
     waiting: Mapping[str, int] = field(default_factory=dict)
     pools: Mapping[str, PoolStats] = field(default_factory=dict)
+    busy_seconds: Mapping[str, float] = field(default_factory=dict)

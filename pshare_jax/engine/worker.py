@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 
 logger = logging.getLogger(__name__)
@@ -15,10 +16,14 @@ class Worker:
     Subclasses implement `work`, which does one bounded piece and returns whether it made
     progress; after a fruitless one the thread sleeps until `notify`. An exception ends the
     thread and calls `on_dead(reason)`.
+
+    Attributes:
+        busy_seconds: time spent in pieces of work that made progress; written by the thread alone.
     """
 
     def __init__(self, name: str, on_dead: Callable[[str], None]):
         self.name = name
+        self.busy_seconds = 0.0
         self._on_dead = on_dead
         self._condition = threading.Condition()
         self._notified = False
@@ -55,7 +60,10 @@ class Worker:
         try:
             self.setup()
             while not self._stopping:
-                if not self.work():
+                started = time.perf_counter()
+                if self.work():
+                    self.busy_seconds += time.perf_counter() - started
+                else:
                     self._sleep()
         except BaseException as error:
             logger.exception("%s has failed", self.name)

@@ -73,15 +73,22 @@ class CompletionFormat:
     Args:
         echoes: for each choice the text that goes before the completion, usually empty.
         logprobs: how many of the most likely tokens are listed, or None for no probabilities.
+        token_ids: whether the ids of the generated tokens are listed.
     """
 
     def __init__(
-        self, heading: Heading, tokenizer: Tokenizer, echoes: Sequence[str], logprobs: int | None
+        self,
+        heading: Heading,
+        tokenizer: Tokenizer,
+        echoes: Sequence[str],
+        logprobs: int | None,
+        token_ids: bool,
     ):
         self.heading = heading
         self._tokenizer = tokenizer
         self._echoes = echoes
         self._logprobs = logprobs
+        self._token_ids = token_ids
 
     def opening(self, index: int) -> Struct | None:
         """The prompt, when it is echoed."""
@@ -117,8 +124,9 @@ class CompletionFormat:
 
     def _choice(self, index: int, piece: Piece, sequence: SequenceOutput) -> CompletionChoice:
         logprobs = None if self._logprobs is None else self._scores(piece.tokens)
+        token_ids = piece.token_ids if self._token_ids else UNSET
         return CompletionChoice(
-            index, piece.text, logprobs, sequence.finish_reason, sequence.stop_reason
+            index, piece.text, logprobs, sequence.finish_reason, sequence.stop_reason, token_ids
         )
 
     def _scores(self, tokens: Sequence[ScoredToken]) -> CompletionLogprobs:

@@ -163,7 +163,8 @@ async def _stream(stream: EventStream, job: Job, run: Run) -> None:
                 if (opening := job.format.opening(index)) is not None:
                     stream.add(opening)
             piece = sequence.take()
-            if piece.text or piece.tokens or sequence.finish_reason is not None:
+            ids = job.output.token_ids and piece.token_ids
+            if piece.text or piece.tokens or ids or sequence.finish_reason is not None:
                 stream.add(job.format.chunk(index, piece, sequence))
         await stream.flush()
     if job.output.include_usage:

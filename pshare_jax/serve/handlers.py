@@ -64,6 +64,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
             service.tokenizer,
             echoes,
             output.logprobs,
+            output.token_ids,
         ),
         arrival=arrival,
     )

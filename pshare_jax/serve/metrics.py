@@ -102,6 +102,7 @@ class _EngineCollector(Collector):
             "pshare_compiles", "Compilations after warm-up.", value=stats.compiles
         )
         yield self._pages(stats)
+        yield self._busy_seconds(stats)
 
     def _by_model(
         self,
@@ -133,6 +134,14 @@ class _EngineCollector(Collector):
         for name, pool in stats.pools.items():
             for state in ("free", "used", "shared", "cached"):
                 family.add_metric([name, state], getattr(pool, state))
+        return family
+
+    def _busy_seconds(self, stats: EngineStats) -> Metric:
+        family = CounterMetricFamily(
+            "pshare_busy_seconds", "Time that an engine's thread has worked.", labels=["engine"]
+        )
+        for name, seconds in stats.busy_seconds.items():
+            family.add_metric([name], seconds)
         return family
 
 

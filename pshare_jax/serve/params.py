@@ -38,6 +38,7 @@ class OutputParams:
     skip_special_tokens: bool
     logprobs: int | None
     echo: bool = False
+    token_ids: bool = False
 
 
 def output_params(body: CompletionRequest | ChatRequest) -> OutputParams:
@@ -52,9 +53,10 @@ def output_params(body: CompletionRequest | ChatRequest) -> OutputParams:
         raise RequestError("stream_options needs stream: true", param="stream_options")
     if isinstance(body, ChatRequest):
         _check_chat(body)
-        echo, logprobs = False, _chat_logprobs(body)
+        echo, token_ids, logprobs = False, False, _chat_logprobs(body)
     else:
-        echo, logprobs = bool(body.echo), body.logprobs
+        echo, token_ids = bool(body.echo), bool(body.return_token_ids)
+        logprobs = body.logprobs
         _check_completion(body, n)
     if logprobs is not None:
         param = "top_logprobs" if isinstance(body, ChatRequest) else "logprobs"
@@ -68,6 +70,7 @@ def output_params(body: CompletionRequest | ChatRequest) -> OutputParams:
         skip_special_tokens=body.skip_special_tokens is not False,
         logprobs=logprobs,
         echo=echo,
+        token_ids=token_ids,
     )
 
 

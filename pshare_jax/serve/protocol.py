@@ -60,6 +60,7 @@ class CompletionRequest(GenerationRequest, kw_only=True):
     echo: bool | None = None
     best_of: int | None = None
     suffix: str | None = None
+    return_token_ids: bool | None = None
 
 
 class ContentPart(Struct):
@@ -180,13 +181,14 @@ class CompletionLogprobs(Struct):
 
 
 class CompletionChoice(Struct):
-    """One text, or one piece of it in a stream."""
+    """One text, or one piece of it in a stream; `token_ids` if `return_token_ids` was set."""
 
     index: int
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: str | None
     stop_reason: str | int | None
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class Completion(Struct):

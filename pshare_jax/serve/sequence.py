@@ -22,10 +22,14 @@ class ScoredToken:
 
 @dataclass(frozen=True)
 class Piece:
-    """What an answer gained since the last piece."""
+    """What an answer gained since the last piece.
+
+    `token_ids` are all that were generated, be their text shown, held back or cut off.
+    """
 
     text: str
     tokens: list[ScoredToken]
+    token_ids: list[int]
 
 
 class SequenceOutput:
@@ -50,6 +54,7 @@ class SequenceOutput:
         self._include_stop = params.include_stop
         self._text: list[str] = []
         self._scored: deque[ScoredToken] = deque()
+        self._token_ids: list[int] = []
         self._decoded = 0
         self._released = 0
         self.completion_tokens = 0
@@ -64,6 +69,7 @@ class SequenceOutput:
         last = len(output.token_ids) - 1
         for position, token_id in enumerate(output.token_ids):
             self.completion_tokens += 1
+            self._token_ids.append(token_id)
             is_stop_token = position == last and output.stop_token is not None
             if is_stop_token and not self._include_stop:
                 break
@@ -88,7 +94,8 @@ class SequenceOutput:
         tokens = []
         while self._scored and (everything or self._scored[0].offset < self._released):
             tokens.append(self._scored.popleft())
-        return Piece(text, tokens)
+        token_ids, self._token_ids = self._token_ids, []
+        return Piece(text, tokens, token_ids)
 
     def _release(self, decoded: str) -> None:
         self._decoded += len(decoded)

@@ -11,8 +11,8 @@ import yaml
 
 from pshare_jax.convert.conversions import import_model
 from pshare_jax.convert.orbax import write_decode, write_prefill
-from pshare_jax.demo.server import running_server
 from pshare_jax.models.decoder import init_weights
+from pshare_jax.serve.process import running_server
 from tests.helpers import tiny_config
 from tests.text.tiny import write_byte_level
 

@@ -15,8 +15,8 @@ import openai
 import pytest
 
 from pshare_jax.convert.orbax import load_weights, read_manifest
-from pshare_jax.demo.server import READY
 from pshare_jax.engine.monolithic import Monolithic
+from pshare_jax.serve.process import READY
 from pshare_jax.text.tokenizer import Tokenizer
 from tests.e2e import metrics
 from tests.e2e.conftest import TINY_CONTEXT, write_config

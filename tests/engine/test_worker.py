@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 from pshare_jax.engine.worker import Worker
@@ -75,3 +76,21 @@ def test_an_exception_is_the_end() -> None:
     worker.stop()
     assert worker.calls == 1
     assert worker.deaths == ["recorder: ValueError: broken"]
+
+
+def test_busy_seconds_count_work_that_made_progress() -> None:
+    def work() -> bool:
+        time.sleep(0.01)
+        return worker.calls <= 3
+
+    worker = Recorder(work)
+    worker.start()
+    wait_until(lambda: worker.calls == 4)
+    worker.stop()
+    assert worker.busy_seconds >= 0.03
+    spent = worker.busy_seconds
+    idle = Recorder(lambda: False)
+    idle.start()
+    wait_until(lambda: idle.calls == 1)
+    idle.stop()
+    assert (idle.busy_seconds, worker.busy_seconds) == (0.0, spent)

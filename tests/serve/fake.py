@@ -136,6 +136,7 @@ class FakeOrchestrator:
                 finished=dict(counts["finished"]),
                 running=dict(running),
                 waiting={"coder": 2},
+                busy_seconds={"prefill0": 1.5, "decode0": 2.5},
                 pools={
                     "prefill0": PoolStats(total=99, free=90, used=2, shared=1, cached=7),
                     "decode0": PoolStats(total=50, free=30, used=15, shared=4, cached=5),

@@ -191,6 +191,32 @@ class TestStop:
         assert body["usage"]["completion_tokens"] == 30
 
 
+class TestTokenIds:
+    def test_every_generated_token_is_listed(self, client):
+        tokenizer = client.engine.tokenizer
+        ids = [*tokenizer.encode("hello world"), tokenizer.eos_token_ids[0]]
+        body = client.complete(return_token_ids=True).json
+        assert body["choices"][0]["token_ids"] == ids
+        assert body["usage"]["completion_tokens"] == len(ids)
+        for off in (False, None):
+            assert "token_ids" not in client.complete(return_token_ids=off).json["choices"][0]
+
+    def test_a_stream_lists_each_token_once_though_its_text_is_held_back(self, client):
+        script(client.engine, "naïve 🙂 hello", end=False)
+        ids = client.engine.tokenizer.encode("naïve 🙂 hello")
+        answer = client.complete(
+            stream=True, max_tokens=len(ids), stop="hello!", return_token_ids=True
+        )
+        *chunks, _ = answer.events
+        assert [i for c in chunks for i in c["choices"][0]["token_ids"]] == ids
+        assert "".join(c["choices"][0]["text"] for c in chunks) == "naïve 🙂 hello"
+
+    def test_a_chat_has_none(self, client):
+        answer = client.chat(return_token_ids=True)
+        assert answer.status == 400
+        assert "return_token_ids" in answer.error["message"]
+
+
 class TestLogprobs:
     def test_chosen_and_most_likely_tokens(self, client):
         script(client.engine, "hello world")

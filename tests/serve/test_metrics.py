@@ -57,6 +57,11 @@ def test_counters_follow_the_engine(client):
     assert metric("pshare_handoff_bytes_total", model_name="planner") == 210
 
 
+def test_busy_seconds(client):
+    assert client.metric("pshare_busy_seconds_total", engine="prefill0") == 1.5
+    assert client.metric("pshare_busy_seconds_total", engine="decode0") == 2.5
+
+
 def test_pools(client):
     for pool, state, pages in [("prefill0", "cached", 7), ("decode0", "used", 15)]:
         assert client.metric("pshare_pages", pool=pool, state=state) == pages

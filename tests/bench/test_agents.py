@@ -1,0 +1,291 @@
+"""The whole command: against a scripted engine, and against two servers of a tiny model."""
+
+import asyncio
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pshare_jax.bench import agents
+from pshare_jax.bench.__main__ import main
+from pshare_jax.bench.agents import AgentsOptions
+from pshare_jax.bench.agents_calibrate import Costs, session_costs
+from pshare_jax.bench.agents_load import Load
+from pshare_jax.bench.agents_targets import find_target, open_http, started
+from pshare_jax.bench.agents_workload import Workload
+from pshare_jax.bench.limits import isolated_prefill_tokens, rho, shared_prefill_tokens
+from pshare_jax.convert.orbax import write_prefill
+from pshare_jax.errors import BenchmarkError
+from pshare_jax.models.decoder import init_weights
+from pshare_jax.text.tokenizer import Tokenizer
+from tests.helpers import tiny_config
+from tests.serve.fake import fake_config, fake_engine
+from tests.serve.server import Client, running_server
+from tests.text.tiny import write_byte_level
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    "--workload.models=2",
+    "--workload.turns=2",
+    "--workload.prompt=64",
+    "--workload.generated=4",
+    "--workload.observed=8",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory):
+    return write_byte_level(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def served(tokenizer_folder) -> Iterator[Client]:
+    engine = fake_engine(Tokenizer.load(tokenizer_folder), fake_config(max_model_len=1024))
+    with running_server(engine) as client:
+        yield client
+
+
+def play(folder, *flags: str, sizes=SMALL) -> tuple[int, dict | None]:
+    file = folder / "out" / "result.json"
+    code = main(["agents", *sizes, *flags, f"--json={file}"])
+    return code, json.loads(file.read_text()) if file.is_file() else None
+
+
+def test_a_server_that_runs_already(served, tokenizer_folder, tmp_path, capsys):
+    code, result = play(
+        tmp_path,
+        f"--urls=[{served.url}/v1]",
+        f"--tokenizer={tokenizer_folder}",
+        "--concurrency=[1,3]",
+        "--sessions=5",
+        "--warmup=1",
+    )
+    assert code == 0
+    assert result is not None
+    assert [run["concurrency"] for run in result["runs"]] == [1, 3]
+    for run in result["runs"]:
+        assert (run["sessions"], run["calls"], run["generated_tokens"]) == (5, 20, 80)
+        assert run["call_s"]["p99"] >= run["call_s"]["p50"] >= run["ttft_s"]["p50"] > 0
+        # Prompts of 64, 76, 88 and 100 tokens; only the second model reads another's pages.
+        assert run["prompt_tokens"]["total"] == 5 * (64 + 76 + 88 + 100)
+        assert run["prompt_tokens"]["other_model"] > 0
+        assert run["server"]["prefill_tokens"]["other_model"] == run["prompt_tokens"]["other_model"]
+        assert run["server"]["handoff_bytes"] > 0
+    assert result["comparisons"] == []
+    assert result["machine"]["packages"]["jax"]
+    assert [e["model"] for e in result["targets"][0]["endpoints"]] == ["planner", "coder"]
+    # Warm-up and both runs: 2 * 6 sessions of 4 calls, each with a context of its own.
+    assert len(served.engine.submitted) == 48
+    assert len({r.prompt_token_ids[:20] for r in served.engine.submitted}) == 12
+    out = capsys.readouterr().out
+    assert "tok/s" in out
+    assert "throughput" not in out
+
+
+def test_contexts_grow_by_what_was_generated(served, tokenizer_folder, tmp_path):
+    flags = [f"--urls=[{served.url}]", f"--tokenizer={tokenizer_folder}", "--warmup=0"]
+    code, _ = play(tmp_path, *flags, "--sessions=1")
+    assert code == 0
+    first, second = (r.prompt_token_ids for r in served.engine.submitted[:2])
+    tokenizer = served.engine.tokenizer
+    reply = [*tokenizer.encode("hello world"), *[tokenizer.eos_token_ids[0]] * 4][:4]
+    assert second[:64] == first
+    assert list(second[64:68]) == reply
+    code, _ = play(tmp_path, *flags, "--sessions=1", "--replies=scripted", "--seed=1")
+    assert code == 0
+    first, second = (r.prompt_token_ids for r in served.engine.submitted[4:6])
+    assert second[:64] == first
+    assert list(second[64:68]) != reply
+
+
+@pytest.mark.parametrize("pattern", ["react", "reflexion", "fanout"])
+def test_patterns_sweeps_and_arrivals(pattern, served, tokenizer_folder, tmp_path):
+    code, result = play(
+        tmp_path,
+        f"--urls=[{served.url},{served.url}]",
+        "--names=[coder,planner]",
+        f"--tokenizer={tokenizer_folder}",
+        f"--workload.pattern={pattern}",
+        "--model_counts=[1,2]",
+        "--rate=50",
+        "--sessions=3",
+        "--warmup=0",
+        f"--plots={tmp_path / 'plots'}",
+    )
+    assert code == 0
+    assert result is not None
+    for run, count in zip(result["runs"], [1, 2], strict=True):
+        shape = {"prompt": 64, "generated": 4, "observed": 8}
+        calls = Workload(pattern=pattern, models=count, turns=4 // count, **shape).calls()
+        assert run["models"] == count
+        assert run["calls"] == 3 * 4
+        assert run["prompt_tokens"]["total"] == 3 * sum(call.prompt for call in calls)
+    models = [request.model for request in served.engine.submitted]
+    assert set(models[:12]) == {"coder"}
+    assert set(models[12:]) == {"coder", "planner"}
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {
+        "concurrency.png",
+        "models.png",
+    }
+
+
+class Forgetful(dict):
+    def __setitem__(self, key, value):
+        pass
+
+
+def test_decode_is_not_measured_where_prompts_are_forgotten(served, tokenizer_folder):
+    served.engine._index = Forgetful()
+    encode = Tokenizer.load(tokenizer_folder).encode
+
+    async def measure() -> Costs:
+        async with open_http(10, None) as http:
+            target = await find_target(http, "shared", [served.url], [], 2)
+            load = Load(sessions=2, concurrency=2, rate=0.0, seed=0)
+            shape = Workload(models=2, turns=1, prompt=32, generated=2)
+            return await session_costs(http, target, shape, encode, load, {})
+
+    with pytest.raises(
+        BenchmarkError, match=r"shared: only 0 of \d+ prompt tokens were still cached"
+    ):
+        asyncio.run(measure())
+
+
+def test_text_that_a_server_knows_is_refused(served, tokenizer_folder, tmp_path, capsys):
+    flags = [f"--urls=[{served.url}]", f"--tokenizer={tokenizer_folder}", "--sessions=1"]
+    assert play(tmp_path, *flags)[0] == 0
+    assert main(["agents", *SMALL, *flags]) == 2
+    assert "give another --seed" in capsys.readouterr().err
+
+
+def test_a_context_that_is_too_long_gives_no_figures(served, tokenizer_folder, tmp_path, capsys):
+    flags = [f"--urls=[{served.url}]", f"--tokenizer={tokenizer_folder}"]
+    code, result = play(tmp_path, *flags, "--workload.prompt=1020")
+    assert (code, result) == (2, None)
+    error = capsys.readouterr().err
+    assert "status 400" in error
+    assert "maximum context length is 1024" in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "name servers: --urls, --shared or --isolated"),
+        (["--shared=absent.yaml", "--tokenizer=x"], "absent.yaml"),
+        (["--urls=[http://127.0.0.1:9]", "--model_counts=[3]"], "cannot be divided among 3"),
+        (["--urls=[http://127.0.0.1:9]", "--concurrency=[0]"], "concurrency: must be"),
+        (["--urls=[http://127.0.0.1:9]", "--sessions=0"], "sessions: must be"),
+        (["--urls=[http://127.0.0.1:9]"], "tokenizer: name the folder"),
+    ],
+)
+def test_options_that_do_not_fit(flags, message, capsys):
+    assert main(["agents", *SMALL, *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_server_that_is_not_there(tokenizer_folder, capsys):
+    flags = ["--urls=[http://127.0.0.1:9]", f"--tokenizer={tokenizer_folder}"]
+    assert main(["agents", *SMALL, *flags]) == 2
+    assert "http://127.0.0.1:9/v1/models: ClientConnectorError" in capsys.readouterr().err
+
+
+def test_more_models_than_are_served(served, tokenizer_folder, capsys):
+    flags = [f"--urls=[{served.url}]", f"--tokenizer={tokenizer_folder}"]
+    assert main(["agents", *flags, "--workload.models=4"]) == 2
+    assert "4 models are needed, these are there: planner, coder, team/critic" in (
+        capsys.readouterr().err
+    )
+
+
+def tiny_servers(folder: Path) -> list[str]:
+    """Configurations of one tiny base under two names: sharing, and not."""
+    config = tiny_config(vocab_size=416, max_position_embeddings=512)
+    tokenizer = write_byte_level(folder / "tokenizer")
+    files = {path.name: path.read_bytes() for path in tokenizer.iterdir()}
+    write_prefill(folder / "base", config, init_weights(config, 0), files)
+    flags = []
+    for sharing in ("shared", "isolated"):
+        served = {
+            "base": str(folder / "base"),
+            "models": [{"name": name, "sharing": sharing} for name in ("planner", "coder")],
+            "max_model_len": 256,
+            "page_size": 16,
+            "compilation_cache_dir": str(ROOT / ".cache/xla-tests"),
+            "prefill": {"chunk_buckets": [128]},
+            "decode": {"batch_buckets": [4], "max_num_seqs": 4, "replay_buckets": [16]},
+        }
+        file = folder / f"{sharing}.yaml"
+        file.write_text(yaml.safe_dump(served))
+        flags.append(f"--{sharing}={file}")
+    return flags
+
+
+@pytest.mark.slow
+def test_sharing_against_not_sharing(tmp_path, capsys):
+    code, result = play(
+        tmp_path, *tiny_servers(tmp_path), "--sessions=3", "--rounds=2", "--concurrency=[2]"
+    )
+    assert code == 0
+    assert result is not None
+    # Interleaved, and who comes first alternates.
+    order = [run["target"] for run in result["runs"]]
+    assert order == ["isolated", "shared", "shared", "isolated"]
+    workload = Workload(models=2, turns=2, prompt=64, generated=4, observed=8)
+    # Each call's last prompt token is the decode module's own, and never prefilled; headings of
+    # two sessions may begin with the same few tokens.
+    for run in result["runs"]:
+        sharing = run["target"] == "shared"
+        count = shared_prefill_tokens if sharing else isolated_prefill_tokens
+        models = 1 if sharing else 2
+        computed = run["server"]["prefill_tokens"]["computed"]
+        most = 3 * (count(workload.calls()) - models)
+        assert 0.95 * most < computed <= most
+        assert (run["prompt_tokens"]["other_model"] > 0) == sharing
+        assert run["server"]["compiles"] == 0
+        assert run["server"]["busy_seconds"].keys() == {"prefill0", "decode0"}
+        assert run["server"]["peak_kv_bytes"]["prefill0"] > 0
+    [row] = result["comparisons"]
+    assert (row["target"], row["baseline"], row["models"]) == ("shared", "isolated", 2)
+    first, second = (
+        next(r for r in result["runs"] if r["target"] == name and r["round"] == 0)
+        for name in ("shared", "isolated")
+    )
+    ratio = first["generated_tokens_per_s"] / second["generated_tokens_per_s"]
+    assert ratio in row["best"]["throughput"].values()
+    [limit] = result["limits"]
+    assert limit["rho"] == pytest.approx(rho(workload.calls()))
+    assert limit["prefill_s"] > 0
+    assert limit["decode_s"] > 0
+    assert 1 < limit["g_max"] < limit["rho"]
+    assert limit["achieved"] == row["best"]["throughput"]["median"]
+    assert "G_max" in capsys.readouterr().out
+
+
+def test_the_configuration_of_make_bench_is_understood(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    seen = []
+
+    def keep(options: AgentsOptions, progress) -> dict:
+        seen.append(options)
+        raise BenchmarkError("enough")
+
+    monkeypatch.setattr(agents, "run", keep)
+    assert main(["agents", "--config=configs/bench/agents.yaml", "--sessions=4"]) == 2
+    [options] = seen
+    assert options.workload == Workload()
+    assert (options.sessions, options.rounds, options.concurrency) == (4, 3, [1, 2, 4])
+    for name, config in options.configs.items():
+        served = yaml.safe_load(Path(config).read_text())
+        assert {model.get("sharing", "shared") for model in served["models"]} == {name}
+        assert served["max_model_len"] >= options.workload.longest
+
+
+def test_a_benchmark_that_is_ended_stops_its_servers():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as caught, started({}, []):
+        signal.raise_signal(signal.SIGTERM)
+    assert caught.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
