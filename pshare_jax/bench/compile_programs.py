@@ -83,6 +83,9 @@ class Sizes:
         chunk: tokens of the prefill chunk.
         page_size: token slots of a page.
         transfer: pages of one handoff call.
+        train_batch: rows of a training micro-batch.
+        train_prompt: tokens of each row that the prefill module reads, and the first decode token.
+        train_answer: answer tokens of each row.
     """
 
     batch: int = 32
@@ -90,6 +93,9 @@ class Sizes:
     chunk: int = 512
     page_size: int = 32
     transfer: int = 64
+    train_batch: int = 8
+    train_prompt: int = 2048
+    train_answer: int = 256
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,8 @@ class Program:
         bytes_per_token: KV of one token on one device.
         least_bytes: bytes that one device must move at least, live KV of `Sizes.context` included.
         least_flops: operations of one device.
+        resident_bytes: what else lies in one device's memory while it runs.
+        mesh: sizes of the axes `data`, `fsdp` and `tensor`, of a training program only.
     """
 
     name: str
@@ -115,6 +123,8 @@ class Program:
     bytes_per_token: int = 0
     least_bytes: float = 0.0
     least_flops: float = 0.0
+    resident_bytes: int = 0
+    mesh: str = ""
 
 
 def abstract(shape: tuple[int, ...], dtype: Any, sharding: Sharding | Format) -> Any:
