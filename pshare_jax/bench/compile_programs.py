@@ -176,7 +176,14 @@ class Side:
         width = self.layout.pages_for(self.sizes.context)
         return Rows(self.ints(batch, width), self.ints(batch), self.ints(batch))
 
-    def program(self, name: str, function: Any, *arguments: Any, **floors: float) -> Program:
+    def program(
+        self,
+        name: str,
+        function: Any,
+        *arguments: Any,
+        least_bytes: float = 0.0,
+        least_flops: float = 0.0,
+    ) -> Program:
         """A program whose first pool-shaped argument is this side's pool."""
         return Program(
             name,
@@ -185,7 +192,8 @@ class Side:
             weight_bytes=bytes_per_device(self.weights) if self.weights in arguments else 0,
             pool_bytes=bytes_per_device(self.pool(self.num_pages)),
             bytes_per_token=self.bytes_per_token,
-            **floors,
+            least_bytes=least_bytes,
+            least_flops=least_flops,
         )
 
     def step_floors(self, batch: int, tokens: int, head: bool) -> dict[str, float]:

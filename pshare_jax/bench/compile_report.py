@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pshare_jax.bench.accelerators import ACCELERATORS
@@ -18,7 +18,10 @@ _STEP_HEADER = (
 _INTRODUCTION = """\
 Made by `python -m pshare_jax.bench compile --markdown docs/accelerators.md`. The production
 compilers of TPU and CUDA compile without the hardware; nothing here ran on an accelerator, and no
-figure is a measured speed.
+figure is a measured speed. `--merge` keeps the rows of earlier runs (`--json`).
+
+On a machine with a TPU, `python -m pytest tests/kernels/test_on_hardware.py -m tpu --platform tpu`
+checks the attention kernel's numbers there; on one with an NVIDIA GPU, `-m gpu --platform cuda`.
 """
 _STEPS = """\
 Prefill chunk: {chunk} tokens, the last of a prompt of {context}. Decode step: {batch} rows at
@@ -66,6 +69,15 @@ def line(outcome: dict[str, Any]) -> str:
     )
 
 
+def merged(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of several runs in order of first appearance; the last run's of the same program."""
+    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for result in results:
+        for outcome in result["outcomes"]:
+            rows[outcome["accelerator"], outcome["model"], outcome["program"]] = outcome
+    return list(rows.values())
+
+
 def markdown(result: dict[str, Any]) -> str:
     """docs/accelerators.md."""
     sizes = result["options"]["sizes"]
@@ -91,6 +103,7 @@ def markdown(result: dict[str, Any]) -> str:
         layers = f" Models cut to {depth} layers." if depth else ""
         parts += ["## Training\n", _TRAINING.format(**sizes, layers=layers)]
         parts += _by_model(training, _TRAINING_HEADER, _training_row)
+        parts += _missing(outcomes, training)
     kernels = [o for o in outcomes if not o["model"]]
     if kernels:
         parts += [
@@ -116,6 +129,14 @@ def _by_model(
         parts += [row(o) for o in outcomes if o["model"] == model]
         parts.append("")
     return parts
+
+
+def _missing(outcomes: list[dict[str, Any]], training: list[dict[str, Any]]) -> list[str]:
+    """Names what has no training row, so that no gap is silent."""
+    models = dict.fromkeys(o["model"] for o in outcomes if o["model"])
+    there = {(o["model"], o["accelerator"]) for o in training}
+    gaps = [f"{m} on {a}" for m in models for a in ACCELERATORS if (m, a) not in there]
+    return [f"Training not compiled in this run: {', '.join(gaps)}.\n"] if gaps else []
 
 
 def _training_row(outcome: dict[str, Any]) -> str:
@@ -178,7 +199,9 @@ def _gib(count: float) -> str:
 
 def _estimate(compiled: dict[str, Any]) -> str:
     seconds = compiled["estimated_seconds"]
-    return f"none: {compiled['no_estimate']}" if seconds is None else _ms(seconds)
+    if seconds is not None:
+        return _ms(seconds)
+    return f"none: {compiled.get('no_estimate', 'unusable, kept from a run without the reason')}"
 
 
 def _ms(seconds: float) -> str:

@@ -77,6 +77,7 @@ def test_a_training_step_has_its_mesh_and_says_whether_it_fits(total, share, fit
     assert cells in text.splitlines()
     assert text.index("| v6e:2x4 | decode step |") < text.index("## Training") < text.index(cells)
     assert compile_report.line(asdict(row)).endswith("GiB")
+    assert "not compiled in this run: Qwen3-8B on v5e:2x4, Qwen3-8B on v5p:2x2x1, Qwen" in text
 
 
 def test_a_refused_training_step_is_a_row_with_its_error():
@@ -127,6 +128,16 @@ def test_times_below_the_floor_are_no_estimate_and_say_why(given, kept, reason):
 
 def test_a_negative_time_without_a_known_cause_says_so():
     assert time_estimate(-1.0, 0.1, "") == (None, "-1.00 s: negative, cause unknown")
+
+
+def test_rows_of_earlier_runs_are_kept_unless_compiled_anew():
+    old = {"outcomes": [asdict(STEP), asdict(replace(STEP, model="Qwen3-14B"))]}
+    new = {"outcomes": [asdict(replace(STEP, compiled=None, error="refused"))]}
+    rows = compile_report.merged([old, new])
+    assert [(row["model"], row["error"]) for row in rows] == [
+        ("Qwen3-8B", "refused"),
+        ("Qwen3-14B", None),
+    ]
 
 
 @pytest.mark.parametrize("option", ["accelerators", "models"])
