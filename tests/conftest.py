@@ -1,10 +1,24 @@
-"""Set-up of the whole run: virtual devices and a compilation cache, before JAX starts."""
+"""Set-up of the whole run: platform, virtual devices and a compilation cache, before JAX starts."""
 
 from pathlib import Path
 
 import jax
+import pytest
 
-jax.config.update("jax_platforms", "cpu")
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--platform",
+        choices=("cpu", "tpu", "cuda"),
+        default="cpu",
+        help="where JAX runs; tests marked `tpu` and `gpu` need theirs",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    jax.config.update("jax_platforms", config.getoption("--platform"))
+
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".cache/xla-tests"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -44,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     compile_parser.add_class_arguments(compile_bench.CompileOptions)
     compile_parser.add_argument("--markdown", type=str | None, default=None, help="file for tables")
+    compile_parser.add_argument(
+        "--merge", type=list[str], default=[], help="files of --json whose other rows are kept"
+    )
     agents_parser = jsonargparse.ArgumentParser(
         description="Sessions of several models over one context, over HTTP."
     )
@@ -113,10 +116,12 @@ def _micro(options: dict[str, Any]) -> dict[str, Any]:
 
 def _compile(options: dict[str, Any]) -> dict[str, Any]:
     markdown_file = options.pop("markdown")
+    earlier = [json.loads(Path(file).read_text()) for file in options.pop("merge")]
     result = compile_bench.run(
         compile_bench.CompileOptions(**options),
         lambda outcome: print(compile_report.line(asdict(outcome)), flush=True),
     )
+    result["outcomes"] = compile_report.merged([*earlier, result])
     if markdown_file is not None:
         Path(markdown_file).write_text(compile_report.markdown(result))
     return result

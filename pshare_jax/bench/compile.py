@@ -1,4 +1,4 @@
-"""`bench compile`: do the kernels and the engine's steps compile for accelerators, and do they fit?
+"""`bench compile`: do kernels and steps compile for accelerators, and do they fit?
 
 The production compilers of TPU and CUDA run without the hardware, so that this needs none: weights
 and pages are abstract. It proves that programs compile and what memory they take; it measures no
@@ -25,8 +25,10 @@ from pshare_jax.bench.compile_programs import (
     kernel_program,
     step_programs,
 )
+from pshare_jax.bench.training_programs import training_programs
 from pshare_jax.errors import ConfigError
 
+_UNTIMED = 'custom_call_target="ConcatBitcast"'
 _ALL_GATHER = re.compile(r"= \(?(\w+)\[([\d,]*)\][^=]*? all-gather(?:-start)?\(")
 _ITEM_BYTES = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1, "f16": 2, "u8": 1, "s8": 1}
 
@@ -38,7 +40,9 @@ class CompileOptions:
     Args:
         accelerators: names of machines; all if empty.
         models: names of models; all if empty.
-        kernels: whether to compile the kernels alone, too.
+        kernels: whether to compile the kernels alone.
+        serving: whether to compile the steps of the engine.
+        training: whether to compile the steps of the trainer.
         layers: number of layers; 0 keeps the models'. Fewer compile faster and mean less.
         sizes: sizes of the steps.
     """
@@ -46,6 +50,8 @@ class CompileOptions:
     accelerators: list[str] = field(default_factory=list)
     models: list[str] = field(default_factory=list)
     kernels: bool = True
+    serving: bool = True
+    training: bool = True
     layers: int = 0
     sizes: Sizes = field(default_factory=Sizes)
 
@@ -56,8 +62,10 @@ class Compiled:
 
     `pool_bytes` of pages were given; `largest_pool_tokens` would fit beside everything else.
     `pool_in_place`: the pages given are the pages returned, and neither a temporary nor an
-    all-gather is as large as one layer of them. `accessed_bytes` and `estimated_seconds` are the
-    compiler's, None where it gives none; `floor_seconds` is the roofline.
+    all-gather is as large as one layer of them; None where there is no pool. `total_bytes` includes
+    what else must lie in memory meanwhile. `accessed_bytes` and `estimated_seconds` are the
+    compiler's, None where it gives none; `no_estimate` says why there is no time. `floor_seconds`
+    is the roofline.
     """
 
     compile_seconds: float
@@ -67,22 +75,24 @@ class Compiled:
     code_bytes: int
     total_bytes: int
     largest_pool_tokens: int | None
-    pool_in_place: bool
+    pool_in_place: bool | None
     accessed_bytes: float | None
     least_bytes: float
     estimated_seconds: float | None
+    no_estimate: str | None
     floor_seconds: float
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One row of the table: either `compiled` or `error` is there."""
+    """One row of the table: either `compiled` or `error` is there; `mesh` as in `Program`."""
 
     accelerator: str
     model: str
     program: str
     compiled: Compiled | None = None
     error: str | None = None
+    mesh: str = ""
 
 
 def compile_program(accelerator: Accelerator, program: Program, layers: int) -> Compiled:
@@ -99,15 +109,12 @@ def compile_program(accelerator: Accelerator, program: Program, layers: int) -> 
     # Outputs that are not written over an argument take memory of their own.
     new_outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + max(new_outputs, 0)
+    total += program.resident_bytes
     other = total - program.pool_bytes
-    donates_pool = program.name != "handoff: gather"
-    one_layer = program.pool_bytes / max(layers, 1)
-    in_place = (
-        (memory.alias_size_in_bytes >= program.pool_bytes or not donates_pool)
-        and memory.temp_size_in_bytes < max(one_layer, 2**20)
-        and largest_all_gather(compiled.as_text()) < max(one_layer, 2**20)
-    )
+    text = compiled.as_text()
+    in_place = _pool_in_place(program, layers, memory, text) if program.pool_bytes else None
     floor = max(program.least_bytes / accelerator.bandwidth, program.least_flops / accelerator.peak)
+    estimate, no_estimate = time_estimate(cost.get("optimal_seconds"), floor, text)
     tokens = None
     if program.bytes_per_token:
         tokens = max(int((accelerator.memory - other) // program.bytes_per_token), 0)
@@ -122,17 +129,43 @@ def compile_program(accelerator: Accelerator, program: Program, layers: int) -> 
         pool_in_place=in_place,
         accessed_bytes=cost.get("bytes accessed"),
         least_bytes=program.least_bytes,
-        estimated_seconds=usable_estimate(cost.get("optimal_seconds"), floor),
+        estimated_seconds=estimate,
+        no_estimate=no_estimate,
         floor_seconds=floor,
     )
 
 
-def usable_estimate(seconds: float | None, floor: float) -> float | None:
-    """The compiler's time, or None where it leaves parts out and so comes out below the floor.
+def _pool_in_place(program: Program, layers: int, memory: Any, hlo: str) -> bool:
+    donates_pool = program.name != "handoff: gather"
+    limit = max(program.pool_bytes / max(layers, 1), 2**20)
+    return (
+        (memory.alias_size_in_bytes >= program.pool_bytes or not donates_pool)
+        and memory.temp_size_in_bytes < limit
+        and largest_all_gather(hlo) < limit
+    )
 
-    XLA adds a second less than nothing for what it cannot time, and takes a loop for one round.
+
+def time_estimate(seconds: float | None, floor: float, hlo: str) -> tuple[float | None, str | None]:
+    """The compiler's time where it can be one, or else why there is none.
+
+    XLA for TPUs books about -1 s for each `ConcatBitcast` call, which it cannot time, and nothing
+    for Pallas kernels without a cost of their own or for the further rounds of a loop. What is
+    below the roofline floor is no time of the whole program.
+
+    Args:
+        seconds: `optimal_seconds` of the compiler's cost analysis, None when it has none.
+        floor: the roofline floor in seconds.
+        hlo: the compiled program's text.
     """
-    return seconds if seconds is not None and seconds >= floor else None
+    if seconds is None:
+        return None, "the compiler gives none"
+    if seconds >= floor:
+        return seconds, None
+    if seconds >= 0:
+        return None, f"{1000 * seconds:.2f} ms is below the floor, so parts are left out"
+    if untimed := hlo.count(_UNTIMED):
+        return None, f"{seconds:.2f} s: about -1 s for each of {untimed} ConcatBitcast calls"
+    return None, f"{seconds:.2f} s: negative, cause unknown"
 
 
 def largest_all_gather(hlo: str) -> int:
@@ -163,8 +196,12 @@ def outcomes(options: CompileOptions) -> Iterator[Outcome]:
             config = MODELS[model]
             if options.layers:
                 config = replace(config, num_layers=options.layers)
-            for program in step_programs(accelerator, config, options.sizes):
-                yield _outcome(accelerator, model, program, config.num_layers)
+            if options.serving:
+                for program in step_programs(accelerator, config, options.sizes):
+                    yield _outcome(accelerator, model, program, config.num_layers)
+            if options.training:
+                for program in training_programs(accelerator, config, options.sizes):
+                    yield _outcome(accelerator, model, program, config.num_layers)
 
 
 def _known(option: str, names: list[str], table: dict[str, Any]) -> list[str]:
@@ -174,7 +211,7 @@ def _known(option: str, names: list[str], table: dict[str, Any]) -> list[str]:
 
 
 def _outcome(accelerator: Accelerator, model: str, program: Program, layers: int) -> Outcome:
-    row = Outcome(accelerator.name, model, program.name)
+    row = Outcome(accelerator.name, model, program.name, mesh=program.mesh)
     try:
         return replace(row, compiled=compile_program(accelerator, program, layers))
     except Exception as error:  # compilers raise many types; a refusal is a result here

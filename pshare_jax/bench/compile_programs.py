@@ -83,6 +83,9 @@ class Sizes:
         chunk: tokens of the prefill chunk.
         page_size: token slots of a page.
         transfer: pages of one handoff call.
+        train_batch: rows of a training micro-batch.
+        train_prompt: tokens of each row that the prefill module reads, and the first decode token.
+        train_answer: answer tokens of each row.
     """
 
     batch: int = 32
@@ -90,6 +93,9 @@ class Sizes:
     chunk: int = 512
     page_size: int = 32
     transfer: int = 64
+    train_batch: int = 8
+    train_prompt: int = 2048
+    train_answer: int = 256
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,8 @@ class Program:
         bytes_per_token: KV of one token on one device.
         least_bytes: bytes that one device must move at least, live KV of `Sizes.context` included.
         least_flops: operations of one device.
+        resident_bytes: what else lies in one device's memory while it runs.
+        mesh: sizes of the axes `data`, `fsdp` and `tensor`, of a training program only.
     """
 
     name: str
@@ -115,6 +123,8 @@ class Program:
     bytes_per_token: int = 0
     least_bytes: float = 0.0
     least_flops: float = 0.0
+    resident_bytes: int = 0
+    mesh: str = ""
 
 
 def abstract(shape: tuple[int, ...], dtype: Any, sharding: Sharding | Format) -> Any:
@@ -166,7 +176,14 @@ class Side:
         width = self.layout.pages_for(self.sizes.context)
         return Rows(self.ints(batch, width), self.ints(batch), self.ints(batch))
 
-    def program(self, name: str, function: Any, *arguments: Any, **floors: float) -> Program:
+    def program(
+        self,
+        name: str,
+        function: Any,
+        *arguments: Any,
+        least_bytes: float = 0.0,
+        least_flops: float = 0.0,
+    ) -> Program:
         """A program whose first pool-shaped argument is this side's pool."""
         return Program(
             name,
@@ -175,7 +192,8 @@ class Side:
             weight_bytes=bytes_per_device(self.weights) if self.weights in arguments else 0,
             pool_bytes=bytes_per_device(self.pool(self.num_pages)),
             bytes_per_token=self.bytes_per_token,
-            **floors,
+            least_bytes=least_bytes,
+            least_flops=least_flops,
         )
 
     def step_floors(self, batch: int, tokens: int, head: bool) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pshare_jax.bench.accelerators import ACCELERATORS
@@ -17,7 +18,10 @@ _STEP_HEADER = (
 _INTRODUCTION = """\
 Made by `python -m pshare_jax.bench compile --markdown docs/accelerators.md`. The production
 compilers of TPU and CUDA compile without the hardware; nothing here ran on an accelerator, and no
-figure is a measured speed.
+figure is a measured speed. `--merge` keeps the rows of earlier runs (`--json`).
+
+On a machine with a TPU, `python -m pytest tests/kernels/test_on_hardware.py -m tpu --platform tpu`
+checks the attention kernel's numbers there; on one with an NVIDIA GPU, `-m gpu --platform cuda`.
 """
 _STEPS = """\
 Prefill chunk: {chunk} tokens, the last of a prompt of {context}. Decode step: {batch} rows at
@@ -30,11 +34,25 @@ one device.
 - **Bytes accessed** are XLA's estimate; **least** is the weights that the step reads plus the KV of
   all its rows. XLA counts what it prefetches into on-chip memory twice more, every branch of the
   sampler although greedy decoding takes none, and the KV of a chunk once for each tile of queries.
-- **Estimate** is XLA's time where it is one: it leaves out loops and what it cannot time, and then
-  comes out below the floor.
+- **Estimate** is XLA's time where it can be one, else the reason why there is none. It leaves out
+  loops and what it cannot time: less than the floor, or less than nothing, is no time.
 - **Floor** is the larger of least bytes over bandwidth and operations over peak; communication is
   not in it.
 - `-`: the compiler gives no figure.
+"""
+_TRAINING_HEADER = (
+    "| machine | mesh | step | weights and moments | temporaries | total of memory | fits "
+    "| compile | estimate | floor |\n|---|---|---|--:|--:|--:|---|--:|--:|--:|"
+)
+_TRAINING = """\
+Micro-batches of {train_batch} rows: {train_prompt} prompt tokens, read from the base's KV, and
+{train_answer} answer tokens; bfloat16 computation, float32 masters, moments and gradients, remat.
+The mesh is data x fsdp x tensor, over all devices of the machine. A step is `gradients`, then
+`update`; `base KV` is computed once for all epochs.{layers}
+
+- **Total of memory** counts what lies beside the program: moments during `gradients`, masters
+  during `base KV`, the frozen base during `update`. An error row is refused by the compiler.
+- **Floor** reads every argument and writes every result once.
 """
 _KERNEL_HEADER = "| kernel pair | " + " | ".join(ACCELERATORS) + " |"
 
@@ -44,11 +62,20 @@ def line(outcome: dict[str, Any]) -> str:
     name = " ".join(filter(None, (outcome["accelerator"], outcome["model"], outcome["program"])))
     if (compiled := outcome["compiled"]) is None:
         return f"{name}: {outcome['error']}"
-    where = "in place" if compiled["pool_in_place"] else "COPIES THE POOL"
+    where = {True: ", in place", False: ", COPIES THE POOL", None: ""}[compiled["pool_in_place"]]
     return (
         f"{name}: compiles in {compiled['compile_seconds']:.1f} s, "
-        f"{_gib(compiled['total_bytes'])} GiB, {where}"
+        f"{_gib(compiled['total_bytes'])} GiB{where}"
     )
+
+
+def merged(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of several runs in order of first appearance; the last run's of the same program."""
+    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for result in results:
+        for outcome in result["outcomes"]:
+            rows[outcome["accelerator"], outcome["model"], outcome["program"]] = outcome
+    return list(rows.values())
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -70,10 +97,13 @@ def markdown(result: dict[str, Any]) -> str:
         "\n## Steps\n",
         _STEPS.format(**sizes),
     ]
-    for model in dict.fromkeys(o["model"] for o in outcomes if o["model"]):
-        parts += [f"### {model}\n", _STEP_HEADER]
-        parts += [_step_row(o) for o in outcomes if o["model"] == model]
-        parts.append("")
+    parts += _by_model([o for o in outcomes if not o.get("mesh")], _STEP_HEADER, _step_row)
+    if training := [o for o in outcomes if o.get("mesh")]:
+        depth = result["options"]["layers"]
+        layers = f" Models cut to {depth} layers." if depth else ""
+        parts += ["## Training\n", _TRAINING.format(**sizes, layers=layers)]
+        parts += _by_model(training, _TRAINING_HEADER, _training_row)
+        parts += _missing(outcomes, training)
     kernels = [o for o in outcomes if not o["model"]]
     if kernels:
         parts += [
@@ -88,6 +118,42 @@ def markdown(result: dict[str, Any]) -> str:
             for program in dict.fromkeys(o["program"] for o in kernels)
         ]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _by_model(
+    outcomes: list[dict[str, Any]], header: str, row: Callable[[dict[str, Any]], str]
+) -> list[str]:
+    parts = []
+    for model in dict.fromkeys(o["model"] for o in outcomes if o["model"]):
+        parts += [f"### {model}\n", header]
+        parts += [row(o) for o in outcomes if o["model"] == model]
+        parts.append("")
+    return parts
+
+
+def _missing(outcomes: list[dict[str, Any]], training: list[dict[str, Any]]) -> list[str]:
+    """Names what has no training row, so that no gap is silent."""
+    models = dict.fromkeys(o["model"] for o in outcomes if o["model"])
+    there = {(o["model"], o["accelerator"]) for o in training}
+    gaps = [f"{m} on {a}" for m in models for a in ACCELERATORS if (m, a) not in there]
+    return [f"Training not compiled in this run: {', '.join(gaps)}.\n"] if gaps else []
+
+
+def _training_row(outcome: dict[str, Any]) -> str:
+    head = f"| {outcome['accelerator']} | {outcome['mesh']} | {outcome['program']} "
+    if (c := outcome["compiled"]) is None:
+        return f"{head}| {outcome['error']} |" + " |" * 6
+    share = c["total_bytes"] / ACCELERATORS[outcome["accelerator"]].memory
+    cells = (
+        f"{_gib(c['weight_bytes'])} GiB",
+        f"{c['temp_bytes'] / 2**20:,.0f} MiB",
+        f"{100 * share:.0f} %",
+        "yes" if share <= 1 else "**no**",
+        f"{c['compile_seconds']:.0f} s",
+        _estimate(c),
+        _ms(c["floor_seconds"]),
+    )
+    return head + "| " + " | ".join(cells) + " |"
 
 
 def _step_row(outcome: dict[str, Any]) -> str:
@@ -107,7 +173,7 @@ def _step_row(outcome: dict[str, Any]) -> str:
         f"{c['largest_pool_tokens']:,}",
         ratio,
         f"{c['compile_seconds']:.0f} s",
-        _ms(c["estimated_seconds"]),
+        _estimate(c),
         _ms(c["floor_seconds"]),
     )
     return head + "| " + " | ".join(cells) + " |"
@@ -131,8 +197,15 @@ def _gib(count: float) -> str:
     return f"{count / 2**30:.1f}"
 
 
-def _ms(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{1000 * seconds:.2f} ms"
+def _estimate(compiled: dict[str, Any]) -> str:
+    seconds = compiled["estimated_seconds"]
+    if seconds is not None:
+        return _ms(seconds)
+    return f"none: {compiled.get('no_estimate', 'unusable, kept from a run without the reason')}"
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:.2f} ms"
 
 
 def _versions() -> str:

@@ -60,7 +60,7 @@ class Computations:
         self.mesh = mesh
         self.trainable_shardings = weight_shardings(mesh, specs)
         self.base_shardings = weight_shardings(mesh, weight_specs(recipe.config))
-        scalar = replicated(mesh)
+        self.scalar_sharding = scalar = replicated(mesh)
         abstract = {
             name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in specs.items()
         }
@@ -88,6 +88,12 @@ class Computations:
         self._loss = jax.jit(functools.partial(_loss, recipe), out_shardings=(scalar, scalar))
         self._base_kv = jax.jit(functools.partial(base_kv, recipe))
         self._replicate = jax.jit(lambda x: x, out_shardings=scalar)
+        self.jitted = {
+            "base_kv": self._base_kv,
+            "gradients": self._gradients,
+            "update": self._update,
+        }
+        """The computations of a training step under jit, for compiling them without running."""
 
     def init_optimizer(self, trainable: Weights) -> Any:
         """The optimizer's state at step 0: moments of `trainable` and of nothing else."""
@@ -97,9 +103,13 @@ class Computations:
         """A batch on the mesh, its rows split over `data` and `fsdp`."""
         return {name: self._put(name, array) for name, array in batch.items()}
 
+    def batch_sharding(self, name: str, shape: tuple[int, ...]) -> NamedSharding:
+        """How the array `name` of a batch lies on the mesh."""
+        axes = KV_AXES if name == "kv" else ("batch", *(None,) * (len(shape) - 1))
+        return sharding_for(self.mesh, shape, axes)
+
     def _put(self, name: str, array: np.ndarray) -> jax.Array:
-        axes = KV_AXES if name == "kv" else ("batch", *(None,) * (array.ndim - 1))
-        sharding: NamedSharding = sharding_for(self.mesh, array.shape, axes)
+        sharding = self.batch_sharding(name, array.shape)
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     def base_kv(self, base: Weights, prompt: jax.Array) -> jax.Array:

@@ -98,7 +98,10 @@ def test_large_powers_are_not_computed():
 
 
 _VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
@@ -218,7 +221,9 @@ def test_arguments(text, detail):
 
 def test_an_argument_that_must_be_given_though_it_is_not_required():
     tools = [tool(x="integer", y="string")]
-    assert grade([{"f": {"x": [1], "y": ["km"]}}], tools, "f(x=1)").detail == "argument y is missing"
+    assert (
+        grade([{"f": {"x": [1], "y": ["km"]}}], tools, "f(x=1)").detail == "argument y is missing"
+    )
 
 
 def test_calls_in_any_order_and_each_once():
