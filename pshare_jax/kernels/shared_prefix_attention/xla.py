@@ -43,7 +43,8 @@ def shared_prefix_attention(
     _, _, KH, S, _ = pages.shape
     G, (E, R) = H // KH, members.shape
     block_pages = max(1, min(BLOCK_PAGES, DECODE_BLOCK_TOKENS // S, page_table.shape[1]))
-    table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % block_pages)))
+    # Blocks begin at any page, and a slice that passed the end would be moved back.
+    table = jnp.pad(page_table, ((0, 0), (0, block_pages)))
     queries = q.reshape(B, KH, G, D).astype(jnp.float32) * D**-0.5
 
     def first_seen(position: jax.Array) -> jax.Array:
@@ -58,7 +59,7 @@ def shared_prefix_attention(
         count = rows.shape[0]
         matrix = queries[rows].transpose(1, 0, 2, 3).reshape(KH, count * G, D)
         position = jnp.repeat(position, G)[:, None]
-        block = block_pages * S
+        block, first_page = block_pages * S, first // S
 
         def load(ids: jax.Array, part: int) -> jax.Array:
             slices = [lax.dynamic_slice(pages, (i, part, 0, 0, 0), (1, 1, KH, S, D)) for i in ids]
@@ -66,8 +67,9 @@ def shared_prefix_attention(
             return keys.astype(jnp.float32)
 
         def attend_block(i: jax.Array, so_far: _Softmax) -> _Softmax:
-            ids = lax.dynamic_slice(table, (leader, i * block_pages), (1, block_pages))[0]
-            key = i * block + jnp.arange(block, dtype=jnp.int32)
+            page = first_page + i * block_pages
+            ids = lax.dynamic_slice(table, (leader, page), (1, block_pages))[0]
+            key = page * S + jnp.arange(block, dtype=jnp.int32)
             stored = (key >= first) & (key < end)
             seen = stored & (key <= position) & (key >= first_seen(position))
             # Other slots may hold NaN, and 0 * NaN is NaN.
@@ -82,8 +84,8 @@ def shared_prefix_attention(
             total = weights.sum(axis=-1, keepdims=True)
             return _merge(so_far, _Softmax(highest, total, jnp.einsum("kmj,kjd->kmd", weights, v)))
 
-        stop = jnp.where(first < end, (end + block - 1) // block, 0)
-        state = lax.fori_loop(first // block, stop, attend_block, _nothing((KH, count * G), D))
+        blocks = jnp.where(first < end, (end - first_page * S + block - 1) // block, 0)
+        state = lax.fori_loop(0, blocks, attend_block, _nothing((KH, count * G), D))
         parts = (x.reshape(KH, count, G, -1).transpose(1, 0, 2, 3) for x in state)
         return _Softmax(*parts)
 
