@@ -1,1 +1,0 @@
-"""Decode attention that reads pages shared by several rows once."""
