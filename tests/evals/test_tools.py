@@ -1,6 +1,8 @@
 """Kind tools: calls read from text, and compared as BFCL does."""
 
+import contextlib
 import json
+import keyword
 
 import pytest
 from hypothesis import given
@@ -52,7 +54,8 @@ def test_two_calls(text):
 
 def test_python_values():
     (call,) = parse_calls(
-        "a.b(x=-1.5, y=[True, None], z={'k': (1, 2)}, v=other.thing, w=f(1), u=-v, s='\\d', t=2*'a')"
+        "a.b(x=-1.5, y=[True, None], z={'k': (1, 2)}, v=other.thing, w=f(1), u=-v, s='\\d', "
+        "t=2*'a')"
     )
     assert call == Call(
         "a.b",
@@ -98,13 +101,16 @@ def test_large_powers_are_not_computed():
 
 
 _VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 )
 _NAMES = st.from_regex(r"[a-z][a-z0-9_]{0,8}", fullmatch=True).filter(
-    lambda name: not __import__("keyword").iskeyword(name)
+    lambda name: not keyword.iskeyword(name)
 )
 
 
@@ -118,10 +124,8 @@ def test_both_syntaxes_give_the_call_back(name, arguments):
 
 @given(st.text("fx(=)[]{}\"':,1 \n`<tool_call>/\\"))
 def test_any_text_is_calls_or_an_error(text):
-    try:
+    with contextlib.suppress(CallSyntaxError):
         assert all(isinstance(call, Call) for call in parse_calls(text))
-    except CallSyntaxError as error:
-        assert str(error)
 
 
 def test_servers_tool_calls_are_a_text():
@@ -218,7 +222,9 @@ def test_arguments(text, detail):
 
 def test_an_argument_that_must_be_given_though_it_is_not_required():
     tools = [tool(x="integer", y="string")]
-    assert grade([{"f": {"x": [1], "y": ["km"]}}], tools, "f(x=1)").detail == "argument y is missing"
+    assert (
+        grade([{"f": {"x": [1], "y": ["km"]}}], tools, "f(x=1)").detail == "argument y is missing"
+    )
 
 
 def test_calls_in_any_order_and_each_once():
