@@ -55,6 +55,9 @@ class OfflineBackend:
         engine = self._engine.orchestrator
         limits = Limits(engine.model_config.vocab_size, engine.config.max_model_len)
         bodies = [self._body(item, sampling) for item in items]
+        # All bodies differ in messages and tools only.
+        stop = output_params(bodies[0]).stop
+        params = sampling_params(bodies[0], limits, sampling.max_tokens, None)
         prompts = asyncio.run(self._prompts(items, bodies, limits))
 
         def done(index: int, completion: Completion) -> None:
@@ -71,8 +74,8 @@ class OfflineBackend:
         self._engine.generate(
             self._model,
             prompts,
-            stop=output_params(bodies[0]).stop,
-            sampling=sampling_params(bodies[0], limits, sampling.max_tokens, None),
+            stop=stop,
+            sampling=params,
             on_completion=done,
         )
 

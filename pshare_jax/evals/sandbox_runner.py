@@ -33,20 +33,21 @@ _DENIED = {
     "os.system",
     "sys._current_frames",
 }
-_CHANGING_FILES = {
-    "os.chflags",
-    "os.chmod",
-    "os.chown",
-    "os.link",
-    "os.mkdir",
-    "os.remove",
-    "os.removexattr",
-    "os.rename",
-    "os.rmdir",
-    "os.setxattr",
-    "os.symlink",
-    "os.truncate",
-    "os.utime",
+# Audit events of changes to files: where their arguments have a path and its dir_fd.
+_CHANGES: dict[str, tuple[tuple[int, int | None], ...]] = {
+    "os.chflags": ((0, None),),
+    "os.chmod": ((0, 2),),
+    "os.chown": ((0, 3),),
+    "os.link": ((0, 2), (1, 3)),
+    "os.mkdir": ((0, 2),),
+    "os.remove": ((0, 1),),
+    "os.removexattr": ((0, None),),
+    "os.rename": ((0, 2), (1, 3)),
+    "os.rmdir": ((0, 1),),
+    "os.setxattr": ((0, None),),
+    "os.symlink": ((1, 2),),
+    "os.truncate": ((0, None),),
+    "os.utime": ((0, 3),),
 }
 _DETAIL_CHARACTERS = 200
 
@@ -128,26 +129,35 @@ def _limit(job: dict[str, Any]) -> None:
 
 def _guard(folder: str) -> None:
     """Denies sockets, processes and changes of files outside `folder`. Hooks cannot be removed."""
-    realpath, allowed, inside = os.path.realpath, {folder, os.devnull}, folder + os.sep
+    realpath, isdir = os.path.realpath, os.path.isdir
+    allowed, inside = {folder, os.devnull}, folder + os.sep
 
-    def check(path: Any) -> None:
-        if isinstance(path, int) or path is None:
-            return
-        real = realpath(os.fsdecode(path))
+    def locate(path: Any, dir_fd: Any = -1) -> str:
+        if isinstance(path, int):
+            return realpath(f"/proc/self/fd/{path}")
+        name = os.fsdecode(path)
+        return realpath(name if dir_fd == -1 else f"/proc/self/fd/{dir_fd}/{name}")
+
+    def check(real: str) -> None:
         if real not in allowed and not real.startswith(inside):
             raise PermissionError("files outside the working folder may not be changed")
 
+    def check_open(path: Any, mode: Any, flags: Any) -> None:
+        if isinstance(path, int):
+            return
+        real = locate(path)
+        # What is opened below a folder by its descriptor raises no event with the whole path.
+        if (isinstance(flags, int) and flags & _WRITING) or (mode is None and isdir(real)):
+            check(real)
+        if real.startswith("/proc/"):
+            raise PermissionError("/proc may not be read")
+
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
-            path, _, flags = arguments
-            if isinstance(flags, int) and flags & _WRITING:
-                check(path)
-            if isinstance(path, str) and path.startswith("/proc"):
-                raise PermissionError("/proc may not be read")
-        elif event in _CHANGING_FILES:
-            for path in arguments:
-                if isinstance(path, str | bytes | os.PathLike):
-                    check(path)
+            check_open(*arguments)
+        elif event in _CHANGES:
+            for path, dir_fd in _CHANGES[event]:
+                check(locate(arguments[path], -1 if dir_fd is None else arguments[dir_fd]))
         elif event in _DENIED or event.startswith(_DENIED_PREFIXES):
             raise PermissionError(f"{event} is not permitted here")
 

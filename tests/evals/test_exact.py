@@ -23,9 +23,7 @@ def test_case_space_and_surrounding_punctuation_do_not_count(text):
     assert exact.grade("son-in-law", text).correct
 
 
-@pytest.mark.parametrize(
-    "text", ["son", "son in law", "soninlaw", "son-in-law, I think", "", "..."]
-)
+@pytest.mark.parametrize("text", ["son", "son in law", "soninlaw", "son-in-law, yes", "", "..."])
 def test_other_texts_are_wrong(text):
     grade = exact.grade("son-in-law", text)
     assert not grade.correct

@@ -1,6 +1,8 @@
 """Kind tools: calls read from text, and compared as BFCL does."""
 
+import contextlib
 import json
+import keyword
 
 import pytest
 from hypothesis import given
@@ -52,7 +54,8 @@ def test_two_calls(text):
 
 def test_python_values():
     (call,) = parse_calls(
-        "a.b(x=-1.5, y=[True, None], z={'k': (1, 2)}, v=other.thing, w=f(1), u=-v, s='\\d', t=2*'a')"
+        "a.b(x=-1.5, y=[True, None], z={'k': (1, 2)}, v=other.thing, w=f(1), u=-v, s='\\d', "
+        "t=2*'a')"
     )
     assert call == Call(
         "a.b",
@@ -107,7 +110,7 @@ _VALUES = st.recursive(
     max_leaves=8,
 )
 _NAMES = st.from_regex(r"[a-z][a-z0-9_]{0,8}", fullmatch=True).filter(
-    lambda name: not __import__("keyword").iskeyword(name)
+    lambda name: not keyword.iskeyword(name)
 )
 
 
@@ -121,10 +124,8 @@ def test_both_syntaxes_give_the_call_back(name, arguments):
 
 @given(st.text("fx(=)[]{}\"':,1 \n`<tool_call>/\\"))
 def test_any_text_is_calls_or_an_error(text):
-    try:
+    with contextlib.suppress(CallSyntaxError):
         assert all(isinstance(call, Call) for call in parse_calls(text))
-    except CallSyntaxError as error:
-        assert str(error)
 
 
 def test_servers_tool_calls_are_a_text():

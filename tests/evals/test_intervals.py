@@ -1,0 +1,73 @@
+"""Intervals and tests of accuracies, against textbooks and brute force."""
+
+import numpy as np
+import pytest
+
+from pshare_jax.evals.intervals import (
+    bootstrap_interval,
+    mcnemar,
+    paired_bootstrap_interval,
+    wilson_interval,
+)
+
+
+def flags(right: int, wrong: int) -> list[bool]:
+    return [True] * right + [False] * wrong
+
+
+def test_the_bootstrap_is_the_one_that_resamples_answers():
+    correct = flags(30, 20)
+    rng = np.random.default_rng(1)
+    resampled = rng.choice(correct, (20_000, 50)).mean(axis=1)
+    expected = np.quantile(resampled, [0.025, 0.975])
+    assert bootstrap_interval(correct) == pytest.approx(expected, abs=0.011)
+    assert bootstrap_interval(correct) == bootstrap_interval(correct)
+    low, high = bootstrap_interval(correct, confidence=0.5)
+    assert 0.45 < bootstrap_interval(correct)[0] < low < 0.6 < high < 0.74
+
+
+def test_the_paired_bootstrap_is_the_one_that_resamples_pairs():
+    a = np.array(flags(30, 70))
+    b = a.copy()
+    b[20:45] = True
+    b[:5] = False
+    rows = np.random.default_rng(1).integers(0, 100, (20_000, 100))
+    resampled = b[rows].mean(axis=1) - a[rows].mean(axis=1)
+    expected = np.quantile(resampled, [0.025, 0.975])
+    interval = paired_bootstrap_interval(a.tolist(), b.tolist())
+    assert interval == pytest.approx(expected, abs=0.011)
+    assert interval[0] < 0.1 < interval[1]
+    assert paired_bootstrap_interval(a.tolist(), a.tolist()) == (0.0, 0.0)
+
+
+def test_wilson():
+    # Newcombe (1998), table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29.
+    assert wilson_interval(flags(81, 182)) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert wilson_interval(flags(15, 133)) == pytest.approx((0.0624, 0.1605), abs=5e-5)
+    assert wilson_interval(flags(0, 20)) == pytest.approx((0.0, 0.1611), abs=5e-5)
+    assert wilson_interval(flags(1, 28)) == pytest.approx((0.0061, 0.1718), abs=5e-5)
+    assert wilson_interval(flags(20, 0))[1] == 1.0
+
+
+def test_mcnemar_is_the_sign_test_of_what_differs():
+    a = flags(10, 10)
+    b = [not flag for flag in a[:1]] + a[1:14] + [True] * 6
+    result = mcnemar(a, b)
+    assert (result.only_a, result.only_b) == (1, 6)
+    # Two-sided: (C(7,0) + C(7,1)) * 2 / 2**7.
+    assert result.p_value == pytest.approx(16 / 128)
+    assert mcnemar(b, a).p_value == result.p_value
+    assert mcnemar(a, a).p_value == 1.0
+    assert mcnemar(flags(0, 100), flags(100, 0)).p_value < 1e-29
+
+
+@pytest.mark.parametrize("function", [bootstrap_interval, wilson_interval])
+def test_no_answers(function):
+    with pytest.raises(ValueError, match="no answers"):
+        function([])
+
+
+@pytest.mark.parametrize("function", [paired_bootstrap_interval, mcnemar])
+def test_unpaired_answers(function):
+    with pytest.raises(ValueError, match="1 answers cannot be paired with 2"):
+        function([True], [True, False])
