@@ -1,4 +1,4 @@
-r"""Answers whose final number counts: "so 1,234", "#### 5", "\boxed{\frac{3}{4}}"."""
+"""Answers whose final number counts."""
 
 from __future__ import annotations
 
