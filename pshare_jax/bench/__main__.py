@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -24,6 +23,7 @@ from pshare_jax.bench import (
     micro,
 )
 from pshare_jax.bench import compile as compile_bench
+from pshare_jax.convert.files import replace_file
 from pshare_jax.errors import PshareError
 
 # Columns of a table that goes into a file or a pipe.
@@ -71,21 +71,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = benches[arguments.command](options)
         # The figures first: they may be of hours, and plots can be drawn again.
         if json_file is not None:
-            _write_json(Path(json_file), result)
+            replace_file(json_file, json.dumps(result, indent=2) + "\n")
         if plots is not None:
             agents_plots.draw(result, Path(plots))
     except PshareError as error:
         print(f"pshare_jax.bench: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def _write_json(path: Path, result: dict[str, Any]) -> None:
-    """Whole or not at all: whoever reads the file later must not find half a result."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(part, path)
 
 
 def _agents(options: dict[str, Any]) -> dict[str, Any]:

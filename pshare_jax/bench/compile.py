@@ -17,9 +17,9 @@ from typing import Any
 import jax
 
 from pshare_jax.bench.accelerators import ACCELERATORS, Accelerator, prepare
+from pshare_jax.bench.compile_models import MODELS
 from pshare_jax.bench.compile_programs import (
     KERNEL_CASES,
-    MODELS,
     Program,
     Sizes,
     kernel_program,

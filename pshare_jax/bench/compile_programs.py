@@ -21,54 +21,10 @@ from pshare_jax.engine.steps import DecodeInput, Rows, StepSpec, decode_steps, p
 from pshare_jax.kernels.kv_write.api import kv_write
 from pshare_jax.kernels.page_transfer.api import gather_pages, scatter_pages
 from pshare_jax.kernels.paged_attention.api import paged_attention
-from pshare_jax.models.config import Llama3RopeScaling, ModelConfig
+from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.weights import projection_specs, weight_specs
 from pshare_jax.sharding.mesh import carve
 from pshare_jax.sharding.rules import pool_sharding, replicated, weight_shardings
-
-MODELS = {
-    "Llama-3.1-8B": ModelConfig(
-        architecture="llama",
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
-        rope_theta=500000.0,
-        rope_scaling=Llama3RopeScaling(8.0, 1.0, 4.0, 8192),
-        max_position_embeddings=131072,
-    ),
-    "Qwen3-8B": ModelConfig(
-        architecture="qwen3",
-        vocab_size=151936,
-        hidden_size=4096,
-        intermediate_size=12288,
-        num_layers=36,
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
-        rope_theta=1e6,
-        rms_norm_eps=1e-6,
-        max_position_embeddings=40960,
-        qk_norm=True,
-    ),
-    "Qwen3-14B": ModelConfig(
-        architecture="qwen3",
-        vocab_size=151936,
-        hidden_size=5120,
-        intermediate_size=17408,
-        num_layers=40,
-        num_heads=40,
-        num_kv_heads=8,
-        head_dim=128,
-        rope_theta=1e6,
-        rms_norm_eps=1e-6,
-        max_position_embeddings=40960,
-        qk_norm=True,
-    ),
-}
 
 DTYPE = jnp.bfloat16
 

@@ -1,4 +1,4 @@
-"""A destination folder that appears whole or not at all, and errors that fit on one line."""
+"""Folders and files that appear whole or not at all, and errors that fit on one line."""
 
 from __future__ import annotations
 
@@ -38,6 +38,36 @@ def check_space(dest: Path, needed: int) -> None:
         raise CheckpointError(
             f"{dest}: no disk space: {needed / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free"
         )
+
+
+def replace_file(path: str | Path, text: str) -> None:
+    """Writes `text` so that the file is the whole of it or is as it was; makes its folder.
+
+    Raises:
+        CheckpointError: it cannot be written (the message has the system's reason).
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with open(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {one_line(error)}") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 @contextlib.contextmanager

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pshare_jax.errors import EvaluationError
+from pshare_jax.convert.files import replace_file
+from pshare_jax.errors import CheckpointError, EvaluationError
 from pshare_jax.evals.intervals import bootstrap_interval, wilson_interval
 
 
@@ -60,22 +60,10 @@ def write_file(path: str | Path, text: str) -> None:
     Raises:
         EvaluationError: it cannot be written.
     """
-    path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with open(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except OSError as error:
-        raise EvaluationError(f"{path}: cannot be written: {error.strerror or error}") from error
+        replace_file(path, text)
+    except CheckpointError as error:
+        raise EvaluationError(str(error)) from error
 
 
 def read_result(path: str | Path) -> dict[str, Any]:
@@ -93,9 +81,3 @@ def read_result(path: str | Path) -> dict[str, Any]:
     if not isinstance(result, dict) or not {"data", "model", "answers"} <= result.keys():
         raise EvaluationError(f"{path}: is no result of pshare_jax.evals")
     return result
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pshare_jax.convert.files import replace_file
 from pshare_jax.convert.manifest import read_json
 from pshare_jax.errors import DataError
 from pshare_jax.evals.items import Item, read_items
@@ -204,7 +205,4 @@ class Study:
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    partial.replace(path)
+    replace_file(path, json.dumps(value, indent=1) + "\n")

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from pshare_jax.convert.files import replace_file
 from pshare_jax.errors import DataError
 from pshare_jax.study import programs, quick, tools
 
@@ -35,7 +35,7 @@ def _item(kind: str, question: str, answer: str, reference: Any, key: str) -> It
 
 def _reasoning_gym(name: str, seed: int, size: int) -> Iterator[dict[str, Any]]:
     try:
-        import reasoning_gym
+        import reasoning_gym  # pyright: ignore[reportMissingImports]  # an extra
     except ImportError as error:
         raise DataError(
             "the study's tasks need reasoning-gym: pip install 'pshare_jax[study]'"
@@ -149,20 +149,14 @@ def make_task(task: str, sizes: Sizes, folder: Path) -> dict[str, Any]:
     splits = _tools(sizes) if task == "tools" else _generated(task, sizes)
     if shared := overlap(splits):
         raise DataError(f"{task}: {shared} keys are in more than one split")
-    folder.mkdir(parents=True, exist_ok=True)
     summary: dict[str, Any] = {"overlap": 0}
     for split in SPLITS:
         lines = []
         for index, item in enumerate(splits[split]):
             fields = {name: value for name, value in item.items() if name != "key"}
             lines.append(json.dumps({"id": f"{task}-{split}-{index}", **fields}) + "\n")
-        content = "".join(lines).encode()
-        _write(folder / f"{split}.jsonl", content)
-        summary[split] = {"items": len(lines), "sha256": hashlib.sha256(content).hexdigest()}
+        content = "".join(lines)
+        replace_file(folder / f"{split}.jsonl", content)
+        digest = hashlib.sha256(content.encode()).hexdigest()
+        summary[split] = {"items": len(lines), "sha256": digest}
     return summary
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)

@@ -79,7 +79,7 @@ def _read(wheel: zipfile.ZipFile, name: str) -> Iterator[ToolCall]:
         signatures = "\n".join(_signature(function) for function in functions)
         question = f"{signatures}\n\n{turns[0]['content']}\nAnswer with one function call."
         if len(question) <= _MAX_CHARACTERS:
-            answer = _call(reference[0])
+            answer = _call(reference[0], functions)
             yield ToolCall(question, answer, reference, functions, entry["id"])
 
 
@@ -101,14 +101,26 @@ def _signature(function: Mapping[str, Any]) -> str:
     return f"{function['name']}({', '.join(parameters)}): {sentence}."
 
 
-def _call(reference: Mapping[str, Mapping[str, Sequence[Any]]]) -> str:
-    """A call out of the acceptable answers: the first of each argument, optional ones left out."""
+def _call(
+    reference: Mapping[str, Mapping[str, Sequence[Any]]], functions: Sequence[Mapping[str, Any]]
+) -> str:
+    """A call out of the acceptable answers: the first of each argument, optional ones left out.
+
+    BFCL marks what may be left out by an empty text among the acceptable values, some arguments
+    that the function requires too: those are given all the same.
+    """
     [(name, arguments)] = reference.items()
-    given = [
-        f"{key}={_plain(values[0])!r}"
-        for key, values in arguments.items()
-        if values and "" not in values
-    ]
+    required = {
+        key
+        for function in functions
+        if function["name"] == name
+        for key in function["parameters"].get("required", [])
+    }
+    given = []
+    for key, values in arguments.items():
+        named = [value for value in values if value != ""]
+        if named and (key in required or len(named) == len(values)):
+            given.append(f"{key}={_plain(named[0])!r}")
     return f"{name}({', '.join(given)})"
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pshare_jax.convert.files import replace_file
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.weights import Weights
 from pshare_jax.text.tokenizer import Tokenizer
@@ -76,7 +77,7 @@ def answer_with_teacher(
         )
         reporter.stop()
         if write:
-            _keep(path, {**facts, "answers": answers})
+            replace_file(path, json.dumps({**facts, "answers": answers}))
     room = [max_length - len(tokens) for tokens in prompts]
     return answered(dataset, [a[:r] for a, r in zip(answers, room, strict=True)])
 
@@ -90,10 +91,3 @@ def _kept(path: Path, facts: dict[str, Any]) -> list[list[int]] | None:
     if not isinstance(content, dict) or {name: content.get(name) for name in facts} != facts:
         return None
     return content["answers"]
-
-
-def _keep(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".part")
-    partial.write_text(json.dumps(content))
-    partial.replace(path)

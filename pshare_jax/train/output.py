@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from pshare_jax.convert.files import replace_file
 from pshare_jax.convert.manifest import Manifest, read_json
 from pshare_jax.convert.orbax import write_decode
 from pshare_jax.convert.tensors import DTYPES
@@ -53,10 +54,7 @@ def open_run(
     if path.is_file():
         check_resumable(config, read_json(path), identity)
     elif write:
-        temporary = path.with_suffix(".part")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(identity, indent=2) + "\n")
-        temporary.replace(path)
+        replace_file(path, json.dumps(identity, indent=2) + "\n")
     return identity
 
 

@@ -19,6 +19,8 @@ from rich.progress import (
 )
 from tensorboardX import SummaryWriter
 
+from pshare_jax.convert.files import replace_file
+
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 _SECONDS_BETWEEN_LINES = 10.0
@@ -93,9 +95,7 @@ class MetricsLog:
     def __init__(self, folder: Path, first_step: int, tensorboard: bool):
         path = folder / METRICS_FILE
         kept = [line for line in _lines(path) if json.loads(line)["step"] < first_step]
-        temporary = path.with_suffix(".part")
-        temporary.write_text("".join(kept))
-        temporary.replace(path)
+        replace_file(path, "".join(kept))
         self._file = path.open("a", buffering=1)
         self._events = None
         if tensorboard:

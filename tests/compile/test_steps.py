@@ -4,7 +4,8 @@ import pytest
 
 from pshare_jax.bench.accelerators import ACCELERATORS
 from pshare_jax.bench.compile import compile_program
-from pshare_jax.bench.compile_programs import MODELS, Sizes, step_programs
+from pshare_jax.bench.compile_models import MODELS
+from pshare_jax.bench.compile_programs import Sizes, step_programs
 
 # Tensor parallelism over four, two and one devices, and the model that fills the smallest of them.
 CASES = [

@@ -6,7 +6,8 @@ import pytest
 
 from pshare_jax.bench.accelerators import ACCELERATORS
 from pshare_jax.bench.compile import compile_program
-from pshare_jax.bench.compile_programs import MODELS, Sizes, bytes_per_device
+from pshare_jax.bench.compile_models import MODELS
+from pshare_jax.bench.compile_programs import Sizes, bytes_per_device
 from pshare_jax.bench.training_programs import training_programs
 
 SMALL = replace(

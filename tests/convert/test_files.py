@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 
@@ -11,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from pshare_jax.convert import files, progress
-from pshare_jax.convert.files import atomic_folder, one_line
+from pshare_jax.convert.files import atomic_folder, one_line, replace_file
 from pshare_jax.convert.progress import progress_bar
 from pshare_jax.convert.tensors import DTYPES, LazyTensor, as_lazy
 from pshare_jax.errors import CheckpointError
@@ -121,3 +122,19 @@ def test_the_bar_shows_on_a_terminal_only(monkeypatch, terminal):
     assert ("import x: layers.1.mlp.up.kernel" in shown) == terminal
     assert ("200/200 bytes" in shown) == terminal
     assert terminal or shown == ""
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "file.json"
+    replace_file(path, "old")
+    replace_file(path, "ä new one")
+    assert path.read_text(encoding="utf-8") == "ä new one"
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match="cannot be written: No space left on device"):
+        replace_file(path, "lost")
+    assert path.read_text(encoding="utf-8") == "ä new one"
+    assert [p.name for p in path.parent.iterdir()] == ["file.json"]

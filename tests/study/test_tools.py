@@ -36,7 +36,7 @@ def test_a_question_becomes_signatures_and_a_call(tmp_path):
         {"id": "q0", "question": [[{"role": "user", "content": "3 by 4?"}]], "function": [AREA]},
         {"id": "q1", "question": [[{"role": "user", "content": "x" * 900}]], "function": [AREA]},
     ]
-    acceptable = {"sides": [[3, 4]], "unit": ["", "m"], "name": [{"first": ["Al", "Bo"]}]}
+    acceptable = {"sides": ["", [3, 4]], "unit": ["", "m"], "name": [{"first": ["Al", "Bo"]}]}
     answers = [{"id": q["id"], "ground_truth": [{"area": acceptable}]} for q in questions]
     wheel_of(tmp_path / "w.whl", questions, answers)
     with zipfile.ZipFile(tmp_path / "w.whl") as wheel:
