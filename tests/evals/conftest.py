@@ -41,7 +41,9 @@ def serve_config(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
+# Of the package, so that what other tests compile is optimised as usual: the bits of a training run
+# depend on that.
+@pytest.fixture(scope="package")
 def engine(serve_config) -> Iterator[Engine]:
     jax.config.update("jax_disable_most_optimizations", True)
     try:
@@ -51,7 +53,7 @@ def engine(serve_config) -> Iterator[Engine]:
         jax.config.update("jax_disable_most_optimizations", False)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def url(engine) -> Iterator[str]:
     with running_server(engine.orchestrator, start=False) as client:  # type: ignore[arg-type]
         yield client.url
