@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pshare_jax.config import DType
 from pshare_jax.errors import ConfigError
 
 Method = Literal["full", "prefillshare", "lora"]
@@ -73,6 +74,7 @@ class StudyConfig:
         results: one JSON file a training run and its evaluations; what a report is made from.
         tasks: the tasks.
         runs: the training runs, in the order in which they are made.
+        dtype: of activations and KV in training; evaluations are in float32.
         batch_size: examples a step.
         lora_rank: rank of LoRA runs.
         max_length: most tokens of an example.
@@ -84,6 +86,7 @@ class StudyConfig:
     results: str
     tasks: list[TaskConfig]
     runs: list[Runs]
+    dtype: DType = "float32"
     batch_size: int = 16
     lora_rank: int = 8
     max_length: int = 1024

@@ -48,9 +48,8 @@ class Study:
             DataError, ConfigError, CheckpointError: what cannot be used.
         """
         self._make_tasks()
-        for task in self._config.tasks:
-            self._evaluate_base(task.name)
         for runs in self._config.runs:
+            self._evaluate_base(runs.task)
             best = None if runs.learning_rates else self.best_rate(runs)
             for run in expand(runs, best):
                 self._make(run)
@@ -148,6 +147,7 @@ class Study:
             "base": config.base,
             "output": folder,
             "mode": "full" if runs.method == "full" else "cache-conditioned",
+            "dtype": config.dtype,
             "tail": runs.tail,
             "seed": run.seed,
             "data.train": f"[{data}]",
