@@ -77,6 +77,8 @@ class StudyConfig:
         dtype: of activations and KV in training; evaluations are in float32.
         batch_size: examples a step.
         lora_rank: rank of LoRA runs.
+        kv_cache_gb: largest size (10^9 bytes) of the base's KV of a task's training set that is
+            kept in `folder` for all runs on it; a larger one is computed anew in each run.
         max_length: most tokens of an example.
         eval_batch_size: prompts that are answered together.
     """
@@ -89,6 +91,7 @@ class StudyConfig:
     dtype: DType = "float32"
     batch_size: int = 16
     lora_rank: int = 8
+    kv_cache_gb: float = 0.0
     max_length: int = 1024
     eval_batch_size: int = 32
 

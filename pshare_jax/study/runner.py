@@ -122,6 +122,7 @@ class Study:
                 "steps": record["steps"],
                 "train_loss": record["train_loss"],
                 "step_seconds": record["step_seconds"],
+                "kv_batch_seconds": record["kv_batch_seconds"],
                 "packages": record["packages"],
             },
             "evaluations": evaluations,
@@ -156,8 +157,11 @@ class Study:
             "optimizer.learning_rate": run.learning_rate,
             "optimizer.batch_size": config.batch_size,
             "optimizer.max_steps": runs.examples // config.batch_size,
-            # Each example is used once: there is nothing to keep.
+            # A run uses each example once; other runs use the same.
             "kv_cache.memory_gb": 0,
+            "kv_cache.disk_gb": config.kv_cache_gb,
+            "kv_cache.folder": self._folder / "kv",
+            "kv_cache.keep": "true" if config.kv_cache_gb else "false",
             "checkpoint.every": 100,
             "checkpoint.keep": 1,
             "report.tensorboard": "false",

@@ -110,11 +110,14 @@ class KVCacheConfig:
         memory_gb: largest size (10^9 bytes) that is kept in host memory.
         disk_gb: largest size that is kept in a file, when memory does not suffice.
         folder: where that file lies while training runs; empty means the run folder.
+        keep: whether it is always a file, which stays: later runs on the same base and examples
+            (of another learning rate, tail or seed, say) that name the same folder read it.
     """
 
     memory_gb: float = 4.0
     disk_gb: float = 0.0
     folder: str = ""
+    keep: bool = False
 
 
 @dataclass(frozen=True)
@@ -312,6 +315,8 @@ def check_config(config: TrainConfig) -> None:
             "distill.teacher: mode distill needs one, the other modes have none; it is "
             f"{config.distill.teacher!r} in mode {config.mode}"
         )
+    if config.kv_cache.keep and not (config.kv_cache.folder and config.kv_cache.disk_gb):
+        raise ConfigError("kv_cache.keep needs kv_cache.folder, and kv_cache.disk_gb above 0")
     if config.checkpoint.export == "best" and not config.data.eval:
         raise ConfigError("checkpoint.export: best needs data.eval to tell which weights are best")
 

@@ -20,7 +20,7 @@ from pshare_jax.train.batches import MicroBatch, Plan, fill_micro_batches, make_
 from pshare_jax.train.config import TrainConfig
 from pshare_jax.train.data import Dataset, read_dataset
 from pshare_jax.train.distributed import make_mesh
-from pshare_jax.train.kv_store import KVStore, open_store
+from pshare_jax.train.kv_store import KVStore, open_store, store_key
 from pshare_jax.train.layout import Bucket, Row, choose_buckets, make_row
 from pshare_jax.train.loss import LoraShape, Recipe
 from pshare_jax.train.optimizer import make_optimizer
@@ -45,7 +45,7 @@ class Job:
         trainable: float32 master weights at the start.
         frozen: what the loss reads besides: `base` for LoRA, `teacher` when distilling.
         base_weights: the prefill module's, while its KV is computed anew for each batch.
-        store: its KV of all rows, when that is kept.
+        store: its KV of the rows that are used, when that is kept.
     """
 
     config: TrainConfig
@@ -165,10 +165,19 @@ def prepare(config: TrainConfig, reporter: Reporter) -> Job:
         if lora is not None:
             frozen["base"] = base_weights
         folder = Path(config.kv_cache.folder or config.output).expanduser()
-        store, message = open_store(base.config, rows, dtype, config.kv_cache, folder)
+        # A longer tail reads a part of the same KV.
+        kept = rows if config.tail == 1 else [make_row(example, 1) for example in examples]
+        shapes = choose_buckets(kept, config.data.buckets)
+        key = store_key(base.fingerprint, dtype, kept, shapes[0], size)
+        if jax.process_count() > 1:
+            # Processes of one machine may share the folder.
+            key += f"-{jax.process_index()}"
+        store, message = open_store(base.config, kept, dtype, config.kv_cache, folder, key)
         reporter.say(message)
         if store is not None:
-            _fill(store, computations, base_weights, rows, buckets, assigned, size, reporter)
+            used = {row for step in plan.steps for micro in step for row in micro.rows}
+            used.update(range(len(train.examples), len(rows)))
+            _fill(store, computations, base_weights, sorted(used), *shapes, size, reporter)
             base_weights = None
     return Job(
         config,
@@ -189,7 +198,7 @@ def _fill(
     store: KVStore,
     computations: Computations,
     base: Weights,
-    rows: list[Row],
+    rows: list[int],
     buckets: list[Bucket],
     assigned: np.ndarray,
     size: int,
@@ -207,5 +216,5 @@ def _fill(
         reporter.advance("KV of prompts", done, len(rows))
 
     reporter.start("KV of prompts", len(rows))
-    store.fill(rows, buckets, assigned, size, compute, report)
+    store.fill(np.array(rows), buckets, assigned, size, compute, report)
     reporter.stop()

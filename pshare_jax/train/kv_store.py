@@ -1,27 +1,37 @@
 """The frozen prefill module's KV of all rows, computed once and kept in memory or in a file.
 
 It cannot change while a decode module trains, so that epochs after the first, and every restart of
-an evaluation, need not compute it again. Rows are always computed in the same batches, whatever
-the order of training: a resumed run reads the same bits.
+an evaluation, need not compute it again; nor need later runs on the same base and examples, when
+the file stays. A run computes the rows that it needs and that are missing, sorted: a resumed run
+reads the same bits.
 """
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import IO
 
 import ml_dtypes
 import numpy as np
 
-from pshare_jax.convert.files import check_space
+from pshare_jax.convert.files import check_space, replace_file
+from pshare_jax.convert.manifest import read_json
+from pshare_jax.errors import CheckpointError
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.train.batches import MicroBatch, fill_micro_batches
 from pshare_jax.train.config import KVCacheConfig
 from pshare_jax.train.layout import Bucket, Row, collate
 
 _GB = 1e9
+# A run that is killed loses the work of fewer batches than this.
+_BATCHES_BETWEEN_RECORDS = 64
 
 ComputeKV = Callable[[np.ndarray], np.ndarray]
 """From `prompt [B, P]` int32 to its KV on the host, as `loss.base_kv` gives it."""
@@ -35,9 +45,20 @@ class KVStore:
         rows: all rows.
         dtype: dtype name of the KV.
         file: where it is kept; None keeps it in memory.
+        progress: a JSON file that says which rows of `file` earlier runs have filled; None when
+            `file` is new and does not stay.
+        lock: an open file that is closed once all is filled, to let other runs in.
     """
 
-    def __init__(self, config: ModelConfig, rows: Sequence[Row], dtype: str, file: Path | None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        rows: Sequence[Row],
+        dtype: str,
+        file: Path | None,
+        progress: Path | None = None,
+        lock: IO[bytes] | None = None,
+    ):
         lengths = [len(row.prompt) for row in rows]
         self._offsets = np.concatenate([[0], np.cumsum(lengths)])
         token = (config.num_layers, 2, config.num_kv_heads, config.head_dim)
@@ -47,45 +68,93 @@ class KVStore:
             self._kv = np.empty(shape, self._dtype)
         else:
             # numpy's files know no bfloat16; bytes of the same size do.
-            raw = np.memmap(file, np.dtype(f"V{self._dtype.itemsize}"), "w+", shape=shape)
+            mode = "w+" if progress is None else "r+"
+            raw = np.memmap(file, np.dtype(f"V{self._dtype.itemsize}"), mode, shape=shape)
             self._kv = raw.view(self._dtype)
+        self._progress = progress
+        self._lock = lock
+        self._rows = rows
+        self._filled = np.zeros(len(rows), bool)
         self.batch_seconds: float | None = None
         """Median time to compute the KV of a batch, once compiled; None when that never was."""
+        if progress is not None and progress.is_file():
+            before = read_json(progress)
+            bits = np.frombuffer(bytes.fromhex(before["filled"]), np.uint8)
+            self._filled[:] = np.unpackbits(bits, count=len(rows))
+            self.batch_seconds = before["batch_seconds"]
 
     def fill(
         self,
-        rows: Sequence[Row],
+        needed: np.ndarray,
         buckets: Sequence[Bucket],
         assigned: np.ndarray,
         size: int,
         compute: ComputeKV,
         report: Callable[[int], None],
     ) -> None:
-        """Computes the KV of all rows, `size` at a time; `report` gets the number of rows done."""
+        """Computes the KV of the rows `needed` that are missing, `size` at a time.
+
+        Args:
+            needed: row indices, sorted.
+            buckets: the rows' shapes.
+            assigned: the index of each row's.
+            size: rows of a batch.
+            compute: gives the KV of a batch.
+            report: gets the number of needed rows that are there, now and then.
+        """
+        missing = needed[~self._filled[needed]]
+        report(len(needed) - len(missing))
+        try:
+            self._fill(fill_micro_batches(missing, buckets, assigned, size), size, compute, report)
+        finally:
+            self._record()
+            if self._lock is not None:
+                self._lock.close()
+
+    def _fill(
+        self,
+        batches: Sequence[MicroBatch],
+        size: int,
+        compute: ComputeKV,
+        report: Callable[[int], None],
+    ) -> None:
         seen: set[Bucket] = set()
         times: list[float] = []
-        for micro in fill_micro_batches(np.arange(len(rows)), buckets, assigned, size):
-            members = [rows[i] for i in micro.rows]
-            batch = collate(members, micro.bucket, size, teacher=False)
+        for number, micro in enumerate(batches):
             if micro.bucket.prompt:
+                members = [self._rows[i] for i in micro.rows]
+                batch = collate(members, micro.bucket, size, teacher=False)
                 start = time.perf_counter()
                 kv = compute(batch["prompt"])
                 if micro.bucket in seen:
                     times.append(time.perf_counter() - start)
+                    self.batch_seconds = float(np.median(times))
                 seen.add(micro.bucket)
                 for i, row in enumerate(micro.rows):
                     begin, end = self._offsets[row : row + 2]
                     self._kv[begin:end] = kv[i, : end - begin]
+            self._filled[list(micro.rows)] = True
+            if (number + 1) % _BATCHES_BETWEEN_RECORDS == 0:
+                self._record()
             report(len(micro.rows))
-        self.batch_seconds = float(np.median(times)) if times else None
+
+    def _record(self) -> None:
+        """Notes which rows are in the file, once they are."""
+        if self._progress is not None:
+            assert isinstance(self._kv, np.memmap)
+            self._kv.flush()
+            filled = np.packbits(self._filled).tobytes().hex()
+            facts = {"filled": filled, "batch_seconds": self.batch_seconds}
+            replace_file(self._progress, json.dumps(facts))
 
     def load(self, micro: MicroBatch, size: int) -> np.ndarray:
-        """KV of a micro-batch, padded with zeros to its bucket and to `size` rows:
-        `[B, P, layers, 2, kv_heads, head_dim]`."""
+        """KV of a micro-batch, padded with zeros to its bucket and to `size` rows, and cut where
+        its bucket is shorter: `[B, P, layers, 2, kv_heads, head_dim]`."""
         out = np.zeros((size, micro.bucket.prompt, *self._kv.shape[1:]), self._dtype)
         for i, row in enumerate(micro.rows):
             begin, end = self._offsets[row : row + 2]
-            out[i, : end - begin] = self._kv[begin:end]
+            length = min(end - begin, micro.bucket.prompt)
+            out[i, :length] = self._kv[begin : begin + length]
         return out
 
 
@@ -96,30 +165,92 @@ def kv_bytes(config: ModelConfig, rows: Sequence[Row], dtype: str) -> int:
     return token * sum(len(row.prompt) for row in rows)
 
 
+def store_key(
+    base: str, dtype: str, rows: Sequence[Row], buckets: Sequence[Bucket], size: int
+) -> str:
+    """Names the KV of `rows`: equal for runs that would compute the same bits.
+
+    Args:
+        base: the fingerprint of the prefill module.
+        dtype: dtype name of the KV.
+        rows: all rows.
+        buckets: the shapes they are padded to.
+        size: rows of a batch.
+    """
+    facts = [
+        base,
+        dtype,
+        size,
+        [bucket.prompt for bucket in buckets],
+        [len(r.prompt) for r in rows],
+    ]
+    digest = hashlib.sha256(json.dumps(facts).encode())
+    for row in rows:
+        digest.update(row.prompt.tobytes())
+    return digest.hexdigest()[:16]
+
+
 def open_store(
-    config: ModelConfig, rows: Sequence[Row], dtype: str, budget: KVCacheConfig, folder: Path
+    config: ModelConfig,
+    rows: Sequence[Row],
+    dtype: str,
+    budget: KVCacheConfig,
+    folder: Path,
+    key: str,
 ) -> tuple[KVStore | None, str]:
     """A store for `rows` in memory or in a file of `folder`, whichever budget it fits.
 
+    Args:
+        config: the architecture.
+        rows: all rows.
+        dtype: dtype name of the KV.
+        budget: how much may be kept where.
+        folder: where a file lies.
+        key: see `store_key`; names a file that stays.
+
     Returns:
-        The empty store, or None when no budget is large enough or there is nothing to keep; and
-        one line that says so.
+        The store, to be filled, or None when no budget is large enough or there is nothing to keep;
+        and one line that says so.
 
     Raises:
-        CheckpointError: the disk has less space than is needed and allowed.
+        CheckpointError: the disk has less space than is needed and allowed, or another run is
+            filling the same file.
     """
     needed = kv_bytes(config, rows, dtype)
     if not needed:
         return None, "no prompt is read from the prefill module's KV"
     size = f"{needed / _GB:.3g} GB of KV"
-    if needed <= budget.memory_gb * _GB:
+    if needed <= budget.memory_gb * _GB and not budget.keep:
         return KVStore(config, rows, dtype, None), f"{size} kept in memory"
     if needed <= budget.disk_gb * _GB:
         folder.mkdir(parents=True, exist_ok=True)
+        if budget.keep:
+            file = folder / f"kv-{key}.bin"
+            lock = _claim(file, needed)
+            store = KVStore(config, rows, dtype, file, file.with_suffix(".json"), lock)
+            return store, f"{size} kept in {file}"
         check_space(folder, needed)
         # The file is unlinked when closed, also when the process is killed.
-        with tempfile.NamedTemporaryFile(dir=folder, prefix="kv-", suffix=".bin") as file:
-            return KVStore(config, rows, dtype, Path(file.name)), f"{size} kept on disk"
+        with tempfile.NamedTemporaryFile(dir=folder, prefix="kv-", suffix=".bin") as temporary:
+            return KVStore(config, rows, dtype, Path(temporary.name)), f"{size} kept on disk"
     return None, (
         f"{size} computed anew for each batch: more than kv_cache.memory_gb and kv_cache.disk_gb"
     )
+
+
+def _claim(file: Path, size: int) -> IO[bytes]:
+    """Makes `file` `size` bytes long, most of them not yet on the disk, and keeps other runs from
+    filling it while what is returned is open."""
+    lock = open(file, "ab")  # noqa: SIM115 (it stays open)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise CheckpointError(
+            f"{file}: another run fills it; start when it has, or set kv_cache.keep to false"
+        ) from error
+    status = os.stat(lock.fileno())
+    check_space(file.parent, size - status.st_blocks * 512)
+    if status.st_size != size:
+        lock.truncate(size)
+    return lock

@@ -217,6 +217,7 @@ class _Run:
             "eval_loss": eval_loss,
             "seconds": seconds,
             "step_seconds": self._meter.step_seconds(),
+            "kv_batch_seconds": job.store.batch_seconds if job.store else None,
         }
         weights = {name: self._compute.to_host(array) for name, array in state.trainable.items()}
         for line in summary(job, self._meter.step_seconds()):

@@ -4,12 +4,13 @@ import jax
 import numpy as np
 import pytest
 
+from pshare_jax.errors import CheckpointError, ConfigError
 from pshare_jax.models.decoder import init_weights
 from pshare_jax.train.batches import MicroBatch
 from pshare_jax.train.config import KVCacheConfig
 from pshare_jax.train.data import Example, Turn
-from pshare_jax.train.kv_store import kv_bytes, open_store
-from pshare_jax.train.layout import choose_buckets, make_row
+from pshare_jax.train.kv_store import KVStore, kv_bytes, open_store, store_key
+from pshare_jax.train.layout import Bucket, choose_buckets, make_row
 from pshare_jax.train.loop import train
 from pshare_jax.train.loss import Recipe, base_kv
 from pshare_jax.train.report import Reporter
@@ -20,6 +21,7 @@ ROWS = [
     make_row(Example(RNG.integers(0, 400, n, dtype=np.int32), (Turn(n - 2, n),), "file:1"), 1)
     for n in (9, 5, 12, 7)
 ]
+ALL = np.arange(len(ROWS))
 BUCKETS, ASSIGNED = choose_buckets(ROWS, 1)
 NEEDED = sum(len(row.prompt) for row in ROWS) * MODEL.num_layers * 2 * 2 * 16 * 4
 
@@ -31,7 +33,7 @@ compiled_kv = jax.jit(base_kv, static_argnums=0)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_kept_kv_is_what_the_prefill_module_gives(tmp_path, where, dtype):
     budget = KVCacheConfig(**{"memory_gb": 0, where: 1.0})
-    store, message = open_store(MODEL, ROWS, dtype, budget, tmp_path)
+    store, message = open_store(MODEL, ROWS, dtype, budget, tmp_path, "key")
     assert store is not None
     assert where.removesuffix("_gb") in message
     weights = init_weights(MODEL, 0)
@@ -40,7 +42,7 @@ def test_kept_kv_is_what_the_prefill_module_gives(tmp_path, where, dtype):
         return np.asarray(compiled_kv(Recipe(MODEL, dtype), weights, prompt))
 
     done = []
-    store.fill(ROWS, BUCKETS, ASSIGNED, 2, compute, done.append)
+    store.fill(ALL, BUCKETS, ASSIGNED, 2, compute, done.append)
     assert sum(done) == len(ROWS)
     kv = store.load(MicroBatch(BUCKETS[0], (2, 0)), 3)
     assert kv.shape == (3, BUCKETS[0].prompt, MODEL.num_layers, 2, 2, 16)
@@ -73,7 +75,7 @@ def test_kept_kv_is_what_the_prefill_module_gives(tmp_path, where, dtype):
 def test_budgets_decide(tmp_path, memory, disk, expected):
     assert kv_bytes(MODEL, ROWS, "float32") == NEEDED
     budget = KVCacheConfig(memory_gb=memory / 1e9, disk_gb=disk / 1e9)
-    store, message = open_store(MODEL, ROWS, "float32", budget, tmp_path)
+    store, message = open_store(MODEL, ROWS, "float32", budget, tmp_path, "key")
     assert expected in message
     assert (store is None) == (expected == "computed anew")
 
@@ -92,3 +94,115 @@ def test_same_losses_without_keeping(base, data, held_out, plain_run, tmp_path):
     kept = losses(plain_run.folder)
     assert len(kept) == 10
     np.testing.assert_allclose(losses(tmp_path / "run"), kept, rtol=1e-5)
+
+
+KEEP = KVCacheConfig(memory_gb=4, disk_gb=1, keep=True)
+
+
+def keep_in(folder) -> KVStore:
+    store, message = open_store(MODEL, ROWS, "float32", KEEP, folder, "key")
+    assert store is not None
+    assert str(folder / "kv-key.bin") in message
+    return store
+
+
+def counted(calls: list[int], stop_after: int | None = None):
+    """A stand-in for the prefill module: KV that tells its token and position; counts its calls."""
+
+    def compute(prompt: np.ndarray) -> np.ndarray:
+        if len(calls) == stop_after:
+            raise KeyboardInterrupt
+        calls.append(len(prompt))
+        value = prompt * 1000 + np.arange(prompt.shape[1])
+        shape = (*prompt.shape, MODEL.num_layers, 2, MODEL.num_kv_heads, MODEL.head_dim)
+        return np.broadcast_to(value[..., None, None, None, None], shape).astype(np.float32)
+
+    return compute
+
+
+def check_contents(store: KVStore) -> None:
+    kv = store.load(MicroBatch(BUCKETS[0], (0, 1, 2, 3)), 4)
+    for got, row in zip(kv, ROWS, strict=True):
+        length = len(row.prompt)
+        expected = row.prompt * 1000 + np.arange(length)
+        assert (got[:length] == expected[:, None, None, None, None]).all()
+
+
+def test_a_file_that_stays_is_filled_once(tmp_path):
+    first: list[int] = []
+    keep_in(tmp_path).fill(ALL, BUCKETS, ASSIGNED, 2, counted(first), lambda _: None)
+    assert len(first) == 2
+    again: list[int] = []
+    reported: list[int] = []
+    store = keep_in(tmp_path)
+    store.fill(ALL, BUCKETS, ASSIGNED, 2, counted(again), reported.append)
+    assert again == []
+    assert sum(reported) == len(ROWS)
+    assert store.batch_seconds is not None
+    check_contents(store)
+
+
+def test_filling_goes_on_where_it_was_stopped(tmp_path):
+    store = keep_in(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        store.fill(ALL, BUCKETS, ASSIGNED, 1, counted([], stop_after=3), lambda _: None)
+    del store
+    rest: list[int] = []
+    store = keep_in(tmp_path)
+    store.fill(ALL, BUCKETS, ASSIGNED, 1, counted(rest), lambda _: None)
+    assert len(rest) == 1
+    check_contents(store)
+
+
+def test_runs_fill_what_they_need(tmp_path):
+    first: list[int] = []
+    keep_in(tmp_path).fill(np.array([0, 3]), BUCKETS, ASSIGNED, 1, counted(first), lambda _: None)
+    assert len(first) == 2
+    rest: list[int] = []
+    store = keep_in(tmp_path)
+    store.fill(ALL, BUCKETS, ASSIGNED, 1, counted(rest), lambda _: None)
+    assert len(rest) == 2
+    check_contents(store)
+
+
+def test_two_runs_do_not_fill_one_file(tmp_path):
+    first = keep_in(tmp_path)
+    with pytest.raises(CheckpointError, match=r"kv-key\.bin: another run fills it"):
+        keep_in(tmp_path)
+    first.fill(ALL, BUCKETS, ASSIGNED, 2, counted([]), lambda _: None)
+    again = keep_in(tmp_path)
+    again.fill(ALL, BUCKETS, ASSIGNED, 2, counted([]), lambda _: None)
+    check_contents(again)
+
+
+def test_key_changes_with_what_decides_the_bits():
+    key = store_key("base", "float32", ROWS, BUCKETS, 2)
+    assert key == store_key("base", "float32", list(ROWS), BUCKETS, 2)
+    others = [
+        store_key("other", "float32", ROWS, BUCKETS, 2),
+        store_key("base", "bfloat16", ROWS, BUCKETS, 2),
+        store_key("base", "float32", ROWS[::-1], BUCKETS, 2),
+        store_key("base", "float32", ROWS, BUCKETS, 1),
+        store_key("base", "float32", ROWS, [Bucket(64, 8, 8, 64)], 2),
+    ]
+    assert len({key, *others}) == 6
+
+
+def test_keeping_needs_a_folder(base, data, tmp_path):
+    with pytest.raises(ConfigError, match=r"kv_cache\.keep needs kv_cache\.folder"):
+        train_config(base, data, tmp_path / "run", kv_cache=KVCacheConfig(keep=True))
+
+
+def test_runs_with_other_tails_share_a_file(base, data, tmp_path):
+    kept = KVCacheConfig(disk_gb=1, folder=str(tmp_path / "kv"), keep=True)
+    for tail in (1, 3):
+        anew = train_config(
+            base, data, tmp_path / f"anew{tail}", tail=tail, kv_cache=KVCacheConfig(memory_gb=0)
+        )
+        train(anew, Reporter(active=False))
+        config = train_config(base, data, tmp_path / f"kept{tail}", tail=tail, kv_cache=kept)
+        train(config, Reporter(active=False))
+        np.testing.assert_allclose(
+            losses(tmp_path / f"kept{tail}"), losses(tmp_path / f"anew{tail}"), rtol=1e-5
+        )
+    assert len(list((tmp_path / "kv").glob("*.bin"))) == 1
