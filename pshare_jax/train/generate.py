@@ -34,7 +34,7 @@ class _Batch(NamedTuple):
     """B prompts, padded.
 
     Args:
-        prompt: `[B, P]` int32: what the prefill module may read.
+        prompt: `[B, P]` int32: what the prefill module reads; P is 0 when that is nothing.
         suffix: `[B, T]` int32: what the decode module reads, from the cover on.
         cover: `[B]` int32.
         length: `[B]` int32: tokens of each prompt.
@@ -97,12 +97,12 @@ def generate(
 def _collate(prompts: Sequence[Prompt], size: int) -> _Batch:
     """Pads with zeros, and with prompts of one token to `size` rows."""
     prompts = [*prompts, *[Prompt([0], 0)] * (size - len(prompts))]
-    longest = max(len(p.tokens) for p in prompts)
+    longest_cover = max(p.cover for p in prompts)
     longest_suffix = max(len(p.tokens) - p.cover for p in prompts)
-    prompt = np.zeros((size, _round_up(longest)), np.int32)
+    prompt = np.zeros((size, _round_up(longest_cover)), np.int32)
     suffix = np.zeros((size, 1 if longest_suffix == 1 else _round_up(longest_suffix)), np.int32)
     for i, p in enumerate(prompts):
-        prompt[i, : len(p.tokens)] = p.tokens
+        prompt[i, : p.cover] = p.tokens[: p.cover]
         suffix[i, : len(p.tokens) - p.cover] = p.tokens[p.cover :]
     cover = np.asarray([p.cover for p in prompts], np.int32)
     length = np.asarray([len(p.tokens) for p in prompts], np.int32)
@@ -143,14 +143,15 @@ def _complete(
     config = recipe.config
     size, prompt_slots = batch.prompt.shape
     suffix_len = batch.suffix.shape[1]
-    # Padding of the prompt and of the suffix leaves KV behind its row's tokens, which is
+    # Padding of the prompt and of the suffix leaves KV behind its row's cover and tokens, which is
     # overwritten before the first token that could see it.
     slots = prompt_slots + suffix_len + max_tokens
     cache = init_cache(config, size, slots, jnp.dtype(recipe.dtype))
     prefill = DenseCache(config, cache, 0)
-    weights = {name: weight.astype(recipe.dtype) for name, weight in base.items()}
-    positions = jnp.broadcast_to(jnp.arange(prompt_slots), batch.prompt.shape)
-    bind(config, weights).write_kv(batch.prompt, positions, prefill)
+    if prompt_slots:
+        weights = {name: weight.astype(recipe.dtype) for name, weight in base.items()}
+        positions = jnp.broadcast_to(jnp.arange(prompt_slots), batch.prompt.shape)
+        bind(config, weights).write_kv(batch.prompt, positions, prefill)
 
     decoder, adapters = bind_trainable(recipe, trainable, base, size)
 
