@@ -5,28 +5,38 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeVar
 
+from pshare_jax.kernels.native.library import load_library
+
 F = TypeVar("F")
 
 BACKEND_NAMES = (
     "xla",
     "reference",
+    "cpu_ffi",
     "pallas_tpu",
     "pallas_gpu",
     "pallas_tpu_interpret",
     "pallas_gpu_interpret",
 )
-"""Every op has all of them. `reference` is the definition, slow; the `_interpret` ones run the
-Pallas kernels in Pallas' interpreter, on any platform and very slowly, for tests."""
+"""Every op has all of them. `reference` is the definition, slow; `cpu_ffi` is C++, for CPUs; the
+`_interpret` ones run the Pallas kernels in Pallas' interpreter, on any platform and very slowly,
+for tests."""
 
 _BY_PLATFORM = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
+CPU_FFI = "cpu_ffi"
 
 
 def backend_for(setting: str, platform: str) -> str:
     """What the setting `kernel_backend` means on a platform (`jax.default_backend()`).
 
-    `auto` is Pallas on TPUs and GPUs and XLA elsewhere; any other name is kept.
+    `auto` is Pallas on TPUs and GPUs, C++ on CPUs where it compiles, and XLA elsewhere; any other
+    name is kept.
     """
-    return _BY_PLATFORM.get(platform, "xla") if setting == "auto" else setting
+    if setting != "auto":
+        return setting
+    if platform == "cpu" and load_library() is not None:
+        return CPU_FFI
+    return _BY_PLATFORM.get(platform, "xla")
 
 
 def select_backend(op: str, backends: Mapping[str, F], backend: str) -> F:

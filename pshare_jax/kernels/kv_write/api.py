@@ -6,12 +6,13 @@ import jax
 from jax.sharding import Mesh
 
 from pshare_jax.kernels.backends import select_backend
-from pshare_jax.kernels.kv_write import pallas_tpu, reference, xla
+from pshare_jax.kernels.kv_write import cpu_ffi, pallas_tpu, reference, xla
 from pshare_jax.kernels.over_heads import write_over_heads
 
 BACKENDS = {
     "xla": xla.kv_write,
     "reference": reference.kv_write,
+    "cpu_ffi": cpu_ffi.kv_write,
     "pallas_tpu": write_over_heads(pallas_tpu.kv_write),
     # On GPUs XLA's scatter is one kernel that writes the new tokens in place and nothing else.
     "pallas_gpu": xla.kv_write,

@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from pshare_jax.kernels.backends import select_backend
 from pshare_jax.kernels.over_heads import attention_over_heads
-from pshare_jax.kernels.paged_attention import pallas_gpu, pallas_tpu, reference, xla
+from pshare_jax.kernels.paged_attention import cpu_ffi, pallas_gpu, pallas_tpu, reference, xla
 
 _TPU = (pallas_tpu.paged_attention, pallas_tpu.TILES, pallas_tpu.Tiles())
 _GPU = (pallas_gpu.paged_attention, pallas_gpu.TILES, pallas_gpu.Tiles())
@@ -15,6 +15,7 @@ _GPU = (pallas_gpu.paged_attention, pallas_gpu.TILES, pallas_gpu.Tiles())
 BACKENDS = {
     "xla": xla.paged_attention,
     "reference": reference.paged_attention,
+    "cpu_ffi": cpu_ffi.paged_attention,
     "pallas_tpu": attention_over_heads(*_TPU),
     "pallas_gpu": attention_over_heads(*_GPU),
     "pallas_tpu_interpret": attention_over_heads(*_TPU, interpret=True),

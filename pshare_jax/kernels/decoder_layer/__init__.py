@@ -1,0 +1,1 @@
+"""A whole decoder layer in one call, for CPUs."""

@@ -1,0 +1,204 @@
+// The XLA FFI handlers of the CPU kernels; pshare_jax/kernels/native/library.py registers them.
+
+#include <string>
+
+#include "layer.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+using namespace pshare;
+
+namespace {
+
+// The buffers of a call, in order; a problem is kept for `error`, once.
+class Call {
+ public:
+  Call(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dictionary attrs)
+      : args_(args), rets_(rets), attrs_(attrs) {}
+
+  ffi::AnyBuffer arg(size_t i) { return checked(args_.get<ffi::AnyBuffer>(i), i); }
+  ffi::AnyBuffer ret(size_t i) {
+    auto found = rets_.get<ffi::AnyBuffer>(i);
+    if (!found.has_value()) return arg(args_.size());
+    return **found;
+  }
+  template <class T>
+  const T* data(size_t i) {
+    auto buffer = arg(i);
+    return buffer.element_count() ? static_cast<const T*>(buffer.untyped_data()) : nullptr;
+  }
+  long dim(size_t i, size_t axis) { return arg(i).dimensions()[axis]; }
+  template <class T>
+  T attr(const char* name) {
+    auto found = attrs_.get<T>(name);
+    if (!found.has_value()) {
+      error_ = std::string("attribute ") + name + " is missing or of the wrong type";
+      return T{};
+    }
+    return *found;
+  }
+  const std::string& error() const { return error_; }
+
+  Rows rows(size_t i) {
+    return Rows{data<int32_t>(i), data<int32_t>(i + 1), data<int32_t>(i + 2), dim(i, 0), dim(i, 1)};
+  }
+  Geometry geometry(size_t pages, long heads) {
+    long kv_heads = dim(pages, 2);
+    return Geometry{kv_heads,      heads / kv_heads,         dim(pages, 3), dim(pages, 4),
+                    attr<int64_t>("window"), attr<float>("soft_cap")};
+  }
+
+ private:
+  template <class Found>
+  ffi::AnyBuffer checked(Found found, size_t i) {
+    if (!found.has_value()) {
+      error_ = "buffer " + std::to_string(i) + " is missing";
+      return arg(0);
+    }
+    return *found;
+  }
+
+  ffi::RemainingArgs args_;
+  ffi::RemainingRets rets_;
+  ffi::Dictionary attrs_;
+  std::string error_;
+};
+
+// The result's memory, holding what the operand holds: XLA lets them be one and the same.
+void* updated(ffi::AnyBuffer operand, ffi::AnyBuffer result) {
+  if (operand.untyped_data() != result.untyped_data()) {
+    std::memcpy(result.untyped_data(), operand.untyped_data(), operand.size_bytes());
+  }
+  return result.untyped_data();
+}
+
+// Calls `body(E{})` with the element type of buffer `i`.
+template <class Body>
+ffi::Error typed(Call& call, size_t i, Body body) {
+  switch (call.arg(i).element_type()) {
+    case ffi::DataType::F32:
+      body(float{});
+      break;
+    case ffi::DataType::BF16:
+      body(bf16{});
+      break;
+    default:
+      return ffi::Error::InvalidArgument("the dtype must be float32 or bfloat16");
+  }
+  return call.error().empty() ? ffi::Error::Success() : ffi::Error::InvalidArgument(call.error());
+}
+
+// pages, k, v, page_table, start, lens -> pages
+ffi::Error kv_write(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dictionary attrs) {
+  Call call(args, rets, attrs);
+  return typed(call, 0, [&](auto element) {
+    using E = decltype(element);
+    E* pages = static_cast<E*>(updated(call.arg(0), call.ret(0)));
+    Rows rows = call.rows(3);
+    long tokens = call.dim(1, 1);
+    Geometry g{call.dim(0, 2), 1, call.dim(0, 3), call.dim(0, 4), 0, 0};
+    for (int part = 0; part < 2; part++) {
+      const E* from = call.data<E>(1 + part);
+      for (long b = 0; b < rows.batch; b++) {
+        for (long t = 0; t < std::min<long>(rows.lens[b], tokens); t++) {
+          for (long h = 0; h < g.kv_heads; h++) {
+            std::memcpy(slot(pages, rows, g, b, rows.start[b] + t, part, h),
+                        from + ((b * tokens + t) * g.kv_heads + h) * g.head_dim,
+                        g.head_dim * sizeof(E));
+          }
+        }
+      }
+    }
+  });
+}
+
+// q, pages, page_table, start, lens -> out
+ffi::Error paged_attention(ffi::RemainingArgs args, ffi::RemainingRets rets,
+                           ffi::Dictionary attrs) {
+  Call call(args, rets, attrs);
+  return typed(call, 0, [&](auto element) {
+    using E = decltype(element);
+    Rows rows = call.rows(2);
+    long tokens = call.dim(0, 1);
+    Geometry g = call.geometry(1, call.dim(0, 2));
+    E* out = static_cast<E*>(call.ret(0).untyped_data());
+    std::vector<long> first;
+    for (long b = 0; b < rows.batch; b++) {
+      first.push_back(b * tokens);
+      long valid = std::max(0, rows.lens[b]), width = g.heads() * g.head_dim;
+      std::fill(out + (b * tokens + valid) * width, out + (b + 1) * tokens * width, E{});
+    }
+    Attention<E> attention(call.data<E>(0), out, call.data<E>(1), rows, g, first, tokens == 1);
+    Pool::instance().run([&](Team& team) { attention.run(team); });
+  });
+}
+
+// See decoder_layer/cpu_ffi.py for the operands -> x, pages
+ffi::Error decoder_layer(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dictionary attrs) {
+  Call call(args, rets, attrs);
+  return typed(call, 1, [&](auto element) {
+    using E = decltype(element);
+    float* x = static_cast<float*>(updated(call.arg(0), call.ret(0)));
+    E* pages = static_cast<E*>(updated(call.arg(1), call.ret(1)));
+    Rows rows = call.rows(2);
+    Layer<E> layer{};
+    layer.embed = call.dim(0, 2);
+    layer.mlp = call.attr<int64_t>("mlp");
+    layer.geometry = call.geometry(1, call.attr<int64_t>("heads"));
+    layer.eps = call.attr<float>("eps");
+    layer.kv_only = call.attr<bool>("kv_only");
+    layer.attn_norm = call.data<float>(7);
+    layer.mlp_norm = call.data<float>(8);
+    layer.bias = call.data<float>(9);
+    layer.q_norm = call.data<float>(10);
+    layer.k_norm = call.data<float>(11);
+    layer.qkv = call.data<E>(12);
+    layer.o = call.data<E>(13);
+    layer.gate_up = call.data<E>(14);
+    layer.down = call.data<E>(15);
+    layer.adapter_index = call.data<int32_t>(16);
+    layer.num_adapters = call.attr<int64_t>("num_adapters");
+    layer.rank = call.attr<int64_t>("rank");
+    for (int i = 0; i < kTargets; i++) {
+      layer.adapters[i] = {call.data<E>(17 + 2 * i), call.data<E>(18 + 2 * i)};
+    }
+    if (!call.error().empty()) return;
+    LayerCall<E>(layer, rows, call.dim(0, 1), x, call.data<float>(5), call.data<float>(6), pages)
+        .run();
+  });
+}
+
+// x, scale, head, lens -> logits
+ffi::Error lm_head(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dictionary attrs) {
+  Call call(args, rets, attrs);
+  return typed(call, 2, [&](auto element) {
+    using E = decltype(element);
+    float* logits = static_cast<float*>(call.ret(0).untyped_data());
+    head<E>(call.data<float>(0), call.data<float>(1), call.data<E>(2), call.data<int32_t>(3),
+            call.dim(0, 0), call.dim(0, 1), call.ret(0).dimensions()[1], call.attr<float>("eps"),
+            logits);
+  });
+}
+
+}  // namespace
+
+#define PSHARE_HANDLER(name, function)                                                    \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(                                                          \
+      name, function, ffi::Ffi::Bind().RemainingArgs().RemainingRets().Attrs())
+
+PSHARE_HANDLER(pshare_kv_write, kv_write);
+PSHARE_HANDLER(pshare_paged_attention, paged_attention);
+PSHARE_HANDLER(pshare_decoder_layer, decoder_layer);
+PSHARE_HANDLER(pshare_lm_head, lm_head);
+
+// Columns of a panel of a packed matrix: what the Python side packs by.
+extern "C" int pshare_panel_columns() { return kPanel; }
+
+// Whether this CPU multiplies bfloat16 as fast as it can load it.
+extern "C" int pshare_has_bfloat16() {
+#if defined(__AVX512BF16__)
+  return 1;
+#else
+  return 0;
+#endif
+}

@@ -1,0 +1,124 @@
+// Matrix products with packed right-hand sides.
+//
+// A matrix [K, N] is packed into panels of kPanel columns: [N / kPanel, K / unit, kPanel, unit],
+// zero-padded, where a unit is one float32 or two bfloat16. A product keeps a tile of rows by one
+// panel in registers and runs along K once. Every element is summed in the order of K in one
+// float32 accumulator, whatever the tile: a row's result depends on no other row.
+#pragma once
+
+#include <algorithm>
+
+#include "simd.h"
+#include "threads.h"
+
+namespace pshare {
+
+constexpr int kVectors = 2;
+constexpr int kPanel = kVectors * kWidth;
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kTileRows = 12;  // 32 registers: 24 accumulators
+#else
+constexpr int kTileRows = 6;  // 16 registers: 12 accumulators
+#endif
+constexpr long kBlockRows = 96;     // rows whose left-hand side stays in the second-level cache
+constexpr long kBlockUnits = 1024;  // units whose part of a panel does
+
+inline long round_up(long x, long multiple) { return (x + multiple - 1) / multiple * multiple; }
+inline long panels(long columns) { return (columns + kPanel - 1) / kPanel; }
+
+template <class E>
+long units(long k) {
+  return (k + Unit<E>::size - 1) / Unit<E>::size;
+}
+
+// Elements of one panel of a matrix with k rows.
+template <class E>
+long panel_size(long k) {
+  return units<E>(k) * kPanel * Unit<E>::size;
+}
+
+// c[R, kPanel] = (add ? c : 0) + a[R, count units] b[count units, kPanel].
+template <class E, int R>
+inline void tile(const E* a, long lda, const E* b, long count, float* c, long ldc, bool add) {
+  constexpr int U = Unit<E>::size;
+  VF acc[R][kVectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < R; i++) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; j++) {
+      acc[i][j] = add ? load<VF>(c + i * ldc + j * kWidth) : VF{};
+    }
+  }
+  for (long k = 0; k < count; k++) {
+    VU right[kVectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; j++) right[j] = load<VU>(b + (k * kPanel + j * kWidth) * U);
+#pragma GCC unroll 16
+    for (int i = 0; i < R; i++) {
+      uint32_t left = load<uint32_t>(a + i * lda + k * U);
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; j++) {
+        acc[i][j] = Unit<E>::multiply_add(acc[i][j], left, right[j]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < R; i++) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; j++) store(c + i * ldc + j * kWidth, acc[i][j]);
+  }
+}
+
+template <class E, int R = kTileRows>
+inline void tile_of(long rows, const E* a, long lda, const E* b, long count, float* c, long ldc,
+                    bool add) {
+  if (rows == R) return tile<E, R>(a, lda, b, count, c, ldc, add);
+  if constexpr (R > 1) tile_of<E, R - 1>(rows, a, lda, b, count, c, ldc, add);
+}
+
+// As `tile`, for any number of rows. `lda` is a whole number of units.
+template <class E>
+void multiply_panel(long rows, const E* a, long lda, const E* b, long count, float* c, long ldc,
+                    bool add) {
+  constexpr int U = Unit<E>::size;
+  if (count == 0 && !add) {
+    for (long i = 0; i < rows; i++) std::fill_n(c + i * ldc, kPanel, 0.0f);
+  }
+  for (long k = 0; k < count; k += kBlockUnits) {
+    long part = std::min(kBlockUnits, count - k);
+    for (long i = 0; i < rows; i += kTileRows) {
+      tile_of<E>(std::min<long>(kTileRows, rows - i), a + i * lda + k * U, lda,
+                 b + k * kPanel * U, part, c + i * ldc, ldc, add || k > 0);
+    }
+  }
+}
+
+// Computes a[rows, k] times panels `first .. last - 1` of a packed matrix, `group` adjacent panels
+// at a time, and gives each tile to `done(row, rows, panel, tile)`, where tile is
+// [rows, group * kPanel]. Followed by a barrier.
+template <class E, class Done>
+void multiply(Team& team, long rows, const E* a, long lda, const E* packed, long k, long first,
+              long last, int group, Done done) {
+  long blocks = (rows + kBlockRows - 1) / kBlockRows;
+  if (blocks == 0) return team.loop(0, [](long) {});
+  long block = round_up((rows + blocks - 1) / blocks, kTileRows);
+  long groups = (last - first) / group;
+  // Few rows: enough shares for an even end. Many rows: a share keeps its rows in the cache.
+  long shares = blocks > 1 ? std::max<long>(1, groups / 8) : std::min<long>(groups, team.size() * 4);
+  team.loop(blocks * shares, [&](long item) {
+    alignas(64) float out[kBlockRows * 2 * kPanel];
+    long row = item / shares * block, share = item % shares;
+    long count = std::min(block, rows - row), ldc = group * kPanel;
+    if (count <= 0) return;
+    for (long g = groups * share / shares; g < groups * (share + 1) / shares; g++) {
+      long panel = first + g * group;
+      for (int p = 0; p < group; p++) {
+        multiply_panel<E>(count, a + row * lda, lda, packed + (panel + p) * panel_size<E>(k),
+                          units<E>(k), out + p * kPanel, ldc, false);
+      }
+      done(row, count, panel, out);
+    }
+  });
+}
+
+}  // namespace pshare
