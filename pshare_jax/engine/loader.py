@@ -17,6 +17,7 @@ from pshare_jax.engine.sequence import ModelKind, ModelRuntime
 from pshare_jax.errors import CheckpointError, ConfigError
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.lora import LoraModule, merge, stack_adapters
+from pshare_jax.models.packed import is_packed, pack_adapters, pack_weights
 from pshare_jax.models.split import Certificate, check_certificate
 from pshare_jax.models.weights import Weights, lora_specs, weight_specs
 from pshare_jax.sharding.rules import replicated, weight_shardings
@@ -131,11 +132,18 @@ def runtimes(
 
 
 class WeightLoader:
-    """Loads weights onto meshes."""
+    """Loads weights onto meshes.
 
-    def __init__(self, base: BaseSource, sources: list[ModelSource]):
+    Args:
+        base: the prefill module.
+        sources: the served models.
+        backend: the kernel backend; see `models.packed.is_packed`.
+    """
+
+    def __init__(self, base: BaseSource, sources: list[ModelSource], backend: str):
         self._base = base
         self._sources = sources
+        self._backend = backend
 
     def prefill(self, mesh: Mesh) -> dict[str, Weights]:
         """What one prefill mesh needs: the base's weights, and those of each isolated model."""
@@ -148,7 +156,7 @@ class WeightLoader:
                     weights[source.name] = jax.device_put(merged, self._shardings(mesh))
                 else:
                     weights[source.name] = self._full(source.load, mesh)
-        return weights
+        return {name: self._packed(module, mesh) for name, module in weights.items()}
 
     def decode(
         self, mesh: Mesh, engine: int, table: Mapping[str, ModelRuntime]
@@ -157,16 +165,28 @@ class WeightLoader:
         adapters for the LoRA modules."""
         hosted = [s for s in self._sources if engine in table[s.name].decode_engines]
         groups = {
-            table[source.name].group: GroupWeights(self._full(source.load, mesh))
+            table[source.name].group: GroupWeights(
+                self._packed(self._full(source.load, mesh), mesh)
+            )
             for source in hosted
             if source.kind != "lora"
         }
         if any(source.kind == "lora" for source in hosted):
             # All LoRA modules, hosted or not, so that a module's index is the same everywhere.
             modules = [self._lora(s, mesh) for s in self._sources if s.kind == "lora"]
-            stacked = jax.device_put(stack_adapters(modules), replicated(mesh))
-            groups[LORA_GROUP] = GroupWeights(self._full(self._base.load, mesh), stacked)
+            stacked = stack_adapters(modules)
+            if is_packed(self._backend, mesh):
+                stacked = pack_adapters(stacked)
+            stacked = jax.device_put(stacked, replicated(mesh))
+            base = self._packed(self._full(self._base.load, mesh), mesh)
+            groups[LORA_GROUP] = GroupWeights(base, stacked)
         return groups
+
+    def _packed(self, weights: Weights, mesh: Mesh) -> Weights:
+        """`weights` as the steps of `mesh` read them."""
+        if not is_packed(self._backend, mesh):
+            return weights
+        return pack_weights(self._base.config, weights)
 
     def _shardings(self, mesh: Mesh) -> dict[str, Any]:
         return weight_shardings(mesh, weight_specs(self._base.config))

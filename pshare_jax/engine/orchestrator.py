@@ -107,7 +107,7 @@ class Orchestrator:
             config.decode.tensor_parallel,
         )
         backend = backend_for(config.kernel_backend, jax.default_backend())
-        loader = WeightLoader(base, sources)
+        loader = WeightLoader(base, sources, backend)
         self._counters = Counters()
         self._decode = [
             DecodeEngine(

@@ -19,6 +19,7 @@ from pshare_jax.kernels.paged_attention.api import paged_attention
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.decoder import bind
 from pshare_jax.models.lora import Adapters
+from pshare_jax.models.packed import PackedDecoder, is_packed
 from pshare_jax.models.weights import Weights
 
 
@@ -41,6 +42,11 @@ class StepSpec:
     config: ModelConfig
     backend: str
     mesh: Mesh | None = None
+
+    @property
+    def packed(self) -> bool:
+        """Whether layers run as one call each, over packed weights: C++ on one CPU device."""
+        return is_packed(self.backend, self.mesh)
 
 
 class PagedAttention:
@@ -89,9 +95,7 @@ def prefill_chunk(
 
     Returns the pages, and a scalar that is ready when the chunk has been computed.
     """
-    io = PagedAttention(spec, pages, rows)
-    bind(spec.config, weights).write_kv(tokens, _positions(rows, tokens.shape[1]), io)
-    return tuple(io.pages), jnp.sum(rows.lens)
+    return _write_kv(spec, weights, None, pages, tokens, rows, None)
 
 
 def replay_chunk(
@@ -104,11 +108,51 @@ def replay_chunk(
     adapter_index: jax.Array,
 ) -> tuple[Pages, jax.Array]:
     """A decode module writes its own KV of known tokens `[B, T]`: a prompt's tail, or a replay."""
+    return _write_kv(spec, weights, adapters, pages, tokens, rows, adapter_index)
+
+
+def _write_kv(
+    spec: StepSpec,
+    weights: Weights,
+    adapters: Weights | None,
+    pages: Pages,
+    tokens: jax.Array,
+    rows: Rows,
+    adapter_index: jax.Array | None,
+) -> tuple[Pages, jax.Array]:
+    positions = _positions(rows, tokens.shape[1])
+    if spec.packed:
+        decoder = PackedDecoder(spec.config, weights, adapters, adapter_index)
+        _, pages = decoder.hidden(tokens, positions, pages, rows, kv_only=True)
+        return pages, jnp.sum(rows.lens)
+    io = PagedAttention(spec, pages, rows)
+    stacked = None
+    if adapters is not None and adapter_index is not None:
+        stacked = Adapters(adapters, adapter_index)
+    bind(spec.config, weights).write_kv(tokens, positions, io, stacked)
+    return tuple(io.pages), jnp.sum(rows.lens)
+
+
+def _next_logits(
+    spec: StepSpec,
+    weights: Weights,
+    adapters: Weights | None,
+    pages: Pages,
+    tokens: jax.Array,
+    rows: Rows,
+    adapter_index: jax.Array,
+) -> tuple[Pages, jax.Array]:
+    """Feeds one token a row, `[B]`; returns the pages and the logits after it, `[B, vocab]`."""
+    tokens, positions = tokens[:, None], _positions(rows, 1)
+    if spec.packed:
+        decoder = PackedDecoder(spec.config, weights, adapters, adapter_index)
+        hidden, pages = decoder.hidden(tokens, positions, pages, rows)
+        return pages, decoder.logits(hidden[:, 0], rows.lens)
     io = PagedAttention(spec, pages, rows)
     decoder = bind(spec.config, weights)
     stacked = None if adapters is None else Adapters(adapters, adapter_index)
-    decoder.write_kv(tokens, _positions(rows, tokens.shape[1]), io, stacked)
-    return tuple(io.pages), jnp.sum(rows.lens)
+    hidden = decoder.hidden(tokens, positions, io, stacked)
+    return tuple(io.pages), decoder.logits(hidden[:, 0])
 
 
 class DecodeInput(NamedTuple):
@@ -139,21 +183,19 @@ def decode_steps(
     Returns the pages, the history, and `Sampled` with leading axis `max_steps`; entries past
     num_steps are 0.
     """
-    decoder = bind(spec.config, weights)
 
     def step(
         i: jax.Array | int, tokens: jax.Array, pages: Pages, history: History
     ) -> tuple[Pages, History, Sampled]:
         rows = inputs.rows._replace(start=inputs.rows.start + i)
-        io = PagedAttention(spec, pages, rows)
-        # Lives for one trace; this function is traced more than once.
-        stacked = None if adapters is None else Adapters(adapters, inputs.adapter_index)
-        hidden = decoder.hidden(tokens[:, None], _positions(rows, 1), io, stacked)
+        pages, logits = _next_logits(
+            spec, weights, adapters, pages, tokens, rows, inputs.adapter_index
+        )
         lengths = rows.start + 1
         view = History(*(array[inputs.slots] for array in history))
-        sampled = sample(decoder.logits(hidden[:, 0]), inputs.sampling, view, lengths)
+        sampled = sample(logits, inputs.sampling, view, lengths)
         written = history.tokens.at[inputs.slots, lengths].set(sampled.tokens, mode="drop")
-        return tuple(io.pages), history._replace(tokens=written), sampled
+        return pages, history._replace(tokens=written), sampled
 
     if max_steps == 1:
         pages, history, sampled = step(0, inputs.tokens, pages, history)

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from pshare_jax.kernels.backends import CPU_FFI
 from pshare_jax.kernels.decoder_layer.cpu_ffi import (
     LayerAdapters,
     LayerShape,
@@ -27,6 +29,11 @@ from pshare_jax.models.weights import LORA_TARGETS, Weights, check_weights, proj
 
 Rows = tuple[jax.Array, jax.Array, jax.Array]
 """Page table `[B, N]`, position of each row's first token `[B]`, valid tokens `[B]`; int32."""
+
+
+def is_packed(backend: str, mesh: Mesh | None) -> bool:
+    """Whether weights are packed for a kernel backend on a mesh: C++ on one CPU device."""
+    return backend == CPU_FFI and (mesh is None or mesh.size == 1)
 
 
 def pack_weights(config: ModelConfig, weights: Weights) -> Weights:
