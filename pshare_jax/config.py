@@ -106,12 +106,14 @@ class ServeConfig:
     Args:
         base: the prefill checkpoint folder.
         models: the served models, one entry a decode module.
-        dtype: dtype of weights, activations and KV; `auto` is float32 on CPU, else bfloat16.
+        dtype: dtype of weights, activations and KV; `auto` is bfloat16, but float32 on CPUs
+            without instructions for bfloat16 or without the kernels of `cpu_ffi`.
         max_model_len: most tokens of prompt plus completion.
         page_size: token slots of one KV page.
         max_queue: waiting requests beyond which new ones get 429.
         compilation_cache_dir: folder of XLA's persistent compilation cache; empty turns it off.
-        kernel_backend: `auto` is `pallas_tpu` on TPUs, `pallas_gpu` on GPUs and `xla` elsewhere.
+        kernel_backend: `auto` is `pallas_tpu` on TPUs, `pallas_gpu` on GPUs, `cpu_ffi` on CPUs where
+            a C++ compiler is there, and `xla` elsewhere.
         prefill: the prefill side.
         decode: the decode side.
         server: the HTTP side.

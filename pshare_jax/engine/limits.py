@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pshare_jax.cache.layout import PageLayout
 from pshare_jax.config import ServeConfig
 from pshare_jax.errors import ConfigError
-from pshare_jax.kernels.backends import select_backend
+from pshare_jax.kernels.backends import CPU_FFI, select_backend
 from pshare_jax.kernels.kv_write import api as kv_write
 from pshare_jax.kernels.page_transfer import api as page_transfer
+from pshare_jax.kernels.native.library import require_library
 from pshare_jax.kernels.paged_attention import api as paged_attention
 from pshare_jax.models.config import ModelConfig
 
@@ -72,6 +73,8 @@ def _check_backend(name: str) -> None:
             select_backend(op, backends, name)
         except ValueError as error:
             raise ConfigError(f"kernel_backend: {error}") from error
+    if name == CPU_FFI:
+        require_library()
 
 
 def _check_buckets(key: str, buckets: list[int]) -> None:

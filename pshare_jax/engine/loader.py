@@ -15,6 +15,7 @@ from pshare_jax.convert.orbax import load_weights
 from pshare_jax.engine.decode import GroupWeights
 from pshare_jax.engine.sequence import ModelKind, ModelRuntime
 from pshare_jax.errors import CheckpointError, ConfigError
+from pshare_jax.kernels.backends import on_mesh
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.lora import LoraModule, merge, stack_adapters
 from pshare_jax.models.packed import is_packed, pack_adapters, pack_weights
@@ -175,7 +176,7 @@ class WeightLoader:
             # All LoRA modules, hosted or not, so that a module's index is the same everywhere.
             modules = [self._lora(s, mesh) for s in self._sources if s.kind == "lora"]
             stacked = stack_adapters(modules)
-            if is_packed(self._backend, mesh):
+            if is_packed(on_mesh(self._backend, mesh.size)):
                 stacked = pack_adapters(stacked)
             stacked = jax.device_put(stacked, replicated(mesh))
             base = self._packed(self._full(self._base.load, mesh), mesh)
@@ -184,7 +185,7 @@ class WeightLoader:
 
     def _packed(self, weights: Weights, mesh: Mesh) -> Weights:
         """`weights` as the steps of `mesh` read them."""
-        if not is_packed(self._backend, mesh):
+        if not is_packed(on_mesh(self._backend, mesh.size)):
             return weights
         return pack_weights(self._base.config, weights)
 

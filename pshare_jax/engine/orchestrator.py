@@ -43,7 +43,8 @@ from pshare_jax.engine.sequence import ModelKind, Sequence, Sink
 from pshare_jax.engine.stats import EngineStats, PoolStats
 from pshare_jax.engine.steps import StepSpec
 from pshare_jax.errors import EngineDeadError, QueueFullError, RequestError, UnknownModelError
-from pshare_jax.kernels.backends import backend_for
+from pshare_jax.kernels.backends import CPU_FFI, backend_for, on_mesh
+from pshare_jax.kernels.native.library import require_library
 from pshare_jax.sharding.mesh import carve, request_cpu_devices
 from pshare_jax.text.tokenizer import Tokenizer
 
@@ -114,7 +115,7 @@ class Orchestrator:
                 index=i,
                 mesh=mesh,
                 groups=loader.decode(mesh, i, self._runtimes),
-                spec=StepSpec(base.config, backend, mesh),
+                spec=StepSpec(base.config, on_mesh(backend, mesh.size), mesh),
                 layout=layout,
                 num_pages=sizes.decode,
                 config=config.decode,
@@ -131,7 +132,7 @@ class Orchestrator:
                 index=i,
                 mesh=mesh,
                 weights=loader.prefill(mesh),
-                spec=StepSpec(base.config, backend, mesh),
+                spec=StepSpec(base.config, on_mesh(backend, mesh.size), mesh),
                 layout=layout,
                 num_pages=sizes.prefill,
                 chunk_buckets=config.prefill.chunk_buckets,
@@ -352,10 +353,20 @@ def _pool_stats(cache: PageCache) -> PoolStats:
 
 
 def compute_dtype(config: ServeConfig) -> jnp.dtype:
-    """The dtype of weights, activations and KV: float32 on CPU unless configured."""
-    if config.dtype == "auto":
-        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-    return jnp.dtype(config.dtype)
+    """The dtype of weights, activations and KV.
+
+    Unless configured it is bfloat16, but float32 on CPUs that cannot multiply bfloat16 themselves
+    and where XLA does the products, which in bfloat16 are slow.
+    """
+    if config.dtype != "auto":
+        return jnp.dtype(config.dtype)
+    platform = jax.default_backend()
+    if platform != "cpu":
+        return jnp.dtype(jnp.bfloat16)
+    tensor_parallel = max(config.prefill.tensor_parallel, config.decode.tensor_parallel)
+    if tensor_parallel > 1 or backend_for(config.kernel_backend, platform) != CPU_FFI:
+        return jnp.dtype(jnp.float32)
+    return jnp.dtype(jnp.bfloat16 if require_library().has_bfloat16 else jnp.float32)
 
 
 def prepare_jax(config: ServeConfig) -> None:

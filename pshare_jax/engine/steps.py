@@ -45,8 +45,8 @@ class StepSpec:
 
     @property
     def packed(self) -> bool:
-        """Whether layers run as one call each, over packed weights: C++ on one CPU device."""
-        return is_packed(self.backend, self.mesh)
+        """Whether layers run as one call each, over packed weights."""
+        return is_packed(self.backend)
 
 
 class PagedAttention:

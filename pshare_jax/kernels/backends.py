@@ -39,6 +39,11 @@ def backend_for(setting: str, platform: str) -> str:
     return _BY_PLATFORM.get(platform, "xla")
 
 
+def on_mesh(backend: str, num_devices: int) -> str:
+    """The backend for a mesh of `num_devices`: C++ runs on one device, XLA splits the work."""
+    return "xla" if backend == CPU_FFI and num_devices > 1 else backend
+
+
 def select_backend(op: str, backends: Mapping[str, F], backend: str) -> F:
     """The implementation of `op` called `backend`; `auto` is the first entry of the table.
 

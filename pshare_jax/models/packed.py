@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from pshare_jax.kernels.backends import CPU_FFI
 from pshare_jax.kernels.decoder_layer.cpu_ffi import (
@@ -31,9 +30,9 @@ Rows = tuple[jax.Array, jax.Array, jax.Array]
 """Page table `[B, N]`, position of each row's first token `[B]`, valid tokens `[B]`; int32."""
 
 
-def is_packed(backend: str, mesh: Mesh | None) -> bool:
-    """Whether weights are packed for a kernel backend on a mesh: C++ on one CPU device."""
-    return backend == CPU_FFI and (mesh is None or mesh.size == 1)
+def is_packed(backend: str) -> bool:
+    """Whether steps on a kernel backend read packed weights."""
+    return backend == CPU_FFI
 
 
 def pack_weights(config: ModelConfig, weights: Weights) -> Weights:

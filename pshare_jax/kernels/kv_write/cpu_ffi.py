@@ -5,7 +5,6 @@ from __future__ import annotations
 import jax
 from jax.sharding import Mesh
 
-from pshare_jax.kernels.kv_write import xla
 from pshare_jax.kernels.native.library import require_library
 
 
@@ -19,13 +18,12 @@ def kv_write(
     *,
     mesh: Mesh | None = None,
 ) -> jax.Array:
-    """See `api.kv_write`; on a mesh of several devices XLA does it.
+    """See `api.kv_write`; one device.
 
     Raises:
         ConfigError: the C++ library cannot be had on this machine.
     """
-    if mesh is not None and mesh.size > 1:
-        return xla.kv_write(pages, k, v, page_table, q_start, q_lens, mesh=mesh)
+    del mesh
     require_library()
     call = jax.ffi.ffi_call(
         "pshare_kv_write",

@@ -30,7 +30,15 @@ logger = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent / "src"
 CACHE = "~/.cache/pshare_jax/native"
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread", "-w")
-TARGETS = ("pshare_kv_write", "pshare_paged_attention", "pshare_decoder_layer", "pshare_lm_head")
+TARGETS = (
+    "pshare_kv_write",
+    "pshare_paged_attention",
+    "pshare_decoder_layer",
+    "pshare_lm_head",
+    "pshare_gather_pages",
+    "pshare_scatter_pages",
+    "pshare_copy_pages",
+)
 TIMEOUT_SECONDS = 600
 _lock = threading.Lock()
 

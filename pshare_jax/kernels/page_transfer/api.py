@@ -8,7 +8,7 @@ from typing import TypeVar
 import jax
 
 from pshare_jax.kernels.backends import BACKEND_NAMES, select_backend
-from pshare_jax.kernels.page_transfer import reference, xla
+from pshare_jax.kernels.page_transfer import cpu_ffi, reference, xla
 
 Pool = tuple[jax.Array, ...]
 """One page array a layer, each `[num_pages, 2, kv_heads, page_size, head_dim]`."""
@@ -16,15 +16,16 @@ Pool = tuple[jax.Array, ...]
 F = TypeVar("F", bound=Callable)
 
 
-def _backends(xla: F, reference: F) -> dict[str, F]:
+def _backends(xla: F, reference: F, cpu_ffi: F) -> dict[str, F]:
     """XLA serves the accelerators too: a page is one contiguous slice, and on TPU and GPU alike
     XLA compiles the loop to one copy of it at a time, in place."""
-    return {name: reference if name == "reference" else xla for name in BACKEND_NAMES}
+    own = {"reference": reference, "cpu_ffi": cpu_ffi}
+    return {name: own.get(name, xla) for name in BACKEND_NAMES}
 
 
-GATHER = _backends(xla.gather_pages, reference.gather_pages)
-SCATTER = _backends(xla.scatter_pages, reference.scatter_pages)
-COPY = _backends(xla.copy_pages, reference.copy_pages)
+GATHER = _backends(xla.gather_pages, reference.gather_pages, cpu_ffi.gather_pages)
+SCATTER = _backends(xla.scatter_pages, reference.scatter_pages, cpu_ffi.scatter_pages)
+COPY = _backends(xla.copy_pages, reference.copy_pages, cpu_ffi.copy_pages)
 
 
 def gather_pages(pool: Pool, indices: jax.Array, *, backend: str = "auto") -> jax.Array:

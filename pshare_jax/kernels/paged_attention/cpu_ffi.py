@@ -7,7 +7,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pshare_jax.kernels.native.library import require_library
-from pshare_jax.kernels.paged_attention import xla
 
 
 def paged_attention(
@@ -21,24 +20,14 @@ def paged_attention(
     soft_cap: float | None = None,
     mesh: Mesh | None = None,
 ) -> jax.Array:
-    """See `api.paged_attention`; on a mesh of several devices XLA does it.
+    """See `api.paged_attention`; one device.
 
     In bfloat16 the queries and the weights of the softmax are rounded to bfloat16.
 
     Raises:
         ConfigError: the C++ library cannot be had on this machine.
     """
-    if mesh is not None and mesh.size > 1:
-        return xla.paged_attention(
-            q,
-            pages,
-            page_table,
-            q_start,
-            q_lens,
-            sliding_window=sliding_window,
-            soft_cap=soft_cap,
-            mesh=mesh,
-        )
+    del mesh
     require_library()
     call = jax.ffi.ffi_call("pshare_paged_attention", jax.ShapeDtypeStruct(q.shape, pages.dtype))
     out = call(

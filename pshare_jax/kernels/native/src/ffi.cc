@@ -168,6 +168,61 @@ ffi::Error decoder_layer(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::
   });
 }
 
+// Page `index` of one layer's array, as bytes.
+char* page(ffi::AnyBuffer pages, long index) {
+  long size = static_cast<long>(pages.size_bytes()) / pages.dimensions()[0];
+  return static_cast<char*>(pages.untyped_data()) + index * size;
+}
+
+// Calls `move(layer, i, bytes of a page)` for `count` pages of every layer.
+template <class Move>
+ffi::Error for_pages(Call& call, long layers, long count, Move move) {
+  ffi::AnyBuffer pages = call.arg(0);
+  size_t bytes = pages.size_bytes() / pages.dimensions()[0];
+  Pool::instance().run([&](Team& team) {
+    team.loop(layers * count, [&](long item) { move(item / count, item % count, bytes); });
+  });
+  return call.error().empty() ? ffi::Error::Success() : ffi::Error::InvalidArgument(call.error());
+}
+
+// layers of pages, indices -> staged [layers, n, ...]
+ffi::Error gather_pages(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dictionary attrs) {
+  Call call(args, rets, attrs);
+  long layers = static_cast<long>(args.size()) - 1, count = call.dim(layers, 0);
+  const int32_t* index = call.data<int32_t>(layers);
+  char* staged = static_cast<char*>(call.ret(0).untyped_data());
+  return for_pages(call, layers, count, [&](long layer, long i, size_t bytes) {
+    std::memcpy(staged + (layer * count + i) * bytes, page(call.arg(layer), index[i]), bytes);
+  });
+}
+
+// layers of pages, staged, indices -> layers of pages
+ffi::Error scatter_pages(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dictionary attrs) {
+  Call call(args, rets, attrs);
+  long layers = static_cast<long>(rets.size()), count = call.dim(layers, 1);
+  const int32_t* index = call.data<int32_t>(layers + 1);
+  const char* staged = call.data<char>(layers);
+  for (long layer = 0; layer < layers; layer++) updated(call.arg(layer), call.ret(layer));
+  return for_pages(call, layers, count, [&](long layer, long i, size_t bytes) {
+    // Padding, all of which goes to page 0, may be written by several threads: leave it out.
+    if (index[i] == 0) return;
+    std::memcpy(page(call.ret(layer), index[i]), staged + (layer * count + i) * bytes, bytes);
+  });
+}
+
+// layers of pages, sources, targets -> layers of pages
+ffi::Error copy_pages(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dictionary attrs) {
+  Call call(args, rets, attrs);
+  long layers = static_cast<long>(rets.size()), count = call.dim(layers, 0);
+  const int32_t* from = call.data<int32_t>(layers);
+  const int32_t* to = call.data<int32_t>(layers + 1);
+  for (long layer = 0; layer < layers; layer++) updated(call.arg(layer), call.ret(layer));
+  return for_pages(call, layers, count, [&](long layer, long i, size_t bytes) {
+    if (to[i] == 0) return;
+    std::memcpy(page(call.ret(layer), to[i]), page(call.ret(layer), from[i]), bytes);
+  });
+}
+
 // x, scale, head, lens -> logits
 ffi::Error lm_head(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dictionary attrs) {
   Call call(args, rets, attrs);
@@ -190,6 +245,9 @@ PSHARE_HANDLER(pshare_kv_write, kv_write);
 PSHARE_HANDLER(pshare_paged_attention, paged_attention);
 PSHARE_HANDLER(pshare_decoder_layer, decoder_layer);
 PSHARE_HANDLER(pshare_lm_head, lm_head);
+PSHARE_HANDLER(pshare_gather_pages, gather_pages);
+PSHARE_HANDLER(pshare_scatter_pages, scatter_pages);
+PSHARE_HANDLER(pshare_copy_pages, copy_pages);
 
 // Columns of a panel of a packed matrix: what the Python side packs by.
 extern "C" int pshare_panel_columns() { return kPanel; }
