@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +61,16 @@ class Library:
     path: Path
     panel_columns: int
     has_bfloat16: bool
+    _library: ctypes.CDLL
+
+    def advise_large_pages(self, arrays: Iterable[jax.Array]) -> None:
+        """Asks the operating system to back long-lived arrays by large memory pages."""
+        for array in arrays:
+            for shard in array.addressable_shards:
+                pointer = shard.data.unsafe_buffer_pointer()
+                self._library.pshare_large_pages(
+                    ctypes.c_void_p(pointer), ctypes.c_size_t(array.nbytes)
+                )
 
 
 def load_library() -> Library | None:
@@ -95,7 +106,9 @@ def _load() -> Library | None:
         handler = jax.ffi.pycapsule(getattr(library, name))
         jax.ffi.register_ffi_target(name, handler, platform="cpu")
     logger.info("CPU kernels: %s", path)
-    return Library(path, library.pshare_panel_columns(), bool(library.pshare_has_bfloat16()))
+    return Library(
+        path, library.pshare_panel_columns(), bool(library.pshare_has_bfloat16()), library
+    )
 
 
 def build(cache: Path) -> Path:

@@ -83,7 +83,8 @@ void transpose_panel(const E* const* keys, long dims, uint32_t* out) {
   }
 }
 
-// Row pairs (bfloat16) or rows (float32) of values -> panels of [units of keys][kPanel].
+// Values of keys -> panels of [units of keys][kPanel], as products read them. The columns of a panel
+// come out in the order of `column_order`, which interleaving two rows without a shuffle more gives.
 inline void pack_values(const float* const* rows, long keys, long dims, float* out) {
   for (long p = 0; p < panels(dims); p++) {
     long width = std::min<long>(kPanel, dims - p * kPanel);
@@ -96,20 +97,31 @@ inline void pack_values(const float* const* rows, long keys, long dims, float* o
 inline void pack_values(const bf16* const* rows, long keys, long dims, bf16* out) {
   for (long p = 0; p < panels(dims); p++) {
     long width = std::min<long>(kPanel, dims - p * kPanel);
+#if defined(__AVX512BW__)
+    __mmask32 mask = width == 32 ? ~0u : (1u << width) - 1;
+    for (long j = 0; j < keys; j += 2, out += 2 * kPanel) {
+      __m512i a = _mm512_maskz_loadu_epi16(mask, rows[j] + p * kPanel);
+      __m512i b = _mm512_maskz_loadu_epi16(mask, rows[j + 1] + p * kPanel);
+      _mm512_storeu_si512(out, _mm512_unpacklo_epi16(a, b));
+      _mm512_storeu_si512(out + kPanel, _mm512_unpackhi_epi16(a, b));
+    }
+#else
     for (long j = 0; j < keys; j += 2, out += 2 * kPanel) {
       const bf16 *a = rows[j] + p * kPanel, *b = rows[j + 1] + p * kPanel;
-      long i = 0;
-#if defined(__AVX512BW__)
-      for (; i + 16 <= width; i += 16) {
-        __m512i low = _mm512_cvtepu16_epi32(load<__m256i>(a + i));
-        __m512i high = _mm512_cvtepu16_epi32(load<__m256i>(b + i));
-        _mm512_storeu_si512(out + 2 * i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-      }
-#endif
-      for (; i < width; i++) out[2 * i] = a[i], out[2 * i + 1] = b[i];
+      for (long i = 0; i < width; i++) out[2 * i] = a[i], out[2 * i + 1] = b[i];
       std::fill(out + 2 * width, out + 2 * kPanel, bf16{0});
     }
+#endif
   }
+}
+
+// The column of a panel of values that comes i-th.
+template <class E>
+constexpr long column_order(long i) {
+#if defined(__AVX512BW__)
+  if (Unit<E>::size == 2) return i % 16 / 4 * 8 + i / 16 * 4 + i % 4;
+#endif
+  return i;
 }
 
 // Sums of one chunk, or of a whole row: highest score and total weight a query, and weighted values.
@@ -181,9 +193,12 @@ class Attention {
   struct Item {
     long row, index, chunks;
   };
+  struct Block {
+    const E *keys[kBlockKeys], *values[kBlockKeys];
+  };
   struct Scratch {
     std::vector<E> queries, keys, values, weights, zeros;
-    std::vector<float> scores;
+    std::vector<float> scores, ordered;
     Sums chunk, row;
   };
 
@@ -246,11 +261,16 @@ class Attention {
   }
 
   void finish(Scratch& s, long row, long token, long count, long head) {
+    s.ordered.resize(s.row.stride);
     for (long i = 0; i < count * g_.group; i++) {
       float* values = &s.row.values[i * s.row.stride];
-      scale_row(values, g_.head_dim, 1.0f / std::max(s.row.total[i], 1e-37f));
+      scale_row(values, s.row.stride, 1.0f / std::max(s.row.total[i], 1e-37f));
       long r = first_[row] + token + i / g_.group, h = head * g_.group + i % g_.group;
-      convert(values, out_ + (r * g_.heads() + h) * g_.head_dim, g_.head_dim);
+      float* ordered = s.ordered.data();
+      for (long p = 0; p < s.row.stride; p += kPanel) {
+        for (long j = 0; j < kPanel; j++) ordered[p + column_order<E>(j)] = values[p + j];
+      }
+      convert(ordered, out_ + (r * g_.heads() + h) * g_.head_dim, g_.head_dim);
     }
   }
 
@@ -266,27 +286,54 @@ class Attention {
     s.keys.resize(kBlockKeys * dims);
     s.values.resize(panels(dims) * panel_size<E>(kBlockKeys));
     s.zeros.assign(dims, E{});
-    for (long block = from / kBlockKeys * kBlockKeys; block < to; block += kBlockKeys) {
-      const E *keys[kBlockKeys], *values[kBlockKeys];
-      for (long j = 0; j < kBlockKeys; j++) {
-        // Slots outside of what the tile sees may hold NaN.
-        bool stored = block + j >= from && block + j < to;
-        keys[j] = stored ? slot(pages_, rows_, g_, row, block + j, 0, head) : s.zeros.data();
-        values[j] = stored ? keys[j] + g_.kv_heads * g_.page_size * dims : s.zeros.data();
-      }
+    Block at[2];
+    long block = from / kBlockKeys * kBlockKeys;
+    find_keys(s, row, head, block, from, to, at[0]);
+    for (int now = 0; block < to; block += kBlockKeys, now = 1 - now) {
+      // The next block is fetched while this one is computed.
+      const Block &here = at[now], &next = at[1 - now];
+      find_keys(s, row, head, block + kBlockKeys, from, to, at[1 - now]);
       for (long p = 0; p < 2; p++) {
         E* packed = &s.keys[p * kPanel * dims];
-        transpose_panel<E>(keys + p * kPanel, dims, reinterpret_cast<uint32_t*>(packed));
+        fetch(next.keys + p * kPanel, dims);
+        transpose_panel<E>(here.keys + p * kPanel, dims, reinterpret_cast<uint32_t*>(packed));
         multiply_panel<E>(queries, s.queries.data(), dims, packed, dims / Unit<E>::size,
                           &s.scores[p * kPanel], kBlockKeys, false);
       }
       for (long i = 0; i < queries; i++) weigh(s, i, start + i / g_.group - block);
-      pack_values(values, kBlockKeys, dims, s.values.data());
+      fetch(next.values, dims);
+      pack_values(here.values, kBlockKeys, dims, s.values.data());
+      fetch(next.values + kPanel, dims);
       for (long p = 0; p < panels(dims); p++) {
         multiply_panel<E>(queries, s.weights.data(), kBlockKeys,
                           &s.values[p * panel_size<E>(kBlockKeys)], units<E>(kBlockKeys),
                           &s.chunk.values[p * kPanel], s.chunk.stride, true);
       }
+    }
+  }
+
+  static void fetch(const E* const* rows, long dims) {
+    for (long j = 0; j < kPanel; j++) {
+      for (long d = 0; d < dims; d += 64 / sizeof(E)) __builtin_prefetch(rows[j] + d, 0, 2);
+    }
+  }
+
+  // Pointers to the keys and values of a block, page by page. Slots outside of what the tile sees,
+  // from .. to - 1, may hold NaN: zeros take their place.
+  void find_keys(Scratch& s, long row, long head, long block, long from, long to, Block& out) {
+    long value = g_.kv_heads * g_.page_size * g_.head_dim;
+    from = std::max(from, block);
+    to = std::min(to, block + kBlockKeys);
+    std::fill_n(out.keys, kBlockKeys, s.zeros.data());
+    std::fill_n(out.values, kBlockKeys, s.zeros.data());
+    while (from < to) {
+      const E* key = slot(pages_, rows_, g_, row, from, 0, head);
+      long count = std::min(to - from, g_.page_size - from % g_.page_size);
+      for (long j = from - block; j < from - block + count; j++, key += g_.head_dim) {
+        out.keys[j] = key;
+        out.values[j] = key + value;
+      }
+      from += count;
     }
   }
 

@@ -41,6 +41,10 @@ long panel_size(long k) {
 template <class E, int R>
 inline void tile(const E* a, long lda, const E* b, long count, float* c, long ldc, bool add) {
   constexpr int U = Unit<E>::size;
+  // Panels come from memory. With few rows that is all that counts, and they are fetched into the
+  // first-level cache; with more there is time to fetch them from the second level.
+  constexpr long ahead = R <= 4 ? 96 : 128;
+  constexpr int level = R <= 4 ? 3 : 2;
   VF acc[R][kVectors];
 #pragma GCC unroll 16
   for (int i = 0; i < R; i++) {
@@ -51,6 +55,10 @@ inline void tile(const E* a, long lda, const E* b, long count, float* c, long ld
   }
   for (long k = 0; k < count; k++) {
     VU right[kVectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; j++) {
+      __builtin_prefetch(b + ((k + ahead) * kPanel + j * kWidth) * U, 0, level);
+    }
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; j++) right[j] = load<VU>(b + (k * kPanel + j * kWidth) * U);
 #pragma GCC unroll 16

@@ -104,15 +104,23 @@ struct Unit<bf16> {
 };
 
 inline float sum(VF v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
   float total = 0;
   for (int i = 0; i < kWidth; i++) total += v[i];
   return total;
+#endif
 }
 
 inline float largest(VF v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
   float best = v[0];
   for (int i = 1; i < kWidth; i++) best = v[i] > best ? v[i] : best;
   return best;
+#endif
 }
 
 inline VF choose(VI mask, VF yes, VF no) { return mask ? yes : no; }
