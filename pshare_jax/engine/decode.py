@@ -39,6 +39,7 @@ from pshare_jax.engine.steps import (
     replay_chunk,
 )
 from pshare_jax.engine.worker import Worker
+from pshare_jax.kernels.decoder_layer.packing import PackedAdapters
 from pshare_jax.models.weights import Weights
 from pshare_jax.sharding.rules import pool_sharding, replicated
 
@@ -48,7 +49,7 @@ class GroupWeights:
     """What one group of models decodes with: weights, and stacked LoRA adapters if it has any."""
 
     weights: Weights
-    adapters: Weights | None = None
+    adapters: Weights | PackedAdapters | None = None
 
 
 @dataclass(eq=False)

@@ -177,7 +177,7 @@ class WeightLoader:
             modules = [self._lora(s, mesh) for s in self._sources if s.kind == "lora"]
             stacked = stack_adapters(modules)
             if is_packed(on_mesh(self._backend, mesh.size)):
-                stacked = pack_adapters(stacked)
+                stacked = pack_adapters(self._base.config, stacked)
             stacked = jax.device_put(stacked, replicated(mesh))
             base = self._packed(self._full(self._base.load, mesh), mesh)
             groups[LORA_GROUP] = GroupWeights(base, stacked)

@@ -112,7 +112,18 @@ def _has_filter(p: SamplingParams) -> bool:
     return _is_random(p) and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0)
 
 
-def sample(logits: jax.Array, rows: SamplingRows, history: History, lengths: jax.Array) -> Sampled:
+def needs_logits(rows: SamplingRows) -> jax.Array:
+    """Whether any row wants more of the logits than which is the highest; bool scalar."""
+    return rows.any_penalty | rows.any_bias | rows.any_random | rows.any_logprobs
+
+
+def sample(
+    logits: jax.Array,
+    rows: SamplingRows,
+    history: History,
+    lengths: jax.Array,
+    best: jax.Array | None = None,
+) -> Sampled:
     """The next token of each row.
 
     Args:
@@ -121,21 +132,37 @@ def sample(logits: jax.Array, rows: SamplingRows, history: History, lengths: jax
         history: the rows' tokens and biases.
         lengths: `[B]` int32, known tokens of each row; also the position of the new token, which
             together with the seed determines the random draw.
+        best: `[B]` int32, the most likely tokens, if they are known; then the logits need not be
+            defined unless `needs_logits`.
     """
+    if best is None:
+        tokens = _choose(logits, rows, history, lengths)
+    else:
+        tokens = lax.cond(
+            rows.any_penalty | rows.any_bias | rows.any_random,
+            lambda x: _choose(x, rows, history, lengths),
+            lambda x: best,
+            logits,
+        )
+    logprobs, top_ids, top_logprobs = lax.cond(
+        rows.any_logprobs, _logprobs, _no_logprobs, logits, tokens
+    )
+    return Sampled(tokens, logprobs, top_ids, top_logprobs)
+
+
+def _choose(
+    logits: jax.Array, rows: SamplingRows, history: History, lengths: jax.Array
+) -> jax.Array:
     scores = lax.cond(
         rows.any_penalty, lambda x: _penalise(x, rows, history, lengths), lambda x: x, logits
     )
     scores = lax.cond(rows.any_bias, lambda x: _add_bias(x, history), lambda x: x, scores)
-    tokens = lax.cond(
+    return lax.cond(
         rows.any_random,
         lambda x: _draw(x, rows, lengths),
         lambda x: jnp.argmax(x, axis=-1).astype(jnp.int32),
         scores,
     )
-    logprobs, top_ids, top_logprobs = lax.cond(
-        rows.any_logprobs, _logprobs, _no_logprobs, logits, tokens
-    )
-    return Sampled(tokens, logprobs, top_ids, top_logprobs)
 
 
 def _penalise(

@@ -13,7 +13,8 @@ from jax import lax
 from jax.sharding import Mesh
 
 from pshare_jax.cache.pool import Pages
-from pshare_jax.engine.sampler import History, Sampled, SamplingRows, sample
+from pshare_jax.engine.sampler import History, Sampled, SamplingRows, needs_logits, sample
+from pshare_jax.kernels.decoder_layer.packing import PackedAdapters
 from pshare_jax.kernels.kv_write.api import kv_write
 from pshare_jax.kernels.paged_attention.api import paged_attention
 from pshare_jax.models.config import ModelConfig
@@ -101,7 +102,7 @@ def prefill_chunk(
 def replay_chunk(
     spec: StepSpec,
     weights: Weights,
-    adapters: Weights | None,
+    adapters: Weights | PackedAdapters | None,
     pages: Pages,
     tokens: jax.Array,
     rows: Rows,
@@ -114,7 +115,7 @@ def replay_chunk(
 def _write_kv(
     spec: StepSpec,
     weights: Weights,
-    adapters: Weights | None,
+    adapters: Weights | PackedAdapters | None,
     pages: Pages,
     tokens: jax.Array,
     rows: Rows,
@@ -122,13 +123,11 @@ def _write_kv(
 ) -> tuple[Pages, jax.Array]:
     positions = _positions(rows, tokens.shape[1])
     if spec.packed:
-        decoder = PackedDecoder(spec.config, weights, adapters, adapter_index)
+        decoder = PackedDecoder(spec.config, weights, _packed(adapters), adapter_index)
         _, pages = decoder.hidden(tokens, positions, pages, rows, kv_only=True)
         return pages, jnp.sum(rows.lens)
     io = PagedAttention(spec, pages, rows)
-    stacked = None
-    if adapters is not None and adapter_index is not None:
-        stacked = Adapters(adapters, adapter_index)
+    stacked = _stacked(adapters, adapter_index)
     bind(spec.config, weights).write_kv(tokens, positions, io, stacked)
     return tuple(io.pages), jnp.sum(rows.lens)
 
@@ -136,23 +135,38 @@ def _write_kv(
 def _next_logits(
     spec: StepSpec,
     weights: Weights,
-    adapters: Weights | None,
+    adapters: Weights | PackedAdapters | None,
     pages: Pages,
     tokens: jax.Array,
     rows: Rows,
-    adapter_index: jax.Array,
-) -> tuple[Pages, jax.Array]:
-    """Feeds one token a row, `[B]`; returns the pages and the logits after it, `[B, vocab]`."""
+    inputs: DecodeInput,
+) -> tuple[Pages, jax.Array, jax.Array | None]:
+    """Feeds one token a row, `[B]`.
+
+    Returns the pages, the logits `[B, vocab]`, and the most likely tokens `[B]` if those came with
+    them; then the logits are undefined where `sampler.needs_logits` says no.
+    """
     tokens, positions = tokens[:, None], _positions(rows, 1)
     if spec.packed:
-        decoder = PackedDecoder(spec.config, weights, adapters, adapter_index)
+        decoder = PackedDecoder(spec.config, weights, _packed(adapters), inputs.adapter_index)
         hidden, pages = decoder.hidden(tokens, positions, pages, rows)
-        return pages, decoder.logits(hidden[:, 0], rows.lens)
+        return pages, *decoder.logits(hidden[:, 0], rows.lens, needs_logits(inputs.sampling))
     io = PagedAttention(spec, pages, rows)
     decoder = bind(spec.config, weights)
-    stacked = None if adapters is None else Adapters(adapters, adapter_index)
+    # Lives for one trace; this function is traced more than once.
+    stacked = _stacked(adapters, inputs.adapter_index)
     hidden = decoder.hidden(tokens, positions, io, stacked)
-    return tuple(io.pages), decoder.logits(hidden[:, 0])
+    return tuple(io.pages), decoder.logits(hidden[:, 0]), None
+
+
+def _stacked(adapters: Weights | PackedAdapters | None, index: jax.Array | None) -> Adapters | None:
+    if not isinstance(adapters, dict) or index is None:
+        return None
+    return Adapters(adapters, index)
+
+
+def _packed(adapters: Weights | PackedAdapters | None) -> PackedAdapters | None:
+    return adapters if isinstance(adapters, PackedAdapters) else None
 
 
 class DecodeInput(NamedTuple):
@@ -171,7 +185,7 @@ def decode_steps(
     spec: StepSpec,
     max_steps: int,
     weights: Weights,
-    adapters: Weights | None,
+    adapters: Weights | PackedAdapters | None,
     pages: Pages,
     history: History,
     inputs: DecodeInput,
@@ -188,12 +202,10 @@ def decode_steps(
         i: jax.Array | int, tokens: jax.Array, pages: Pages, history: History
     ) -> tuple[Pages, History, Sampled]:
         rows = inputs.rows._replace(start=inputs.rows.start + i)
-        pages, logits = _next_logits(
-            spec, weights, adapters, pages, tokens, rows, inputs.adapter_index
-        )
+        pages, logits, best = _next_logits(spec, weights, adapters, pages, tokens, rows, inputs)
         lengths = rows.start + 1
         view = History(*(array[inputs.slots] for array in history))
-        sampled = sample(logits, inputs.sampling, view, lengths)
+        sampled = sample(logits, inputs.sampling, view, lengths, best)
         written = history.tokens.at[inputs.slots, lengths].set(sampled.tokens, mode="drop")
         return pages, history._replace(tokens=written), sampled
 

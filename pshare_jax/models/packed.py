@@ -1,6 +1,6 @@
 """A decoder over packed weights: the C++ layers of a CPU, with the numbers of `decoder.Decoder`.
 
-Weights are packed once, when they are loaded, and are then ordinary arrays of a flat dict: one
+Weights are packed once, when they are loaded, and are arguments of a step like any others: one
 executable serves every module of a shape here too.
 """
 
@@ -13,21 +13,18 @@ import jax
 import jax.numpy as jnp
 
 from pshare_jax.kernels.backends import CPU_FFI
-from pshare_jax.kernels.decoder_layer.cpu_ffi import (
-    LayerAdapters,
-    LayerShape,
-    LayerWeights,
-    decoder_layer,
-    lm_head,
+from pshare_jax.kernels.decoder_layer.cpu_ffi import LayerShape, Rows, decoder_layer, lm_head
+from pshare_jax.kernels.decoder_layer.packing import (
+    TARGETS,
+    PackedAdapters,
+    PackedLayers,
+    pack,
+    pad_columns,
 )
-from pshare_jax.kernels.decoder_layer.packing import pack, pad_columns
 from pshare_jax.kernels.native.library import require_library
 from pshare_jax.models.attention import rope_table
 from pshare_jax.models.config import ModelConfig
-from pshare_jax.models.weights import LORA_TARGETS, Weights, check_weights, projection_path
-
-Rows = tuple[jax.Array, jax.Array, jax.Array]
-"""Page table `[B, N]`, position of each row's first token `[B]`, valid tokens `[B]`; int32."""
+from pshare_jax.models.weights import Weights, check_weights, projection_path
 
 
 def is_packed(backend: str) -> bool:
@@ -43,43 +40,53 @@ def pack_weights(config: ModelConfig, weights: Weights) -> Weights:
         ConfigError: the C++ library cannot be had on this machine.
     """
     check_weights(config, weights)
-    columns = require_library().panel_columns
-    packed: Weights = {"embed.embedding": weights["embed.embedding"]}
+    library = require_library()
+    vectors, matrices = [], []
     for i in range(config.num_layers):
         prefix = f"layers.{i}."
         own = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
-        layer = _pack_layer(columns, own)
-        packed |= {prefix + name: array for name, array in layer._asdict().items()}
-    packed["final_norm.scale"] = weights["final_norm.scale"].astype(jnp.float32)
-    tied = weights.get("lm_head.kernel") is None
-    head = weights["embed.embedding" if tied else "lm_head.kernel"]
-    packed["head"] = _pack_head(columns, tied, head)
-    return packed
+        vector, matrix = _pack_layer(library.panel_columns, config.qkv_bias, config.qk_norm, own)
+        vectors.append(vector)
+        matrices.append(matrix)
+    layers = PackedLayers(
+        jnp.stack(vectors), jnp.stack(matrices), bias=config.qkv_bias, qk_norm=config.qk_norm
+    )
+    embedding = weights["embed.embedding"]
+    tied = config.tie_word_embeddings
+    head = _pack_head(library.panel_columns, tied, embedding if tied else weights["lm_head.kernel"])
+    library.advise_large_pages([layers.matrices, head])
+    return {
+        "embed.embedding": embedding,
+        "layers": layers,
+        "final_norm.scale": weights["final_norm.scale"].astype(jnp.float32),
+        "head": head,
+    }
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _pack_layer(columns: int, own: Weights) -> LayerWeights:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _pack_layer(
+    columns: int, bias: bool, qk_norm: bool, own: Weights
+) -> tuple[jax.Array, jax.Array]:
+    """One layer's row of `PackedLayers.vectors` and of `.matrices`."""
+
     def matrix(target: str) -> jax.Array:
         kernel = own[f"{projection_path(target)}.kernel"]
         # `o` alone has two input axes.
         return kernel.reshape((-1, kernel.shape[-1]) if target == "o" else (kernel.shape[0], -1))
 
-    def vector(name: str) -> jax.Array:
-        return own.get(name, jnp.zeros(0)).astype(jnp.float32)
-
     qkv = ("q", "k", "v")
-    biases = [vector(f"attn.{target}.bias").reshape(-1) for target in qkv]
-    return LayerWeights(
-        attn_norm=vector("attn_norm.scale"),
-        mlp_norm=vector("mlp_norm.scale"),
-        bias=pad_columns(biases, columns),
-        q_norm=vector("attn.q_norm.scale"),
-        k_norm=vector("attn.k_norm.scale"),
-        qkv=pack([matrix(target) for target in qkv], columns),
-        o=pack([matrix("o")], columns),
-        gate_up=pack([matrix("gate"), matrix("up")], columns, interleave=True),
-        down=pack([matrix("down")], columns),
-    )
+    vectors = [own["attn_norm.scale"], own["mlp_norm.scale"]]
+    if bias:
+        vectors.append(pad_columns([own[f"attn.{t}.bias"].reshape(-1) for t in qkv], columns))
+    if qk_norm:
+        vectors += [own["attn.q_norm.scale"], own["attn.k_norm.scale"]]
+    matrices = [
+        pack([matrix(target) for target in qkv], columns),
+        pack([matrix("o")], columns),
+        pack([matrix("gate"), matrix("up")], columns, interleave=True),
+        pack([matrix("down")], columns),
+    ]
+    return jnp.concatenate([v.astype(jnp.float32) for v in vectors]), jnp.concatenate(matrices)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -87,34 +94,42 @@ def _pack_head(columns: int, tied: bool, head: jax.Array) -> jax.Array:
     return pack([head.T if tied else head], columns)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _pack_factor(columns: int, factor: jax.Array) -> jax.Array:
-    return pack([factor], columns)
-
-
-def pack_adapters(stacked: Weights) -> Weights:
+def pack_adapters(config: ModelConfig, stacked: Weights) -> PackedAdapters:
     """Adapters of `lora.stack_adapters` as `PackedDecoder` reads them.
-
-    `lora_a [*in, n, r]` becomes packed `[inputs, n * r]`, `lora_b [n, r, *out]` packed
-    `[n * r, outputs]`, with r padded to an even number; their number and rank are the shape of
-    `shape`, an empty array.
 
     Raises:
         ConfigError: the C++ library cannot be had on this machine.
     """
-    columns = require_library().panel_columns
-    packed: Weights = {}
-    for name, factor in stacked.items():
-        is_a = name.endswith(".lora_a")
-        num, rank = factor.shape[-2:] if is_a else factor.shape[:2]
-        padding = [(0, 0)] * factor.ndim
-        padding[-1 if is_a else 1] = (0, rank % 2)
-        wide = jnp.pad(factor, padding)
+    library = require_library()
+    targets = tuple(t for t in TARGETS if f"layers.0.{projection_path(t)}.lora_a" in stacked)
+    path = f"layers.0.{projection_path(targets[0])}"
+    num, rank = stacked[f"{path}.lora_a"].shape[-2:]
+    layers = [
+        _pack_factors(
+            library.panel_columns,
+            [
+                (stacked[f"{path}.lora_a"], stacked[f"{path}.lora_b"])
+                for path in (f"layers.{i}.{projection_path(t)}" for t in targets)
+            ],
+        )
+        for i in range(config.num_layers)
+    ]
+    factors = jnp.stack(layers)
+    library.advise_large_pages([factors])
+    return PackedAdapters(factors, num, rank + rank % 2, targets)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _pack_factors(columns: int, factors: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
+    """One layer's row of `PackedAdapters.factors`: `[*in, n, r]` and `[n, r, *out]` a target."""
+    packed = []
+    for a, b in factors:
+        num, rank = b.shape[:2]
         both = num * (rank + rank % 2)
-        matrix = wide.reshape((-1, both) if is_a else (both, -1))
-        packed[name] = _pack_factor(columns, matrix)
-        packed["shape"] = jnp.zeros((num, rank + rank % 2, 0))
-    return packed
+        a = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, rank % 2)]).reshape(-1, both)
+        b = jnp.pad(b, [(0, 0), (0, rank % 2)] + [(0, 0)] * (b.ndim - 2)).reshape(both, -1)
+        packed += [pack([a], columns), pack([b], columns)]
+    return jnp.concatenate(packed)
 
 
 class PackedDecoder:
@@ -123,7 +138,7 @@ class PackedDecoder:
     Args:
         config: the decoder's.
         weights: as made by `pack_weights`.
-        adapters: as made by `pack_adapters`, if any, with `adapter_index`.
+        adapters: as made by `pack_adapters`, if any.
         adapter_index: `[B]` int32, each row's adapter; -1 for none.
     """
 
@@ -131,7 +146,7 @@ class PackedDecoder:
         self,
         config: ModelConfig,
         weights: Weights,
-        adapters: Weights | None = None,
+        adapters: PackedAdapters | None = None,
         adapter_index: jax.Array | None = None,
     ):
         self._config = config
@@ -172,42 +187,33 @@ class PackedDecoder:
         written = list(pages)
         last = len(written) - 1
         for i, layer in enumerate(written):
-            weights = LayerWeights(
-                *(self._weights[f"layers.{i}.{name}"] for name in LayerWeights._fields)
-            )
             x, written[i] = decoder_layer(
                 x,
                 layer,
                 rows,
                 rope,
-                weights,
-                self._layer_adapters(i),
+                i,
+                self._weights["layers"],
+                self._adapters,
+                self._index,
                 self._shape,
                 kv_only=kv_only and i == last,
             )
         return x, tuple(written)
 
-    def logits(self, x: jax.Array, lens: jax.Array) -> jax.Array:
-        """`[B, embed]` of `hidden` -> `[B, vocab]` float32; 0 where `lens [B]` is 0."""
+    def logits(
+        self, x: jax.Array, lens: jax.Array, wanted: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """`[B, embed]` of `hidden` -> logits `[B, vocab]` float32 and most likely tokens `[B]`.
+
+        Logits are undefined unless the bool scalar `wanted` is true; 0 where `lens [B]` is 0.
+        """
         return lm_head(
             x,
             self._weights["final_norm.scale"],
             self._weights["head"],
             lens,
+            wanted,
             vocab_size=self._config.vocab_size,
             eps=self._config.rms_norm_eps,
         )
-
-    def _layer_adapters(self, layer: int) -> LayerAdapters | None:
-        if self._adapters is None or self._index is None:
-            return None
-        factors = {}
-        for target in LORA_TARGETS:
-            path = f"layers.{layer}.{projection_path(target)}"
-            if f"{path}.lora_a" in self._adapters:
-                factors[target] = (
-                    self._adapters[f"{path}.lora_a"],
-                    self._adapters[f"{path}.lora_b"],
-                )
-        num, rank, _ = self._adapters["shape"].shape
-        return LayerAdapters(factors, self._index, num, rank)

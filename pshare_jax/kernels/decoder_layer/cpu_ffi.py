@@ -13,41 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pshare_jax.kernels.decoder_layer.packing import TARGETS, PackedAdapters, PackedLayers
 from pshare_jax.kernels.native.library import require_library
 
-TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
-"""The projections that adapters may be on, in the order of the C++ side."""
-
-
-class LayerWeights(NamedTuple):
-    """One layer's weights: matrices as `packing.pack` makes them, vectors float32.
-
-    `bias` is laid out like qkv's columns; `bias`, `q_norm` and `k_norm` have length 0 where the
-    architecture has none. Panels of gate and up alternate in `gate_up`.
-    """
-
-    attn_norm: jax.Array
-    mlp_norm: jax.Array
-    bias: jax.Array
-    q_norm: jax.Array
-    k_norm: jax.Array
-    qkv: jax.Array
-    o: jax.Array
-    gate_up: jax.Array
-    down: jax.Array
-
-
-class LayerAdapters(NamedTuple):
-    """Packed LoRA factors of one layer, of n modules of rank r (even, zero-padded).
-
-    `factors` maps a target to A `[inputs, n * r]` and B `[n * r, outputs]`, both packed, scales
-    folded into B; `index [B]` int32 names each row's module, -1 for none.
-    """
-
-    factors: dict[str, tuple[jax.Array, jax.Array]]
-    index: jax.Array
-    num: int
-    rank: int
+Rows = tuple[jax.Array, jax.Array, jax.Array]
+"""Page table `[B, N]`, position of each row's first token `[B]`, valid tokens `[B]`; int32."""
 
 
 class LayerShape(NamedTuple):
@@ -62,10 +32,12 @@ class LayerShape(NamedTuple):
 def decoder_layer(
     x: jax.Array,
     pages: jax.Array,
-    rows: tuple[jax.Array, jax.Array, jax.Array],
+    rows: Rows,
     rope: tuple[jax.Array, jax.Array],
-    weights: LayerWeights,
-    adapters: LayerAdapters | None,
+    layer: int,
+    layers: PackedLayers,
+    adapters: PackedAdapters | None,
+    adapter_index: jax.Array | None,
     shape: LayerShape,
     *,
     kv_only: bool = False,
@@ -76,11 +48,12 @@ def decoder_layer(
         x: `[B, T, embed]` float32, updated in place where XLA allows it.
         pages: `[num_pages, 2, kv_heads, page_size, head_dim]` of the weights' dtype; in place when
             donated to the surrounding jit.
-        rows: page table `[B, N]`, position of the first token `[B]` and number of valid tokens
-            `[B]`, int32.
+        rows: where the tokens live.
         rope: cosine and sine, each `[B, T, 1, head_dim / 2]` float32.
-        weights: the layer's.
-        adapters: LoRA updates of each row, if any.
+        layer: number of the layer.
+        layers: the weights of all layers.
+        adapters: LoRA modules, if any.
+        adapter_index: `[B]` int32, each row's module; -1 for none.
         shape: the rest.
         kv_only: write K and V and compute nothing else; x stays as it is.
 
@@ -88,17 +61,16 @@ def decoder_layer(
         x and pages; x of tokens that are not valid stays as it is.
 
     Raises:
+        ValueError: pages of another dtype than the weights.
         ConfigError: the C++ library cannot be had on this machine.
     """
     require_library()
-    dtype = weights.qkv.dtype
+    dtype = layers.matrices.dtype
     if pages.dtype != dtype:
         raise ValueError(f"decoder_layer: pages are {pages.dtype}, but weights are {dtype}")
-    nothing = jnp.zeros(0, dtype)
-    index, num, rank, factors = jnp.zeros(0, jnp.int32), 0, 0, {}
-    if adapters is not None:
-        factors, index, num, rank = adapters
-    ab = [array for target in TARGETS for array in factors.get(target, (nothing, nothing))]
+    if adapters is None or adapter_index is None:
+        adapters = PackedAdapters(jnp.zeros((1, 0), dtype), 0, 0, ())
+        adapter_index = jnp.zeros(0, jnp.int32)
     call = jax.ffi.ffi_call(
         "pshare_decoder_layer",
         (jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct(pages.shape, dtype)),
@@ -109,17 +81,22 @@ def decoder_layer(
         pages,
         *rows,
         *rope,
-        *weights,
-        index,
-        *ab,
+        layers.vectors,
+        layers.matrices,
+        adapters.factors,
+        adapter_index,
+        layer=np.int64(layer),
         heads=np.int64(shape.num_heads),
         mlp=np.int64(shape.intermediate_size),
         eps=np.float32(shape.rms_norm_eps),
         window=np.int64(shape.sliding_window or 0),
         soft_cap=np.float32(0),
+        bias=layers.bias,
+        qk_norm=layers.qk_norm,
         kv_only=kv_only,
-        num_adapters=np.int64(num),
-        rank=np.int64(rank),
+        num_adapters=np.int64(adapters.num),
+        rank=np.int64(adapters.rank),
+        targets=np.int64(sum(1 << TARGETS.index(target) for target in adapters.targets)),
     )
 
 
@@ -128,26 +105,33 @@ def lm_head(
     scale: jax.Array,
     head: jax.Array,
     lens: jax.Array,
+    wanted: jax.Array,
     *,
     vocab_size: int,
     eps: float,
-) -> jax.Array:
-    """Final norm and logits of the rows with `lens > 0`; 0 for the others.
+) -> tuple[jax.Array, jax.Array]:
+    """Final norm, logits and most likely token of the rows with `lens > 0`; 0 for the others.
 
     Args:
         x: `[B, embed]` float32, the last layer's output.
         scale: `[embed]` float32, of the norm.
         head: packed `[embed, vocab]`.
         lens: `[B]` int32.
+        wanted: bool scalar, whether logits are looked at; if not they are left undefined.
         vocab_size: columns of the head without padding.
         eps: of the norm.
 
     Returns:
-        `[B, vocab]` float32.
+        Logits `[B, vocab]` float32 and tokens `[B]` int32, the lowest id of equals.
 
     Raises:
         ConfigError: the C++ library cannot be had on this machine.
     """
     require_library()
-    out = jax.ShapeDtypeStruct((x.shape[0], vocab_size), jnp.float32)
-    return jax.ffi.ffi_call("pshare_lm_head", out)(x, scale, head, lens, eps=np.float32(eps))
+    out = (
+        jax.ShapeDtypeStruct((x.shape[0], vocab_size), jnp.float32),
+        jax.ShapeDtypeStruct((x.shape[0],), jnp.int32),
+    )
+    call = jax.ffi.ffi_call("pshare_lm_head", out)
+    logits, tokens = call(x, scale, head, lens, wanted, eps=np.float32(eps))
+    return logits, tokens

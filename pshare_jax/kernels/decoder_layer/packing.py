@@ -1,15 +1,72 @@
-"""The layout of matrices that the C++ products read: panels of columns, see `native/src/gemm.h`."""
+"""The layout of the weights that the C++ layers read.
+
+A matrix is cut into panels of columns, see `native/src/gemm.h`. All matrices of all layers make up
+one array and all vectors another: few large arrays are cheap to pass to a step, and lie in large
+memory pages. The order within a layer is that of `locate` in `native/src/layer.h`.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
+TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+"""The projections that adapters may be on, in the order of the C++ side."""
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["vectors", "matrices"],
+    meta_fields=["bias", "qk_norm"],
+)
+@dataclass(frozen=True)
+class PackedLayers:
+    """The weights of all layers.
+
+    Args:
+        vectors: `[layers, m]` float32: scales of the two norms, then qkv's bias padded like its
+            columns, then the scales of the norms of q and k, where the architecture has them.
+        matrices: `[layers, n]` float32 or bfloat16: packed qkv, o, gate and up with alternating
+            panels, and down.
+        bias: whether there is a bias.
+        qk_norm: whether q and k are normalised.
+    """
+
+    vectors: jax.Array
+    matrices: jax.Array
+    bias: bool
+    qk_norm: bool
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["factors"],
+    meta_fields=["num", "rank", "targets"],
+)
+@dataclass(frozen=True)
+class PackedAdapters:
+    """Stacked LoRA modules of all layers.
+
+    Args:
+        factors: `[layers, n]`: of each target, in the order of `TARGETS`, packed A
+            `[inputs, num * rank]` and packed B `[num * rank, outputs]`, scales folded into B.
+        num: number of modules.
+        rank: their rank, padded with zeros to an even number.
+        targets: what they adapt.
+    """
+
+    factors: jax.Array
+    num: int
+    rank: int
+    targets: tuple[str, ...]
+
 
 def pack(matrices: Sequence[jax.Array], columns: int, *, interleave: bool = False) -> jax.Array:
-    """Matrices `[K, N_i]` side by side as panels `[panels, K / unit, columns, unit]`.
+    """Matrices `[K, N_i]` side by side as panels `[panels, K / unit, columns, unit]`, flattened.
 
     A unit is two rows of bfloat16 or one of float32. Each matrix begins with a panel of its own and
     is padded with zeros to whole panels.
@@ -21,10 +78,8 @@ def pack(matrices: Sequence[jax.Array], columns: int, *, interleave: bool = Fals
     """
     unit = 2 if matrices[0].dtype == jnp.bfloat16 else 1
     packed = [_panels(matrix, columns, unit) for matrix in matrices]
-    if interleave:
-        panels = jnp.stack(packed, axis=1)
-        return panels.reshape(-1, *panels.shape[2:])
-    return jnp.concatenate(packed)
+    panels = jnp.stack(packed, axis=1) if interleave else jnp.concatenate(packed)
+    return panels.reshape(-1)
 
 
 def pad_columns(rows: Sequence[jax.Array], columns: int) -> jax.Array:

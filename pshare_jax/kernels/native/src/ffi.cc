@@ -150,21 +150,15 @@ ffi::Error decoder_layer(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::
     layer.geometry = call.geometry(1, call.attr<int64_t>("heads"));
     layer.eps = call.attr<float>("eps");
     layer.kv_only = call.attr<bool>("kv_only");
-    layer.attn_norm = call.data<float>(7);
-    layer.mlp_norm = call.data<float>(8);
-    layer.bias = call.data<float>(9);
-    layer.q_norm = call.data<float>(10);
-    layer.k_norm = call.data<float>(11);
-    layer.qkv = call.data<E>(12);
-    layer.o = call.data<E>(13);
-    layer.gate_up = call.data<E>(14);
-    layer.down = call.data<E>(15);
-    layer.adapter_index = call.data<int32_t>(16);
     layer.num_adapters = call.attr<int64_t>("num_adapters");
     layer.rank = call.attr<int64_t>("rank");
-    for (int i = 0; i < kTargets; i++) {
-      layer.adapters[i] = {call.data<E>(17 + 2 * i), call.data<E>(18 + 2 * i)};
-    }
+    layer.adapter_index = call.data<int32_t>(10);
+    long number = call.attr<int64_t>("layer");
+    locate(layer, call.data<float>(7) + number * call.dim(7, 1),
+           call.data<E>(8) + number * call.dim(8, 1), call.attr<bool>("bias"),
+           call.attr<bool>("qk_norm"));
+    locate_adapters(layer, call.data<E>(9) + number * call.dim(9, 1),
+                    call.attr<int64_t>("targets"));
     if (!call.error().empty()) return;
     LayerCall<E>(layer, rows, call.dim(0, 1), x, call.data<float>(5), call.data<float>(6), pages)
         .run();
@@ -226,15 +220,15 @@ ffi::Error copy_pages(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dic
   });
 }
 
-// x, scale, head, lens -> logits
+// x, scale, head, lens, whether logits are wanted -> logits, best tokens
 ffi::Error lm_head(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dictionary attrs) {
   Call call(args, rets, attrs);
   return typed(call, 2, [&](auto element) {
     using E = decltype(element);
-    float* logits = static_cast<float*>(call.ret(0).untyped_data());
     head<E>(call.data<float>(0), call.data<float>(1), call.data<E>(2), call.data<int32_t>(3),
             call.dim(0, 0), call.dim(0, 1), call.ret(0).dimensions()[1], call.attr<float>("eps"),
-            logits);
+            *call.data<bool>(4), static_cast<float*>(call.ret(0).untyped_data()),
+            static_cast<int32_t*>(call.ret(1).untyped_data()));
   });
 }
 

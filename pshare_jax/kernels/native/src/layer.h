@@ -70,6 +70,46 @@ struct Buffer {
   }
 };
 
+// Where a layer's weights begin in the vectors and matrices of all layers, see
+// decoder_layer/packing.py.
+template <class E>
+void locate(Layer<E>& l, const float* vectors, const E* matrices, bool bias, bool qk_norm) {
+  const Geometry& g = l.geometry;
+  long heads = g.heads() * g.head_dim, kv = g.kv_heads * g.head_dim;
+  long qkv = panels(heads) + 2 * panels(kv);
+  auto take = [](auto& from, long count) {
+    auto at = from;
+    from += count;
+    return at;
+  };
+  l.attn_norm = take(vectors, l.embed);
+  l.mlp_norm = take(vectors, l.embed);
+  l.bias = bias ? take(vectors, qkv * kPanel) : nullptr;
+  l.q_norm = qk_norm ? take(vectors, g.head_dim) : nullptr;
+  l.k_norm = qk_norm ? take(vectors, g.head_dim) : nullptr;
+  l.qkv = take(matrices, qkv * panel_size<E>(l.embed));
+  l.o = take(matrices, panels(l.embed) * panel_size<E>(heads));
+  l.gate_up = take(matrices, 2 * panels(l.mlp) * panel_size<E>(l.embed));
+  l.down = take(matrices, panels(l.embed) * panel_size<E>(l.mlp));
+}
+
+// The same for the factors of the targets in the bit set `targets`.
+template <class E>
+void locate_adapters(Layer<E>& l, const E* factors, long targets) {
+  const Geometry& g = l.geometry;
+  long heads = g.heads() * g.head_dim, kv = g.kv_heads * g.head_dim;
+  const long inputs[kTargets] = {l.embed, l.embed, l.embed, heads, l.embed, l.embed, l.mlp};
+  const long outputs[kTargets] = {heads, kv, kv, l.embed, l.mlp, l.mlp, l.embed};
+  long low = l.num_adapters * l.rank;
+  for (int t = 0; t < kTargets; t++) {
+    if ((targets >> t & 1) == 0) continue;
+    l.adapters[t].a = factors;
+    factors += panels(low) * panel_size<E>(inputs[t]);
+    l.adapters[t].b = factors;
+    factors += panels(outputs[t]) * panel_size<E>(low);
+  }
+}
+
 template <class E>
 class LayerCall {
  public:
@@ -271,29 +311,50 @@ class LayerCall {
   float* qkv_ = nullptr;
 };
 
-// Logits [batch, vocab] of the rows with lens > 0: final norm, then the head. Other rows get 0.
+// The most likely token of each row with lens > 0, and its logits [batch, vocab] if they are wanted:
+// final norm, then the head. Other rows get 0.
 template <class E>
 void head(const float* x, const float* scale, const E* packed, const int32_t* lens, long batch,
-          long embed, long vocab, float eps, float* logits) {
+          long embed, long vocab, float eps, bool wanted, float* logits, int32_t* best) {
   std::vector<long> rows;
   for (long b = 0; b < batch; b++) {
+    best[b] = 0;
     if (lens[b] > 0) rows.push_back(b);
-    else std::fill_n(logits + b * vocab, vocab, 0.0f);
+    else if (wanted) std::fill_n(logits + b * vocab, vocab, 0.0f);
   }
-  long count = static_cast<long>(rows.size()), stride = round_up(embed, 2);
-  std::vector<E> normed(count * stride);
+  long count = static_cast<long>(rows.size()), stride = round_up(embed, 2), all = panels(vocab);
+  static thread_local Buffer<E> memory;
+  static thread_local Buffer<float> tops;
+  E* normed = memory.get(count * stride);
+  float* top = tops.get(all * count);  // of each panel
   Pool::instance().run([&](Team& team) {
     team.loop(count, [&](long r) {
-      norm_row(x + rows[r] * embed, scale, embed, eps, &normed[r * stride]);
+      norm_row(x + rows[r] * embed, scale, embed, eps, normed + r * stride);
+      if (embed % 2) normed[(r + 1) * stride - 1] = E{};
     });
-    multiply<E>(team, count, normed.data(), stride, packed, embed, 0, panels(vocab), 1,
+    multiply<E>(team, count, normed, stride, packed, embed, 0, all, 1,
                 [&](long r, long n, long panel, float* tile) {
                   long width = std::min<long>(kPanel, vocab - panel * kPanel);
                   for (long i = 0; i < n; i++) {
-                    std::memcpy(logits + rows[r + i] * vocab + panel * kPanel, tile + i * kPanel,
-                                width * sizeof(float));
+                    const float* from = tile + i * kPanel;
+                    top[panel * count + r + i] = *std::max_element(from, from + width);
+                    if (!wanted) continue;
+                    float* to = logits + rows[r + i] * vocab + panel * kPanel;
+                    std::memcpy(to, from, width * sizeof(float));
                   }
                 });
+    // The first of the highest: its panel is computed again.
+    team.loop(count, [&](long r) {
+      long panel = 0;
+      for (long p = 1; p < all; p++) {
+        if (top[p * count + r] > top[panel * count + r]) panel = p;
+      }
+      float tile[kPanel];
+      multiply_panel<E>(1, normed + r * stride, stride, packed + panel * panel_size<E>(embed),
+                        units<E>(embed), tile, kPanel, false);
+      long width = std::min<long>(kPanel, vocab - panel * kPanel);
+      best[rows[r]] = panel * kPanel + (std::max_element(tile, tile + width) - tile);
+    });
   });
 }
 
