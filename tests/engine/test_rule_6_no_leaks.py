@@ -197,7 +197,13 @@ def test_a_failing_step_fails_all_requests(
             owner = getattr(owner, name)
         monkeypatch.setattr(owner, attribute, fail)
         replies.append(client.submit("tail3", [7] * 30, 90))
-        wait_until(lambda: engine.dead or engine._decode[0]._inbox)
+        last = replies[-1].id
+        wait_until(
+            lambda: (
+                engine.dead
+                or any(arrival.sequence.request.id == last for arrival in engine._decode[0]._inbox)
+            )
+        )
         gate.set()
         for reply in replies:
             reply.wait()

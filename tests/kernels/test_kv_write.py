@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pshare_jax.kernels.kv_write.api import kv_write
 from tests.kernels.paged_cases import Geometry, page_tables, rows
 
-BACKENDS = ["xla", "reference", "pallas_tpu_interpret"]
+BACKENDS = ["xla", "reference", "cpu_ffi", "pallas_tpu_interpret"]
 
 GEOMETRIES = {
     "one token a row": Geometry(

@@ -13,7 +13,7 @@ from pshare_jax.kernels.page_transfer.api import copy_pages, gather_pages, scatt
 
 LAYERS, NUM_PAGES, COUNT = 3, 12, 5
 PAGE_SHAPE = (2, 2, 4, 8)
-BACKENDS = ["xla", "reference"]
+BACKENDS = ["xla", "reference", "cpu_ffi"]
 
 
 @functools.cache

@@ -22,6 +22,7 @@ TPU = pallas_tpu.Tiles(queries=4, decode_keys=8, prefill_keys=8)
 BACKENDS: dict[str, Callable] = {
     "xla": functools.partial(paged_attention, backend="xla"),
     "reference": functools.partial(paged_attention, backend="reference"),
+    "cpu_ffi": functools.partial(paged_attention, backend="cpu_ffi"),
     "tpu": functools.partial(pallas_tpu.paged_attention, tiles=TPU, interpret=True),
     "gpu": functools.partial(
         pallas_gpu.paged_attention,
@@ -35,7 +36,7 @@ BACKENDS: dict[str, Callable] = {
     ),
 }
 """The Pallas kernels run in the interpreter, with tiles so small that every loop turns."""
-XLA = ["xla", "reference"]
+NATIVE = ["xla", "reference", "cpu_ffi"]
 
 DECODE = Geometry(3, 1, kv_heads=2, group=3, head_dim=16, page_size=4, pages_per_row=12)
 GEOMETRIES = {
@@ -62,7 +63,7 @@ INTERPRETED = {
 CASES = [
     pytest.param(backend, geometry, id=f"{backend}-{name}")
     for backend in BACKENDS
-    for name, geometry in (GEOMETRIES if backend in XLA else INTERPRETED).items()
+    for name, geometry in (GEOMETRIES if backend in NATIVE else INTERPRETED).items()
 ]
 
 
@@ -83,7 +84,7 @@ def test_equals_the_oracle(backend, geometry, dtype, data):
     assert_equals_oracle(attend, geometry, dtype, case)
 
 
-@pytest.mark.parametrize("backend", XLA)
+@pytest.mark.parametrize("backend", NATIVE)
 def test_large_scores_do_not_overflow(backend):
     rng = np.random.default_rng(0)
     geometry = DECODE

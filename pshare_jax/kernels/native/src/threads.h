@@ -1,18 +1,26 @@
-// One team of threads a process. A caller brings itself along; workers spin for a moment between
-// calls, since the next layer is a few microseconds away, and sleep after that.
+// One team of threads a process, and loops whose iterations are taken as threads get to them.
+//
+// The caller of a loop works on it and does not depend on anybody's help: it waits only for threads
+// that have taken an iteration. On a machine with other work to do a worker may be put aside for
+// milliseconds, which is many layers. Workers spin for a moment between loops, since the next one is
+// a few microseconds away, and sleep after that.
 //
 // Two engines may call at once. The second one works alone rather than wait: the operating system
 // then shares the cores between them, and neither holds the other up for a whole layer.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
-#include <functional>
+#include <cstdint>
 #include <mutex>
 #include <thread>
 #include <vector>
 #if defined(__linux__)
 #include <sched.h>
+
+#include <cstdio>
+#include <cstring>
 #endif
 
 namespace pshare {
@@ -20,122 +28,141 @@ namespace pshare {
 inline void pause() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
 #endif
 }
 
-// Threads that work on one call: loops whose iterations are taken as threads get to them, each
-// followed by a barrier.
-class Team {
- public:
-  explicit Team(int size) : size_(size) {}
-  int size() const { return size_; }
-
-  template <class Body>
-  void loop(long count, Body body) {
-    if (size_ == 1) {
-      for (long i = 0; i < count; i++) body(i);
-      return;
-    }
-    for (;;) {
-      long i = next_.fetch_add(1, std::memory_order_relaxed);
-      if (i >= count) break;
-      body(i);
-    }
-    barrier();
-  }
-
- private:
-  void barrier() {
-    int phase = phase_.load(std::memory_order_relaxed);
-    if (waiting_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
-      waiting_.store(0, std::memory_order_relaxed);
-      next_.store(0, std::memory_order_relaxed);
-      phase_.store(phase + 1, std::memory_order_release);
-      return;
-    }
-    // Yielding lets a partner in that the operating system has put aside.
-    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; spins++) {
-      spins < 4000 ? pause() : std::this_thread::yield();
-    }
-  }
-
-  const int size_;
-  alignas(64) std::atomic<long> next_{0};
-  alignas(64) std::atomic<int> waiting_{0};
-  alignas(64) std::atomic<int> phase_{0};
-};
-
 class Pool {
  public:
-  using Job = std::function<void(Team&)>;
-
   // Never destroyed: workers may outlive static objects when the process exits.
   static Pool& instance() {
     static Pool* pool = new Pool(cores());
     return *pool;
   }
 
-  void run(const Job& job) {
-    std::unique_lock<std::mutex> caller(callers_, std::try_to_lock);
-    if (!caller.owns_lock() || workers_.empty()) {
-      Team alone(1);
-      job(alone);
-      return;
-    }
-    Team team(static_cast<int>(workers_.size()) + 1);
-    job_ = &job;
-    team_ = &team;
-    running_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
-    {
-      std::lock_guard<std::mutex> lock(sleep_);
-      epoch_.fetch_add(1, std::memory_order_release);
-    }
-    if (sleepers_.load(std::memory_order_acquire) > 0) wake_.notify_all();
-    job(team);
-    for (int spins = 0; running_.load(std::memory_order_acquire) > 0; spins++) {
-      spins < 4000 ? pause() : std::this_thread::yield();
-    }
-  }
+  // Calls `job(team)`; the loops of `team` are shared with the workers, unless another caller has
+  // them.
+  template <class Job>
+  void run(Job job);
 
  private:
+  friend class Team;
+  using Body = void (*)(const void* context, long i);
   static constexpr int kSpins = 3000;
+  // gate_: loops begun and ended so far, odd while one is open, and the workers in it.
+  static constexpr uint64_t kStep = 1 << 16, kWorkers = kStep - 1;
+  static bool open(uint64_t gate) { return (gate / kStep) % 2 == 1; }
 
-  explicit Pool(int size) {
-    for (int i = 1; i < size; i++) workers_.emplace_back([this] { work(); });
-    for (auto& worker : workers_) worker.detach();
+  explicit Pool(int size) : size_(size) {
+    for (int i = 1; i < size; i++) std::thread([this] { work(); }).detach();
   }
 
-  static int cores() {
-#if defined(__linux__)
-    cpu_set_t set;
-    if (sched_getaffinity(0, sizeof(set), &set) == 0) return CPU_COUNT(&set);
-#endif
-    int count = static_cast<int>(std::thread::hardware_concurrency());
-    return count > 0 ? count : 1;
+  // Calls `body(context, i)` for i in 0 .. count - 1.
+  void loop(long count, Body body, const void* context) {
+    body_ = body;
+    context_ = context;
+    count_ = count;
+    next_.store(0, std::memory_order_relaxed);
+    // Sequentially consistent, as are a sleeper's steps: one of both sees what the other did.
+    gate_.fetch_add(kStep);
+    if (sleepers_.load() > 0) {
+      { std::lock_guard<std::mutex> lock(sleep_); }
+      wake_.notify_all();
+    }
+    take();
+    gate_.fetch_add(kStep, std::memory_order_acq_rel);
+    for (int spins = 0; gate_.load(std::memory_order_acquire) & kWorkers; spins++) {
+      spins < kSpins ? pause() : std::this_thread::yield();
+    }
+  }
+
+  void take() {
+    for (;;) {
+      long i = next_.fetch_add(1, std::memory_order_relaxed);
+      if (i >= count_) return;
+      body_(context_, i);
+    }
   }
 
   void work() {
-    for (long seen = 0;; seen++) {
-      for (int i = 0; i < kSpins && epoch_.load(std::memory_order_acquire) == seen; i++) pause();
-      if (epoch_.load(std::memory_order_acquire) == seen) {
-        std::unique_lock<std::mutex> lock(sleep_);
-        sleepers_.fetch_add(1, std::memory_order_relaxed);
-        wake_.wait(lock, [&] { return epoch_.load(std::memory_order_acquire) != seen; });
-        sleepers_.fetch_sub(1, std::memory_order_relaxed);
+    uint64_t done = 0;  // the loop that this worker has been in
+    for (;;) {
+      uint64_t gate = gate_.load(std::memory_order_acquire);
+      for (int i = 0; i < kSpins && !fresh(gate, done); i++) {
+        pause();
+        gate = gate_.load(std::memory_order_acquire);
       }
-      (*job_)(*team_);
-      running_.fetch_sub(1, std::memory_order_release);
+      if (!fresh(gate, done)) {
+        std::unique_lock<std::mutex> lock(sleep_);
+        sleepers_.fetch_add(1);
+        wake_.wait(lock, [&] { return fresh(gate = gate_.load(), done); });
+        sleepers_.fetch_sub(1);
+      }
+      // Only a worker that got in while the loop is open may look at it.
+      if (!gate_.compare_exchange_strong(gate, gate + 1, std::memory_order_acq_rel)) continue;
+      take();
+      done = gate / kStep;
+      gate_.fetch_sub(1, std::memory_order_release);
     }
   }
 
-  std::vector<std::thread> workers_;
+  static bool fresh(uint64_t gate, uint64_t done) { return open(gate) && gate / kStep != done; }
+
+  // CPUs that this process may use: by affinity, and by the quota of a container.
+  static int cores() {
+    int count = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+#if defined(__linux__)
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof(set), &set) == 0) count = std::max(1, CPU_COUNT(&set));
+    if (FILE* file = std::fopen("/sys/fs/cgroup/cpu.max", "r")) {
+      long quota = 0, period = 0;
+      if (std::fscanf(file, "%ld %ld", &quota, &period) == 2 && quota > 0 && period > 0) {
+        count = std::min<long>(count, std::max<long>(1, (quota + period - 1) / period));
+      }
+      std::fclose(file);
+    }
+#endif
+    return count;
+  }
+
+  const int size_;
   std::mutex callers_, sleep_;
   std::condition_variable wake_;
-  std::atomic<int> sleepers_{0};
-  std::atomic<long> epoch_{0};
-  std::atomic<int> running_{0};
-  const Job* job_ = nullptr;
-  Team* team_ = nullptr;
+  Body body_ = nullptr;
+  const void* context_ = nullptr;
+  long count_ = 0;
+  alignas(64) std::atomic<uint64_t> gate_{0};
+  alignas(64) std::atomic<long> next_{0};
+  alignas(64) std::atomic<int> sleepers_{0};
 };
+
+// What one call may use of the pool.
+class Team {
+ public:
+  explicit Team(Pool* pool) : pool_(pool) {}
+  int size() const { return pool_ == nullptr ? 1 : pool_->size_; }
+
+  // Calls `body(i)` for i in 0 .. count - 1, each once, in any order; returns when all are done.
+  template <class Body>
+  void loop(long count, Body body) {
+    if (pool_ == nullptr || count <= 1) {
+      for (long i = 0; i < count; i++) body(i);
+      return;
+    }
+    pool_->loop(
+        count, [](const void* context, long i) { (*static_cast<const Body*>(context))(i); }, &body);
+  }
+
+ private:
+  Pool* pool_;
+};
+
+template <class Job>
+void Pool::run(Job job) {
+  std::unique_lock<std::mutex> caller(callers_, std::try_to_lock);
+  Team team(caller.owns_lock() && size_ > 1 ? this : nullptr);
+  job(team);
+}
 
 }  // namespace pshare
