@@ -54,7 +54,7 @@ def check_config(config: ServeConfig, model: ModelConfig, layout: PageLayout) ->
         )
     if config.decode.max_num_seqs < 1 or config.decode.steps_per_dispatch < 1:
         raise ConfigError("decode: max_num_seqs and steps_per_dispatch must be at least 1")
-    _check_backend(config.kernel_backend)
+    _check_backend(config)
     longest = layout.pages_for(config.max_model_len)
     return PoolSizes(
         _pool_size("prefill.num_pages", config.prefill.num_pages, longest),
@@ -62,7 +62,8 @@ def check_config(config: ServeConfig, model: ModelConfig, layout: PageLayout) ->
     )
 
 
-def _check_backend(name: str) -> None:
+def _check_backend(config: ServeConfig) -> None:
+    name = config.kernel_backend
     tables = {
         "paged_attention": paged_attention.BACKENDS,
         "kv_write": kv_write.BACKENDS,
@@ -73,8 +74,15 @@ def _check_backend(name: str) -> None:
             select_backend(op, backends, name)
         except ValueError as error:
             raise ConfigError(f"kernel_backend: {error}") from error
-    if name == CPU_FFI:
-        require_library()
+    if name != CPU_FFI:
+        return
+    for side, values in (("prefill", config.prefill), ("decode", config.decode)):
+        if values.tensor_parallel > 1:
+            raise ConfigError(
+                f"kernel_backend: cpu_ffi runs on one device, but {side}.tensor_parallel is "
+                f"{values.tensor_parallel}; leave it at `auto`, which then takes XLA"
+            )
+    require_library()
 
 
 def _check_buckets(key: str, buckets: list[int]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeVar
 
+from pshare_jax.errors import ConfigError
 from pshare_jax.kernels.native.library import load_library
 
 F = TypeVar("F")
@@ -31,7 +32,12 @@ def backend_for(setting: str, platform: str) -> str:
 
     `auto` is Pallas on TPUs and GPUs, C++ on CPUs where it compiles, and XLA elsewhere; any other
     name is kept.
+
+    Raises:
+        ConfigError: `cpu_ffi` on another platform.
     """
+    if setting == CPU_FFI and platform != "cpu":
+        raise ConfigError(f"kernel_backend: cpu_ffi runs on CPUs, but JAX runs on {platform}")
     if setting != "auto":
         return setting
     if platform == "cpu" and load_library() is not None:

@@ -1,8 +1,9 @@
 """Compiling and loading the CPU kernels, and registering them with JAX.
 
 The library is compiled at its first use for the very CPU, and kept in a folder named by a hash of
-sources, compiler, jaxlib and CPU, so that nothing stale is ever loaded. The file appears there in
-one step: processes that start together may all compile it, and each loads a whole one.
+sources, compiler, jaxlib and CPU, so that nothing stale is ever loaded, nor anything made for another
+machine that has the same home. The file appears there in one step: processes that start together
+may all compile it, and each loads a whole one.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +31,6 @@ from pshare_jax.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "src"
-CACHE = "~/.cache/pshare_jax/native"
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread", "-w")
 TARGETS = (
     "pshare_kv_write",
@@ -97,8 +98,7 @@ def require_library() -> Library:
 @functools.cache
 def _load() -> Library | None:
     try:
-        path = build(Path(os.path.expanduser(CACHE)))
-        library = ctypes.CDLL(str(path))
+        path, library = _open(cache_folder())
     except (NativeBuildError, OSError) as error:
         logger.warning("CPU kernels are not available, XLA takes their place: %s", error)
         return None
@@ -109,6 +109,20 @@ def _load() -> Library | None:
     return Library(
         path, library.pshare_panel_columns(), bool(library.pshare_has_bfloat16()), library
     )
+
+
+def cache_folder() -> Path:
+    """Where libraries are kept: `pshare_jax/native` below the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pshare_jax/native"
+
+
+def _open(cache: Path) -> tuple[Path, ctypes.CDLL]:
+    path = build(cache)
+    try:
+        return path, ctypes.CDLL(str(path))
+    except OSError:  # damaged, by a full disk or a power cut
+        path.unlink()
+        return path, ctypes.CDLL(str(build(cache)))
 
 
 def build(cache: Path) -> Path:
@@ -126,8 +140,10 @@ def build(cache: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
         include = f"-I{jax.ffi.include_dir()}"
+        started = time.monotonic()
         _run([compiler, *FLAGS, include, str(SOURCES / "ffi.cc"), "-o", str(made)])
         os.replace(made, path)
+    logger.info("CPU kernels were compiled in %.0f s", time.monotonic() - started)
     return path
 
 
@@ -151,7 +167,7 @@ def _cpu() -> str:
     """What the compiler's `-march=native` depends on."""
     info = Path("/proc/cpuinfo")
     if not info.is_file():
-        return f"{platform.machine()} {platform.processor()}"
+        return " ".join((platform.machine(), platform.processor(), platform.node()))
     names = ("model name", "flags", "CPU part", "Features")
     lines = info.read_text().split("\n\n")[0].splitlines()
     return "\n".join(line for line in lines if line.startswith(names))

@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "head.h"
 #include "layer.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -41,6 +42,11 @@ class Call {
     return *found;
   }
   const std::string& error() const { return error_; }
+  // Notes what is wrong, if anything is; true if nothing is, here and before.
+  bool good(const std::string& problem) {
+    if (error_.empty()) error_ = problem;
+    return error_.empty();
+  }
 
   Rows rows(size_t i) {
     return Rows{data<int32_t>(i), data<int32_t>(i + 1), data<int32_t>(i + 2), dim(i, 0), dim(i, 1)};
@@ -99,7 +105,9 @@ ffi::Error kv_write(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dicti
     E* pages = static_cast<E*>(updated(call.arg(0), call.ret(0)));
     Rows rows = call.rows(3);
     long tokens = call.dim(1, 1);
-    Geometry g{call.dim(0, 2), 1, call.dim(0, 3), call.dim(0, 4), 0, 0};
+    // A window of one token: earlier pages are none of its business.
+    Geometry g{call.dim(0, 2), 1, call.dim(0, 3), call.dim(0, 4), 1, 0};
+    if (!call.good(problem(rows, tokens, g, call.dim(0, 0)))) return;
     for (int part = 0; part < 2; part++) {
       const E* from = call.data<E>(1 + part);
       for (long b = 0; b < rows.batch; b++) {
@@ -125,6 +133,7 @@ ffi::Error paged_attention(ffi::RemainingArgs args, ffi::RemainingRets rets,
     long tokens = call.dim(0, 1);
     Geometry g = call.geometry(1, call.dim(0, 2));
     E* out = static_cast<E*>(call.ret(0).untyped_data());
+    if (!call.good(problem(rows, tokens, g, call.dim(1, 0)))) return;
     std::vector<long> first;
     for (long b = 0; b < rows.batch; b++) {
       first.push_back(b * tokens);
@@ -153,14 +162,18 @@ ffi::Error decoder_layer(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::
     layer.num_adapters = call.attr<int64_t>("num_adapters");
     layer.rank = call.attr<int64_t>("rank");
     layer.adapter_index = call.data<int32_t>(10);
-    long number = call.attr<int64_t>("layer");
-    locate(layer, call.data<float>(7) + number * call.dim(7, 1),
-           call.data<E>(8) + number * call.dim(8, 1), call.attr<bool>("bias"),
-           call.attr<bool>("qk_norm"));
-    locate_adapters(layer, call.data<E>(9) + number * call.dim(9, 1),
-                    call.attr<int64_t>("targets"));
-    if (!call.error().empty()) return;
-    LayerCall<E>(layer, rows, call.dim(0, 1), x, call.data<float>(5), call.data<float>(6), pages)
+    long number = call.attr<int64_t>("layer"), tokens = call.dim(0, 1);
+    long vectors = call.dim(7, 1), matrices = call.dim(8, 1), factors = call.dim(9, 1);
+    if (number < 0 || number >= call.dim(7, 0)) call.good("no such layer");
+    if (!call.good(problem(rows, tokens, layer.geometry, call.dim(1, 0))) ||
+        !call.good(locate(layer, call.data<float>(7) + number * vectors, vectors,
+                          call.data<E>(8) + number * matrices, matrices, call.attr<bool>("bias"),
+                          call.attr<bool>("qk_norm"))) ||
+        !call.good(locate_adapters(layer, call.data<E>(9) + number * factors, factors, rows.batch,
+                                   call.attr<int64_t>("targets")))) {
+      return;
+    }
+    LayerCall<E>(layer, rows, tokens, x, call.data<float>(5), call.data<float>(6), pages)
         .run();
   });
 }
@@ -171,9 +184,19 @@ char* page(ffi::AnyBuffer pages, long index) {
   return static_cast<char*>(pages.untyped_data()) + index * size;
 }
 
+// Whether all of `count` page numbers are in the pool.
+bool in_pool(Call& call, const int32_t* index, long count) {
+  long num_pages = call.dim(0, 0);
+  for (long i = 0; i < count; i++) {
+    if (index[i] < 0 || index[i] >= num_pages) return call.good("a page number is out of range");
+  }
+  return call.good("");
+}
+
 // Calls `move(layer, i, bytes of a page)` for `count` pages of every layer.
 template <class Move>
 ffi::Error for_pages(Call& call, long layers, long count, Move move) {
+  if (!call.error().empty()) return ffi::Error::InvalidArgument(call.error());
   ffi::AnyBuffer pages = call.arg(0);
   size_t bytes = pages.size_bytes() / pages.dimensions()[0];
   Pool::instance().run([&](Team& team) {
@@ -188,6 +211,7 @@ ffi::Error gather_pages(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::D
   long layers = static_cast<long>(args.size()) - 1, count = call.dim(layers, 0);
   const int32_t* index = call.data<int32_t>(layers);
   char* staged = static_cast<char*>(call.ret(0).untyped_data());
+  in_pool(call, index, count);
   return for_pages(call, layers, count, [&](long layer, long i, size_t bytes) {
     std::memcpy(staged + (layer * count + i) * bytes, page(call.arg(layer), index[i]), bytes);
   });
@@ -199,6 +223,7 @@ ffi::Error scatter_pages(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::
   long layers = static_cast<long>(rets.size()), count = call.dim(layers, 1);
   const int32_t* index = call.data<int32_t>(layers + 1);
   const char* staged = call.data<char>(layers);
+  in_pool(call, index, count);
   for (long layer = 0; layer < layers; layer++) updated(call.arg(layer), call.ret(layer));
   return for_pages(call, layers, count, [&](long layer, long i, size_t bytes) {
     // Padding, all of which goes to page 0, may be written by several threads: leave it out.
@@ -213,6 +238,8 @@ ffi::Error copy_pages(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dic
   long layers = static_cast<long>(rets.size()), count = call.dim(layers, 0);
   const int32_t* from = call.data<int32_t>(layers);
   const int32_t* to = call.data<int32_t>(layers + 1);
+  in_pool(call, from, count);
+  in_pool(call, to, count);
   for (long layer = 0; layer < layers; layer++) updated(call.arg(layer), call.ret(layer));
   return for_pages(call, layers, count, [&](long layer, long i, size_t bytes) {
     if (to[i] == 0) return;
@@ -225,8 +252,11 @@ ffi::Error lm_head(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dictio
   Call call(args, rets, attrs);
   return typed(call, 2, [&](auto element) {
     using E = decltype(element);
+    long vocab = call.ret(0).dimensions()[1];
+    bool fits = call.dim(2, 0) == panels(vocab) * panel_size<E>(call.dim(0, 1));
+    if (!call.good(fits ? "" : "the packed head is of another model")) return;
     head<E>(call.data<float>(0), call.data<float>(1), call.data<E>(2), call.data<int32_t>(3),
-            call.dim(0, 0), call.dim(0, 1), call.ret(0).dimensions()[1], call.attr<float>("eps"),
+            call.dim(0, 0), call.dim(0, 1), vocab, call.attr<float>("eps"),
             *call.data<bool>(4), static_cast<float*>(call.ret(0).untyped_data()),
             static_cast<int32_t*>(call.ret(1).untyped_data()));
   });

@@ -1,13 +1,16 @@
-// A decoder layer, and the head, over packed weights.
+// A decoder layer over packed weights.
 //
 // Only valid tokens are computed: they are gathered into consecutive rows, so that a batch or chunk
 // that is not full costs no more than what is in it. The residual stream is float32; what enters a
 // matrix product is rounded to E.
 #pragma once
 
+#include <initializer_list>
+#include <string>
 #include <vector>
 
 #include "attention.h"
+#include "norm.h"
 
 namespace pshare {
 
@@ -33,47 +36,13 @@ struct Layer {
   Adapter<E> adapters[kTargets];
 };
 
-inline float mean_square(const float* x, long count) {
-  VF total[2] = {};
-  long i = 0;
-  for (; i + 2 * kWidth <= count; i += 2 * kWidth) {
-    VF a = load<VF>(x + i), b = load<VF>(x + i + kWidth);
-    total[0] += a * a;
-    total[1] += b * b;
-  }
-  float rest = 0;
-  for (; i < count; i++) rest += x[i] * x[i];
-  return (sum(total[0] + total[1]) + rest) / static_cast<float>(count);
-}
-
-// RMS normalisation (arXiv 1910.07467) of one row; x and out may be the same.
-inline void normalise(const float* x, const float* scale, long count, float eps, float* out) {
-  float factor = 1.0f / std::sqrt(mean_square(x, count) + eps);
-  for (long i = 0; i < count; i++) out[i] = x[i] * factor * scale[i];
-}
-
-template <class E>
-void norm_row(const float* x, const float* scale, long count, float eps, E* out) {
-  static thread_local std::vector<float> wide;
-  wide.resize(count);
-  normalise(x, scale, count, eps, wide.data());
-  convert(wide.data(), out, count);
-}
-
-// Memory of a call that lasts until the next one of the same size or less in this thread.
-template <class T>
-struct Buffer {
-  std::vector<T> data;
-  T* get(long count) {
-    if (static_cast<long>(data.size()) < count) data.resize(count);
-    return data.data();
-  }
-};
-
 // Where a layer's weights begin in the vectors and matrices of all layers, see
-// decoder_layer/packing.py.
+// decoder_layer/packing.py. Returns what is wrong, or nothing.
 template <class E>
-void locate(Layer<E>& l, const float* vectors, const E* matrices, bool bias, bool qk_norm) {
+std::string locate(Layer<E>& l, const float* vectors, long num_vectors, const E* matrices,
+                   long num_matrices, bool bias, bool qk_norm) {
+  const float* vectors_end = vectors + num_vectors;
+  const E* matrices_end = matrices + num_matrices;
   const Geometry& g = l.geometry;
   long heads = g.heads() * g.head_dim, kv = g.kv_heads * g.head_dim;
   long qkv = panels(heads) + 2 * panels(kv);
@@ -91,11 +60,14 @@ void locate(Layer<E>& l, const float* vectors, const E* matrices, bool bias, boo
   l.o = take(matrices, panels(l.embed) * panel_size<E>(heads));
   l.gate_up = take(matrices, 2 * panels(l.mlp) * panel_size<E>(l.embed));
   l.down = take(matrices, panels(l.embed) * panel_size<E>(l.mlp));
+  bool fits = vectors == vectors_end && matrices == matrices_end;
+  return fits ? "" : "the packed weights are of another model";
 }
 
 // The same for the factors of the targets in the bit set `targets`.
 template <class E>
-void locate_adapters(Layer<E>& l, const E* factors, long targets) {
+std::string locate_adapters(Layer<E>& l, const E* factors, long count, long batch, long targets) {
+  const E* end = factors + count;
   const Geometry& g = l.geometry;
   long heads = g.heads() * g.head_dim, kv = g.kv_heads * g.head_dim;
   const long inputs[kTargets] = {l.embed, l.embed, l.embed, heads, l.embed, l.embed, l.mlp};
@@ -108,6 +80,11 @@ void locate_adapters(Layer<E>& l, const E* factors, long targets) {
     l.adapters[t].b = factors;
     factors += panels(outputs[t]) * panel_size<E>(low);
   }
+  if (factors != end) return "the packed adapters are of another model";
+  for (long b = 0; b < batch && low > 0; b++) {
+    if (l.adapter_index[b] >= l.num_adapters) return "an adapter's index is out of range";
+  }
+  return "";
 }
 
 template <class E>
@@ -141,7 +118,7 @@ class LayerCall {
     attended_ = attended.get(count_ * round_up(g_.heads() * g_.head_dim, 2));
     hidden_ = hidden.get(count_ * round_up(l_.mlp, 2));
     find_adapters();
-    low_ = low.get(used_.empty() ? 0 : kTargets * count_ * low_stride());
+    low_ = low.get(used_.empty() ? 0 : kTargets * count_ * l_.rank);
     Attention<E> attention(q_, attended_, pages_, rows_, g_, first_, one_query_);
     Pool::instance().run([&](Team& team) {
       attention_block(team, attention);
@@ -151,14 +128,14 @@ class LayerCall {
 
  private:
   long embed_stride() const { return round_up(l_.embed, 2); }
-  long low_stride() const { return l_.num_adapters * l_.rank; }
+  // Of a row; -1 for none.
+  long adapter(long r) const { return l_.num_adapters > 0 ? l_.adapter_index[row_[r]] : -1; }
   float* row(long r) { return x_ + index_[r] * l_.embed; }
 
   void attention_block(Team& team, Attention<E>& attention) {
     norm(team, l_.attn_norm);
-    for (Target target : {kQ, kK, kV}) {
-      if (target != kQ || !l_.kv_only) lower(team, target, normed_, l_.embed);
-    }
+    if (l_.kv_only) lower(team, {kK, kV}, normed_, l_.embed);
+    else lower(team, {kQ, kK, kV}, normed_, l_.embed);
     long columns = qkv_panels_ * kPanel;
     multiply<E>(team, count_, normed_, embed_stride(), l_.qkv, l_.embed,
                 l_.kv_only ? k_panel_ : 0, qkv_panels_, 1,
@@ -177,7 +154,7 @@ class LayerCall {
     if (l_.kv_only) return;
     attention.run(team);
     long width = g_.heads() * g_.head_dim;
-    lower(team, kO, attended_, width);
+    lower(team, {kO}, attended_, width);
     multiply<E>(team, count_, attended_, width, l_.o, width, 0, panels(l_.embed), 1,
                 [&](long r, long n, long panel, float* tile) {
                   adapt(kO, r, n, panel, tile, kPanel);
@@ -187,8 +164,7 @@ class LayerCall {
 
   void mlp_block(Team& team) {
     norm(team, l_.mlp_norm);
-    lower(team, kGate, normed_, l_.embed);
-    lower(team, kUp, normed_, l_.embed);
+    lower(team, {kGate, kUp}, normed_, l_.embed);
     long stride = round_up(l_.mlp, 2);
     // Panels of gate and up alternate.
     multiply<E>(team, count_, normed_, embed_stride(), l_.gate_up, l_.embed, 0,
@@ -207,7 +183,7 @@ class LayerCall {
                     convert(gate, hidden_ + (r + i) * stride + column, width);
                   }
                 });
-    lower(team, kDown, hidden_, l_.mlp);
+    lower(team, {kDown}, hidden_, l_.mlp);
     multiply<E>(team, count_, hidden_, stride, l_.down, l_.mlp, 0, panels(l_.embed), 1,
                 [&](long r, long n, long panel, float* tile) {
                   adapt(kDown, r, n, panel, tile, kPanel);
@@ -256,45 +232,61 @@ class LayerCall {
     }
   }
 
-  // The adapters that some row uses.
+  // The panels of A factors that some row's adapter has columns in.
   void find_adapters() {
-    std::vector<bool> used(l_.num_adapters, false);
+    std::vector<bool> used(panels(l_.num_adapters * l_.rank), false);
     for (long b = 0; b < rows_.batch && l_.num_adapters > 0; b++) {
-      if (rows_.lens[b] > 0 && l_.adapter_index[b] >= 0) used[l_.adapter_index[b]] = true;
+      long mine = l_.adapter_index[b];
+      if (rows_.lens[b] <= 0 || mine < 0) continue;
+      for (long p = mine * l_.rank / kPanel; p * kPanel < (mine + 1) * l_.rank; p++) used[p] = true;
     }
-    for (long i = 0; i < l_.num_adapters; i++) {
-      if (used[i]) used_.push_back(i);
+    for (size_t p = 0; p < used.size(); p++) {
+      if (used[p]) used_.push_back(static_cast<long>(p));
     }
   }
 
-  // x times the A factors of every adapter in use; a row keeps its own adapter's part.
-  void lower(Team& team, Target target, const E* x, long inputs) {
-    const E* a = l_.adapters[target].a;
-    if (used_.empty() || a == nullptr) return;
-    E* low = low_ + target * count_ * low_stride();
-    multiply<E>(team, count_, x, round_up(inputs, 2), a, inputs, 0, panels(low_stride()), 1,
-                [&](long r, long n, long panel, float* tile) {
-                  long begin = panel * kPanel, end = std::min(begin + kPanel, low_stride());
-                  for (long i = 0; i < n; i++) {
-                    long mine = l_.adapter_index[row_[r + i]];
-                    for (long c = begin; c < end; c++) {
-                      bool keep = mine >= 0 && c / l_.rank == mine;
-                      low[(r + i) * low_stride() + c] =
-                          from_float<E>(keep ? tile[i * kPanel + c - begin] : 0.0f);
-                    }
-                  }
-                });
+  // x times the A factors of the targets' adapters, of which a row keeps its own one's columns.
+  void lower(Team& team, std::initializer_list<Target> targets, const E* x, long inputs) {
+    Target adapted[kTargets];
+    long count = 0, shares = static_cast<long>(used_.size());
+    for (Target target : targets) {
+      if (l_.adapters[target].a != nullptr) adapted[count++] = target;
+    }
+    if (count == 0 || shares == 0) return;
+    long blocks = (count_ + kBlockRows - 1) / kBlockRows;
+    team.loop(blocks * count * shares, [&](long item) {
+      alignas(64) float tile[kBlockRows * kPanel];
+      Target target = adapted[item / shares % count];
+      long panel = used_[item % shares], r = item / shares / count * kBlockRows;
+      long n = std::min(kBlockRows, count_ - r), stride = round_up(inputs, 2);
+      multiply_panel<E>(n, x + r * stride, stride,
+                        l_.adapters[target].a + panel * panel_size<E>(inputs), units<E>(inputs),
+                        tile, kPanel, false);
+      for (long i = 0; i < n; i++) {
+        long first = adapter(r + i) * l_.rank;
+        if (first < 0) continue;
+        long begin = std::max(first, panel * kPanel);
+        long end = std::min(first + l_.rank, (panel + 1) * kPanel);
+        E* low = low_ + (target * count_ + r + i) * l_.rank;
+        for (long c = begin; c < end; c++) {
+          low[c - first] = from_float<E>(tile[i * kPanel + c - panel * kPanel]);
+        }
+      }
+    });
   }
 
-  // Adds the B factors' part to a tile of the target's output.
+  // Adds the B factors' part to a tile of the target's output, run of rows by run of rows.
   void adapt(Target target, long r, long n, long panel, float* tile, long ldt) {
     const E* b = l_.adapters[target].b;
     if (used_.empty() || b == nullptr) return;
-    const E* low = low_ + (target * count_ + r) * low_stride();
-    b += panel * panel_size<E>(low_stride());
-    for (long i : used_) {
-      multiply_panel<E>(n, low + i * l_.rank, low_stride(), b + i * l_.rank * kPanel,
-                        l_.rank / Unit<E>::size, tile, ldt, true);
+    b += panel * panel_size<E>(l_.num_adapters * l_.rank);
+    for (long i = 0, end = 0; i < n; i = end) {
+      long mine = adapter(r + i);
+      for (end = i + 1; end < n && adapter(r + end) == mine;) end++;
+      if (mine < 0) continue;
+      multiply_panel<E>(end - i, low_ + (target * count_ + r + i) * l_.rank, l_.rank,
+                        b + mine * l_.rank * kPanel, l_.rank / Unit<E>::size, tile + i * ldt, ldt,
+                        true);
     }
   }
 
@@ -310,52 +302,5 @@ class LayerCall {
   E *normed_ = nullptr, *q_ = nullptr, *attended_ = nullptr, *hidden_ = nullptr, *low_ = nullptr;
   float* qkv_ = nullptr;
 };
-
-// The most likely token of each row with lens > 0, and its logits [batch, vocab] if they are wanted:
-// final norm, then the head. Other rows get 0.
-template <class E>
-void head(const float* x, const float* scale, const E* packed, const int32_t* lens, long batch,
-          long embed, long vocab, float eps, bool wanted, float* logits, int32_t* best) {
-  std::vector<long> rows;
-  for (long b = 0; b < batch; b++) {
-    best[b] = 0;
-    if (lens[b] > 0) rows.push_back(b);
-    else if (wanted) std::fill_n(logits + b * vocab, vocab, 0.0f);
-  }
-  long count = static_cast<long>(rows.size()), stride = round_up(embed, 2), all = panels(vocab);
-  static thread_local Buffer<E> memory;
-  static thread_local Buffer<float> tops;
-  E* normed = memory.get(count * stride);
-  float* top = tops.get(all * count);  // of each panel
-  Pool::instance().run([&](Team& team) {
-    team.loop(count, [&](long r) {
-      norm_row(x + rows[r] * embed, scale, embed, eps, normed + r * stride);
-      if (embed % 2) normed[(r + 1) * stride - 1] = E{};
-    });
-    multiply<E>(team, count, normed, stride, packed, embed, 0, all, 1,
-                [&](long r, long n, long panel, float* tile) {
-                  long width = std::min<long>(kPanel, vocab - panel * kPanel);
-                  for (long i = 0; i < n; i++) {
-                    const float* from = tile + i * kPanel;
-                    top[panel * count + r + i] = *std::max_element(from, from + width);
-                    if (!wanted) continue;
-                    float* to = logits + rows[r + i] * vocab + panel * kPanel;
-                    std::memcpy(to, from, width * sizeof(float));
-                  }
-                });
-    // The first of the highest: its panel is computed again.
-    team.loop(count, [&](long r) {
-      long panel = 0;
-      for (long p = 1; p < all; p++) {
-        if (top[p * count + r] > top[panel * count + r]) panel = p;
-      }
-      float tile[kPanel];
-      multiply_panel<E>(1, normed + r * stride, stride, packed + panel * panel_size<E>(embed),
-                        units<E>(embed), tile, kPanel, false);
-      long width = std::min<long>(kPanel, vocab - panel * kPanel);
-      best[rows[r]] = panel * kPanel + (std::max_element(tile, tile + width) - tile);
-    });
-  });
-}
 
 }  // namespace pshare

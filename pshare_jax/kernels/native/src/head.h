@@ -1,0 +1,58 @@
+// The final norm, the head, and the choice of the most likely token.
+#pragma once
+
+#include <vector>
+
+#include "gemm.h"
+#include "norm.h"
+
+namespace pshare {
+
+// The most likely token of each row with lens > 0, and its logits [batch, vocab] if they are wanted:
+// final norm, then the head. Other rows get 0.
+template <class E>
+void head(const float* x, const float* scale, const E* packed, const int32_t* lens, long batch,
+          long embed, long vocab, float eps, bool wanted, float* logits, int32_t* best) {
+  std::vector<long> rows;
+  for (long b = 0; b < batch; b++) {
+    best[b] = 0;
+    if (lens[b] > 0) rows.push_back(b);
+    else if (wanted) std::fill_n(logits + b * vocab, vocab, 0.0f);
+  }
+  long count = static_cast<long>(rows.size()), stride = round_up(embed, 2), all = panels(vocab);
+  static thread_local Buffer<E> memory;
+  static thread_local Buffer<float> tops;
+  E* normed = memory.get(count * stride);
+  float* top = tops.get(all * count);  // of each panel
+  Pool::instance().run([&](Team& team) {
+    team.loop(count, [&](long r) {
+      norm_row(x + rows[r] * embed, scale, embed, eps, normed + r * stride);
+      if (embed % 2) normed[(r + 1) * stride - 1] = E{};
+    });
+    multiply<E>(team, count, normed, stride, packed, embed, 0, all, 1,
+                [&](long r, long n, long panel, float* tile) {
+                  long width = std::min<long>(kPanel, vocab - panel * kPanel);
+                  for (long i = 0; i < n; i++) {
+                    const float* from = tile + i * kPanel;
+                    top[panel * count + r + i] = *std::max_element(from, from + width);
+                    if (!wanted) continue;
+                    float* to = logits + rows[r + i] * vocab + panel * kPanel;
+                    std::memcpy(to, from, width * sizeof(float));
+                  }
+                });
+    // The first of the highest: its panel is computed again.
+    team.loop(count, [&](long r) {
+      long panel = 0;
+      for (long p = 1; p < all; p++) {
+        if (top[p * count + r] > top[panel * count + r]) panel = p;
+      }
+      float tile[kPanel];
+      multiply_panel<E>(1, normed + r * stride, stride, packed + panel * panel_size<E>(embed),
+                        units<E>(embed), tile, kPanel, false);
+      long width = std::min<long>(kPanel, vocab - panel * kPanel);
+      best[rows[r]] = panel * kPanel + (std::max_element(tile, tile + width) - tile);
+    });
+  });
+}
+
+}  // namespace pshare
