@@ -112,8 +112,8 @@ class ServeConfig:
         page_size: token slots of one KV page.
         max_queue: waiting requests beyond which new ones get 429.
         compilation_cache_dir: folder of XLA's persistent compilation cache; empty turns it off.
-        kernel_backend: `auto` is `pallas_tpu` on TPUs, `pallas_gpu` on GPUs, `cpu_ffi` on CPUs where
-            a C++ compiler is there, and `xla` elsewhere.
+        kernel_backend: `auto` is `pallas_tpu` on TPUs, `pallas_gpu` on GPUs, `cpu_ffi` on CPUs
+            where a C++ compiler is there, and `xla` elsewhere.
         prefill: the prefill side.
         decode: the decode side.
         server: the HTTP side.

@@ -9,8 +9,8 @@ from pshare_jax.config import ServeConfig
 from pshare_jax.errors import ConfigError
 from pshare_jax.kernels.backends import CPU_FFI, select_backend
 from pshare_jax.kernels.kv_write import api as kv_write
-from pshare_jax.kernels.page_transfer import api as page_transfer
 from pshare_jax.kernels.native.library import require_library
+from pshare_jax.kernels.page_transfer import api as page_transfer
 from pshare_jax.kernels.paged_attention import api as paged_attention
 from pshare_jax.models.config import ModelConfig
 

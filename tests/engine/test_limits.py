@@ -39,6 +39,10 @@ def test_pool_sizes() -> None:
         ({"max_model_len": 10**6}, f"max_model_len.*{MODEL.max_position_embeddings}"),
         ({"max_queue": 0}, "max_queue"),
         ({"kernel_backend": "cuda9"}, "kernel_backend.*cuda9"),
+        (
+            {"kernel_backend": "cpu_ffi", "decode": {"tensor_parallel": 2}},
+            "kernel_backend: cpu_ffi .* one device, but decode.tensor_parallel is 2",
+        ),
         ({"prefill": {"engines": 0}}, "prefill: engines"),
         ({"prefill": {"tensor_parallel": 0}}, "prefill: engines and tensor_parallel"),
         ({"decode": {"engines": -1}}, "decode: engines"),

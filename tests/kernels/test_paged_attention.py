@@ -52,6 +52,13 @@ GEOMETRIES = {
     "several tiles": Geometry(1, 300, 1, 2, 8, 16, 24),
     "several tiles, window": Geometry(1, 300, 1, 2, 8, 16, 24, sliding_window=130),
 }
+LONG = {
+    "decode, several chunks": Geometry(2, 1, 2, 3, 64, 16, 48),
+    "decode, long window": Geometry(2, 1, 1, 2, 80, 32, 24, sliding_window=300),
+    "prefix, several chunks": Geometry(2, 66, 1, 3, 32, 64, 10),
+    "prefix, several chunks, window": Geometry(1, 66, 1, 2, 32, 64, 10, sliding_window=200),
+}
+"""For the C++ kernel: its sums begin anew every 256 keys, and it takes 64 queries at a time."""
 INTERPRETED = {
     "decode": Geometry(3, 1, kv_heads=2, group=3, head_dim=16, page_size=4, pages_per_row=12),
     "decode, window, soft cap": Geometry(3, 1, 2, 1, 8, 4, 12, sliding_window=9, soft_cap=0.5),
@@ -64,7 +71,7 @@ CASES = [
     pytest.param(backend, geometry, id=f"{backend}-{name}")
     for backend in BACKENDS
     for name, geometry in (GEOMETRIES if backend in NATIVE else INTERPRETED).items()
-]
+] + [pytest.param("cpu_ffi", geometry, id=f"cpu_ffi-{name}") for name, geometry in LONG.items()]
 
 
 @functools.cache
@@ -122,6 +129,55 @@ def test_head_dims_and_default_tiles(backend, head_dim):
     case = Rows(np.asarray([30, 5], np.int32), np.asarray([2, 1], np.int32), 0)
     attend = jax.jit(functools.partial(paged_attention, backend=backend))
     assert_equals_oracle(attend, geometry, "float32", case)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("page_size", [16, 256])
+def test_head_dims_and_page_sizes_in_cpp(head_dim, page_size, dtype):
+    geometry = Geometry(2, 3, 1, 2, head_dim, page_size, 512 // page_size)
+    case = Rows(np.asarray([300, 5], np.int32), np.asarray([3, 2], np.int32), 0)
+    assert_equals_oracle(compiled("cpu_ffi", None, None), geometry, dtype, case)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("window", [None, 100])
+def test_a_query_in_cpp_depends_on_nothing_beside_it(dtype, window):
+    """To the bit: not on other rows, nor on how many queries of its row are computed with it."""
+    rng = np.random.default_rng(0)
+    pages = jnp.asarray(rng.standard_normal((70, 2, 2, 16, 32)), dtype)
+    table = np.arange(1, 65, dtype=np.int32).reshape(2, 32)
+    q = jnp.asarray(rng.standard_normal((2, 90, 6, 32)), dtype)
+    attend = compiled("cpu_ffi", window, None)
+    whole = attend(q, pages, table, np.asarray([251, 3], np.int32), np.asarray([90, 70], np.int32))
+    for first, count in [(0, 1), (0, 7), (4, 1), (5, 64), (69, 21), (89, 1)]:
+        part = attend(
+            q[:1, first : first + count],
+            pages,
+            table[:1],
+            np.asarray([251 + first], np.int32),
+            np.asarray([count], np.int32),
+        )
+        np.testing.assert_array_equal(part[0], whole[0, first : first + count])
+
+
+@pytest.mark.parametrize(
+    ("start", "count", "page", "message"),
+    [
+        (15, 2, 1, "positions exceed the page table"),
+        (-1, 1, 1, "positions exceed the page table"),
+        (0, 1, 9, "a page number is out of range"),
+        (0, 1, -1, "a page number is out of range"),
+        (0, 3, 1, "q_lens exceeds the tokens of the call"),
+    ],
+)
+def test_the_cpp_kernel_refuses_rows_outside_of_the_pool(start, count, page, message):
+    q, pages = jnp.zeros((1, 2, 2, 8)), jnp.zeros((9, 2, 2, 16, 8))
+    row = np.asarray([start], np.int32), np.asarray([count], np.int32)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        jax.block_until_ready(
+            compiled("cpu_ffi", None, None)(q, pages, np.asarray([[page]], np.int32), *row)
+        )
 
 
 @pytest.mark.parametrize("cores", [1, 2])

@@ -1,9 +1,9 @@
 """Compiling and loading the CPU kernels, and registering them with JAX.
 
 The library is compiled at its first use for the very CPU, and kept in a folder named by a hash of
-sources, compiler, jaxlib and CPU, so that nothing stale is ever loaded, nor anything made for another
-machine that has the same home. The file appears there in one step: processes that start together
-may all compile it, and each loads a whole one.
+sources, compiler, jaxlib and CPU, so that nothing stale is ever loaded, nor anything made for
+another machine that has the same home. The file appears there in one step: processes that start
+together may all compile it, and each loads a whole one.
 """
 
 from __future__ import annotations

@@ -1,0 +1,144 @@
+"""Compiling the C++ kernels: once, whole, for this CPU; and doing without them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pshare_jax.errors import ConfigError
+from pshare_jax.kernels.backends import backend_for
+from pshare_jax.kernels.native import library
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def anew(monkeypatch: pytest.MonkeyPatch):
+    """Loads the library as a new process would."""
+    monkeypatch.setattr(library, "_load", library.functools.cache(library._load.__wrapped__))
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Sources that compile in no time; returns their folder."""
+    sources = tmp_path / "src"
+    sources.mkdir()
+    (sources / "ffi.cc").write_text('extern "C" int answer() { return 42; }\n')
+    monkeypatch.setattr(library, "SOURCES", sources)
+    return sources
+
+
+def test_it_is_there_with_a_compiler():
+    loaded = library.load_library()
+    assert loaded is not None
+    assert loaded.panel_columns in (8, 16, 32)
+    assert loaded.path.is_relative_to(library.cache_folder())
+    assert library.require_library() is loaded
+
+
+def test_the_cache_folder_follows_the_users(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert library.cache_folder() == Path("/somewhere/pshare_jax/native")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert library.cache_folder() == Path.home() / ".cache/pshare_jax/native"
+
+
+def test_compiled_once_and_again_when_anything_changes(small, tmp_path, monkeypatch):
+    first = library.build(tmp_path / "cache")
+    made = first.stat().st_mtime_ns
+    assert library.build(tmp_path / "cache") == first
+    assert first.stat().st_mtime_ns == made
+    assert [path.name for path in first.parent.iterdir()] == [first.name]  # no left-overs
+
+    monkeypatch.setattr(library, "_cpu", lambda: "another CPU")
+    other_cpu = library.build(tmp_path / "cache")
+    monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "-g"))
+    other_flags = library.build(tmp_path / "cache")
+    (small / "more.h").write_text("// new")
+    other_source = library.build(tmp_path / "cache")
+    assert len({first, other_cpu, other_flags, other_source}) == 4
+
+
+def test_a_damaged_library_is_made_again(small, tmp_path):
+    path = library.build(tmp_path)
+    path.write_bytes(path.read_bytes()[:100])
+    again, loaded = library._open(tmp_path)
+    assert again == path
+    assert loaded.answer() == 42
+
+
+def test_two_processes_at_once(small, tmp_path):
+    program = (
+        "import sys, ctypes, pathlib; from pshare_jax.kernels.native import library\n"
+        "library.SOURCES = pathlib.Path(sys.argv[1])\n"
+        "print(library._open(pathlib.Path(sys.argv[2]))[1].answer())"
+    )
+    command = [sys.executable, "-c", program, str(small), str(tmp_path / "cache")]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) for _ in range(2)]
+    assert [process.communicate(timeout=60)[0] for process in processes] == [b"42\n"] * 2
+    assert len(list((tmp_path / "cache").rglob("*.so"))) == 1
+
+
+def test_no_compiler_is_one_line_and_xla(anew, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with caplog.at_level(logging.INFO, "pshare_jax"):
+        assert backend_for("auto", "cpu") == "xla"
+        assert backend_for("auto", "cpu") == "xla"
+        with pytest.raises(ConfigError, match="cpu_ffi: its C"):
+            library.require_library()
+    (line,) = caplog.messages
+    assert line.startswith("CPU kernels are not available, XLA takes their place: no C++ compiler")
+
+
+def test_a_compiler_that_fails_is_one_line_and_xla(small, anew, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (small / "ffi.cc").write_text("#error something is missing\n")
+    with caplog.at_level(logging.INFO, "pshare_jax"):
+        assert library.load_library() is None
+    (line,) = caplog.messages
+    assert "something is missing" in line
+    assert not list((tmp_path / "cache").rglob("*.so"))
+
+
+def test_a_cache_that_cannot_be_written_is_one_line_and_xla(
+    small, anew, tmp_path, monkeypatch, caplog
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert library.load_library() is None
+    assert len(caplog.messages) == 1
+
+
+AVX2 = """
+import os, sys
+from pshare_jax.kernels.native import library
+library.FLAGS = tuple("-O1" if f == "-O3" else f for f in library.FLAGS if f != "-march=native")
+library.FLAGS += ("-march=x86-64-v3",)
+loaded = library.require_library()
+assert (loaded.panel_columns, loaded.has_bfloat16) == (16, False), loaded
+import pytest
+names = "test_same_numbers and (qwen2 or odd) or unlike_shape and odd or beside_it"
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "tests/models/test_packed.py", "-k", names]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the flags are those of x86-64")
+def test_the_code_for_cpus_without_avx512(tmp_path):
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", AVX2],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

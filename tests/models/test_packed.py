@@ -1,0 +1,252 @@
+"""The C++ layers against the decoder in XLA, over the same pages, for every kind of model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pshare_jax.kernels.kv_write.api import kv_write
+from pshare_jax.kernels.paged_attention.api import paged_attention
+from pshare_jax.models.config import ModelConfig
+from pshare_jax.models.decoder import bind, init_weights
+from pshare_jax.models.lora import Adapters, LoraModule, stack_adapters
+from pshare_jax.models.packed import PackedDecoder, pack_adapters, pack_weights
+from pshare_jax.models.weights import LORA_TARGETS, lora_specs
+from tests.helpers import ARCHITECTURES, tiny_config
+
+PAGE, WIDTH, TOKENS = 4, 24, 7
+START = np.asarray([70, 0, 5, 11], np.int32)
+LENS = np.asarray([7, 5, 0, 1], np.int32)
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+"""Relative error; in bfloat16 both sides round, at different places."""
+
+CONFIGS = {
+    **{name: tiny_config(architecture=name) for name in ARCHITECTURES},
+    "odd sizes": tiny_config(hidden_size=51, intermediate_size=77, vocab_size=131, head_dim=10),
+    "more than one panel of everything": tiny_config(
+        architecture="qwen2", hidden_size=96, intermediate_size=200, num_heads=6, head_dim=48
+    ),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation() -> Iterator[None]:
+    """XLA's side runs for milliseconds and compiles for seconds."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+class PagedIO:
+    """AttentionIO over pages in plain XLA."""
+
+    def __init__(self, config: ModelConfig, pages, rows):
+        self.pages = list(pages)
+        self._config = config
+        self._rows = rows
+
+    def store(self, layer, k, v):
+        self.pages[layer] = kv_write(self.pages[layer], k, v, *self._rows)
+
+    def attend(self, layer, q, k, v):
+        self.store(layer, k, v)
+        window = self._config.sliding_window
+        return paged_attention(q, self.pages[layer], *self._rows, sliding_window=window)
+
+
+def batch(config: ModelConfig, dtype: str):
+    """Tokens, positions, rows, and pages with NaN wherever nothing may be looked at."""
+    rng = np.random.default_rng(0)
+    table = rng.permutation(np.arange(1, 4 * WIDTH + 1)).reshape(4, WIDTH).astype(np.int32)
+    shape = (4 * WIDTH + 1, 2, config.num_kv_heads, PAGE, config.head_dim)
+    pages = []
+    for _ in range(config.num_layers):
+        layer = np.full(shape, np.nan, np.float32)
+        for row, start in enumerate(START):
+            for position in range(start):
+                page, slot = divmod(position, PAGE)
+                layer[table[row, page], :, :, slot] = rng.standard_normal(
+                    (2, config.num_kv_heads, config.head_dim)
+                )
+        pages.append(jnp.asarray(layer, dtype))
+    tokens = rng.integers(0, config.vocab_size, (4, TOKENS)).astype(np.int32)
+    positions = START[:, None] + np.arange(TOKENS, dtype=np.int32)
+    return tokens, positions, (table, START, LENS), tuple(pages)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def in_xla(config, weights, adapters, index, tokens, positions, rows, pages):
+    io = PagedIO(config, pages, rows)
+    decoder = bind(config, weights)
+    stacked = None if adapters is None else Adapters(adapters, index)
+    hidden = decoder.hidden(tokens, positions, io, stacked)
+    return decoder.logits(hidden), tuple(io.pages)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="kv_only")
+def in_cpp(config, weights, adapters, index, tokens, positions, rows, pages, *, kv_only=False):
+    """The logits of each row's last token, the most likely token, and the pages."""
+    decoder = PackedDecoder(config, weights, adapters, index)
+    hidden, pages = decoder.hidden(tokens, positions, pages, rows, kv_only=kv_only)
+    last = jnp.maximum(rows[2] - 1, 0)
+    ends = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    return *decoder.logits(ends, rows[2], jnp.asarray(True)), pages
+
+
+def random_lora(config: ModelConfig, rank: int, targets, alpha: float, seed: int, dtype: str):
+    rng = np.random.default_rng(seed)
+    weights = {
+        name: jnp.asarray(0.3 * rng.standard_normal(spec.shape), dtype)
+        for name, spec in lora_specs(config, rank, targets).items()
+    }
+    return LoraModule(weights, alpha, rank, tuple(targets))
+
+
+def assert_close(actual, expected, dtype: str) -> None:
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert np.isfinite(actual).all()
+    error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+    assert error <= TOLERANCE[dtype], error
+
+
+def written(pages, table) -> np.ndarray:
+    """What the call wrote: `[valid tokens, 2, kv_heads, head_dim]` of every layer."""
+    return np.stack(
+        [
+            np.asarray(layer, np.float32)[table[row, position // PAGE], :, :, position % PAGE]
+            for layer in pages
+            for row in range(4)
+            for position in range(START[row], START[row] + LENS[row])
+        ]
+    )
+
+
+def assert_same_as_xla(config: ModelConfig, dtype: str, modules=(), index=(0, 0, 0, 0)) -> None:
+    weights = init_weights(config, 1, jnp.dtype(dtype))
+    index = np.asarray(index, np.int32)
+    stacked = stack_adapters(modules) if modules else None
+    packed = pack_adapters(config, stacked) if modules else None
+    inputs = batch(config, dtype)
+    table = inputs[2][0]
+
+    expected, expected_pages = in_xla(config, weights, stacked, index, *inputs)
+    logits, best, pages = in_cpp(config, pack_weights(config, weights), packed, index, *inputs)
+    kv_only = in_cpp(config, pack_weights(config, weights), packed, index, *inputs, kv_only=True)[2]
+
+    valid = np.flatnonzero(LENS)
+    assert_close(logits[valid], np.asarray(expected)[valid, LENS[valid] - 1], dtype)
+    assert_close(written(pages, table), written(expected_pages, table), dtype)
+    np.testing.assert_array_equal(written(pages, table), written(kv_only, table))
+    np.testing.assert_array_equal(best, np.asarray(logits).argmax(axis=-1))
+    assert not np.asarray(logits)[LENS == 0].any()
+    for before, after in zip(inputs[3], pages, strict=True):
+        # Nothing else is touched, the pages of empty rows included.
+        same = np.isnan(np.asarray(before, np.float32)) == np.isnan(np.asarray(after, np.float32))
+        changed = {
+            (table[r, p // PAGE], p % PAGE)
+            for r in range(4)
+            for p in range(START[r], START[r] + LENS[r])
+        }
+        where = np.argwhere(~same.all(axis=(1, 2, 4)))
+        assert {tuple(place) for place in where} <= changed
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_same_numbers_as_xla(name, dtype):
+    assert_same_as_xla(CONFIGS[name], dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", ["qwen2", "odd sizes"])
+def test_adapters_of_unlike_shape_in_one_batch(name, dtype):
+    config = CONFIGS[name]
+    modules = [
+        random_lora(config, 3, LORA_TARGETS, 6.0, 1, dtype),
+        random_lora(config, 16, ("q", "v"), 2.0, 2, dtype),
+        random_lora(config, 40, ("o", "gate", "down"), 20.0, 3, dtype),
+    ]
+    assert_same_as_xla(config, dtype, modules, (2, 0, 1, -1))
+    assert_same_as_xla(config, dtype, modules, (1, -1, 0, 1))
+
+
+def test_a_broken_adapter_harms_no_other_row():
+    config = CONFIGS["llama"]
+    whole = random_lora(config, 4, LORA_TARGETS, 4.0, 1, "float32")
+    broken = whole._replace(weights={n: w * np.nan for n, w in whole.weights.items()})
+    weights, inputs = pack_weights(config, init_weights(config, 1)), batch(config, "float32")
+    index = np.asarray([0, -1, 0, 1], np.int32)
+    logits = {
+        name: np.asarray(
+            in_cpp(config, weights, pack_adapters(config, stack_adapters(pair)), index, *inputs)[0]
+        )
+        for name, pair in {"good": [whole, whole], "bad": [whole, broken]}.items()
+    }
+    np.testing.assert_array_equal(logits["good"][:2], logits["bad"][:2])
+    assert np.isnan(logits["bad"][3]).all()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_row_depends_on_nothing_beside_it(dtype):
+    """To the bit: alone, in a batch, in one chunk or token by token."""
+    config = CONFIGS["qwen3"]
+    weights = pack_weights(config, init_weights(config, 1, jnp.dtype(dtype)))
+    modules = [random_lora(config, r, LORA_TARGETS, 4.0, r, dtype) for r in (2, 5)]
+    adapters, index = pack_adapters(config, stack_adapters(modules)), np.asarray([1, 0, 0, -1])
+    index = index.astype(np.int32)
+    tokens, positions, rows, pages = batch(config, dtype)
+    logits, _, after = in_cpp(config, weights, adapters, index, tokens, positions, rows, pages)
+    alone = pages
+    for i in range(LENS[0]):
+        one = (rows[0][:1], START[:1] + i, np.ones(1, np.int32))
+        out, best, alone = in_cpp(
+            config,
+            weights,
+            adapters,
+            index[:1],
+            tokens[:1, i : i + 1],
+            positions[:1, i : i + 1],
+            one,
+            alone,
+        )
+    np.testing.assert_array_equal(out[0], logits[0])
+    assert best[0] == np.asarray(logits[0]).argmax()
+    for whole, single in zip(after, alone, strict=True):
+        own = rows[0][0]
+        np.testing.assert_array_equal(
+            np.asarray(whole, np.float32)[own], np.asarray(single, np.float32)[own]
+        )
+
+
+def test_bfloat16_stays_near_float32():
+    config = CONFIGS["more than one panel of everything"]
+    weights = init_weights(config, 1)
+    half = {name: w.astype(jnp.bfloat16) for name, w in weights.items()}
+    index = np.zeros(4, np.int32)
+    wide = in_xla(config, weights, None, index, *batch(config, "float32"))[0]
+    narrow = in_cpp(config, pack_weights(config, half), None, index, *batch(config, "bfloat16"))[0]
+    valid = np.flatnonzero(LENS)
+    expected = np.asarray(wide)[valid, LENS[valid] - 1]
+    error = np.linalg.norm(narrow[valid] - expected) / np.linalg.norm(expected)
+    assert 1e-4 < error < 0.02, error
+
+
+def test_pages_of_another_dtype_are_refused():
+    config = CONFIGS["llama"]
+    weights = pack_weights(config, init_weights(config, 1))
+    with pytest.raises(ValueError, match="pages are bfloat16, but weights are float32"):
+        in_cpp(config, weights, None, np.zeros(4, np.int32), *batch(config, "bfloat16"))
+
+
+def test_weights_of_another_model_are_refused():
+    config, other = CONFIGS["llama"], tiny_config(intermediate_size=96)
+    weights = pack_weights(config, init_weights(config, 1))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="packed weights are of another model"):
+        jax.block_until_ready(
+            in_cpp(other, weights, None, np.zeros(4, np.int32), *batch(other, "float32"))
+        )
