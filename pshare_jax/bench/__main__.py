@@ -121,16 +121,17 @@ def _compile(options: dict[str, Any]) -> dict[str, Any]:
 
 def _show(result: dict[str, Any]) -> None:
     options = result["options"]
-    table = Table(title=f"{options['base']}: tokens/s through the engine")
+    table = Table(title=f"{options['base']}, {result['dtype']}, {result['backend']}: tokens/s")
     table.add_column("")
     for header in ("median", "slowest", "fastest"):
         table.add_column(header, justify="right")
     for length, rate in result["prefill"].items():
         table.add_row(f"prefill, {length} tokens", *_cells(rate))
-    for batch, rate in result["decode"].items():
-        table.add_row(
-            f"decode, batch {batch}, {options['context']} tokens of context", *_cells(rate)
-        )
+    for context, rates in result["decode"].items():
+        for batch, rate in rates.items():
+            table.add_row(f"decode, batch {batch}, {context} tokens of context", *_cells(rate))
+    for rows, rate in result["lora"].items():
+        table.add_row(f"decode, {micro.LORA_ROWS} rows of {rows} (LoRA)", *_cells(rate))
     console = Console(highlight=False)
     console.print(table)
     console.print(f"{options['repeats']} repeats. {machine.one_line(result['machine'])}")

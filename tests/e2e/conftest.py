@@ -48,6 +48,7 @@ def write_config(folder: Path, **overrides) -> Path:
         "max_model_len": TINY_CONTEXT,
         "page_size": 16,
         "compilation_cache_dir": str(CACHE / "xla-tests"),
+        "dtype": "float32",  # answers are compared with the oracle's
         "prefill": {"chunk_buckets": [64, 256]},
         "decode": {"batch_buckets": [1, 8], "max_num_seqs": 8, "replay_buckets": [16]},
         **overrides,
@@ -78,6 +79,7 @@ def real_server(real_base) -> Iterator[str]:
         f"--config={ROOT / 'configs/serve/smollm2-135m.yaml'}",
         f"--base={real_base}",
         f"--compilation_cache_dir={CACHE / 'xla-tests'}",
+        "--dtype=float32",
         "--max_model_len=1280",
         "--prefill.num_pages=48",
         "--prefill.chunk_buckets=[512]",

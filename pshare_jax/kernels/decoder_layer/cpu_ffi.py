@@ -76,7 +76,7 @@ def decoder_layer(
         (jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct(pages.shape, dtype)),
         input_output_aliases={0: 0, 1: 1},
     )
-    return call(
+    x, pages = call(
         x,
         pages,
         *rows,
@@ -98,6 +98,7 @@ def decoder_layer(
         rank=np.int64(adapters.rank),
         targets=np.int64(sum(1 << TARGETS.index(target) for target in adapters.targets)),
     )
+    return x, pages
 
 
 def lm_head(

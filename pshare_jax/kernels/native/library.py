@@ -21,10 +21,10 @@ import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
-import jaxlib
 
 from pshare_jax.errors import ConfigError
 
@@ -158,7 +158,7 @@ def _key(compiler: str) -> str:
     digest = hashlib.sha256()
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + source.read_bytes())
-    for text in (_run([compiler, "--version"]), " ".join(FLAGS), jaxlib.__version__, _cpu()):
+    for text in (_run([compiler, "--version"]), " ".join(FLAGS), version("jaxlib"), _cpu()):
         digest.update(text.encode())
     return digest.hexdigest()[:16]
 
