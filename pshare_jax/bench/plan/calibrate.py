@@ -1,0 +1,114 @@
+"""Costs of steps from results of `bench micro`: one line for each compiled size."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import nnls
+
+from pshare_jax.bench.plan.costs import Line, TableCosts
+from pshare_jax.errors import ConfigError
+
+Points = Mapping[int, Sequence[tuple[float, float, float]]]
+"""Compiled size to measurements: times its base counts, times its slope counts, seconds."""
+
+
+def read_results(files: Sequence[str]) -> list[dict[str, Any]]:
+    """Result files of `bench micro`.
+
+    Raises:
+        ConfigError: none is named, or one cannot be read or is something else.
+    """
+    if not files:
+        raise ConfigError("micro: name result files of `bench micro --json`")
+    results = []
+    for file in files:
+        try:
+            result = json.loads(Path(file).read_text())
+            known = {"options", "prefill", "decode"} <= result.keys()
+        except (OSError, ValueError, AttributeError) as error:
+            raise ConfigError(f"micro: {file} cannot be read: {error}") from error
+        if not known:
+            raise ConfigError(f"micro: {file} is no result of `bench micro`")
+        results.append(result)
+    return results
+
+
+def table_costs(
+    results: Sequence[dict[str, Any]], lora: bool = False, token_seconds: float = 0.0
+) -> TableCosts:
+    """Costs for a server on the machine where the results were measured.
+
+    A decode step of a batch takes `a + b * (tokens of KV that its rows read)`, which two contexts
+    settle. A prefill takes one decode step and its chunks; a chunk `c + d * (pairs of a token and
+    a token that it sees)`, which two lengths settle. The handoff is part of `c`.
+
+    Args:
+        results: of `bench micro`, with at least two contexts; with several sizes of `chunk` those
+            are used, between them straight lines.
+        lora: whether rows are of LoRA modules, where that was measured.
+        token_seconds: work of the host for each generated token.
+
+    Raises:
+        ConfigError: too little was measured.
+    """
+    steps = _fit(_step_points(results, lora), "decode", "--contexts", least=2)
+    chunks = _fit(_chunk_points(results, steps), "prefill", "lengths", least=2)
+    # A chunk of one token reads what a step reads.
+    return TableCosts({1: steps[1], **chunks}, steps, token_seconds=token_seconds)
+
+
+def _step_points(results: Sequence[dict[str, Any]], lora: bool) -> Points:
+    points = defaultdict(list)
+    for result in results:
+        options = result["options"]
+        for context, rates in decode_rates(result, lora).items():
+            # While the windows are measured the contexts grow.
+            reached = context + options["window"] * options["repeats"] / 2
+            for batch, rate in rates.items():
+                points[batch].append((1.0, batch * reached, batch / rate["median"]))
+    return points
+
+
+def decode_rates(result: dict[str, Any], lora: bool) -> dict[int, dict[int, dict[str, float]]]:
+    """Context to batch to tokens/s of one result."""
+    del lora
+    rates = {int(batch): rate for batch, rate in result["decode"].items()}
+    return {result["options"]["context"]: rates}
+
+
+def _chunk_points(results: Sequence[dict[str, Any]], steps: Mapping[int, Line]) -> Points:
+    points = defaultdict(list)
+    for result in results:
+        bucket, page_size = result["options"]["chunk"], result["options"]["page_size"]
+        for length, rate in result["prefill"].items():
+            cover, start, count, pairs = int(length) - 1, 0, 0.0, 0.0
+            while start < cover:
+                end = start + bucket
+                end = cover if end >= cover else end - end % page_size
+                count += 1
+                pairs += bucket * (start + (end - start + 1) / 2)
+                start = end
+            seconds = int(length) / rate["median"] - steps[1](int(length))
+            points[bucket].append((count, pairs, max(seconds, 0.0)))
+    return points
+
+
+def _fit(points: Points, what: str, name: str, least: int) -> dict[int, Line]:
+    """Least squares of relative errors, nothing below zero."""
+    lines = {}
+    for size, rows in points.items():
+        if len({slope / base for base, slope, _ in rows}) < least:
+            raise ConfigError(f"micro: {what} of size {size} needs at least {least} {name}")
+        table = np.array(rows)
+        weights = 1 / np.maximum(table[:, 2], 1e-9)
+        scale = table[:, 1].max()
+        matrix = table[:, :2] * weights[:, None] / np.array([1.0, scale])
+        (base, slope), _ = nnls(matrix, np.ones(len(rows)))
+        lines[size] = Line(float(base), float(slope / scale))
+    return dict(sorted(lines.items()))
