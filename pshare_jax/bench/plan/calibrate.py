@@ -40,7 +40,10 @@ def read_results(files: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def table_costs(
-    results: Sequence[dict[str, Any]], lora: bool = False, token_seconds: float = 0.0
+    results: Sequence[dict[str, Any]],
+    rate: str = "median",
+    lora: bool = False,
+    token_seconds: float = 0.0,
 ) -> TableCosts:
     """Costs for a server on the machine where the results were measured.
 
@@ -51,42 +54,54 @@ def table_costs(
     Args:
         results: of `bench micro`, with at least two contexts; with several sizes of `chunk` those
             are used, between them straight lines.
-        lora: whether rows are of LoRA modules, where that was measured.
+        rate: which rate of the repeats counts, `median` or `high`.
+        lora: whether rows are of LoRA modules; needs results that have `decode_lora`.
         token_seconds: work of the host for each generated token.
 
     Raises:
         ConfigError: too little was measured.
     """
-    steps = _fit(_step_points(results, lora), "decode", "--contexts", least=2)
-    chunks = _fit(_chunk_points(results, steps), "prefill", "lengths", least=2)
+    steps = _fit(_step_points(results, rate, lora), "decode", "contexts", least=2)
+    if 1 not in steps:
+        raise ConfigError("micro: no result has decode rates of batch 1")
+    chunks = _fit(_chunk_points(results, rate, steps), "prefill", "lengths", least=2)
     # A chunk of one token reads what a step reads.
     return TableCosts({1: steps[1], **chunks}, steps, token_seconds=token_seconds)
 
 
-def _step_points(results: Sequence[dict[str, Any]], lora: bool) -> Points:
+def _step_points(results: Sequence[dict[str, Any]], rate: str, lora: bool) -> Points:
     points = defaultdict(list)
     for result in results:
         options = result["options"]
-        for context, rates in decode_rates(result, lora).items():
+        for context, rates in _decode_rates(result, lora).items():
             # While the windows are measured the contexts grow.
             reached = context + options["window"] * options["repeats"] / 2
-            for batch, rate in rates.items():
-                points[batch].append((1.0, batch * reached, batch / rate["median"]))
+            for batch, found in rates.items():
+                points[batch].append((1.0, batch * reached, batch / found[rate]))
+    if not points:
+        raise ConfigError("micro: no result has `decode_lora`, and the models are LoRA modules")
     return points
 
 
-def decode_rates(result: dict[str, Any], lora: bool) -> dict[int, dict[int, dict[str, float]]]:
-    """Context to batch to tokens/s of one result."""
-    del lora
-    rates = {int(batch): rate for batch, rate in result["decode"].items()}
-    return {result["options"]["context"]: rates}
+def _decode_rates(result: dict[str, Any], lora: bool) -> dict[int, dict[int, dict[str, float]]]:
+    """Context to batch to tokens/s: one context a result, or several where `contexts` says so."""
+    found = result.get("decode_lora", {}) if lora else result["decode"]
+    options = result["options"]
+    by_context = found if "contexts" in options else {options["context"]: found}
+    return {
+        int(context): {int(batch): rate for batch, rate in rates.items()}
+        for context, rates in by_context.items()
+        if rates
+    }
 
 
-def _chunk_points(results: Sequence[dict[str, Any]], steps: Mapping[int, Line]) -> Points:
+def _chunk_points(
+    results: Sequence[dict[str, Any]], rate: str, steps: Mapping[int, Line]
+) -> Points:
     points = defaultdict(list)
     for result in results:
         bucket, page_size = result["options"]["chunk"], result["options"]["page_size"]
-        for length, rate in result["prefill"].items():
+        for length, found in result["prefill"].items():
             cover, start, count, pairs = int(length) - 1, 0, 0.0, 0.0
             while start < cover:
                 end = start + bucket
@@ -94,7 +109,7 @@ def _chunk_points(results: Sequence[dict[str, Any]], steps: Mapping[int, Line]) 
                 count += 1
                 pairs += bucket * (start + (end - start + 1) / 2)
                 start = end
-            seconds = int(length) / rate["median"] - steps[1](int(length))
+            seconds = int(length) / found[rate] - steps[1](int(length))
             points[bucket].append((count, pairs, max(seconds, 0.0)))
     return points
 

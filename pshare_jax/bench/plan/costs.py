@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from pshare_jax.bench.accelerators import Accelerator
 from pshare_jax.models.config import ModelConfig
 
 
@@ -104,25 +105,6 @@ def at_size(lines: Mapping[int, Line], size: int) -> Line:
 
 
 @dataclass(frozen=True)
-class Chip:
-    """What one device can do, from its maker's data sheet.
-
-    Args:
-        name: as in tables.
-        memory: bytes that programs may use.
-        bandwidth: bytes a second of its memory.
-        peak: bfloat16 operations a second.
-        link: bytes a second to other devices, in one direction.
-    """
-
-    name: str
-    memory: float
-    bandwidth: float
-    peak: float
-    link: float
-
-
-@dataclass(frozen=True)
 class Efficiency:
     """Assumptions: what is reached of the data sheets, and what they leave out.
 
@@ -159,7 +141,7 @@ class Roofline:
         adapter_bytes: LoRA weights that a decode step reads besides, of all modules.
     """
 
-    chip: Chip
+    chip: Accelerator
     efficiency: Efficiency
     model: ModelConfig
     devices: int = 1

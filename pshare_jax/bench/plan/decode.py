@@ -21,20 +21,20 @@ class Room:
     moved: int
 
 
-@dataclass(eq=False)
 class _Row:
-    request: SimRequest
-    lease: Lease
-    num_kv: int
-    last_step: int = -1
+    """A running request; `behind` known tokens have no KV yet, the last of them is fed next."""
 
-    @property
-    def order(self) -> int:
-        return self.request.order
+    __slots__ = ("behind", "left", "lease", "num_kv", "order", "request", "running", "last_step")
 
-    @property
-    def num_behind(self) -> int:
-        return self.request.num_tokens - self.num_kv
+    def __init__(self, request: SimRequest, lease: Lease):
+        self.request = request
+        self.lease = lease
+        self.order = request.order
+        self.num_kv = request.cover
+        self.behind = request.num_tokens - request.cover
+        self.left = request.remaining
+        self.last_step = -1
+        self.running = True
 
 
 @dataclass(frozen=True)
@@ -129,66 +129,65 @@ class SimDecode(Thread):
 
     def work(self) -> Work:
         """Takes arrivals in, lets one row catch up, then gives one group of models a step."""
+        settings = self._settings
         arrivals, self._inbox = self._inbox, []
         if seconds := sum(self._costs.receive(room.moved) for _, room in arrivals):
             yield self._spend(seconds)
-        self._rows += [_Row(request, room.lease, request.cover) for request, room in arrivals]
-        behind = [row for row in self._rows if row.num_behind > 1]
+        self._rows += [_Row(request, room.lease) for request, room in arrivals]
+        behind = [row for row in self._rows if row.behind > 1]
         if behind:
             yield self._catch_up(min(behind, key=lambda row: (row.last_step, row.order)))
         ready: dict[str, list[_Row]] = {}
         for row in self._rows:
-            if row.num_behind == 1:
+            if row.behind == 1:
                 ready.setdefault(str(row.request.group), []).append(row)
         for group in group_order(ready, self._last_dispatch):
-            batch = self._with_pages(next_batch(ready[group], max(self._settings.batch_buckets)))
-            if batch:
+            rows = next_batch(ready[group], max(settings.batch_buckets))
+            steps = steps_for([row.left for row in rows], settings.steps_per_dispatch)
+            if batch := self._with_pages(rows, steps):
                 self._last_dispatch[group] = self._tick + 1
-                yield from self._step(batch)
+                yield from self._step(batch, steps)
                 return True
         return bool(arrivals or behind)
 
     def _catch_up(self, row: _Row) -> float:
         buckets = self._settings.replay_buckets
-        end = min(row.num_kv + max(buckets), row.request.num_tokens - 1)
-        tokens, start = end - row.num_kv, row.num_kv
-        row.num_kv = end
+        start, tokens = row.num_kv, min(row.behind - 1, max(buckets))
+        row.num_kv += tokens
+        row.behind -= tokens
         self._tick += 1
         row.last_step = self._tick
         return self._spend(self._costs.replay(bucket_for(tokens, buckets), tokens, start))
 
-    def _steps(self, rows: Sequence[_Row]) -> int:
-        remaining = [row.request.remaining for row in rows]
-        return steps_for(remaining, self._settings.steps_per_dispatch)
-
-    def _with_pages(self, rows: Sequence[_Row]) -> list[_Row]:
+    def _with_pages(self, rows: Sequence[_Row], steps: int) -> list[_Row]:
         """Those rows that have the pages of a step, or get them."""
-        steps = self._steps(rows)
-        batch = [row for row in rows if row in self._rows and self._ensure_pages(row, steps)]
-        return [row for row in batch if row in self._rows]
+        batch = [row for row in rows if row.running and self._ensure_pages(row, steps)]
+        # A row may have been preempted for the sake of one that came after it.
+        return [row for row in batch if row.running]
 
-    def _step(self, batch: Sequence[_Row]) -> Work:
+    def _step(self, batch: Sequence[_Row], steps: int) -> Work:
         self._tick += 1
-        steps = self._steps(batch)
         bucket = bucket_for(len(batch), self._settings.batch_buckets)
-        context = sum(row.num_kv + 1 for row in batch)
+        context = sum(row.num_kv for row in batch) + len(batch)
         seconds = steps * self._costs.decode_step(bucket, len(batch), context)
         yield self._spend(seconds)
         self.steps += 1
         self.generated_tokens += steps * len(batch)
+        times = [self._clock.now] * steps
         for row in batch:
             row.last_step = self._tick
             row.num_kv += steps
-            row.request.arrivals += [self._clock.now] * steps
-            if row.request.remaining == 0:
+            row.left -= steps
+            row.request.arrivals += times
+            if not row.left:
                 self._remove(row)
                 row.request.on_finish()
         return True
 
     def _ensure_pages(self, row: _Row, steps: int) -> bool:
-        held = row.lease.pages + row.lease.private
-        missing = self.pool.pages_for(row.num_kv + steps) - held
-        while missing > 0 and not self.pool.allocate(row.lease, missing):
+        lease, page_size = row.lease, self.pool.page_size
+        missing = -(-(row.num_kv + steps) // page_size) - lease.pages - lease.private
+        while missing > 0 and not self.pool.allocate(lease, missing):
             victim = preemption_victim(self._rows, row)
             if victim is None:
                 # The youngest gives way, unless others, younger still, are on their way here.
@@ -205,6 +204,7 @@ class SimDecode(Thread):
 
     def _remove(self, row: _Row) -> None:
         self._rows.remove(row)
+        row.running = False
         self.pool.release(row.lease)
         self._inside -= 1
         self._on_room()
