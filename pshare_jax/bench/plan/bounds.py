@@ -53,7 +53,7 @@ def decode_seconds(
     seconds = 0.0
     for call in workload.calls():
         context = call.prompt + (workload.generated - 1) / 2
-        step = costs.decode_step(bucket_for(rows, batch_buckets), rows, int(rows * context))
+        step = costs.decode_step(bucket_for(rows, batch_buckets), rows, rows * context)
         seconds += workload.generated * step / rows
     return seconds
 

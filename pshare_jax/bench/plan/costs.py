@@ -22,7 +22,7 @@ class CostModel(Protocol):
         """The same on the decode side."""
         ...
 
-    def decode_step(self, bucket: int, rows: int, context: int) -> float:
+    def decode_step(self, bucket: int, rows: int, context: float) -> float:
         """One token for `rows` sequences of one group, which read `context` tokens of KV in all;
         padded to `bucket` rows."""
         ...
@@ -75,7 +75,7 @@ class TableCosts:
         """See CostModel."""
         return self.chunk(bucket, tokens, start)
 
-    def decode_step(self, bucket: int, rows: int, context: int) -> float:
+    def decode_step(self, bucket: int, rows: int, context: float) -> float:
         """See CostModel."""
         return at_size(self.steps, bucket)(context) + rows * self.token_seconds
 
@@ -159,7 +159,7 @@ class Roofline:
         """See CostModel."""
         return self.chunk(bucket, tokens, start)
 
-    def decode_step(self, bucket: int, rows: int, context: int) -> float:
+    def decode_step(self, bucket: int, rows: int, context: float) -> float:
         """See CostModel."""
         del rows
         weights = body_parameters(self.model) + head_parameters(self.model)
