@@ -48,8 +48,8 @@ def table_costs(
     """Costs for a server on the machine where the results were measured.
 
     A decode step of a batch takes `a + b * (tokens of KV that its rows read)`, which two contexts
-    settle. A prefill takes one decode step and its chunks; a chunk `c + d * (pairs of a token and
-    a token that it sees)`, which two lengths settle. The handoff is part of `c`.
+    settle. A prefill takes one decode step and its chunks; a chunk `c + d * (tokens that each of
+    its tokens sees, in the mean)`, which two lengths settle. The handoff is part of `c`.
 
     Args:
         results: of `bench micro`, with at least two contexts; with several sizes of `chunk` those
@@ -102,15 +102,15 @@ def _chunk_points(
     for result in results:
         bucket, page_size = result["options"]["chunk"], result["options"]["page_size"]
         for length, found in result["prefill"].items():
-            cover, start, count, pairs = int(length) - 1, 0, 0.0, 0.0
+            cover, start, count, seen = int(length) - 1, 0, 0.0, 0.0
             while start < cover:
                 end = start + bucket
                 end = cover if end >= cover else end - end % page_size
                 count += 1
-                pairs += bucket * (start + (end - start + 1) / 2)
+                seen += start + (end - start + 1) / 2
                 start = end
             seconds = int(length) / found[rate] - steps[1](int(length))
-            points[bucket].append((count, pairs, max(seconds, 0.0)))
+            points[bucket].append((count, seen, max(seconds, 0.0)))
     return points
 
 

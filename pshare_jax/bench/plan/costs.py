@@ -52,8 +52,7 @@ class TableCosts:
     """Costs of steps that were measured, by compiled size; straight lines between sizes.
 
     Args:
-        chunks: bucket to seconds of a chunk by the pairs of a token and a token it sees, padding
-            included.
+        chunks: bucket to seconds of a chunk by the tokens that each of its tokens sees in the mean.
         steps: bucket to seconds of a decode step by the tokens of KV that its rows read.
         send_line: seconds of a handoff by its pages, on the prefill side.
         receive_line: the same on the decode side.
@@ -68,8 +67,7 @@ class TableCosts:
 
     def chunk(self, bucket: int, tokens: int, start: int) -> float:
         """See CostModel."""
-        line = at_size(self.chunks, bucket)
-        return line(bucket * (start + (tokens + 1) / 2))
+        return at_size(self.chunks, bucket)(start + (tokens + 1) / 2)
 
     def replay(self, bucket: int, tokens: int, start: int) -> float:
         """See CostModel."""
