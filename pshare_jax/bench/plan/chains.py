@@ -148,7 +148,12 @@ class ChainPool:
             chain.pages -= taken
             self._indexed -= taken
             chain.tokens = min(chain.tokens, chain.pages * self.page_size)
-            ends = [(end, model) for end, model in chain.origins if end < chain.tokens]
-            cut = next((m for end, m in chain.origins if end >= chain.tokens), None)
-            chain.origins = ends + ([] if cut is None or not chain.tokens else [(chain.tokens, cut)])
+            chain.origins = [(min(e, chain.tokens), m) for e, m in self._reaching(chain)]
             self._reheld(key, chain)
+
+    @staticmethod
+    def _reaching(chain: _Chain) -> list[tuple[int, int]]:
+        """Runs of origins that begin before the chain's end."""
+        starts = [0, *[end for end, _ in chain.origins]]
+        runs = zip(starts, chain.origins, strict=False)
+        return [run for start, run in runs if start < chain.tokens]

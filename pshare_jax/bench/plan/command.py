@@ -1,4 +1,4 @@
-"""`bench plan`: what the serving system would do on other hardware, and whether that can be believed.
+"""`bench plan`: what the system would do on other hardware, and how far that can be believed.
 
 Two sources of costs: steps that `bench micro` measured on this machine, with which the runs of a
 result of `bench agents` are predicted and compared; and rooflines of accelerators that are not

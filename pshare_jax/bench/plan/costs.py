@@ -44,6 +44,7 @@ class Line:
     slope: float
 
     def __call__(self, x: float) -> float:
+        """Seconds at `x`."""
         return self.base + self.slope * x
 
 
@@ -98,7 +99,8 @@ def at_size(lines: Mapping[int, Line], size: int) -> Line:
     share = (size - low) / (high - low)
     a, b = lines[low], lines[high]
     return Line(
-        max(a.base + share * (b.base - a.base), 0.0), max(a.slope + share * (b.slope - a.slope), 0.0)
+        max(a.base + share * (b.base - a.base), 0.0),
+        max(a.slope + share * (b.slope - a.slope), 0.0),
     )
 
 

@@ -24,7 +24,7 @@ class Room:
 class _Row:
     """A running request; `behind` known tokens have no KV yet, the last of them is fed next."""
 
-    __slots__ = ("behind", "left", "lease", "num_kv", "order", "request", "running", "last_step")
+    __slots__ = ("behind", "last_step", "lease", "left", "num_kv", "order", "request", "running")
 
     def __init__(self, request: SimRequest, lease: Lease):
         self.request = request

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from pshare_jax.bench import limits
@@ -25,6 +27,9 @@ from pshare_jax.bench.plan.machines import (
 )
 from pshare_jax.bench.plan.play import simulate
 from pshare_jax.errors import ConfigError
+
+_BASELINES = 3
+"""Splits that are simulated for models that do not share."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,9 @@ class PredictOptions:
         sessions: played for each live one.
         efficiency: what is assumed of the hardware.
         engines: settings of the engines.
+        compiled: result of `bench compile`, whose decode steps' bytes accessed over least take the
+            place of `efficiency.extra_bytes` where the compiler gives them. It counts more than is
+            moved, see docs/accelerators.md, so these are the cautious predictions.
     """
 
     model: str = "Llama-3.1-8B"
@@ -65,6 +73,7 @@ class PredictOptions:
     sessions: int = 2
     efficiency: Efficiency = field(default_factory=Efficiency)
     engines: Engines = field(default_factory=Engines)
+    compiled: str | None = None
 
     def __post_init__(self) -> None:
         if self.model not in MODELS:
@@ -94,12 +103,34 @@ class PredictOptions:
 
 def cases(options: PredictOptions) -> Iterator[tuple[Machine, int, Modules]]:
     """Everything that is predicted: machine, number of models, kind of modules."""
+    compiled = [] if options.compiled is None else _read_compiled(options.compiled)
     for wanted in options.machines:
         chip, model = ACCELERATORS[wanted.accelerator], MODELS[options.model]
-        machine = Machine(chip, wanted.devices, model, options.efficiency, options.engines)
+        extra = _extra_bytes(compiled, chip.name, options.model)
+        reached = (
+            options.efficiency if extra is None else replace(options.efficiency, extra_bytes=extra)
+        )
+        machine = Machine(chip, wanted.devices, model, reached, options.engines)
         for models in options.models:
             for modules in options.modules:
                 yield machine, models, modules
+
+
+def _read_compiled(file: str) -> list[dict[str, Any]]:
+    try:
+        return json.loads(Path(file).read_text())["outcomes"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"compiled: {file} is no result of `bench compile`: {error}") from error
+
+
+def _extra_bytes(outcomes: Sequence[dict[str, Any]], accelerator: str, model: str) -> float | None:
+    """Bytes accessed over least of a machine's decode step; None where the compiler gives none."""
+    for row in outcomes:
+        names = row["accelerator"], row["model"], row["program"]
+        found = row["compiled"]
+        if names == (accelerator, model, "decode step") and found and found["accessed_bytes"]:
+            return found["accessed_bytes"] / found["least_bytes"]
+    return None
 
 
 def predict(
@@ -123,6 +154,7 @@ def predict(
         "model": options.model,
         "models": models,
         "modules": modules,
+        "extra_bytes": machine.efficiency.extra_bytes,
         "layouts": len(shared),
         "fitting": len(fitting),
         "memory": [_memory(machine, layout, workload) for layout in _memory_rows(shared)],
@@ -131,10 +163,10 @@ def predict(
     }
     if splits:
         best, layout = max(splits, key=lambda pair: _throughput(pair[0]))
-        result |= {"best": best, "curve": case.curve(layout)}
+        result |= {"best": best, "curve": case.curve(layout, best)}
     if alone:
         best, layout = max(alone, key=lambda pair: _throughput(pair[0]))
-        result |= {"isolated": best, "isolated_curve": case.curve(layout)}
+        result |= {"isolated": best, "isolated_curve": case.curve(layout, best)}
     if splits:
         result["limit"] = _limit(result, workload, machine)
     return result
@@ -157,12 +189,14 @@ class _Case:
         """Layouts of models that do not share.
 
         LoRA modules keep the base's weights once on every engine, in prefill too, so that only the
-        KV is each model's own; of their splits the best by the bound are taken.
+        KV is each model's own; the best splits by the bound are taken.
         """
         if modules == "full":
             return list(isolated_layouts(self.machine, models))
         layouts = list(split_layouts(self.machine, models, "lora", shared=False))
-        return self.best_of_each_split([layout for layout in layouts if self.fits(layout)])
+        splits = self.best_of_each_split([layout for layout in layouts if self.fits(layout)])
+        splits.sort(key=lambda layout: self.bound(layout).sessions_per_s, reverse=True)
+        return splits[:_BASELINES]
 
     def best_of_each_split(self, layouts: Sequence[Layout]) -> list[Layout]:
         best: dict[int, Layout] = {}
@@ -196,9 +230,10 @@ class _Case:
         row = {"split": layout.split, "layout": layout.name, "memory": memory}
         return row | asdict(layout) | self._figures(layout, self.busiest), layout
 
-    def curve(self, layout: Layout) -> list[dict[str, Any]]:
-        """Figures over all concurrencies."""
-        return [self._figures(layout, live) for live in sorted(self.options.concurrency)]
+    def curve(self, layout: Layout, busiest: dict[str, Any]) -> list[dict[str, Any]]:
+        """Figures over all concurrencies; `busiest` is the row of the largest."""
+        others = sorted(live for live in self.options.concurrency if live != self.busiest)
+        return [*(self._figures(layout, live) for live in others), busiest]
 
     def _figures(self, layout: Layout, live: int) -> dict[str, Any]:
         load = Load(self.options.sessions * live, live, 0.0, 0)

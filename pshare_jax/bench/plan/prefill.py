@@ -94,7 +94,7 @@ class SimPrefill(Thread):
         return handed or computed
 
     def _start_waiting(self) -> None:
-        """Gives pages to waiting requests, oldest first; who shares what is being computed waits."""
+        """Gives pages to waiting requests, oldest first, but for those whose prompt is coming."""
         coming = {task.request.chain for task in self._active}
         for request in tuple(self._waiting):
             if request.chain in coming:

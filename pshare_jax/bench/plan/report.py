@@ -35,7 +35,7 @@ def markdown(result: dict[str, Any]) -> str:
     if result["validation"]:
         parts += ["### Predicted against measured\n", *_validation(result), ""]
     if predictions := result["predictions"]:
-        parts += ["### Predictions\n", _assumptions(result["options"]["predict"]), ""]
+        parts += ["### Predictions\n", _assumptions(result["options"]["predict"], predictions), ""]
         parts += ["#### Memory\n", _MEMORY, *_memory(predictions), ""]
         parts += ["#### Sharing against not sharing\n", _GAINS, *_gains(predictions), ""]
         parts += ["#### The split\n", _SPLITS, *_splits(predictions), ""]
@@ -86,27 +86,33 @@ def _validation(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _assumptions(options: dict[str, Any]) -> str:
+def _assumptions(options: dict[str, Any], predictions: Sequence[dict[str, Any]]) -> str:
     shape, reached, engines = options["workload"], options["efficiency"], options["engines"]
+    extra = {case["machine"]: f"{case['extra_bytes']:.3g}" for case in predictions}
+    extras = ", ".join(f"{times} on {name}" for name, times in extra.items())
     return f"""\
 {_LABEL} {options["model"]} in bfloat16. Sessions of {shape["models"] * shape["turns"]} calls,
 `{shape["pattern"]}`: {shape["prompt"]} tokens of context, {shape["generated"]} generated and
 {shape["observed"]} observed a call. Costs are rooflines of the machines in
-[accelerators.md](accelerators.md). Assumed, not measured: {reached["compute"]:.0%} of the peak,
-{reached["bandwidth"]:.0%} of the memory's and {reached["link"]:.0%} of the links' bandwidth,
-{1000 * reached["launch_seconds"]:g} ms of the host for each step,
-{1e6 * reached["collective_seconds"]:g} us for each of two collectives a layer, decode steps that
-access {reached["extra_bytes"]:g} times the bytes they must. {engines["reserve"]:.0%} of memory is
-left free; LoRA modules are of rank {engines["lora_rank"]} on all projections. HTTP is left out."""
+[accelerators.md](accelerators.md). Assumed, not measured:
+
+- {reached["compute"]:.0%} of the peak, {reached["bandwidth"]:.0%} of the memory's bandwidth and
+  {reached["link"]:.0%} of the links';
+- {1000 * reached["launch_seconds"]:g} ms of the host for each step, and
+  {1e6 * reached["collective_seconds"]:g} us for each of two collectives a layer on a mesh;
+- decode steps access the least bytes times: {extras};
+- {engines["reserve"]:.0%} of memory is left free; LoRA modules are of rank {engines["lora_rank"]} on
+  all projections; HTTP and sampling are left out."""
 
 
 _MEMORY = f"""\
-{_LABEL} Weights over the memory of a mesh, and tokens of KV that one pool beside them holds. A
-layout fits if each pool holds the least number of sequences of full length. TP: devices of a mesh.
+{_LABEL} Weights over the memory of a mesh, and tokens of KV that one pool beside
+them holds. A layout fits if each pool holds the least number of sequences of full length
+(`engines.least_sequences`). TP: devices of a mesh.
 """
 _GAINS = f"""\
-{_LABEL} Both sides in their best layout, at the live sessions where each has most throughput; p95
-at the most live sessions. Full modules that do not share have devices of their own for each model,
+{_LABEL} Both sides in their best layout, at the live sessions where each has most
+throughput; p95 at the most live sessions. Full modules that do not share have devices of their own for each model,
 which prefill and decode apart or not, whichever is better. LoRA modules that do not share lie on
 the same engines as those that do, with a KV cache for each model. G_max from the device seconds of
 prefill and decode of the best shared run: more is possible only where the other side's caches
@@ -114,8 +120,8 @@ forget, or where its devices have unequal work. Balance: devices of the machine 
 decode would be equally busy; the more below half, the more decode is the limit.
 """
 _SPLITS = f"""\
-{_LABEL} Models that share, at the most live sessions; of each split the fitting layout with the
-highest closed-form bound. Busy: share of the time in which the engines compute.
+{_LABEL} Models that share, at the most live sessions; of each split the fitting
+layout with the highest closed-form bound. Busy: share of the time in which the engines compute.
 """
 _LOAD = f"{_LABEL} The best layouts over live sessions.\n"
 

@@ -12,7 +12,7 @@ from pshare_jax.bench.plan.system import EngineSpec, ServerSpec
 from pshare_jax.config import ServeConfig, load_serve_config
 from pshare_jax.errors import ConfigError
 
-_DEFAULT_POOL_SEQUENCES = 8
+DEFAULT_POOL_SEQUENCES = 8
 """As in `pshare_jax.engine.limits`, which a test compares."""
 
 
@@ -59,7 +59,7 @@ def server_spec(config: ServeConfig, models: int, costs: CostModel, processor: i
     if len(kinds) > 1:
         raise ConfigError("models: all shared or all isolated can be simulated, not some of each")
     longest = -(-config.max_model_len // config.page_size)
-    default = _DEFAULT_POOL_SEQUENCES * longest + 1
+    default = DEFAULT_POOL_SEQUENCES * longest + 1
     prefill, decode = config.prefill, config.decode
     settings = DecodeSettings(
         decode.max_num_seqs,

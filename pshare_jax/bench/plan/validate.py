@@ -161,5 +161,6 @@ def ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             if min(best.values()) > 0:
                 pair[side] = best[SHARED] / best[ISOLATED]
         if len(pair) == 2:
-            found.append({"models": models, **pair, "error": pair["predicted"] / pair["measured"] - 1})
+            error = pair["predicted"] / pair["measured"] - 1
+            found.append({"models": models, **pair, "error": error})
     return found
