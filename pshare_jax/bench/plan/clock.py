@@ -41,7 +41,8 @@ class Processor:
     Args:
         clock: the time.
         overlap: work done a second while several threads compute, against one alone: 1 where each
-            of them could use the whole processor, more where one leaves part of it idle.
+            of them could use the whole processor, more where one leaves part of it idle, less where
+            they hinder each other.
     """
 
     def __init__(self, clock: Clock, overlap: float = 1.0):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from pshare_jax.bench.accelerators import Accelerator
+from pshare_jax.errors import ConfigError
 from pshare_jax.models.config import ModelConfig
 
 
@@ -123,6 +124,13 @@ class Efficiency:
     launch_seconds: float = 1e-3
     collective_seconds: float = 8e-6
     extra_bytes: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("compute", "bandwidth", "link"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ConfigError(
+                    f"efficiency.{name}: must be above 0 and at most 1, got {getattr(self, name)}"
+                )
 
 
 @dataclass(frozen=True)

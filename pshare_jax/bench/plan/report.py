@@ -101,8 +101,8 @@ def _assumptions(options: dict[str, Any], predictions: Sequence[dict[str, Any]])
 - {1000 * reached["launch_seconds"]:g} ms of the host for each step, and
   {1e6 * reached["collective_seconds"]:g} us for each of two collectives a layer on a mesh;
 - decode steps access the least bytes times: {extras};
-- {engines["reserve"]:.0%} of memory is left free; LoRA modules are of rank {engines["lora_rank"]} on
-  all projections; HTTP and sampling are left out."""
+- {engines["reserve"]:.0%} of memory is left free; LoRA modules are of rank
+  {engines["lora_rank"]} on all projections; HTTP and sampling are left out."""
 
 
 _MEMORY = f"""\
@@ -112,12 +112,13 @@ them holds. A layout fits if each pool holds the least number of sequences of fu
 """
 _GAINS = f"""\
 {_LABEL} Both sides in their best layout, at the live sessions where each has most
-throughput; p95 at the most live sessions. Full modules that do not share have devices of their own for each model,
-which prefill and decode apart or not, whichever is better. LoRA modules that do not share lie on
-the same engines as those that do, with a KV cache for each model. G_max from the device seconds of
-prefill and decode of the best shared run: more is possible only where the other side's caches
-forget, or where its devices have unequal work. Balance: devices of the machine at which prefill and
-decode would be equally busy; the more below half, the more decode is the limit.
+throughput; p95 at the most live sessions. Full modules that do not share have devices of their own
+for each model, which prefill and decode apart or not, whichever is better. LoRA modules that do not
+share lie on the same engines as those that do, with a KV cache for each model. G_max is from the
+device seconds of prefill and decode of the best shared run; more is possible only where the other
+side's caches forget, where its devices have unequal work or its batches are smaller. Balance:
+devices of the machine at which prefill and decode would be equally busy; the more it lies below
+half, the more decode is the limit.
 """
 _SPLITS = f"""\
 {_LABEL} Models that share, at the most live sessions; of each split the fitting

@@ -34,7 +34,8 @@ class Host:
     """What of a CPU the costs of steps do not tell.
 
     Args:
-        overlap: work that prefill and decode do together a second, against one of them alone.
+        overlap: work that prefill and decode do together a second, against one of them alone; below
+            1 where their threads hinder each other.
         call_seconds: of a call outside the engines.
         token_seconds: work of the server and the client for each token that is sent.
     """
@@ -42,6 +43,12 @@ class Host:
     overlap: float = 1.0
     call_seconds: float = 0.0
     token_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.overlap <= 0:
+            raise ConfigError(f"host.overlap: must be above 0, got {self.overlap}")
+        if min(self.call_seconds, self.token_seconds) < 0:
+            raise ConfigError("host: seconds must not be negative")
 
 
 def read_agents(file: str) -> dict[str, Any]:

@@ -213,6 +213,8 @@ def test_predicted_against_measured(tmp_path, capsys):
         ("--predict.models=[3]", "16 calls cannot be divided among 3"),
         ("--predict.concurrency=[]", "numbers from 1 up"),
         ("--predict.concurrency=[1000]", "batch_buckets"),
+        ("--predict.efficiency.compute=1.5", "efficiency.compute: must be above 0 and at most 1"),
+        ("--host.overlap=0", "host.overlap: must be above 0"),
         ("--validate=none.json", "validate: none.json cannot be read"),
         ("--predict.compiled=none.json", "compiled: none.json is no result"),
         ("--markdown=none.md", "no document none.md"),
