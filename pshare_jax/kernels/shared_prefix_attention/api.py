@@ -6,15 +6,31 @@ import jax
 from jax.sharding import Mesh
 
 from pshare_jax.kernels.backends import select_backend
+from pshare_jax.kernels.over_heads import attention_over_heads
+from pshare_jax.kernels.paged_attention import pallas_gpu as plain_gpu
+from pshare_jax.kernels.paged_attention import pallas_tpu as plain_tpu
 from pshare_jax.kernels.paged_attention.api import BACKENDS as PLAIN
-from pshare_jax.kernels.shared_prefix_attention import xla
+from pshare_jax.kernels.shared_prefix_attention import pallas_gpu, pallas_tpu, xla
 from pshare_jax.kernels.shared_prefix_attention.reference import without_runs
 
-BACKENDS = {
-    name: xla.shared_prefix_attention if name == "xla" else without_runs(attend)
-    for name, attend in PLAIN.items()
+_TPU = (pallas_tpu.shared_prefix_attention, plain_tpu.TILES, plain_tpu.Tiles())
+_GPU = (pallas_gpu.shared_prefix_attention, plain_gpu.TILES, plain_gpu.Tiles())
+
+READS_RUNS_ONCE = {
+    "xla": xla.shared_prefix_attention,
+    "pallas_tpu": attention_over_heads(*_TPU),
+    "pallas_gpu": attention_over_heads(*_GPU),
+    "pallas_tpu_interpret": attention_over_heads(*_TPU, interpret=True),
+    "pallas_gpu_interpret": attention_over_heads(*_GPU, interpret=True),
 }
-"""Only `xla` reads a run once; the others give the same numbers by plain paged attention."""
+"""Backends of their own."""
+
+WORTHWHILE = ("pallas_tpu", "pallas_gpu")
+"""Those to be used unasked: where reading KV from memory is what decode attention waits for."""
+
+BACKENDS = {name: READS_RUNS_ONCE.get(name) or without_runs(plain) for name, plain in PLAIN.items()}
+"""All names of `paged_attention`: those without a backend of their own give the same numbers by
+plain paged attention."""
 
 
 def shared_prefix_attention(

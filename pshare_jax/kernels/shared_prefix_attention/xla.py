@@ -6,22 +6,13 @@ queries of all members are the rows of one matrix. The partial softmaxes are mer
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
-from pshare_jax.kernels.paged_attention.xla import BLOCK_PAGES, DECODE_BLOCK_TOKENS, MASKED
-
-
-class _Softmax(NamedTuple):
-    """A partial softmax: highest score and total `[..., 1]`, weighted values `[..., D]`."""
-
-    highest: jax.Array
-    total: jax.Array
-    values: jax.Array
+from pshare_jax.kernels.paged_attention.xla import BLOCK_PAGES, DECODE_BLOCK_TOKENS
+from pshare_jax.kernels.partial_softmax import MASKED, PartialSoftmax, merge, nothing
 
 
 def shared_prefix_attention(
@@ -54,7 +45,7 @@ def shared_prefix_attention(
 
     def attend(
         rows: jax.Array, position: jax.Array, leader: jax.Array, first: jax.Array, end: jax.Array
-    ) -> _Softmax:
+    ) -> PartialSoftmax:
         """Queries of `rows` at `position` over keys first .. end - 1 of the leader's pages."""
         count = rows.shape[0]
         matrix = queries[rows].transpose(1, 0, 2, 3).reshape(KH, count * G, D)
@@ -66,7 +57,7 @@ def shared_prefix_attention(
             keys = lax.concatenate([page.reshape(KH, S, D) for page in slices], 1)
             return keys.astype(jnp.float32)
 
-        def attend_block(i: jax.Array, so_far: _Softmax) -> _Softmax:
+        def attend_block(i: jax.Array, so_far: PartialSoftmax) -> PartialSoftmax:
             page = first_page + i * block_pages
             ids = lax.dynamic_slice(table, (leader, page), (1, block_pages))[0]
             key = page * S + jnp.arange(block, dtype=jnp.int32)
@@ -78,18 +69,18 @@ def shared_prefix_attention(
             if soft_cap is not None:
                 scores = soft_cap * jnp.tanh(scores / soft_cap)
             scores = jnp.where(seen, scores, MASKED)
-            highest = scores.max(axis=-1, keepdims=True)
+            highest = scores.max(axis=-1)
             # A query that sees none of the block has weights 0, not exp(MASKED - MASKED).
-            weights = jnp.where(seen, jnp.exp(scores - highest), 0)
-            total = weights.sum(axis=-1, keepdims=True)
-            return _merge(so_far, _Softmax(highest, total, jnp.einsum("kmj,kjd->kmd", weights, v)))
+            weights = jnp.where(seen, jnp.exp(scores - highest[..., None]), 0)
+            values = jnp.einsum("kmj,kjd->kmd", weights, v)
+            return merge(so_far, PartialSoftmax(highest, weights.sum(axis=-1), values))
 
         blocks = jnp.where(first < end, (end - first_page * S + block - 1) // block, 0)
-        state = lax.fori_loop(0, blocks, attend_block, _nothing((KH, count * G), D))
-        parts = (x.reshape(KH, count, G, -1).transpose(1, 0, 2, 3) for x in state)
-        return _Softmax(*parts)
+        state = lax.fori_loop(0, blocks, attend_block, nothing((KH, count * G), D))
+        parts = (x.reshape(KH, count, G, *x.shape[2:]) for x in state)
+        return PartialSoftmax(*(jnp.moveaxis(x, 1, 0) for x in parts))
 
-    def attend_run(group: jax.Array, states: _Softmax) -> _Softmax:
+    def attend_run(group: jax.Array, states: PartialSoftmax) -> PartialSoftmax:
         rows = members[group]
         place = jnp.minimum(rows, B - 1)
         valid = (rows < B) & (q_lens[place] > 0)
@@ -100,11 +91,11 @@ def shared_prefix_attention(
         state = attend(place, q_start[place], place[lowest], first, end)
         # Places that are not valid go to row B, which does not exist, and are dropped.
         at = jnp.where(valid, rows, B)
-        return _Softmax(
+        return PartialSoftmax(
             *(old.at[at].set(new, mode="drop") for old, new in zip(states, state, strict=True))
         )
 
-    shared = lax.fori_loop(0, E, attend_run, _nothing((B, KH, G), D))
+    shared = lax.fori_loop(0, E, attend_run, nothing((B, KH, G), D))
     run_of_row = jnp.zeros(B, jnp.int32)
     lens = jnp.broadcast_to(run_lens[:, None], (E, R))
     run_of_row = run_of_row.at[members].max(lens, mode="drop")
@@ -114,22 +105,9 @@ def shared_prefix_attention(
         first = jnp.maximum(first_seen(start), run_of_row[row])
         end = jnp.where(q_lens[row] > 0, start + 1, 0)
         tail = attend(row[None], start[None], row, first, end)
-        run = _Softmax(*(lax.dynamic_index_in_dim(x, row) for x in shared))
-        merged = _merge(run, tail)
-        # A row without a query has seen nothing: 0 / tiny.
-        result = merged.values / jnp.maximum(merged.total, jnp.finfo(jnp.float32).tiny)
-        return lax.dynamic_update_slice(out, result.astype(out.dtype), (row, 0, 0, 0))
+        run = PartialSoftmax(*(lax.dynamic_index_in_dim(x, row) for x in shared))
+        result = merge(run, tail).result(out.dtype)
+        return lax.dynamic_update_slice(out, result, (row, 0, 0, 0))
 
     out = lax.fori_loop(0, B, attend_tail, jnp.zeros((B, KH, G, D), q.dtype))
     return out.reshape(B, 1, H, D)
-
-
-def _nothing(shape: tuple[int, ...], head_dim: int) -> _Softmax:
-    zero = jnp.zeros((*shape, 1), jnp.float32)
-    return _Softmax(zero + MASKED, zero, jnp.zeros((*shape, head_dim), jnp.float32))
-
-
-def _merge(a: _Softmax, b: _Softmax) -> _Softmax:
-    highest = jnp.maximum(a.highest, b.highest)
-    of_a, of_b = jnp.exp(a.highest - highest), jnp.exp(b.highest - highest)
-    return _Softmax(highest, a.total * of_a + b.total * of_b, a.values * of_a + b.values * of_b)
