@@ -26,7 +26,7 @@ READS_RUNS_ONCE = {
 """Backends of their own."""
 
 WORTHWHILE = ("pallas_tpu", "pallas_gpu")
-"""Those to be used unasked: where reading KV from memory is what decode attention waits for."""
+"""Those to be used unasked: a second executable of each step is worth its compilation there."""
 
 BACKENDS = {name: READS_RUNS_ONCE.get(name) or without_runs(plain) for name, plain in PLAIN.items()}
 """All names of `paged_attention`: those without a backend of their own give the same numbers by
