@@ -16,6 +16,7 @@ from pshare_jax.cache.pool import Pages
 from pshare_jax.engine.sampler import History, Sampled, SamplingRows, sample
 from pshare_jax.kernels.kv_write.api import kv_write
 from pshare_jax.kernels.paged_attention.api import paged_attention
+from pshare_jax.kernels.shared_prefix_attention.api import shared_prefix_attention
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.decoder import bind
 from pshare_jax.models.lora import Adapters
@@ -33,6 +34,17 @@ class Rows(NamedTuple):
     lens: jax.Array
 
 
+class Runs(NamedTuple):
+    """Groups of rows that begin with the same pages; int32.
+
+    `members [E, B]` are row numbers, B for an empty place; `lens [E]` the positions that the
+    members have in common, whole pages.
+    """
+
+    members: jax.Array
+    lens: jax.Array
+
+
 @dataclass(frozen=True)
 class StepSpec:
     """What a step is compiled for besides its shapes: model, kernel backend, and the mesh that
@@ -46,13 +58,15 @@ class StepSpec:
 class PagedAttention:
     """AttentionIO over a page pool: writes the new KV into pages, then attends to the pages.
 
-    `pages` is replaced layer by layer while a step is traced.
+    `pages` is replaced layer by layer while a step is traced. With `runs`, a step of one token a
+    row reads the pages of each run once.
     """
 
-    def __init__(self, spec: StepSpec, pages: Pages, rows: Rows):
+    def __init__(self, spec: StepSpec, pages: Pages, rows: Rows, runs: Runs | None = None):
         self.pages = list(pages)
         self._spec = spec
         self._rows = rows
+        self._runs = runs
 
     def store(self, layer: int, k: jax.Array, v: jax.Array) -> None:
         """Writes k and v `[B, T, kv_heads, head_dim]`."""
@@ -68,10 +82,14 @@ class PagedAttention:
     def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         """Writes k and v, then gives attention of q `[B, T, heads, head_dim]`."""
         self.store(layer, k, v)
-        return paged_attention(
+        attend, groups = paged_attention, ()
+        if self._runs is not None:
+            attend, groups = shared_prefix_attention, self._runs
+        return attend(
             q,
             self.pages[layer],
             *self._rows,
+            *groups,
             sliding_window=self._spec.config.sliding_window,
             mesh=self._spec.mesh,
             backend=self._spec.backend,
@@ -113,7 +131,8 @@ def replay_chunk(
 
 class DecodeInput(NamedTuple):
     """One decode dispatch: `tokens [B]` int32 are fed at `rows.start`; `slots [B]` int32 index the
-    history; `adapter_index [B]` int32, -1 for the base's weights; `num_steps` int32 scalar."""
+    history; `adapter_index [B]` int32, -1 for the base's weights; `num_steps` int32 scalar. With
+    `runs` the step is another executable, which reads shared pages once."""
 
     tokens: jax.Array
     rows: Rows
@@ -121,6 +140,7 @@ class DecodeInput(NamedTuple):
     adapter_index: jax.Array
     sampling: SamplingRows
     num_steps: jax.Array
+    runs: Runs | None = None
 
 
 def decode_steps(
@@ -145,7 +165,7 @@ def decode_steps(
         i: jax.Array | int, tokens: jax.Array, pages: Pages, history: History
     ) -> tuple[Pages, History, Sampled]:
         rows = inputs.rows._replace(start=inputs.rows.start + i)
-        io = PagedAttention(spec, pages, rows)
+        io = PagedAttention(spec, pages, rows, inputs.runs)
         # Lives for one trace; this function is traced more than once.
         stacked = None if adapters is None else Adapters(adapters, inputs.adapter_index)
         hidden = decoder.hidden(tokens[:, None], _positions(rows, 1), io, stacked)
