@@ -15,6 +15,7 @@ from pshare_jax.errors import ConfigError
 
 Sharing = Literal["shared", "isolated"]
 DType = Literal["auto", "float32", "bfloat16"]
+SharedPrefix = Literal["auto", "on", "off"]
 T = TypeVar("T")
 
 
@@ -65,6 +66,10 @@ class DecodeConfig:
         replay_buckets: chunk lengths (tokens) with which a decode module extends a sequence by
             known tokens: the tail of a prompt, or a replay.
         steps_per_dispatch: most tokens a sequence gets from one device call.
+        shared_prefix: whether attention reads the pages that several sequences of a batch share
+            once for all of them. `auto` does on TPUs and GPUs, for batches where that saves an
+            eighth of the pages or more; `on` wherever a page is saved and the kernels can. Each
+            batch bucket from 2 up is then compiled twice.
     """
 
     engines: int = 1
@@ -74,6 +79,7 @@ class DecodeConfig:
     batch_buckets: list[int] = field(default_factory=lambda: [1, 8, 32])
     replay_buckets: list[int] = field(default_factory=lambda: [32])
     steps_per_dispatch: int = 1
+    shared_prefix: SharedPrefix = "auto"
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,9 @@ from pshare_jax.bench import (
     micro,
 )
 from pshare_jax.bench import compile as compile_bench
+from pshare_jax.bench.plan import command as plan
+from pshare_jax.bench.plan import plots as plan_plots
+from pshare_jax.bench.plan import report as plan_report
 from pshare_jax.convert.files import replace_file
 from pshare_jax.errors import PshareError
 
@@ -55,13 +58,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     agents_parser.add_argument(
         "--plots", type=str | None, default=None, help="folder for plots (PNG); needs matplotlib"
     )
-    for command in (micro_parser, compile_parser, agents_parser):
+    plan_parser = jsonargparse.ArgumentParser(
+        description="Predicts throughput and latency by a simulation of the serving system."
+    )
+    plan_parser.add_argument("--config", action="config", help="YAML file with the keys below")
+    plan_parser.add_class_arguments(plan.PlanOptions)
+    plan_parser.add_argument(
+        "--markdown", type=str | None, default=None, help="document with markers for the tables"
+    )
+    plan_parser.add_argument(
+        "--plots", type=str | None, default=None, help="folder for plots (PNG); needs matplotlib"
+    )
+    for command in (micro_parser, compile_parser, agents_parser, plan_parser):
         command.add_argument("--json", type=str | None, default=None, help="file for the figures")
     commands = parser.add_subcommands(dest="command")
     commands.add_subcommand("micro", micro_parser)
     commands.add_subcommand("compile", compile_parser)
     commands.add_subcommand("agents", agents_parser)
-    benches = {"micro": _micro, "compile": _compile, "agents": _agents}
+    commands.add_subcommand("plan", plan_parser)
+    benches = {"micro": _micro, "compile": _compile, "agents": _agents, "plan": _plan}
+    draws = {"agents": agents_plots.draw, "plan": plan_plots.draw}
     try:
         arguments = parser.instantiate(parser.parse_args(None if argv is None else list(argv)))
         options = dict(arguments[arguments.command])
@@ -73,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if json_file is not None:
             replace_file(json_file, json.dumps(result, indent=2) + "\n")
         if plots is not None:
-            agents_plots.draw(result, Path(plots))
+            draws[arguments.command](result, Path(plots))
     except PshareError as error:
         print(f"pshare_jax.bench: {error}", file=sys.stderr)
         return 2
@@ -96,6 +112,23 @@ def _agents(options: dict[str, Any]) -> dict[str, Any]:
     console.print(agents_report.runs_table(result))
     for line in (*agents_report.lines(result), machine.one_line(result["machine"])):
         console.print(line, soft_wrap=True)
+    return result
+
+
+def _plan(options: dict[str, Any]) -> dict[str, Any]:
+    options.pop("config", None)
+    document = options.pop("markdown")
+    columns = (TextColumn("predictions"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=None)
+        result = plan.run(
+            plan.PlanOptions(**options),
+            lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    tables = plan_report.markdown(result)
+    print(tables)
+    if document is not None:
+        plan_report.write_into(document, tables)
     return result
 
 

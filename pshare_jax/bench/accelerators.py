@@ -7,9 +7,6 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-from jax.experimental import topologies
-
 from pshare_jax.errors import ConfigError
 
 _H100 = """
@@ -43,6 +40,7 @@ class Accelerator:
         memory: bytes of one device that a program may use.
         bandwidth: bytes a second of one device's memory.
         peak: bfloat16 operations a second of one device.
+        link: bytes a second from one device to others of the machine, in one direction.
     """
 
     name: str
@@ -53,6 +51,7 @@ class Accelerator:
     memory: float
     bandwidth: float
     peak: float
+    link: float
 
     @property
     def backend(self) -> str:
@@ -71,6 +70,8 @@ class Accelerator:
                 f"{self.name}: its compiler, {package}, is not installed; `make test-compile` "
                 "sets up an environment that has it"
             )
+        from jax.experimental import topologies
+
         if self.platform == "tpu":
             topology = topologies.get_topology_desc(topology_name=self.topology, platform="tpu")
         else:
@@ -83,15 +84,15 @@ class Accelerator:
         return list(topology.devices)
 
 
-# Bandwidth and peak are the vendors' published figures (Cloud TPU system architecture; NVIDIA H100
-# SXM data sheet, dense); memory is what the compilers accept.
+# Bandwidth, peak and link (half of the published two-way figure) are the vendors' (Cloud TPU system
+# architecture; NVIDIA H100 SXM data sheet, dense); memory is what the compilers accept.
 ACCELERATORS = {
     a.name: a
     for a in (
-        Accelerator("v5e:2x4", "tpu", "v5e:2x4", 4, 4, 15.75 * 2**30, 819e9, 197e12),
-        Accelerator("v5p:2x2x1", "tpu", "v5p:2x2x1", 2, 2, 95.74 * 2**30, 2765e9, 459e12),
-        Accelerator("v6e:2x4", "tpu", "v6e:2x4", 4, 4, 31.25 * 2**30, 1640e9, 918e12),
-        Accelerator("h100", "cuda", "1x1x2", 1, 1, 84942979072, 3352e9, 989e12),
+        Accelerator("v5e:2x4", "tpu", "v5e:2x4", 4, 4, 15.75 * 2**30, 819e9, 197e12, 200e9),
+        Accelerator("v5p:2x2x1", "tpu", "v5p:2x2x1", 2, 2, 95.74 * 2**30, 2765e9, 459e12, 600e9),
+        Accelerator("v6e:2x4", "tpu", "v6e:2x4", 4, 4, 31.25 * 2**30, 1640e9, 918e12, 400e9),
+        Accelerator("h100", "cuda", "1x1x2", 1, 1, 84942979072, 3352e9, 989e12, 450e9),
     )
 }
 
@@ -101,6 +102,8 @@ def prepare() -> None:
 
     Must run before JAX does; the environment's own values win.
     """
+    import jax
+
     defaults = {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-8",

@@ -105,7 +105,7 @@ class Player:
             BenchmarkError: a call failed or was not what was asked for, or the text was in a
                 cache already.
         """
-        offsets = _arrivals(load)
+        offsets = arrivals(load)
         slots = asyncio.Semaphore(load.concurrency)
         start = time.perf_counter()
 
@@ -167,7 +167,7 @@ class Player:
         return reply.token_ids
 
 
-def _arrivals(load: Load) -> list[float]:
+def arrivals(load: Load) -> list[float]:
     """Seconds from the start to each session's arrival."""
     if load.rate <= 0:
         return [0.0] * load.sessions

@@ -102,7 +102,8 @@ def compile_program(accelerator: Accelerator, program: Program, layers: int) -> 
         Exception: whatever the compiler refuses it with.
     """
     started = time.perf_counter()
-    compiled = program.function.lower(*program.arguments).compile()
+    lowered = program.function.lower(*program.arguments)
+    compiled = lowered.compile(compiler_options=dict(program.compiler_options) or None)
     seconds = time.perf_counter() - started
     memory = compiled.memory_analysis()
     cost = compiled.cost_analysis() or {}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -69,6 +69,7 @@ class Program:
         least_flops: operations of one device.
         resident_bytes: what else lies in one device's memory while it runs.
         mesh: sizes of the axes `data`, `fsdp` and `tensor`, of a training program only.
+        compiler_options: XLA's, where they are not the defaults.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Program:
     least_flops: float = 0.0
     resident_bytes: int = 0
     mesh: str = ""
+    compiler_options: Mapping[str, float] = field(default_factory=dict)
 
 
 def abstract(shape: tuple[int, ...], dtype: Any, sharding: Sharding | Format) -> Any:

@@ -7,7 +7,7 @@ activations are computed again in the backward pass (`remat`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -30,6 +30,8 @@ from pshare_jax.train.step import Computations, Gradients
 from pshare_jax.train.weights import trainable_specs
 
 _LORA = LoraShape(rank=16, alpha=32.0, targets=LORA_TARGETS)
+_LEAST_EFFORT = {"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0}
+"""XLA for TPUs takes 20 times as long to compile a backward pass with its default effort."""
 _STEPS = 1000  # of the learning rate's schedule; no shape depends on it
 
 
@@ -53,7 +55,8 @@ def training_programs(
     row = _row(sizes)
     for lora in (None, _LORA):
         mesh = training_mesh(accelerator, full=lora is None)
-        yield from _Training(config, mesh, lora, row, sizes.train_batch).programs()
+        options = _LEAST_EFFORT if accelerator.platform == "tpu" else {}
+        yield from _Training(config, mesh, lora, row, sizes.train_batch, options).programs()
 
 
 def _row(sizes: Sizes) -> Row:
@@ -66,8 +69,15 @@ class _Training:
     """One kind of module on one mesh: its computations and the abstract arrays they take."""
 
     def __init__(
-        self, config: ModelConfig, mesh: Mesh, lora: LoraShape | None, row: Row, batch_size: int
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        lora: LoraShape | None,
+        row: Row,
+        batch_size: int,
+        compiler_options: Mapping[str, float],
     ):
+        self.compiler_options = compiler_options
         self.recipe = Recipe(config, DTYPE.__name__, lora, remat=True)
         self.mesh, self.row, self.batch_size = mesh, row, batch_size
         specs = trainable_specs(config, lora)
@@ -139,4 +149,5 @@ class _Training:
             mesh=" x ".join(str(size) for size in self.mesh.shape.values()),
             least_bytes=bytes_per_device((arguments, results)),
             least_flops=row_operations * self.batch_size / self.mesh.size,
+            compiler_options=self.compiler_options,
         )

@@ -6,7 +6,7 @@ import threading
 from collections import Counter
 
 from pshare_jax.engine.request import FinishReason, PromptUsage
-from pshare_jax.engine.stats import TokenSource
+from pshare_jax.engine.stats import PageRead, TokenSource
 
 
 class Counters:
@@ -20,6 +20,7 @@ class Counters:
         self.handoff_bytes: Counter[str] = Counter()
         self.handoff_pages: Counter[str] = Counter()
         self.preemptions: Counter[str] = Counter()
+        self.decode_pages: Counter[tuple[str, PageRead]] = Counter()
         self.finished: Counter[tuple[str, FinishReason]] = Counter()
 
     def prefilled(self, model: str, usage: PromptUsage) -> None:
@@ -40,6 +41,12 @@ class Counters:
         """Tokens were generated."""
         with self.lock:
             self.generation_tokens[model] += tokens
+
+    def attended(self, engine: str, plain_pages: int, saved_pages: int) -> None:
+        """A dispatch of an engine that shares runs: pages to be read row by row, and saved."""
+        with self.lock:
+            self.decode_pages[engine, "read"] += plain_pages - saved_pages
+            self.decode_pages[engine, "saved"] += saved_pages
 
     def preempted(self, model: str) -> None:
         """A sequence lost its decode pages and goes back to prefill."""

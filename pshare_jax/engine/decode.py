@@ -24,15 +24,15 @@ from pshare_jax.config import DecodeConfig
 from pshare_jax.engine.admission import Admission, Reservation
 from pshare_jax.engine.buckets import TRANSFER_BUCKETS, bucket_for
 from pshare_jax.engine.counters import Counters
+from pshare_jax.engine.decode_inputs import DecodeInputs, DecodeRow
 from pshare_jax.engine.handoff import Receiver, Staged
 from pshare_jax.engine.host_arrays import host_array, padded
 from pshare_jax.engine.request import MAX_LOGIT_BIAS, FinishReason, TokenLogprobs
-from pshare_jax.engine.sampler import Sampled, empty_history, pack_rows, row_logprobs
+from pshare_jax.engine.sampler import Sampled, empty_history, row_logprobs
 from pshare_jax.engine.scheduler import group_order, next_batch, preemption_victim, steps_for
 from pshare_jax.engine.sequence import Sequence
 from pshare_jax.engine.steps import (
     DecodeInput,
-    Rows,
     StepSpec,
     admit,
     decode_steps,
@@ -50,27 +50,6 @@ class GroupWeights:
 
     weights: Weights
     adapters: Weights | PackedAdapters | None = None
-
-
-@dataclass(eq=False)
-class DecodeRow:
-    """A sequence in this engine; `num_kv` positions of it have KV in `pages`."""
-
-    sequence: Sequence
-    slot: int
-    pages: list[int]
-    num_kv: int
-    last_step: int = -1
-
-    @property
-    def order(self) -> int:
-        """Arrival order."""
-        return self.sequence.order
-
-    @property
-    def num_behind(self) -> int:
-        """Known tokens without KV; the last of them is fed to the step that samples."""
-        return self.sequence.num_tokens - self.num_kv
 
 
 @dataclass(eq=False)
@@ -119,7 +98,9 @@ class DecodeEngine(Worker):
         self._groups = groups
         self._config = config
         self._max_len = max_model_len
-        self._table_width = layout.pages_for(max_model_len)
+        self._inputs = DecodeInputs(
+            config.max_num_seqs, layout, max_model_len, spec, config.shared_prefix
+        )
         self._counters = counters
         self._on_preempt = on_preempt
         self.admission = Admission(self.cache, layout, config.max_num_seqs, on_room)
@@ -172,7 +153,8 @@ class DecodeEngine(Worker):
         kinds = {group.adapters is None: group for group in self._groups.values()}
         for group in kinds.values():
             for bucket in self._config.batch_buckets:
-                jax.block_until_ready(self._dispatch(group, [], bucket, 1))
+                for inputs in self._inputs.warm_up(bucket):
+                    jax.block_until_ready(self._dispatch(group, inputs))
             for bucket in self._config.replay_buckets:
                 jax.block_until_ready(self._extend(group, [], 0, [], bucket, -1))
         self._pool.disown()
@@ -275,20 +257,10 @@ class DecodeEngine(Worker):
         adapter: int,
     ) -> jax.Array:
         ids = padded([tokens], (1, bucket))
-        rows = self._rows_input([pages], [start], [len(tokens)], 1)
+        rows = self._inputs.rows([pages], [start], [len(tokens)], 1)
         index = host_array([adapter], np.int32)
         return self._pool.update(
             lambda pool: self._replay(group.weights, group.adapters, pool, ids, rows, index)
-        )
-
-    def _rows_input(
-        self, pages: list[list[int]], start: list[int], lens: list[int], batch: int
-    ) -> Rows:
-        pad = [0] * (batch - len(start))
-        return Rows(
-            padded(pages, (batch, self._table_width)),
-            host_array(start + pad, np.int32),
-            host_array(lens + pad, np.int32),
         )
 
     def _step(self, group: str, batch: list[DecodeRow]) -> bool:
@@ -304,7 +276,9 @@ class DecodeEngine(Worker):
         self._tick += 1
         self._last_dispatch[group] = self._tick
         bucket = bucket_for(len(batch), self._config.batch_buckets)
-        sampled = self._dispatch(self._groups[group], batch, bucket, steps)
+        inputs, reads = self._inputs.decode(group, batch, bucket, steps)
+        self._counters.attended(self.name, reads.plain_pages, reads.saved_pages)
+        sampled = self._dispatch(self._groups[group], inputs)
         wants_logprobs = any(row.sequence.request.params.logprobs is not None for row in batch)
         tokens = np.asarray(sampled.tokens)[:steps, : len(batch)].T.tolist()
         host = jax.device_get(sampled) if wants_logprobs else None
@@ -355,37 +329,7 @@ class DecodeEngine(Worker):
         self._remove(row)
         self._on_preempt(row.sequence)
 
-    def _dispatch(
-        self, group: GroupWeights, batch: list[DecodeRow], bucket: int, steps: int
-    ) -> Sampled:
-        sequences = [row.sequence for row in batch]
-        spare = [self._config.max_num_seqs] * (bucket - len(batch))
-        last = [
-            s.known_tokens(row.num_kv, row.num_kv + 1)[0]
-            for s, row in zip(sequences, batch, strict=True)
-        ]
-        pad = [0] * (bucket - len(batch))
-        inputs = DecodeInput(
-            tokens=host_array(last + pad, np.int32),
-            rows=self._rows_input(
-                [row.pages for row in batch],
-                [row.num_kv for row in batch],
-                [1] * len(batch),
-                bucket,
-            ),
-            slots=host_array([row.slot for row in batch] + spare, np.int32),
-            adapter_index=host_array(
-                [s.model.adapter for s in sequences] + [-1] * len(pad), np.int32
-            ),
-            sampling=pack_rows(
-                [s.request.params for s in sequences],
-                [s.seed for s in sequences],
-                [len(s.prompt) for s in sequences],
-                bucket,
-            ),
-            num_steps=host_array(steps, np.int32),
-        )
-
+    def _dispatch(self, group: GroupWeights, inputs: DecodeInput) -> Sampled:
         def step(pages: Pages) -> tuple[Pages, Sampled]:
             pages, self._history, sampled = self._decode(
                 group.weights, group.adapters, pages, self._history, inputs

@@ -265,6 +265,7 @@ class Orchestrator:
                 handoff_bytes=dict(counters.handoff_bytes),
                 handoff_pages=dict(counters.handoff_pages),
                 preemptions=dict(counters.preemptions),
+                decode_pages=dict(counters.decode_pages),
                 compiles=compile_count() - self._compiles_at_start if self.ready else 0,
                 finished=dict(counters.finished),
                 running={name: running[name] for name in self.models},

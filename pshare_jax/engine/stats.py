@@ -9,6 +9,7 @@ from typing import Literal
 from pshare_jax.engine.request import FinishReason
 
 TokenSource = Literal["computed", "same_model", "other_model"]
+PageRead = Literal["read", "saved"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ class EngineStats:
     source says who computed a prompt token's KV; `finished` by (model, reason); `compiles` counts
     compilations after warm-up. `running` and `waiting` are sequences right now. `pools` and
     `busy_seconds` (time at work) are keyed by the engine's name: `prefill0`, `decode0`, ...
+    `decode_pages`, by engine and "read" or "saved", are the KV pages that decode dispatches read,
+    counted once a dispatch, and those that they did not read again since rows share them; they
+    are counted where `decode.shared_prefix` is in force.
     """
 
     prefill_tokens: Mapping[tuple[str, TokenSource], int] = field(default_factory=dict)
@@ -42,6 +46,7 @@ class EngineStats:
     handoff_bytes: Mapping[str, int] = field(default_factory=dict)
     handoff_pages: Mapping[str, int] = field(default_factory=dict)
     preemptions: Mapping[str, int] = field(default_factory=dict)
+    decode_pages: Mapping[tuple[str, PageRead], int] = field(default_factory=dict)
     compiles: int = 0
     finished: Mapping[tuple[str, FinishReason], int] = field(default_factory=dict)
     running: Mapping[str, int] = field(default_factory=dict)

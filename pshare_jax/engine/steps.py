@@ -17,6 +17,7 @@ from pshare_jax.engine.sampler import History, Sampled, SamplingRows, needs_logi
 from pshare_jax.kernels.decoder_layer.packing import PackedAdapters
 from pshare_jax.kernels.kv_write.api import kv_write
 from pshare_jax.kernels.paged_attention.api import paged_attention
+from pshare_jax.kernels.shared_prefix_attention.api import shared_prefix_attention
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.decoder import bind
 from pshare_jax.models.lora import Adapters
@@ -32,6 +33,17 @@ class Rows(NamedTuple):
 
     page_table: jax.Array
     start: jax.Array
+    lens: jax.Array
+
+
+class Runs(NamedTuple):
+    """Groups of rows that begin with the same pages; int32.
+
+    `members [E, B]` are row numbers, B for an empty place; `lens [E]` the positions that the
+    members have in common, whole pages.
+    """
+
+    members: jax.Array
     lens: jax.Array
 
 
@@ -53,13 +65,15 @@ class StepSpec:
 class PagedAttention:
     """AttentionIO over a page pool: writes the new KV into pages, then attends to the pages.
 
-    `pages` is replaced layer by layer while a step is traced.
+    `pages` is replaced layer by layer while a step is traced. With `runs`, a step of one token a
+    row reads the pages of each run once.
     """
 
-    def __init__(self, spec: StepSpec, pages: Pages, rows: Rows):
+    def __init__(self, spec: StepSpec, pages: Pages, rows: Rows, runs: Runs | None = None):
         self.pages = list(pages)
         self._spec = spec
         self._rows = rows
+        self._runs = runs
 
     def store(self, layer: int, k: jax.Array, v: jax.Array) -> None:
         """Writes k and v `[B, T, kv_heads, head_dim]`."""
@@ -75,10 +89,14 @@ class PagedAttention:
     def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         """Writes k and v, then gives attention of q `[B, T, heads, head_dim]`."""
         self.store(layer, k, v)
-        return paged_attention(
+        attend, groups = paged_attention, ()
+        if self._runs is not None:
+            attend, groups = shared_prefix_attention, self._runs
+        return attend(
             q,
             self.pages[layer],
             *self._rows,
+            *groups,
             sliding_window=self._spec.config.sliding_window,
             mesh=self._spec.mesh,
             backend=self._spec.backend,
@@ -151,7 +169,7 @@ def _next_logits(
         decoder = PackedDecoder(spec.config, weights, _packed(adapters), inputs.adapter_index)
         hidden, pages = decoder.hidden(tokens, positions, pages, rows)
         return pages, *decoder.logits(hidden[:, 0], rows.lens, needs_logits(inputs.sampling))
-    io = PagedAttention(spec, pages, rows)
+    io = PagedAttention(spec, pages, rows, inputs.runs)
     decoder = bind(spec.config, weights)
     # Lives for one trace; this function is traced more than once.
     stacked = _stacked(adapters, inputs.adapter_index)
@@ -171,7 +189,8 @@ def _packed(adapters: Weights | PackedAdapters | None) -> PackedAdapters | None:
 
 class DecodeInput(NamedTuple):
     """One decode dispatch: `tokens [B]` int32 are fed at `rows.start`; `slots [B]` int32 index the
-    history; `adapter_index [B]` int32, -1 for the base's weights; `num_steps` int32 scalar."""
+    history; `adapter_index [B]` int32, -1 for the base's weights; `num_steps` int32 scalar. With
+    `runs` the step is another executable, which reads shared pages once."""
 
     tokens: jax.Array
     rows: Rows
@@ -179,6 +198,7 @@ class DecodeInput(NamedTuple):
     adapter_index: jax.Array
     sampling: SamplingRows
     num_steps: jax.Array
+    runs: Runs | None = None
 
 
 def decode_steps(

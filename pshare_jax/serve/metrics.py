@@ -103,6 +103,7 @@ class _EngineCollector(Collector):
         )
         yield self._pages(stats)
         yield self._busy_seconds(stats)
+        yield self._decode_pages(stats)
 
     def _by_model(
         self,
@@ -142,6 +143,16 @@ class _EngineCollector(Collector):
         )
         for name, seconds in stats.busy_seconds.items():
             family.add_metric([name], seconds)
+        return family
+
+    def _decode_pages(self, stats: EngineStats) -> Metric:
+        family = CounterMetricFamily(
+            "pshare_decode_pages",
+            "KV pages that decode attention read, and those saved by sharing prefixes.",
+            labels=["engine", "state"],
+        )
+        for (engine, state), pages in stats.decode_pages.items():
+            family.add_metric([engine, state], pages)
         return family
 
 

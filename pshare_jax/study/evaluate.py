@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 
 from pshare_jax.convert.manifest import TOKENIZER_FOLDER, read_manifest
 from pshare_jax.convert.orbax import load_weights
@@ -14,10 +15,15 @@ from pshare_jax.evals.grading import grade
 from pshare_jax.evals.items import Item
 from pshare_jax.models.split import split_prompt
 from pshare_jax.text.tokenizer import Tokenizer
-from pshare_jax.train.generate import Prompt, generate
+from pshare_jax.train.config import KVCacheConfig
+from pshare_jax.train.data import Example, Turn
+from pshare_jax.train.generate import Prompt, generate, prompt_kv
+from pshare_jax.train.kv_store import KVStore, open_store, store_key
+from pshare_jax.train.layout import choose_buckets, make_row
 from pshare_jax.train.loss import LoraShape, Recipe
 
 _DTYPE = "float32"
+_BUCKETS = 6
 
 
 @dataclass(frozen=True)
@@ -35,16 +41,25 @@ class Evaluator:
         base: the prefill checkpoint folder.
         module: the decode module's folder; None: the base's own weights.
         batch_size: prompts that are answered together.
+        kv_cache: where the base's KV of the prompts is kept for later evaluations on them.
 
     Raises:
         CheckpointError: one of them cannot be read.
     """
 
-    def __init__(self, base: str | Path, module: str | Path | None, batch_size: int):
+    def __init__(
+        self,
+        base: str | Path,
+        module: str | Path | None,
+        batch_size: int,
+        kv_cache: KVCacheConfig,
+    ):
         manifest = read_manifest(base)
         self._base = load_weights(manifest, dtype=jnp.float32)
         self._weights = self._base
         self._batch_size = batch_size
+        self._kv_cache = kv_cache
+        self._fingerprint = manifest.fingerprint
         lora = None
         if module is not None:
             own = read_manifest(module)
@@ -75,20 +90,47 @@ class Evaluator:
             max_tokens: most tokens of an answer.
             report: gets the number of items done, now and then.
         """
-        prompts = [self._prompt(item) for item in items]
+        tokens = [self._prompt(item) for item in items]
+        prompts = [Prompt(prompt, cover(len(prompt))) for prompt in tokens]
         outputs = generate(
             self._recipe,
             self._weights,
             self._base,
-            [Prompt(tokens, cover(len(tokens))) for tokens in prompts],
+            prompts,
             max_tokens=max_tokens,
             end_token_ids=self._tokenizer.eos_token_ids,
             batch_size=self._batch_size,
+            store=self._store(tokens) if any(prompt.cover for prompt in prompts) else None,
             report=report,
         )
         texts = [self._tokenizer.decode(tokens) for tokens in outputs]
         correct = [grade(item, text).correct for item, text in zip(items, texts, strict=True)]
         return Answers(texts, correct)
+
+    def _store(self, prompts: Sequence[list[int]]) -> KVStore | None:
+        """The base's KV of all but the last token of each prompt; None when it is not kept."""
+        if not self._kv_cache.keep:
+            return None
+        examples = [
+            Example(np.array([*tokens, 0], np.int32), (Turn(len(tokens), len(tokens) + 1),), "")
+            for tokens in prompts
+        ]
+        rows = [make_row(example, tail=1) for example in examples]
+        buckets, assigned = choose_buckets(rows, _BUCKETS)
+        size = self._batch_size
+        key = store_key(self._fingerprint, _DTYPE, rows, buckets, size)
+        folder = Path(self._kv_cache.folder)
+        store, _ = open_store(self._recipe.config, rows, _DTYPE, self._kv_cache, folder, key)
+        if store is not None:
+            store.fill(
+                np.arange(len(rows)),
+                buckets,
+                assigned,
+                size,
+                lambda prompt: np.asarray(prompt_kv(self._recipe, self._base, prompt)),
+                lambda count: None,
+            )
+        return store
 
     def _prompt(self, item: Item) -> list[int]:
         text = self._tokenizer.apply_chat_template(item.messages, item.tools or None)

@@ -21,6 +21,7 @@ from pshare_jax.errors import DataError
 from pshare_jax.evals.items import Item, read_items
 from pshare_jax.study.config import SHARES, Run, Runs, StudyConfig, expand
 from pshare_jax.study.tasks import SUMMARY_FILE, make_task
+from pshare_jax.train.config import KVCacheConfig
 from pshare_jax.train.output import MODULE_FOLDER, RECORD_FILE
 from pshare_jax.train.report import Reporter
 
@@ -53,6 +54,8 @@ class Study:
             best = None if runs.learning_rates else self.best_rate(runs)
             for run in expand(runs, best):
                 self._make(run)
+            if not self._is_needed_later(runs):
+                shutil.rmtree(self._kv_folder(runs.task), ignore_errors=True)
 
     def best_rate(self, runs: Runs) -> float | None:
         """The learning rate with the best accuracy on the validation set, among runs of the same
@@ -67,6 +70,14 @@ class Study:
         fewest = min(result["examples"] for result in found)
         sweep = [r for r in found if r["examples"] == fewest and r["tail"] == 1]
         return max(sweep, key=lambda r: r["evaluations"]["validation"]["accuracy"])["learning_rate"]
+
+    def _is_needed_later(self, runs: Runs) -> bool:
+        """Whether other runs on the same task come after `runs`."""
+        following = self._config.runs[self._config.runs.index(runs) + 1 :]
+        return any(later.task == runs.task for later in following)
+
+    def _kv_folder(self, task: str) -> Path:
+        return self._folder / "kv" / task
 
     def _make_tasks(self) -> None:
         summary_path = self._results / SUMMARY_FILE
@@ -101,12 +112,16 @@ class Study:
         module = folder / MODULE_FOLDER
         # An ordinary fine-tune reads the prompt itself.
         own_share = 0.0 if runs.method == "full" else None
+        served_share = own_share if own_share is not None or runs.tail > 1 else 1.0
         evaluations = {
             "validation": self._evaluate(runs.task, module, "validation", own_share, runs.tail)
         }
         if runs.test:
             evaluations["test"] = self._evaluate(runs.task, module, "test", own_share, runs.tail)
         for share in SHARES if runs.shares else ():
+            if share == served_share and "test" in evaluations:
+                evaluations[f"test, share {share}"] = evaluations["test"]
+                continue
             evaluations[f"test, share {share}"] = self._evaluate(
                 runs.task, module, "test", share, runs.tail
             )
@@ -160,7 +175,7 @@ class Study:
             # A run uses each example once; other runs use the same.
             "kv_cache.memory_gb": 0,
             "kv_cache.disk_gb": config.kv_cache_gb,
-            "kv_cache.folder": self._folder / "kv",
+            "kv_cache.folder": self._kv_folder(runs.task),
             "kv_cache.keep": "true" if config.kv_cache_gb else "false",
             "checkpoint.every": 100,
             "checkpoint.keep": 1,
@@ -187,7 +202,14 @@ class Study:
             self._reporter.advance(title, done, len(items))
 
         start = time.perf_counter()
-        answers = Evaluator(self._config.base, module, self._config.eval_batch_size).answer(
+        kv_cache = KVCacheConfig(
+            memory_gb=0,
+            disk_gb=self._config.kv_cache_gb,
+            folder=str(self._kv_folder(task)),
+            keep=self._config.kv_cache_gb > 0,
+        )
+        evaluator = Evaluator(self._config.base, module, self._config.eval_batch_size, kv_cache)
+        answers = evaluator.answer(
             items,
             cover_all_but(tail) if share is None else cover_share(share),
             self._config.task(task).max_tokens,

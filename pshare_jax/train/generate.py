@@ -16,9 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from pshare_jax.models.attention import KV, DenseCache, init_cache
-from pshare_jax.models.decoder import bind
 from pshare_jax.models.weights import Weights
-from pshare_jax.train.loss import Recipe, bind_trainable
+from pshare_jax.train.batches import MicroBatch
+from pshare_jax.train.kv_store import KVStore
+from pshare_jax.train.layout import Bucket
+from pshare_jax.train.loss import Recipe, base_kv, bind_trainable
 
 _PROMPT_MULTIPLE = 32
 
@@ -34,13 +36,13 @@ class _Batch(NamedTuple):
     """B prompts, padded.
 
     Args:
-        prompt: `[B, P]` int32: what the prefill module reads; P is 0 when that is nothing.
+        kv: `[B, P, layers, 2, kv_heads, head_dim]` of what the prefill module reads; P may be 0.
         suffix: `[B, T]` int32: what the decode module reads, from the cover on.
         cover: `[B]` int32.
         length: `[B]` int32: tokens of each prompt.
     """
 
-    prompt: jax.Array
+    kv: jax.Array
     suffix: jax.Array
     cover: jax.Array
     length: jax.Array
@@ -55,6 +57,7 @@ def generate(
     max_tokens: int,
     end_token_ids: Sequence[int],
     batch_size: int = 32,
+    store: KVStore | None = None,
     report: Callable[[int], None] = lambda count: None,
 ) -> list[list[int]]:
     """Completes prompts greedily.
@@ -67,6 +70,8 @@ def generate(
         max_tokens: most tokens of a completion.
         end_token_ids: a completion ends with the first of these.
         batch_size: prompts that are completed together.
+        store: has the prefill module's KV of each prompt, in the order of `prompts`, as far as the
+            prompt is covered; None computes it.
         report: gets the number of prompts done after each batch.
 
     Returns:
@@ -86,7 +91,8 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens))
     for start in range(0, len(order), batch_size):
         members = order[start : start + batch_size]
-        batch = _collate([prompts[i] for i in members], batch_size)
+        kv = _covered_kv(recipe, base, prompts, members, batch_size, store)
+        batch = _collate([prompts[i] for i in members], kv, batch_size)
         tokens = np.asarray(_complete(recipe, max_tokens, trainable, base, batch, ends))
         for row, i in enumerate(members):
             outputs[i] = _until_end(tokens[row].tolist(), set(end_token_ids))
@@ -94,19 +100,49 @@ def generate(
     return outputs
 
 
-def _collate(prompts: Sequence[Prompt], size: int) -> _Batch:
+_base_kv = jax.jit(base_kv, static_argnums=0)
+
+
+def prompt_kv(recipe: Recipe, base: Weights, prompt: np.ndarray) -> jax.Array:
+    """See `loss.base_kv`; compiled once for each shape, whatever else the recipe says."""
+    return _base_kv(Recipe(recipe.config, recipe.dtype), base, jnp.asarray(prompt))
+
+
+def _covered_kv(
+    recipe: Recipe,
+    base: Weights,
+    prompts: Sequence[Prompt],
+    members: Sequence[int],
+    size: int,
+    store: KVStore | None,
+) -> jax.Array:
+    """KV of what the prefill module covers of the prompts `members`, padded to `size` rows."""
+    length = _round_up(max(prompts[i].cover for i in members))
+    if length and store is not None:
+        bucket = Bucket(prompt=length, decode=0, targets=0, sequence=0)
+        return jnp.asarray(store.load(MicroBatch(bucket, tuple(members)), size))
+    prompt = np.zeros((size, length), np.int32)
+    for row, i in enumerate(members):
+        cover = prompts[i].cover
+        prompt[row, :cover] = prompts[i].tokens[:cover]
+    if length:
+        return prompt_kv(recipe, base, prompt)
+    config = recipe.config
+    return jnp.zeros(
+        (size, 0, config.num_layers, 2, config.num_kv_heads, config.head_dim), recipe.dtype
+    )
+
+
+def _collate(prompts: Sequence[Prompt], kv: jax.Array, size: int) -> _Batch:
     """Pads with zeros, and with prompts of one token to `size` rows."""
     prompts = [*prompts, *[Prompt([0], 0)] * (size - len(prompts))]
-    longest_cover = max(p.cover for p in prompts)
     longest_suffix = max(len(p.tokens) - p.cover for p in prompts)
-    prompt = np.zeros((size, _round_up(longest_cover)), np.int32)
     suffix = np.zeros((size, 1 if longest_suffix == 1 else _round_up(longest_suffix)), np.int32)
     for i, p in enumerate(prompts):
-        prompt[i, : p.cover] = p.tokens[: p.cover]
         suffix[i, : len(p.tokens) - p.cover] = p.tokens[p.cover :]
     cover = np.asarray([p.cover for p in prompts], np.int32)
     length = np.asarray([len(p.tokens) for p in prompts], np.int32)
-    return _Batch(*map(jnp.asarray, (prompt, suffix, cover, length)))
+    return _Batch(kv, *map(jnp.asarray, (suffix, cover, length)))
 
 
 def _round_up(length: int) -> int:
@@ -141,18 +177,18 @@ def _complete(
 ) -> jax.Array:
     """`[B, max_tokens]` int32; what follows an end token means nothing."""
     config = recipe.config
-    size, prompt_slots = batch.prompt.shape
+    size, prompt_slots = batch.kv.shape[:2]
     suffix_len = batch.suffix.shape[1]
-    # Padding of the prompt and of the suffix leaves KV behind its row's cover and tokens, which is
-    # overwritten before the first token that could see it.
+    # What stands behind a row's cover, of longer ones or of padding, is overwritten before the
+    # first token that could see it; so is what stands behind its prompt.
     slots = prompt_slots + suffix_len + max_tokens
-    cache = init_cache(config, size, slots, jnp.dtype(recipe.dtype))
-    prefill = DenseCache(config, cache, 0)
-    if prompt_slots:
-        weights = {name: weight.astype(recipe.dtype) for name, weight in base.items()}
-        positions = jnp.broadcast_to(jnp.arange(prompt_slots), batch.prompt.shape)
-        bind(config, weights).write_kv(batch.prompt, positions, prefill)
-
+    cache = [
+        (
+            k.at[:, :prompt_slots].set(batch.kv[:, :, i, 0]),
+            v.at[:, :prompt_slots].set(batch.kv[:, :, i, 1]),
+        )
+        for i, (k, v) in enumerate(init_cache(config, size, slots, jnp.dtype(recipe.dtype)))
+    ]
     decoder, adapters = bind_trainable(recipe, trainable, base, size)
 
     def step(
@@ -164,7 +200,7 @@ def _complete(
         hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
         return jnp.argmax(decoder.logits(hidden)[:, 0], axis=-1).astype(jnp.int32), io.cache
 
-    first, cache = step(batch.suffix, batch.cover, batch.length - 1 - batch.cover, prefill.cache)
+    first, cache = step(batch.suffix, batch.cover, batch.length - 1 - batch.cover, cache)
     outputs = jnp.zeros((size, max_tokens), jnp.int32).at[:, 0].set(first)
     ended = jnp.isin(first, ends)
     none = jnp.zeros(size, jnp.int32)

@@ -9,7 +9,7 @@ from pshare_jax.bench import agents_plots
 from pshare_jax.bench.__main__ import main
 from pshare_jax.bench.agents_calibrate import Costs
 from pshare_jax.bench.agents_compare import against_limit, best_concurrency, compare
-from pshare_jax.bench.agents_load import CallRecord, Load, SessionRecord, _arrivals
+from pshare_jax.bench.agents_load import CallRecord, Load, SessionRecord, arrivals
 from pshare_jax.bench.agents_stats import percentiles, prompt_origins, summary
 from pshare_jax.bench.agents_workload import Workload
 
@@ -54,12 +54,12 @@ def test_origins_of_prompts():
 
 
 def test_arrivals_are_a_poisson_process_decided_by_the_seed():
-    times = _arrivals(Load(4000, 1, 2.0, 5))
-    assert times == _arrivals(Load(4000, 1, 2.0, 5))
-    assert times != _arrivals(Load(4000, 1, 2.0, 6))
+    times = arrivals(Load(4000, 1, 2.0, 5))
+    assert times == arrivals(Load(4000, 1, 2.0, 5))
+    assert times != arrivals(Load(4000, 1, 2.0, 6))
     assert times == sorted(times)
     assert times[-1] / len(times) == pytest.approx(0.5, rel=0.05)
-    assert _arrivals(Load(3, 1, 0.0, 5)) == [0, 0, 0]
+    assert arrivals(Load(3, 1, 0.0, 5)) == [0, 0, 0]
 
 
 def run(target: str, concurrency: int, turn: int, rate: float, latency: float) -> dict:

@@ -10,6 +10,7 @@ from jax.sharding import SingleDeviceSharding
 from pshare_jax.bench.accelerators import ACCELERATORS
 from pshare_jax.bench.compile import compile_program
 from pshare_jax.bench.compile_programs import KERNEL_CASES, kernel_program
+from pshare_jax.bench.shared_prefix_programs import SHARED_CASES, attention_program
 from pshare_jax.kernels.kv_write.xla import kv_write as xla_kv_write
 from pshare_jax.kernels.paged_attention import pallas_gpu, pallas_tpu
 
@@ -63,3 +64,13 @@ def test_a_copy_of_the_pages_is_seen():
     scatter = jax.jit(xla_kv_write, donate_argnums=0)
     memory = scatter.lower(pages, q, q, *rows).compile().memory_analysis()
     assert memory.temp_size_in_bytes >= pages.size * pages.dtype.itemsize
+
+
+@pytest.mark.parametrize("case", SHARED_CASES, ids=str)
+@pytest.mark.parametrize("name", ACCELERATORS)
+def test_shared_prefix_attention_compiles_and_leaves_the_pages_in_place(name, case):
+    accelerator = ACCELERATORS[name]
+    program = attention_program(accelerator, case, 2048, shared=True)
+    compiled = compile_program(accelerator, program, layers=1)
+    assert compiled.pool_in_place
+    assert compiled.total_bytes < accelerator.memory

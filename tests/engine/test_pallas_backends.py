@@ -19,13 +19,21 @@ def test_same_tokens_as_the_oracle_on_unequal_meshes(backend: str) -> None:
         kernel_backend=backend,
         prefill=PrefillConfig(tensor_parallel=2, chunk_buckets=[16], num_pages=40),
         decode=DecodeConfig(
-            tensor_parallel=4, batch_buckets=[2], max_num_seqs=4, replay_buckets=[4], num_pages=40
+            tensor_parallel=4,
+            batch_buckets=[2],
+            max_num_seqs=4,
+            replay_buckets=[4],
+            num_pages=40,
+            shared_prefix="on",
         ),
     )
     context = np.random.default_rng(0).integers(0, 256, 21).tolist()
     with running(models, config) as client:
-        replies = {name: client.submit(name, tuple(context), 4) for name in models.tails}
-        for reply in replies.values():
+        asked = [name for name in models.tails for _ in range(2)]
+        replies = [client.submit(name, tuple(context), 4) for name in asked]
+        for reply in replies:
             reply.wait(120)
-    for name, reply in replies.items():
+        stats = client.engine.stats()
+    assert stats.decode_pages["decode0", "saved"] > 0
+    for name, reply in zip(asked, replies, strict=True):
         assert reply.tokens == models.expected(name, context, 4), name

@@ -7,9 +7,11 @@ from pshare_jax.kernels.backends import BACKEND_NAMES, backend_for, on_mesh, sel
 from pshare_jax.kernels.kv_write import api as kv_write
 from pshare_jax.kernels.page_transfer import api as page_transfer
 from pshare_jax.kernels.paged_attention import api as paged_attention
+from pshare_jax.kernels.shared_prefix_attention import api as shared_prefix_attention
 
 TABLES = [
     paged_attention.BACKENDS,
+    shared_prefix_attention.BACKENDS,
     kv_write.BACKENDS,
     page_transfer.GATHER,
     page_transfer.SCATTER,

@@ -62,6 +62,12 @@ def test_busy_seconds(client):
     assert client.metric("pshare_busy_seconds_total", engine="decode0") == 2.5
 
 
+def test_pages_read_and_saved(client):
+    for state, pages in [("read", 8), ("saved", 5)]:
+        name = "pshare_decode_pages_total"
+        assert client.metric(name, engine="decode0", state=state) == pages
+
+
 def test_pools(client):
     for pool, state, pages in [("prefill0", "cached", 7), ("decode0", "used", 15)]:
         assert client.metric("pshare_pages", pool=pool, state=state) == pages

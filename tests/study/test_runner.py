@@ -36,6 +36,7 @@ def study(tmp_path_factory) -> StudyConfig:
         ],
         batch_size=4,
         lora_rank=2,
+        kv_cache_gb=1,
     )
     Study(config, Reporter(active=False)).make()
     return config
@@ -62,6 +63,8 @@ def test_every_run_leaves_a_result(study):
     # Weights are kept where that was asked for.
     kept = [path.name for path in (Path(study.folder) / "models").iterdir()]
     assert kept == ["code-full-0.001-8-0"]
+    # The base's KV is kept until the last run on a task.
+    assert not (Path(study.folder) / "kv" / "code").exists()
 
 
 @pytest.mark.slow

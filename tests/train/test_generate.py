@@ -9,7 +9,10 @@ from pshare_jax.engine.monolithic import Monolithic
 from pshare_jax.models.decoder import init_weights
 from pshare_jax.models.lora import LoraModule, merge
 from pshare_jax.models.weights import lora_specs
-from pshare_jax.train.generate import Prompt, generate
+from pshare_jax.train.data import Example, Turn
+from pshare_jax.train.generate import Prompt, generate, prompt_kv
+from pshare_jax.train.kv_store import KVStore
+from pshare_jax.train.layout import choose_buckets, make_row
 from pshare_jax.train.loss import LoraShape, Recipe
 from tests.train.helpers import MODEL
 
@@ -52,6 +55,40 @@ def test_full_modules_generate_the_oracles_tokens(oracle, base, share):
     made, recipe = prompts(share), Recipe(MODEL, "float32")
     outputs = generate(
         recipe, own, base, made, max_tokens=MAX_TOKENS, end_token_ids=(), batch_size=4
+    )
+    assert outputs == expected(oracle, base, own, made)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_kept_kv_gives_the_oracles_tokens(oracle, base, share):
+    own = init_weights(MODEL, 1)
+    made, recipe = prompts(share), Recipe(MODEL, "float32")
+    examples = [
+        Example(np.array([*p.tokens, 0], np.int32), (Turn(len(p.tokens), len(p.tokens) + 1),), "")
+        for p in made
+    ]
+    rows = [make_row(example, tail=1) for example in examples]
+    buckets, assigned = choose_buckets(rows, 2)
+    store = KVStore(MODEL, rows, "float32", None)
+    store.fill(
+        np.arange(len(rows)),
+        buckets,
+        assigned,
+        2,
+        lambda prompt: np.asarray(prompt_kv(recipe, base, prompt)),
+        lambda _: None,
+    )
+    # Nothing but the store has what the base's weights gave.
+    other = init_weights(MODEL, 2)
+    outputs = generate(
+        recipe,
+        own,
+        other,
+        made,
+        max_tokens=MAX_TOKENS,
+        end_token_ids=(),
+        batch_size=4,
+        store=store,
     )
     assert outputs == expected(oracle, base, own, made)
 

@@ -23,8 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-MASKED = -1e30
-"""Score of a key that is not seen: finite, so that a query that sees nothing makes no NaN."""
+from pshare_jax.kernels.partial_softmax import MASKED, PartialSoftmax, merge_first_axis
 
 MIN_DOT = 16
 """Smallest operand size of a Triton product."""
@@ -65,7 +64,6 @@ class _Static(NamedTuple):
     keys: int
     splits: int
     group: int
-    window: int | None
     soft_cap: float | None
 
 
@@ -103,6 +101,67 @@ def paged_attention(
         tiles: sizes for the GPU.
         interpret: run the kernel in Pallas' interpreter.
     """
+    token = jnp.arange(q.shape[1], dtype=jnp.int32)
+    end = q_start[:, None] + token + 1
+    end = jnp.where(token < q_lens[:, None], end, 0)
+    first = jnp.zeros_like(end)
+    if sliding_window is not None:
+        first = jnp.maximum(end - sliding_window, 0)
+    state = _attend(
+        q, pages, page_table, first, end, soft_cap, first_kv_head, kv_heads, tiles, interpret
+    )
+    return state.result(q.dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("soft_cap", "kv_heads", "tiles", "interpret"))
+def partial_attention(
+    q: jax.Array,
+    pages: jax.Array,
+    page_table: jax.Array,
+    first: jax.Array,
+    end: jax.Array,
+    counts: jax.Array,
+    seen_from: jax.Array | None = None,
+    *,
+    soft_cap: float | None = None,
+    first_kv_head: jax.Array | None = None,
+    kv_heads: int | None = None,
+    tiles: Tiles | None = None,
+    interpret: bool = False,
+) -> PartialSoftmax:
+    """See `pallas_tpu.partial_attention`."""
+    is_valid = jnp.arange(q.shape[1], dtype=jnp.int32) < counts[:, None]
+    of_query = jnp.where(is_valid, end[:, None], 0)
+    from_query = jnp.broadcast_to(first[:, None], of_query.shape)
+    if seen_from is not None:
+        from_query = jnp.maximum(from_query, seen_from)
+    return _attend(
+        q,
+        pages,
+        page_table,
+        from_query,
+        of_query,
+        soft_cap,
+        first_kv_head,
+        kv_heads,
+        tiles,
+        interpret,
+    )
+
+
+def _attend(
+    q: jax.Array,
+    pages: jax.Array,
+    page_table: jax.Array,
+    first: jax.Array,
+    end: jax.Array,
+    soft_cap: float | None,
+    first_kv_head: jax.Array | None,
+    kv_heads: int | None,
+    tiles: Tiles | None,
+    interpret: bool,
+) -> PartialSoftmax:
+    """Each query sees its own keys first .. end - 1, `[B, T]` int32."""
     B, T, H, D = q.shape
     _, _, all_kv_heads, S, _ = pages.shape
     KH = all_kv_heads if kv_heads is None else kv_heads
@@ -119,7 +178,7 @@ def paged_attention(
     partial = jax.ShapeDtypeStruct((splits, B, T, H, D), jnp.float32)
     statistic = jax.ShapeDtypeStruct((splits, B, T, H), jnp.float32)
     acc, highest, total = pl.pallas_call(
-        functools.partial(_kernel, _Static(rows, keys, splits, H // KH, sliding_window, soft_cap)),
+        functools.partial(_kernel, _Static(rows, keys, splits, H // KH, soft_cap)),
         grid=(B * row_tiles, KH, splits),
         out_shape=(partial, statistic, statistic),
         compiler_params=plgpu.CompilerParams(
@@ -127,19 +186,15 @@ def paged_attention(
         ),
         interpret=interpret,
         name="paged_attention",
-    )(page_table, q_start, q_lens, head.reshape(1), q, pages)
-
-    weight = jnp.exp(highest - highest.max(axis=0))
-    # A query that sees nothing has total 0 and gives 0.
-    total = jnp.maximum((total * weight).sum(axis=0), jnp.finfo(jnp.float32).tiny)
-    return ((acc * weight[..., None]).sum(axis=0) / total[..., None]).astype(q.dtype)
+    )(page_table, first, end, head.reshape(1), q, pages)
+    return merge_first_axis(PartialSoftmax(highest, total, acc))
 
 
 def _kernel(
     static: _Static,
     table_ref: Any,
-    start_ref: Any,
-    lens_ref: Any,
+    first_ref: Any,
+    end_ref: Any,
     head_ref: Any,
     q_ref: Any,
     pages_ref: Any,
@@ -153,17 +208,14 @@ def _kernel(
     row_tiles = pl.num_programs(0) // B
     b, tile = pl.program_id(0) // row_tiles, pl.program_id(0) % row_tiles
     kv_head, split = pl.program_id(1), pl.program_id(2)
-    start, length = start_ref[b], lens_ref[b]
 
     # Row r of the program is query r // G, head r % G of the group; queries come in order.
     r = tile * M + jnp.arange(M, dtype=jnp.int32)
     query, head = r // G, kv_head * G + r % G
-    first_query = tile * M // G
-    last_query = jnp.minimum((tile * M + M - 1) // G, length - 1)
-    end = jnp.where(first_query <= last_query, start + last_query + 1, 0)
-    first = jnp.int32(0)
-    if static.window is not None:
-        first = jnp.maximum(start + first_query - (static.window - 1), 0)
+    query_first = plgpu.load(first_ref.at[b, query], mask=query < T, other=0)
+    query_end = plgpu.load(end_ref.at[b, query], mask=query < T, other=0)
+    end = jnp.max(query_end)
+    first = jnp.min(jnp.where(query_first < query_end, query_first, end))
     first_block = first // J
     blocks = jnp.maximum((end + J - 1) // J - first_block, 0)
     share = (blocks + static.splits - 1) // static.splits
@@ -198,10 +250,7 @@ def _kernel(
         scores = _dot(queries, k, trans_b=True) * D**-0.5
         if static.soft_cap is not None:
             scores = static.soft_cap * jnp.tanh(scores / static.soft_cap)
-        position = start + query[:, None]
-        seen = stored[None, :] & (key[None, :] <= position)
-        if static.window is not None:
-            seen &= key[None, :] > position - static.window
+        seen = (key[None, :] >= query_first[:, None]) & (key[None, :] < query_end[:, None])
         scores = jnp.where(seen, scores, MASKED)
         new_highest = jnp.maximum(highest, scores.max(axis=1))
         rescale = jnp.exp(highest - new_highest)

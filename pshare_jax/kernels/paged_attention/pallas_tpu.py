@@ -1,15 +1,11 @@
-"""Paged attention for TPUs (Pallas, Mosaic).
+"""Paged attention for TPUs: tile sizes, operands and results of the kernel in `tpu_kernel`.
 
-Tiling: one program is up to `Tiles.queries` queries of one row, all its KV heads; it loops over
-blocks of whole pages, about `Tiles.keys` positions each, with a run-time trip count.
-VMEM: the program's queries and output (pipelined by the grid), two block buffers of
-[pages, 2, KH, S, D], and float32 softmax state of [KH, M, D + 256] (M = queries x group).
-SMEM: page table, starts and lengths (prefetched scalars), and the number of the current buffer.
-Copies: each page is contiguous in HBM and copied as one; while a block is computed the next one is
-under way, and the last block of a program starts the first one of the next program.
-Intensity: M FLOPs a byte of bfloat16 pages: decode (M = 4 .. 8) is bound by HBM; tiles of 64 and
-128 queries (M = 256, 512 in groups of 4) are where a v5 and a v6e turn from HBM to the MXU.
-Online softmax: Milakov and Gimelshein, arXiv 1805.02867.
+Tiling: queries become [programs, KH, M, D], where a program is up to `Tiles.queries` queries of one
+row and M those times the group, padded to whole vector registers. The grid is cores x programs.
+VMEM and SMEM, copies and arithmetic intensity: see `tpu_kernel`.
+`paged_attention` is the op. `partial_attention` attends to any range of a row's keys and returns
+the unfinished softmax, float32, so that another call can see the other keys: per program it writes
+4 D bytes a row of M, and 1 KiB of statistics, where the op writes 2 D.
 """
 
 from __future__ import annotations
@@ -20,15 +16,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-MASKED = -1e30
-"""Score of a key that is not seen: finite, so that a query that sees nothing makes no NaN."""
-
-LANES = 128
-"""Width of a vector register; row statistics are kept in all of its lanes."""
+from pshare_jax.kernels.paged_attention.tpu_kernel import LANES, Scalars, Static, kernel
+from pshare_jax.kernels.partial_softmax import PartialSoftmax
 
 
 @dataclass(frozen=True)
@@ -56,32 +48,6 @@ TILES = {
     "TPU v6 lite": Tiles(queries=128),
 }
 """By JAX's device kind; other kinds take the defaults."""
-
-
-class _Static(NamedTuple):
-    tile: int
-    tiles_per_row: int
-    block_pages: int
-    page_size: int
-    pages_per_row: int
-    kv_heads: int
-    all_kv_heads: int
-    window: int | None
-    soft_cap: float | None
-
-
-class _Span(NamedTuple):
-    """What one program attends to: keys first .. end - 1, in blocks first_block .. end_block - 1.
-
-    `query` is the position of its first query; the last valid one is at end - 1.
-    """
-
-    row: jax.Array
-    query: jax.Array
-    first: jax.Array
-    end: jax.Array
-    first_block: jax.Array
-    end_block: jax.Array
 
 
 @functools.partial(
@@ -118,227 +84,210 @@ def paged_attention(
         tiles: sizes for the chip.
         interpret: run the kernel in Pallas' interpreter (True or `pltpu.InterpretParams`).
     """
-    B, T, H, D = q.shape
-    _, _, all_kv_heads, S, _ = pages.shape
-    KH = all_kv_heads if kv_heads is None else kv_heads
-    G = H // KH
-    N = page_table.shape[1]
-    tiles = tiles or Tiles()
-    tile = min(tiles.queries, pl.next_power_of_2(T))
-    tiles_per_row = pl.cdiv(T, tile)
-    programs = B * tiles_per_row
-    keys = tiles.decode_keys if T == 1 else tiles.prefill_keys
-    block_pages = max(1, min(keys // S, N))
-    cores = tiles.cores if programs % tiles.cores == 0 else 1
-
-    # [programs, KH, M, D], rows group-major: row r of a tile is its query r % tile.
-    q = jnp.pad(q, ((0, 0), (0, tiles_per_row * tile - T), (0, 0), (0, 0)))
-    q = q.reshape(B, tiles_per_row, tile, KH, G, D).transpose(0, 1, 3, 4, 2, 5)
-    q = q.reshape(programs, KH, G * tile, D)
-    sublanes = 32 // q.dtype.itemsize
-    M = pl.cdiv(G * tile, sublanes) * sublanes
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, M - G * tile), (0, 0)))
-
-    static = _Static(
-        tile, tiles_per_row, block_pages, S, N, KH, all_kv_heads, sliding_window, soft_cap
-    )
-    per_core = programs // cores
-    head = jnp.zeros((), jnp.int32) if first_kv_head is None else first_kv_head
-    q_block = pl.BlockSpec((None, KH, M, D), lambda c, i, *_: (c * per_core + i, 0, 0, 0))
-    out = pl.pallas_call(
-        functools.partial(_kernel, static),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
-            grid=(cores, per_core),
-            in_specs=[q_block, pl.BlockSpec(memory_space=pl.ANY)],
-            out_specs=q_block,
-            scratch_shapes=[
-                pltpu.VMEM((2, block_pages, 2, KH, S, D), pages.dtype),
-                pltpu.SemaphoreType.DMA((2,)),
-                pltpu.SMEM((1,), jnp.int32),
-                pltpu.VMEM((KH, M, LANES), jnp.float32),
-                pltpu.VMEM((KH, M, LANES), jnp.float32),
-                pltpu.VMEM((KH, M, D), jnp.float32),
-            ],
-        ),
-        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=tiles.vmem_limit_bytes,
-        ),
-        cost_estimate=_cost_of_full_pages(q, pages, N * S),
-        interpret=interpret,
-        name="paged_attention",
-    )(page_table.reshape(-1), q_start, q_lens, head.reshape(1), q, pages)
-    out = out[:, :, : G * tile].reshape(B, tiles_per_row, KH, G, tile, D)
-    return out.transpose(0, 1, 4, 2, 3, 5).reshape(B, tiles_per_row * tile, H, D)[:, :T]
-
-
-def _cost_of_full_pages(q: jax.Array, pages: jax.Array, keys: int) -> pl.CostEstimate:
-    """For XLA's scheduler: as if every row filled its page table of `keys` positions."""
-    programs, kv_heads, M, D = q.shape
-    products = programs * kv_heads * M * keys
-    kv = 2 * programs * kv_heads * keys * D * pages.dtype.itemsize
-    return pl.CostEstimate(
-        flops=4 * products * D,
-        transcendentals=products,
-        bytes_accessed=kv + 2 * q.size * q.dtype.itemsize,
-    )
-
-
-def _span(static: _Static, program: jax.Array, start_ref: Any, lens_ref: Any) -> _Span:
-    row = lax.div(program, static.tiles_per_row)
-    query = start_ref[row] + lax.rem(program, static.tiles_per_row) * static.tile
-    end = jnp.minimum(query + static.tile, start_ref[row] + lens_ref[row])
+    call = _Call(q, pages, page_table, kv_heads, tiles or Tiles(), interpret)
+    static = call.static(causal=True, window=sliding_window, soft_cap=soft_cap)
+    query = q_start[:, None] + jnp.arange(static.tiles_per_row, dtype=jnp.int32) * static.tile
+    end = jnp.minimum(query + static.tile, (q_start + q_lens)[:, None])
     end = jnp.where(query < end, end, 0)
-    first = jnp.int32(0)
-    if static.window is not None:
-        first = jnp.minimum(jnp.maximum(query - (static.window - 1), 0), end)
-    block = static.block_pages * static.page_size
-    first_block = lax.div(first, block)
-    # An empty program visits one block without pages, so that the buffers keep alternating.
-    end_block = jnp.maximum(lax.div(end + block - 1, block), first_block + 1)
-    return _Span(row, query, first, end, first_block, end_block)
+    first = jnp.zeros_like(end)
+    if sliding_window is not None:
+        first = jnp.minimum(jnp.maximum(query - (sliding_window - 1), 0), end)
+    [out] = call.run(static, page_table, first, end, query, first_kv_head, None)
+    return call.tokens(static, out)
 
 
-def _kernel(
-    static: _Static,
-    table_ref: Any,
-    start_ref: Any,
-    lens_ref: Any,
-    head_ref: Any,
-    q_ref: Any,
-    pages_ref: Any,
-    out_ref: Any,
-    buffers: Any,
-    arrivals: Any,
-    buffer_ref: Any,
-    highest_ref: Any,
-    total_ref: Any,
-    acc_ref: Any,
-) -> None:
-    index, per_core = pl.program_id(1), pl.num_programs(1)
-    program = pl.program_id(0) * per_core + index
-    span = _span(static, program, start_ref, lens_ref)
-    page_size, block_pages = static.page_size, static.block_pages
-    block = block_pages * page_size
+@functools.partial(
+    jax.jit,
+    static_argnames=("soft_cap", "kv_heads", "tiles", "interpret"),
+)
+def partial_attention(
+    q: jax.Array,
+    pages: jax.Array,
+    page_table: jax.Array,
+    first: jax.Array,
+    end: jax.Array,
+    counts: jax.Array,
+    seen_from: jax.Array | None = None,
+    *,
+    soft_cap: float | None = None,
+    first_kv_head: jax.Array | None = None,
+    kv_heads: int | None = None,
+    tiles: Tiles | None = None,
+    interpret: Any = False,
+) -> PartialSoftmax:
+    """Attention of every query of a row to the row's keys first .. end - 1, not normalised.
 
-    def for_each_copy(span: _Span, block_index: jax.Array, buffer: jax.Array, action: str) -> None:
-        first_page = lax.div(span.first, page_size)
-        end_page = lax.div(span.end + page_size - 1, page_size)
-        for j in range(block_pages):
-            number = block_index * block_pages + j
+    Args:
+        q: `[B, T, heads, head_dim]`.
+        pages: see `paged_attention`, as all arguments that are not named here.
+        page_table: `[B, N]` int32.
+        first: `[B]` int32.
+        end: `[B]` int32.
+        counts: `[B]` int32, number of queries of the row that count; others give finite garbage.
+        seen_from: `[B, T]` int32, the first key that each query sees; None: all see `first`.
+        soft_cap: see api.
+        first_kv_head: see `paged_attention`.
+        kv_heads: see `paged_attention`.
+        tiles: see `paged_attention`.
+        interpret: see `paged_attention`.
 
-            @pl.when((number >= first_page) & (number < end_page))
-            def _(j: int = j, number: jax.Array = number) -> None:
-                page = pages_ref.at[table_ref[span.row * static.pages_per_row + number]]
-                if static.kv_heads != static.all_kv_heads:
-                    page = page.at[:, pl.ds(head_ref[0], static.kv_heads)]
-                copy = pltpu.make_async_copy(page, buffers.at[buffer, j], arrivals.at[buffer])
-                getattr(copy, action)()
+    Returns:
+        Of queries `[B, T, heads]`.
+    """
+    call = _Call(q, pages, page_table, kv_heads, tiles or Tiles(), interpret)
+    static = call.static(causal=False, bounded=seen_from is not None, soft_cap=soft_cap)
+    before = jnp.arange(static.tiles_per_row, dtype=jnp.int32) * static.tile
+    end = jnp.where(before < counts[:, None], end[:, None], 0)
+    first = jnp.minimum(first[:, None], end)
+    values, *statistics = call.run(
+        static, page_table, first, end, jnp.zeros_like(end), first_kv_head, seen_from
+    )
+    highest, total = (call.heads_of_lanes(static, x) for x in statistics)
+    return PartialSoftmax(highest, total, call.tokens(static, values))
 
-    @pl.when(index == 0)
-    def _() -> None:
-        buffer_ref[0] = 0
-        for_each_copy(span, span.first_block, jnp.int32(0), "start")
 
-    highest_ref[...] = jnp.full_like(highest_ref, MASKED)
-    total_ref[...] = jnp.zeros_like(total_ref)
-    acc_ref[...] = jnp.zeros_like(acc_ref)
+class _Call(NamedTuple):
+    """How the operands of one call are laid out for the kernel and its results laid back."""
 
-    def attend_block(block_index: jax.Array, buffer: jax.Array) -> jax.Array:
-        is_last = block_index + 1 == span.end_block
+    q: jax.Array
+    pages: jax.Array
+    page_table: jax.Array
+    own_kv_heads: int | None
+    tiles: Tiles
+    interpret: Any
 
-        @pl.when(jnp.logical_not(is_last))
-        def _() -> None:
-            for_each_copy(span, block_index + 1, 1 - buffer, "start")
+    def static(self, **mode: Any) -> Static:
+        T, N = self.q.shape[1], self.page_table.shape[1]
+        _, _, all_kv_heads, S, _ = self.pages.shape
+        tile = min(self.tiles.queries, pl.next_power_of_2(T))
+        keys = self.tiles.decode_keys if T == 1 else self.tiles.prefill_keys
+        return Static(
+            **{"bounded": False, "window": None, **mode},
+            tile=tile,
+            tiles_per_row=pl.cdiv(T, tile),
+            block_pages=max(1, min(keys // S, N)),
+            page_size=S,
+            pages_per_row=N,
+            kv_heads=all_kv_heads if self.own_kv_heads is None else self.own_kv_heads,
+            all_kv_heads=all_kv_heads,
+        )
 
-        @pl.when(is_last & (index + 1 < per_core))
-        def _() -> None:
-            following = _span(static, program + 1, start_ref, lens_ref)
-            for_each_copy(following, following.first_block, 1 - buffer, "start")
+    def group(self, static: Static) -> int:
+        return self.q.shape[2] // static.kv_heads
 
-        for_each_copy(span, block_index, buffer, "wait")
-        first_key = block_index * block
-        is_partial = (first_key < span.first) | (first_key + block > span.end)
+    def rows(self, static: Static) -> int:
+        """M: rows of one program, padded to whole registers of q's dtype."""
+        sublanes = 32 // self.q.dtype.itemsize
+        return pl.cdiv(self.group(static) * static.tile, sublanes) * sublanes
 
-        @pl.when(is_partial)
-        def _() -> None:
-            _clear_unseen_values(static, span, first_key, buffers.at[buffer])
+    def tiled(self, static: Static) -> jax.Array:
+        """q as `[programs, KH, M, D]`, rows group-major: row r of a tile is its query r % tile."""
+        B, T, _, D = self.q.shape
+        tile, tiles, G = static.tile, static.tiles_per_row, self.group(static)
+        q = jnp.pad(self.q, ((0, 0), (0, tiles * tile - T), (0, 0), (0, 0)))
+        q = q.reshape(B, tiles, tile, static.kv_heads, G, D).transpose(0, 1, 3, 4, 2, 5)
+        q = q.reshape(B * tiles, static.kv_heads, G * tile, D)
+        return jnp.pad(q, ((0, 0), (0, 0), (0, self.rows(static) - G * tile), (0, 0)))
 
-        def attend_head(head: jax.Array | int, carry: None) -> None:
-            del carry
-            _attend_head(
-                static,
-                span,
-                first_key,
-                q_ref.at[head],
-                buffers.at[buffer, :, 0, head],
-                buffers.at[buffer, :, 1, head],
-                highest_ref.at[head],
-                total_ref.at[head],
-                acc_ref.at[head],
+    def tokens(self, static: Static, out: jax.Array) -> jax.Array:
+        """`[programs, KH, M, ...]` back to `[B, T, heads, ...]`."""
+        B, T, H, _ = self.q.shape
+        tile, tiles, G = static.tile, static.tiles_per_row, self.group(static)
+        rest = out.shape[3:]
+        out = out[:, :, : G * tile].reshape(B, tiles, static.kv_heads, G, tile, *rest)
+        out = jnp.moveaxis(out, 4, 2)
+        return out.reshape(B, tiles * tile, H, *rest)[:, :T]
+
+    def heads_of_lanes(self, static: Static, statistic: jax.Array) -> jax.Array:
+        """`[programs, KH / LANES, M, LANES]`, a head in each lane -> `[B, T, heads]`."""
+        by_head = statistic.transpose(0, 1, 3, 2).reshape(statistic.shape[0], -1, self.rows(static))
+        return self.tokens(static, by_head[:, : static.kv_heads])
+
+    def bounds(self, static: Static, seen_from: jax.Array) -> jax.Array:
+        """`[B, T]` to `[programs, M, LANES]`, equal in all lanes."""
+        B, T = seen_from.shape
+        tile, tiles, G = static.tile, static.tiles_per_row, self.group(static)
+        bound = jnp.pad(seen_from, ((0, 0), (0, tiles * tile - T))).reshape(B * tiles, tile)
+        bound = jnp.tile(bound, (1, G))
+        bound = jnp.pad(bound, ((0, 0), (0, self.rows(static) - G * tile)))
+        return jnp.broadcast_to(bound[:, :, None], (*bound.shape, LANES))
+
+    def run(
+        self,
+        static: Static,
+        page_table: jax.Array,
+        first: jax.Array,
+        end: jax.Array,
+        query: jax.Array,
+        first_kv_head: jax.Array | None,
+        seen_from: jax.Array | None,
+    ) -> list[jax.Array]:
+        """The kernel's outputs; first, end and query are of each program."""
+        D, KH, M, S = self.q.shape[3], static.kv_heads, self.rows(static), static.page_size
+        programs = self.q.shape[0] * static.tiles_per_row
+        cores = self.tiles.cores if programs % self.tiles.cores == 0 else 1
+        head = jnp.zeros((), jnp.int32) if first_kv_head is None else first_kv_head
+        scalars = Scalars(
+            page_table.reshape(-1),
+            first.reshape(-1),
+            end.reshape(-1),
+            query.reshape(-1),
+            head.reshape(1),
+        )
+
+        def of_program(*shape: int) -> pl.BlockSpec:
+            zeros = (0,) * len(shape)
+            return pl.BlockSpec(
+                (None, *shape), lambda c, i, *_: (c * (programs // cores) + i, *zeros)
             )
 
-        # Unrolled, heads overlap in the pipeline; many queries fill it by themselves.
-        lax.fori_loop(0, static.kv_heads, attend_head, None, unroll=static.tile == 1)
-        return 1 - buffer
+        q = self.tiled(static)
+        operands, in_specs = [q], [of_program(KH, M, D)]
+        if seen_from is not None:
+            operands.append(self.bounds(static, seen_from))
+            in_specs.append(of_program(M, LANES))
+        out_shapes = [jax.ShapeDtypeStruct(q.shape, q.dtype if static.causal else jnp.float32)]
+        out_specs = [of_program(KH, M, D)]
+        if not static.causal:
+            parts = pl.cdiv(KH, LANES)
+            statistic = jax.ShapeDtypeStruct((programs, parts, M, LANES), jnp.float32)
+            out_shapes += [statistic] * 2
+            out_specs += [of_program(parts, M, LANES)] * 2
+        return pl.pallas_call(
+            functools.partial(kernel, static),
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=len(scalars),
+                grid=(cores, programs // cores),
+                in_specs=[*in_specs, pl.BlockSpec(memory_space=pl.ANY)],
+                out_specs=out_specs,
+                scratch_shapes=[
+                    pltpu.VMEM((2, static.block_pages, 2, KH, S, D), self.pages.dtype),
+                    pltpu.SemaphoreType.DMA((2,)),
+                    pltpu.SMEM((1,), jnp.int32),
+                    pltpu.VMEM((KH, M, LANES), jnp.float32),
+                    pltpu.VMEM((KH, M, LANES), jnp.float32),
+                    pltpu.VMEM((KH, M, D), jnp.float32),
+                ],
+            ),
+            out_shape=out_shapes,
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "arbitrary"),
+                vmem_limit_bytes=self.tiles.vmem_limit_bytes,
+            ),
+            cost_estimate=self.cost_of_full_pages(static, q, out_shapes),
+            interpret=self.interpret,
+            name="paged_attention",
+        )(*scalars, *operands, self.pages)
 
-    buffer_ref[0] = lax.fori_loop(span.first_block, span.end_block, attend_block, buffer_ref[0])
-    # An empty program has total 0 and gives 0.
-    total = jnp.maximum(total_ref[:, :, :1], jnp.finfo(jnp.float32).tiny)
-    out_ref[...] = (acc_ref[...] / total).astype(out_ref.dtype)
-
-
-def _clear_unseen_values(static: _Static, span: _Span, first_key: jax.Array, buffer: Any) -> None:
-    """Zeroes V outside of first .. end: those slots may hold NaN, and 0 * NaN is NaN."""
-    shape = buffer.shape[2:]
-    for j in range(static.block_pages):
-        key = first_key + j * static.page_size + lax.broadcasted_iota(jnp.int32, shape, 1)
-        seen = (key >= span.first) & (key < span.end)
-        values = buffer[j, 1]
-        buffer[j, 1] = jnp.where(seen, values, jnp.zeros_like(values))
-
-
-def _attend_head(
-    static: _Static,
-    span: _Span,
-    first_key: jax.Array,
-    q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
-    highest_ref: Any,
-    total_ref: Any,
-    acc_ref: Any,
-) -> None:
-    M, D = q_ref.shape
-    block = static.block_pages * static.page_size
-    k, v = k_ref[...].reshape(block, D), v_ref[...].reshape(block, D)
-    scores = _dot(q_ref[...], k, contract=(1, 1)) * D**-0.5
-    if static.soft_cap is not None:
-        scores = static.soft_cap * jnp.tanh(scores / static.soft_cap)
-    shape = (M, block)
-    key = first_key + lax.broadcasted_iota(jnp.int32, shape, 1)
-    query = span.query + (lax.broadcasted_iota(jnp.int32, shape, 0) & (static.tile - 1))
-    seen = (key <= query) & (key < span.end)
-    if static.window is not None:
-        seen &= key > query - static.window
-    scores = jnp.where(seen, scores, MASKED)
-
-    highest = highest_ref[:, :1]
-    new_highest = jnp.maximum(highest, scores.max(axis=1, keepdims=True))
-    rescale = jnp.exp(highest - new_highest)
-    weights = jnp.exp(scores - new_highest)
-    total = total_ref[:, :1] * rescale + weights.sum(axis=1, keepdims=True)
-    acc_ref[...] = acc_ref[...] * rescale + _dot(weights.astype(v.dtype), v, contract=(1, 0))
-    highest_ref[...] = jnp.broadcast_to(new_highest, highest_ref.shape)
-    total_ref[...] = jnp.broadcast_to(total, total_ref.shape)
-
-
-def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
-    """A product in float32: the MXU rounds float32 operands to bfloat16 unless told not to."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
-    dimensions = (((contract[0],), (contract[1],)), ((), ()))
-    return lax.dot_general(
-        a, b, dimensions, precision=precision, preferred_element_type=jnp.float32
-    )
+    def cost_of_full_pages(
+        self, static: Static, q: jax.Array, outputs: list[jax.ShapeDtypeStruct]
+    ) -> pl.CostEstimate:
+        """For XLA's scheduler: as if every row filled its page table."""
+        programs, kv_heads, M, D = q.shape
+        keys = static.pages_per_row * static.page_size
+        products = programs * kv_heads * M * keys
+        kv = 2 * programs * kv_heads * keys * D * self.pages.dtype.itemsize
+        moved = q.size * q.dtype.itemsize + sum(o.size * o.dtype.itemsize for o in outputs)
+        return pl.CostEstimate(
+            flops=4 * products * D, transcendentals=products, bytes_accessed=kv + moved
+        )

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
+from pshare_jax.kernels.partial_softmax import MASKED
+
 TILE_QUERIES = 256
 """Most queries of one tile."""
 
@@ -25,9 +27,6 @@ DECODE_BLOCK_TOKENS = 512
 
 PREFILL_BLOCK_TOKENS = 256
 """Most key positions of one block for many queries a row: a tile's scores stay in the cache."""
-
-MASKED = -1e30
-"""Score of a key that is not seen: finite, so that a block without any seen key makes no NaN."""
 
 
 def paged_attention(

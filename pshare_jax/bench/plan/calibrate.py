@@ -1,0 +1,129 @@
+"""Costs of steps from results of `bench micro`: one line for each compiled size."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import nnls
+
+from pshare_jax.bench.plan.costs import Line, TableCosts
+from pshare_jax.errors import ConfigError
+
+Points = Mapping[int, Sequence[tuple[float, float, float]]]
+"""Compiled size to measurements: times its base counts, times its slope counts, seconds."""
+
+
+def read_results(files: Sequence[str]) -> list[dict[str, Any]]:
+    """Result files of `bench micro`.
+
+    Raises:
+        ConfigError: none is named, or one cannot be read or is something else.
+    """
+    if not files:
+        raise ConfigError("micro: name result files of `bench micro --json`")
+    results = []
+    for file in files:
+        try:
+            result = json.loads(Path(file).read_text())
+            known = {"options", "prefill", "decode"} <= result.keys()
+        except (OSError, ValueError, AttributeError) as error:
+            raise ConfigError(f"micro: {file} cannot be read: {error}") from error
+        if not known:
+            raise ConfigError(f"micro: {file} is no result of `bench micro`")
+        results.append(result)
+    return results
+
+
+def table_costs(
+    results: Sequence[dict[str, Any]],
+    rate: str = "median",
+    lora: bool = False,
+    token_seconds: float = 0.0,
+) -> TableCosts:
+    """Costs for a server on the machine where the results were measured.
+
+    A decode step of a batch takes `a + b * (tokens of KV that its rows read)`, which two contexts
+    settle. A prefill takes one decode step and its chunks; a chunk `c + d * (tokens that each of
+    its tokens sees, in the mean)`, which two lengths settle. The handoff is part of `c`.
+
+    Args:
+        results: of `bench micro`, with at least two contexts; with several sizes of `chunk` those
+            are used, between them straight lines.
+        rate: which rate of the repeats counts, `median` or `high`.
+        lora: whether rows are of LoRA modules; needs results that have `decode_lora`.
+        token_seconds: work of the host for each generated token.
+
+    Raises:
+        ConfigError: too little was measured.
+    """
+    steps = _fit(_step_points(results, rate, lora), "decode", "contexts", least=2)
+    if 1 not in steps:
+        raise ConfigError("micro: no result has decode rates of batch 1")
+    chunks = _fit(_chunk_points(results, rate, steps), "prefill", "lengths", least=2)
+    # A chunk of one token reads what a step reads.
+    return TableCosts({1: steps[1], **chunks}, steps, token_seconds=token_seconds)
+
+
+def _step_points(results: Sequence[dict[str, Any]], rate: str, lora: bool) -> Points:
+    points = defaultdict(list)
+    for result in results:
+        options = result["options"]
+        for context, rates in _decode_rates(result, lora).items():
+            # While the windows are measured the contexts grow.
+            reached = context + options["window"] * options["repeats"] / 2
+            for batch, found in rates.items():
+                points[batch].append((1.0, batch * reached, batch / found[rate]))
+    if not points:
+        raise ConfigError("micro: no result has `decode_lora`, and the models are LoRA modules")
+    return points
+
+
+def _decode_rates(result: dict[str, Any], lora: bool) -> dict[int, dict[int, dict[str, float]]]:
+    """Context to batch to tokens/s: one context a result, or several where `contexts` says so."""
+    found = result.get("decode_lora", {}) if lora else result["decode"]
+    options = result["options"]
+    by_context = found if "contexts" in options else {options["context"]: found}
+    return {
+        int(context): {int(batch): rate for batch, rate in rates.items()}
+        for context, rates in by_context.items()
+        if rates
+    }
+
+
+def _chunk_points(
+    results: Sequence[dict[str, Any]], rate: str, steps: Mapping[int, Line]
+) -> Points:
+    points = defaultdict(list)
+    for result in results:
+        bucket, page_size = result["options"]["chunk"], result["options"]["page_size"]
+        for length, found in result["prefill"].items():
+            cover, start, count, seen = int(length) - 1, 0, 0.0, 0.0
+            while start < cover:
+                end = start + bucket
+                end = cover if end >= cover else end - end % page_size
+                count += 1
+                seen += start + (end - start + 1) / 2
+                start = end
+            seconds = int(length) / found[rate] - steps[1](int(length))
+            points[bucket].append((count, seen, max(seconds, 0.0)))
+    return points
+
+
+def _fit(points: Points, what: str, name: str, least: int) -> dict[int, Line]:
+    """Least squares of relative errors, nothing below zero."""
+    lines = {}
+    for size, rows in points.items():
+        if len({slope / base for base, slope, _ in rows}) < least:
+            raise ConfigError(f"micro: {what} of size {size} needs at least {least} {name}")
+        table = np.array(rows)
+        weights = 1 / np.maximum(table[:, 2], 1e-9)
+        scale = table[:, 1].max()
+        matrix = table[:, :2] * weights[:, None] / np.array([1.0, scale])
+        (base, slope), _ = nnls(matrix, np.ones(len(rows)))
+        lines[size] = Line(float(base), float(slope / scale))
+    return dict(sorted(lines.items()))

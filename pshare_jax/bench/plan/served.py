@@ -1,0 +1,87 @@
+"""The simulated counterpart of a serving configuration on one CPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from pshare_jax.bench.plan.costs import CostModel
+from pshare_jax.bench.plan.decode import DecodeSettings
+from pshare_jax.bench.plan.system import EngineSpec, ServerSpec
+from pshare_jax.config import ServeConfig, load_serve_config
+from pshare_jax.errors import ConfigError
+
+DEFAULT_POOL_SEQUENCES = 8
+"""As in `pshare_jax.engine.limits`, which a test compares."""
+
+
+def load_server(file: str, args: Sequence[str]) -> ServeConfig:
+    """A serving configuration as `bench agents` starts it.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    if not Path(file).is_file():
+        raise ConfigError(f"there is no configuration file {file}")
+    return load_serve_config(file, *args)
+
+
+def is_lora(config: ServeConfig) -> bool:
+    """Whether the models are LoRA modules, which decode in one batch.
+
+    Raises:
+        ConfigError: some are and some are not, which the simulation does not know.
+    """
+    kinds = {_kind(entry.checkpoint) for entry in config.models}
+    if len(kinds) > 1:
+        raise ConfigError(f"models: all full or all LoRA can be simulated, not {sorted(kinds)}")
+    return kinds == {"lora"}
+
+
+def _kind(checkpoint: str) -> str:
+    about = Path(checkpoint) / "pshare.json"
+    if checkpoint == "identity" or not about.is_file():
+        return "full"
+    return (json.loads(about.read_text()).get("certificate") or {}).get("kind", "full")
+
+
+def server_spec(config: ServeConfig, models: int, costs: CostModel, processor: int) -> ServerSpec:
+    """The first `models` models of a server whose engines all compute on one processor.
+
+    Raises:
+        ConfigError: fewer models are served, or they share in part.
+    """
+    entries = config.models[:models]
+    if len(entries) < models:
+        raise ConfigError(f"models: {models} are needed, {len(entries)} are served")
+    kinds = {entry.sharing for entry in entries}
+    if len(kinds) > 1:
+        raise ConfigError("models: all shared or all isolated can be simulated, not some of each")
+    longest = -(-config.max_model_len // config.page_size)
+    default = DEFAULT_POOL_SEQUENCES * longest + 1
+    prefill, decode = config.prefill, config.decode
+    settings = DecodeSettings(
+        decode.max_num_seqs,
+        decode.batch_buckets,
+        decode.replay_buckets,
+        decode.steps_per_dispatch,
+    )
+    return ServerSpec(
+        models=range(models),
+        shared=kinds == {"shared"},
+        one_group=is_lora(config),
+        page_size=config.page_size,
+        chunk_buckets=prefill.chunk_buckets,
+        settings=settings,
+        prefill=[EngineSpec(costs, prefill.num_pages or default, processor)] * prefill.engines,
+        decode=[
+            EngineSpec(
+                costs,
+                decode.num_pages or default,
+                processor,
+                [m for m, e in enumerate(entries) if not e.decode_engines or i in e.decode_engines],
+            )
+            for i in range(decode.engines)
+        ],
+    )

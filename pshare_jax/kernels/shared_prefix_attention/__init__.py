@@ -1,0 +1,1 @@
+"""Decode attention that reads pages shared by several rows once."""
