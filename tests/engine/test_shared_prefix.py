@@ -31,6 +31,7 @@ def modules(config: ModelConfig) -> Models:
 
 
 ENGINE = serve_config(
+    kernel_backend="xla",
     prefill=PrefillConfig(chunk_buckets=[16], num_pages=40),
     decode=DecodeConfig(
         batch_buckets=[8],
@@ -75,6 +76,7 @@ def test_same_tokens_as_the_oracle(config: ModelConfig) -> None:
         ("off", "pallas_tpu", 1),
         ("on", "xla", 2),
         ("on", "reference", 1),
+        ("on", "cpu_ffi", 1),
     ],
 )
 def test_the_setting_and_the_backend_decide(
