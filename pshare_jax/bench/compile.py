@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+from pshare_jax.bench import shared_prefix
 from pshare_jax.bench.accelerators import ACCELERATORS, Accelerator, prepare
 from pshare_jax.bench.compile_models import MODELS
 from pshare_jax.bench.compile_programs import (
@@ -25,6 +26,7 @@ from pshare_jax.bench.compile_programs import (
     kernel_program,
     step_programs,
 )
+from pshare_jax.bench.shared_prefix_programs import SHARED_CASES, attention_program
 from pshare_jax.bench.training_programs import training_programs
 from pshare_jax.errors import ConfigError
 
@@ -43,6 +45,7 @@ class CompileOptions:
         kernels: whether to compile the kernels alone.
         serving: whether to compile the steps of the engine.
         training: whether to compile the steps of the trainer.
+        shared_prefix: whether to count what reading shared pages once saves.
         layers: number of layers; 0 keeps the models'. Fewer compile faster and mean less.
         sizes: sizes of the steps.
     """
@@ -52,6 +55,7 @@ class CompileOptions:
     kernels: bool = True
     serving: bool = True
     training: bool = True
+    shared_prefix: bool = True
     layers: int = 0
     sizes: Sizes = field(default_factory=Sizes)
 
@@ -193,6 +197,9 @@ def outcomes(options: CompileOptions) -> Iterator[Outcome]:
             for case in KERNEL_CASES:
                 program = kernel_program(accelerator, case)
                 yield _outcome(accelerator, "", program, 1)
+            for case in SHARED_CASES:
+                program = attention_program(accelerator, case, 2048, shared=True)
+                yield _outcome(accelerator, "", program, 1)
         for model in models:
             config = MODELS[model]
             if options.layers:
@@ -222,7 +229,7 @@ def _outcome(accelerator: Accelerator, model: str, program: Program, layers: int
 def run(
     options: CompileOptions, on_outcome: Callable[[Outcome], None] = lambda _: None
 ) -> dict[str, Any]:
-    """Compiles; returns `{"options", "versions", "outcomes": [...]}` as plain data.
+    """Compiles; returns `{"options", "jax", "outcomes": [...], "shared_prefix"}` as plain data.
 
     Args:
         options: what to compile.
@@ -236,4 +243,8 @@ def run(
     for outcome in outcomes(options):
         on_outcome(outcome)
         rows.append(asdict(outcome))
-    return {"options": asdict(options), "jax": jax.__version__, "outcomes": rows}
+    result = {"options": asdict(options), "jax": jax.__version__, "outcomes": rows}
+    if options.shared_prefix:
+        names = options.accelerators or list(ACCELERATORS)
+        result["shared_prefix"] = shared_prefix.run(shared_prefix.SharedPrefixOptions(), names)
+    return result

@@ -6,6 +6,7 @@ import importlib.metadata
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from pshare_jax.bench import shared_prefix
 from pshare_jax.bench.accelerators import ACCELERATORS
 
 _COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")
@@ -106,12 +107,14 @@ def markdown(result: dict[str, Any]) -> str:
         parts += ["## Training\n", _TRAINING.format(**sizes, layers=layers)]
         parts += _by_model(training, _TRAINING_HEADER, _training_row)
         parts += _missing(outcomes, training)
+    if "shared_prefix" in result:
+        parts += shared_prefix.markdown(result["shared_prefix"])
     kernels = [o for o in outcomes if not o["model"]]
     if kernels:
         parts += [
             "## Kernels\n",
-            "`kv_write` and `paged_attention` of one layer on one device: seconds to compile, or "
-            "the error.\n",
+            "`kv_write` and `paged_attention`, or `shared_prefix_attention`, of one layer on one "
+            "device:\nseconds to compile, or the error.\n",
             _KERNEL_HEADER,
             "|---|" + "--:|" * len(ACCELERATORS),
         ]
