@@ -26,6 +26,7 @@ from pshare_jax.bench.compile_programs import (
     kernel_program,
     step_programs,
 )
+from pshare_jax.bench.hbm_traffic import hbm_bytes
 from pshare_jax.bench.shared_prefix_programs import SHARED_CASES, attention_program
 from pshare_jax.bench.training_programs import training_programs
 from pshare_jax.errors import ConfigError
@@ -67,9 +68,10 @@ class Compiled:
     `pool_bytes` of pages were given; `largest_pool_tokens` would fit beside everything else.
     `pool_in_place`: the pages given are the pages returned, and neither a temporary nor an
     all-gather is as large as one layer of them; None where there is no pool. `total_bytes` includes
-    what else must lie in memory meanwhile. `accessed_bytes` and `estimated_seconds` are the
-    compiler's, None where it gives none; `no_estimate` says why there is no time. `floor_seconds`
-    is the roofline.
+    what else must lie in memory meanwhile. `hbm_bytes` are counted from the program of a decode
+    step for a TPU (see `hbm_traffic`), with the KV that it reads. `accessed_bytes` and
+    `estimated_seconds` are the compiler's, None where it gives none; `no_estimate` says why there
+    is no time. `floor_seconds` is the roofline.
     """
 
     compile_seconds: float
@@ -81,6 +83,7 @@ class Compiled:
     largest_pool_tokens: int | None
     pool_in_place: bool | None
     accessed_bytes: float | None
+    hbm_bytes: float | None
     least_bytes: float
     estimated_seconds: float | None
     no_estimate: str | None
@@ -133,11 +136,18 @@ def compile_program(accelerator: Accelerator, program: Program, layers: int) -> 
         largest_pool_tokens=tokens,
         pool_in_place=in_place,
         accessed_bytes=cost.get("bytes accessed"),
+        hbm_bytes=_hbm_bytes(accelerator, program, layers, text),
         least_bytes=program.least_bytes,
         estimated_seconds=estimate,
         no_estimate=no_estimate,
         floor_seconds=floor,
     )
+
+
+def _hbm_bytes(accelerator: Accelerator, program: Program, layers: int, hlo: str) -> float | None:
+    if accelerator.platform != "tpu" or not program.pages_read:
+        return None
+    return hbm_bytes(hlo, program.pool_bytes // layers) + program.pages_read
 
 
 def _pool_in_place(program: Program, layers: int, memory: Any, hlo: str) -> bool:
