@@ -67,8 +67,8 @@ class DecodeConfig:
             known tokens: the tail of a prompt, or a replay.
         steps_per_dispatch: most tokens a sequence gets from one device call.
         shared_prefix: whether attention reads the pages that several sequences of a batch share
-            once for all of them. `auto` does on TPUs and GPUs, for batches where that saves an
-            eighth of the pages or more; `on` wherever a page is saved and the kernels can. Each
+            once for all of them. `auto` does on TPUs and GPUs, for batches where that saves a
+            quarter of the pages or more; `on` wherever a page is saved and the kernels can. Each
             batch bucket from 2 up is then compiled twice.
     """
 

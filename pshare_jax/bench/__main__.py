@@ -21,6 +21,7 @@ from pshare_jax.bench import (
     compile_report,
     machine,
     micro,
+    shared_prefix,
 )
 from pshare_jax.bench import compile as compile_bench
 from pshare_jax.bench.plan import command as plan
@@ -46,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Compiles kernels and steps for TPUs and GPUs that need not be there."
     )
     compile_parser.add_class_arguments(compile_bench.CompileOptions)
+    compile_parser.add_argument(
+        "--plot", type=str | None, default=None, help="PNG of the bytes that shared prefixes save"
+    )
     compile_parser.add_argument("--markdown", type=str | None, default=None, help="file for tables")
     compile_parser.add_argument(
         "--merge", type=list[str], default=[], help="files of --json whose other rows are kept"
@@ -140,13 +144,18 @@ def _micro(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compile(options: dict[str, Any]) -> dict[str, Any]:
-    markdown_file = options.pop("markdown")
+    markdown_file, plot = options.pop("markdown"), options.pop("plot")
     earlier = [json.loads(Path(file).read_text()) for file in options.pop("merge")]
     result = compile_bench.run(
         compile_bench.CompileOptions(**options),
         lambda outcome: print(compile_report.line(asdict(outcome)), flush=True),
     )
     result["outcomes"] = compile_report.merged([*earlier, result])
+    for other in earlier:
+        if "shared_prefix" in other:
+            result.setdefault("shared_prefix", other["shared_prefix"])
+    if plot is not None and "shared_prefix" in result:
+        shared_prefix.draw(result["shared_prefix"], Path(plot))
     if markdown_file is not None:
         Path(markdown_file).write_text(compile_report.markdown(result))
     return result

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+from pshare_jax.bench import shared_prefix
 from pshare_jax.bench.accelerators import ACCELERATORS, Accelerator, prepare
 from pshare_jax.bench.compile_models import MODELS
 from pshare_jax.bench.compile_programs import (
@@ -25,6 +26,8 @@ from pshare_jax.bench.compile_programs import (
     kernel_program,
     step_programs,
 )
+from pshare_jax.bench.hbm_traffic import hbm_bytes
+from pshare_jax.bench.shared_prefix_programs import SHARED_CASES, attention_program
 from pshare_jax.bench.training_programs import training_programs
 from pshare_jax.errors import ConfigError
 
@@ -43,6 +46,7 @@ class CompileOptions:
         kernels: whether to compile the kernels alone.
         serving: whether to compile the steps of the engine.
         training: whether to compile the steps of the trainer.
+        shared_prefix: whether to count what reading shared pages once saves.
         layers: number of layers; 0 keeps the models'. Fewer compile faster and mean less.
         sizes: sizes of the steps.
     """
@@ -52,6 +56,7 @@ class CompileOptions:
     kernels: bool = True
     serving: bool = True
     training: bool = True
+    shared_prefix: bool = True
     layers: int = 0
     sizes: Sizes = field(default_factory=Sizes)
 
@@ -63,9 +68,10 @@ class Compiled:
     `pool_bytes` of pages were given; `largest_pool_tokens` would fit beside everything else.
     `pool_in_place`: the pages given are the pages returned, and neither a temporary nor an
     all-gather is as large as one layer of them; None where there is no pool. `total_bytes` includes
-    what else must lie in memory meanwhile. `accessed_bytes` and `estimated_seconds` are the
-    compiler's, None where it gives none; `no_estimate` says why there is no time. `floor_seconds`
-    is the roofline.
+    what else must lie in memory meanwhile. `hbm_bytes` are counted from the program of a decode
+    step for a TPU (see `hbm_traffic`), with the KV that it reads. `accessed_bytes` and
+    `estimated_seconds` are the compiler's, None where it gives none; `no_estimate` says why there
+    is no time. `floor_seconds` is the roofline.
     """
 
     compile_seconds: float
@@ -77,6 +83,7 @@ class Compiled:
     largest_pool_tokens: int | None
     pool_in_place: bool | None
     accessed_bytes: float | None
+    hbm_bytes: float | None
     least_bytes: float
     estimated_seconds: float | None
     no_estimate: str | None
@@ -129,11 +136,18 @@ def compile_program(accelerator: Accelerator, program: Program, layers: int) -> 
         largest_pool_tokens=tokens,
         pool_in_place=in_place,
         accessed_bytes=cost.get("bytes accessed"),
+        hbm_bytes=_hbm_bytes(accelerator, program, layers, text),
         least_bytes=program.least_bytes,
         estimated_seconds=estimate,
         no_estimate=no_estimate,
         floor_seconds=floor,
     )
+
+
+def _hbm_bytes(accelerator: Accelerator, program: Program, layers: int, hlo: str) -> float | None:
+    if accelerator.platform != "tpu" or not program.pages_read:
+        return None
+    return hbm_bytes(hlo, program.pool_bytes // layers) + program.pages_read
 
 
 def _pool_in_place(program: Program, layers: int, memory: Any, hlo: str) -> bool:
@@ -193,6 +207,9 @@ def outcomes(options: CompileOptions) -> Iterator[Outcome]:
             for case in KERNEL_CASES:
                 program = kernel_program(accelerator, case)
                 yield _outcome(accelerator, "", program, 1)
+            for case in SHARED_CASES:
+                program = attention_program(accelerator, case, 2048, shared=True)
+                yield _outcome(accelerator, "", program, 1)
         for model in models:
             config = MODELS[model]
             if options.layers:
@@ -222,7 +239,7 @@ def _outcome(accelerator: Accelerator, model: str, program: Program, layers: int
 def run(
     options: CompileOptions, on_outcome: Callable[[Outcome], None] = lambda _: None
 ) -> dict[str, Any]:
-    """Compiles; returns `{"options", "versions", "outcomes": [...]}` as plain data.
+    """Compiles; returns `{"options", "jax", "outcomes": [...], "shared_prefix"}` as plain data.
 
     Args:
         options: what to compile.
@@ -236,4 +253,8 @@ def run(
     for outcome in outcomes(options):
         on_outcome(outcome)
         rows.append(asdict(outcome))
-    return {"options": asdict(options), "jax": jax.__version__, "outcomes": rows}
+    result = {"options": asdict(options), "jax": jax.__version__, "outcomes": rows}
+    if options.shared_prefix:
+        names = options.accelerators or list(ACCELERATORS)
+        result["shared_prefix"] = shared_prefix.run(shared_prefix.SharedPrefixOptions(), names)
+    return result

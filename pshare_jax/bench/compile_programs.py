@@ -70,6 +70,7 @@ class Program:
         resident_bytes: what else lies in one device's memory while it runs.
         mesh: sizes of the axes `data`, `fsdp` and `tensor`, of a training program only.
         compiler_options: XLA's, where they are not the defaults.
+        pages_read: KV that a decode step reads from pages, in bytes of one device.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Program:
     resident_bytes: int = 0
     mesh: str = ""
     compiler_options: Mapping[str, float] = field(default_factory=dict)
+    pages_read: float = 0.0
 
 
 def abstract(shape: tuple[int, ...], dtype: Any, sharding: Sharding | Format) -> Any:
@@ -141,6 +143,7 @@ class Side:
         *arguments: Any,
         least_bytes: float = 0.0,
         least_flops: float = 0.0,
+        pages_read: float = 0.0,
     ) -> Program:
         """A program whose first pool-shaped argument is this side's pool."""
         return Program(
@@ -152,6 +155,7 @@ class Side:
             bytes_per_token=self.bytes_per_token,
             least_bytes=least_bytes,
             least_flops=least_flops,
+            pages_read=pages_read,
         )
 
     def step_floors(self, batch: int, tokens: int, head: bool) -> dict[str, float]:
@@ -236,6 +240,7 @@ def _decode_step(side: Side) -> Program:
         history,
         inputs,
         **side.step_floors(batch, 1, head=True),
+        pages_read=side.bytes_per_token * batch * sizes.context,
     )
 
 

@@ -6,14 +6,15 @@ import importlib.metadata
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from pshare_jax.bench import shared_prefix
 from pshare_jax.bench.accelerators import ACCELERATORS
 
 _COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")
 
 _STEP_HEADER = (
     "| machine | step | weights | KV pool given | temporaries | total of memory | pool in place "
-    "| largest pool, tokens | bytes accessed / least | compile | estimate | floor |\n"
-    "|---|---|--:|--:|--:|--:|---|--:|--:|--:|--:|--:|"
+    "| largest pool, tokens | HBM / least | bytes accessed / least | compile | estimate | floor |\n"
+    "|---|---|--:|--:|--:|--:|---|--:|--:|--:|--:|--:|--:|"
 )
 _INTRODUCTION = """\
 Made by `python -m pshare_jax.bench compile --markdown docs/accelerators.md`. The production
@@ -31,9 +32,11 @@ one device.
 - **KV pool given**: half of what the weights leave. **Largest pool**: what fits beside all else.
 - **Pool in place**: the pages returned are those given, and neither a temporary nor an all-gather
   is as large as one layer of them.
-- **Bytes accessed** are XLA's estimate; **least** is the weights that the step reads plus the KV of
-  all its rows. XLA counts what it prefetches into on-chip memory twice more, every branch of the
-  sampler although greedy decoding takes none, and the KV of a chunk once for each tile of queries.
+- **HBM**: what a TPU's decode step reads from HBM and writes to it, counted from the compiled
+  program's text, its KV added; **least** is the weights that the step reads plus the KV of all its
+  rows. **Bytes accessed** are XLA's estimate of the same: it counts what it prefetches into on-chip
+  memory twice more, every branch of the sampler although greedy decoding takes none, and the KV of
+  a chunk once for each tile of queries.
 - **Estimate** is XLA's time where it can be one, else the reason why there is none. It leaves out
   loops and what it cannot time: less than the floor, or less than nothing, is no time.
 - **Floor** is the larger of least bytes over bandwidth and operations over peak; communication is
@@ -106,12 +109,14 @@ def markdown(result: dict[str, Any]) -> str:
         parts += ["## Training\n", _TRAINING.format(**sizes, layers=layers)]
         parts += _by_model(training, _TRAINING_HEADER, _training_row)
         parts += _missing(outcomes, training)
+    if "shared_prefix" in result:
+        parts += shared_prefix.markdown(result["shared_prefix"])
     kernels = [o for o in outcomes if not o["model"]]
     if kernels:
         parts += [
             "## Kernels\n",
-            "`kv_write` and `paged_attention` of one layer on one device: seconds to compile, or "
-            "the error.\n",
+            "`kv_write` and `paged_attention`, or `shared_prefix_attention`, of one layer on one "
+            "device:\nseconds to compile, or the error.\n",
             _KERNEL_HEADER,
             "|---|" + "--:|" * len(ACCELERATORS),
         ]
@@ -161,11 +166,12 @@ def _training_row(outcome: dict[str, Any]) -> str:
 def _step_row(outcome: dict[str, Any]) -> str:
     head = f"| {outcome['accelerator']} | {outcome['program']} "
     if (c := outcome["compiled"]) is None:
-        return f"{head}| {outcome['error']} |" + " |" * 9
+        return f"{head}| {outcome['error']} |" + " |" * 10
     memory = ACCELERATORS[outcome["accelerator"]].memory
     ratio = "-"
     if c["accessed_bytes"] and c["weight_bytes"]:
         ratio = f"{c['accessed_bytes'] / c['least_bytes']:.2f}"
+    hbm = f"{c['hbm_bytes'] / c['least_bytes']:.2f}" if c.get("hbm_bytes") else "-"
     cells = (
         f"{_gib(c['weight_bytes'])} GiB",
         f"{_gib(c['pool_bytes'])} GiB",
@@ -173,6 +179,7 @@ def _step_row(outcome: dict[str, Any]) -> str:
         f"{100 * c['total_bytes'] / memory:.0f} %",
         "yes" if c["pool_in_place"] else "**no**",
         f"{c['largest_pool_tokens']:,}",
+        hbm,
         ratio,
         f"{c['compile_seconds']:.0f} s",
         _estimate(c),

@@ -17,10 +17,11 @@ import numpy as np
 MAX_GROUPS = 8
 """Most groups of one dispatch."""
 
-LEAST_SHARE = 1 / 8
+LEAST_SHARE = 1 / 4
 """Share of the pages to be read that must be saved before runs are read apart from the rest.
 
-The second pass over the queries and the merge read and write about as much as a few pages a row.
+Where unfinished softmaxes do not stay on the chip, the second pass and the merge move up to a
+quarter of what 32 rows of 2,000 tokens read (docs/accelerators.md).
 """
 
 REFRESH_DISPATCHES = 32

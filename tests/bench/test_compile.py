@@ -31,6 +31,7 @@ COMPILED = Compiled(
     largest_pool_tokens=123456,
     pool_in_place=True,
     accessed_bytes=3e9,
+    hbm_bytes=2.1e9,
     least_bytes=2e9,
     estimated_seconds=0.004,
     no_estimate=None,
@@ -47,8 +48,8 @@ def report(*rows: Outcome) -> str:
 
 def test_a_step_that_compiles():
     cells = (
-        "| v6e:2x4 | decode step | 4.0 GiB | 8.0 GiB | 3 MiB | 38 % | yes | 123,456 | 1.50 | 12 s "
-        "| 4.00 ms | 2.50 ms |"
+        "| v6e:2x4 | decode step | 4.0 GiB | 8.0 GiB | 3 MiB | 38 % | yes | 123,456 | 1.05 | 1.50 "
+        "| 12 s | 4.00 ms | 2.50 ms |"
     )
     assert cells in report(STEP).splitlines()
 
@@ -57,11 +58,12 @@ def test_figures_that_are_missing_are_dashes_or_say_why():
     compiled = replace(
         COMPILED,
         accessed_bytes=None,
+        hbm_bytes=None,
         estimated_seconds=None,
         no_estimate="the compiler gives none",
         pool_in_place=False,
     )
-    cells = "| **no** | 123,456 | - | 12 s | none: the compiler gives none | 2.50 ms |"
+    cells = "| **no** | 123,456 | - | - | 12 s | none: the compiler gives none | 2.50 ms |"
     assert cells in report(replace(STEP, compiled=compiled))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,9 @@ from pshare_jax.errors import ConfigError
 
 Points = Mapping[int, Sequence[tuple[float, float, float]]]
 """Compiled size to measurements: times its base counts, times its slope counts, seconds."""
+
+_LORA_MODULES, _LORA_ROWS = "several modules", 8
+"""The measurement of LoRA modules that `bench micro` makes, and its rows."""
 
 
 def read_results(files: Sequence[str]) -> list[dict[str, Any]]:
@@ -55,7 +59,8 @@ def table_costs(
         results: of `bench micro`, with at least two contexts; with several sizes of `chunk` those
             are used, between them straight lines.
         rate: which rate of the repeats counts, `median` or `high`.
-        lora: whether rows are of LoRA modules; needs results that have `decode_lora`.
+        lora: whether rows are of LoRA modules: steps then take as much longer than those of a full
+            module as `--lora_rank` of `bench micro` has found.
         token_seconds: work of the host for each generated token.
 
     Raises:
@@ -71,28 +76,38 @@ def table_costs(
 
 def _step_points(results: Sequence[dict[str, Any]], rate: str, lora: bool) -> Points:
     points = defaultdict(list)
+    slower = _lora_factor(results, rate) if lora else 1.0
     for result in results:
         options = result["options"]
-        for context, rates in _decode_rates(result, lora).items():
+        for context, rates in _decode_rates(result).items():
             # While the windows are measured the contexts grow.
             reached = context + options["window"] * options["repeats"] / 2
             for batch, found in rates.items():
-                points[batch].append((1.0, batch * reached, batch / found[rate]))
-    if not points:
-        raise ConfigError("micro: no result has `decode_lora`, and the models are LoRA modules")
+                points[batch].append((1.0, batch * reached, slower * batch / found[rate]))
     return points
 
 
-def _decode_rates(result: dict[str, Any], lora: bool) -> dict[int, dict[int, dict[str, float]]]:
-    """Context to batch to tokens/s: one context a result, or several where `contexts` says so."""
-    found = result.get("decode_lora", {}) if lora else result["decode"]
-    options = result["options"]
+def _decode_rates(result: dict[str, Any]) -> dict[int, dict[int, dict[str, float]]]:
+    """Context to batch to tokens/s: several contexts a result, or one where it is named alone."""
+    found, options = result["decode"], result["options"]
     by_context = found if "contexts" in options else {options["context"]: found}
     return {
         int(context): {int(batch): rate for batch, rate in rates.items()}
         for context, rates in by_context.items()
-        if rates
     }
+
+
+def _lora_factor(results: Sequence[dict[str, Any]], rate: str) -> float:
+    """What rows of several LoRA modules take, over as many rows of one full module."""
+    factors = [
+        _decode_rates(result)[result["options"]["contexts"][0]][_LORA_ROWS][rate]
+        / result["lora"][_LORA_MODULES][rate]
+        for result in results
+        if result.get("lora")
+    ]
+    if not factors:
+        raise ConfigError("micro: the models are LoRA modules; measure some with --lora_rank")
+    return statistics.median(factors)
 
 
 def _chunk_points(

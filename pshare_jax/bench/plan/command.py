@@ -41,7 +41,7 @@ class PlanOptions:
 def run(
     options: PlanOptions, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> dict[str, Any]:
-    """`{"options", "predictions", "validation", "validation_ratios"}`, plain data.
+    """`{"options", "memory", "predictions", "validation", "validation_ratios"}`, plain data.
 
     Args:
         options: what to do.
@@ -62,5 +62,6 @@ def run(
         found["validation"] = validate(measured, costs, options.host)
         found["validation_ratios"] = ratios(found["validation"])
         found["measured_on"] = measured.get("machine")
+    found["memory"] = predict.memory(options.predict)
     found["predictions"] = predict.run(options.predict, progress)
     return found

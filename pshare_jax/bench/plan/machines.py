@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from pshare_jax.bench.accelerators import Accelerator
 from pshare_jax.bench.plan.costs import (
@@ -190,15 +190,51 @@ def fit(machine: Machine, layout: Layout, longest: int) -> Fit:
     """Whether weights and pools fit; `longest` is the tokens of the longest sequence."""
     prefill, decode = _pages(machine, layout)
     engines = machine.engines
-    least = engines.least_sequences * -(-longest // engines.page_size)
     memory = machine.chip.memory
     return Fit(
         weight_bytes(machine.model) / (memory * layout.prefill_mesh),
         _decode_weights(machine, layout) / (memory * layout.decode_mesh),
         prefill * engines.page_size,
         decode * engines.page_size,
-        min(prefill, decode) > least,
+        min(prefill, decode) > _least(machine, longest),
     )
+
+
+def memory_rows(machine: Machine, lora_modules: int, longest: int) -> list[dict[str, Any]]:
+    """What fits on meshes of each size: tokens of KV beside a prefill module, the most full decode
+    modules and the KV beside them, and the KV beside so many LoRA modules; 0 is too little.
+
+    `longest` is the tokens of the longest sequence.
+    """
+
+    def tokens(weights: float, mesh: int) -> int:
+        pages = machine.pool_pages(mesh, weights)
+        return pages * machine.engines.page_size if pages > _least(machine, longest) else 0
+
+    rows, one = [], weight_bytes(machine.model)
+    adapters = lora_modules * lora_bytes(machine.model, machine.engines.lora_rank)
+    for mesh in machine.meshes(machine.devices):
+        if mesh < machine.devices:
+            most = 0
+            while tokens((most + 1) * one, mesh):
+                most += 1
+            rows.append(
+                {
+                    "machine": machine.name,
+                    "mesh": mesh,
+                    "weights": one / (machine.chip.memory * mesh),
+                    "prefill_tokens": tokens(one, mesh),
+                    "most_modules": most,
+                    "most_modules_tokens": tokens(most * one, mesh) if most else 0,
+                    "lora_modules": lora_modules,
+                    "lora_tokens": tokens(one + adapters, mesh),
+                }
+            )
+    return rows
+
+
+def _least(machine: Machine, longest: int) -> int:
+    return machine.engines.least_sequences * -(-longest // machine.engines.page_size)
 
 
 def _decode_weights(machine: Machine, layout: Layout) -> float:

@@ -22,6 +22,7 @@ from pshare_jax.bench.plan.machines import (
     Modules,
     fit,
     isolated_layouts,
+    memory_rows,
     split_layouts,
     system_spec,
 )
@@ -157,7 +158,6 @@ def predict(
         "extra_bytes": machine.efficiency.extra_bytes,
         "layouts": len(shared),
         "fitting": len(fitting),
-        "memory": [_memory(machine, layout, workload) for layout in _memory_rows(shared)],
         "splits": [row for row, _ in splits],
         "isolated_layouts": [row for row, _ in alone],
     }
@@ -262,21 +262,6 @@ def _throughput(row: dict[str, Any]) -> float:
     return row["generated_tokens_per_s"]
 
 
-def _memory_rows(layouts: Sequence[Layout]) -> list[Layout]:
-    """One layout of each prefill mesh, decode mesh and number of modules: memory is the same."""
-    rows = {(x.prefill_mesh, x.decode_mesh, x.hosted): x for x in layouts}
-    return [rows[key] for key in sorted(rows)]
-
-
-def _memory(machine: Machine, layout: Layout, workload: Workload) -> dict[str, Any]:
-    return {
-        "prefill_mesh": layout.prefill_mesh,
-        "decode_mesh": layout.decode_mesh,
-        "hosted": layout.hosted,
-        **asdict(fit(machine, layout, workload.longest)),
-    }
-
-
 def _limit(result: dict[str, Any], workload: Workload, machine: Machine) -> dict[str, Any]:
     """rho, and G_max from the shared run's device seconds of prefill and decode."""
     best, isolated = result["best"], result.get("isolated")
@@ -302,6 +287,14 @@ def _limit(result: dict[str, Any], workload: Workload, machine: Machine) -> dict
         found["gain_of_g_max"] = top / other / g_max
         found["p95_call_gain"] = isolated["call_s"]["p95"] / best["call_s"]["p95"]
     return found
+
+
+def memory(options: PredictOptions) -> list[dict[str, Any]]:
+    """What fits on each machine, see `machines.memory_rows`."""
+    most = max(options.models, default=0)
+    machines = {machine.name: machine for machine, _, _ in cases(options)}
+    longest = max((options.workload_of(count).longest for count in options.models), default=0)
+    return [row for machine in machines.values() for row in memory_rows(machine, most, longest)]
 
 
 def run(

@@ -36,7 +36,7 @@ def markdown(result: dict[str, Any]) -> str:
         parts += ["### Predicted against measured\n", *_validation(result), ""]
     if predictions := result["predictions"]:
         parts += ["### Predictions\n", _assumptions(result["options"]["predict"], predictions), ""]
-        parts += ["#### Memory\n", _MEMORY, *_memory(predictions), ""]
+        parts += ["#### Memory\n", _MEMORY, *_memory(result["memory"]), ""]
         parts += ["#### Sharing against not sharing\n", _GAINS, *_gains(predictions), ""]
         parts += ["#### The split\n", _SPLITS, *_splits(predictions), ""]
         parts += ["#### Load\n", _LOAD, *_load(predictions), ""]
@@ -106,9 +106,10 @@ def _assumptions(options: dict[str, Any], predictions: Sequence[dict[str, Any]])
 
 
 _MEMORY = f"""\
-{_LABEL} Weights over the memory of a mesh, and tokens of KV that one pool beside
-them holds. A layout fits if each pool holds the least number of sequences of full length
-(`engines.least_sequences`). TP: devices of a mesh.
+{_LABEL} By the size of a tensor parallel mesh: how much of its memory one full
+module takes, tokens of KV beside a prefill module, the most full decode modules that leave room for
+KV, and KV beside LoRA modules. Room is what holds the least number of sequences of full length
+(`engines.least_sequences`).
 """
 _GAINS = f"""\
 {_LABEL} Both sides in their best layout, at the live sessions where each has most
@@ -127,30 +128,26 @@ layout with the highest closed-form bound. Busy: share of the time in which the 
 _LOAD = f"{_LABEL} The best layouts over live sessions.\n"
 
 
-def _memory(predictions: Sequence[dict[str, Any]]) -> list[str]:
-    headers = ["machine", "models", "modules", "prefill", "decode", "weights, prefill"]
-    headers += ["weights, decode", "KV tokens, prefill", "KV tokens, decode", "fits"]
+def _memory(rows: Sequence[dict[str, Any]]) -> list[str]:
+    headers = ["machine", "mesh", "one module", "prefill: KV tokens", "most full modules"]
+    headers += ["decode: KV tokens beside them", "decode: KV tokens beside LoRA modules"]
 
-    def rows() -> Iterator[list[str]]:
-        for case in predictions:
-            for row in case["memory"]:
-                if row["prefill_mesh"] > 1 and row["prefill_weights"] < 0.5:
-                    continue  # larger than it need be
-                held = "LoRA" if case["modules"] == "lora" else f"{row['hosted']} a mesh"
-                yield [
-                    case["machine"],
-                    str(case["models"]),
-                    held,
-                    f"TP {row['prefill_mesh']}",
-                    f"TP {row['decode_mesh']}",
-                    f"{row['prefill_weights']:.0%}",
-                    f"{row['decode_weights']:.0%}",
-                    f"{row['prefill_tokens']:,}",
-                    f"{row['decode_tokens']:,}",
-                    "yes" if row["fits"] else "**no**",
-                ]
+    def cells(row: dict[str, Any]) -> list[str]:
+        return [
+            row["machine"],
+            str(row["mesh"]),
+            f"{row['weights']:.0%}",
+            _tokens(row["prefill_tokens"]),
+            str(row["most_modules"]),
+            _tokens(row["most_modules_tokens"]),
+            f"{_tokens(row['lora_tokens'])} ({row['lora_modules']} modules)",
+        ]
 
-    return _table(headers, rows(), 5)
+    return _table(headers, map(cells, rows), 1)
+
+
+def _tokens(count: int) -> str:
+    return f"{count:,}" if count else "does not fit"
 
 
 def _gains(predictions: Sequence[dict[str, Any]]) -> list[str]:

@@ -108,16 +108,23 @@ def test_known_costs_are_found_again():
 def test_too_little_was_measured():
     with pytest.raises(ConfigError, match="decode of size 1 needs at least 2 contexts"):
         table_costs(RESULTS[:1])
-    with pytest.raises(ConfigError, match="decode_lora"):
+    with pytest.raises(ConfigError, match="measure some with --lora_rank"):
         table_costs(RESULTS, lora=True)
-    lora = [{**r, "decode_lora": r["decode"]} for r in RESULTS]
-    assert table_costs(lora, lora=True) == table_costs(RESULTS)
+
+
+def test_several_contexts_and_lora_modules_in_one_result():
     several = {
         **RESULTS[0],
         "options": {**RESULTS[0]["options"], "contexts": [64, 1024]},
         "decode": {"64": RESULTS[0]["decode"], "1024": RESULTS[1]["decode"]},
     }
-    assert table_costs([several]).steps == table_costs(RESULTS).steps
+    steps = table_costs(RESULTS).steps
+    assert table_costs([several]).steps == steps
+    rate = several["decode"]["64"]["8"]["median"]
+    measured = several | {"lora": {"several modules": {"median": rate / 1.25}}}
+    slower = table_costs([measured], lora=True).steps
+    assert slower[8].base == pytest.approx(1.25 * steps[8].base)
+    assert slower[1].slope == pytest.approx(1.25 * steps[1].slope)
 
 
 def test_files_that_are_no_results(tmp_path):

@@ -18,6 +18,7 @@ from pshare_jax.bench.plan.machines import (
     Machine,
     fit,
     isolated_layouts,
+    memory_rows,
     split_layouts,
     system_spec,
 )
@@ -53,6 +54,15 @@ def test_what_fits_where():
     # A v5e chip of 16 GiB does not hold even one, and eight chips not five.
     assert fitting("v5e:2x4", 4) == set()
     assert min(min(meshes[:2]) for meshes in fitting("v5e:2x4", 4, "lora")) == 2
+
+
+def test_memory_by_mesh():
+    one, two, four = memory_rows(machine("v6e:2x4"), 8, 4096)
+    assert [row["most_modules"] for row in (one, two, four)] == [1, 3, 7]
+    # 31.25 GiB less a tenth, less 14.96 GiB of weights, in pages of 8 MiB.
+    assert one["prefill_tokens"] == pytest.approx((31.25 * 0.9 - 14.96) * 1024 / 8 * 64, rel=1e-3)
+    assert one["prefill_tokens"] > one["lora_tokens"] > 0.9 * one["prefill_tokens"]
+    assert [row["most_modules"] for row in memory_rows(machine("v5e:2x4"), 8, 4096)] == [0, 1, 3]
 
 
 def test_layouts_divide_devices_and_models():
