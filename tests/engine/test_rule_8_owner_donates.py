@@ -93,13 +93,14 @@ def test_no_step_copies_the_pool(steps: int) -> None:
     decode._pool.own()
     weights = prefill._weights["base"]
     groups = decode._groups
+    inputs = next(iter(decode._inputs.warm_up(4)))
     staged = prefill._sender.move(prefill._pool, [0], [0], decode.staging)
     programs = {
         "decode": compiled(
-            decode, "_decode", lambda: decode._dispatch(groups["full/full"], [], 4, 1)
+            decode, "_decode", lambda: decode._dispatch(groups["full/full"], inputs)
         ),
         "decode lora": compiled(
-            decode, "_decode", lambda: decode._dispatch(groups["lora"], [], 4, 1)
+            decode, "_decode", lambda: decode._dispatch(groups["lora"], inputs)
         ),
     }
     if steps == 1:
