@@ -17,7 +17,8 @@ from pshare_jax.bench.accelerators import Accelerator
 from pshare_jax.cache.layout import PageLayout
 from pshare_jax.engine.request import SamplingParams
 from pshare_jax.engine.sampler import empty_history, pack_rows
-from pshare_jax.engine.steps import DecodeInput, Rows, StepSpec, decode_steps, prefill_chunk
+from pshare_jax.engine.shared_runs import max_groups
+from pshare_jax.engine.steps import DecodeInput, Rows, Runs, StepSpec, decode_steps, prefill_chunk
 from pshare_jax.kernels.kv_write.api import kv_write
 from pshare_jax.kernels.page_transfer.api import gather_pages, scatter_pages
 from pshare_jax.kernels.paged_attention.api import paged_attention
@@ -188,7 +189,8 @@ def step_programs(accelerator: Accelerator, config: ModelConfig, sizes: Sizes) -
     yield _prefill_chunk(prefill)
     yield _gather(prefill)
     yield _scatter(decode)
-    yield _decode_step(decode)
+    yield _decode_step(decode, shared=False)
+    yield _decode_step(decode, shared=True)
 
 
 def _prefill_chunk(side: Side) -> Program:
@@ -209,7 +211,8 @@ def _prefill_chunk(side: Side) -> Program:
     )
 
 
-def _decode_step(side: Side) -> Program:
+def _decode_step(side: Side, *, shared: bool) -> Program:
+    """One step; with `shared` the executable that reads the pages that rows share once."""
     sizes = side.sizes
     function = jax.jit(
         functools.partial(decode_steps, side.spec, 1),
@@ -231,16 +234,27 @@ def _decode_step(side: Side) -> Program:
         sampling=sampling,
         num_steps=side.ints(),
     )
+    floors = side.step_floors(batch, 1, head=True)
+    pages_read = side.bytes_per_token * batch * sizes.context
+    name = "decode step"
+    if shared:
+        groups = max_groups(batch)
+        inputs = inputs._replace(runs=Runs(side.ints(groups, batch), side.ints(groups)))
+        # At the least all rows share one run.
+        saved = side.bytes_per_token * (batch - 1) * sizes.context
+        floors["least_bytes"] -= saved
+        pages_read -= saved
+        name += ", one shared context"
     return side.program(
-        "decode step",
+        name,
         function,
         side.weights,
         None,
         side.pool(side.num_pages),
         history,
         inputs,
-        **side.step_floors(batch, 1, head=True),
-        pages_read=side.bytes_per_token * batch * sizes.context,
+        **floors,
+        pages_read=pages_read,
     )
 
 

@@ -22,11 +22,12 @@ compilers of TPU and CUDA compile without the hardware; nothing here ran on an a
 figure is a measured speed. `--merge` keeps the rows of earlier runs (`--json`).
 
 On a machine with a TPU, `python -m pytest tests/kernels/test_on_hardware.py -m tpu --platform tpu`
-checks the attention kernel's numbers there; on one with an NVIDIA GPU, `-m gpu --platform cuda`.
+checks the kernels' numbers there; on one with an NVIDIA GPU, `-m gpu --platform cuda`.
 """
 _STEPS = """\
 Prefill chunk: {chunk} tokens, the last of a prompt of {context}. Decode step: {batch} rows at
-position {context}. Handoff: {transfer} pages of {page_size} tokens. All in bfloat16; bytes are of
+position {context}; the executable for shared contexts is another, for rows that all have the same
+context. Handoff: {transfer} pages of {page_size} tokens. All in bfloat16; bytes are of
 one device.
 
 - **KV pool given**: half of what the weights leave. **Largest pool**: what fits beside all else.

@@ -14,7 +14,8 @@ CASES = [
     ("v6e:2x4", "Llama-3.1-8B"),
     ("h100", "Llama-3.1-8B"),
 ]
-STEPS = ("prefill chunk", "handoff: gather", "handoff: scatter", "decode step")
+SHARED_STEP = "decode step, one shared context"
+STEPS = ("prefill chunk", "handoff: gather", "handoff: scatter", "decode step", SHARED_STEP)
 
 
 @pytest.mark.compile
