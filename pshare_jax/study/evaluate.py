@@ -16,10 +16,9 @@ from pshare_jax.evals.items import Item
 from pshare_jax.models.split import split_prompt
 from pshare_jax.text.tokenizer import Tokenizer
 from pshare_jax.train.config import KVCacheConfig
-from pshare_jax.train.data import Example, Turn
 from pshare_jax.train.generate import Prompt, generate, prompt_kv
 from pshare_jax.train.kv_store import KVStore, open_store, store_key
-from pshare_jax.train.layout import choose_buckets, make_row
+from pshare_jax.train.layout import choose_buckets, prompt_row
 from pshare_jax.train.loss import LoraShape, Recipe
 
 _DTYPE = "float32"
@@ -111,11 +110,7 @@ class Evaluator:
         """The base's KV of all but the last token of each prompt; None when it is not kept."""
         if not self._kv_cache.keep:
             return None
-        examples = [
-            Example(np.array([*tokens, 0], np.int32), (Turn(len(tokens), len(tokens) + 1),), "")
-            for tokens in prompts
-        ]
-        rows = [make_row(example, tail=1) for example in examples]
+        rows = [prompt_row(tokens) for tokens in prompts]
         buckets, assigned = choose_buckets(rows, _BUCKETS)
         size = self._batch_size
         key = store_key(self._fingerprint, _DTYPE, rows, buckets, size)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pshare_jax.models.split import split_prompt
-from pshare_jax.train.data import Example
+from pshare_jax.train.data import Example, Turn
 
 _PROMPT_MULTIPLE = 16
 _DECODE_MULTIPLE = 4
@@ -96,6 +96,12 @@ def make_row(example: Example, tail: int | None) -> Row:
         sequence=tokens[:-1],
         sequence_targets=int32(before),
     )
+
+
+def prompt_row(tokens: Sequence[int]) -> Row:
+    """The row of a prompt whose answer is not known yet, with a tail of one token."""
+    answered = np.array([*tokens, 0], np.int32)
+    return make_row(Example(answered, (Turn(len(tokens), len(answered)),), ""), tail=1)
 
 
 class Bucket(NamedTuple):

@@ -9,10 +9,9 @@ from pshare_jax.engine.monolithic import Monolithic
 from pshare_jax.models.decoder import init_weights
 from pshare_jax.models.lora import LoraModule, merge
 from pshare_jax.models.weights import lora_specs
-from pshare_jax.train.data import Example, Turn
 from pshare_jax.train.generate import Prompt, generate, prompt_kv
 from pshare_jax.train.kv_store import KVStore
-from pshare_jax.train.layout import choose_buckets, make_row
+from pshare_jax.train.layout import choose_buckets, prompt_row
 from pshare_jax.train.loss import LoraShape, Recipe
 from tests.train.helpers import MODEL
 
@@ -63,11 +62,7 @@ def test_full_modules_generate_the_oracles_tokens(oracle, base, share):
 def test_kept_kv_gives_the_oracles_tokens(oracle, base, share):
     own = init_weights(MODEL, 1)
     made, recipe = prompts(share), Recipe(MODEL, "float32")
-    examples = [
-        Example(np.array([*p.tokens, 0], np.int32), (Turn(len(p.tokens), len(p.tokens) + 1),), "")
-        for p in made
-    ]
-    rows = [make_row(example, tail=1) for example in examples]
+    rows = [prompt_row(p.tokens) for p in made]
     buckets, assigned = choose_buckets(rows, 2)
     store = KVStore(MODEL, rows, "float32", None)
     store.fill(
