@@ -162,25 +162,42 @@ def _compile(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _show(result: dict[str, Any]) -> None:
-    options = result["options"]
+    options, vllm = result["options"], result.get("vllm")
     table = Table(title=f"{options['base']}, {result['dtype']}, {result['backend']}: tokens/s")
+    headers = ["median", "slowest", "fastest"]
+    if vllm:
+        headers += [f"vLLM {vllm['packages']['vllm']}, median", "ratio", "lowest", "highest"]
     table.add_column("")
-    for header in ("median", "slowest", "fastest"):
+    for header in headers:
         table.add_column(header, justify="right")
     for length, rate in result["prefill"].items():
-        table.add_row(f"prefill, {length} tokens", *_cells(rate))
+        peer = vllm and (vllm["prefill"][length], vllm["ratios"]["prefill"][length])
+        table.add_row(f"prefill, {length} tokens", *_cells(rate, peer))
     for context, rates in result["decode"].items():
         for batch, rate in rates.items():
-            table.add_row(f"decode, batch {batch}, {context} tokens of context", *_cells(rate))
+            peer = vllm and tuple(
+                figures["decode"][context][batch] for figures in (vllm, vllm["ratios"])
+            )
+            name = f"decode, batch {batch}, {context} tokens of context"
+            table.add_row(name, *_cells(rate, peer))
     for rows, rate in result["lora"].items():
-        table.add_row(f"decode, {micro.LORA_ROWS} rows of {rows} (LoRA)", *_cells(rate))
+        table.add_row(f"decode, {micro.LORA_ROWS} rows of {rows} (LoRA)", *_cells(rate, None))
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH
     console.print(table)
     console.print(f"{options['repeats']} repeats. {machine.one_line(result['machine'])}")
 
 
-def _cells(rate: dict[str, float]) -> list[str]:
-    return [f"{rate[key]:,.1f}" for key in ("median", "low", "high")]
+def _cells(
+    rate: dict[str, float], peer: tuple[dict[str, float], dict[str, float]] | None
+) -> list[str]:
+    cells = [f"{rate[key]:,.1f}" for key in ("median", "low", "high")]
+    if peer:
+        theirs, ratio = peer
+        cells += [f"{theirs['median']:,.1f}"]
+        cells += [f"{ratio[key]:.2f}" for key in ("median", "low", "high")]
+    return cells
 
 
 if __name__ == "__main__":

@@ -1,17 +1,14 @@
 """`bench micro`: prefill and decode speed of one model through the real engine, no HTTP.
 
-Prefill: a prompt of random tokens that nothing has been cached of, from submission to the first
-generated token; so handoff and one decode step are in it. Decode: all rows run, their
-prompts differ, and the rate is taken over a window in which no row starts or ends. LoRA: as decode,
-eight rows of one random module, or two rows each of four, in turn.
+What is measured is said in `micro_rates`. LoRA: as decode, eight rows of one random module, or two
+rows each of four, in turn. With `vllm`, vLLM's engine is measured beside this one, each
+repeat on both in turn.
 """
 
 from __future__ import annotations
 
-import queue
-import statistics
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,19 +16,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pshare_jax.bench.micro_rates import Rate, Rates
+from pshare_jax.bench.micro_targets import MODEL, EngineTarget, Target, VllmTarget
 from pshare_jax.config import DecodeConfig, DType, ModelEntry, PrefillConfig, ServeConfig
 from pshare_jax.engine.loader import BaseSource, ModelSource, checkpoint_sources
 from pshare_jax.engine.orchestrator import Orchestrator, compute_dtype, prepare_jax
-from pshare_jax.engine.request import Request, RequestOutput, SamplingParams
-from pshare_jax.errors import EngineDeadError
 from pshare_jax.kernels.backends import backend_for
 from pshare_jax.models.split import Certificate
 from pshare_jax.models.weights import LORA_TARGETS, Weights, lora_specs
 
 PREFILL_LENGTHS = (512, 2048)
 BATCHES = (1, 8, 32)
-MODEL = "base"
 LORA_MODULES, LORA_ROWS = 4, 8
+OURS, VLLM = "pshare_jax", "vllm"
+VLLM_KV_GIB = 3
+
+
+@dataclass(frozen=True)
+class VllmOptions:
+    """Another engine, on the same machine.
+
+    Args:
+        python: an interpreter that has vLLM for CPUs installed.
+        model: the same model as a Hugging Face folder; `convert export` makes one.
+        preload: libraries that vLLM advises to load first (`LD_PRELOAD`): tcmalloc, libiomp5.
+    """
+
+    python: str
+    model: str
+    preload: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -45,6 +58,7 @@ class MicroOptions:
             the first of `contexts`; 0 leaves them out.
         window: tokens a row in one decode window.
         repeats: prefills of each length, and decode windows of each batch; medians are reported.
+        vllm: vLLM to measure beside this engine.
         page_size: token slots of a KV page.
         chunk: prefill chunk size, in tokens.
         dtype: as in the server's configuration.
@@ -57,105 +71,12 @@ class MicroOptions:
     lora_rank: int = 0
     window: int = 16
     repeats: int = 5
+    vllm: VllmOptions | None = None
     page_size: int = 64
     chunk: int = 512
     dtype: DType = "auto"
     kernel_backend: str = "auto"
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class Rate:
-    """Tokens a second: the median, and the slowest and fastest repeat."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, rates: list[float]) -> Rate:
-        """From one rate a repeat."""
-        return cls(statistics.median(rates), min(rates), max(rates))
-
-
-class _Bench:
-    def __init__(self, options: MicroOptions, engine: Orchestrator):
-        self._options = options
-        self._engine = engine
-        self._rng = np.random.default_rng(options.seed)
-        self._count = 0
-
-    def prompt(self, length: int) -> tuple[int, ...]:
-        vocab = self._engine.model_config.vocab_size
-        return tuple(self._rng.integers(0, vocab, length).tolist())
-
-    def submit(
-        self,
-        prompt: tuple[int, ...],
-        max_tokens: int,
-        events: queue.SimpleQueue[RequestOutput],
-        model: str = MODEL,
-    ) -> str:
-        self._count += 1
-        params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
-        request = Request(f"micro-{self._count}", model, prompt, params)
-        self._engine.submit(request, events.put)
-        return request.id
-
-    def prefill(self, length: int) -> float:
-        events: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
-        prompt = self.prompt(length)
-        started = time.perf_counter()
-        self.submit(prompt, 1, events)
-        _next(events)
-        return length / (time.perf_counter() - started)
-
-    def decode(self, context: int, models: Sequence[str]) -> list[float]:
-        """One rate a repeat, of one row for each of `models`."""
-        options, batch = self._options, len(models)
-        prompts = [self.prompt(context) for _ in models]
-        events: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
-        for prompt in prompts:  # their KV is cached from here on
-            self.submit(prompt, 1, events)
-            _next(events)
-        room = self._engine.config.max_model_len - context
-        ids = [
-            self.submit(prompt, room, events, model)
-            for prompt, model in zip(prompts, models, strict=True)
-        ]
-        waiting = set(ids)
-        while waiting:
-            waiting.discard(_next(events).request_id)
-        rates = []
-        for _ in range(options.repeats):
-            tokens, started = 0, time.perf_counter()
-            while tokens < options.window * batch:
-                tokens += len(_next(events).token_ids)
-            rates.append(tokens / (time.perf_counter() - started))
-        for request_id in ids:
-            self._engine.abort(request_id)
-        ended = 0
-        while ended < batch:
-            ended += _next(events).finish_reason is not None
-        return rates
-
-    def lora(self) -> dict[str, list[float]]:
-        """Rates of rows of one LoRA module and of several, measured in turn."""
-        context = self._options.contexts[0]
-        one = [_lora_name(0)] * LORA_ROWS
-        several = [_lora_name(i % LORA_MODULES) for i in range(LORA_ROWS)]
-        rates: dict[str, list[float]] = {"one module": [], "several modules": []}
-        for _ in range(2):
-            rates["one module"] += self.decode(context, one)
-            rates["several modules"] += self.decode(context, several)
-        return rates
-
-
-def _next(events: queue.SimpleQueue[RequestOutput]) -> RequestOutput:
-    event = events.get(timeout=300)
-    if event.error is not None:
-        raise EngineDeadError(event.error)
-    return event
 
 
 def serve_config(options: MicroOptions) -> ServeConfig:
@@ -181,11 +102,14 @@ def run(options: MicroOptions) -> dict[str, Any]:
 
     Returns:
         `{"options", "backend", "dtype", "prefill": {length: rate},
-        "decode": {context: {batch: rate}}, "lora": {rows: rate}, "compiles"}`.
+        "decode": {context: {batch: rate}}, "lora": {rows: rate}, "compiles"}`; with vLLM also
+        `"vllm": {"packages", "prefill", "decode", "ratios"}`, where ratios are of this engine to
+        vLLM, `{"prefill": {length: rate}, "decode": {context: {batch: rate}}}`, each from the two
+        rates of one repeat.
 
     Raises:
         CheckpointError: the base cannot be loaded.
-        EngineDeadError: the engine failed.
+        EngineDeadError, BenchmarkError: an engine failed.
     """
     config = serve_config(options)
     prepare_jax(config)
@@ -194,33 +118,88 @@ def run(options: MicroOptions) -> dict[str, Any]:
     if options.lora_rank:
         sources += [_random_lora(base, i, options.lora_rank, dtype) for i in range(LORA_MODULES)]
     engine = Orchestrator(config, base, sources)
-    engine.start()
-    try:
-        bench = _Bench(options, engine)
-        bench.prefill(max(PREFILL_LENGTHS))  # the first run of everything is not counted
-        prefill = {
-            length: asdict(Rate.of([bench.prefill(length) for _ in range(options.repeats)]))
-            for length in PREFILL_LENGTHS
-        }
+    with ExitStack() as stack:
+        engine.start()
+        stack.callback(engine.stop)
+        targets: dict[str, Target] = {OURS: EngineTarget(engine)}
+        vllm = _start_vllm(options.vllm, config) if options.vllm else None
+        if vllm is not None:
+            stack.callback(vllm.close)
+            targets[VLLM] = vllm
+        rates = _rates(options, config, targets, engine.model_config.vocab_size)
+        rates.prefill(max(PREFILL_LENGTHS))  # the first run of everything is not counted
+        prefill = {length: rates.prefill(length) for length in PREFILL_LENGTHS}
         decode = {
-            context: {
-                batch: asdict(Rate.of(bench.decode(context, [MODEL] * batch))) for batch in BATCHES
-            }
+            context: {batch: rates.decode(context, [MODEL] * batch) for batch in BATCHES}
             for context in options.contexts
         }
-        rates = bench.lora() if options.lora_rank else {}
+        lora: dict[str, Rate] = {}
+        if options.lora_rank:
+            own = _rates(options, config, {OURS: targets[OURS]}, engine.model_config.vocab_size)
+            lora = _lora(own, options.contexts[0])
         compiles = engine.stats().compiles
-    finally:
-        engine.stop()
-    return {
+    result = {
         "options": asdict(options),
         "backend": backend_for(config.kernel_backend, jax.default_backend()),
         "dtype": dtype.name,
-        "prefill": prefill,
-        "decode": decode,
-        "lora": {rows: asdict(Rate.of(found)) for rows, found in rates.items()},
+        **_figures(prefill, decode, lambda found: found[OURS]),
+        "lora": {rows: asdict(rate) for rows, rate in lora.items()},
         "compiles": compiles,
     }
+    if vllm is not None:
+        result["vllm"] = {
+            "packages": vllm.packages,
+            **_figures(prefill, decode, lambda found: found[VLLM]),
+            "ratios": _figures(prefill, decode, _ratios),
+        }
+    return result
+
+
+Found = Mapping[str, Sequence[float]]
+"""Name of a target to its rates, one a repeat."""
+
+
+def _figures(
+    prefill: Mapping[int, Found],
+    decode: Mapping[int, Mapping[int, Found]],
+    pick: Callable[[Found], Sequence[float]],
+) -> dict[str, Any]:
+    return {
+        "prefill": {length: asdict(Rate.of(pick(found))) for length, found in prefill.items()},
+        "decode": {
+            context: {batch: asdict(Rate.of(pick(found))) for batch, found in batches.items()}
+            for context, batches in decode.items()
+        },
+    }
+
+
+def _ratios(found: Found) -> list[float]:
+    return [ours / theirs for ours, theirs in zip(found[OURS], found[VLLM], strict=True)]
+
+
+def _rates(
+    options: MicroOptions, config: ServeConfig, targets: Mapping[str, Target], vocab: int
+) -> Rates:
+    room = config.max_model_len - max(options.contexts)
+    return Rates(targets, vocab, room, options.window, options.repeats, options.seed)
+
+
+def _start_vllm(vllm: VllmOptions, config: ServeConfig) -> VllmTarget:
+    arguments = (vllm.model, config.max_model_len, max(BATCHES), VLLM_KV_GIB)
+    return VllmTarget(vllm.python, *arguments, vllm.preload)
+
+
+def _lora(rates: Rates, context: int) -> dict[str, Rate]:
+    """Rates of rows of one LoRA module and of several, measured in turn."""
+    rows = {
+        "one module": [_lora_name(0)] * LORA_ROWS,
+        "several modules": [_lora_name(i % LORA_MODULES) for i in range(LORA_ROWS)],
+    }
+    found: dict[str, list[float]] = {name: [] for name in rows}
+    for _ in range(2):
+        for name, models in rows.items():
+            found[name] += rates.decode(context, models)[OURS]
+    return {name: Rate.of(measured) for name, measured in found.items()}
 
 
 def _lora_name(i: int) -> str:
