@@ -3,8 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 CONFIG ?= configs/serve/smollm2-135m.yaml
 BASE := checkpoints/smollm2-135m
+AGENTS := $(BIN)/python -m pshare_jax.bench agents
+BENCHES := react reflexion models
+BENCHES_VLLM := vllm vllm-long
+# Whatever has been measured, in this order.
+REPORT = $(BIN)/python -m pshare_jax.bench report --results="[$$(ls \
+  $(patsubst %,docs/results/agents-%.json,$(BENCHES) $(BENCHES_VLLM)) 2>/dev/null | paste -sd,)]"
 
-.PHONY: demo serve bench results test test-compile lint format clean
+.PHONY: demo serve bench bench-vllm results test test-compile lint format clean
 
 demo: .venv/.run
 	$(BIN)/python -m pshare_jax.demo
@@ -13,8 +19,13 @@ serve: .venv/.run $(BASE)/pshare.json
 	$(BIN)/python -m pshare_jax.serve --config $(CONFIG)
 
 bench: .venv/.bench $(BASE)/pshare.json
-	$(BIN)/python -m pshare_jax.bench agents --config configs/bench/agents.yaml \
-	  --json runs/bench/agents.json --plots runs/bench
+	$(foreach name,$(BENCHES),$(AGENTS) --config configs/bench/$(name).yaml \
+	  --json docs/results/agents-$(name).json &&) $(REPORT)
+
+# Needs an interpreter that has vLLM for CPUs: make bench-vllm VLLM='--vllm.python=... --vllm.model=...'
+bench-vllm: .venv/.bench $(BASE)/pshare.json
+	$(foreach name,$(BENCHES_VLLM),$(AGENTS) --config configs/bench/$(name).yaml $(VLLM) \
+	  --json docs/results/agents-$(name).json &&) $(REPORT)
 
 # Finished runs are kept; started again it goes on where it was stopped.
 results: .venv/.study $(BASE)/pshare.json

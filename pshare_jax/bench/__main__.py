@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from rich.table import Table
 
 from pshare_jax.bench import (
     agents,
+    agents_markdown,
     agents_plots,
     agents_report,
     compile_report,
@@ -27,7 +29,8 @@ from pshare_jax.bench import compile as compile_bench
 from pshare_jax.bench.plan import command as plan
 from pshare_jax.bench.plan import plots as plan_plots
 from pshare_jax.bench.plan import report as plan_report
-from pshare_jax.convert.files import replace_file
+from pshare_jax.convert.files import replace_file, replace_section
+from pshare_jax.convert.manifest import read_json
 from pshare_jax.errors import PshareError
 
 # Columns of a table that goes into a file or a pipe.
@@ -73,6 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan_parser.add_argument(
         "--plots", type=str | None, default=None, help="folder for plots (PNG); needs matplotlib"
     )
+    report_parser = jsonargparse.ArgumentParser(
+        description="Writes results of `bench agents` into a document, with plots beside them."
+    )
+    report_parser.add_class_arguments(ReportOptions)
     for command in (micro_parser, compile_parser, agents_parser, plan_parser):
         command.add_argument("--json", type=str | None, default=None, help="file for the figures")
     commands = parser.add_subcommands(dest="command")
@@ -80,11 +87,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_subcommand("compile", compile_parser)
     commands.add_subcommand("agents", agents_parser)
     commands.add_subcommand("plan", plan_parser)
+    commands.add_subcommand("report", report_parser)
     benches = {"micro": _micro, "compile": _compile, "agents": _agents, "plan": _plan}
     draws = {"agents": agents_plots.draw, "plan": plan_plots.draw}
     try:
         arguments = parser.instantiate(parser.parse_args(None if argv is None else list(argv)))
         options = dict(arguments[arguments.command])
+        if arguments.command == "report":
+            _report(ReportOptions(**options))
+            return 0
         json_file, plots = options.pop("json"), options.pop("plots", None)
         if plots is not None:
             agents_plots.check_installed()
@@ -98,6 +109,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"pshare_jax.bench: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """What `bench report` reads and writes.
+
+    Args:
+        results: files of `bench agents --json`, in the order in which they are to be read.
+        document: has the markers `agents`; what stands between them is replaced.
+        plots: folder for the plots.
+    """
+
+    results: list[str]
+    document: str = "docs/benchmarks.md"
+    plots: str = "docs/results"
+
+
+def _report(options: ReportOptions) -> None:
+    folder, document = Path(options.plots), Path(options.document)
+    sections = []
+    for file in map(Path, options.results):
+        result = read_json(file)
+        drawn = agents_plots.draw(result, folder, f"{file.stem}-")
+        plots = [Path(os.path.relpath(plot, document.parent)) for plot in drawn]
+        sections.append(agents_markdown.markdown(result, result["options"]["title"], plots))
+    replace_section(document, "agents", "\n".join(sections))
 
 
 def _agents(options: dict[str, Any]) -> dict[str, Any]:
@@ -132,7 +169,7 @@ def _plan(options: dict[str, Any]) -> dict[str, Any]:
     tables = plan_report.markdown(result)
     print(tables)
     if document is not None:
-        plan_report.write_into(document, tables)
+        replace_section(document, "plan", tables)
     return result
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from pshare_jax.bench.agents_targets import (
     ISOLATED,
     SERVERS,
     SHARED,
+    VLLM,
     Target,
     find_target,
     open_http,
@@ -26,6 +28,7 @@ from pshare_jax.bench.agents_targets import (
     tokenizer_folder,
 )
 from pshare_jax.bench.agents_workload import Workload
+from pshare_jax.bench.vllm_servers import VllmServers, running_vllm
 from pshare_jax.errors import ConfigError
 from pshare_jax.text.tokenizer import Tokenizer
 
@@ -38,9 +41,13 @@ class AgentsOptions:
     """What is played against what.
 
     Args:
+        title: what the result is called in a report.
         urls: servers that run already: one for all models, or one a model.
         shared: configuration of a server that is started here, whose models share.
         isolated: the same with models that do not: the baseline.
+        variants: by name, configurations of further servers whose models share; each is compared
+            with every baseline, as `shared` is.
+        vllm: servers of vLLM that are started too, one a model: a baseline.
         server_args: further flags of the servers that are started.
         names: the models' names; empty takes those that the servers list.
         workload: the shape of a session.
@@ -61,9 +68,12 @@ class AgentsOptions:
         timeout: seconds that a call may take.
     """
 
+    title: str = "Agents"
     urls: list[str] = field(default_factory=list)
     shared: str | None = None
     isolated: str | None = None
+    variants: dict[str, str] = field(default_factory=dict)
+    vllm: VllmServers | None = None
     server_args: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     workload: Workload = field(default_factory=Workload)
@@ -82,8 +92,10 @@ class AgentsOptions:
     timeout: float = 600.0
 
     def __post_init__(self) -> None:
-        if not (self.urls or self.shared or self.isolated):
-            raise ConfigError("name servers: --urls, --shared or --isolated")
+        if not (self.urls or self.shared or self.isolated or self.vllm):
+            raise ConfigError("name servers: --urls, --shared, --isolated or --vllm.python")
+        if taken := {SHARED, ISOLATED, SERVERS, VLLM} & self.variants.keys():
+            raise ConfigError(f"variants: the name {min(taken)!r} has a meaning of its own")
         for name in ("sessions", "rounds"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: must be at least 1, got {getattr(self, name)}")
@@ -98,7 +110,7 @@ class AgentsOptions:
     @property
     def configs(self) -> dict[str, str]:
         """Configuration files of the servers to start, the baseline first."""
-        named = {ISOLATED: self.isolated, SHARED: self.shared}
+        named = {ISOLATED: self.isolated, **self.variants, SHARED: self.shared}
         return {name: config for name, config in named.items() if config is not None}
 
     def workloads(self) -> list[Workload]:
@@ -145,8 +157,12 @@ def run(options: AgentsOptions, progress: Progress = lambda done, total: None) -
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
 
-    with started(configs, options.server_args) as addresses:
+    with ExitStack() as stack:
         servers = {SERVERS: options.urls} if options.urls else {}
+        if options.vllm:
+            most = max(workload.models for workload in workloads)
+            servers[VLLM] = stack.enter_context(running_vllm(options.vllm, most))
+        addresses = stack.enter_context(started(configs, options.server_args))
         servers.update({name: [url] for name, url in addresses.items()})
         bench = _Bench(options, workloads, servers, encode, progress)
         return asyncio.run(bench.run())
@@ -182,10 +198,14 @@ class _Bench:
             for point in self._points():
                 turn = point.round % len(targets)
                 runs += [await self._run(http, t, point) for t in targets[turn:] + targets[:turn]]
+            names = [target.name for target in targets]
+            sharing = [name for name in names if name in {SHARED, *options.variants}]
             comparisons = [
                 row
-                for baseline in targets[:-1]
-                for row in compare(runs, targets[-1].name, baseline.name)
+                for name in sharing or names[-1:]
+                for baseline in names
+                if baseline not in {name, *sharing}
+                for row in compare(runs, name, baseline)
             ]
             return {
                 "options": {**asdict(options), "api_key": None},
@@ -244,7 +264,9 @@ class _Bench:
         rows = []
         for index, workload in enumerate(self._workloads):
             for row in comparisons:
-                if row["baseline"] != ISOLATED or row["models"] != workload.models:
+                if (row["target"], row["baseline"]) != (SHARED, ISOLATED):
+                    continue
+                if row["models"] != workload.models:
                     continue
                 concurrency = best_concurrency(runs, SHARED, workload.models)
                 seed = self._options.seed * _RUNS + _RUNS // 2 + index

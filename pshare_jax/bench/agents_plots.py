@@ -29,7 +29,7 @@ def check_installed() -> None:
         raise ConfigError("plots: needs matplotlib; pip install 'pshare_jax[bench]'") from error
 
 
-def draw(result: dict[str, Any], folder: Path) -> list[Path]:
+def draw(result: dict[str, Any], folder: Path, prefix: str = "") -> list[Path]:
     """Writes `concurrency.png` and, if several numbers of models were run, `models.png`.
 
     Each has throughput and p95 call latency, a line a target: medians of the rounds, and bars from
@@ -38,6 +38,7 @@ def draw(result: dict[str, Any], folder: Path) -> list[Path]:
     Args:
         result: of `agents.run`.
         folder: made if need be.
+        prefix: of the files' names.
 
     Returns:
         The files.
@@ -55,7 +56,7 @@ def draw(result: dict[str, Any], folder: Path) -> list[Path]:
         f"{workload['pattern']}: {workload['prompt']} tokens of context, {workload['generated']} "
         f"generated and {workload['observed']} observed a call"
     )
-    files = [folder / "concurrency.png"]
+    files = [folder / f"{prefix}concurrency.png"]
     lines = {
         f"{target}, {count} models": by_concurrency(runs, target, count)
         for count in counts
@@ -63,7 +64,7 @@ def draw(result: dict[str, Any], folder: Path) -> list[Path]:
     }
     _figure(files[0], title, "live sessions", lines)
     if len(counts) > 1:
-        files.append(folder / "models.png")
+        files.append(folder / f"{prefix}models.png")
         lines = {target: by_models(runs, target) for target in targets}
         _figure(files[1], title, "models", lines)
     return files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,13 +15,20 @@ _COLUMNS: tuple[tuple[str, Callable[[Run], float | None], str], ...] = (
     ("tok/s", lambda run: run["generated_tokens_per_s"], "{:,.1f}"),
     ("calls/s", lambda run: run["calls_per_s"], "{:,.2f}"),
     ("TTFT p50", lambda run: run["ttft_s"]["p50"], "{:,.2f} s"),
-    ("p95", lambda run: run["ttft_s"]["p95"], "{:,.2f} s"),
+    ("TTFT p95", lambda run: run["ttft_s"]["p95"], "{:,.2f} s"),
     ("call p50", lambda run: run["call_s"]["p50"], "{:,.2f} s"),
-    ("p95", lambda run: run["call_s"]["p95"], "{:,.2f} s"),
+    ("call p95", lambda run: run["call_s"]["p95"], "{:,.2f} s"),
     ("session p95", lambda run: run["session_s"]["p95"], "{:,.1f} s"),
     ("cached", lambda run: _share(run, "cached"), "{:.0%}"),
     ("by others", lambda run: _share(run, "other_model"), "{:.0%}"),
 )
+
+
+def columns() -> list[tuple[str, Callable[[list[Run]], str]]]:
+    """Heading and text of each figure of a group of runs: the median over the rounds."""
+    return [
+        (name, functools.partial(_cell, value=value, text=text)) for name, value, text in _COLUMNS
+    ]
 
 
 def groups(result: dict[str, Any]) -> Iterator[tuple[str, int, int, list[Run]]]:
@@ -39,10 +47,10 @@ def runs_table(result: dict[str, Any]) -> Table:
     table = Table(title=f"{workload['pattern']}: medians of {result['options']['rounds']} rounds")
     for header in ("models", "live sessions", "target"):
         table.add_column(header)
-    for header, _, _ in _COLUMNS:
+    for header, _ in columns():
         table.add_column(header, justify="right")
     for target, models, concurrency, runs in groups(result):
-        cells = [_cell(runs, value, text) for _, value, text in _COLUMNS]
+        cells = [cell(runs) for _, cell in columns()]
         table.add_row(str(models), str(concurrency), target, *cells)
     return table
 
@@ -54,8 +62,8 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
         sides = " and ".join(f"{n} with {c}" for n, c in best["concurrency"].items())
         yield (
             f"{row['models']} models, {row['target']} against {row['baseline']}, each at its best "
-            f"({sides} live sessions): throughput {_times(best['throughput'])}, p95 of calls "
-            f"{_times(best['p95_call_s'])} lower, of sessions {_times(best['p95_session_s'])} lower"
+            f"({sides} live sessions): throughput {times(best['throughput'])}, p95 of calls "
+            f"{times(best['p95_call_s'])} lower, of sessions {times(best['p95_session_s'])} lower"
         )
     for row in result["limits"]:
         yield (
@@ -65,7 +73,8 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def _times(ratio: dict[str, float]) -> str:
+def times(ratio: dict[str, float]) -> str:
+    """A ratio with its range, for people."""
     return f"{ratio['median']:.2f}x ({ratio['low']:.2f}-{ratio['high']:.2f})"
 
 

@@ -19,6 +19,7 @@ from pshare_jax.serve.process import running_server
 ISOLATED = "isolated"
 SHARED = "shared"
 SERVERS = "servers"
+VLLM = "vllm"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pshare_jax.bench.micro_targets import MODEL, Target
+from pshare_jax.bench.micro_targets import MODEL, Event, Target
+from pshare_jax.errors import BenchmarkError
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,11 @@ class Rates:
 
     def decode(self, context: int, models: Sequence[str]) -> dict[str, list[float]]:
         """Generated tokens a second of all rows, one row for each of `models` (names that a target
-        knows), of each target one a repeat."""
+        knows), of each target one a repeat.
+
+        Raises:
+            BenchmarkError: rows end within a window, which would then count too little.
+        """
         prompts = [self._prompt(context) for _ in models]
         rates: dict[str, list[float]] = {name: [] for name in self._targets}
         for target in self._targets.values():
@@ -89,24 +94,28 @@ class Rates:
         self, target: Target, prompts: Sequence[Sequence[int]], models: Sequence[str]
     ) -> float:
         rows = zip(prompts, models, strict=True)
-        ids = {target.submit(prompt, self._room, model) for prompt, model in rows}
-        waiting, ended = set(ids), set()
+        ids = [target.submit(prompt, self._room, model) for prompt, model in rows]
+        waiting = set(ids)
         while waiting:
-            waiting.discard(target.next().request_id)
+            waiting.discard(self._running(target).request_id)
         tokens, started = 0, time.perf_counter()
         while tokens < self._window * len(ids):
-            event = target.next()
-            tokens += event.tokens
-            if event.finished:
-                ended.add(event.request_id)
+            tokens += self._running(target).tokens
         rate = tokens / (time.perf_counter() - started)
-        for request_id in ids - ended:
+        for request_id in ids:
             target.abort(request_id)
-        while ended != ids:
-            event = target.next()
-            if event.finished:
-                ended.add(event.request_id)
+        for _ in ids:
+            _until_end(target)
         return rate
+
+    def _running(self, target: Target) -> Event:
+        event = target.next()
+        if event.finished:
+            raise BenchmarkError(
+                f"a row ended before {self._window} tokens of every row were counted: its "
+                f"{self._room} tokens were generated faster than rows were started and read"
+            )
+        return event
 
     def _prompt(self, length: int) -> list[int]:
         return self._rng.integers(0, self._vocab, length).tolist()

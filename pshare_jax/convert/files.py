@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pshare_jax.errors import CheckpointError
+from pshare_jax.errors import CheckpointError, DataError
 
 REMOVE_ATTEMPTS = 20
 
@@ -126,3 +126,21 @@ def _flush(folder: Path) -> None:
         for name in names:
             _flush_path(os.path.join(root, name))
         _flush_path(root)
+
+
+def replace_section(document: str | Path, name: str, text: str) -> None:
+    """Replaces what stands between the lines `<!-- NAME: begin -->` and `<!-- NAME: end -->`.
+
+    Raises:
+        DataError: there is no such document, or it has no such lines.
+        CheckpointError: it cannot be written.
+    """
+    document = Path(document)
+    if not document.is_file():
+        raise DataError(f"there is no document {document}")
+    first, last = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, begin, rest = document.read_text().partition(first)
+    _, end, after = rest.partition(last)
+    if not begin or not end:
+        raise DataError(f"{document}: has no lines {first} and {last}")
+    replace_file(document, f"{before}{begin}\n\n{text}\n{end}{after}")

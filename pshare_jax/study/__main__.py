@@ -64,6 +64,7 @@ def _quick(folder: Path) -> None:
 
 def _report(config: StudyConfig) -> None:
     """Writes the tables into `DOCUMENT` and the plots beside the results."""
+    from pshare_jax.convert.files import replace_section
     from pshare_jax.study import report
 
     folder = Path(config.results)
@@ -73,7 +74,7 @@ def _report(config: StudyConfig) -> None:
         plot = folder / f"{task.name}-shares.png"
         if report.plot_shares(results, task.name, plot):
             text += f"\n![{task.name}: accuracy by share]({plot.relative_to(DOCUMENT.parent)})\n"
-    report.write_into(DOCUMENT, text)
+    replace_section(DOCUMENT, "study", text)
     print(f"{DOCUMENT}: {len(results)} results")
 
 

@@ -16,7 +16,6 @@ from pshare_jax.study.tasks import SUMMARY_FILE
 
 Result = Mapping[str, Any]
 
-BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
 _METHODS = {
     "base": "base, not trained",
     "full": "full fine-tuning",
@@ -44,19 +43,6 @@ def tables(results: Sequence[Result]) -> str:
     tasks = list(dict.fromkeys(result["task"] for result in results))
     parts = [_test_table(task, [r for r in results if r["task"] == task]) for task in tasks]
     return "\n".join([*parts, _validation_table(results)])
-
-
-def write_into(document: Path, text: str) -> None:
-    """Replaces what stands between the markers `BEGIN` and `END` in `document`.
-
-    Raises:
-        DataError: it has no such markers.
-    """
-    before, begin, rest = document.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise DataError(f"{document}: has no lines {BEGIN} and {END}")
-    document.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}")
 
 
 def _test_table(task: str, results: Sequence[Result]) -> str:

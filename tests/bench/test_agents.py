@@ -17,6 +17,7 @@ from pshare_jax.bench.agents_load import Load
 from pshare_jax.bench.agents_targets import find_target, open_http, started
 from pshare_jax.bench.agents_workload import Workload
 from pshare_jax.bench.limits import isolated_prefill_tokens, rho, shared_prefill_tokens
+from pshare_jax.config import load_serve_config
 from pshare_jax.convert.orbax import write_prefill
 from pshare_jax.errors import BenchmarkError
 from pshare_jax.models.decoder import init_weights
@@ -173,7 +174,7 @@ def test_a_context_that_is_too_long_gives_no_figures(served, tokenizer_folder, t
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "name servers: --urls, --shared or --isolated"),
+        ([], "name servers: --urls, --shared, --isolated or --vllm.python"),
         (["--shared=absent.yaml", "--tokenizer=x"], "absent.yaml"),
         (["--urls=[http://127.0.0.1:9]", "--model_counts=[3]"], "cannot be divided among 3"),
         (["--urls=[http://127.0.0.1:9]", "--concurrency=[0]"], "concurrency: must be"),
@@ -262,9 +263,31 @@ def test_sharing_against_not_sharing(tmp_path, capsys):
     assert 1 < limit["g_max"] < limit["rho"]
     assert limit["achieved"] == row["best"]["throughput"]["median"]
     assert "G_max" in capsys.readouterr().out
+    reported(tmp_path, result)
 
 
-def test_the_configuration_of_make_bench_is_understood(monkeypatch):
+def reported(folder: Path, result: dict) -> None:
+    """`bench report` puts the result's figures into a document, with its plot beside."""
+    document = folder / "docs" / "doc.md"
+    document.parent.mkdir()
+    document.write_text("a\n<!-- agents: begin -->\nold\n<!-- agents: end -->\nb\n")
+    files = [f"--results=[{folder}/out/result.json]", f"--plots={folder}/docs/plots"]
+    assert main(["report", *files, f"--document={document}"]) == 0
+    text = document.read_text()
+    assert "old" not in text
+    assert "### Agents\n\n`react`: 4 calls a session, 64 tokens of context" in text
+    assert text.count("| isolated | 2 | 2 | ") == text.count("| shared | 2 | 2 | ") == 1
+    ratio = result["comparisons"][0]["best"]["throughput"]
+    expected = f"{ratio['median']:.2f}x ({ratio['low']:.2f}-{ratio['high']:.2f})"
+    assert f"| shared : isolated | 2 | 2 : 2 | {expected} |" in text
+    [limit] = result["limits"]
+    assert f"| {limit['g_max']:.2f} | {limit['achieved']:.2f} |" in text
+    assert "![Agents](plots/result-concurrency.png)" in text
+    assert (document.parent / "plots/result-concurrency.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["react", "reflexion", "models", "vllm", "vllm-long"])
+def test_configurations_have_room_for_every_live_session(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     seen = []
 
@@ -273,14 +296,22 @@ def test_the_configuration_of_make_bench_is_understood(monkeypatch):
         raise BenchmarkError("enough")
 
     monkeypatch.setattr(agents, "run", keep)
-    assert main(["agents", "--config=configs/bench/agents.yaml", "--sessions=4"]) == 2
+    assert main(["agents", f"--config=configs/bench/{name}.yaml", "--sessions=4"]) == 2
     [options] = seen
-    assert options.workload == Workload()
-    assert (options.sessions, options.rounds, options.concurrency) == (4, 3, [1, 2, 4])
-    for name, config in options.configs.items():
-        served = yaml.safe_load(Path(config).read_text())
-        assert {model.get("sharing", "shared") for model in served["models"]} == {name}
-        assert served["max_model_len"] >= options.workload.longest
+    assert options.sessions == 4
+    for server, config in options.configs.items():
+        served = load_serve_config(config, *options.server_args)
+        assert {model.sharing for model in served.models} == {
+            "isolated" if server == "isolated" else "shared"
+        }
+        for workload in options.workloads():
+            assert served.max_model_len >= workload.longest
+            assert len(served.models) >= workload.models
+            copies = workload.models if server == "isolated" else 1
+            tokens = max(options.concurrency) * copies * workload.longest
+            assert (
+                min(served.prefill.num_pages, served.decode.num_pages) * served.page_size > tokens
+            )
 
 
 def test_a_benchmark_that_is_ended_stops_its_servers():

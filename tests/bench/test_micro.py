@@ -21,7 +21,9 @@ from tests.text.tiny import write_byte_level
 
 # Takes requests by the interface of vLLM's engine; a step gives each one token.
 FAKE_VLLM = """
+import time
 import types
+
 from vllm.sampling_params import RequestOutputKind
 
 
@@ -58,6 +60,7 @@ class LLMEngine:
 
     def step(self):
         outputs = []
+        time.sleep(0.01)
         for request_id in list(self.left):
             self.left[request_id] -= 1
             done = not self.left[request_id]
@@ -130,6 +133,13 @@ def test_rates_are_those_of_the_window_and_targets_take_turns(monkeypatch):
     assert log == warm + ["a base 6 20", "a lora0 6 20", "b base 6 20", "b lora0 6 20"] * 2
 
 
+def test_a_window_that_rows_do_not_live_through_is_refused():
+    target = Clocked([0.0], 0.5, [], "a")
+    rates = Rates({"a": target}, vocab=50, room=3, window=4, repeats=1, seed=0)
+    with pytest.raises(BenchmarkError, match="a row ended before 4 tokens of every row"):
+        rates.decode(6, ["base"])
+
+
 def test_a_rate_has_median_and_extremes():
     assert Rate.of([3.0, 1.0, 2.0]) == Rate(2.0, 1.0, 3.0)
 
@@ -169,7 +179,8 @@ def base(tmp_path) -> Path:
 def test_this_engine_beside_vllm(base, fake_vllm, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(micro, "PREFILL_LENGTHS", (48, 96))
     monkeypatch.setattr(micro, "BATCHES", (2,))
-    flags = [f"--base={base}", "--contexts=[16,40]", "--window=3", "--repeats=3", "--lora_rank=2"]
+    monkeypatch.setattr(micro, "LORA_ROWS", 2)
+    flags = [f"--base={base}", "--contexts=[16,40]", "--window=12", "--repeats=3", "--lora_rank=2"]
     flags += ["--page_size=16", "--chunk=64", "--kernel_backend=xla", "--dtype=float32"]
     flags += [f"--vllm.python={fake_vllm}", "--vllm.model=folder", f"--json={tmp_path}/out.json"]
     assert main(["micro", *flags]) == 0

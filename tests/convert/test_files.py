@@ -12,10 +12,10 @@ import pytest
 from rich.console import Console
 
 from pshare_jax.convert import files, progress
-from pshare_jax.convert.files import atomic_folder, one_line, replace_file
+from pshare_jax.convert.files import atomic_folder, one_line, replace_file, replace_section
 from pshare_jax.convert.progress import progress_bar
 from pshare_jax.convert.tensors import DTYPES, LazyTensor, as_lazy
-from pshare_jax.errors import CheckpointError
+from pshare_jax.errors import CheckpointError, DataError
 
 
 def test_the_folder_appears_at_the_end(tmp_path):
@@ -138,3 +138,15 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
         replace_file(path, "lost")
     assert path.read_text(encoding="utf-8") == "ä new one"
     assert [p.name for p in path.parent.iterdir()] == ["file.json"]
+
+
+def test_a_section_of_a_document_is_replaced(tmp_path):
+    file = tmp_path / "doc.md"
+    other = "<!-- b: begin -->\nkept\n<!-- b: end -->\n"
+    file.write_text(f"before\n<!-- a: begin -->\nold\n<!-- a: end -->\n{other}")
+    replace_section(file, "a", "new")
+    assert file.read_text() == f"before\n<!-- a: begin -->\n\nnew\n<!-- a: end -->\n{other}"
+    with pytest.raises(DataError, match="no lines <!-- c: begin -->"):
+        replace_section(file, "c", "x")
+    with pytest.raises(DataError, match="there is no document"):
+        replace_section(tmp_path / "none.md", "a", "x")

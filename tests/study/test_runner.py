@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pshare_jax.errors import ConfigError, DataError
+from pshare_jax.convert.files import replace_section
+from pshare_jax.errors import ConfigError
 from pshare_jax.study import report, runner
 from pshare_jax.study.__main__ import main
 from pshare_jax.study.config import Runs, StudyConfig, TaskConfig, expand
@@ -80,9 +81,9 @@ def test_finished_runs_are_not_made_again(study, monkeypatch):
 @pytest.mark.slow
 def test_the_report_shows_every_result(study, tmp_path):
     document = tmp_path / "training.md"
-    document.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    document.write_text("before\n<!-- study: begin -->\nold\n<!-- study: end -->\nafter\n")
     results = report.read_results(Path(study.results))
-    report.write_into(document, report.tables(results))
+    replace_section(document, "study", report.tables(results))
     text = document.read_text()
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
@@ -140,6 +141,3 @@ def test_errors_are_one_line(tmp_path, capsys):
     assert main(["report", *folders, "--tasks=[]", "--runs=[]"]) == 2
     assert "no results" in capsys.readouterr().err
     assert main(["walk"]) == 2
-    (tmp_path / "d.md").write_text("nothing")
-    with pytest.raises(DataError, match="has no lines"):
-        report.write_into(tmp_path / "d.md", "x")

@@ -3,30 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from pshare_jax.convert.files import replace_file
-from pshare_jax.errors import ConfigError
-
-BEGIN, END = "<!-- plan: begin -->", "<!-- plan: end -->"
 _LABEL = "**Predicted, not measured.**"
-
-
-def write_into(file: str, text: str) -> None:
-    """Replaces what stands between the markers in a document.
-
-    Raises:
-        ConfigError: there is no such document, or it has no such markers.
-    """
-    document = Path(file)
-    if not document.is_file():
-        raise ConfigError(f"markdown: there is no document {file}")
-    before, begin, rest = document.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ConfigError(f"markdown: {file} has no lines {BEGIN} and {END}")
-    replace_file(document, f"{before}{BEGIN}\n\n{text}\n{END}{after}")
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -1,0 +1,73 @@
+"""Servers of vLLM are started one a model, and ended with their children."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from pshare_jax.bench.vllm_servers import VllmServers, running_vllm
+from pshare_jax.errors import BenchmarkError
+
+# Answers any GET with its flags and environment; its child shares its process group.
+FAKE = """
+import http.server, json, os, subprocess, sys
+if "broken" in sys.argv:
+    sys.exit("no such model")
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        kv = os.environ["VLLM_CPU_KVCACHE_SPACE"]
+        facts = {"argv": sys.argv[1:], "child": child.pid, "kv": kv}
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(facts).encode())
+
+    def log_message(self, *args):
+        pass
+
+port = int(sys.argv[sys.argv.index("--port") + 1])
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+@pytest.fixture
+def python(tmp_path, monkeypatch) -> str:
+    folder = tmp_path / "vllm/entrypoints/openai"
+    folder.mkdir(parents=True)
+    (folder / "api_server.py").write_text(FAKE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return sys.executable
+
+
+def ask(url: str) -> dict:
+    with urllib.request.urlopen(url) as response:
+        return json.loads(response.read())
+
+
+def test_each_model_has_a_server_until_the_end(python):
+    with running_vllm(VllmServers(python, "folder", kv_gib=2, args=["--seed", "7"]), 2) as urls:
+        first, second = map(ask, urls)
+        os.kill(first["child"], 0)  # it lives
+    assert len(set(urls)) == 2
+    assert first["kv"] == "2"
+    assert first["argv"][:4] == ["--model", "folder", "--served-model-name", "model0"]
+    assert second["argv"][3] == "model1"
+    assert first["argv"][-2:] == ["--seed", "7"]
+    for facts in (first, second):
+        stat = Path(f"/proc/{facts['child']}/stat")
+        assert not stat.exists() or stat.read_text().split()[2] == "Z"
+
+
+def test_a_server_that_does_not_start(python):
+    for servers, message in (
+        (VllmServers(python, "broken"), "ended: 1\\nno such model"),
+        (VllmServers("nowhere", "folder"), "nowhere: No such file"),
+    ):
+        with pytest.raises(BenchmarkError, match=message), running_vllm(servers, 1):
+            pass
