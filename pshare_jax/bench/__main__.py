@@ -166,10 +166,10 @@ def _plan(options: dict[str, Any]) -> dict[str, Any]:
             plan.PlanOptions(**options),
             lambda done, total: bar.update(task, completed=done, total=total),
         )
-    tables = plan_report.markdown(result)
-    print(tables)
-    if document is not None:
-        replace_section(document, "plan", tables)
+    for name, tables in plan_report.sections(result).items():
+        print(tables)
+        if document is not None:
+            replace_section(document, name, tables)
     return result
 
 

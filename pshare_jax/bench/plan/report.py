@@ -8,18 +8,20 @@ from typing import Any
 _LABEL = "**Predicted, not measured.**"
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """All tables."""
-    parts = []
+def sections(result: dict[str, Any]) -> dict[str, str]:
+    """Markdown by the name of its place in a document: `validation`, `plan`, or both."""
+    found = {}
     if result["validation"]:
-        parts += ["### Predicted against measured\n", *_validation(result), ""]
+        parts = ["### Predicted against measured\n", *_validation(result), ""]
+        found["validation"] = "\n".join(parts)
     if predictions := result["predictions"]:
-        parts += ["### Predictions\n", _assumptions(result["options"]["predict"], predictions), ""]
+        parts = ["### Predictions\n", _assumptions(result["options"]["predict"], predictions), ""]
         parts += ["#### Memory\n", _MEMORY, *_memory(result["memory"]), ""]
         parts += ["#### Sharing against not sharing\n", _GAINS, *_gains(predictions), ""]
         parts += ["#### The split\n", _SPLITS, *_splits(predictions), ""]
         parts += ["#### Load\n", _LOAD, *_load(predictions), ""]
-    return "\n".join(parts)
+        found["plan"] = "\n".join(parts)
+    return found
 
 
 def worst(rows: Sequence[dict[str, Any]], figure: str) -> float:

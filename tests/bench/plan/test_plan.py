@@ -261,4 +261,5 @@ def test_kinds_of_modules_come_from_their_checkpoints(tmp_path):
 
 def test_the_documents_have_their_markers():
     text = (ROOT / "docs/benchmarks.md").read_text()
-    assert text.count("<!-- plan: begin -->") == text.count("<!-- plan: end -->") == 1
+    for name in ("agents", "validation", "plan"):
+        assert text.count(f"<!-- {name}: begin -->") == text.count(f"<!-- {name}: end -->") == 1
