@@ -29,7 +29,7 @@ from pshare_jax.bench import compile as compile_bench
 from pshare_jax.bench.plan import command as plan
 from pshare_jax.bench.plan import plots as plan_plots
 from pshare_jax.bench.plan import report as plan_report
-from pshare_jax.convert.files import replace_file, replace_section
+from pshare_jax.convert.files import check_section, replace_file, replace_section
 from pshare_jax.convert.manifest import read_json
 from pshare_jax.errors import PshareError
 
@@ -159,6 +159,8 @@ def _agents(options: dict[str, Any]) -> dict[str, Any]:
 def _plan(options: dict[str, Any]) -> dict[str, Any]:
     options.pop("config", None)
     document = options.pop("markdown")
+    if document is not None:
+        check_section(document, "plan")
     columns = (TextColumn("predictions"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=None)

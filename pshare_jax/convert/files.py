@@ -128,6 +128,11 @@ def _flush(folder: Path) -> None:
         _flush_path(root)
 
 
+def check_section(document: str | Path, name: str) -> None:
+    """Raises DataError where `replace_section` would; asked before long work."""
+    _around_section(Path(document), name)
+
+
 def replace_section(document: str | Path, name: str, text: str) -> None:
     """Replaces what stands between the lines `<!-- NAME: begin -->` and `<!-- NAME: end -->`.
 
@@ -135,7 +140,12 @@ def replace_section(document: str | Path, name: str, text: str) -> None:
         DataError: there is no such document, or it has no such lines.
         CheckpointError: it cannot be written.
     """
-    document = Path(document)
+    before, after = _around_section(Path(document), name)
+    replace_file(document, f"{before}\n\n{text}\n{after}")
+
+
+def _around_section(document: Path, name: str) -> tuple[str, str]:
+    """What stands before a section and after it, its markers included."""
     if not document.is_file():
         raise DataError(f"there is no document {document}")
     first, last = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
@@ -143,4 +153,4 @@ def replace_section(document: str | Path, name: str, text: str) -> None:
     _, end, after = rest.partition(last)
     if not begin or not end:
         raise DataError(f"{document}: has no lines {first} and {last}")
-    replace_file(document, f"{before}{begin}\n\n{text}\n{end}{after}")
+    return before + begin, end + after
