@@ -37,6 +37,7 @@ TARGETS = (
     "pshare_paged_attention",
     "pshare_decoder_layer",
     "pshare_lm_head",
+    "pshare_matmul",
     "pshare_gather_pages",
     "pshare_scatter_pages",
     "pshare_copy_pages",

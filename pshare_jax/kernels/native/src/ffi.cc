@@ -7,6 +7,7 @@
 
 #include "head.h"
 #include "layer.h"
+#include "matmul.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -262,6 +263,29 @@ ffi::Error lm_head(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dictio
   });
 }
 
+// left, right -> out; attributes say which operands are transposed
+ffi::Error matmul_handler(ffi::RemainingArgs args, ffi::RemainingRets rets,
+                          ffi::Dictionary attrs) {
+  Call call(args, rets, attrs);
+  bool turn_left = call.attr<bool>("transpose_left"), turn_right = call.attr<bool>("transpose_right");
+  Side left{call.data<bf16>(0), call.dim(0, turn_left), call.dim(0, !turn_left), !turn_left};
+  Side right{call.data<bf16>(1), call.dim(1, !turn_right), call.dim(1, turn_right), turn_right};
+  bool bfloat16 = call.arg(0).element_type() == ffi::DataType::BF16 &&
+                  call.arg(1).element_type() == ffi::DataType::BF16;
+  call.good(bfloat16 ? "" : "the operands must be bfloat16");
+  call.good(left.depth == right.depth ? "" : "the inner axes differ");
+  if (!call.error().empty()) return ffi::Error::InvalidArgument(call.error());
+  ffi::AnyBuffer out = call.ret(0);
+  if (out.element_type() == ffi::DataType::F32) {
+    matmul(left, right, static_cast<float*>(out.untyped_data()));
+  } else if (out.element_type() == ffi::DataType::BF16) {
+    matmul(left, right, static_cast<bf16*>(out.untyped_data()));
+  } else {
+    return ffi::Error::InvalidArgument("the result must be float32 or bfloat16");
+  }
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 #define PSHARE_HANDLER(name, function)                                                    \
@@ -272,6 +296,7 @@ PSHARE_HANDLER(pshare_kv_write, kv_write);
 PSHARE_HANDLER(pshare_paged_attention, paged_attention);
 PSHARE_HANDLER(pshare_decoder_layer, decoder_layer);
 PSHARE_HANDLER(pshare_lm_head, lm_head);
+PSHARE_HANDLER(pshare_matmul, matmul_handler);
 PSHARE_HANDLER(pshare_gather_pages, gather_pages);
 PSHARE_HANDLER(pshare_scatter_pages, scatter_pages);
 PSHARE_HANDLER(pshare_copy_pages, copy_pages);

@@ -1,0 +1,1 @@
+"""Activations times weights, with a gradient."""

@@ -1,0 +1,71 @@
+"""Activations times weights: the products of a decoder, with a gradient."""
+
+from __future__ import annotations
+
+import jax
+
+from pshare_jax.errors import ConfigError
+from pshare_jax.kernels.backends import BACKEND_NAMES, CPU_FFI, select_backend
+from pshare_jax.kernels.matmul import cpu_ffi, xla
+from pshare_jax.kernels.native.library import load_library, require_library
+
+MATMUL = {
+    name: cpu_ffi.matmul if name == CPU_FFI else xla.matmul for name in ("xla", *BACKEND_NAMES)
+}
+"""XLA serves the accelerators: their matrix units are what it knows best."""
+
+
+def matmul(
+    x: jax.Array,
+    kernel: jax.Array,
+    *,
+    input_axes: int = 1,
+    transposed: bool = False,
+    backend: str = "auto",
+) -> jax.Array:
+    """Multiplies, accumulating in float32. Differentiable in reverse mode.
+
+    Args:
+        x: `[..., *in]`.
+        kernel: `[*in, *out]`, dtype of x; `[out, in]` if `transposed`.
+        input_axes: the number of `in` axes.
+        transposed: of a kernel with two axes.
+        backend: a key of the table, or `auto`, which is XLA. `cpu_ffi` takes bfloat16 only.
+
+    Returns:
+        `[..., *out]` float32.
+
+    Raises:
+        ValueError: an unknown backend, or a dtype that it does not take.
+    """
+    function = select_backend("matmul", MATMUL, backend)
+    return function(x, kernel, input_axes=input_axes, transposed=transposed)
+
+
+def training_backend(setting: str, platform: str, num_devices: int, dtype: str) -> str:
+    """What the setting `kernel_backend` means for the products of training.
+
+    `auto` is C++ where it is the faster one: bfloat16 on one device that is a CPU which multiplies
+    bfloat16 itself (AVX512-BF16). It is XLA elsewhere.
+
+    Args:
+        setting: `auto`, `xla` or `cpu_ffi`.
+        platform: of the mesh's devices.
+        num_devices: of the mesh.
+        dtype: name of the dtype of activations.
+
+    Raises:
+        ConfigError: `cpu_ffi` where it cannot be; the message says why.
+    """
+    if setting == CPU_FFI:
+        if platform != "cpu" or num_devices != 1 or dtype != "bfloat16":
+            raise ConfigError(
+                f"kernel_backend: cpu_ffi multiplies bfloat16 on one CPU device, but this is "
+                f"{dtype} on {num_devices} device(s) of platform {platform}; use auto or xla"
+            )
+        require_library()
+        return CPU_FFI
+    if setting != "auto" or platform != "cpu" or num_devices != 1 or dtype != "bfloat16":
+        return "xla"
+    library = load_library()
+    return CPU_FFI if library is not None and library.has_bfloat16 else "xla"

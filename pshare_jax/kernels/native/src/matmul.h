@@ -1,0 +1,168 @@
+// Products of two bfloat16 matrices, either of them transposed, packed for this one product: what
+// training needs, whose weights change with every step.
+//
+// The right-hand side is packed some panels at a time, by all threads, then multiplied. A left-hand
+// side whose rows are not adjacent in memory is turned block by block, by whoever multiplies it.
+// Every element is summed in the order of the inner axis, whoever computes it, so results do not
+// depend on the threads.
+#pragma once
+
+#include "gemm.h"
+#include "norm.h"
+
+namespace pshare {
+
+constexpr long kPackedElements = 2 << 20;  // that much of the right-hand side stays in the caches
+constexpr long kLeastPanels = 8;
+
+// One side of a product. A line is a row of the left-hand side or a column of the right-hand one:
+// what is summed along, `depth` elements. Either the elements of a line are adjacent in memory
+// (by_line), or those of all lines at one depth are.
+struct Side {
+  const bf16* data;
+  long lines, depth;
+  bool by_line;
+
+  // Zero outside.
+  bf16 at(long line, long k) const {
+    if (line >= lines || k >= depth) return bf16{};
+    return data[by_line ? line * depth + k : k * lines + line];
+  }
+};
+
+using Square = uint32_t[kWidth][kWidth];
+
+#if defined(__AVX512F__)
+inline void transpose(__m512i rows[kWidth]) {
+#pragma GCC unroll 4
+  for (int step = 1; step < kWidth; step *= 2) {
+    alignas(64) int32_t low[kWidth], high[kWidth];
+    for (int l = 0; l < kWidth; l++) {
+      low[l] = l & step ? kWidth + l - step : l;
+      high[l] = l & step ? kWidth + l : l + step;
+    }
+    __m512i pick_low = _mm512_load_si512(low), pick_high = _mm512_load_si512(high);
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; i++) {
+      if (i & step) continue;
+      __m512i a = rows[i], b = rows[i + step];
+      rows[i] = _mm512_permutex2var_epi32(a, pick_low, b);
+      rows[i + step] = _mm512_permutex2var_epi32(a, pick_high, b);
+    }
+  }
+}
+#endif
+
+// The units of kWidth lines by kWidth units from (line, unit) on, zero outside the matrix:
+// square[unit][line], or square[line][unit] if `lines_first`.
+inline void read_square(const Side& side, long line, long unit, bool lines_first, Square square) {
+#if defined(__AVX512F__)
+  if (line + kWidth <= side.lines && 2 * (unit + kWidth) <= side.depth) {
+    __m512i rows[kWidth];
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; i++) {
+      if (side.by_line) {
+        rows[i] = _mm512_loadu_si512(side.data + (line + i) * side.depth + 2 * unit);
+      } else {
+        const bf16* first = side.data + 2 * (unit + i) * side.lines + line;
+        __m512i even = _mm512_cvtepu16_epi32(load<__m256i>(first));
+        __m512i odd = _mm512_cvtepu16_epi32(load<__m256i>(first + side.lines));
+        rows[i] = _mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
+      }
+    }
+    if (side.by_line != lines_first) transpose(rows);
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; i++) _mm512_storeu_si512(square[i], rows[i]);
+    return;
+  }
+#endif
+  for (int l = 0; l < kWidth; l++) {
+    for (int u = 0; u < kWidth; u++) {
+      uint32_t even = side.at(line + l, 2 * (unit + u)).bits;
+      uint32_t odd = side.at(line + l, 2 * (unit + u) + 1).bits;
+      (lines_first ? square[l][u] : square[u][l]) = even | odd << 16;
+    }
+  }
+}
+
+inline void pack_panel(const Side& right, long panel, bf16* packed) {
+  long count = units<bf16>(right.depth);
+  Square square;
+  for (long unit = 0; unit < count; unit += kWidth) {
+    long rows = std::min<long>(kWidth, count - unit);
+    for (int j = 0; j < kVectors; j++) {
+      read_square(right, panel * kPanel + j * kWidth, unit, false, square);
+      for (long i = 0; i < rows; i++) {
+        std::memcpy(packed + ((unit + i) * kPanel + j * kWidth) * 2, square[i], sizeof(square[i]));
+      }
+    }
+  }
+}
+
+// Rows of a left-hand side, each a whole number of units: as they lie, or copied.
+struct LeftRows {
+  const bf16* data;
+  long stride;
+};
+
+inline LeftRows left_rows(const Side& left, long first, long rows) {
+  if (left.by_line && left.depth % 2 == 0) return {left.data + first * left.depth, left.depth};
+  static thread_local Buffer<bf16> memory;
+  long count = units<bf16>(left.depth), stride = 2 * count;
+  bf16* copy = memory.get(rows * stride);
+  Square square;
+  for (long row = 0; row < rows; row += kWidth) {
+    for (long unit = 0; unit < count; unit += kWidth) {
+      read_square(left, first + row, unit, true, square);
+      long width = std::min<long>(kWidth, count - unit) * sizeof(uint32_t);
+      for (long i = 0; i < std::min<long>(kWidth, rows - row); i++) {
+        std::memcpy(copy + (row + i) * stride + 2 * unit, square[i], width);
+      }
+    }
+  }
+  return {copy, stride};
+}
+
+// out[:, first * kPanel ..] = left times `count` packed panels, the first of them number `first`.
+template <class Out>
+void multiply_side(Team& team, const Side& left, const bf16* packed, long first, long count,
+                   long columns, Out* out) {
+  long blocks = (left.lines + kBlockRows - 1) / kBlockRows;
+  if (blocks == 0) return;
+  long block = round_up((left.lines + blocks - 1) / blocks, kTileRows);
+  // Four items a thread or more, for an even end.
+  long shares = std::min(count, std::max<long>(1, (4 * team.size() + blocks - 1) / blocks));
+  team.loop(blocks * shares, [&](long item) {
+    long row = item / shares * block, share = item % shares;
+    long rows = std::min(block, left.lines - row);
+    if (rows <= 0) return;
+    LeftRows from = left_rows(left, row, rows);
+    for (long p = count * share / shares; p < count * (share + 1) / shares; p++) {
+      alignas(64) float tile[kBlockRows * kPanel];
+      multiply_panel<bf16>(rows, from.data, from.stride, packed + p * panel_size<bf16>(left.depth),
+                           units<bf16>(left.depth), tile, kPanel, false);
+      long column = (first + p) * kPanel, width = std::min<long>(kPanel, columns - column);
+      for (long i = 0; i < rows; i++) {
+        convert(tile + i * kPanel, out + (row + i) * columns + column, width);
+      }
+    }
+  });
+}
+
+// out[left.lines, right.lines] = left times right, summed in float32.
+template <class Out>
+void matmul(const Side& left, const Side& right, Out* out) {
+  static thread_local Buffer<bf16> memory;
+  long all = panels(right.lines), size = panel_size<bf16>(right.depth);
+  long part = std::min(all, std::max(kLeastPanels, kPackedElements / std::max<long>(1, size)));
+  bf16* packed = memory.get(part * size);
+  Pool::instance().run([&](Team& team) {
+    for (long first = 0; first < all; first += part) {
+      long count = std::min(part, all - first);
+      team.loop(count, [&](long p) { pack_panel(right, first + p, packed + p * size); });
+      multiply_side(team, left, packed, first, count, right.lines, out);
+    }
+  });
+}
+
+}  // namespace pshare
