@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from pshare_jax.kernels.matmul.api import matmul
 from pshare_jax.models.attention import AttentionIO, apply_rope, rope_table
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.layers import MLP, Embedding, Projection, RMSNorm
@@ -29,11 +30,11 @@ RopeTable = tuple[jax.Array, jax.Array]
 class Attention(nnx.Module):
     """Projections around an `AttentionIO`; with qk-norm, heads are normalised before rotation."""
 
-    def __init__(self, path: str, weights: Weights, config: ModelConfig):
-        self.q = Projection(f"{path}.q", weights)
-        self.k = Projection(f"{path}.k", weights)
-        self.v = Projection(f"{path}.v", weights)
-        self.o = Projection(f"{path}.o", weights, input_axes=2)
+    def __init__(self, path: str, weights: Weights, config: ModelConfig, backend: str):
+        self.q = Projection(f"{path}.q", weights, backend)
+        self.k = Projection(f"{path}.k", weights, backend)
+        self.v = Projection(f"{path}.v", weights, backend)
+        self.o = Projection(f"{path}.o", weights, backend, input_axes=2)
         eps = config.rms_norm_eps
         self.q_norm = RMSNorm(f"{path}.q_norm", weights, eps) if config.qk_norm else None
         self.k_norm = RMSNorm(f"{path}.k_norm", weights, eps) if config.qk_norm else None
@@ -66,11 +67,11 @@ class Attention(nnx.Module):
 class DecoderLayer(nnx.Module):
     """Pre-norm attention and feed-forward blocks, each with a residual."""
 
-    def __init__(self, path: str, weights: Weights, config: ModelConfig):
+    def __init__(self, path: str, weights: Weights, config: ModelConfig, backend: str):
         self.attn_norm = RMSNorm(f"{path}.attn_norm", weights, config.rms_norm_eps)
-        self.attn = Attention(f"{path}.attn", weights, config)
+        self.attn = Attention(f"{path}.attn", weights, config, backend)
         self.mlp_norm = RMSNorm(f"{path}.mlp_norm", weights, config.rms_norm_eps)
-        self.mlp = MLP(f"{path}.mlp", weights)
+        self.mlp = MLP(f"{path}.mlp", weights, backend)
 
     def __call__(
         self,
@@ -92,14 +93,18 @@ class Decoder(nnx.Module):
     weights and is cheap enough for every trace.
     """
 
-    def __init__(self, config: ModelConfig, weights: Weights):
+    def __init__(self, config: ModelConfig, weights: Weights, backend: str = "xla"):
         self.config = config
-        self.embed = Embedding("embed", weights)
+        self.embed = Embedding("embed", weights, backend)
         self.layers = nnx.List(
-            [DecoderLayer(f"layers.{i}", weights, config) for i in range(config.num_layers)]
+            [
+                DecoderLayer(f"layers.{i}", weights, config, backend)
+                for i in range(config.num_layers)
+            ]
         )
         self.final_norm = RMSNorm("final_norm", weights, config.rms_norm_eps)
-        self.lm_head = None if config.tie_word_embeddings else Projection("lm_head", weights)
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else Projection("lm_head", weights, backend)
 
     def hidden(
         self,
@@ -136,7 +141,7 @@ class Decoder(nnx.Module):
         """`[..., embed]` hidden states -> `[..., vocab]` float32 logits."""
         if self.lm_head is None:
             return self.embed.logits(hidden)
-        return jnp.dot(hidden, self.lm_head.kernel[...], preferred_element_type=jnp.float32)
+        return matmul(hidden, self.lm_head.kernel[...], backend=self.lm_head.backend)
 
     def write_kv(
         self,
@@ -159,22 +164,29 @@ class Decoder(nnx.Module):
 
 
 @functools.lru_cache(maxsize=16)
-def _structure(config: ModelConfig) -> tuple[nnx.GraphDef[Decoder], list[tuple[tuple, str]]]:
+def _structure(
+    config: ModelConfig, backend: str
+) -> tuple[nnx.GraphDef[Decoder], list[tuple[tuple, str]]]:
     """The decoder without its weights, and the path and name of each weight in NNX's order."""
-    decoder = Decoder(config, abstract_weights(weight_specs(config), jnp.float32))
+    decoder = Decoder(config, abstract_weights(weight_specs(config), jnp.float32), backend)
     graphdef, state = nnx.split(decoder)
     paths = [path for path, _ in nnx.to_flat_state(state)]
     return graphdef, [(path, ".".join(map(str, path))) for path in paths]
 
 
-def bind(config: ModelConfig, weights: Weights) -> Decoder:
+def bind(config: ModelConfig, weights: Weights, backend: str = "xla") -> Decoder:
     """A decoder over `weights`; a few milliseconds, so that functions under jit can start with it.
+
+    Args:
+        config: the architecture.
+        weights: a full module's.
+        backend: of its products, see `kernels/matmul`.
 
     Raises:
         CheckpointError: names the first weight that is missing, unexpected or misshapen.
     """
     check_weights(config, weights)
-    graphdef, names = _structure(config)
+    graphdef, names = _structure(config, backend)
     state = nnx.from_flat_state([(path, nnx.Param(weights[name])) for path, name in names])
     return nnx.merge(graphdef, state)
 

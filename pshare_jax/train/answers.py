@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from pshare_jax.convert.files import replace_file
-from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.weights import Weights
 from pshare_jax.text.tokenizer import Tokenizer
 from pshare_jax.train.data import Dataset, answered
@@ -21,8 +20,7 @@ _TITLE = "answers of the teacher"
 
 def answer_with_teacher(
     dataset: Dataset,
-    config: ModelConfig,
-    dtype: str,
+    recipe: Recipe,
     weights: Weights,
     tokenizer: Tokenizer,
     *,
@@ -39,8 +37,7 @@ def answer_with_teacher(
 
     Args:
         dataset: see `read_dataset`.
-        config: the teacher's architecture.
-        dtype: dtype name of its computation.
+        recipe: of the teacher: its architecture and how it is computed.
         weights: its own, on their mesh.
         tokenizer: the base's.
         teacher: names it: kept answers are those of this teacher.
@@ -66,7 +63,7 @@ def answer_with_teacher(
             reporter.advance(_TITLE, done, len(prompts))
 
         answers = generate(
-            Recipe(config, dtype),
+            recipe,
             weights,
             weights,
             [Prompt(tokens.tolist(), 0) for tokens in prompts],

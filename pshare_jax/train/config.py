@@ -13,6 +13,7 @@ from pshare_jax.errors import ConfigError
 
 Mode = Literal["cache-conditioned", "full", "distill"]
 BadLine = Literal["error", "skip"]
+KernelBackend = Literal["auto", "xla", "cpu_ffi"]
 Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
 
 
@@ -203,6 +204,8 @@ class TrainConfig:
         dtype: dtype of activations and KV; master weights are float32. `auto` is float32 on CPU,
             else bfloat16.
         remat: keep each layer's input only and compute the rest again for the gradient.
+        kernel_backend: what multiplies matrices. `auto` is `cpu_ffi`, C++, for bfloat16 on one
+            device that is a CPU with AVX512-BF16, and `xla` elsewhere.
         compilation_cache_dir: folder of XLA's persistent compilation cache; empty turns it off.
         data: the examples.
         lora: LoRA instead of a full decode module.
@@ -222,6 +225,7 @@ class TrainConfig:
     seed: int = 0
     dtype: DType = "auto"
     remat: bool = False
+    kernel_backend: KernelBackend = "auto"
     compilation_cache_dir: str = "~/.cache/pshare_jax/xla"
     data: DataConfig = field(default_factory=DataConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -333,6 +337,7 @@ _CHANGEABLE = (
     "data.train",
     "data.eval",
     "remat",
+    "kernel_backend",
     "compilation_cache_dir",
     "kv_cache",
     "mesh",

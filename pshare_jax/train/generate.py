@@ -105,7 +105,8 @@ _base_kv = jax.jit(base_kv, static_argnums=0)
 
 def prompt_kv(recipe: Recipe, base: Weights, prompt: np.ndarray) -> jax.Array:
     """See `loss.base_kv`; compiled once for each shape, whatever else the recipe says."""
-    return _base_kv(Recipe(recipe.config, recipe.dtype), base, jnp.asarray(prompt))
+    facts = Recipe(recipe.config, recipe.dtype, matmul=recipe.matmul)
+    return _base_kv(facts, base, jnp.asarray(prompt))
 
 
 def _covered_kv(

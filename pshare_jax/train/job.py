@@ -13,6 +13,7 @@ import numpy as np
 
 from pshare_jax.convert.manifest import TOKENIZER_FOLDER, Manifest, read_manifest
 from pshare_jax.errors import ConfigError
+from pshare_jax.kernels.matmul.api import training_backend
 from pshare_jax.models.weights import Weights
 from pshare_jax.text.tokenizer import Tokenizer
 from pshare_jax.train.answers import answer_with_teacher
@@ -80,16 +81,14 @@ def _read(config: TrainConfig, paths: list[str], tokenizer: Tokenizer, say: Repo
 def _answer(
     config: TrainConfig,
     dataset: Dataset,
-    teacher: Teacher,
-    dtype: str,
+    recipe: Recipe,
     weights: Weights,
     tokenizer: Tokenizer,
     reporter: Reporter,
 ) -> Dataset:
     return answer_with_teacher(
         dataset,
-        teacher.config,
-        dtype,
+        recipe,
         weights,
         tokenizer,
         teacher=config.distill.teacher,
@@ -118,14 +117,15 @@ def prepare(config: TrainConfig, reporter: Reporter) -> Job:
     platform = mesh.devices.flat[0].platform
     auto = "float32" if platform == "cpu" else "bfloat16"
     dtype = auto if config.dtype == "auto" else config.dtype
+    matmul = training_backend(config.kernel_backend, platform, mesh.size, dtype)
     frozen: dict[str, Weights] = {}
     identity = open_run(config, base, train, held_out, write=jax.process_index() == 0)
 
     if teacher is not None:
-        frozen["teacher"] = teacher.load(mesh, jnp.dtype(dtype))
+        weights = frozen["teacher"] = teacher.load(mesh, jnp.dtype(dtype))
+        reads = Recipe(teacher.config, dtype, matmul=matmul)
         train, held_out = (
-            dataset
-            and _answer(config, dataset, teacher, dtype, frozen["teacher"], tokenizer, reporter)
+            dataset and _answer(config, dataset, reads, weights, tokenizer, reporter)
             for dataset in (train, held_out)
         )
         assert train is not None
@@ -150,7 +150,9 @@ def prepare(config: TrainConfig, reporter: Reporter) -> Job:
     lora = None
     if config.lora.rank:
         lora = LoraShape(config.lora.rank, config.lora_alpha, tuple(config.lora.targets))
-    recipe = Recipe(base.config, dtype, lora, teacher.config if teacher else None, config.remat)
+    recipe = Recipe(
+        base.config, dtype, lora, teacher.config if teacher else None, config.remat, matmul
+    )
     computations = Computations(
         recipe,
         make_optimizer(optimizer, len(plan.steps)),
@@ -169,6 +171,8 @@ def prepare(config: TrainConfig, reporter: Reporter) -> Job:
         kept = rows if config.tail == 1 else [make_row(example, 1) for example in examples]
         shapes = choose_buckets(kept, config.data.buckets)
         key = store_key(base.fingerprint, dtype, kept, shapes[0], size)
+        if matmul != "xla":
+            key += f"-{matmul}"  # other bits
         if jax.process_count() > 1:
             # Processes of one machine may share the folder.
             key += f"-{jax.process_index()}"

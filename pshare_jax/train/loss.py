@@ -37,6 +37,7 @@ class Recipe:
         lora: the shape of the LoRA module, or None for a full module.
         teacher: the teacher's architecture when distilling.
         remat: see `Decoder.hidden`.
+        matmul: backend of the decoder's products, see `kernels/matmul`.
     """
 
     config: ModelConfig
@@ -44,6 +45,7 @@ class Recipe:
     lora: LoraShape | None = None
     teacher: ModelConfig | None = None
     remat: bool = False
+    matmul: str = "xla"
 
 
 class _KVRecorder(CausalAttention):
@@ -71,7 +73,7 @@ def base_kv(recipe: Recipe, weights: Weights, prompt: jax.Array) -> jax.Array:
     """
     recorder = _KVRecorder(recipe.config)
     positions = jnp.broadcast_to(jnp.arange(prompt.shape[1]), prompt.shape)
-    bind(recipe.config, _cast(weights, recipe.dtype)).write_kv(prompt, positions, recorder)
+    _bind(recipe, recipe.config, weights).write_kv(prompt, positions, recorder)
     return jnp.stack(recorder.layers, axis=2)
 
 
@@ -123,13 +125,13 @@ def bind_trainable(
         base: the base's weights below LoRA factors; not used for a full module.
         batch_size: rows that the adapters are for.
     """
-    own = _cast(trainable, recipe.dtype)
     if (lora := recipe.lora) is None:
-        return bind(recipe.config, own), None
+        return _bind(recipe, recipe.config, trainable), None
     assert base is not None
+    own = _cast(trainable, recipe.dtype)
     stacked = stack_adapters([LoraModule(own, lora.alpha, lora.rank, lora.targets)])
     adapters = Adapters(stacked, jnp.zeros(batch_size, jnp.int32))
-    return bind(recipe.config, _cast(base, recipe.dtype)), adapters
+    return _bind(recipe, recipe.config, base), adapters
 
 
 def target_logits(
@@ -160,7 +162,7 @@ def teacher_logits(recipe: Recipe, weights: Weights, batch: Arrays) -> jax.Array
     """The teacher's logits, with its own KV, at the same targets: `[B, Y, vocab]` float32."""
     assert recipe.teacher is not None
     sequence = batch["sequence"]
-    decoder = bind(recipe.teacher, _cast(weights, recipe.dtype))
+    decoder = _bind(recipe, recipe.teacher, weights)
     positions = jnp.broadcast_to(jnp.arange(sequence.shape[1]), sequence.shape)
     hidden = decoder.hidden(sequence, positions, CausalAttention(recipe.teacher))
     return decoder.logits(_pick(hidden, batch["sequence_targets"]))
@@ -194,6 +196,10 @@ def loss_sum(
         teacher = jax.nn.log_softmax(teacher_logits(recipe, frozen["teacher"], batch))
         losses = jnp.sum(jnp.exp(teacher) * (teacher - log_probs), axis=-1)
     return jnp.sum(losses * batch["weights"])
+
+
+def _bind(recipe: Recipe, config: ModelConfig, weights: Weights) -> Decoder:
+    return bind(config, _cast(weights, recipe.dtype), recipe.matmul)
 
 
 def _cast(weights: Weights, dtype: str) -> Weights:

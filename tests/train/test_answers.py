@@ -41,8 +41,7 @@ def test_answers_are_the_teachers_greedy_ones(base, plain_run, tokenizer, tmp_pa
     def ask(max_length: int = 128):
         return answer_with_teacher(
             dataset,
-            MODEL,
-            "float32",
+            Recipe(MODEL, "float32"),
             weights,
             tokenizer,
             teacher="teacher",

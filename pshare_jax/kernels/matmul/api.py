@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 
 from pshare_jax.errors import ConfigError
 from pshare_jax.kernels.backends import BACKEND_NAMES, CPU_FFI, select_backend
@@ -21,6 +24,7 @@ def matmul(
     *,
     input_axes: int = 1,
     transposed: bool = False,
+    dtype: Any = jnp.float32,
     backend: str = "auto",
 ) -> jax.Array:
     """Multiplies, accumulating in float32. Differentiable in reverse mode.
@@ -30,16 +34,17 @@ def matmul(
         kernel: `[*in, *out]`, dtype of x; `[out, in]` if `transposed`.
         input_axes: the number of `in` axes.
         transposed: of a kernel with two axes.
+        dtype: of the result.
         backend: a key of the table, or `auto`, which is XLA. `cpu_ffi` takes bfloat16 only.
 
     Returns:
-        `[..., *out]` float32.
+        `[..., *out]`.
 
     Raises:
         ValueError: an unknown backend, or a dtype that it does not take.
     """
     function = select_backend("matmul", MATMUL, backend)
-    return function(x, kernel, input_axes=input_axes, transposed=transposed)
+    return function(x, kernel, input_axes=input_axes, transposed=transposed, dtype=dtype)
 
 
 def training_backend(setting: str, platform: str, num_devices: int, dtype: str) -> str:

@@ -5,8 +5,8 @@ Gradients are rounded to bfloat16 before they are multiplied, and are bfloat16, 
 
 from __future__ import annotations
 
-import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,9 @@ import jax.numpy as jnp
 from pshare_jax.kernels.native.library import require_library
 
 
-def matmul(x: jax.Array, kernel: jax.Array, *, input_axes: int, transposed: bool) -> jax.Array:
+def matmul(
+    x: jax.Array, kernel: jax.Array, *, input_axes: int, transposed: bool, dtype: Any
+) -> jax.Array:
     """See `api.matmul`; one device.
 
     Raises:
@@ -27,24 +29,25 @@ def matmul(x: jax.Array, kernel: jax.Array, *, input_axes: int, transposed: bool
     outer, inner = x.shape[: x.ndim - input_axes], math.prod(x.shape[x.ndim - input_axes :])
     out = kernel.shape[:1] if transposed else kernel.shape[input_axes:]
     columns = kernel if transposed else kernel.reshape(inner, math.prod(out))
-    return _matmul(x.reshape(math.prod(outer), inner), columns, transposed).reshape(*outer, *out)
+    rows = x.reshape(math.prod(outer), inner)
+    return _matmul(rows, columns, transposed, jnp.dtype(dtype).name).reshape(*outer, *out)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _matmul(x: jax.Array, kernel: jax.Array, transposed: bool) -> jax.Array:
-    """`[M, K]` times `[K, N]` (`[N, K]` if transposed) -> `[M, N]` float32."""
-    return _product(x, kernel, turn_right=transposed, dtype=jnp.float32)
+def _multiply(x: jax.Array, kernel: jax.Array, transposed: bool, dtype: str) -> jax.Array:
+    """`[M, K]` times `[K, N]` (`[N, K]` if transposed) -> `[M, N]`."""
+    return _product(x, kernel, turn_right=transposed, dtype=jnp.dtype(dtype))
 
 
 def _forward(
-    x: jax.Array, kernel: jax.Array, transposed: bool
+    x: jax.Array, kernel: jax.Array, transposed: bool, dtype: str
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _matmul(x, kernel, transposed), (x, kernel)
+    return _multiply(x, kernel, transposed, dtype), (x, kernel)
 
 
 def _backward(
-    transposed: bool, operands: tuple[jax.Array, jax.Array], gradient: jax.Array
+    transposed: bool, dtype: str, operands: tuple[jax.Array, jax.Array], gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
+    del dtype
     x, kernel = operands
     g = gradient.astype(x.dtype)
     dx = _product(g, kernel, turn_right=not transposed, dtype=x.dtype)
@@ -52,6 +55,7 @@ def _backward(
     return dx, _product(left, right, turn_left=True, dtype=kernel.dtype)
 
 
+_matmul = jax.custom_vjp(_multiply, nondiff_argnums=(2, 3))
 _matmul.defvjp(_forward, _backward)
 
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 
-def matmul(x: jax.Array, kernel: jax.Array, *, input_axes: int, transposed: bool) -> jax.Array:
+def matmul(
+    x: jax.Array, kernel: jax.Array, *, input_axes: int, transposed: bool, dtype: Any
+) -> jax.Array:
     """See `api.matmul`."""
     if transposed:
-        return jnp.einsum("...e,ve->...v", x, kernel, preferred_element_type=jnp.float32)
-    return jnp.tensordot(x, kernel, axes=input_axes, preferred_element_type=jnp.float32)
+        y = jnp.einsum("...e,ve->...v", x, kernel, preferred_element_type=jnp.float32)
+    else:
+        y = jnp.tensordot(x, kernel, axes=input_axes, preferred_element_type=jnp.float32)
+    return y.astype(dtype)

@@ -1,0 +1,140 @@
+"""Every backend of the matrix product and its gradients against numpy in float64."""
+
+from __future__ import annotations
+
+import functools
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pshare_jax.errors import ConfigError
+from pshare_jax.kernels.matmul import api
+from pshare_jax.kernels.matmul.api import matmul, training_backend
+
+BACKENDS = ["xla", "cpu_ffi"]
+# Rows, inner, columns: few and many rows; nothing, or everything, a multiple of a panel or unit; an
+# inner axis of more than one block of it; more columns than are packed at a time.
+SHAPES = [
+    (0, 4, 5),
+    (1, 5, 3),
+    (7, 33, 47),
+    (160, 64, 96),
+    (1280, 100, 70),
+    (130, 2501, 40),
+    (5, 513, 9001),
+]
+
+
+def random(seed: int, *shape: int, dtype: str = "bfloat16") -> jax.Array:
+    values = np.random.default_rng(seed).standard_normal(shape, np.float32)
+    return jnp.asarray(values, dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("input_axes", "transposed", "dtype", "backend"))
+def with_gradients(x, kernel, gradient, **options):
+    y, pull = jax.vjp(functools.partial(matmul, **options), x, kernel)
+    return y, *pull(gradient.astype(y.dtype))
+
+
+def assert_close(actual: jax.Array, expected: np.ndarray, depth: int) -> None:
+    """Sums of `depth` products of deviation 1 in float32, rounded if the result is bfloat16."""
+    rounding = 2**-8 if actual.dtype == jnp.bfloat16 else 1e-5
+    atol = 1e-5 * max(depth, 1) ** 0.5
+    np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=rounding, atol=atol)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_numbers(backend, shape, transposed):
+    rows, inner, columns = shape
+    x, kernel = random(0, rows, inner), random(1, inner, columns)
+    gradient = random(2, rows, columns)  # so that C++, which rounds it, loses nothing
+    a, b, g = (np.asarray(array, np.float64) for array in (x, kernel, gradient))
+    operand = kernel.T if transposed else kernel
+    y, dx, dw = with_gradients(x, operand, gradient, transposed=transposed, backend=backend)
+    assert (y.dtype, dx.dtype, dw.dtype) == (jnp.float32, jnp.bfloat16, jnp.bfloat16)
+    assert_close(y, a @ b, inner)
+    assert_close(dx, g @ b.T, columns)
+    assert_close(dw.T if transposed else dw, a.T @ g, rows)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_several_axes_and_a_bfloat16_result(backend):
+    x, kernel, gradient = random(0, 2, 3, 4, 10), random(1, 4, 10, 6), random(2, 2, 3, 6)
+    y, dx, dw = with_gradients(x, kernel, gradient, input_axes=2, dtype="bfloat16", backend=backend)
+    assert y.dtype == dx.dtype == dw.dtype == jnp.bfloat16
+    a, b, g = (np.asarray(array, np.float64) for array in (x, kernel, gradient))
+    assert_close(y, np.einsum("btio,ioc->btc", a, b), 40)
+    assert_close(dx, np.einsum("btc,ioc->btio", g, b), 6)
+    assert_close(dw, np.einsum("btio,btc->ioc", a, g), 6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_several_output_axes(backend):
+    x, kernel = random(0, 2, 3, 20), random(1, 20, 3, 8)
+    y = matmul(x, kernel, backend=backend)
+    expected = np.einsum("bte,ehd->bthd", np.asarray(x, np.float64), np.asarray(kernel, np.float64))
+    assert y.shape == (2, 3, 3, 8)
+    assert_close(y, expected, 20)
+
+
+def test_bits_do_not_depend_on_threads():
+    operands = random(0, 300, 100), random(1, 100, 70), random(2, 300, 70, dtype="float32")
+
+    def run(_) -> list[bytes]:
+        made = with_gradients(*operands, transposed=False, backend="cpu_ffi")
+        return [np.asarray(array).tobytes() for array in made]
+
+    alone = run(0)
+    with ThreadPoolExecutor(3) as threads:
+        assert all(bits == alone for bits in threads.map(run, range(24)))
+
+
+def test_what_cannot_be_multiplied():
+    x, kernel = random(0, 2, 4), random(1, 4, 3)
+    with pytest.raises(ValueError, match="matmul: unknown backend 'tpu'"):
+        matmul(x, kernel, backend="tpu")
+    with pytest.raises(ValueError, match="multiplies bfloat16, not float32 by bfloat16"):
+        matmul(x.astype(jnp.float32), kernel, backend="cpu_ffi")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="the inner axes differ"):
+        jax.block_until_ready(matmul(x, kernel, transposed=True, backend="cpu_ffi"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "has_bfloat16", "expected"),
+    [
+        (("auto", "cpu", 1, "bfloat16"), True, "cpu_ffi"),
+        (("auto", "cpu", 1, "bfloat16"), False, "xla"),
+        (("auto", "cpu", 1, "float32"), True, "xla"),
+        (("auto", "cpu", 2, "bfloat16"), True, "xla"),
+        (("auto", "tpu", 1, "bfloat16"), True, "xla"),
+        (("xla", "cpu", 1, "bfloat16"), True, "xla"),
+        (("cpu_ffi", "cpu", 1, "bfloat16"), False, "cpu_ffi"),
+    ],
+)
+def test_what_training_takes(monkeypatch, arguments, has_bfloat16, expected):
+    monkeypatch.setattr(api, "load_library", lambda: SimpleNamespace(has_bfloat16=has_bfloat16))
+    assert training_backend(*arguments) == expected
+
+
+def test_training_without_the_library(monkeypatch):
+    monkeypatch.setattr(api, "load_library", lambda: None)
+    assert training_backend("auto", "cpu", 1, "bfloat16") == "xla"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("tpu", 1, "bfloat16"), "bfloat16 on 1 device.* of platform tpu; use auto or xla"),
+        (("cpu", 2, "bfloat16"), "bfloat16 on 2 device"),
+        (("cpu", 1, "float32"), "this is float32 on 1 device"),
+    ],
+)
+def test_training_that_insists_in_vain(arguments, message):
+    with pytest.raises(ConfigError, match=f"kernel_backend: cpu_ffi .*{message}"):
+        training_backend("cpu_ffi", *arguments)
