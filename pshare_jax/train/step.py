@@ -171,10 +171,18 @@ def _add(total: Gradients, more: Gradients) -> Gradients:
 def _update(
     optimizer: optax.GradientTransformation, trainable: Weights, state: Any, total: Gradients
 ) -> tuple[Weights, Any, Update]:
-    gradients = {name: weight / total.tokens for name, weight in total.weights.items()}
+    # A product, since XLA would write the quotients to memory before it uses them.
+    share = 1 / total.tokens
+    gradients = {name: weight * share for name, weight in total.weights.items()}
     updates, state = optimizer.update(gradients, state, trainable)
-    metrics = Update(total.loss / total.tokens, total.tokens, optax.tree.norm(gradients))
+    metrics = Update(total.loss / total.tokens, total.tokens, share * _norm(total.weights))
     return optax.apply_updates(trainable, updates), state, metrics  # type: ignore[return-value]
+
+
+def _norm(weights: Weights) -> jax.Array:
+    """Global norm, as products: XLA on CPUs would write the squares of a sum to memory."""
+    squares = [jnp.tensordot(w, w, w.ndim, precision="highest") for w in weights.values()]
+    return jnp.sqrt(sum(squares, start=jnp.float32(0)))
 
 
 def _loss(

@@ -16,6 +16,7 @@ from pshare_jax.train.answers import answer_with_teacher
 from pshare_jax.train.config import DistillConfig
 from pshare_jax.train.data import read_dataset
 from pshare_jax.train.loop import train
+from pshare_jax.train.loss import Recipe
 from pshare_jax.train.report import Reporter
 from tests.train.helpers import MODEL, chats, losses, train_config, write_jsonl
 

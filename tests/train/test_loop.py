@@ -161,6 +161,36 @@ def test_bfloat16_keeps_float32_masters(base, data, held_out, plain_run, tmp_pat
     assert np.mean(weight.view(np.uint32) & 0xFFFF != 0) > 0.9
 
 
+def test_bfloat16_multiplied_in_cpp(base, data, tmp_path):
+    """The losses of XLA, and the same bits after a stop."""
+    folders = {name: tmp_path / name for name in ("xla", "cpu_ffi", "stopped")}
+    configs = {
+        name: train_config(
+            base,
+            data,
+            folder,
+            dtype="bfloat16",
+            kernel_backend="xla" if name == "xla" else "cpu_ffi",
+        )
+        for name, folder in folders.items()
+    }
+    train(configs["xla"], QUIET)
+    record = train(configs["cpu_ffi"], QUIET)
+    np.testing.assert_allclose(losses(folders["cpu_ffi"]), losses(folders["xla"]), rtol=5e-3)
+    asked = itertools.count(1)
+    with pytest.raises(StopRequestedError):
+        train(configs["stopped"], QUIET, lambda: next(asked) == 2)
+    assert train(configs["stopped"], QUIET)["train_loss"] == record["train_loss"]
+    assert losses(folders["stopped"]) == losses(folders["cpu_ffi"])
+    assert_same_weights(folders["stopped"], folders["cpu_ffi"])
+
+
+def test_a_backend_that_cannot_be(base, data, tmp_path):
+    config = train_config(base, data, tmp_path / "run", dtype="float32", kernel_backend="cpu_ffi")
+    with pytest.raises(ConfigError, match="kernel_backend: cpu_ffi multiplies bfloat16"):
+        train(config, QUIET)
+
+
 def test_lora_trains_factors_only(base, data, held_out, tmp_path):
     folder = tmp_path / "run"
     config = train_config(

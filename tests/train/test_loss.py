@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -202,3 +203,24 @@ def test_distilling_measures_the_divergence_from_the_teachers_own_reading():
     loss, gradient = loss_and_gradient(recipe, base, {"teacher": base}, base, batch)
     assert float(loss) == pytest.approx(0, abs=1e-4)
     assert max(float(jnp.abs(g).max()) for g in gradient.values()) < 1e-3
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_cpp_multiplies_everywhere(tied):
+    """Each projection and the head: forward, and the gradients of both operands."""
+    config = tiny_config(vocab_size=96, tie_word_embeddings=tied)
+    recipe = Recipe(config, "bfloat16", matmul="cpu_ffi")
+    own = weights(config, 1)
+    batch = batch_of([make_row(conversation(), 1)])
+    kv = jax.make_jaxpr(functools.partial(base_kv, recipe))(own, batch["prompt"])
+    assert str(kv).count("pshare_matmul") == 7 * (config.num_layers - 1) + 2
+    loss = functools.partial(loss_sum, recipe, frozen={}, kv=None, batch=batch)
+    gradient = jax.make_jaxpr(jax.grad(loss))(own)
+    assert str(gradient).count("pshare_matmul") == 3 * (7 * config.num_layers + 1)
+    lora = lora_module(config, 2, rank=2, targets=("q", "up"))
+    shape = LoraShape(lora.rank, lora.alpha, tuple(lora.targets))
+    adapted = dataclasses.replace(recipe, lora=shape)
+    forward = jax.make_jaxpr(
+        functools.partial(loss_sum, adapted, frozen={"base": own}, kv=None, batch=batch)
+    )(lora.weights)
+    assert str(forward).count("pshare_matmul") == 7 * config.num_layers + 1
