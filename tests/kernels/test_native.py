@@ -124,7 +124,9 @@ loaded = library.require_library()
 assert (loaded.panel_columns, loaded.has_bfloat16) == (16, False), loaded
 import pytest
 names = "test_same_numbers and (qwen2 or odd) or unlike_shape and odd or beside_it"
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "tests/models/test_packed.py", "-k", names]))
+names += " or test_numbers and cpu_ffi"
+files = ["tests/models/test_packed.py", "tests/kernels/test_matmul.py"]
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *files, "-k", names]))
 """
 
 
