@@ -42,7 +42,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     origin.add_argument("--lora", metavar="PEFT_FOLDER", help="a LoRA fine-tune")
     command.add_argument(
-        "--tail", type=int, default=1, help="prompt tokens that the module reads itself (default 1)"
+        "--tail",
+        type=int,
+        help="prompt tokens that the module reads itself; default: what it says of itself, or 1",
     )
     command.add_argument(
         "--cache-conditioned",
@@ -54,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("checkpoint", metavar="CKPT", help="checkpoint to convert")
     command.add_argument("dest", metavar="DEST", help="folder to make")
     command.add_argument("--base", help="the decode module's base, for its tokenizer or its name")
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as it is")
 
     command = commands.add_parser("inspect", help="show what a checkpoint is")
     command.add_argument("checkpoint", metavar="CKPT")
@@ -91,7 +94,7 @@ def _run(args: argparse.Namespace) -> int:
                 cache_conditioned=args.cache_conditioned,
             )
         case "export":
-            conversions.export(args.checkpoint, args.dest, base=args.base)
+            conversions.export(args.checkpoint, args.dest, base=args.base, dtype=args.dtype)
             print(f"exported to {args.dest}")
             return 0
         case "inspect":

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pshare_jax.convert import hf, peft
+from pshare_jax.convert import exported, hf, peft
 from pshare_jax.convert.files import atomic_folder, check_absent, check_space
 from pshare_jax.convert.manifest import Manifest, read_manifest
 from pshare_jax.convert.names import hf_shape, native_to_hf, to_hf
@@ -51,7 +52,7 @@ def make_decoder(
     *,
     fine_tune: str | Path | None = None,
     lora: str | Path | None = None,
-    tail: int = 1,
+    tail: int | None = None,
     cache_conditioned: bool = False,
 ) -> Manifest:
     """Makes a decode module for the prefill checkpoint `base`; by default a copy of its weights.
@@ -62,16 +63,22 @@ def make_decoder(
         fine_tune: a full fine-tune of the base, as for `import_model`; converted to the base's
             dtype.
         lora: a PEFT folder.
-        tail: how many of a prompt's last tokens the module reads itself.
+        tail: how many of a prompt's last tokens the module reads itself; None is what the folder
+            says of itself, see `exported`, or 1.
         cache_conditioned: asserts that the fine-tune or LoRA was trained on the base's KV. A copy
-            of the base always is.
+            of the base always is, and so is what says so of itself.
 
     Raises:
         CheckpointError: names file and tensor; nothing is left at `dest`.
+        CertificateError: the fine-tune says that it belongs to another base.
     """
     dest = Path(dest)
     check_absent(dest)
     prefill = read_manifest(base)
+    if (stated := exported.read_statement(lora or fine_tune, prefill)) is not None:
+        tail = stated.tail if tail is None else tail
+        cache_conditioned = cache_conditioned or stated.cache_conditioned
+    tail = 1 if tail is None else tail
     title = f"decoder {dest.name}"
     if lora is not None:
         module = peft.read_lora(lora, prefill.config)
@@ -123,7 +130,13 @@ def _check_same_shape(config: ModelConfig, base: Manifest, source: str | Path) -
             )
 
 
-def export(checkpoint: str | Path, dest: str | Path, *, base: str | Path | None = None) -> Manifest:
+def export(
+    checkpoint: str | Path,
+    dest: str | Path,
+    *,
+    base: str | Path | None = None,
+    dtype: str | None = None,
+) -> Manifest:
     """Converts a checkpoint to what transformers or PEFT load: the inverse of the other two.
 
     A prefill checkpoint or full decode module becomes a Hugging Face folder, a LoRA decode module a
@@ -134,6 +147,7 @@ def export(checkpoint: str | Path, dest: str | Path, *, base: str | Path | None 
         dest: the folder to make; must not exist.
         base: a full decode module's base, whose tokenizer the folder then gets; a LoRA module's
             base, which the adapter's configuration then names.
+        dtype: `float32` or `bfloat16`; None keeps the checkpoint's.
 
     Raises:
         CheckpointError: a tensor cannot be read, or nothing can be written; nothing is left at
@@ -148,12 +162,17 @@ def export(checkpoint: str | Path, dest: str | Path, *, base: str | Path | None 
     if certificate and prefill and prefill.fingerprint != certificate.prefill_fingerprint:
         raise CertificateError(f"{base}: is not the base that {manifest.folder} was made for")
     tensors = open_weights(manifest)
+    if dtype is not None:
+        manifest = replace(manifest, dtype=dtype)
+        tensors = {name: tensor.astype(DTYPES[dtype]) for name, tensor in tensors.items()}
     is_lora = certificate is not None and certificate.kind == "lora"
     with (
         atomic_folder(dest) as folder,
         progress_bar(f"export {dest.name}", manifest.nbytes) as report,
     ):
         check_space(folder, manifest.nbytes)
+        if certificate is not None:
+            exported.write_statement(folder, certificate)
         if is_lora:
             options = peft.adapter_config(manifest, str(base) if base else None)
             peft.write_adapter_config(folder, options)

@@ -195,6 +195,39 @@ def test_lora_is_exported_as_it_was_imported(base, tmp_path, targets, dtype):
     assert again.certificate == certificate
 
 
+def test_an_exported_module_says_what_it_was(base, tmp_path):
+    folder = write_peft(tmp_path / "peft", factors_for("q"))
+    made = make_decoder(base, tmp_path / "m", lora=folder, tail=3, cache_conditioned=True)
+    export(tmp_path / "m", tmp_path / "out", dtype="bfloat16")
+    again = make_decoder(base, tmp_path / "again", lora=tmp_path / "out")
+    assert made.certificate is not None
+    assert again.certificate is not None
+    for field in ("prefill_fingerprint", "tail", "cache_conditioned", "lora_alpha"):
+        assert getattr(again.certificate, field) == getattr(made.certificate, field)
+    assert again.dtype == "bfloat16"
+    rounded = load_weights(tmp_path / "again")
+    for name, value in load_weights(tmp_path / "m").items():
+        assert same_bits(rounded[name], value.astype("bfloat16"))
+    # A tail that is asked for goes before what the folder says.
+    other = make_decoder(base, tmp_path / "tail", lora=tmp_path / "out", tail=1)
+    assert other.certificate is not None
+    assert other.certificate.tail == 1
+
+
+def test_an_exported_module_stays_with_its_base(base, tmp_path):
+    folder = write_peft(tmp_path / "peft", factors_for("q"))
+    make_decoder(base, tmp_path / "m", lora=folder, cache_conditioned=True)
+    export(tmp_path / "m", tmp_path / "out")
+    hf = write_hf_folder(tmp_path / "hf", CONFIG, random_weights(CONFIG, seed=5))
+    import_model(hf, tmp_path / "other")
+    with pytest.raises(CertificateError, match="made for the base"):
+        make_decoder(tmp_path / "other", tmp_path / "again", lora=tmp_path / "out")
+    (tmp_path / "out/pshare_certificate.json").write_text('{"tail": "two"}')
+    with pytest.raises(CertificateError, match=r"pshare_certificate\.json: cannot be read"):
+        make_decoder(base, tmp_path / "again", lora=tmp_path / "out")
+    assert not (tmp_path / "again").exists()
+
+
 def test_rank_stabilised_lora_is_a_larger_alpha(base, tmp_path):
     folder = write_peft(tmp_path / "peft", factors_for("q"), use_rslora=True)
     certificate = make_decoder(base, tmp_path / "m", lora=folder).certificate
