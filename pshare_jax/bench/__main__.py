@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_subcommand("agents", agents_parser)
     commands.add_subcommand("plan", plan_parser)
     commands.add_subcommand("report", report_parser)
-    benches = {"micro": _micro, "compile": _compile, "agents": _agents, "plan": _plan}
+    benches = {"micro": _micro, "agents": _agents, "plan": _plan}
     draws = {"agents": agents_plots.draw, "plan": plan_plots.draw}
     try:
         arguments = parser.instantiate(parser.parse_args(None if argv is None else list(argv)))
@@ -99,7 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         json_file, plots = options.pop("json"), options.pop("plots", None)
         if plots is not None:
             agents_plots.check_installed()
-        result = benches[arguments.command](options)
+        if arguments.command == "compile":
+            result = _compile(options, json_file)
+        else:
+            result = benches[arguments.command](options)
         # The figures first: they may be of hours, and plots can be drawn again.
         if json_file is not None:
             replace_file(json_file, json.dumps(result, indent=2) + "\n")
@@ -182,13 +185,16 @@ def _micro(options: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _compile(options: dict[str, Any]) -> dict[str, Any]:
+def _compile(options: dict[str, Any], json_file: str | None) -> dict[str, Any]:
     markdown_file, plot = options.pop("markdown"), options.pop("plot")
     earlier = [json.loads(Path(file).read_text()) for file in options.pop("merge")]
-    result = compile_bench.run(
-        compile_bench.CompileOptions(**options),
-        lambda outcome: print(compile_report.line(asdict(outcome)), flush=True),
-    )
+
+    def keep(outcome: compile_bench.Outcome, so_far: dict[str, Any]) -> None:
+        print(compile_report.line(asdict(outcome)), flush=True)
+        if json_file is not None:  # it may take an hour, and can be merged if it is ended
+            replace_file(json_file, json.dumps(so_far, indent=2) + "\n")
+
+    result = compile_bench.run(compile_bench.CompileOptions(**options), keep)
     result["outcomes"] = compile_report.merged([*earlier, result])
     for other in earlier:
         if "shared_prefix" in other:

@@ -237,23 +237,24 @@ def _outcome(accelerator: Accelerator, model: str, program: Program, layers: int
 
 
 def run(
-    options: CompileOptions, on_outcome: Callable[[Outcome], None] = lambda _: None
+    options: CompileOptions,
+    on_outcome: Callable[[Outcome, dict[str, Any]], None] = lambda _, __: None,
 ) -> dict[str, Any]:
     """Compiles; returns `{"options", "jax", "outcomes": [...], "shared_prefix"}` as plain data.
 
     Args:
         options: what to compile.
-        on_outcome: told of every row when it is there.
+        on_outcome: told of every row when it is there, and given the result so far.
 
     Raises:
         ConfigError: an unknown name, or a compiler that is not installed.
     """
     prepare()
-    rows = []
-    for outcome in outcomes(options):
-        on_outcome(outcome)
-        rows.append(asdict(outcome))
+    rows: list[dict[str, Any]] = []
     result = {"options": asdict(options), "jax": jax.__version__, "outcomes": rows}
+    for outcome in outcomes(options):
+        rows.append(asdict(outcome))
+        on_outcome(outcome, result)
     if options.shared_prefix:
         names = options.accelerators or list(ACCELERATORS)
         result["shared_prefix"] = shared_prefix.run(shared_prefix.SharedPrefixOptions(), names)
