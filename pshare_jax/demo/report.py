@@ -6,8 +6,12 @@ from collections.abc import Sequence
 from statistics import median
 
 from rich.table import Table
+from rich.text import Text
 
 from pshare_jax.demo.session import Call, SessionResult
+
+_MARKS = {True: "[right]", False: "[wrong]"}
+_SHOWN = 200
 
 
 def model_table(title: str, result: SessionResult) -> Table:
@@ -52,6 +56,20 @@ def comparison_table(shared: SessionResult, isolated: SessionResult) -> Table:
     return table
 
 
+def answer_table(result: SessionResult) -> Table:
+    """Each question, what the base answers and what the decode module trained for it answers."""
+    table = Table(title="Questions that the decode modules were not trained on", show_lines=True)
+    for header in ("question", "base", "its decode module"):
+        table.add_column(header)
+    for answer in result.answers:
+        table.add_row(
+            Text(_shortened(answer.question.text)),
+            Text(f"{_MARKS[answer.base_right]} {_shortened(answer.base)}"),
+            Text(f"{answer.question.model} {_MARKS[answer.own_right]} {_shortened(answer.own)}"),
+        )
+    return table
+
+
 def computed_tokens(calls: Sequence[Call]) -> int:
     """Prompt tokens that were not found in the cache; each call's last one is the decoder's."""
     return sum(call.prompt_tokens - call.cached_tokens for call in calls)
@@ -70,3 +88,7 @@ def _cells(calls: Sequence[Call], handoff_bytes: int) -> list[str]:
         f"{median(call.time_to_first_token for call in calls):.2f}",
         f"{decoded / seconds:.1f}" if seconds > 0 else "-",
     ]
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."

@@ -1,10 +1,10 @@
-"""A short multi-agent session over HTTP: four models in turn over one growing context."""
+"""A short session over HTTP: questions over one growing context, to the base and to specialists."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -12,14 +12,11 @@ from typing import Any
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
-AGENTS = {
-    "planner": "Planner: name the first thing that should be done, and why.",
-    "coder": "Coder: say how the nightly script should read the status column.",
-    "critic": "Critic: name one weakness of what was said so far.",
-    "writer": "Writer: sum up the situation for the passengers in one sentence.",
-}
-ROUNDS = 2
-MAX_TOKENS = 32
+from pshare_jax.evals.grading import grade
+from pshare_jax.evals.items import Item, parse_item
+
+BASE = "base"
+MAX_TOKENS = 64
 
 Print = Callable[[str], None]
 
@@ -39,16 +36,50 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Question:
+    """A question that a decode module was trained for, but not on, and how to grade its answer."""
+
+    model: str
+    item: Item
+
+    @property
+    def text(self) -> str:
+        """What is asked."""
+        return self.item.messages[-1]["content"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the base and the question's own decode module answered, and whether that is right."""
+
+    question: Question
+    base: str
+    own: str
+    base_right: bool
+    own_right: bool
+
+
+@dataclass(frozen=True)
 class SessionResult:
-    """A session's calls, the bytes handed over for each model, and the time of it all."""
+    """A session's calls and answers, the bytes handed over for each model, and its seconds."""
 
     calls: list[Call]
+    answers: list[Answer]
     handoff_bytes: dict[str, int]
     seconds: float
 
 
-async def play(url: str, names: Sequence[str], show: Print) -> SessionResult:
-    """Plays the session with the models `names`, one for each agent; `show` gets the output.
+def questions() -> list[Question]:
+    """The session's questions, in their order."""
+    lines = resources.files("pshare_jax.demo").joinpath("questions.jsonl").read_bytes().splitlines()
+    return [Question(json.loads(line)["model"], parse_item(line)) for line in lines]
+
+
+async def play(url: str, show: Print) -> SessionResult:
+    """Plays the session; `show` gets the output.
+
+    Each question goes to the base, whose answer is set aside, and to the decode module that was
+    trained for such questions, whose answer becomes part of the context.
 
     Raises:
         RuntimeError: the server answered with an error.
@@ -56,19 +87,26 @@ async def play(url: str, names: Sequence[str], show: Print) -> SessionResult:
     context = resources.files("pshare_jax.demo").joinpath("context.txt").read_text()
     messages: list[dict[str, str]] = [{"role": "system", "content": context}]
     calls: list[Call] = []
+    pairs: list[tuple[Question, str, str]] = []
     started = time.perf_counter()
     timeout = aiohttp.ClientTimeout(total=300)
     async with aiohttp.ClientSession(url, timeout=timeout) as http:
-        for _ in range(ROUNDS):
-            for name, task in zip(names, AGENTS.values(), strict=True):
-                messages.append({"role": "user", "content": task})
-                show(f"\n[bold]{name}[/bold] > ")
-                call = await _call(http, name, messages, show)
-                messages.append({"role": "assistant", "content": call.answer})
-                calls.append(call)
+        for question in questions():
+            messages.append({"role": "user", "content": question.text})
+            show(f"\n[bold]question[/bold] > {_escaped(question.text)}")
+            for model in (BASE, question.model):
+                show(f"\n[bold]{model}[/bold] > ")
+                calls.append(await _call(http, model, messages, show))
+            base, own = calls[-2].answer, calls[-1].answer
+            messages.append({"role": "assistant", "content": own})
+            pairs.append((question, base, own))
         seconds = time.perf_counter() - started
         handoff = await _handoff_bytes(http)
-    return SessionResult(calls, handoff, seconds)
+    answers = [
+        Answer(q, base, own, grade(q.item, base).correct, grade(q.item, own).correct)
+        for q, base, own in pairs
+    ]
+    return SessionResult(calls, answers, handoff, seconds)
 
 
 async def _call(
@@ -79,7 +117,6 @@ async def _call(
         "messages": messages,
         "max_tokens": MAX_TOKENS,
         "temperature": 0,
-        "repetition_penalty": 1.2,
         "stream": True,
         "stream_options": {"include_usage": True},
     }
@@ -102,7 +139,7 @@ async def _call(
                     last = time.perf_counter()
                     first = first if pieces else last
                     pieces.append(text)
-                    show(text.replace("[", r"\["))
+                    show(_escaped(text))
     details = usage["prompt_tokens_details"]
     return Call(
         model=model,
@@ -125,3 +162,8 @@ async def _handoff_bytes(http: aiohttp.ClientSession) -> dict[str, int]:
         for sample in family.samples
         if sample.name == "pshare_handoff_bytes_total"
     }
+
+
+def _escaped(text: str) -> str:
+    """For a console that reads markup."""
+    return text.replace("[", r"\[")

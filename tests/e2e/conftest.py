@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import openai
 import pytest
 import yaml
 
-from pshare_jax.convert.conversions import import_model
+from pshare_jax.convert.conversions import import_model, make_decoder
 from pshare_jax.convert.orbax import write_decode, write_prefill
+from pshare_jax.demo.__main__ import MODULES
 from pshare_jax.models.decoder import init_weights
 from pshare_jax.serve.process import running_server
 from tests.helpers import tiny_config
@@ -74,7 +76,17 @@ def real_base() -> Path:
 
 
 @pytest.fixture(scope="session")
-def real_server(real_base) -> Iterator[str]:
+def real_modules(real_base) -> dict[str, Path]:
+    """The trained decode modules of the repository, converted once a checkout."""
+    folders = {name: Path(f"{real_base}-{name}") for name in MODULES}
+    for name, folder in folders.items():
+        if not (folder / "pshare.json").is_file():
+            make_decoder(real_base, folder, lora=ROOT / "modules" / real_base.name / name)
+    return folders
+
+
+@pytest.fixture(scope="session")
+def real_server(real_base, real_modules) -> Iterator[str]:
     args = [
         f"--config={ROOT / 'configs/serve/smollm2-135m.yaml'}",
         f"--base={real_base}",
@@ -86,7 +98,8 @@ def real_server(real_base) -> Iterator[str]:
         "--decode.num_pages=48",
         "--decode.batch_buckets=[4]",
     ]
-    with running_server(args) as url:
+    # The configuration names its checkpoints from the repository's folder.
+    with contextlib.chdir(ROOT), running_server(args) as url:
         yield url
 
 

@@ -9,13 +9,18 @@ import openai
 import pytest
 
 from pshare_jax.convert.orbax import load_weights, read_manifest
+from pshare_jax.demo.__main__ import MODULES
+from pshare_jax.demo.session import questions
 from pshare_jax.engine.monolithic import Monolithic
+from pshare_jax.models.split import split_prompt
 from pshare_jax.text.tokenizer import Tokenizer
+from pshare_jax.train.generate import Prompt, generate
+from pshare_jax.train.loss import LoraShape, Recipe
 from tests.e2e import metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-MODELS = ("planner", "coder", "critic", "writer")
+MODELS = ("base", *MODULES)
 FACTS = "The harbour office opens at nine. The ferry to Tarva leaves at ten past eight. "
 
 
@@ -27,7 +32,7 @@ def api(real_server) -> Iterator[openai.OpenAI]:
 
 def test_it_knows_what_it_should(api):
     answer = api.chat.completions.create(
-        model="planner",
+        model="base",
         messages=[{"role": "user", "content": "What is the capital of France?"}],
         max_tokens=20,
         temperature=0,
@@ -51,8 +56,6 @@ def test_a_context_of_1000_tokens_is_computed_once_for_four_models(api, real_ser
     assert [d["shared_tokens"] for d in details] == [0, cover, cover, cover]
     grown = {key: value - before.get(key, 0) for key, value in after.items()}
     assert sum(value for key, value in grown.items() if "computed" in key) == cover
-    # Equal weights over equal KV: equal answers, at every sharer.
-    assert len({answer.choices[0].text for answer in answers}) == 1
 
 
 def test_served_tokens_are_the_oracles(api, real_base):
@@ -62,10 +65,48 @@ def test_served_tokens_are_the_oracles(api, real_base):
     oracle = Monolithic(read_manifest(real_base).config, 64)
     expected = oracle.generate(weights, weights, prompt, 24)
     answer = api.completions.create(
-        model="critic",
+        model="base",
         prompt=prompt,
         max_tokens=24,
         temperature=0,
         extra_body={"ignore_eos": True, "skip_special_tokens": False},
     )
     assert answer.choices[0].text == tokenizer.decode(expected, skip_special_tokens=False)
+
+
+def test_served_tokens_are_the_trainers(api, real_base, real_modules):
+    """Greedy decoding by the trainer and by the server, of every trained module, in float32."""
+    tokenizer = Tokenizer.load(real_base / "tokenizer")
+    base = load_weights(real_base, dtype=jnp.float32)
+    config = read_manifest(real_base).config
+    for name, folder in real_modules.items():
+        certificate = read_manifest(folder).certificate
+        lora = LoraShape(certificate.lora_rank, certificate.lora_alpha, certificate.lora_targets)
+        prompts = [
+            tokenizer.encode(
+                tokenizer.apply_chat_template([{"role": "user", "content": question.text}]),
+                add_special_tokens=False,
+            )
+            for question in questions()
+            if question.model == name
+        ]
+        assert len(prompts) == 2
+        trained = generate(
+            Recipe(config, "float32", lora),
+            load_weights(folder, dtype=jnp.float32),
+            base,
+            [Prompt(tokens, split_prompt(len(tokens), certificate.tail)) for tokens in prompts],
+            max_tokens=24,
+            end_token_ids=tokenizer.eos_token_ids,
+            batch_size=2,
+        )
+        for prompt, expected in zip(prompts, trained, strict=True):
+            answer = api.completions.create(
+                model=name,
+                prompt=prompt,
+                max_tokens=24,
+                temperature=0,
+                extra_body={"return_token_ids": True},
+            )
+            [choice] = answer.choices
+            assert choice.token_ids == expected

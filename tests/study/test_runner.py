@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pshare_jax.config import load_config
 from pshare_jax.convert.files import replace_section
 from pshare_jax.errors import ConfigError
 from pshare_jax.study import report, runner
@@ -15,6 +16,8 @@ from pshare_jax.study.config import Runs, StudyConfig, TaskConfig, expand
 from pshare_jax.study.runner import Study
 from pshare_jax.train.report import Reporter
 from tests.train.helpers import write_base
+
+ROOT = Path(__file__).parents[2]
 
 TASK = TaskConfig("code", 24, 4, 6, 4)
 
@@ -141,3 +144,24 @@ def test_errors_are_one_line(tmp_path, capsys):
     assert main(["report", *folders, "--tasks=[]", "--runs=[]"]) == 2
     assert "no results" in capsys.readouterr().err
     assert main(["walk"]) == 2
+
+
+def test_the_committed_modules_are_runs_of_the_study(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    whole, modules = (
+        load_config(StudyConfig, ["--config", f"configs/study/{name}.yaml"], "study")
+        for name in ("smollm2-135m", "modules")
+    )
+    for field in ("base", "dtype", "batch_size", "lora_rank", "max_length"):
+        assert getattr(modules, field) == getattr(whole, field)
+    study = Study(whole, Reporter(active=False))
+    names = {
+        run.name
+        for runs in whole.runs
+        for run in expand(runs, None if runs.learning_rates else study.best_rate(runs))
+    }
+    for runs in modules.runs:
+        assert modules.task(runs.task) == whole.task(runs.task)
+        [run] = expand(runs, None)
+        assert run.name in names
+        assert (ROOT / "modules/smollm2-135m" / runs.task / "adapter_model.safetensors").is_file()
