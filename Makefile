@@ -42,8 +42,9 @@ modules: .venv/.study $(BASE)/pshare.json
 	  $(BIN)/python -m pshare_jax.convert export runs/modules/models/$(run)/decode_module \
 	  modules/smollm2-135m/$(firstword $(subst -, ,$(run))) --dtype bfloat16 &&) true
 
+# Compiling for JAX is mostly work of one thread: two processes use two cores better than one does.
 test: .venv/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-compile: .venv-compile/.ready
 	.venv-compile/bin/python -m pytest tests/compile -m compile

@@ -42,6 +42,7 @@ one device.
   loops and what it cannot time: less than the floor, or less than nothing, is no time.
 - **Floor** is the larger of least bytes over bandwidth and operations over peak; communication is
   not in it.
+- **Compile** is the time that it took beside whatever else the machine did: at most so long.
 - `-`: the compiler gives no figure.
 """
 _TRAINING_HEADER = (
