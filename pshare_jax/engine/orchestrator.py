@@ -42,6 +42,7 @@ from pshare_jax.engine.router import Router
 from pshare_jax.engine.sequence import ModelKind, Sequence, Sink
 from pshare_jax.engine.stats import EngineStats, PoolStats
 from pshare_jax.engine.steps import StepSpec
+from pshare_jax.engine.turns import Turns
 from pshare_jax.errors import EngineDeadError, QueueFullError, RequestError, UnknownModelError
 from pshare_jax.kernels.backends import CPU_FFI, backend_for, on_mesh
 from pshare_jax.kernels.native.library import require_library
@@ -110,6 +111,7 @@ class Orchestrator:
         backend = backend_for(config.kernel_backend, jax.default_backend())
         loader = WeightLoader(base, sources, backend)
         self._counters = Counters()
+        self._one_processor = decode_meshes[0].devices.flat[0].platform == "cpu"
         self._decode = [
             DecodeEngine(
                 index=i,
@@ -187,7 +189,10 @@ class Orchestrator:
             engine.warm_up()
         logger.info("warm-up took %.1f s", time.monotonic() - started)
         self._compiles_at_start = compile_count()
+        turns = Turns() if self._one_processor else None
         for engine in (*self._decode, *self._prefill):
+            if turns is not None:
+                engine.share_processor(turns)
             engine.start()
         self.ready = True
 

@@ -37,6 +37,10 @@ from pshare_jax.kernels.page_transfer.api import copy_pages
 from pshare_jax.models.weights import Weights
 from pshare_jax.sharding.rules import pool_sharding, replicated
 
+_WEIGHT = 3.0
+"""Share of a processor that prefill takes turns on with decode, whose weight is 1: a decode step
+with more rows costs little more, so rows had better be there early."""
+
 
 @dataclass(eq=False)
 class PrefillTask:
@@ -112,7 +116,7 @@ class PrefillEngine(Worker):
         counters: Counters,
         on_dead: Callable[[str], None],
     ):
-        super().__init__(f"prefill{index}", on_dead)
+        super().__init__(f"prefill{index}", on_dead, weight=_WEIGHT)
         self.cache = PageCache(num_pages, layout.page_size)
         self._layout = layout
         self._weights = weights

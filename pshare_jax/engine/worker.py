@@ -7,6 +7,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from pshare_jax.engine.turns import Member, Turns
+
 logger = logging.getLogger(__name__)
 
 
@@ -19,11 +21,18 @@ class Worker:
 
     Attributes:
         busy_seconds: time spent in pieces of work that made progress; written by the thread alone.
+
+    Args:
+        name: of the thread.
+        on_dead: called with the reason when the thread fails.
+        weight: its share of a processor that workers take turns on, see `share_processor`.
     """
 
-    def __init__(self, name: str, on_dead: Callable[[str], None]):
+    def __init__(self, name: str, on_dead: Callable[[str], None], weight: float = 1.0):
         self.name = name
         self.busy_seconds = 0.0
+        self._member = Member(weight)
+        self._turns = Turns()
         self._on_dead = on_dead
         self._condition = threading.Condition()
         self._notified = False
@@ -36,6 +45,10 @@ class Worker:
 
     def setup(self) -> None:
         """Called once in the thread, before the first piece of work."""
+
+    def share_processor(self, turns: Turns) -> None:
+        """Works from the start on only when it is its turn."""
+        self._turns = turns
 
     def start(self) -> None:
         """Starts the thread."""
@@ -60,14 +73,26 @@ class Worker:
         try:
             self.setup()
             while not self._stopping:
-                started = time.perf_counter()
-                if self.work():
-                    self.busy_seconds += time.perf_counter() - started
-                else:
+                if not self._take_turn():
                     self._sleep()
         except BaseException as error:
             logger.exception("%s has failed", self.name)
             self._on_dead(f"{self.name}: {type(error).__name__}: {error}")
+
+    def _take_turn(self) -> bool:
+        """Works as long as it is its turn; False when there was nothing to do."""
+        self._turns.take(self._member)
+        while True:
+            started, progress = time.perf_counter(), False
+            try:
+                progress = self.work()
+            finally:
+                seconds = time.perf_counter() - started
+                more = self._turns.end(self._member, seconds, more=progress and not self._stopping)
+            if progress:
+                self.busy_seconds += seconds
+            if not more:
+                return progress
 
     def _sleep(self) -> None:
         with self._condition:
