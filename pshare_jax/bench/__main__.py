@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,9 @@ from pshare_jax.bench.plan import report as plan_report
 from pshare_jax.convert.files import check_section, replace_file, replace_section
 from pshare_jax.convert.manifest import read_json
 from pshare_jax.errors import PshareError
+
+Keep = Callable[[dict[str, Any]], None]
+"""Writes the figures so far where `--json` says: they may be of hours."""
 
 # Columns of a table that goes into a file or a pipe.
 _FILE_WIDTH = 150
@@ -88,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_subcommand("agents", agents_parser)
     commands.add_subcommand("plan", plan_parser)
     commands.add_subcommand("report", report_parser)
-    benches = {"micro": _micro, "agents": _agents, "plan": _plan}
+    benches = {"micro": _micro, "compile": _compile, "agents": _agents, "plan": _plan}
     draws = {"agents": agents_plots.draw, "plan": plan_plots.draw}
     try:
         arguments = parser.instantiate(parser.parse_args(None if argv is None else list(argv)))
@@ -99,13 +102,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         json_file, plots = options.pop("json"), options.pop("plots", None)
         if plots is not None:
             agents_plots.check_installed()
-        if arguments.command == "compile":
-            result = _compile(options, json_file)
-        else:
-            result = benches[arguments.command](options)
-        # The figures first: they may be of hours, and plots can be drawn again.
-        if json_file is not None:
-            replace_file(json_file, json.dumps(result, indent=2) + "\n")
+
+        def keep(figures: dict[str, Any]) -> None:
+            if json_file is not None:
+                replace_file(json_file, json.dumps(figures, indent=2) + "\n")
+
+        result = benches[arguments.command](options, keep)
+        # The figures first: plots can be drawn again.
+        keep(result)
         if plots is not None:
             draws[arguments.command](result, Path(plots))
     except PshareError as error:
@@ -140,7 +144,7 @@ def _report(options: ReportOptions) -> None:
     replace_section(document, "agents", "\n".join(sections))
 
 
-def _agents(options: dict[str, Any]) -> dict[str, Any]:
+def _agents(options: dict[str, Any], _: Keep) -> dict[str, Any]:
     options.pop("config", None)
     columns = (TextColumn("calls"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
@@ -159,7 +163,7 @@ def _agents(options: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _plan(options: dict[str, Any]) -> dict[str, Any]:
+def _plan(options: dict[str, Any], _: Keep) -> dict[str, Any]:
     options.pop("config", None)
     document = options.pop("markdown")
     if document is not None:
@@ -178,27 +182,23 @@ def _plan(options: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _micro(options: dict[str, Any]) -> dict[str, Any]:
+def _micro(options: dict[str, Any], _: Keep) -> dict[str, Any]:
     result = micro.run(micro.MicroOptions(**options))
     result["machine"] = machine.describe()
     _show(result)
     return result
 
 
-def _compile(options: dict[str, Any], json_file: str | None) -> dict[str, Any]:
+def _compile(options: dict[str, Any], keep: Keep) -> dict[str, Any]:
     markdown_file, plot = options.pop("markdown"), options.pop("plot")
     earlier = [json.loads(Path(file).read_text()) for file in options.pop("merge")]
 
-    def keep(outcome: compile_bench.Outcome, so_far: dict[str, Any]) -> None:
+    def keep_so_far(outcome: compile_bench.Outcome, so_far: dict[str, Any]) -> None:
         print(compile_report.line(asdict(outcome)), flush=True)
-        if json_file is not None:  # it may take an hour, and can be merged if it is ended
-            replace_file(json_file, json.dumps(so_far, indent=2) + "\n")
+        keep(compile_report.merged([*earlier, so_far]))
 
-    result = compile_bench.run(compile_bench.CompileOptions(**options), keep)
-    result["outcomes"] = compile_report.merged([*earlier, result])
-    for other in earlier:
-        if "shared_prefix" in other:
-            result.setdefault("shared_prefix", other["shared_prefix"])
+    new = compile_bench.run(compile_bench.CompileOptions(**options), keep_so_far)
+    result = compile_report.merged([*earlier, new])
     if plot is not None and "shared_prefix" in result:
         shared_prefix.draw(result["shared_prefix"], Path(plot))
     if markdown_file is not None:

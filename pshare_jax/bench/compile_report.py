@@ -76,13 +76,19 @@ def line(outcome: dict[str, Any]) -> str:
     )
 
 
-def merged(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of several runs in order of first appearance; the last run's of the same program."""
+def merged(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The last of several runs, with the others' rows too, in order of first appearance.
+
+    Of the same program the last run's row counts; the shared prefixes are those of the last run
+    that looked at them.
+    """
     rows: dict[tuple[str, str, str], dict[str, Any]] = {}
+    whole: dict[str, Any] = {}
     for result in results:
+        whole |= result
         for outcome in result["outcomes"]:
             rows[outcome["accelerator"], outcome["model"], outcome["program"]] = outcome
-    return list(rows.values())
+    return {**whole, "outcomes": list(rows.values())}
 
 
 def markdown(result: dict[str, Any]) -> str:

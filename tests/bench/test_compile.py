@@ -1,11 +1,14 @@
 """The compile benchmark without the accelerators' compilers: its tables, names and errors."""
 
+import json
 from dataclasses import asdict, replace
 
 import jax
 import pytest
 
 from pshare_jax.bench import accelerators, compile_report
+from pshare_jax.bench import compile as compile_bench
+from pshare_jax.bench.__main__ import main
 from pshare_jax.bench.accelerators import ACCELERATORS
 from pshare_jax.bench.compile import (
     Compiled,
@@ -135,11 +138,30 @@ def test_a_negative_time_without_a_known_cause_says_so():
 def test_rows_of_earlier_runs_are_kept_unless_compiled_anew():
     old = {"outcomes": [asdict(STEP), asdict(replace(STEP, model="Qwen3-14B"))]}
     new = {"outcomes": [asdict(replace(STEP, compiled=None, error="refused"))]}
-    rows = compile_report.merged([old, new])
-    assert [(row["model"], row["error"]) for row in rows] == [
+    old |= {"jax": "0", "shared_prefix": "seen"}
+    whole = compile_report.merged([old, new | {"jax": "1"}])
+    assert [(row["model"], row["error"]) for row in whole["outcomes"]] == [
         ("Qwen3-8B", "refused"),
         ("Qwen3-14B", None),
     ]
+    assert (whole["jax"], whole["shared_prefix"]) == ("1", "seen")
+
+
+def test_an_ended_run_loses_no_row_that_was_there(tmp_path, monkeypatch):
+    file = tmp_path / "compile.json"
+    file.write_text(json.dumps({"outcomes": [asdict(STEP)], "shared_prefix": "seen"}))
+
+    def interrupted(options, on_outcome):
+        outcome = replace(STEP, model="Qwen3-14B")
+        on_outcome(outcome, {"outcomes": [asdict(outcome)]})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compile_bench, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(["compile", f"--merge=[{file}]", f"--json={file}"])
+    kept = json.loads(file.read_text())
+    assert [row["model"] for row in kept["outcomes"]] == ["Qwen3-8B", "Qwen3-14B"]
+    assert kept["shared_prefix"] == "seen"
 
 
 @pytest.mark.parametrize("option", ["accelerators", "models"])

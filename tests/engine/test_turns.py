@@ -6,7 +6,8 @@ import threading
 import time
 
 from pshare_jax.engine.turns import Member, Turns
-from tests.engine.harness import wait_until
+from pshare_jax.engine.worker import Worker
+from tests.engine.harness import Client, wait_until
 
 
 def test_time_is_shared_by_weight_and_one_works_at_a_time() -> None:
@@ -65,3 +66,42 @@ def test_idle_time_is_not_made_up_for() -> None:
     assert not turns.end(idle, 3.0, more=True)
     waiting.join(10)
     assert not turns.end(busy, 1.0, more=False)
+
+
+class Busy(Worker):
+    """Counts its pieces of work, and who else is at work meanwhile."""
+
+    def __init__(self, working: list[str], overlaps: list[str], fails: bool = False):
+        super().__init__(f"busy{len(overlaps)}", lambda _: None)
+        self.working, self.overlaps, self.fails, self.calls = working, overlaps, fails, 0
+
+    def work(self) -> bool:
+        self.overlaps += self.working
+        self.working.append(self.name)
+        time.sleep(1e-3)
+        self.working.remove(self.name)
+        self.calls += 1
+        if self.fails:
+            raise RuntimeError("broken")
+        return True
+
+
+def test_workers_that_share_a_processor_do_not_work_at_once_and_all_get_on() -> None:
+    turns, working, overlaps = Turns(), [], []
+    workers = [Busy(working, overlaps, fails) for fails in (False, False, True)]
+    for worker in workers:
+        worker.share_processor(turns)
+        worker.start()
+    # One that fails gives its turn back.
+    wait_until(lambda: workers[2].calls == 1 and min(w.calls for w in workers[:2]) >= 20)
+    for worker in workers:
+        worker.stop()
+    assert overlaps == []
+
+
+def test_the_engines_of_one_cpu_share_their_turns(client2x2: Client) -> None:
+    engine = client2x2.engine
+    engines = [*engine._prefill, *engine._decode]
+    assert len(engines) == 4
+    assert len({id(worker._turns) for worker in engines}) == 1
+    assert [worker._member.weight for worker in engines] == [3.0, 3.0, 1.0, 1.0]
