@@ -48,8 +48,8 @@ class Runs:
         seeds: one run for each.
         tail: the split rule's.
         test: whether to evaluate on the test set besides the validation set.
-        shares: whether to evaluate on the test set with other shares of the prompt read from the
-            base's KV.
+        shares: evaluate on the test set also with these shares, 0 to 1, of the prompt read from
+            the base's KV; `SHARES` for a plot.
         keep: whether the decode module is kept once it is evaluated.
     """
 
@@ -60,8 +60,12 @@ class Runs:
     seeds: list[int] = field(default_factory=lambda: [0])
     tail: int = 1
     test: bool = False
-    shares: bool = False
+    shares: list[float] = field(default_factory=list)
     keep: bool = False
+
+    def __post_init__(self) -> None:
+        if any(not 0 <= share <= 1 for share in self.shares):
+            raise ConfigError(f"runs: shares must be from 0 to 1, got {self.shares}")
 
 
 @dataclass(frozen=True)

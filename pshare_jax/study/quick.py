@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from pshare_jax.convert.orbax import write_prefill
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.decoder import init_weights
-from pshare_jax.study.config import Runs, StudyConfig, TaskConfig
+from pshare_jax.study.config import SHARES, Runs, StudyConfig, TaskConfig
 
 TASK = "lookup"
 _CAPITALS = "ABCDEFGHIJKLMNOP"
@@ -85,8 +85,8 @@ def quick_study(folder: Path) -> StudyConfig:
         results=str(folder / "results"),
         tasks=[TaskConfig(TASK, train=9600, validation=100, test=400, max_tokens=2)],
         runs=[
-            Runs(TASK, "full", 9600, rate, test=True, shares=True),
-            Runs(TASK, "prefillshare", 9600, rate, test=True, shares=True),
+            Runs(TASK, "full", 9600, rate, test=True, shares=list(SHARES)),
+            Runs(TASK, "prefillshare", 9600, rate, test=True, shares=list(SHARES)),
             Runs(TASK, "lora", 9600, [1e-2], test=True),
         ],
         batch_size=32,

@@ -111,10 +111,11 @@ def _validation_table(results: Iterable[Result]) -> str:
 
 def plot_shares(results: Sequence[Result], task: str, path: Path) -> bool:
     """Accuracy against the share of the prompt that is read from the base's KV (the paper's
-    Figure 2), as a PNG; whether there was anything to plot."""
+    Figure 2), as a PNG, of runs with all of `SHARES`; whether there are any."""
     lines: dict[str, list[Result]] = defaultdict(list)
+    wanted = {f"test, share {share}" for share in SHARES}
     for result in results:
-        if result["task"] == task and _NAIVE_SHARE in result["evaluations"]:
+        if result["task"] == task and wanted.issubset(result["evaluations"]):
             name = _NAIVE if result["method"] == "full" else _METHODS[result["method"]]
             lines[f"{name}, {result['examples']:,} examples"].append(result)
     if not lines:

@@ -19,7 +19,7 @@ from pshare_jax.convert.files import replace_file
 from pshare_jax.convert.manifest import read_json
 from pshare_jax.errors import DataError
 from pshare_jax.evals.items import Item, read_items
-from pshare_jax.study.config import SHARES, Run, Runs, StudyConfig, expand
+from pshare_jax.study.config import Run, Runs, StudyConfig, expand
 from pshare_jax.study.tasks import SUMMARY_FILE, make_task
 from pshare_jax.train.config import KVCacheConfig
 from pshare_jax.train.output import MODULE_FOLDER, RECORD_FILE
@@ -118,7 +118,7 @@ class Study:
         }
         if runs.test:
             evaluations["test"] = self._evaluate(runs.task, module, "test", own_share, runs.tail)
-        for share in SHARES if runs.shares else ():
+        for share in map(float, runs.shares):
             if share == served_share and "test" in evaluations:
                 evaluations[f"test, share {share}"] = evaluations["test"]
                 continue

@@ -12,7 +12,7 @@ from pshare_jax.convert.files import replace_section
 from pshare_jax.errors import ConfigError
 from pshare_jax.study import report, runner
 from pshare_jax.study.__main__ import main
-from pshare_jax.study.config import Runs, StudyConfig, TaskConfig, expand
+from pshare_jax.study.config import SHARES, Runs, StudyConfig, TaskConfig, expand
 from pshare_jax.study.runner import Study
 from pshare_jax.train.report import Reporter
 from tests.train.helpers import write_base
@@ -35,7 +35,7 @@ def study(tmp_path_factory) -> StudyConfig:
         runs=[
             Runs("code", "prefillshare", 8, [1e-3, 1e-2]),
             Runs("code", "prefillshare", 16, test=True),
-            Runs("code", "full", 8, [1e-3], test=True, shares=True, keep=True),
+            Runs("code", "full", 8, [1e-3], test=True, shares=list(SHARES), keep=True),
             Runs("code", "lora", 8, [1e-3], test=True),
         ],
         batch_size=4,
