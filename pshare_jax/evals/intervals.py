@@ -61,6 +61,27 @@ def paired_bootstrap_interval(
     return _percentiles((draws[:, 0] - draws[:, 1]) / size, confidence)
 
 
+def item_bootstrap_interval(
+    values: Sequence[float], *, confidence: float = 0.95, seed: int = 0
+) -> Interval:
+    """Percentile bootstrap interval of a mean over items.
+
+    For what several runs did on the same items: those of one item are not independent, so their
+    mean, or the difference of two runs' means, is one value, and items are resampled.
+
+    Raises:
+        ValueError: there are no values.
+    """
+    array = np.asarray(values, np.float64)
+    if array.size == 0:
+        raise ValueError("there are no values")
+    # How often each item is drawn: no array of resamples times items of single draws.
+    counts = np.random.default_rng(seed).multinomial(
+        array.size, np.full(array.size, 1 / array.size), RESAMPLES
+    )
+    return _percentiles(counts @ array / array.size, confidence)
+
+
 def wilson_interval(correct: Sequence[bool], *, confidence: float = 0.95) -> Interval:
     """Wilson's score interval of an accuracy.
 

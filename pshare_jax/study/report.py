@@ -10,7 +10,11 @@ from typing import Any
 
 from pshare_jax.convert.manifest import read_json
 from pshare_jax.errors import DataError
-from pshare_jax.evals.intervals import bootstrap_interval
+from pshare_jax.evals.intervals import (
+    item_bootstrap_interval,
+    mcnemar,
+    paired_bootstrap_interval,
+)
 from pshare_jax.study.config import SHARES
 from pshare_jax.study.tasks import SUMMARY_FILE
 
@@ -42,11 +46,11 @@ def tables(results: Sequence[Result]) -> str:
     """Markdown: the accuracies of each task, and what was tried on the validation sets."""
     tasks = list(dict.fromkeys(result["task"] for result in results))
     parts = [_test_table(task, [r for r in results if r["task"] == task]) for task in tasks]
-    return "\n".join([*parts, _validation_table(results)])
+    return "\n".join([*parts, *_comparisons(results), _validation_table(results)])
 
 
 def _test_table(task: str, results: Sequence[Result]) -> str:
-    """One row a method and size; accuracies of several seeds are averaged over items and seeds."""
+    """One row a method and size; accuracies of several seeds are averaged."""
     groups: dict[tuple[str, int, int], list[Result]] = defaultdict(list)
     for result in results:
         if "test" in result["evaluations"]:
@@ -70,16 +74,67 @@ def _test_table(task: str, results: Sequence[Result]) -> str:
 
 
 def _row(name: str, group: Sequence[Result], evaluation: str, trained: Sequence[Result]) -> str:
-    evaluations = [result["evaluations"][evaluation] for result in group]
-    correct = [right == "1" for e in evaluations for right in e["correct"]]
-    low, high = bootstrap_interval(correct)
+    accuracies = _accuracies(group, evaluation)
+    low, high = item_bootstrap_interval(accuracies)
     minutes = [m for m in map(_minutes, trained) if m is not None]
     cells = (
         name,
         f"{group[0]['examples']:,}" if group[0].get("examples") else "-",
         str(len(group)),
-        f"{100 * sum(correct) / len(correct):.1f} ({100 * low:.1f} - {100 * high:.1f})",
+        f"{100 * statistics.mean(accuracies):.1f} ({100 * low:.1f} - {100 * high:.1f})",
         f"{statistics.mean(minutes):.1f}" if minutes else "-",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _flags(result: Result, evaluation: str) -> list[bool]:
+    return [right == "1" for right in result["evaluations"][evaluation]["correct"]]
+
+
+def _accuracies(group: Sequence[Result], evaluation: str) -> list[float]:
+    """Of each item: the share of the runs that were right."""
+    runs = [_flags(result, evaluation) for result in group]
+    return [statistics.mean(item) for item in zip(*runs, strict=True)]
+
+
+def _comparisons(results: Sequence[Result]) -> list[str]:
+    """Everything that reads the base's KV against full fine-tuning, paired by seed and item."""
+    rows = []
+    for full in results:
+        if full["method"] != "full" or "test" not in full["evaluations"]:
+            continue
+        for other in results:
+            if other["task"] != full["task"] or other.get("seed") != full["seed"]:
+                continue
+            if other is full and _NAIVE_SHARE in full["evaluations"]:
+                rows.append(_comparison(_NAIVE, full, other, _NAIVE_SHARE))
+            elif other["method"] not in ("full", "base") and "test" in other["evaluations"]:
+                tail = f", tail {other['tail']}" if other["tail"] > 1 else ""
+                name = f"{_METHODS[other['method']]}{tail}"
+                rows.append(_comparison(name, full, other, "test"))
+    if not rows:
+        return []
+    head = (
+        "Against full fine-tuning, with the same seed and on the same test items: difference in "
+        "points, and the p-value of McNemar's exact test.\n\n"
+        "| task | full fine-tuning | against | examples | seed | difference (95 % interval) | p |\n"
+        "|---|--:|---|--:|--:|--:|--:|\n"
+    )
+    return [head + "\n".join(rows) + "\n"]
+
+
+def _comparison(name: str, full: Result, other: Result, evaluation: str) -> str:
+    a, b = _flags(full, "test"), _flags(other, evaluation)
+    low, high = paired_bootstrap_interval(a, b)
+    difference = statistics.mean(b) - statistics.mean(a)
+    cells = (
+        full["task"],
+        f"{full['examples']:,} examples",
+        name,
+        f"{other['examples']:,}",
+        str(full["seed"]),
+        f"{100 * difference:+.1f} ({100 * low:+.1f} - {100 * high:+.1f})",
+        f"{mcnemar(a, b).p_value:.2g}",
     )
     return f"| {' | '.join(cells)} |"
 

@@ -5,6 +5,7 @@ import pytest
 
 from pshare_jax.evals.intervals import (
     bootstrap_interval,
+    item_bootstrap_interval,
     mcnemar,
     paired_bootstrap_interval,
     wilson_interval,
@@ -38,6 +39,19 @@ def test_the_paired_bootstrap_is_the_one_that_resamples_pairs():
     assert interval == pytest.approx(expected, abs=0.011)
     assert interval[0] < 0.1 < interval[1]
     assert paired_bootstrap_interval(a.tolist(), a.tolist()) == (0.0, 0.0)
+
+
+def test_the_item_bootstrap_is_the_one_that_resamples_items():
+    values = np.linspace(-1, 1, 40) ** 3
+    rows = np.random.default_rng(1).integers(0, 40, (20_000, 40))
+    expected = np.quantile(values[rows].mean(axis=1), [0.025, 0.975])
+    assert item_bootstrap_interval(values.tolist()) == pytest.approx(expected, abs=0.011)
+    # Of flags it is the other one.
+    correct = flags(30, 20)
+    interval = item_bootstrap_interval(correct)
+    assert interval == pytest.approx(bootstrap_interval(correct), abs=0.011)
+    with pytest.raises(ValueError, match="no values"):
+        item_bootstrap_interval([])
 
 
 def test_wilson():

@@ -1,0 +1,66 @@
+"""Tables and plots of a study, from results that were made up."""
+
+from __future__ import annotations
+
+import pytest
+
+from pshare_jax.study import report
+from pshare_jax.study.config import SHARES
+
+NAIVE = "test, share 1.0"
+
+
+def result(method: str, test: str, seed: int = 0, **evaluations: str) -> dict:
+    named = {"test": test, **{name.replace("_", " "): text for name, text in evaluations.items()}}
+    return {
+        "task": "t",
+        "method": method,
+        "learning_rate": 1e-3,
+        "examples": 1600,
+        "seed": seed,
+        "tail": 1,
+        "training": {"steps": 100, "step_seconds": 0.6},
+        "evaluations": {
+            name: {"accuracy": text.count("1") / len(text), "correct": text}
+            for name, text in named.items()
+        },
+    }
+
+
+def rows(text: str) -> list[list[str]]:
+    lines = [line for line in text.splitlines() if line.startswith("| t |")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_seeds_are_averaged_and_items_resampled():
+    """Two runs that are right on the same half of the items are no more certain than one."""
+    right = "1" * 50 + "0" * 50
+    one = report.tables([result("full", right)])
+    both = report.tables([result("full", right), result("full", right, seed=1)])
+    assert "| full fine-tuning | 1,600 | 1 | 50.0 (40.0 - 60.0) | 1.0 |" in one
+    assert "| full fine-tuning | 1,600 | 2 | 50.0 (40.0 - 60.0) | 1.0 |" in both
+
+
+def test_methods_are_compared_with_full_fine_tuning_by_seed_and_item():
+    full = result("full", "1" * 90 + "0" * 10)
+    full["evaluations"][NAIVE] = {"accuracy": 0.0, "correct": "0" * 100}
+    lora = result("lora", "1" * 92 + "0" * 8)
+    other_seed = result("prefillshare", "1" * 100, seed=1)
+    [naive, compared] = rows(report.tables([full, lora, other_seed]))
+    assert naive[:3] == ["t", "1,600 examples", "naive sharing"]
+    assert naive[5] == "-90.0 (-95.0 - -84.0)"
+    assert float(naive[6]) == pytest.approx(2 * 0.5**90, rel=0.1)
+    assert compared[2:5] == ["PrefillShare, LoRA", "1,600", "0"]
+    # Two items differ, both in favour of LoRA.
+    assert compared[5].startswith("+2.0 (+0.0")
+    assert compared[6] == "0.5"
+
+
+def test_only_runs_with_all_shares_are_plotted(tmp_path):
+    full = result("full", "10")
+    full["evaluations"][NAIVE] = full["evaluations"]["test"]
+    assert not report.plot_shares([full], "t", tmp_path / "plot.png")
+    for share in SHARES:
+        full["evaluations"][f"test, share {share}"] = full["evaluations"]["test"]
+    assert report.plot_shares([full], "t", tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").is_file()
