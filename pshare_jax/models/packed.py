@@ -32,6 +32,11 @@ def is_packed(backend: str) -> bool:
     return backend == CPU_FFI
 
 
+def holds_packed(weights: Weights) -> bool:
+    """Whether `pack_weights` has made them."""
+    return "layers" in weights
+
+
 def pack_weights(config: ModelConfig, weights: Weights) -> Weights:
     """A full module's weights as `PackedDecoder` reads them; the embedding is kept as it is too.
 

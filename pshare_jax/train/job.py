@@ -14,6 +14,7 @@ import numpy as np
 from pshare_jax.convert.manifest import TOKENIZER_FOLDER, Manifest, read_manifest
 from pshare_jax.errors import ConfigError
 from pshare_jax.kernels.matmul.api import training_backend
+from pshare_jax.models.packed import is_packed, pack_weights
 from pshare_jax.models.weights import Weights
 from pshare_jax.text.tokenizer import Tokenizer
 from pshare_jax.train.answers import answer_with_teacher
@@ -166,6 +167,8 @@ def prepare(config: TrainConfig, reporter: Reporter) -> Job:
         base_weights = load_base(base, mesh, jnp.dtype(dtype))
         if lora is not None:
             frozen["base"] = base_weights
+        if is_packed(matmul):
+            base_weights = pack_weights(base.config, base_weights)
         folder = Path(config.kv_cache.folder or config.output).expanduser()
         # A longer tail reads a part of the same KV.
         kept = rows if config.tail == 1 else [make_row(example, 1) for example in examples]

@@ -12,6 +12,7 @@ from pshare_jax.models.attention import CausalAttention, causal_mask, dense_atte
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.decoder import Decoder, bind
 from pshare_jax.models.lora import Adapters, LoraModule, stack_adapters
+from pshare_jax.models.packed import PackedDecoder, holds_packed
 from pshare_jax.models.weights import Weights
 
 Arrays = Mapping[str, jax.Array]
@@ -67,14 +68,34 @@ class _KVRecorder(CausalAttention):
 def base_kv(recipe: Recipe, weights: Weights, prompt: jax.Array) -> jax.Array:
     """The prefill module's KV of `prompt [B, P]` from position 0 on.
 
+    Args:
+        recipe: static facts.
+        weights: the prefill module's, as they are or packed for the C++ layers.
+        prompt: int32 token ids.
+
     Returns:
         `[B, P, layers, 2, kv_heads, head_dim]` of the recipe's dtype. Tokens of one row lie
         together, so that rows can be kept and gathered at their own lengths.
     """
+    if holds_packed(weights):
+        return _packed_kv(recipe, weights, prompt)
     recorder = _KVRecorder(recipe.config)
     positions = jnp.broadcast_to(jnp.arange(prompt.shape[1]), prompt.shape)
     _bind(recipe, recipe.config, weights).write_kv(prompt, positions, recorder)
     return jnp.stack(recorder.layers, axis=2)
+
+
+def _packed_kv(recipe: Recipe, weights: Weights, prompt: jax.Array) -> jax.Array:
+    """As the engine computes it, with one page for each row."""
+    config, (size, length) = recipe.config, prompt.shape
+    page = (size, 2, config.num_kv_heads, length, config.head_dim)
+    pages = [jnp.zeros(page, recipe.dtype) for _ in range(config.num_layers)]
+    table = jnp.arange(size, dtype=jnp.int32)[:, None]
+    rows = table, jnp.zeros(size, jnp.int32), jnp.full(size, length, jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), prompt.shape)
+    decoder = PackedDecoder(config, weights)
+    _, pages = decoder.hidden(prompt, positions, pages, rows, kv_only=True)
+    return jnp.stack(pages, axis=1).transpose(0, 4, 1, 2, 3, 5)
 
 
 class SplitAttention:
