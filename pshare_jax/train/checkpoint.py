@@ -103,7 +103,11 @@ class Checkpoints:
         self._options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
             enable_async_checkpointing=True,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._list_files),
+            # With folders made in a thread, writers wait for a signal that orbax may have lost when an
+            # earlier save failed: a save then stands still for five minutes and is given up.
+            async_options=ocp.AsyncOptions(
+                post_finalization_callback=self._list_files, create_directories_asynchronously=False
+            ),
             cleanup_tmp_directories=True,
         )
         self._manager = self._open()
