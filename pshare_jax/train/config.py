@@ -205,7 +205,7 @@ class TrainConfig:
             else bfloat16.
         remat: keep each layer's input only and compute the rest again for the gradient.
         kernel_backend: what multiplies matrices. `auto` is `cpu_ffi`, C++, for bfloat16 on one
-            device that is a CPU with AVX512-BF16, and `xla` elsewhere.
+            device that is a CPU, and `xla` elsewhere.
         compilation_cache_dir: folder of XLA's persistent compilation cache; empty turns it off.
         data: the examples.
         lora: LoRA instead of a full decode module.

@@ -50,8 +50,8 @@ def matmul(
 def training_backend(setting: str, platform: str, num_devices: int, dtype: str) -> str:
     """What the setting `kernel_backend` means for the products of training.
 
-    `auto` is C++ where it is the faster one: bfloat16 on one device that is a CPU which multiplies
-    bfloat16 itself (AVX512-BF16). It is XLA elsewhere.
+    `auto` is C++ where it is the faster one: bfloat16 on one device that is a CPU, if there is a
+    compiler. It is XLA elsewhere.
 
     Args:
         setting: `auto`, `xla` or `cpu_ffi`.
@@ -72,5 +72,4 @@ def training_backend(setting: str, platform: str, num_devices: int, dtype: str) 
         return CPU_FFI
     if setting != "auto" or platform != "cpu" or num_devices != 1 or dtype != "bfloat16":
         return "xla"
-    library = load_library()
-    return CPU_FFI if library is not None and library.has_bfloat16 else "xla"
+    return CPU_FFI if load_library() is not None else "xla"

@@ -89,11 +89,12 @@ inline void merge(Sums& into, const float* highest, const float* total, const fl
   }
 }
 
-template <class E>
+// Over pages of E, with queries and results of T.
+template <class E, class T>
 class Attention {
  public:
   // Queries and results are [rows, heads, head_dim]; those of row b begin at first[b].
-  Attention(const E* q, E* out, const E* pages, const Rows& rows, const Geometry& g,
+  Attention(const T* q, T* out, const E* pages, const Rows& rows, const Geometry& g,
             const std::vector<long>& first, bool one_query)
       : q_(q), out_(out), pages_(pages), rows_(rows), g_(g), first_(first), one_query_(one_query) {
     for (long b = 0; b < rows.batch; b++) {
@@ -132,7 +133,8 @@ class Attention {
     const E *keys[kBlockKeys], *values[kBlockKeys];
   };
   struct Scratch {
-    std::vector<E> queries, keys, values, weights, zeros;
+    std::vector<E> keys, values, zeros;
+    std::vector<Left<E>> queries, weights;
     std::vector<float> scores, ordered;
     Sums chunk, row;
   };
@@ -190,8 +192,8 @@ class Attention {
     long dims = g_.head_dim, width = g_.group * dims;
     s.queries.resize(count * width);
     for (long t = 0; t < count; t++) {
-      const E* from = q_ + ((first_[row] + token + t) * g_.heads() + head * g_.group) * dims;
-      std::memcpy(&s.queries[t * width], from, width * sizeof(E));
+      const T* from = q_ + ((first_[row] + token + t) * g_.heads() + head * g_.group) * dims;
+      convert(from, &s.queries[t * width], width);
     }
   }
 
@@ -310,8 +312,8 @@ class Attention {
     s.chunk.total[i] += sum(total);
   }
 
-  const E* q_;
-  E* out_;
+  const T* q_;
+  T* out_;
   const E* pages_;
   const Rows& rows_;
   const Geometry& g_;

@@ -141,7 +141,7 @@ ffi::Error paged_attention(ffi::RemainingArgs args, ffi::RemainingRets rets,
       long valid = std::max(0, rows.lens[b]), width = g.heads() * g.head_dim;
       std::fill(out + (b * tokens + valid) * width, out + (b + 1) * tokens * width, E{});
     }
-    Attention<E> attention(call.data<E>(0), out, call.data<E>(1), rows, g, first, tokens == 1);
+    Attention<E, E> attention(call.data<E>(0), out, call.data<E>(1), rows, g, first, tokens == 1);
     Pool::instance().run([&](Team& team) { attention.run(team); });
   });
 }

@@ -39,7 +39,7 @@ long panel_size(long k) {
 
 // c[R, kPanel] = (add ? c : 0) + a[R, count units] b[count units, kPanel].
 template <class E, int R>
-inline void tile(const E* a, long lda, const E* b, long count, float* c, long ldc, bool add) {
+inline void tile(const Left<E>* a, long lda, const E* b, long count, float* c, long ldc, bool add) {
   constexpr int U = Unit<E>::size;
   // Panels come from memory. With few rows that is all that counts, and they are fetched into the
   // first-level cache; with more there is time to fetch them from the second level.
@@ -54,19 +54,24 @@ inline void tile(const E* a, long lda, const E* b, long count, float* c, long ld
     }
   }
   for (long k = 0; k < count; k++) {
-    VU right[kVectors];
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; j++) {
       __builtin_prefetch(b + ((k + ahead) * kPanel + j * kWidth) * U, 0, level);
     }
-#pragma GCC unroll 4
-    for (int j = 0; j < kVectors; j++) right[j] = load<VU>(b + (k * kPanel + j * kWidth) * U);
-#pragma GCC unroll 16
-    for (int i = 0; i < R; i++) {
-      uint32_t left = load<uint32_t>(a + i * lda + k * U);
+#pragma GCC unroll 2
+    for (int pass = 0; pass < Unit<E>::passes; pass++) {
+      VF right[kVectors];
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; j++) {
-        acc[i][j] = Unit<E>::multiply_add(acc[i][j], left, right[j]);
+        right[j] = Unit<E>::right(load<VU>(b + (k * kPanel + j * kWidth) * U), pass);
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < R; i++) {
+        VF left = Unit<E>::left(a + i * lda + k * U, pass);
+#pragma GCC unroll 4
+        for (int j = 0; j < kVectors; j++) {
+          acc[i][j] = Unit<E>::multiply_add(acc[i][j], left, right[j]);
+        }
       }
     }
   }
@@ -78,7 +83,7 @@ inline void tile(const E* a, long lda, const E* b, long count, float* c, long ld
 }
 
 template <class E, int R = kTileRows>
-inline void tile_of(long rows, const E* a, long lda, const E* b, long count, float* c, long ldc,
+inline void tile_of(long rows, const Left<E>* a, long lda, const E* b, long count, float* c, long ldc,
                     bool add) {
   if (rows == R) return tile<E, R>(a, lda, b, count, c, ldc, add);
   if constexpr (R > 1) tile_of<E, R - 1>(rows, a, lda, b, count, c, ldc, add);
@@ -86,7 +91,7 @@ inline void tile_of(long rows, const E* a, long lda, const E* b, long count, flo
 
 // As `tile`, for any number of rows. `lda` is a whole number of units.
 template <class E>
-void multiply_panel(long rows, const E* a, long lda, const E* b, long count, float* c, long ldc,
+void multiply_panel(long rows, const Left<E>* a, long lda, const E* b, long count, float* c, long ldc,
                     bool add) {
   constexpr int U = Unit<E>::size;
   if (count == 0 && !add) {
@@ -105,7 +110,7 @@ void multiply_panel(long rows, const E* a, long lda, const E* b, long count, flo
 // at a time, and gives each tile to `done(row, rows, panel, tile)`, where tile is
 // [rows, group * kPanel]. Followed by a barrier.
 template <class E, class Done>
-void multiply(Team& team, long rows, const E* a, long lda, const E* packed, long k, long first,
+void multiply(Team& team, long rows, const Left<E>* a, long lda, const E* packed, long k, long first,
               long last, int group, Done done) {
   long blocks = (rows + kBlockRows - 1) / kBlockRows;
   if (blocks == 0) return team.loop(0, [](long) {});

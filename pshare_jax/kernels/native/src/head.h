@@ -20,14 +20,14 @@ void head(const float* x, const float* scale, const E* packed, const int32_t* le
     else if (wanted) std::fill_n(logits + b * vocab, vocab, 0.0f);
   }
   long count = static_cast<long>(rows.size()), stride = round_up(embed, 2), all = panels(vocab);
-  static thread_local Buffer<E> memory;
+  static thread_local Buffer<Left<E>> memory;
   static thread_local Buffer<float> tops;
-  E* normed = memory.get(count * stride);
+  Left<E>* normed = memory.get(count * stride);
   float* top = tops.get(all * count);  // of each panel
   Pool::instance().run([&](Team& team) {
     team.loop(count, [&](long r) {
       norm_row(x + rows[r] * embed, scale, embed, eps, normed + r * stride);
-      if (embed % 2) normed[(r + 1) * stride - 1] = E{};
+      if (embed % 2) normed[(r + 1) * stride - 1] = Left<E>{};
     });
     multiply<E>(team, count, normed, stride, packed, embed, 0, all, 1,
                 [&](long r, long n, long panel, float* tile) {

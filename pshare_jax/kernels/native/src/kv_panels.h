@@ -41,6 +41,15 @@ void transpose_panel(const E* const* keys, long dims, uint32_t* out) {
       }
     }
   }
+#else
+  for (; done + kWidth <= count; done += kWidth) {
+    for (long j = 0; j < kPanel; j += kWidth) {
+      VU square[kWidth];
+      for (int i = 0; i < kWidth; i++) square[i] = load<VU>(keys[j + i] + done * U);
+      transpose(square);
+      for (int i = 0; i < kWidth; i++) store(out + (done + i) * kPanel + j, square[i]);
+    }
+  }
 #endif
   for (long k = done; k < count; k++) {
     for (long j = 0; j < kPanel; j++) out[k * kPanel + j] = load<uint32_t>(keys[j] + k * U);
@@ -72,6 +81,10 @@ inline void pack_values(const bf16* const* rows, long keys, long dims, bf16* out
 #else
     for (long j = 0; j < keys; j += 2, out += 2 * kPanel) {
       const bf16 *a = rows[j] + p * kPanel, *b = rows[j + 1] + p * kPanel;
+      if (width == kPanel) {  // known to the compiler: vectors
+        for (long i = 0; i < kPanel; i++) out[2 * i] = a[i], out[2 * i + 1] = b[i];
+        continue;
+      }
       for (long i = 0; i < width; i++) out[2 * i] = a[i], out[2 * i + 1] = b[i];
       std::fill(out + 2 * width, out + 2 * kPanel, bf16{0});
     }

@@ -2,7 +2,7 @@
 //
 // Only valid tokens are computed: they are gathered into consecutive rows, so that a batch or chunk
 // that is not full costs no more than what is in it. The residual stream is float32; what enters a
-// matrix product is rounded to E.
+// matrix product from the left is rounded to Left<E>.
 #pragma once
 
 #include <initializer_list>
@@ -110,7 +110,7 @@ class LayerCall {
 
   void run() {
     if (count_ == 0) return;
-    static thread_local Buffer<E> normed, q, attended, hidden, low;
+    static thread_local Buffer<Left<E>> normed, q, attended, hidden, low;
     static thread_local Buffer<float> qkv;
     normed_ = normed.get(count_ * embed_stride());
     qkv_ = qkv.get(count_ * qkv_panels_ * kPanel);
@@ -119,7 +119,7 @@ class LayerCall {
     hidden_ = hidden.get(count_ * round_up(l_.mlp, 2));
     find_adapters();
     low_ = low.get(used_.empty() ? 0 : kTargets * count_ * l_.rank);
-    Attention<E> attention(q_, attended_, pages_, rows_, g_, first_, one_query_);
+    Attention<E, Left<E>> attention(q_, attended_, pages_, rows_, g_, first_, one_query_);
     Pool::instance().run([&](Team& team) {
       attention_block(team, attention);
       if (!l_.kv_only) mlp_block(team);
@@ -132,7 +132,7 @@ class LayerCall {
   long adapter(long r) const { return l_.num_adapters > 0 ? l_.adapter_index[row_[r]] : -1; }
   float* row(long r) { return x_ + index_[r] * l_.embed; }
 
-  void attention_block(Team& team, Attention<E>& attention) {
+  void attention_block(Team& team, Attention<E, Left<E>>& attention) {
     norm(team, l_.attn_norm);
     if (l_.kv_only) lower(team, {kK, kV}, normed_, l_.embed);
     else lower(team, {kQ, kK, kV}, normed_, l_.embed);
@@ -194,7 +194,7 @@ class LayerCall {
   void norm(Team& team, const float* scale) {
     team.loop(count_, [&](long r) {
       norm_row(row(r), scale, l_.embed, l_.eps, normed_ + r * embed_stride());
-      if (l_.embed % 2) normed_[(r + 1) * embed_stride() - 1] = E{};
+      if (l_.embed % 2) normed_[(r + 1) * embed_stride() - 1] = Left<E>{};
     });
   }
 
@@ -246,7 +246,7 @@ class LayerCall {
   }
 
   // x times the A factors of the targets' adapters, of which a row keeps its own one's columns.
-  void lower(Team& team, std::initializer_list<Target> targets, const E* x, long inputs) {
+  void lower(Team& team, std::initializer_list<Target> targets, const Left<E>* x, long inputs) {
     Target adapted[kTargets];
     long count = 0, shares = static_cast<long>(used_.size());
     for (Target target : targets) {
@@ -267,9 +267,9 @@ class LayerCall {
         if (first < 0) continue;
         long begin = std::max(first, panel * kPanel);
         long end = std::min(first + l_.rank, (panel + 1) * kPanel);
-        E* low = low_ + (target * count_ + r + i) * l_.rank;
+        Left<E>* low = low_ + (target * count_ + r + i) * l_.rank;
         for (long c = begin; c < end; c++) {
-          low[c - first] = from_float<E>(tile[i * kPanel + c - panel * kPanel]);
+          low[c - first] = from_float<Left<E>>(tile[i * kPanel + c - panel * kPanel]);
         }
       }
     });
@@ -299,7 +299,8 @@ class LayerCall {
   bool one_query_ = false;
   long count_ = 0, k_panel_ = 0, v_panel_ = 0, qkv_panels_ = 0;
   std::vector<long> index_, row_, first_, used_;
-  E *normed_ = nullptr, *q_ = nullptr, *attended_ = nullptr, *hidden_ = nullptr, *low_ = nullptr;
+  Left<E> *normed_ = nullptr, *q_ = nullptr, *attended_ = nullptr, *hidden_ = nullptr,
+          *low_ = nullptr;
   float* qkv_ = nullptr;
 };
 

@@ -75,6 +75,24 @@ inline void read_square(const Side& side, long line, long unit, bool lines_first
     for (int i = 0; i < kWidth; i++) _mm512_storeu_si512(square[i], rows[i]);
     return;
   }
+#else
+  if (line + kWidth <= side.lines && 2 * (unit + kWidth) <= side.depth) {
+    VU rows[kWidth];
+    for (int i = 0; i < kWidth; i++) {
+      const bf16* first = side.by_line ? side.data + (line + i) * side.depth + 2 * unit
+                                       : side.data + 2 * (unit + i) * side.lines + line;
+      if (side.by_line) {
+        rows[i] = load<VU>(first);
+      } else {
+        for (int l = 0; l < kWidth; l++) {
+          rows[i][l] = first[l].bits | static_cast<uint32_t>(first[side.lines + l].bits) << 16;
+        }
+      }
+    }
+    if (side.by_line != lines_first) transpose(rows);
+    for (int i = 0; i < kWidth; i++) store(square[i], rows[i]);
+    return;
+  }
 #endif
   for (int l = 0; l < kWidth; l++) {
     for (int u = 0; u < kWidth; u++) {
@@ -101,22 +119,35 @@ inline void pack_panel(const Side& right, long panel, bf16* packed) {
 
 // Rows of a left-hand side, each a whole number of units: as they lie, or copied.
 struct LeftRows {
-  const bf16* data;
+  const Left<bf16>* data;
   long stride;
 };
 
+inline void spread(const uint32_t* units, long count, bf16* to) {
+  std::memcpy(to, units, count * sizeof(uint32_t));
+}
+inline void spread(const uint32_t* units, long count, float* to) {
+  for (long i = 0; i < count; i++) {
+    uint32_t low = units[i] << 16, high = units[i] & 0xffff0000u;
+    to[2 * i] = load<float>(&low);
+    to[2 * i + 1] = load<float>(&high);
+  }
+}
+
 inline LeftRows left_rows(const Side& left, long first, long rows) {
+#if defined(__AVX512BF16__)
   if (left.by_line && left.depth % 2 == 0) return {left.data + first * left.depth, left.depth};
-  static thread_local Buffer<bf16> memory;
+#endif
+  static thread_local Buffer<Left<bf16>> memory;
   long count = units<bf16>(left.depth), stride = 2 * count;
-  bf16* copy = memory.get(rows * stride);
+  Left<bf16>* copy = memory.get(rows * stride);
   Square square;
   for (long row = 0; row < rows; row += kWidth) {
     for (long unit = 0; unit < count; unit += kWidth) {
       read_square(left, first + row, unit, true, square);
-      long width = std::min<long>(kWidth, count - unit) * sizeof(uint32_t);
+      long width = std::min<long>(kWidth, count - unit);
       for (long i = 0; i < std::min<long>(kWidth, rows - row); i++) {
-        std::memcpy(copy + (row + i) * stride + 2 * unit, square[i], width);
+        spread(square[i], width, copy + (row + i) * stride + 2 * unit);
       }
     }
   }

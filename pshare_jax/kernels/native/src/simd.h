@@ -63,8 +63,12 @@ inline bf16 from_float<bf16>(float x) {
   return bf16{static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
 }
 
-inline void convert(const float* from, float* to, long count) {
-  std::memcpy(to, from, count * sizeof(float));
+template <class T>
+void convert(const T* from, T* to, long count) {
+  std::memcpy(to, from, count * sizeof(T));
+}
+inline void convert(const bf16* from, float* to, long count) {
+  for (long i = 0; i < count; i++) to[i] = to_float(from[i]);
 }
 inline void convert(const float* from, bf16* to, long count) {
   long i = 0;
@@ -73,35 +77,91 @@ inline void convert(const float* from, bf16* to, long count) {
     __m256bh packed = _mm512_cvtneps_pbh(_mm512_loadu_ps(from + i));
     std::memcpy(to + i, &packed, sizeof(packed));
   }
+#else
+  typedef uint16_t Half __attribute__((vector_size(kWidth * 2)));
+  for (; i + kWidth <= count; i += kWidth) {
+    VU bits = load<VU>(from + i);
+    VU rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    VI is_nan = (VI)((bits & 0x7fffffff) > 0x7f800000);
+    VU result = is_nan ? VU{} + 0x7fc0 : rounded;
+    store(to + i, __builtin_convertvector(result, Half));
+  }
 #endif
   for (; i < count; i++) to[i] = from_float<bf16>(from[i]);
 }
 
 // What a matrix product takes at a time along its inner axis: one float32 or two bfloat16,
-// four bytes either way.
+// four bytes either way. The left-hand side of a product with E is held as `Left`. A CPU that does
+// not multiply pairs of bfloat16 itself multiplies float32: the right-hand side, which comes from
+// memory, is widened in registers, first the first element of each unit, then the second.
 template <class E>
 struct Unit;
 template <>
 struct Unit<float> {
-  static constexpr int size = 1;
-  static VF multiply_add(VF acc, uint32_t a, VU b) {
-    float x = load<float>(&a);
-    return acc + splat(x) * (VF)b;
-  }
+  using Left = float;
+  static constexpr int size = 1, passes = 1;
+  static VF left(const float* a, int) { return splat(*a); }
+  static VF right(VU b, int) { return (VF)b; }
+  static VF multiply_add(VF acc, VF a, VF b) { return acc + a * b; }
 };
+#if defined(__AVX512BF16__)
 template <>
 struct Unit<bf16> {
-  static constexpr int size = 2;
-  static VF multiply_add(VF acc, uint32_t a, VU b) {
-#if defined(__AVX512BF16__)
-    return (VF)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
-#else
-    uint32_t low = a << 16, high = a & 0xffff0000u;
-    acc += splat(load<float>(&low)) * (VF)(b << 16);
-    return acc + splat(load<float>(&high)) * (VF)(b & 0xffff0000u);
-#endif
+  using Left = bf16;
+  static constexpr int size = 2, passes = 1;
+  static VF left(const bf16* a, int) { return (VF)_mm512_set1_epi32(load<int32_t>(a)); }
+  static VF right(VU b, int) { return (VF)b; }
+  static VF multiply_add(VF acc, VF a, VF b) {
+    return (VF)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
   }
 };
+#else
+template <>
+struct Unit<bf16> {
+  using Left = float;
+  static constexpr int size = 2, passes = 2;
+  static VF left(const float* a, int pass) { return splat(a[pass]); }
+  static VF right(VU b, int pass) { return (VF)(pass == 0 ? b << 16 : b & 0xffff0000u); }
+  static VF multiply_add(VF acc, VF a, VF b) { return acc + a * b; }
+};
+#endif
+template <class E>
+using Left = typename Unit<E>::Left;
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// rows[i][j] = rows[j][i]
+inline void transpose(VU rows[8]) {
+  __m256i r[8], t[8];
+  for (int i = 0; i < 8; i++) r[i] = (__m256i)rows[i];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    r[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    rows[i] = (VU)_mm256_permute2x128_si256(r[i], r[i + 4], 0x20);
+    rows[i + 4] = (VU)_mm256_permute2x128_si256(r[i], r[i + 4], 0x31);
+  }
+}
+#elif !defined(__AVX512F__)
+inline void transpose(VU rows[kWidth]) {
+  for (int i = 0; i < kWidth; i++) {
+    for (int j = 0; j < i; j++) {
+      uint32_t x = rows[i][j];
+      rows[i][j] = rows[j][i];
+      rows[j][i] = x;
+    }
+  }
+}
+#endif
 
 inline float sum(VF v) {
 #if defined(__AVX512F__)
