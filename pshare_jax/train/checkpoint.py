@@ -103,8 +103,8 @@ class Checkpoints:
         self._options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
             enable_async_checkpointing=True,
-            # With folders made in a thread, writers wait for a signal that orbax may have lost after
-            # a save that failed: the next one then stands still for five minutes and is given up.
+            # With folders made in a thread, writers wait for a signal that orbax may have lost
+            # after a save that failed: the next one then stands still for five minutes.
             async_options=ocp.AsyncOptions(
                 post_finalization_callback=self._list_files, create_directories_asynchronously=False
             ),
