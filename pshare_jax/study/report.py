@@ -67,8 +67,8 @@ def _test_table(task: str, results: Sequence[Result]) -> str:
     if not rows:
         return f"**{task}**: not measured yet.\n"
     head = (
-        f"**{task}**\n\n| | examples | seeds | test accuracy % (95 % interval) | training, min |\n"
-        "|---|--:|--:|--:|--:|\n"
+        f"**{task}**\n\n| | examples | seeds | test accuracy % (95 % interval) | "
+        "steps, min | the base's KV, min |\n|---|--:|--:|--:|--:|--:|\n"
     )
     return head + "\n".join(rows) + "\n"
 
@@ -76,13 +76,13 @@ def _test_table(task: str, results: Sequence[Result]) -> str:
 def _row(name: str, group: Sequence[Result], evaluation: str, trained: Sequence[Result]) -> str:
     accuracies = _accuracies(group, evaluation)
     low, high = item_bootstrap_interval(accuracies)
-    minutes = [m for m in map(_minutes, trained) if m is not None]
     cells = (
         name,
         f"{group[0]['examples']:,}" if group[0].get("examples") else "-",
         str(len(group)),
         f"{100 * statistics.mean(accuracies):.1f} ({100 * low:.1f} - {100 * high:.1f})",
-        f"{statistics.mean(minutes):.1f}" if minutes else "-",
+        _minutes(trained, "step_seconds"),
+        _minutes(trained, "kv_batch_seconds"),
     )
     return f"| {' | '.join(cells)} |"
 
@@ -139,11 +139,11 @@ def _comparison(name: str, full: Result, other: Result, evaluation: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _minutes(result: Result) -> float | None:
-    """Duration of a training run; None where none was measured."""
-    training = result.get("training", {})
-    seconds = training.get("step_seconds")
-    return None if seconds is None else training["steps"] * seconds / 60
+def _minutes(group: Sequence[Result], key: str) -> str:
+    """What the steps of a run took, or the KV of its batches, which other runs can read too."""
+    runs = [training for result in group if (training := result.get("training"))]
+    minutes = [run["steps"] * run[key] / 60 for run in runs if run.get(key) is not None]
+    return f"{statistics.mean(minutes):.1f}" if minutes else "-"
 
 
 def _validation_table(results: Iterable[Result]) -> str:

@@ -37,8 +37,16 @@ def test_seeds_are_averaged_and_items_resampled():
     right = "1" * 50 + "0" * 50
     one = report.tables([result("full", right)])
     both = report.tables([result("full", right), result("full", right, seed=1)])
-    assert "| full fine-tuning | 1,600 | 1 | 50.0 (40.0 - 60.0) | 1.0 |" in one
-    assert "| full fine-tuning | 1,600 | 2 | 50.0 (40.0 - 60.0) | 1.0 |" in both
+    assert "| full fine-tuning | 1,600 | 1 | 50.0 (40.0 - 60.0) | 1.0 | - |" in one
+    assert "| full fine-tuning | 1,600 | 2 | 50.0 (40.0 - 60.0) | 1.0 | - |" in both
+
+
+def test_the_kv_that_training_reads_has_its_own_time():
+    lora = result("lora", "10")
+    lora["training"]["kv_batch_seconds"] = 1.2
+    assert "| PrefillShare, LoRA | 1,600 | 1 | 50.0 (0.0 - 100.0) | 1.0 | 2.0 |" in report.tables(
+        [lora]
+    )
 
 
 def test_methods_are_compared_with_full_fine_tuning_by_seed_and_item():
