@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("pshare_jax", "jax", "jaxlib", "flax", "numpy")
+_VECTORS = {"avx512_bf16": "AVX512-BF16", "avx512f": "AVX-512", "avx2": "AVX2"}
+"""Flags of /proc/cpuinfo, best first: CPUs of one name may differ, and so do their figures."""
 
 
 def describe() -> dict[str, Any]:
     """CPU model, cores, memory (GiB), operating system and package versions."""
     return {
-        "cpu": _cpu_model(),
+        "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
@@ -34,13 +36,29 @@ def one_line(machine: dict[str, Any]) -> str:
     )
 
 
-def _cpu_model() -> str:
+def cpu_model(info: str) -> str:
+    """The CPU's name and the best vector instructions it has.
+
+    Args:
+        info: the text of /proc/cpuinfo.
+
+    Returns:
+        The name alone, or "", where the text does not tell.
+    """
+    facts: dict[str, str] = {}
+    for line in info.splitlines():
+        key, _, value = line.partition(":")
+        facts.setdefault(key.strip(), value.strip())
+    flags = facts.get("flags", "").split()
+    vectors = next((name for flag, name in _VECTORS.items() if flag in flags), None)
+    name = facts.get("model name", "")
+    return f"{name} with {vectors}" if name and vectors else name
+
+
+def _cpu() -> str:
     info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "unknown CPU"
+    found = cpu_model(info.read_text()) if info.is_file() else ""
+    return found or platform.processor() or "unknown CPU"
 
 
 def _memory_bytes() -> int:

@@ -1,0 +1,31 @@
+"""What a result says of the machine it was measured on."""
+
+from __future__ import annotations
+
+import pytest
+
+from pshare_jax.bench import machine
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("sse2 avx2 fma", "AMD EPYC with AVX2"),
+        ("avx2 avx512f avx512bw", "AMD EPYC with AVX-512"),
+        ("avx2 avx512f avx512_bf16", "AMD EPYC with AVX512-BF16"),
+        ("sse2", "AMD EPYC"),
+    ],
+)
+def test_cpus_of_one_name_are_told_apart(flags, expected):
+    core = f"processor\t: 0\nmodel name\t: AMD EPYC\nflags\t\t: {flags}\n"
+    assert machine.cpu_model(core + "\n" + core) == expected
+
+
+def test_a_cpu_without_a_name():
+    assert machine.cpu_model("processor : 0\nFeatures : asimd\n") == ""
+
+
+def test_one_line_has_machine_and_versions():
+    line = machine.one_line(machine.describe())
+    for part in (" cores, ", " GiB, ", "Python 3.", "jax ", "numpy "):
+        assert part in line
