@@ -29,7 +29,13 @@ from pshare_jax.engine.handoff import Receiver, Staged
 from pshare_jax.engine.host_arrays import host_array, padded
 from pshare_jax.engine.request import MAX_LOGIT_BIAS, FinishReason, TokenLogprobs
 from pshare_jax.engine.sampler import Sampled, empty_history, row_logprobs
-from pshare_jax.engine.scheduler import group_order, next_batch, preemption_victim, steps_for
+from pshare_jax.engine.scheduler import (
+    DECODE_WEIGHT,
+    group_order,
+    next_batch,
+    preemption_victim,
+    steps_for,
+)
 from pshare_jax.engine.sequence import Sequence
 from pshare_jax.engine.steps import (
     DecodeInput,
@@ -92,7 +98,7 @@ class DecodeEngine(Worker):
         on_room: Callable[[], None],
         on_dead: Callable[[str], None],
     ):
-        super().__init__(f"decode{index}", on_dead)
+        super().__init__(f"decode{index}", on_dead, DECODE_WEIGHT)
         self.cache = PageCache(num_pages, layout.page_size)
         self._layout = layout
         self._groups = groups

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
+PREFILL_WEIGHT, DECODE_WEIGHT = 3.0, 1.0
+"""Shares of a processor on which engines take turns. A decode step with more rows costs little
+more, so rows had better be there early."""
+
 
 class PrefillWork(Protocol):
     """What the prefill policy looks at: arrival order, and prompt tokens still to be covered."""

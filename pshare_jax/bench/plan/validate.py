@@ -34,19 +34,14 @@ class Host:
     """What of a CPU the costs of steps do not tell.
 
     Args:
-        overlap: work that prefill and decode do together a second, against one of them alone; below
-            1 where their threads hinder each other.
         call_seconds: of a call outside the engines.
         token_seconds: work of the server and the client for each token that is sent.
     """
 
-    overlap: float = 1.0
     call_seconds: float = 0.0
     token_seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.overlap <= 0:
-            raise ConfigError(f"host.overlap: must be above 0, got {self.overlap}")
         if min(self.call_seconds, self.token_seconds) < 0:
             raise ConfigError("host: seconds must not be negative")
 
@@ -116,7 +111,7 @@ def _simulated(
     shape = options["workload"]
     calls = shape["models"] * shape["turns"]
     workload = Workload(**{**shape, "models": models, "turns": calls // models})
-    spec = SystemSpec([server_spec(config, models, costs, 0)], host.overlap, host.call_seconds)
+    spec = SystemSpec([server_spec(config, models, costs, 0)], host.call_seconds)
     seeds = [run["seed"] for run in runs] if options["rate"] else [0]
     return [
         simulate(
