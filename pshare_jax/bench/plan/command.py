@@ -57,7 +57,8 @@ def run(
 
         @functools.cache
         def costs(lora: bool) -> TableCosts:
-            return table_costs(micro, options.rate, lora, options.host.token_seconds)
+            host = options.host
+            return table_costs(micro, options.rate, lora, host.step_seconds, host.token_seconds)
 
         found["validation"] = validate(measured, costs, options.host)
         found["validation_ratios"] = ratios(found["validation"])

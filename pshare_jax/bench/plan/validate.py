@@ -35,14 +35,17 @@ class Host:
 
     Args:
         call_seconds: of a call outside the engines.
+        step_seconds: what a decode step of a server takes beside what `bench micro` sees: between
+            two steps the engine's thread waits for those of HTTP.
         token_seconds: work of the server and the client for each token that is sent.
     """
 
     call_seconds: float = 0.0
+    step_seconds: float = 0.0
     token_seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        if min(self.call_seconds, self.token_seconds) < 0:
+        if min(self.call_seconds, self.step_seconds, self.token_seconds) < 0:
             raise ConfigError("host: seconds must not be negative")
 
 
