@@ -37,6 +37,7 @@ from pshare_jax.kernels.page_transfer.api import copy_pages
 from pshare_jax.models.weights import Weights
 from pshare_jax.sharding.rules import pool_sharding, replicated
 
+
 @dataclass(eq=False)
 class PrefillTask:
     """A sequence in this engine: its pages in order of position, and how far they are filled.

@@ -47,11 +47,7 @@ def read_results(files: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def table_costs(
-    results: Sequence[dict[str, Any]],
-    rate: str = "median",
-    lora: bool = False,
-    step_seconds: float = 0.0,
-    token_seconds: float = 0.0,
+    results: Sequence[dict[str, Any]], rate: str = "median", lora: bool = False
 ) -> TableCosts:
     """Costs for a server on the machine where the results were measured.
 
@@ -65,8 +61,6 @@ def table_costs(
         rate: which rate of the repeats counts, `median` or `high`.
         lora: whether rows are of LoRA modules: steps then take as much longer than those of a full
             module as `--lora_rank` of `bench micro` has found.
-        step_seconds: work of the host for each decode step, beside what was measured.
-        token_seconds: the same for each generated token.
 
     Raises:
         ConfigError: too little was measured.
@@ -77,13 +71,7 @@ def table_costs(
     chunks = _fit(_chunk_points(results, rate, steps), "prefill", "lengths", least=2)
     # A chunk of one token reads what a step reads.
     padded = _backend(results) not in _WITHOUT_PADDING
-    return TableCosts(
-        {1: steps[1], **chunks},
-        steps,
-        step_seconds=step_seconds,
-        token_seconds=token_seconds,
-        padded=padded,
-    )
+    return TableCosts({1: steps[1], **chunks}, steps, padded=padded)
 
 
 def _backend(results: Sequence[dict[str, Any]]) -> str:

@@ -9,10 +9,11 @@ from pshare_jax.bench.plan.chains import ChainPool, Lease
 from pshare_jax.bench.plan.clock import Clock, Processor, Thread, Work
 from pshare_jax.bench.plan.costs import CostModel
 from pshare_jax.bench.plan.requests import SimRequest
+from pshare_jax.config import DecodeConfig
 from pshare_jax.engine.buckets import bucket_for
 from pshare_jax.engine.scheduler import (
     DECODE_WEIGHT,
-    group_order,
+    GroupTurns,
     next_batch,
     preemption_victim,
     steps_for,
@@ -42,6 +43,11 @@ class _Row:
         self.last_step = -1
         self.running = True
 
+    @property
+    def started(self) -> bool:
+        """Whether there is a token of it."""
+        return len(self.request.arrivals) > 0
+
 
 @dataclass(frozen=True)
 class DecodeSettings:
@@ -51,6 +57,7 @@ class DecodeSettings:
     batch_buckets: Sequence[int]
     replay_buckets: Sequence[int]
     steps_per_dispatch: int = 1
+    group_quantum: int = DecodeConfig.group_quantum
 
 
 class SimDecode(Thread):
@@ -95,7 +102,7 @@ class SimDecode(Thread):
         self._inbox: list[tuple[SimRequest, Room]] = []
         self._rows: list[_Row] = []
         self._tick = 0
-        self._last_dispatch: dict[str, int] = {}
+        self._group_turns = GroupTurns(settings.group_quantum)
 
     def reserve(self, request: SimRequest) -> Room | None:
         """A slot and pages for all known tokens, or None when there is no room now.
@@ -145,12 +152,12 @@ class SimDecode(Thread):
         for row in self._rows:
             if row.behind == 1:
                 ready.setdefault(str(row.request.group), []).append(row)
-        for group in group_order(ready, self._last_dispatch):
+        for group in self._group_turns.order(ready):
             rows = next_batch(ready[group], max(settings.batch_buckets))
             steps = steps_for([row.left for row in rows], settings.steps_per_dispatch)
             if batch := self._with_pages(rows, steps):
-                self._last_dispatch[group] = self._tick + 1
                 yield from self._step(batch, steps)
+                self._group_turns.stepped(group, ready)
                 return True
         return bool(arrivals or behind)
 
