@@ -66,6 +66,9 @@ class DecodeConfig:
         replay_buckets: chunk lengths (tokens) with which a decode module extends a sequence by
             known tokens: the tail of a prompt, or a replay.
         steps_per_dispatch: most tokens a sequence gets from one device call.
+        group_quantum: steps that a group of models gets before the next has its turn; full modules
+            are a group each, LoRA modules of one base are all in one. More makes batches larger,
+            and streams of different models less even.
         shared_prefix: whether attention reads the pages that several sequences of a batch share
             once for all of them. `auto` does on TPUs and GPUs, for batches where that saves a
             quarter of the pages or more; `on` wherever a page is saved and the kernels can. Each
@@ -79,6 +82,7 @@ class DecodeConfig:
     batch_buckets: list[int] = field(default_factory=lambda: [1, 8, 32])
     replay_buckets: list[int] = field(default_factory=lambda: [32])
     steps_per_dispatch: int = 1
+    group_quantum: int = 32
     shared_prefix: SharedPrefix = "auto"
 
 

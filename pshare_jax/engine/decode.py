@@ -29,7 +29,13 @@ from pshare_jax.engine.handoff import Receiver, Staged
 from pshare_jax.engine.host_arrays import host_array, padded
 from pshare_jax.engine.request import MAX_LOGIT_BIAS, FinishReason, TokenLogprobs
 from pshare_jax.engine.sampler import Sampled, empty_history, row_logprobs
-from pshare_jax.engine.scheduler import group_order, next_batch, preemption_victim, steps_for
+from pshare_jax.engine.scheduler import (
+    DECODE_WEIGHT,
+    GroupTurns,
+    next_batch,
+    preemption_victim,
+    steps_for,
+)
 from pshare_jax.engine.sequence import Sequence
 from pshare_jax.engine.steps import (
     DecodeInput,
@@ -92,7 +98,7 @@ class DecodeEngine(Worker):
         on_room: Callable[[], None],
         on_dead: Callable[[str], None],
     ):
-        super().__init__(f"decode{index}", on_dead)
+        super().__init__(f"decode{index}", on_dead, DECODE_WEIGHT)
         self.cache = PageCache(num_pages, layout.page_size)
         self._layout = layout
         self._groups = groups
@@ -129,7 +135,7 @@ class DecodeEngine(Worker):
         self._blocked: list[_Arrival] = []
         self._rows: list[DecodeRow] = []
         self._tick = 0
-        self._last_dispatch: dict[str, int] = {}
+        self._group_turns = GroupTurns(config.group_quantum)
 
     @property
     def running(self) -> list[Sequence]:
@@ -182,8 +188,9 @@ class DecodeEngine(Worker):
 
     def _step_first(self, ready: Mapping[str, list[DecodeRow]]) -> bool:
         """Gives a step to the first group, in turn, that can get the pages for one."""
-        for group in group_order(ready, self._last_dispatch):
+        for group in self._group_turns.order(ready):
             if self._step(group, next_batch(ready[group], max(self._config.batch_buckets))):
+                self._group_turns.stepped(group, ready)
                 return True
         return False
 
@@ -274,7 +281,6 @@ class DecodeEngine(Worker):
         if not batch:
             return False
         self._tick += 1
-        self._last_dispatch[group] = self._tick
         bucket = bucket_for(len(batch), self._config.batch_buckets)
         inputs, reads = self._inputs.decode(group, batch, bucket, steps)
         self._counters.attended(self.name, reads.plain_pages, reads.saved_pages)

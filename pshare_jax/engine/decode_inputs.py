@@ -33,6 +33,11 @@ class DecodeRow:
         return self.sequence.order
 
     @property
+    def started(self) -> bool:
+        """Whether a token of it has been generated, here or before it was preempted."""
+        return len(self.sequence.output) > 0
+
+    @property
     def num_behind(self) -> int:
         """Known tokens without KV; the last of them is fed to the step that samples."""
         return self.sequence.num_tokens - self.num_kv

@@ -52,8 +52,11 @@ def check_config(config: ServeConfig, model: ModelConfig, layout: PageLayout) ->
             f"prefill.chunk_buckets: the largest ({max(config.prefill.chunk_buckets)}) must hold "
             f"a page ({config.page_size} tokens)"
         )
-    if config.decode.max_num_seqs < 1 or config.decode.steps_per_dispatch < 1:
-        raise ConfigError("decode: max_num_seqs and steps_per_dispatch must be at least 1")
+    decode = config.decode
+    if min(decode.max_num_seqs, decode.steps_per_dispatch, decode.group_quantum) < 1:
+        raise ConfigError(
+            "decode: max_num_seqs, steps_per_dispatch and group_quantum must be at least 1"
+        )
     _check_backend(config)
     longest = layout.pages_for(config.max_model_len)
     return PoolSizes(

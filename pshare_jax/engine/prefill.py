@@ -29,17 +29,13 @@ from pshare_jax.engine.decode import DecodeEngine
 from pshare_jax.engine.handoff import Sender
 from pshare_jax.engine.host_arrays import host_array, padded
 from pshare_jax.engine.request import FinishReason, PromptUsage
-from pshare_jax.engine.scheduler import next_prefill
+from pshare_jax.engine.scheduler import PREFILL_WEIGHT, next_prefill
 from pshare_jax.engine.sequence import Sequence
 from pshare_jax.engine.steps import Rows, StepSpec, prefill_chunk
 from pshare_jax.engine.worker import Worker
 from pshare_jax.kernels.page_transfer.api import copy_pages
 from pshare_jax.models.weights import Weights
 from pshare_jax.sharding.rules import pool_sharding, replicated
-
-_WEIGHT = 3.0
-"""Share of a processor that prefill takes turns on with decode, whose weight is 1: a decode step
-with more rows costs little more, so rows had better be there early."""
 
 
 @dataclass(eq=False)
@@ -116,7 +112,7 @@ class PrefillEngine(Worker):
         counters: Counters,
         on_dead: Callable[[str], None],
     ):
-        super().__init__(f"prefill{index}", on_dead, weight=_WEIGHT)
+        super().__init__(f"prefill{index}", on_dead, weight=PREFILL_WEIGHT)
         self.cache = PageCache(num_pages, layout.page_size)
         self._layout = layout
         self._weights = weights

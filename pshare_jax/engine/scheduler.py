@@ -1,9 +1,18 @@
-"""Scheduling policy: pure functions of what waits and runs. No jax, no threads."""
+"""Scheduling policy: what waits and runs in, what is next out. No jax, no threads."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeVar
+
+PREFILL_WEIGHT, DECODE_WEIGHT = 3.0, 1.0
+"""Shares of a processor on which engines take turns. A decode step with more rows costs little
+more, so rows had better be there early."""
+
+_PATIENCE = 3
+"""Quanta after which a group of models goes before those with more rows."""
 
 
 class PrefillWork(Protocol):
@@ -17,13 +26,17 @@ class PrefillWork(Protocol):
 
 
 class DecodeWork(Protocol):
-    """What the decode policy looks at: arrival order, and the tick of the last dispatch."""
+    """What the decode policy looks at: arrival order, the tick of the last dispatch, and whether
+    there is a token of it."""
 
     @property
     def order(self) -> int: ...  # noqa: D102
 
     @property
     def last_step(self) -> int: ...  # noqa: D102
+
+    @property
+    def started(self) -> bool: ...  # noqa: D102
 
 
 P = TypeVar("P", bound=PrefillWork)
@@ -41,9 +54,60 @@ def next_prefill(tasks: Sequence[P], turn: int) -> P:
     return min(tasks, key=lambda task: (task.remaining, task.order))
 
 
-def group_order(groups: Iterable[str], last_dispatch: Mapping[str, int]) -> list[str]:
-    """The groups of models in the order in which they decode: the longest waiting first."""
-    return sorted(groups, key=lambda group: last_dispatch.get(group, -1))
+class GroupTurns:
+    """Which group of models decodes next.
+
+    A step reads a group's weights, whatever its rows, so groups had better have many rows. One that
+    has begun goes on for a quantum of steps; meanwhile rows of the others gather, and rows that are
+    stepped together end together and come back together. Then the group with most rows is next,
+    but one that has waited for some quanta comes before. Rows that have no token yet do not wait
+    for the end of a turn: their group gets every second step. So no group waits for ever.
+
+    Args:
+        quantum: steps of a turn; 1 is a step for each group, the longest waiting first.
+    """
+
+    def __init__(self, quantum: int):
+        self._quantum = quantum
+        # With a quantum of 1 every group has waited long enough.
+        self._patience = _PATIENCE * (quantum - 1)
+        self._group: str | None = None
+        self._steps = 0
+        self._interrupted = False
+        self._tick = 0
+        self._last_step: dict[str, int] = {}
+
+    def order(self, ready: Mapping[str, Sequence[DecodeWork]]) -> list[str]:
+        """The groups of `ready`, by their rows, in the order in which they should get a step."""
+        waiting = sorted(ready, key=lambda group: self._last_step.get(group, -1))
+        if self._group is None or not self._goes_on(ready):
+            return sorted(waiting, key=lambda group: self._claim(group, ready))
+        first = [self._group]
+        if not self._interrupted:
+            new = (g for g in waiting if not all(row.started for row in ready[g]))
+            first = [*itertools.islice(new, 1), *first]
+        return list(dict.fromkeys([*first, *waiting]))
+
+    def stepped(self, group: str, ready: Mapping[str, Sequence[DecodeWork]]) -> None:
+        """`group` has got a step; `ready` is what its place in the order was taken from."""
+        self._tick += 1
+        self._last_step[group] = self._tick
+        if not self._goes_on(ready):
+            self._group, self._steps, self._interrupted = group, 1, False
+        elif group == self._group:
+            self._steps, self._interrupted = self._steps + 1, False
+        else:
+            self._interrupted = True
+
+    def _goes_on(self, ready: Mapping[str, Sequence[DecodeWork]]) -> bool:
+        return self._group in ready and self._steps < self._quantum
+
+    def _claim(self, group: str, ready: Mapping[str, Sequence[DecodeWork]]) -> int:
+        """The smaller, the sooner, among groups that are sorted by how long they have waited."""
+        if group not in self._last_step:
+            return -sys.maxsize
+        waited = self._tick - self._last_step[group]
+        return -sys.maxsize if waited >= self._patience else -len(ready[group])
 
 
 def next_batch(rows: Sequence[D], limit: int) -> list[D]:

@@ -2,8 +2,8 @@
 
 On accelerators prefill and decode have devices of their own. On a CPU both use all cores, and two
 computations at once take each other's caches and threads: nothing is won, and decode steps with few
-rows take half of the time that prompts wait for. Turns are shared out by weighted fair queueing
-(Demers et al., 1989): each member's time, divided by its weight, grows alike.
+rows take half of the time that prompts wait for. Turns are shared out by weighted fair queueing,
+see `fair_queue`.
 """
 
 from __future__ import annotations
@@ -11,17 +11,13 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field
 
+from pshare_jax.engine.fair_queue import FairQueue, Share
+
 
 @dataclass(eq=False)
-class Member:
-    """Who takes turns.
+class Member(Share):
+    """Who takes turns: a share, and the event with which its thread is called."""
 
-    Args:
-        weight: its share of the time, relative to other members that have work.
-    """
-
-    weight: float
-    virtual_seconds: float = 0.0
     called: threading.Event = field(default_factory=threading.Event)
 
 
@@ -30,42 +26,24 @@ class Turns:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._taken = False
-        self._waiting: list[Member] = []
-        self._now = 0.0
+        self._queue: FairQueue[Member] = FairQueue()
 
     def take(self, member: Member) -> None:
         """Waits for the member's turn."""
         with self._lock:
-            # Time that it had no use for is not made up for.
-            member.virtual_seconds = max(member.virtual_seconds, self._now)
-            if not self._taken:
-                self._taken = True
-                return
             member.called.clear()
-            self._waiting.append(member)
+            if self._queue.take(member):
+                return
         member.called.wait()
 
     def end(self, member: Member, seconds: float, *, more: bool) -> bool:
-        """Ends a piece of work.
-
-        Args:
-            member: whose turn it is.
-            seconds: how long the piece took.
-            more: whether it would go on.
+        """Ends a piece of work; the arguments are those of `FairQueue.end`.
 
         Returns:
-            Whether it may, since nobody who waits has had less; if not, the turn is over.
+            Whether the member may go on; if not, the turn is over.
         """
         with self._lock:
-            self._now = max(self._now, member.virtual_seconds)
-            member.virtual_seconds += seconds / member.weight
-            first = min(self._waiting, key=lambda m: m.virtual_seconds, default=None)
-            if more and (first is None or member.virtual_seconds < first.virtual_seconds):
-                return True
-            if first is None:
-                self._taken = False
-            else:
-                self._waiting.remove(first)
-                first.called.set()
-            return False
+            following = self._queue.end(member, seconds, more=more)
+            if following is not None and following is not member:
+                following.called.set()
+            return following is member

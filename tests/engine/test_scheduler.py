@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 from pshare_jax.engine.scheduler import (
-    group_order,
+    GroupTurns,
     next_batch,
     next_prefill,
     preemption_victim,
@@ -18,6 +18,21 @@ class Work:
     order: int
     remaining: int = 0
     last_step: int = -1
+    started: bool = True
+
+
+OLD, NEW = Work(0), Work(0, started=False)
+
+
+def steps(turns: GroupTurns, ready: dict[str, list[Work]], count: int) -> str:
+    """The groups of the next `count` steps; a row has started once its group has had a step."""
+    taken = ""
+    for _ in range(count):
+        group = turns.order(ready)[0]
+        turns.stepped(group, ready)
+        ready[group] = [OLD] * len(ready[group])
+        taken += group
+    return taken
 
 
 def test_prefill_alternates_between_the_oldest_and_the_one_done_soonest() -> None:
@@ -25,8 +40,41 @@ def test_prefill_alternates_between_the_oldest_and_the_one_done_soonest() -> Non
     assert [next_prefill(tasks, turn).order for turn in range(4)] == [1, 2, 1, 2]
 
 
-def test_groups_that_have_waited_longest_go_first() -> None:
-    assert group_order(["a", "b", "c"], {"a": 5, "b": 3}) == ["c", "b", "a"]
+def test_with_a_quantum_of_one_groups_take_steps_in_turn() -> None:
+    turns = GroupTurns(1)
+    ready = {"a": [OLD], "b": [OLD] * 5, "c": [NEW]}
+    assert steps(turns, ready, 7) == "abcabca"
+    assert turns.order({"a": [OLD], "c": [OLD]}) == ["c", "a"]
+
+
+def test_a_group_goes_on_for_a_quantum() -> None:
+    assert steps(GroupTurns(4), {"a": [OLD], "b": [OLD]}, 12) == "aaaabbbbaaaa"
+    # One alone has turn after turn; when its rows have ended the next begins at once.
+    turns = GroupTurns(4)
+    assert steps(turns, {"a": [OLD]}, 6) == "aaaaaa"
+    assert steps(turns, {"b": [OLD], "c": [OLD]}, 5) == "bbbbc"
+
+
+def test_the_group_with_most_rows_is_next_but_none_starves() -> None:
+    turns = GroupTurns(4)
+    ready = {"a": [OLD], "b": [OLD] * 2, "c": [OLD] * 3}
+    assert steps(turns, ready, 12) == "aaaabbbbcccc"  # none has had a step before
+    # After three quanta less a step for each, a and b come before c's rows.
+    assert steps(turns, ready, 48) == "ccccaaaabbbbcccc" * 3
+
+
+def test_new_rows_get_every_second_step_at_most() -> None:
+    turns = GroupTurns(4)
+    ready = {"a": [OLD], "b": [OLD], "c": [OLD]}
+    assert steps(turns, ready, 13) == "aaaabbbbcccca"
+    ready |= {"b": [OLD, NEW], "c": [NEW]}
+    # Both get a first token between a's steps, and a still has its whole turn.
+    assert steps(turns, ready, 5) == "bacaa"
+    turns, ready, taken = GroupTurns(4), {"a": [OLD], "b": [OLD]}, ""
+    for _ in range(16):
+        ready["b"] = [NEW]
+        taken += steps(turns, ready, 1)
+    assert taken == "abababa" + "bbbb" + "abab" + "a"
 
 
 def test_rows_that_have_waited_longest_go_first() -> None:

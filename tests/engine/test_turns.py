@@ -54,7 +54,7 @@ def test_idle_time_is_not_made_up_for() -> None:
     came = threading.Event()
     thread = threading.Thread(target=lambda: (turns.take(idle), came.set()))
     thread.start()
-    wait_until(lambda: len(turns._waiting) == 1)
+    wait_until(lambda: len(turns._queue.waiting) == 1)
     assert idle.virtual_seconds == 100.0  # that of the turn it waits for, not 0
     assert not turns.end(busy, 1.0, more=True)
     assert came.wait(10)
@@ -62,7 +62,7 @@ def test_idle_time_is_not_made_up_for() -> None:
     # After one piece of 3 s it has had more than the other, who has waited.
     waiting = threading.Thread(target=lambda: turns.take(busy))
     waiting.start()
-    wait_until(lambda: len(turns._waiting) == 1)
+    wait_until(lambda: len(turns._queue.waiting) == 1)
     assert not turns.end(idle, 3.0, more=True)
     waiting.join(10)
     assert not turns.end(busy, 1.0, more=False)

@@ -21,6 +21,9 @@ Points = Mapping[int, Sequence[tuple[float, float, float]]]
 _LORA_MODULES, _LORA_ROWS = "several modules", 8
 """The measurement of LoRA modules that `bench micro` makes, and its rows."""
 
+_WITHOUT_PADDING = {"cpu_ffi"}
+"""Kernel backends that compute the tokens of a chunk or batch and not its padding."""
+
 
 def read_results(files: Sequence[str]) -> list[dict[str, Any]]:
     """Result files of `bench micro`.
@@ -44,10 +47,7 @@ def read_results(files: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def table_costs(
-    results: Sequence[dict[str, Any]],
-    rate: str = "median",
-    lora: bool = False,
-    token_seconds: float = 0.0,
+    results: Sequence[dict[str, Any]], rate: str = "median", lora: bool = False
 ) -> TableCosts:
     """Costs for a server on the machine where the results were measured.
 
@@ -61,7 +61,6 @@ def table_costs(
         rate: which rate of the repeats counts, `median` or `high`.
         lora: whether rows are of LoRA modules: steps then take as much longer than those of a full
             module as `--lora_rank` of `bench micro` has found.
-        token_seconds: work of the host for each generated token.
 
     Raises:
         ConfigError: too little was measured.
@@ -71,7 +70,15 @@ def table_costs(
         raise ConfigError("micro: no result has decode rates of batch 1")
     chunks = _fit(_chunk_points(results, rate, steps), "prefill", "lengths", least=2)
     # A chunk of one token reads what a step reads.
-    return TableCosts({1: steps[1], **chunks}, steps, token_seconds=token_seconds)
+    padded = _backend(results) not in _WITHOUT_PADDING
+    return TableCosts({1: steps[1], **chunks}, steps, padded=padded)
+
+
+def _backend(results: Sequence[dict[str, Any]]) -> str:
+    backends = {result.get("backend", "xla") for result in results}
+    if len(backends) > 1:
+        raise ConfigError(f"micro: results of several kernel backends: {sorted(backends)}")
+    return backends.pop()
 
 
 def _step_points(results: Sequence[dict[str, Any]], rate: str, lora: bool) -> Points:

@@ -1,11 +1,12 @@
-"""Virtual time: events in order, processors that threads share, threads as generators."""
+"""Virtual time: events in order, processors on which threads take turns, threads as generators."""
 
 from __future__ import annotations
 
 import heapq
 import itertools
 from collections.abc import Callable, Generator
-from functools import partial
+
+from pshare_jax.engine.fair_queue import FairQueue, Share
 
 Action = Callable[[], None]
 Work = Generator[float, None, bool]
@@ -36,69 +37,47 @@ class Clock:
 
 
 class Processor:
-    """What computes for one or several threads, in equal shares.
+    """What computes for one or several threads, which take turns as the engine's do."""
 
-    Args:
-        clock: the time.
-        overlap: work done a second while several threads compute, against one alone: 1 where each
-            of them could use the whole processor, more where one leaves part of it idle, less where
-            they hinder each other.
-    """
-
-    def __init__(self, clock: Clock, overlap: float = 1.0):
+    def __init__(self, clock: Clock):
         self._clock = clock
-        self._overlap = overlap
-        self._jobs: dict[int, tuple[float, Action]] = {}
-        self._since = 0.0
-        self._version = 0
-        self._count = itertools.count()
+        self._queue: FairQueue[Share] = FairQueue()
+        self._calls: dict[Share, Action] = {}
 
-    def compute(self, seconds: float, done: Action) -> None:
-        """Calls `done` when `seconds` of work are done."""
-        self._settle()
-        self._jobs[next(self._count)] = seconds, done
-        self._plan()
+    def take(self, share: Share, call: Action) -> bool:
+        """Whether it is the share's turn at once; if not, `call` runs when it is."""
+        if self._queue.take(share):
+            return True
+        self._calls[share] = call
+        return False
 
-    @property
-    def _speed(self) -> float:
-        count = len(self._jobs)
-        return min(1.0, self._overlap / count) if count > 1 else 1.0
-
-    def _settle(self) -> None:
-        done = (self._clock.now - self._since) * self._speed
-        self._jobs = {n: (left - done, action) for n, (left, action) in self._jobs.items()}
-        self._since = self._clock.now
-
-    def _plan(self) -> None:
-        """Foresees the next end; a change of the jobs before that makes it void."""
-        self._version += 1
-        if self._jobs:
-            number, (left, _) = min(self._jobs.items(), key=lambda item: item[1][0])
-            time = self._clock.now + left / self._speed
-            self._clock.at(time, partial(self._end, number, self._version))
-
-    def _end(self, number: int, version: int) -> None:
-        if version != self._version:
-            return
-        self._settle()
-        _, done = self._jobs.pop(number)
-        self._plan()
-        done()
+    def end(self, share: Share, seconds: float, *, more: bool) -> bool:
+        """Ends a piece of work; whether the share's thread may go on, see `FairQueue.end`."""
+        following = self._queue.end(share, seconds, more=more)
+        if following is not None and following is not share:
+            self._clock.soon(self._calls.pop(following))
+        return following is share
 
 
 class Thread:
-    """A thread that works while there is work, sleeps when there is none.
+    """A thread that works while there is work and it is its turn, sleeps when there is none.
 
     Subclasses implement `work` as the engine's threads do.
 
+    Args:
+        clock: the time.
+        processor: what computes its work.
+        weight: its share of the processor.
+
     Attributes:
-        busy_seconds: time in which it computed, on a shared processor the waiting included.
+        busy_seconds: time in which it computed.
     """
 
-    def __init__(self, clock: Clock, processor: Processor):
+    def __init__(self, clock: Clock, processor: Processor, weight: float = 1.0):
         self.busy_seconds = 0.0
         self._clock = clock
         self._processor = processor
+        self._share = Share(weight)
         self._notified = False
         self._asleep = True
         self._program = self._loop()
@@ -115,20 +94,27 @@ class Thread:
             self._clock.soon(self._resume)
 
     def _loop(self) -> Generator[float | None, None, None]:
+        """Yields seconds of computation, or None to be resumed by somebody else."""
+        while True:
+            if not self._processor.take(self._share, self._resume):
+                yield None
+            progress = yield from self._take_turn()
+            if not progress and not self._notified:
+                self._asleep = True
+                yield None
+
+    def _take_turn(self) -> Work:
+        """Works as long as it is its turn; False when there was nothing to do."""
         while True:
             self._notified = False
-            if not (yield from self.work()) and not self._notified:
-                yield None
+            before = self.busy_seconds
+            progress = yield from self.work()
+            seconds = self.busy_seconds - before
+            if not self._processor.end(self._share, seconds, more=progress):
+                return progress
 
     def _resume(self) -> None:
         seconds = next(self._program)
-        if seconds is None:
-            self._asleep = True
-            return
-        started = self._clock.now
-
-        def done() -> None:
-            self.busy_seconds += self._clock.now - started
-            self._resume()
-
-        self._processor.compute(seconds, done)
+        if seconds is not None:
+            self.busy_seconds += seconds
+            self._clock.at(self._clock.now + seconds, self._resume)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from pshare_jax.bench.plan import predict
 from pshare_jax.bench.plan.calibrate import read_results, table_costs
 from pshare_jax.bench.plan.costs import TableCosts
+from pshare_jax.bench.plan.passes import step_seconds
 from pshare_jax.bench.plan.validate import Host, ratios, read_agents, validate
 
 
@@ -28,6 +29,7 @@ class PlanOptions:
             fastest (`high`).
         host: what else of that machine the simulation must know.
         validate: result of `bench agents` to compare with.
+        server_args: flags of its servers beside those that it names: what was another default then.
         predict: machines that are not here.
     """
 
@@ -35,6 +37,7 @@ class PlanOptions:
     rate: Literal["median", "high"] = "median"
     host: Host = field(default_factory=Host)
     validate: str | None = None
+    server_args: list[str] = field(default_factory=list)
     predict: predict.PredictOptions = field(default_factory=predict.PredictOptions)
 
 
@@ -53,15 +56,31 @@ def run(
     found: dict[str, Any] = {"options": asdict(options), "validation": [], "validation_ratios": []}
     if options.validate is not None:
         measured = read_agents(options.validate)
-        micro = read_results(options.micro)
-
-        @functools.cache
-        def costs(lora: bool) -> TableCosts:
-            return table_costs(micro, options.rate, lora, options.host.token_seconds)
-
-        found["validation"] = validate(measured, costs, options.host)
+        costs = _costs(options)
+        found["validation"] = validate(
+            measured, costs, options.host.call_seconds, options.server_args
+        )
         found["validation_ratios"] = ratios(found["validation"])
         found["measured_on"] = measured.get("machine")
     found["memory"] = predict.memory(options.predict)
     found["predictions"] = predict.run(options.predict, progress)
     return found
+
+
+def _costs(options: PlanOptions) -> Callable[[bool], TableCosts]:
+    """Costs of a server with LoRA modules, or with full ones."""
+    micro, host = read_results(options.micro), options.host
+
+    @functools.cache
+    def measured(lora: bool) -> TableCosts:
+        return table_costs(micro, options.rate, lora)
+
+    beside = host.step_seconds
+    if host.passes:
+        beside = step_seconds([read_agents(file) for file in host.passes], measured)
+
+    def served(lora: bool) -> TableCosts:
+        costs = measured(lora)
+        return replace(costs, step_seconds=beside, token_seconds=host.token_seconds)
+
+    return served

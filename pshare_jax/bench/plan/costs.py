@@ -51,25 +51,30 @@ class Line:
 
 @dataclass(frozen=True)
 class TableCosts:
-    """Costs of steps that were measured, by compiled size; straight lines between sizes.
+    """Costs of steps that were measured, by size; straight lines between sizes.
 
     Args:
-        chunks: bucket to seconds of a chunk by the tokens that each of its tokens sees in the mean.
-        steps: bucket to seconds of a decode step by the tokens of KV that its rows read.
+        chunks: size to seconds of a chunk by the tokens that each of its tokens sees in the mean.
+        steps: size to seconds of a decode step by the tokens of KV that its rows read.
         send_line: seconds of a handoff by its pages, on the prefill side.
         receive_line: the same on the decode side.
+        step_seconds: work of the host for each decode step.
         token_seconds: work of the host for each token that is sent to a client.
+        padded: whether padding is computed, so that a step's size is that of its bucket and not
+            what is in it.
     """
 
     chunks: Mapping[int, Line]
     steps: Mapping[int, Line]
     send_line: Line = Line(0.0, 0.0)
     receive_line: Line = Line(0.0, 0.0)
+    step_seconds: float = 0.0
     token_seconds: float = 0.0
+    padded: bool = True
 
     def chunk(self, bucket: int, tokens: int, start: int) -> float:
         """See CostModel."""
-        return at_size(self.chunks, bucket)(start + (tokens + 1) / 2)
+        return at_size(self.chunks, bucket if self.padded else tokens)(start + (tokens + 1) / 2)
 
     def replay(self, bucket: int, tokens: int, start: int) -> float:
         """See CostModel."""
@@ -77,7 +82,8 @@ class TableCosts:
 
     def decode_step(self, bucket: int, rows: int, context: float) -> float:
         """See CostModel."""
-        return at_size(self.steps, bucket)(context) + rows * self.token_seconds
+        host = self.step_seconds + rows * self.token_seconds
+        return at_size(self.steps, bucket if self.padded else rows)(context) + host
 
     def send(self, pages: int) -> float:
         """See CostModel."""

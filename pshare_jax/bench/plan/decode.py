@@ -9,8 +9,15 @@ from pshare_jax.bench.plan.chains import ChainPool, Lease
 from pshare_jax.bench.plan.clock import Clock, Processor, Thread, Work
 from pshare_jax.bench.plan.costs import CostModel
 from pshare_jax.bench.plan.requests import SimRequest
+from pshare_jax.config import DecodeConfig
 from pshare_jax.engine.buckets import bucket_for
-from pshare_jax.engine.scheduler import group_order, next_batch, preemption_victim, steps_for
+from pshare_jax.engine.scheduler import (
+    DECODE_WEIGHT,
+    GroupTurns,
+    next_batch,
+    preemption_victim,
+    steps_for,
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,11 @@ class _Row:
         self.last_step = -1
         self.running = True
 
+    @property
+    def started(self) -> bool:
+        """Whether there is a token of it."""
+        return len(self.request.arrivals) > 0
+
 
 @dataclass(frozen=True)
 class DecodeSettings:
@@ -45,6 +57,7 @@ class DecodeSettings:
     batch_buckets: Sequence[int]
     replay_buckets: Sequence[int]
     steps_per_dispatch: int = 1
+    group_quantum: int = DecodeConfig.group_quantum
 
 
 class SimDecode(Thread):
@@ -63,7 +76,6 @@ class SimDecode(Thread):
         steps: decode steps made.
         generated_tokens: tokens generated.
         preemptions: requests that lost their pages.
-        work_seconds: what its work cost, waiting for a processor left out.
     """
 
     def __init__(
@@ -76,12 +88,11 @@ class SimDecode(Thread):
         on_preempt: Callable[[SimRequest], None],
         on_room: Callable[[], None],
     ):
-        super().__init__(clock, processor)
+        super().__init__(clock, processor, DECODE_WEIGHT)
         self.pool = pool
         self.steps = 0
         self.generated_tokens = 0
         self.preemptions = 0
-        self.work_seconds = 0.0
         self._costs = costs
         self._settings = settings
         self._on_preempt = on_preempt
@@ -91,7 +102,7 @@ class SimDecode(Thread):
         self._inbox: list[tuple[SimRequest, Room]] = []
         self._rows: list[_Row] = []
         self._tick = 0
-        self._last_dispatch: dict[str, int] = {}
+        self._group_turns = GroupTurns(settings.group_quantum)
 
     def reserve(self, request: SimRequest) -> Room | None:
         """A slot and pages for all known tokens, or None when there is no room now.
@@ -132,7 +143,7 @@ class SimDecode(Thread):
         settings = self._settings
         arrivals, self._inbox = self._inbox, []
         if seconds := sum(self._costs.receive(room.moved) for _, room in arrivals):
-            yield self._spend(seconds)
+            yield seconds
         self._rows += [_Row(request, room.lease) for request, room in arrivals]
         behind = [row for row in self._rows if row.behind > 1]
         if behind:
@@ -141,12 +152,12 @@ class SimDecode(Thread):
         for row in self._rows:
             if row.behind == 1:
                 ready.setdefault(str(row.request.group), []).append(row)
-        for group in group_order(ready, self._last_dispatch):
+        for group in self._group_turns.order(ready):
             rows = next_batch(ready[group], max(settings.batch_buckets))
             steps = steps_for([row.left for row in rows], settings.steps_per_dispatch)
             if batch := self._with_pages(rows, steps):
-                self._last_dispatch[group] = self._tick + 1
                 yield from self._step(batch, steps)
+                self._group_turns.stepped(group, ready)
                 return True
         return bool(arrivals or behind)
 
@@ -157,7 +168,7 @@ class SimDecode(Thread):
         row.behind -= tokens
         self._tick += 1
         row.last_step = self._tick
-        return self._spend(self._costs.replay(bucket_for(tokens, buckets), tokens, start))
+        return self._costs.replay(bucket_for(tokens, buckets), tokens, start)
 
     def _with_pages(self, rows: Sequence[_Row], steps: int) -> list[_Row]:
         """Those rows that have the pages of a step, or get them."""
@@ -170,7 +181,7 @@ class SimDecode(Thread):
         bucket = bucket_for(len(batch), self._settings.batch_buckets)
         context = sum(row.num_kv for row in batch) + len(batch)
         seconds = steps * self._costs.decode_step(bucket, len(batch), context)
-        yield self._spend(seconds)
+        yield seconds
         self.steps += 1
         self.generated_tokens += steps * len(batch)
         times = [self._clock.now] * steps
@@ -208,7 +219,3 @@ class SimDecode(Thread):
         self.pool.release(row.lease)
         self._inside -= 1
         self._on_room()
-
-    def _spend(self, seconds: float) -> float:
-        self.work_seconds += seconds
-        return seconds

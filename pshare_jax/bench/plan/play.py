@@ -146,8 +146,8 @@ def simulate(spec: SystemSpec, workload: Workload, load: Load, warmup: int = 0) 
 
 def _work(system: System) -> dict[str, float]:
     return {
-        "prefill_s": sum(engine.work_seconds for engine in system.prefill),
-        "decode_s": sum(engine.work_seconds for engine in system.decode),
+        "prefill_s": sum(engine.busy_seconds for engine in system.prefill),
+        "decode_s": sum(engine.busy_seconds for engine in system.decode),
         "computed_tokens": sum(engine.computed_tokens for engine in system.prefill),
         "decode_steps": sum(engine.steps for engine in system.decode),
         "preemptions": sum(engine.preemptions for engine in system.decode),

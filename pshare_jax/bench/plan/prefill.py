@@ -11,7 +11,7 @@ from pshare_jax.bench.plan.costs import CostModel
 from pshare_jax.bench.plan.decode import SimDecode
 from pshare_jax.bench.plan.requests import SimRequest
 from pshare_jax.engine.buckets import bucket_for
-from pshare_jax.engine.scheduler import next_prefill
+from pshare_jax.engine.scheduler import PREFILL_WEIGHT, next_prefill
 
 
 @dataclass(eq=False)
@@ -46,7 +46,6 @@ class SimPrefill(Thread):
 
     Attributes:
         computed_tokens: prompt tokens that were computed here.
-        work_seconds: what its chunks and handoffs cost, waiting for a processor left out.
     """
 
     def __init__(
@@ -58,10 +57,9 @@ class SimPrefill(Thread):
         chunk_buckets: Sequence[int],
         decoders: Sequence[SimDecode],
     ):
-        super().__init__(clock, processor)
+        super().__init__(clock, processor, PREFILL_WEIGHT)
         self.pool = pool
         self.computed_tokens = 0
-        self.work_seconds = 0.0
         self._costs = costs
         self._buckets = sorted(chunk_buckets)
         self._decoders = decoders
@@ -122,7 +120,7 @@ class SimPrefill(Thread):
         end = task.filled + self._buckets[-1]
         end = request.cover if end >= request.cover else end - end % page_size
         tokens = end - task.filled
-        yield self._spend(self._costs.chunk(bucket_for(tokens, self._buckets), tokens, task.filled))
+        yield self._costs.chunk(bucket_for(tokens, self._buckets), tokens, task.filled)
         self.pool.extend(task.lease, end, request.model)
         self.computed_tokens += tokens
         request.computed += tokens
@@ -143,13 +141,9 @@ class SimPrefill(Thread):
                 full.add(decoder)
                 continue
             if seconds := self._costs.send(room.moved):
-                yield self._spend(seconds)
+                yield seconds
             self._covered.remove(task)
             self.pool.release(task.lease)
             decoder.commit(request, room)
             handed = True
         return handed
-
-    def _spend(self, seconds: float) -> float:
-        self.work_seconds += seconds
-        return seconds

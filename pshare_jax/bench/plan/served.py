@@ -31,7 +31,8 @@ def is_lora(config: ServeConfig) -> bool:
     """Whether the models are LoRA modules, which decode in one batch.
 
     Raises:
-        ConfigError: some are and some are not, which the simulation does not know.
+        ConfigError: some are and some are not, which the simulation does not know; or a checkpoint
+            is not there.
     """
     kinds = {_kind(entry.checkpoint) for entry in config.models}
     if len(kinds) > 1:
@@ -40,9 +41,11 @@ def is_lora(config: ServeConfig) -> bool:
 
 
 def _kind(checkpoint: str) -> str:
-    about = Path(checkpoint) / "pshare.json"
-    if checkpoint == "identity" or not about.is_file():
+    if checkpoint == "identity":
         return "full"
+    about = Path(checkpoint) / "pshare.json"
+    if not about.is_file():
+        raise ConfigError(f"models: there is no {about}, which says whether it is a LoRA module")
     return (json.loads(about.read_text()).get("certificate") or {}).get("kind", "full")
 
 
@@ -66,6 +69,7 @@ def server_spec(config: ServeConfig, models: int, costs: CostModel, processor: i
         decode.batch_buckets,
         decode.replay_buckets,
         decode.steps_per_dispatch,
+        decode.group_quantum,
     )
     return ServerSpec(
         models=range(models),

@@ -61,12 +61,10 @@ class SystemSpec:
 
     Args:
         servers: each model is asked at the one that has it.
-        overlap: of every processor, see `Processor`.
         call_seconds: of each call outside the engines: HTTP, tokens to text, the way there.
     """
 
     servers: Sequence[ServerSpec]
-    overlap: float = 1.0
     call_seconds: float = 0.0
 
 
@@ -80,7 +78,7 @@ class System:
 
         def processor(number: int) -> Processor:
             if number not in processors:
-                processors[number] = Processor(self.clock, spec.overlap)
+                processors[number] = Processor(self.clock)
             return processors[number]
 
         orders = itertools.count()

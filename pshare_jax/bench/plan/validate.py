@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pshare_jax.bench.agents_load import Load
 from pshare_jax.bench.agents_targets import ISOLATED, SHARED
-from pshare_jax.bench.agents_workload import Workload
 from pshare_jax.bench.plan.costs import TableCosts
+from pshare_jax.bench.plan.passes import workload_of
 from pshare_jax.bench.plan.play import simulate
 from pshare_jax.bench.plan.served import is_lora, load_server, server_spec
 from pshare_jax.bench.plan.system import SystemSpec
@@ -34,21 +34,23 @@ class Host:
     """What of a CPU the costs of steps do not tell.
 
     Args:
-        overlap: work that prefill and decode do together a second, against one of them alone; below
-            1 where their threads hinder each other.
         call_seconds: of a call outside the engines.
+        step_seconds: what a decode step of a server takes beside what `bench micro` sees, see
+            `passes`.
+        passes: results of `bench agents` on the machine whose limits tell `step_seconds`.
         token_seconds: work of the server and the client for each token that is sent.
     """
 
-    overlap: float = 1.0
     call_seconds: float = 0.0
+    step_seconds: float = 0.0
+    passes: list[str] = field(default_factory=list)
     token_seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.overlap <= 0:
-            raise ConfigError(f"host.overlap: must be above 0, got {self.overlap}")
-        if min(self.call_seconds, self.token_seconds) < 0:
+        if min(self.call_seconds, self.step_seconds, self.token_seconds) < 0:
             raise ConfigError("host: seconds must not be negative")
+        if self.passes and self.step_seconds:
+            raise ConfigError("host: step_seconds or passes, not both")
 
 
 def read_agents(file: str) -> dict[str, Any]:
@@ -68,7 +70,10 @@ def read_agents(file: str) -> dict[str, Any]:
 
 
 def validate(
-    result: dict[str, Any], costs: Callable[[bool], TableCosts], host: Host
+    result: dict[str, Any],
+    costs: Callable[[bool], TableCosts],
+    call_seconds: float = 0.0,
+    server_args: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """One row for each server, number of models and concurrency of a result.
 
@@ -77,21 +82,20 @@ def validate(
     Args:
         result: of `bench agents`, with servers that it started.
         costs: those of LoRA modules, or of full ones.
-        host: the rest of the machine.
+        call_seconds: see `Host`.
+        server_args: flags of its servers beside those that it names.
 
     Raises:
         ConfigError: the result has no such servers, or their configurations cannot be read.
     """
     options = result["options"]
-    configs = {
-        name: load_server(options[name], options["server_args"])
-        for name in (SHARED, ISOLATED)
-        if options.get(name)
-    }
+    files = {name: options.get(name) for name in (SHARED, ISOLATED)} | options.get("variants", {})
+    args = [*options["server_args"], *server_args]
+    configs = {name: load_server(file, args) for name, file in files.items() if file}
     if not configs:
         raise ConfigError("validate: the result has no server that `bench agents` started")
     return [
-        _row(name, runs, _simulated(options, config, runs, costs(is_lora(config)), host))
+        _row(name, runs, _simulated(options, config, runs, costs(is_lora(config)), call_seconds))
         for name, config in configs.items()
         for runs in _points(result, name)
     ]
@@ -110,13 +114,11 @@ def _simulated(
     config: ServeConfig,
     runs: Sequence[dict[str, Any]],
     costs: TableCosts,
-    host: Host,
+    call_seconds: float,
 ) -> list[dict[str, Any]]:
     models = runs[0]["models"]
-    shape = options["workload"]
-    calls = shape["models"] * shape["turns"]
-    workload = Workload(**{**shape, "models": models, "turns": calls // models})
-    spec = SystemSpec([server_spec(config, models, costs, 0)], host.overlap, host.call_seconds)
+    workload = workload_of(options, models)
+    spec = SystemSpec([server_spec(config, models, costs, 0)], call_seconds)
     seeds = [run["seed"] for run in runs] if options["rate"] else [0]
     return [
         simulate(

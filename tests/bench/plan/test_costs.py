@@ -1,6 +1,7 @@
 """Costs: rooflines by hand, tables from measurements that are known to the last digit."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -101,8 +102,19 @@ def test_known_costs_are_found_again():
     # A chunk of one token is taken for a step; 32 lie between 1 and 128.
     share = 31 / 127
     assert table.chunk(32, 32, 0) == pytest.approx(3e-3 + share * 7e-3 + 16.5e-6, rel=1e-3)
-    twice = table_costs(RESULTS, "high", token_seconds=1e-3)
-    assert twice.decode_step(8, 5, 5000) == pytest.approx(7.5e-3 + 5e-3)
+    twice = replace(table_costs(RESULTS, "high"), step_seconds=2e-3, token_seconds=1e-3)
+    assert twice.decode_step(8, 5, 5000) == pytest.approx(7.5e-3 + 2e-3 + 5e-3)
+
+
+def test_kernels_that_compute_no_padding_are_charged_for_none():
+    exact = table_costs([result | {"backend": "cpu_ffi"} for result in RESULTS])
+    padded = table_costs([result | {"backend": "xla"} for result in RESULTS])
+    assert padded.chunk(128, 65, 0) == pytest.approx(10e-3 + 33e-6, rel=1e-3)
+    assert exact.chunk(128, 65, 0) == pytest.approx(3e-3 + 64 / 127 * 7e-3 + 33e-6, rel=1e-3)
+    assert padded.decode_step(8, 3, 3000) == pytest.approx(10e-3 + 3e-3)
+    assert exact.decode_step(8, 3, 3000) == pytest.approx(5e-3 + 3e-3)
+    with pytest.raises(ConfigError, match=r"several kernel backends: \['cpu_ffi', 'xla'\]"):
+        table_costs([RESULTS[0] | {"backend": "cpu_ffi"}, RESULTS[1]])
 
 
 def test_too_little_was_measured():

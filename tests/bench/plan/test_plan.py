@@ -213,6 +213,26 @@ def test_predicted_against_measured(tmp_path, capsys):
     assert (tmp_path / "plan-validate.png").stat().st_size > 0
 
 
+def test_passes_of_a_server_tell_what_its_steps_take_more(tmp_path, capsys):
+    file = agents_result(tmp_path, 100.0)
+    result = json.loads(file.read_text())
+    # Four tokens, a session at a time: 3 ms, a us a position, and 1.5 ms that micro has not seen.
+    decode = 4 * 3e-3 + (101 + 102 + 103 + 104) * 1e-6 + 4 * 1.5e-3
+    passes = tmp_path / "passes.json"
+    passes.write_text(json.dumps(result | {"limits": [{"models": 2, "decode_s": decode}]}))
+    flags = [f"--validate={file}", f"--micro=[{tmp_path}/micro0.json,{tmp_path}/micro1.json]"]
+    throughput = []
+    for host in ("--host.step_seconds=0.0015", f"--host.passes=[{passes}]"):
+        assert plan(*flags, host, f"--json={tmp_path}/out.json") == 0
+        out = json.loads((tmp_path / "out.json").read_text())
+        throughput.append(out["validation"][0]["predicted"]["generated_tokens_per_s"])
+    assert throughput[1] == pytest.approx(throughput[0], rel=0.01)
+    capsys.readouterr()
+    passes.write_text(json.dumps(result | {"limits": []}))
+    assert plan(*flags, f"--host.passes=[{passes}]") == 2
+    assert "no result of `bench agents` with limits" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
@@ -223,7 +243,7 @@ def test_predicted_against_measured(tmp_path, capsys):
         ("--predict.concurrency=[]", "numbers from 1 up"),
         ("--predict.concurrency=[1000]", "batch_buckets"),
         ("--predict.efficiency.compute=1.5", "efficiency.compute: must be above 0 and at most 1"),
-        ("--host.overlap=0", "host.overlap: must be above 0"),
+        ("--host.step_seconds=-1", "host: seconds must not be negative"),
         ("--validate=none.json", "validate: none.json cannot be read"),
         ("--predict.compiled=none.json", "compiled: none.json is no result"),
         ("--markdown=none.md", "no document none.md"),
@@ -254,6 +274,9 @@ def test_kinds_of_modules_come_from_their_checkpoints(tmp_path):
     (lora / "pshare.json").write_text(json.dumps({"certificate": {"kind": "lora"}}))
     entries = [replace(entry, checkpoint=str(lora)) for entry in config.models]
     assert served.is_lora(replace(config, models=entries))
+    missing = replace(config.models[0], checkpoint=str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match=r"there is no .*none/pshare\.json"):
+        served.is_lora(replace(config, models=[missing]))
     with pytest.raises(ConfigError, match="all full or all LoRA"):
         served.is_lora(replace(config, models=[entries[0], config.models[1]]))
     assert served.DEFAULT_POOL_SEQUENCES == DEFAULT_POOL_SEQUENCES
