@@ -37,7 +37,7 @@ ENGINE = serve_config(
         batch_buckets=[8],
         max_num_seqs=12,
         replay_buckets=[4],
-        num_pages=50,
+        num_pages=40,
         steps_per_dispatch=4,
         shared_prefix="on",
     ),
