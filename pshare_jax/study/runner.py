@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pshare_jax.bench import machine
 from pshare_jax.convert.files import replace_file
 from pshare_jax.convert.manifest import read_json
 from pshare_jax.errors import DataError
@@ -132,6 +133,7 @@ class Study:
             "examples": runs.examples,
             "seed": run.seed,
             "tail": runs.tail,
+            "machine": machine.describe(),
             "training": {
                 "data": record["data"],
                 "steps": record["steps"],

@@ -63,6 +63,7 @@ def test_every_run_leaves_a_result(study):
     )
     assert len(full["evaluations"]["test"]["correct"]) == TASK.test
     assert full["training"]["steps"] == 2
+    assert full["machine"]["packages"]["jax"]
     assert "test" not in results["code-prefillshare-0.001-8-0.json"]["evaluations"]
     # Weights are kept where that was asked for.
     kept = [path.name for path in (Path(study.folder) / "models").iterdir()]
