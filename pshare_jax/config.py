@@ -117,7 +117,7 @@ class ServeConfig:
         base: the prefill checkpoint folder.
         models: the served models, one entry a decode module.
         dtype: dtype of weights, activations and KV; `auto` is bfloat16, but float32 on CPUs
-            without instructions for bfloat16 or without the kernels of `cpu_ffi`.
+            without the kernels of `cpu_ffi`.
         max_model_len: most tokens of prompt plus completion.
         page_size: token slots of one KV page.
         max_queue: waiting requests beyond which new ones get 429.

@@ -45,7 +45,6 @@ from pshare_jax.engine.steps import StepSpec
 from pshare_jax.engine.turns import Turns
 from pshare_jax.errors import EngineDeadError, QueueFullError, RequestError, UnknownModelError
 from pshare_jax.kernels.backends import CPU_FFI, backend_for, on_mesh
-from pshare_jax.kernels.native.library import require_library
 from pshare_jax.sharding.mesh import carve, request_cpu_devices
 from pshare_jax.text.tokenizer import Tokenizer
 
@@ -361,8 +360,8 @@ def _pool_stats(cache: PageCache) -> PoolStats:
 def compute_dtype(config: ServeConfig) -> jnp.dtype:
     """The dtype of weights, activations and KV.
 
-    Unless configured it is bfloat16, but float32 on CPUs that cannot multiply bfloat16 themselves
-    and where XLA does the products, which in bfloat16 are slow.
+    Unless configured it is bfloat16, but float32 on CPUs where XLA does the products, which in
+    bfloat16 are slow.
     """
     if config.dtype != "auto":
         return jnp.dtype(config.dtype)
@@ -372,7 +371,7 @@ def compute_dtype(config: ServeConfig) -> jnp.dtype:
     tensor_parallel = max(config.prefill.tensor_parallel, config.decode.tensor_parallel)
     if tensor_parallel > 1 or backend_for(config.kernel_backend, platform) != CPU_FFI:
         return jnp.dtype(jnp.float32)
-    return jnp.dtype(jnp.bfloat16 if require_library().has_bfloat16 else jnp.float32)
+    return jnp.dtype(jnp.bfloat16)
 
 
 def prepare_jax(config: ServeConfig) -> None:

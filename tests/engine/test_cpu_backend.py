@@ -80,5 +80,4 @@ def test_the_dtype_of_a_cpu_goes_by_what_it_can() -> None:
     assert compute_dtype(serve_config(dtype="auto", kernel_backend="xla")) == "float32"
     on_a_mesh = serve_config(dtype="auto", decode=DecodeConfig(tensor_parallel=2))
     assert compute_dtype(on_a_mesh) == "float32"
-    native = "bfloat16" if library.require_library().has_bfloat16 else "float32"
-    assert compute_dtype(serve_config(dtype="auto")) == native
+    assert compute_dtype(serve_config(dtype="auto")) == "bfloat16"

@@ -57,12 +57,10 @@ class Library:
     Args:
         path: its file.
         panel_columns: columns of one panel of a packed matrix, see `src/gemm.h`.
-        has_bfloat16: whether the CPU multiplies bfloat16 itself (AVX512-BF16).
     """
 
     path: Path
     panel_columns: int
-    has_bfloat16: bool
     _library: ctypes.CDLL
 
     def advise_large_pages(self, arrays: Iterable[jax.Array]) -> None:
@@ -107,9 +105,7 @@ def _load() -> Library | None:
         handler = jax.ffi.pycapsule(getattr(library, name))
         jax.ffi.register_ffi_target(name, handler, platform="cpu")
     logger.info("CPU kernels: %s", path)
-    return Library(
-        path, library.pshare_panel_columns(), bool(library.pshare_has_bfloat16()), library
-    )
+    return Library(path, library.pshare_panel_columns(), library)
 
 
 def cache_folder() -> Path:

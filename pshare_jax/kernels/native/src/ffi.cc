@@ -323,12 +323,3 @@ extern "C" void pshare_large_pages(char* memory, size_t bytes) {
 
 // Columns of a panel of a packed matrix: what the Python side packs by.
 extern "C" int pshare_panel_columns() { return kPanel; }
-
-// Whether this CPU multiplies bfloat16 as fast as it can load it.
-extern "C" int pshare_has_bfloat16() {
-#if defined(__AVX512BF16__)
-  return 1;
-#else
-  return 0;
-#endif
-}
