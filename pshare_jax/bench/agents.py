@@ -29,6 +29,7 @@ from pshare_jax.bench.agents_targets import (
 )
 from pshare_jax.bench.agents_workload import Workload
 from pshare_jax.bench.vllm_servers import VllmServers, running_vllm
+from pshare_jax.config import load_serve_config
 from pshare_jax.errors import ConfigError
 from pshare_jax.text.tokenizer import Tokenizer
 
@@ -55,7 +56,8 @@ class AgentsOptions:
             `workload` has; empty is `workload.models` alone.
         concurrency: most live sessions; each number is a run.
         rate: sessions that arrive a second (Poisson); 0 starts one when another ends.
-        sessions: counted sessions of a run.
+        sessions: counted sessions of a run, at least.
+        sessions_per_live: counted sessions for each that is live, where that is more.
         warmup: sessions that are played before each run and not counted.
         rounds: repeats of everything; the order of the targets turns with each.
         seed: of text and arrivals.
@@ -81,6 +83,7 @@ class AgentsOptions:
     concurrency: list[int] = field(default_factory=lambda: [4])
     rate: float = 0.0
     sessions: int = 16
+    sessions_per_live: int = 0
     warmup: int = 2
     rounds: int = 1
     seed: int = 0
@@ -99,7 +102,7 @@ class AgentsOptions:
         for name in ("sessions", "rounds"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: must be at least 1, got {getattr(self, name)}")
-        for name in ("warmup", "rate", "seed"):
+        for name in ("sessions_per_live", "warmup", "rate", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}: must not be negative, got {getattr(self, name)}")
         if self.timeout <= 0:
@@ -112,6 +115,10 @@ class AgentsOptions:
         """Configuration files of the servers to start, the baseline first."""
         named = {ISOLATED: self.isolated, **self.variants, SHARED: self.shared}
         return {name: config for name, config in named.items() if config is not None}
+
+    def counted_sessions(self, concurrency: int) -> int:
+        """Sessions of a run with so many live at once."""
+        return max(self.sessions, self.sessions_per_live * concurrency)
 
     def workloads(self) -> list[Workload]:
         """One for each number of models, all with the same number of calls a session.
@@ -183,8 +190,11 @@ class _Bench:
         self._encode = encode
         self._progress = progress
         self._done = 0
-        sessions = options.sessions + options.warmup
-        self._total = sessions * len(servers) * sum(len(p.workload.calls()) for p in self._points())
+        self._total = len(servers) * sum(
+            (options.counted_sessions(point.concurrency) + options.warmup)
+            * len(point.workload.calls())
+            for point in self._points()
+        )
 
     async def run(self) -> dict[str, Any]:
         options = self._options
@@ -209,6 +219,7 @@ class _Bench:
             ]
             return {
                 "options": {**asdict(options), "api_key": None},
+                "configs": _settings(options),
                 "targets": [asdict(t) | {"version": await _version(http, t)} for t in targets],
                 "runs": runs,
                 "comparisons": comparisons,
@@ -238,16 +249,17 @@ class _Bench:
         )
         if options.warmup:
             await player.play(Load(options.warmup, point.concurrency, 0.0, point.seed + 1))
-        load = Load(options.sessions, point.concurrency, options.rate, point.seed)
+        sessions = options.counted_sessions(point.concurrency)
+        load = Load(sessions, point.concurrency, options.rate, point.seed)
         async with watched(http, target.urls[: point.workload.models]) as metrics:
-            sessions = await player.play(load)
+            played = await player.play(load)
         return {
             "target": target.name,
             "models": point.workload.models,
             "concurrency": point.concurrency,
             "round": point.round,
             "seed": point.seed,
-            **summary(sessions),
+            **summary(played),
             "server": metrics.as_dict(),
         }
 
@@ -279,6 +291,15 @@ class _Bench:
     def _called(self) -> None:
         self._done += 1
         self._progress(self._done, self._total)
+
+
+def _settings(options: AgentsOptions) -> dict[str, Any]:
+    """What the servers that are started here are told, defaults included, but for the HTTP side."""
+    configs = {
+        name: asdict(load_serve_config(file, *options.server_args))
+        for name, file in options.configs.items()
+    }
+    return {name: {**config, "server": None} for name, config in configs.items()}
 
 
 async def _version(http: aiohttp.ClientSession, target: Target) -> Any:

@@ -45,10 +45,12 @@ def _setting(result: dict[str, Any]) -> str:
         if options["rate"]
         else "each of which starts when another ends"
     )
+    fewest, most = (f(run["sessions"] for run in result["runs"]) for f in (min, max))
+    sessions = f"{fewest}" if fewest == most else f"{fewest} to {most}"
     return (
         f"`{shape['pattern']}`: {shape['models'] * shape['turns']} calls a session, "
         f"{shape['prompt']:,} tokens of context, {shape['generated']} generated and "
-        f"{shape['observed']} observed a call; {options['sessions']} sessions {arrivals}. Medians "
+        f"{shape['observed']} observed a call; {sessions} sessions {arrivals}. Medians "
         f"of {options['rounds']} interleaved rounds."
     )
 

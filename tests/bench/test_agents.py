@@ -61,24 +61,27 @@ def test_a_server_that_runs_already(served, tokenizer_folder, tmp_path, capsys):
         f"--urls=[{served.url}/v1]",
         f"--tokenizer={tokenizer_folder}",
         "--concurrency=[1,3]",
-        "--sessions=5",
+        "--sessions=4",
+        "--sessions_per_live=2",
         "--warmup=1",
     )
     assert code == 0
     assert result is not None
     assert [run["concurrency"] for run in result["runs"]] == [1, 3]
-    for run in result["runs"]:
-        assert (run["sessions"], run["calls"], run["generated_tokens"]) == (5, 20, 80)
+    # At least four, and two for each that is live.
+    for run, sessions in zip(result["runs"], [4, 6], strict=True):
+        counts = (run["sessions"], run["calls"], run["generated_tokens"])
+        assert counts == (sessions, sessions * 4, sessions * 16)
         assert run["call_s"]["p99"] >= run["call_s"]["p50"] >= run["ttft_s"]["p50"] > 0
         # Prompts of 64, 76, 88 and 100 tokens; only the second model reads another's pages.
-        assert run["prompt_tokens"]["total"] == 5 * (64 + 76 + 88 + 100)
+        assert run["prompt_tokens"]["total"] == sessions * (64 + 76 + 88 + 100)
         assert run["prompt_tokens"]["other_model"] > 0
         assert run["server"]["prefill_tokens"]["other_model"] == run["prompt_tokens"]["other_model"]
         assert run["server"]["handoff_bytes"] > 0
     assert result["comparisons"] == []
     assert result["machine"]["packages"]["jax"]
     assert [e["model"] for e in result["targets"][0]["endpoints"]] == ["planner", "coder"]
-    # Warm-up and both runs: 2 * 6 sessions of 4 calls, each with a context of its own.
+    # Warm-up and both runs: 5 and 7 sessions of 4 calls, each with a context of its own.
     assert len(served.engine.submitted) == 48
     assert len({r.prompt_token_ids[:20] for r in served.engine.submitted}) == 12
     out = capsys.readouterr().out
@@ -179,6 +182,7 @@ def test_a_context_that_is_too_long_gives_no_figures(served, tokenizer_folder, t
         (["--urls=[http://127.0.0.1:9]", "--model_counts=[3]"], "cannot be divided among 3"),
         (["--urls=[http://127.0.0.1:9]", "--concurrency=[0]"], "concurrency: must be"),
         (["--urls=[http://127.0.0.1:9]", "--sessions=0"], "sessions: must be"),
+        (["--urls=[http://127.0.0.1:9]", "--sessions_per_live=-1"], "sessions_per_live: must not"),
         (["--urls=[http://127.0.0.1:9]"], "tokenizer: name the folder"),
     ],
 )
@@ -248,6 +252,9 @@ def test_sharing_against_not_sharing(tmp_path, capsys):
         assert run["server"]["compiles"] == 0
         assert run["server"]["busy_seconds"].keys() == {"prefill0", "decode0"}
         assert run["server"]["peak_kv_bytes"]["prefill0"] > 0
+    for name in ("isolated", "shared"):
+        assert result["configs"][name]["decode"]["group_quantum"] == 32
+        assert {m["sharing"] for m in result["configs"][name]["models"]} == {name}
     [row] = result["comparisons"]
     assert (row["target"], row["baseline"], row["models"]) == ("shared", "isolated", 2)
     first, second = (

@@ -124,7 +124,7 @@ def _simulated(
         simulate(
             spec,
             workload,
-            Load(options["sessions"], runs[0]["concurrency"], options["rate"], seed),
+            Load(runs[0]["sessions"], runs[0]["concurrency"], options["rate"], seed),
             options["warmup"],
         )
         for seed in seeds
