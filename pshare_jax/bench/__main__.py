@@ -38,6 +38,8 @@ Keep = Callable[[dict[str, Any]], None]
 
 # Columns of a table that goes into a file or a pipe.
 _FILE_WIDTH = 150
+# Of what a table of profiles shows.
+_LEAST_SHARE = 0.01
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -231,7 +233,28 @@ def _show(result: dict[str, Any]) -> None:
     if not console.is_terminal:
         console.width = _FILE_WIDTH
     console.print(table)
+    if result["profiles"]:
+        console.print(_profiles_table(result["profiles"]))
     console.print(f"{options['repeats']} repeats. {machine.one_line(result['machine'])}")
+
+
+def _profiles_table(profiles: dict[str, Any]) -> Table:
+    table = Table(title="shares of the traced time, and of the time of each program's operations")
+    for header in ("", "s", "idle", "program", "share", "operations"):
+        table.add_column(header, justify="right" if header in ("s", "idle", "share") else "left")
+    for name, profile in profiles.items():
+        cells = [name, f"{profile['seconds']:.3f}", f"{profile['idle']:.1%}"]
+        for program, found in profile["programs"].items():
+            if found["share"] < _LEAST_SHARE:
+                continue
+            kinds = [
+                f"{kind} {share:.1%}"
+                for kind, share in found["operations"].items()
+                if share >= _LEAST_SHARE
+            ]
+            table.add_row(*cells, program, f"{found['share']:.1%}", ", ".join(kinds))
+            cells = ["", "", ""]
+    return table
 
 
 def _cells(

@@ -17,7 +17,7 @@ _STEP_HEADER = (
     "|---|---|--:|--:|--:|--:|---|--:|--:|--:|--:|--:|--:|"
 )
 _INTRODUCTION = """\
-Made by `python -m pshare_jax.bench compile --markdown docs/accelerators.md`. The production
+Made by `.venv-compile/bin/python -m pshare_jax.bench compile --markdown docs/accelerators.md`. The production
 compilers of TPU and CUDA compile without the hardware; nothing here ran on an accelerator, and no
 figure is a measured speed. `--merge` keeps the rows of earlier runs (`--json`).
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +20,7 @@ import numpy as np
 
 from pshare_jax.bench.micro_rates import Rate, Rates
 from pshare_jax.bench.micro_targets import MODEL, EngineTarget, Target, VllmTarget
+from pshare_jax.bench.profile import Profile, read_profile, traced
 from pshare_jax.config import DecodeConfig, DType, ModelEntry, PrefillConfig, ServeConfig
 from pshare_jax.engine.loader import BaseSource, ModelSource, checkpoint_sources
 from pshare_jax.engine.orchestrator import Orchestrator, compute_dtype, prepare_jax
@@ -64,6 +67,8 @@ class MicroOptions:
         dtype: as in the server's configuration.
         kernel_backend: as in the server's configuration.
         seed: of the random prompts.
+        trace: folder for traces of JAX's profiler, of one prefill of each length and one decode
+            window of each batch, taken after the measurements; empty takes none.
     """
 
     base: str = "checkpoints/smollm2-135m"
@@ -77,6 +82,7 @@ class MicroOptions:
     dtype: DType = "auto"
     kernel_backend: str = "auto"
     seed: int = 0
+    trace: str = ""
 
 
 def serve_config(options: MicroOptions) -> ServeConfig:
@@ -102,10 +108,10 @@ def run(options: MicroOptions) -> dict[str, Any]:
 
     Returns:
         `{"options", "backend", "dtype", "prefill": {length: rate},
-        "decode": {context: {batch: rate}}, "lora": {rows: rate}, "compiles"}`; with vLLM also
-        `"vllm": {"packages", "prefill", "decode", "ratios"}`, where ratios are of this engine to
-        vLLM, `{"prefill": {length: rate}, "decode": {context: {batch: rate}}}`, each from the two
-        rates of one repeat.
+        "decode": {context: {batch: rate}}, "lora": {rows: rate}, "profiles": {run: profile},
+        "compiles"}`; with vLLM also `"vllm": {"packages", "prefill", "decode", "ratios"}`, where
+        ratios are of this engine to vLLM, `{"prefill": {length: rate},
+        "decode": {context: {batch: rate}}}`, each from the two rates of one repeat.
 
     Raises:
         CheckpointError: the base cannot be loaded.
@@ -137,6 +143,11 @@ def run(options: MicroOptions) -> dict[str, Any]:
         if options.lora_rank:
             own = _rates(options, config, {OURS: targets[OURS]}, engine.model_config.vocab_size)
             lora = _lora(own, options.contexts[0])
+        profiles: dict[str, Profile] = {}
+        if options.trace:
+            once = replace(options, repeats=1)
+            ours = {OURS: targets[OURS]}
+            profiles = _profiles(_rates(once, config, ours, engine.model_config.vocab_size), once)
         compiles = engine.stats().compiles
     result = {
         "options": asdict(options),
@@ -144,6 +155,7 @@ def run(options: MicroOptions) -> dict[str, Any]:
         "dtype": dtype.name,
         **_figures(prefill, decode, lambda found: found[OURS]),
         "lora": {rows: asdict(rate) for rows, rate in lora.items()},
+        "profiles": {name: asdict(profile) for name, profile in profiles.items()},
         "compiles": compiles,
     }
     if vllm is not None:
@@ -200,6 +212,22 @@ def _lora(rates: Rates, context: int) -> dict[str, Rate]:
         for name, models in rows.items():
             found[name] += rates.decode(context, models)[OURS]
     return {name: Rate.of(measured) for name, measured in found.items()}
+
+
+def _profiles(rates: Rates, options: MicroOptions) -> dict[str, Profile]:
+    runs: dict[str, Callable[[], object]] = {
+        f"prefill-{length}": partial(rates.prefill, length) for length in PREFILL_LENGTHS
+    }
+    for context in options.contexts:
+        for batch in BATCHES:
+            runs[f"decode-{context}-{batch}"] = partial(rates.decode, context, [MODEL] * batch)
+    profiles = {}
+    for name, run_once in runs.items():
+        folder = Path(options.trace) / name
+        with traced(folder):
+            run_once()
+        profiles[name] = read_profile(folder)
+    return profiles
 
 
 def _lora_name(i: int) -> str:

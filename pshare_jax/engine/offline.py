@@ -88,7 +88,7 @@ class Engine:
     """Generates with several models over one shared prefill, in this process.
 
     >>> with Engine.from_config("configs/serve/smollm2-135m.yaml") as engine:
-    ...     engine.generate(model="planner", prompts=["The sky is"], max_tokens=8)
+    ...     engine.generate(model="base", prompts=["The sky is"], max_tokens=8)
     """
 
     def __init__(self, orchestrator: Orchestrator):

@@ -201,8 +201,8 @@ class TrainConfig:
             matches an ordinary fine-tune from the base's KV.
         tail: how many of a prompt's last tokens the decode module reads itself.
         seed: order of the examples, initial LoRA factors.
-        dtype: dtype of activations and KV; master weights are float32. `auto` is float32 on CPU,
-            else bfloat16.
+        dtype: dtype of activations and KV; master weights are float32. `auto` is bfloat16,
+            but float32 on CPUs where C++ does not multiply.
         remat: keep each layer's input only and compute the rest again for the gradient.
         kernel_backend: what multiplies matrices. `auto` is `cpu_ffi`, C++, for bfloat16 on one
             device that is a CPU, and `xla` elsewhere.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from pshare_jax.convert.manifest import TOKENIZER_FOLDER, Manifest, read_manifest
 from pshare_jax.errors import ConfigError
+from pshare_jax.kernels.backends import CPU_FFI
 from pshare_jax.kernels.matmul.api import training_backend
 from pshare_jax.models.packed import is_packed, pack_weights
 from pshare_jax.models.weights import Weights
@@ -101,6 +102,16 @@ def _answer(
     )
 
 
+def _dtype(config: TrainConfig, platform: str, num_devices: int) -> str:
+    """As the server's `auto`: what is trained in one dtype would be served in it."""
+    if config.dtype != "auto":
+        return config.dtype
+    if platform != "cpu":
+        return "bfloat16"
+    matmul = training_backend(config.kernel_backend, platform, num_devices, "bfloat16")
+    return "bfloat16" if matmul == CPU_FFI else "float32"
+
+
 def prepare(config: TrainConfig, reporter: Reporter) -> Job:
     """Reads the data, loads the weights, and computes the KV that is kept.
 
@@ -116,11 +127,11 @@ def prepare(config: TrainConfig, reporter: Reporter) -> Job:
     held_out = _read(config, config.data.eval, tokenizer, reporter) if config.data.eval else None
     mesh = make_mesh(config.mesh)
     platform = mesh.devices.flat[0].platform
-    auto = "float32" if platform == "cpu" else "bfloat16"
-    dtype = auto if config.dtype == "auto" else config.dtype
+    dtype = _dtype(config, platform, mesh.size)
     matmul = training_backend(config.kernel_backend, platform, mesh.size, dtype)
     frozen: dict[str, Weights] = {}
-    identity = open_run(config, base, train, held_out, write=jax.process_index() == 0)
+    known = replace(config, dtype=dtype)
+    identity = open_run(known, base, train, held_out, write=jax.process_index() == 0)
 
     if teacher is not None:
         weights = frozen["teacher"] = teacher.load(mesh, jnp.dtype(dtype))

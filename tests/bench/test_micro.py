@@ -183,11 +183,22 @@ def test_this_engine_beside_vllm(base, fake_vllm, tmp_path, monkeypatch, capsys)
     flags = [f"--base={base}", "--contexts=[16,40]", "--window=12", "--repeats=3", "--lora_rank=2"]
     flags += ["--page_size=16", "--chunk=64", "--kernel_backend=xla", "--dtype=float32"]
     flags += [f"--vllm.python={fake_vllm}", "--vllm.model=folder", f"--json={tmp_path}/out.json"]
+    flags += [f"--trace={tmp_path}/traces"]
     assert main(["micro", *flags]) == 0
     result = json.loads((tmp_path / "out.json").read_text())
     assert result["backend"] == "xla"
     assert result["dtype"] == "float32"
     assert result["compiles"] == 0
+    profiles = result["profiles"]
+    assert set(profiles) == {"prefill-48", "prefill-96", "decode-16-2", "decode-40-2"}
+    for name, profile in profiles.items():
+        assert profile["seconds"] > 0
+        assert 0 <= profile["idle"] < 1
+        program = profile["programs"]["decode_steps" if "decode" in name else "prefill_chunk"]
+        assert 0 < program["share"] < 1
+        assert sum(program["operations"].values()) == pytest.approx(1)
+        assert any(kind.endswith(("fusion", "dot")) for kind in program["operations"])
+    assert len(list((tmp_path / "traces").glob("*/plugins/profile/*/*.xplane.pb"))) == 4
     vllm = result["vllm"]
     assert vllm["packages"] == {"vllm": "9.9", "torch": "8.8"}
     for figures in (result, vllm, vllm["ratios"]):

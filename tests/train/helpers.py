@@ -69,7 +69,7 @@ def train_config(base: Path, data: str, output: Path, /, **overrides: Any) -> Tr
         "report": ReportConfig,
         "checkpoint": CheckpointConfig,
     }
-    plain = {}
+    plain: dict[str, Any] = {"dtype": "float32"}
     for name, value in overrides.items():
         if isinstance(value, dict):
             sections[name] = {**sections.get(name, {}), **value}

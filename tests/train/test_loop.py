@@ -9,8 +9,10 @@ import json
 import numpy as np
 import pytest
 
+from pshare_jax.config import ServeConfig
 from pshare_jax.convert.conversions import export
 from pshare_jax.convert.orbax import open_weights, read_manifest
+from pshare_jax.engine.orchestrator import compute_dtype
 from pshare_jax.errors import CertificateError, ConfigError, DataError, TrainingError
 from pshare_jax.models.split import check_certificate
 from pshare_jax.models.weights import lora_specs
@@ -183,6 +185,18 @@ def test_bfloat16_multiplied_in_cpp(base, data, tmp_path):
     assert train(configs["stopped"], QUIET)["train_loss"] == record["train_loss"]
     assert losses(folders["stopped"]) == losses(folders["cpu_ffi"])
     assert_same_weights(folders["stopped"], folders["cpu_ffi"])
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [("auto", "bfloat16"), ("xla", "float32")])
+def test_the_dtype_is_the_servers_unless_given(base, data, tmp_path, backend, dtype):
+    steps = {"max_steps": 1}
+    config = train_config(
+        base, data, tmp_path / "run", dtype="auto", kernel_backend=backend, optimizer=steps
+    )
+    train(config, QUIET)
+    served = ServeConfig(str(base), kernel_backend=backend)
+    known = json.loads((tmp_path / "run/run.json").read_text())["config"]["dtype"]
+    assert known == dtype == compute_dtype(served).name
 
 
 def test_a_backend_that_cannot_be(base, data, tmp_path):
