@@ -9,8 +9,9 @@ AGENTS := $(BIN)/python -m pshare_jax.bench agents
 BENCHES := react reflexion models
 BENCHES_VLLM := vllm vllm-long
 # Whatever has been measured, in this order.
-REPORT = $(BIN)/python -m pshare_jax.bench report --results="[$$(ls \
-  $(patsubst %,docs/results/agents-%.json,$(BENCHES) $(BENCHES_VLLM)) 2>/dev/null | paste -sd,)]"
+REPORT = $(BIN)/python -m pshare_jax.bench report --results="[$$(for result in \
+  $(patsubst %,docs/results/agents-%.json,$(BENCHES) $(BENCHES_VLLM)); do \
+  if [ -f $$result ]; then echo $$result; fi; done | paste -sd,)]"
 
 .PHONY: demo serve bench bench-vllm modules results test test-compile lint format clean
 

@@ -17,9 +17,9 @@ _STEP_HEADER = (
     "|---|---|--:|--:|--:|--:|---|--:|--:|--:|--:|--:|--:|"
 )
 _INTRODUCTION = """\
-Made by `.venv-compile/bin/python -m pshare_jax.bench compile --markdown docs/accelerators.md`. The production
-compilers of TPU and CUDA compile without the hardware; nothing here ran on an accelerator, and no
-figure is a measured speed. `--merge` keeps the rows of earlier runs (`--json`).
+Made by `.venv-compile/bin/python -m pshare_jax.bench compile --markdown docs/accelerators.md`. The
+production compilers of TPU and CUDA compile without the hardware; nothing here ran on an
+accelerator, and no figure is a measured speed. `--merge` keeps the rows of earlier runs (`--json`).
 
 On a machine with a TPU, `python -m pytest tests/kernels/test_on_hardware.py -m tpu --platform tpu`
 checks the kernels' numbers there; on one with an NVIDIA GPU, `-m gpu --platform cuda`.

@@ -28,6 +28,7 @@ def start(base, data, held_out, output, *flags: str, devices: int = 8) -> subpro
         f"--base={base}",
         f"--output={output}",
         "--tail=2",
+        "--dtype=float32",
         f"--data.train=[{data}]",
         f"--data.eval=[{held_out}]",
         "--data.max_length=128",

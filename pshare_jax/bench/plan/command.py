@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pshare_jax.bench.plan import predict
 from pshare_jax.bench.plan.calibrate import read_results, table_costs
 from pshare_jax.bench.plan.costs import TableCosts
-from pshare_jax.bench.plan.passes import step_seconds
+from pshare_jax.bench.plan.passes import token_seconds
 from pshare_jax.bench.plan.validate import Host, ratios, read_agents, validate
 
 
@@ -75,12 +75,11 @@ def _costs(options: PlanOptions) -> Callable[[bool], TableCosts]:
     def measured(lora: bool) -> TableCosts:
         return table_costs(micro, options.rate, lora)
 
-    beside = host.step_seconds
+    beside = host.token_seconds
     if host.passes:
-        beside = step_seconds([read_agents(file) for file in host.passes], measured)
+        beside = token_seconds([read_agents(file) for file in host.passes], measured)
 
     def served(lora: bool) -> TableCosts:
-        costs = measured(lora)
-        return replace(costs, step_seconds=beside, token_seconds=host.token_seconds)
+        return replace(measured(lora), token_seconds=beside)
 
     return served

@@ -58,7 +58,6 @@ class TableCosts:
         steps: size to seconds of a decode step by the tokens of KV that its rows read.
         send_line: seconds of a handoff by its pages, on the prefill side.
         receive_line: the same on the decode side.
-        step_seconds: work of the host for each decode step.
         token_seconds: work of the host for each token that is sent to a client.
         padded: whether padding is computed, so that a step's size is that of its bucket and not
             what is in it.
@@ -68,7 +67,6 @@ class TableCosts:
     steps: Mapping[int, Line]
     send_line: Line = Line(0.0, 0.0)
     receive_line: Line = Line(0.0, 0.0)
-    step_seconds: float = 0.0
     token_seconds: float = 0.0
     padded: bool = True
 
@@ -82,7 +80,7 @@ class TableCosts:
 
     def decode_step(self, bucket: int, rows: int, context: float) -> float:
         """See CostModel."""
-        host = self.step_seconds + rows * self.token_seconds
+        host = rows * self.token_seconds
         return at_size(self.steps, bucket if self.padded else rows)(context) + host
 
     def send(self, pages: int) -> float:

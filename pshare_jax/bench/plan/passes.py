@@ -1,8 +1,9 @@
-"""What a decode step takes in a server beside what `bench micro` sees of it.
+"""What a token takes in a server beside what `bench micro` sees of it.
 
-Between two steps the engine's thread waits for those that serve HTTP, and the client computes on
-the same cores. `bench agents` measures decode apart, see `agents_calibrate`: sessions in lockstep,
-all prompts cached. These are other runs than those that are predicted.
+Tokens are turned into text and events, and a client on the same cores reads them: work for each
+token, whatever the steps that they come from. `bench agents` measures decode apart, see
+`agents_calibrate`: sessions in lockstep, all prompts cached. These are other runs than those that
+are predicted.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from pshare_jax.bench.plan.served import is_lora, load_server
 from pshare_jax.errors import ConfigError
 
 
-def step_seconds(results: Sequence[Mapping[str, Any]], costs: Callable[[bool], CostModel]) -> float:
-    """Seconds that each decode step took longer than `costs` say; the median over all passes.
+def token_seconds(
+    results: Sequence[Mapping[str, Any]], costs: Callable[[bool], CostModel]
+) -> float:
+    """Seconds that each token took longer than `costs` say; the median over all passes.
 
     Args:
         results: of `bench agents`, with limits.
@@ -56,8 +59,8 @@ def _differences(result: Mapping[str, Any], costs: Callable[[bool], CostModel]) 
 def _difference(
     measured: float, workload: Workload, rows: int, batch_buckets: Sequence[int], costs: CostModel
 ) -> float:
-    steps = len(workload.calls()) * workload.generated / rows
-    return (measured - decode_seconds(costs, workload, batch_buckets, rows)) / steps
+    tokens = len(workload.calls()) * workload.generated
+    return (measured - decode_seconds(costs, workload, batch_buckets, rows)) / tokens
 
 
 def workload_of(options: Mapping[str, Any], models: int) -> Workload:

@@ -35,22 +35,20 @@ class Host:
 
     Args:
         call_seconds: of a call outside the engines.
-        step_seconds: what a decode step of a server takes beside what `bench micro` sees, see
-            `passes`.
-        passes: results of `bench agents` on the machine whose limits tell `step_seconds`.
         token_seconds: work of the server and the client for each token that is sent.
+        passes: results of `bench agents` on the machine whose limits tell `token_seconds`, see
+            `passes`.
     """
 
     call_seconds: float = 0.0
-    step_seconds: float = 0.0
-    passes: list[str] = field(default_factory=list)
     token_seconds: float = 0.0
+    passes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if min(self.call_seconds, self.step_seconds, self.token_seconds) < 0:
+        if min(self.call_seconds, self.token_seconds) < 0:
             raise ConfigError("host: seconds must not be negative")
-        if self.passes and self.step_seconds:
-            raise ConfigError("host: step_seconds or passes, not both")
+        if self.passes and self.token_seconds:
+            raise ConfigError("host: token_seconds or passes, not both")
 
 
 def read_agents(file: str) -> dict[str, Any]:

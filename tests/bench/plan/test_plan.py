@@ -214,7 +214,7 @@ def test_predicted_against_measured(tmp_path, capsys):
     assert (tmp_path / "plan-validate.png").stat().st_size > 0
 
 
-def test_passes_of_a_server_tell_what_its_steps_take_more(tmp_path, capsys):
+def test_passes_of_a_server_tell_what_its_tokens_take_more(tmp_path, capsys):
     file = agents_result(tmp_path, 100.0)
     result = json.loads(file.read_text())
     # Four tokens, a session at a time: 3 ms, a us a position, and 1.5 ms that micro has not seen.
@@ -223,7 +223,7 @@ def test_passes_of_a_server_tell_what_its_steps_take_more(tmp_path, capsys):
     passes.write_text(json.dumps(result | {"limits": [{"models": 2, "decode_s": decode}]}))
     flags = [f"--validate={file}", f"--micro=[{tmp_path}/micro0.json,{tmp_path}/micro1.json]"]
     throughput = []
-    for host in ("--host.step_seconds=0.0015", f"--host.passes=[{passes}]"):
+    for host in ("--host.token_seconds=0.0015", f"--host.passes=[{passes}]"):
         assert plan(*flags, host, f"--json={tmp_path}/out.json") == 0
         out = json.loads((tmp_path / "out.json").read_text())
         throughput.append(out["validation"][0]["predicted"]["generated_tokens_per_s"])
@@ -244,7 +244,7 @@ def test_passes_of_a_server_tell_what_its_steps_take_more(tmp_path, capsys):
         ("--predict.concurrency=[]", "numbers from 1 up"),
         ("--predict.concurrency=[1000]", "batch_buckets"),
         ("--predict.efficiency.compute=1.5", "efficiency.compute: must be above 0 and at most 1"),
-        ("--host.step_seconds=-1", "host: seconds must not be negative"),
+        ("--host.token_seconds=-1", "host: seconds must not be negative"),
         ("--validate=none.json", "validate: none.json cannot be read"),
         ("--predict.compiled=none.json", "compiled: none.json is no result"),
         ("--markdown=none.md", "no document none.md"),
