@@ -157,14 +157,18 @@ def test_an_interrupt_leaves_nothing(tmp_path, number):
     config = gguf_config(num_layers=400)
     write_gguf(tmp_path / "source" / "m.gguf", config, random_weights(config))
     dest = tmp_path / "dest" / "out"
-    process = subprocess.Popen(
-        command("import", tmp_path / "source" / "m.gguf", dest),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # Tests that run in the background of a shell ignore SIGINT, and so would their children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    # Tests that run in the background of a shell ignore SIGINT, and so would their children; a
+    # signal that is handled here has its default action in them.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(
+            command("import", tmp_path / "source" / "m.gguf", dest),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        signal.signal(signal.SIGINT, previous)
     while process.poll() is None and not list(dest.parent.glob(".out.*.part/weights/layers.*")):
         time.sleep(0.01)
     process.send_signal(number)
