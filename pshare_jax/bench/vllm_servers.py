@@ -20,6 +20,10 @@ from pshare_jax.errors import BenchmarkError
 READY_SECONDS = 600.0
 LOG_LINES = 15
 _MODULE = "vllm.entrypoints.openai.api_server"
+ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_WAIT_POLICY": "passive"}
+"""What serves several of them on one machine best. By default each binds its threads to all CPUs
+but the last, so that on a machine of two all share one; and idle threads spin, on CPUs that the
+other servers need."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class VllmServers:
         preload: libraries that vLLM advises to load first (`LD_PRELOAD`): tcmalloc, libiomp5.
         kv_gib: memory for KV of each.
         args: further flags of each.
+        environment: further variables of each, or other values of `ENVIRONMENT`.
     """
 
     python: str
@@ -39,6 +44,7 @@ class VllmServers:
     preload: list[str] = field(default_factory=list)
     kv_gib: int = 1
     args: list[str] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 @contextmanager
@@ -58,10 +64,9 @@ def _server(servers: VllmServers, name: str) -> Iterator[str]:
     command = [servers.python, "-m", _MODULE, "--model", servers.model]
     command += ["--served-model-name", name, "--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", "bfloat16", "--enable-prompt-tokens-details", *servers.args]
-    environment = os.environ | {
-        "VLLM_TARGET_DEVICE": "cpu",
-        "VLLM_CPU_KVCACHE_SPACE": str(servers.kv_gib),
-    }
+    environment = os.environ | ENVIRONMENT | servers.environment
+    environment["VLLM_TARGET_DEVICE"] = "cpu"
+    environment["VLLM_CPU_KVCACHE_SPACE"] = str(servers.kv_gib)
     if servers.preload:
         environment["LD_PRELOAD"] = ":".join(servers.preload)
     with tempfile.TemporaryFile(mode="w+") as log:

@@ -23,8 +23,14 @@ child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        kv = os.environ["VLLM_CPU_KVCACHE_SPACE"]
-        facts = {"argv": sys.argv[1:], "child": child.pid, "kv": kv}
+        names = (
+            "VLLM_CPU_KVCACHE_SPACE",
+            "VLLM_CPU_OMP_THREADS_BIND",
+            "OMP_WAIT_POLICY",
+            "OMP_NUM_THREADS",
+        )
+        environment = {name: os.environ.get(name) for name in names}
+        facts = {"argv": sys.argv[1:], "child": child.pid, "environment": environment}
         self.send_response(200)
         self.end_headers()
         self.wfile.write(json.dumps(facts).encode())
@@ -61,16 +67,30 @@ def wait_until_dead(pid: int) -> None:
 
 
 def test_each_model_has_a_server_until_the_end(python):
-    with running_vllm(VllmServers(python, "folder", kv_gib=2, args=["--seed", "7"]), 2) as urls:
+    servers = VllmServers(
+        python, "folder", kv_gib=2, args=["--seed", "7"], environment={"OMP_NUM_THREADS": "1"}
+    )
+    with running_vllm(servers, 2) as urls:
         first, second = map(ask, urls)
         os.kill(first["child"], 0)  # it lives
     assert len(set(urls)) == 2
-    assert first["kv"] == "2"
+    assert first["environment"] == {
+        "VLLM_CPU_KVCACHE_SPACE": "2",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_WAIT_POLICY": "passive",
+        "OMP_NUM_THREADS": "1",
+    }
     assert first["argv"][:4] == ["--model", "folder", "--served-model-name", "model0"]
     assert second["argv"][3] == "model1"
     assert first["argv"][-2:] == ["--seed", "7"]
     for facts in (first, second):
         wait_until_dead(facts["child"])
+
+
+def test_threads_are_bound_as_one_says(python):
+    servers = VllmServers(python, "folder", environment={"VLLM_CPU_OMP_THREADS_BIND": "0-1"})
+    with running_vllm(servers, 1) as urls:
+        assert ask(urls[0])["environment"]["VLLM_CPU_OMP_THREADS_BIND"] == "0-1"
 
 
 def test_a_server_that_does_not_start(python):
