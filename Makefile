@@ -39,7 +39,7 @@ results: .venv/.study $(BASE)/pshare.json
 modules: .venv/.study $(BASE)/pshare.json
 	$(BIN)/python -m pshare_jax.study run --config configs/study/modules.yaml
 	rm -rf modules/smollm2-135m/*
-	$(foreach run,family-lora-0.003-6400-0 tools-lora-0.003-800-0 code-lora-0.003-1600-0,\
+	$(foreach run,family-lora-0.003-16000-0 tools-lora-0.003-800-0 code-lora-0.003-1600-0,\
 	  $(BIN)/python -m pshare_jax.convert export runs/modules/models/$(run)/decode_module \
 	  modules/smollm2-135m/$(firstword $(subst -, ,$(run))) --dtype bfloat16 &&) true
 
