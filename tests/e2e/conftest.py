@@ -12,7 +12,6 @@ import yaml
 
 from pshare_jax.convert.conversions import import_model, make_decoder
 from pshare_jax.convert.orbax import write_decode, write_prefill
-from pshare_jax.demo.__main__ import MODULES
 from pshare_jax.models.decoder import init_weights
 from pshare_jax.serve.process import running_server
 from tests.helpers import tiny_config
@@ -78,10 +77,11 @@ def real_base() -> Path:
 @pytest.fixture(scope="session")
 def real_modules(real_base) -> dict[str, Path]:
     """The trained decode modules of the repository, converted once a checkout."""
-    folders = {name: Path(f"{real_base}-{name}") for name in MODULES}
-    for name, folder in folders.items():
+    modules = sorted((ROOT / "modules" / real_base.name).iterdir())
+    folders = {module.name: Path(f"{real_base}-{module.name}") for module in modules}
+    for module, folder in zip(modules, folders.values(), strict=True):
         if not (folder / "pshare.json").is_file():
-            make_decoder(real_base, folder, lora=ROOT / "modules" / real_base.name / name)
+            make_decoder(real_base, folder, lora=module)
     return folders
 
 

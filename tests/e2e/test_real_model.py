@@ -9,7 +9,6 @@ import openai
 import pytest
 
 from pshare_jax.convert.orbax import load_weights, read_manifest
-from pshare_jax.demo.__main__ import MODULES
 from pshare_jax.demo.session import questions
 from pshare_jax.engine.monolithic import Monolithic
 from pshare_jax.models.split import split_prompt
@@ -20,7 +19,7 @@ from tests.e2e import metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-MODELS = ("base", *MODULES)
+MODELS = ("base", "family", "tools", "code")
 FACTS = "The harbour office opens at nine. The ferry to Tarva leaves at ten past eight. "
 
 
