@@ -160,7 +160,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         CheckpointError: no checkpoint, a malformed file, another format, or tensors that are
             missing, unexpected or misshapen for the architecture; names the first.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     path = folder / MANIFEST_FILE
     if not path.is_file():
         raise CheckpointError(

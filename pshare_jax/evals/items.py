@@ -11,6 +11,7 @@ from typing import Any, Literal, cast, get_args
 
 from pshare_jax.errors import DataError
 from pshare_jax.evals import code, exact, math, tools
+from pshare_jax.text.tools import in_openai_form
 
 Kind = Literal["exact", "math", "code", "tools"]
 _SHOWN = 60
@@ -136,9 +137,7 @@ def _tools(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not isinstance(given, list):
         raise DataError("tools is not a list")
     wrapped: list[dict[str, Any]] = []
-    for index, tool in enumerate(given):
-        if isinstance(tool, dict) and "function" not in tool:
-            tool = {"type": "function", "function": tool}
+    for index, tool in enumerate(map(in_openai_form, given)):
         function = tool.get("function") if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise DataError(

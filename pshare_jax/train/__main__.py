@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 loop.train(config, reporter, lambda: stop.received)
             except loop.StopRequestedError as stopped:
-                reporter.say(f"{config.output}: {stopped}; start again to go on")
+                reporter.say(f"{config.output}: {stopped}")
                 return 130
     except PshareError as error:
         print(f"pshare_jax.train: {' '.join(str(error).split())}", file=sys.stderr)

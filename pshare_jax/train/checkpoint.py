@@ -14,14 +14,15 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from orbax.checkpoint.checkpoint_managers import preservation_policy
+from orbax.checkpoint.checkpoint_managers import PolicyCheckpointInfo, preservation_policy
 
 from pshare_jax.convert.files import check_space, one_line
 from pshare_jax.errors import CheckpointError
@@ -77,6 +78,34 @@ def _check_files(folder: Path) -> None:
             raise CheckpointError(f"{name} is not what was written")
 
 
+class _KeepBest:
+    """Keeps the checkpoint with the least evaluation loss, the newest of equals.
+
+    Orbax has a policy for this, but one that forgets the losses of an earlier process.
+
+    Args:
+        losses: by step, of the checkpoints that have been evaluated; it may change.
+    """
+
+    def __init__(self, losses: Mapping[int, float]):
+        self._losses = losses
+
+    def should_preserve(
+        self,
+        checkpoints: Sequence[PolicyCheckpointInfo],
+        *,
+        context: preservation_policy.PreservationContext,
+    ) -> Sequence[bool]:
+        """Whether to keep each of `checkpoints`."""
+        best = _best_step(self._losses, [checkpoint.step for checkpoint in checkpoints])
+        return [checkpoint.step == best for checkpoint in checkpoints]
+
+
+def _best_step(losses: Mapping[int, float], steps: Iterable[int]) -> int | None:
+    evaluated = [step for step in steps if step in losses]
+    return min(evaluated, key=lambda step: (losses[step], -step), default=None)
+
+
 class Checkpoints:
     """The checkpoints in one folder.
 
@@ -90,16 +119,11 @@ class Checkpoints:
         self._folder = folder.absolute()
         self._warn = warn
         self._saving: int | None = None
+        self._losses: dict[int, float] = {}
+        self._num_damaged = 0
         # Orbax logs every step of a save, and every failure with the traces of all its threads.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
-        policies = [
-            preservation_policy.LatestN(keep),
-            preservation_policy.BestN(
-                get_metric_fn=lambda metrics: -metrics[_EVAL],
-                n=1,
-                keep_checkpoints_without_metrics=False,
-            ),
-        ]
+        policies = [preservation_policy.LatestN(keep), _KeepBest(self._losses)]
         self._options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
             enable_async_checkpointing=True,
@@ -111,6 +135,7 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
         self._manager = self._open()
+        self._read_losses()
 
     def _open(self) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(self._folder, options=self._options)
@@ -128,20 +153,31 @@ class Checkpoints:
         """
         self.settle()
         self._saving = step
+        if eval_loss is not None:
+            self._losses[step] = eval_loss
         try:
-            if jax.process_index() == 0:
-                check_space(self._folder, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+            self._check_space(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),  # type: ignore[call-arg]
                     about=ocp.args.JsonSave({_EVAL: eval_loss}),  # type: ignore[call-arg]
                 ),
-                metrics=None if eval_loss is None else {_EVAL: eval_loss},
                 force=True,
             )
         except Exception as error:  # orbax and tensorstore raise many unrelated types
             self._give_up(error)
+
+    def _check_space(self, needed: int) -> None:
+        """Raises CheckpointError in all processes alike: orbax makes them wait for each other."""
+        problem: CheckpointError | None = None
+        if jax.process_index() == 0:
+            try:
+                check_space(self._folder, needed)
+            except CheckpointError as error:
+                problem = error
+        if multihost_utils.broadcast_one_to_all(np.array(problem is not None)):
+            raise problem or CheckpointError("the first process has no disk space")
 
     def _list_files(self) -> None:
         """Called by orbax's writing thread when all files are written but not committed yet."""
@@ -162,13 +198,15 @@ class Checkpoints:
 
     def _give_up(self, error: Exception) -> None:
         step, self._saving = self._saving, None
+        assert step is not None
+        self._losses.pop(step, None)
         older = [other for other in self._manager.all_steps(read=True) if other != step]
         rest = (
             f"the one of step {max(older)} stays the newest" if older else "there is no older one"
         )
         self._warn(
             f"{self._folder}: the checkpoint of step {step} could not be written: "
-            f"{_reason(error)}; {rest}, and training goes on"
+            f"{_reason(error)}; {rest}"
         )
         shutil.rmtree(self._folder / str(step), ignore_errors=True)
         self._manager = self._open()
@@ -185,16 +223,15 @@ class Checkpoints:
         Raises:
             CheckpointError: all checkpoints are damaged.
         """
-        steps = sorted(self._manager.all_steps(read=True), reverse=True)
-        for step in steps:
+        for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 return self._restore(step, template)
             except Exception as error:  # whatever a damaged file leads to
-                self._set_aside(step, _reason(error))
-        if steps:
+                self._set_aside(step, error)
+        if self._num_damaged:
             raise CheckpointError(
-                f"{self._folder}: none of its {len(steps)} checkpoints can be used; remove the run "
-                "folder to start again"
+                f"{self._folder}: none of its {self._num_damaged} checkpoints can be used; remove "
+                "the run folder to start again"
             )
         return None
 
@@ -206,9 +243,9 @@ class Checkpoints:
             CheckpointError: it is damaged.
         """
         self.settle()
-        if not (losses := self._eval_losses()):
+        best = _best_step(self._losses, self._manager.all_steps())
+        if best is None:
             return None
-        best = min(losses, key=lambda step: (losses[step], -step))
         try:
             return self._restore(best, template)
         except Exception as error:  # whatever a damaged file leads to
@@ -219,11 +256,25 @@ class Checkpoints:
 
     def best_loss(self) -> float | None:
         """The least evaluation loss of all checkpoints; None if none has been evaluated."""
-        return min(self._eval_losses().values(), default=None)
+        self.settle()
+        best = _best_step(self._losses, self._manager.all_steps())
+        return None if best is None else self._losses[best]
 
-    def _eval_losses(self) -> dict[int, float]:
-        losses = {step: self._about(step)[_EVAL] for step in self._manager.all_steps(read=True)}
-        return {step: loss for step, loss in losses.items() if loss is not None}
+    def newest(self) -> int | None:
+        """The step of the newest checkpoint; None without any."""
+        self.settle()
+        return max(self._manager.all_steps(), default=None)
+
+    def _read_losses(self) -> None:
+        """Notes the evaluation losses of an earlier process; damaged checkpoints are set aside."""
+        for step in self._manager.all_steps():
+            try:
+                loss = self._about(step)[_EVAL]
+            except Exception as error:  # whatever a damaged file leads to
+                self._set_aside(step, error)
+            else:
+                if loss is not None:
+                    self._losses[step] = loss
 
     def _about(self, step: int) -> dict[str, Any]:
         args = ocp.args.Composite(about=ocp.args.JsonRestore())
@@ -237,11 +288,13 @@ class Checkpoints:
         state = self._manager.restore(step, args=args)["state"]
         return Restored(step, TrainState(*state), about[_EVAL])
 
-    def _set_aside(self, step: int, reason: str) -> None:
+    def _set_aside(self, step: int, error: Exception) -> None:
+        self._losses.pop(step, None)
+        self._num_damaged += 1
         damaged = self._folder.with_name("damaged") / str(step)
         self._warn(
-            f"{self._folder / str(step)}: the checkpoint is damaged: {reason}; it is moved to "
-            f"{damaged}, and the one before it is used"
+            f"{self._folder / str(step)}: the checkpoint is damaged: {_reason(error)}; it is moved "
+            f"to {damaged}, and not used"
         )
         if jax.process_index() == 0:
             damaged.parent.mkdir(exist_ok=True)

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from pshare_jax.config import DType
@@ -236,6 +237,11 @@ class TrainConfig:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.output).expanduser()
 
     @property
     def micro_batch_size(self) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 
 from pshare_jax.errors import DataError, RequestError
 from pshare_jax.text.tokenizer import Tokenizer
+from pshare_jax.text.tools import in_openai_form
 from pshare_jax.train.config import BadLine
 
 _SHOWN_BAD_LINES = 5
@@ -215,7 +216,10 @@ def _messages(record: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[Any
         isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
     ):
         raise DataError("tools is not a list of objects")
-    return [_message(message, index) for index, message in enumerate(messages)], tools
+    return (
+        [_message(message, index) for index, message in enumerate(messages)],
+        tools and [in_openai_form(tool) for tool in tools],
+    )
 
 
 def _conversation(record: Mapping[str, Any], tokenizer: Tokenizer) -> list[_Parts]:

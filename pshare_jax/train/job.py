@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from pshare_jax.convert.manifest import TOKENIZER_FOLDER, Manifest, read_manifest
 from pshare_jax.errors import ConfigError
@@ -96,7 +97,7 @@ def _answer(
         teacher=config.distill.teacher,
         max_tokens=config.distill.max_tokens,
         max_length=config.data.max_length,
-        folder=Path(config.output).expanduser(),
+        folder=config.folder,
         write=jax.process_index() == 0,
         reporter=reporter,
     )
@@ -126,76 +127,46 @@ def prepare(config: TrainConfig, reporter: Reporter) -> Job:
     train = _read(config, config.data.train, tokenizer, reporter)
     held_out = _read(config, config.data.eval, tokenizer, reporter) if config.data.eval else None
     mesh = make_mesh(config.mesh)
-    platform = mesh.devices.flat[0].platform
-    dtype = _dtype(config, platform, mesh.size)
-    matmul = training_backend(config.kernel_backend, platform, mesh.size, dtype)
-    frozen: dict[str, Weights] = {}
-    known = replace(config, dtype=dtype)
+    recipe = _recipe(config, base, teacher, mesh)
+    known = replace(config, dtype=recipe.dtype)
     identity = open_run(known, base, train, held_out, write=jax.process_index() == 0)
 
+    frozen: dict[str, Weights] = {}
     if teacher is not None:
-        weights = frozen["teacher"] = teacher.load(mesh, jnp.dtype(dtype))
-        reads = Recipe(teacher.config, dtype, matmul=matmul)
+        weights = frozen["teacher"] = teacher.load(mesh, jnp.dtype(recipe.dtype))
+        reads = Recipe(teacher.config, recipe.dtype, matmul=recipe.matmul)
         train, held_out = (
             dataset and _answer(config, dataset, reads, weights, tokenizer, reporter)
             for dataset in (train, held_out)
         )
         assert train is not None
+    num_train = len(train.examples)
     examples = train.examples + (held_out.examples if held_out else [])
-    tail = None if config.mode == "full" else config.tail
-    rows = [make_row(example, tail) for example in examples]
-    buckets, assigned = choose_buckets(rows, config.data.buckets)
-    size, optimizer = config.micro_batch_size, config.optimizer
-    plan = make_plan(
-        buckets,
-        assigned[: len(train.examples)],
-        micro_batch_size=size,
-        accumulation=optimizer.batch_size // size,
-        epochs=optimizer.epochs,
-        max_steps=optimizer.max_steps,
-        seed=config.seed,
-    )
-    evaluation = fill_micro_batches(
-        np.arange(len(train.examples), len(rows)), buckets, assigned, size
-    )
-
-    lora = None
-    if config.lora.rank:
-        lora = LoraShape(config.lora.rank, config.lora_alpha, tuple(config.lora.targets))
-    recipe = Recipe(
-        base.config, dtype, lora, teacher.config if teacher else None, config.remat, matmul
-    )
+    rows = [
+        make_row(example, None if config.mode == "full" else config.tail) for example in examples
+    ]
+    plan, evaluation = _plan(config, rows, num_train)
     computations = Computations(
         recipe,
-        make_optimizer(optimizer, len(plan.steps)),
+        make_optimizer(config.optimizer, len(plan.steps)),
         mesh,
-        trainable_specs(base.config, lora),
+        trainable_specs(base.config, recipe.lora),
     )
     start = teacher if config.distill.init == "teacher" else None
-    trainable = initial_weights(base, lora, start, mesh, config.seed)
+    trainable = initial_weights(base, recipe.lora, start, mesh, config.seed)
     base_weights, store = None, None
     if config.mode != "full":
-        base_weights = load_base(base, mesh, jnp.dtype(dtype))
-        if lora is not None:
+        base_weights = load_base(base, mesh, jnp.dtype(recipe.dtype))
+        if recipe.lora is not None:
             frozen["base"] = base_weights
-        if is_packed(matmul):
+        if is_packed(recipe.matmul):
             base_weights = pack_weights(base.config, base_weights)
-        folder = Path(config.kv_cache.folder or config.output).expanduser()
+        used = {row for step in plan.steps for micro in step for row in micro.rows}
+        used.update(range(num_train, len(rows)))
         # A longer tail reads a part of the same KV.
         kept = rows if config.tail == 1 else [make_row(example, 1) for example in examples]
-        shapes = choose_buckets(kept, config.data.buckets)
-        key = store_key(base.fingerprint, dtype, kept, shapes[0], size)
-        if matmul != "xla":
-            key += f"-{matmul}"  # other bits
-        if jax.process_count() > 1:
-            # Processes of one machine may share the folder.
-            key += f"-{jax.process_index()}"
-        store, message = open_store(base.config, kept, dtype, config.kv_cache, folder, key)
-        reporter.say(message)
+        store = _kept_kv(config, base, kept, sorted(used), computations, base_weights, reporter)
         if store is not None:
-            used = {row for step in plan.steps for micro in step for row in micro.rows}
-            used.update(range(len(train.examples), len(rows)))
-            _fill(store, computations, base_weights, sorted(used), *shapes, size, reporter)
             base_weights = None
     return Job(
         config,
@@ -210,6 +181,69 @@ def prepare(config: TrainConfig, reporter: Reporter) -> Job:
         base_weights,
         store,
     )
+
+
+def _recipe(config: TrainConfig, base: Manifest, teacher: Teacher | None, mesh: Mesh) -> Recipe:
+    platform = mesh.devices.flat[0].platform
+    dtype = _dtype(config, platform, mesh.size)
+    lora = None
+    if config.lora.rank:
+        lora = LoraShape(config.lora.rank, config.lora_alpha, tuple(config.lora.targets))
+    return Recipe(
+        base.config,
+        dtype,
+        lora,
+        teacher.config if teacher else None,
+        config.remat,
+        training_backend(config.kernel_backend, platform, mesh.size, dtype),
+    )
+
+
+def _plan(
+    config: TrainConfig, rows: Sequence[Row], num_train: int
+) -> tuple[Plan, list[MicroBatch]]:
+    """The steps over the first `num_train` rows, and the micro-batches of the other rows."""
+    buckets, assigned = choose_buckets(rows, config.data.buckets)
+    size, optimizer = config.micro_batch_size, config.optimizer
+    plan = make_plan(
+        buckets,
+        assigned[:num_train],
+        micro_batch_size=size,
+        accumulation=optimizer.batch_size // size,
+        epochs=optimizer.epochs,
+        max_steps=optimizer.max_steps,
+        seed=config.seed,
+    )
+    held_out = np.arange(num_train, len(rows))
+    return plan, fill_micro_batches(held_out, buckets, assigned, size)
+
+
+def _kept_kv(
+    config: TrainConfig,
+    base: Manifest,
+    rows: Sequence[Row],
+    used: list[int],
+    computations: Computations,
+    base_weights: Weights,
+    reporter: Reporter,
+) -> KVStore | None:
+    """The base's KV of the rows `used`, computed as far as it is not there; None when it does not
+    fit its budget."""
+    dtype, matmul = computations.recipe.dtype, computations.recipe.matmul
+    folder = Path(config.kv_cache.folder or config.output).expanduser()
+    buckets, assigned = choose_buckets(rows, config.data.buckets)
+    size = config.micro_batch_size
+    key = store_key(base.fingerprint, dtype, rows, buckets, size)
+    if matmul != "xla":
+        key += f"-{matmul}"  # other bits
+    if jax.process_count() > 1:
+        # Processes of one machine may share the folder.
+        key += f"-{jax.process_index()}"
+    store, message = open_store(base.config, rows, dtype, config.kv_cache, folder, key)
+    reporter.say(message)
+    if store is not None:
+        _fill(store, computations, base_weights, used, buckets, assigned, size, reporter)
+    return store
 
 
 def _fill(

@@ -8,6 +8,7 @@ reads the same bits.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -21,7 +22,7 @@ from typing import IO
 import ml_dtypes
 import numpy as np
 
-from pshare_jax.convert.files import check_space, replace_file
+from pshare_jax.convert.files import check_space, one_line, replace_file
 from pshare_jax.convert.manifest import read_json
 from pshare_jax.errors import CheckpointError
 from pshare_jax.models.config import ModelConfig
@@ -44,9 +45,9 @@ class KVStore:
         config: the architecture.
         rows: all rows.
         dtype: dtype name of the KV.
-        file: where it is kept; None keeps it in memory.
+        file: where it is kept, of `kv_bytes` bytes; None keeps it in memory.
         progress: a JSON file that says which rows of `file` earlier runs have filled; None when
-            `file` is new and does not stay.
+            `file` does not stay.
         lock: an open file that is closed once all is filled, to let other runs in.
     """
 
@@ -68,8 +69,7 @@ class KVStore:
             self._kv = np.empty(shape, self._dtype)
         else:
             # numpy's files know no bfloat16; bytes of the same size do.
-            mode = "w+" if progress is None else "r+"
-            raw = np.memmap(file, np.dtype(f"V{self._dtype.itemsize}"), mode, shape=shape)
+            raw = np.memmap(file, np.dtype(f"V{self._dtype.itemsize}"), "r+", shape=shape)
             self._kv = raw.view(self._dtype)
         self._progress = progress
         self._lock = lock
@@ -229,9 +229,9 @@ def open_store(
             lock = _claim(file, needed)
             store = KVStore(config, rows, dtype, file, file.with_suffix(".json"), lock)
             return store, f"{size} kept in {file}"
-        check_space(folder, needed)
         # The file is unlinked when closed, also when the process is killed.
         with tempfile.NamedTemporaryFile(dir=folder, prefix="kv-", suffix=".bin") as temporary:
+            _reserve(temporary.fileno(), folder, needed)
             return KVStore(config, rows, dtype, Path(temporary.name)), f"{size} kept on disk"
     return None, (
         f"{size} computed anew for each batch: more than kv_cache.memory_gb and kv_cache.disk_gb"
@@ -239,18 +239,30 @@ def open_store(
 
 
 def _claim(file: Path, size: int) -> IO[bytes]:
-    """Makes `file` `size` bytes long, most of them not yet on the disk, and keeps other runs from
-    filling it while what is returned is open."""
-    lock = open(file, "ab")  # noqa: SIM115 (it stays open)
+    """Makes `file` `size` bytes long, and keeps other runs from filling it while what is returned
+    is open."""
+    with contextlib.ExitStack() as on_error:
+        lock = os.fdopen(os.open(file, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        on_error.callback(lock.close)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CheckpointError(
+                f"{file}: another run fills it; start when it has, or set kv_cache.keep to false"
+            ) from error
+        if os.fstat(lock.fileno()).st_size != size:
+            # It is new: what was noted of the rows in it was of a file that is gone.
+            file.with_suffix(".json").unlink(missing_ok=True)
+        _reserve(lock.fileno(), file.parent, size)
+        on_error.pop_all()
+        return lock
+
+
+def _reserve(handle: int, folder: Path, size: int) -> None:
+    """Takes `size` bytes of the disk for an open file of `folder`: a full disk found out while the
+    file is written through memory would end the process without a message."""
+    check_space(folder, size - os.fstat(handle).st_blocks * 512)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.posix_fallocate(handle, 0, size)
     except OSError as error:
-        lock.close()
-        raise CheckpointError(
-            f"{file}: another run fills it; start when it has, or set kv_cache.keep to false"
-        ) from error
-    status = os.stat(lock.fileno())
-    check_space(file.parent, size - status.st_blocks * 512)
-    if status.st_size != size:
-        lock.truncate(size)
-    return lock
+        raise CheckpointError(f"{folder}: {size / _GB:.3g} GB of KV: {one_line(error)}") from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,10 +24,11 @@ CHECKPOINT_FOLDER = "checkpoints"
 
 
 class StopRequestedError(Exception):
-    """The run was asked to stop after `step` steps; a checkpoint of them is saved."""
+    """The run was asked to stop after `step` steps; its newest checkpoint is that of `saved`."""
 
-    def __init__(self, step: int):
-        super().__init__(f"stopped after step {step}")
+    def __init__(self, step: int, saved: int | None):
+        rest = "to go on" if saved == step else f"to go on after step {saved or 0}"
+        super().__init__(f"stopped after step {step}; start again {rest}")
         self.step = step
 
 
@@ -56,7 +56,7 @@ def train(
         reporter.say(f"{config.output}: finished already; remove the folder to train again")
         return record
     job = prepare(config, reporter)
-    folder = Path(config.output)
+    folder = config.folder
     with contextlib.ExitStack() as stack:
         stack.callback(reporter.stop)
         checkpoints = Checkpoints(folder / CHECKPOINT_FOLDER, config.checkpoint.keep, reporter.say)
@@ -69,7 +69,7 @@ def train(
             reporter.say(f"{config.output}: going on after step {step}")
         log = None
         if jax.process_index() == 0:
-            log = MetricsLog(folder, step + 1, config.report.tensorboard)
+            log = MetricsLog(folder, step + 1, config.report.tensorboard, reporter.say)
             stack.callback(log.close)
         run = _Run(job, checkpoints, reporter, log, step, state)
         if restored is not None:
@@ -97,7 +97,6 @@ class _Run:
         self._meter = Meter(job, reporter, log)
         self._pending: tuple[int, Update] | None = None
         self._total = len(job.plan.steps)
-        self._best = checkpoints.best_loss()
         self.eval_loss: float | None = None
         """Of the weights as they are; None when they have not been evaluated."""
 
@@ -116,13 +115,14 @@ class _Run:
         self._meter.restart()
         while self._step < self._total:
             self._train_step(stream)
-            stopping = should_stop() and self._step < self._total
-            if self._is_due(job.config.report.eval_every) or self._step == self._total:
+            ending = self._step == self._total
+            stopping = should_stop() and not ending
+            if ending or self._is_due(job.config.report.eval_every):
                 self._evaluate()
-            if stopping or self._is_due(job.config.checkpoint.every) or self._is_best():
+            if ending or stopping or self._is_due(job.config.checkpoint.every) or self._is_best():
                 self._save()
             if stopping:
-                raise StopRequestedError(self._step)
+                raise StopRequestedError(self._step, self._checkpoints.newest())
         self._flush()
         self._reporter.stop()
         return self._finish(time.perf_counter() - start)
@@ -131,7 +131,10 @@ class _Run:
         return every > 0 and self._step % every == 0
 
     def _is_best(self) -> bool:
-        return self.eval_loss is not None and (self._best is None or self.eval_loss < self._best)
+        if self.eval_loss is None:
+            return False
+        best = self._checkpoints.best_loss()
+        return best is None or self.eval_loss < best
 
     def _load_kv(self, micro: MicroBatch) -> np.ndarray:
         assert self._job.store is not None
@@ -197,8 +200,6 @@ class _Run:
     def _save(self) -> None:
         # What is logged must not be behind what is saved.
         self._flush()
-        if self._is_best():
-            self._best = self.eval_loss
         self._checkpoints.save(self._step, self._state, self.eval_loss)
         self._meter.restart()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,7 +49,7 @@ def open_run(
             "eval_bad_lines": evaluation.num_bad_lines if evaluation else 0,
         },
     }
-    path = Path(config.output) / RUN_FILE
+    path = config.folder / RUN_FILE
     if path.is_file():
         check_resumable(config, read_json(path), identity)
     elif write:
@@ -59,9 +58,24 @@ def open_run(
 
 
 def finished_record(config: TrainConfig) -> dict[str, Any] | None:
-    """The training record of a run that is done, or None."""
-    path = Path(config.output) / MODULE_FOLDER / RECORD_FILE
-    return read_json(path) if path.is_file() else None
+    """The training record of a run that is done, or None.
+
+    Raises:
+        ConfigError: that run had another configuration.
+        CheckpointError: the record is damaged.
+    """
+    path = config.folder / MODULE_FOLDER / RECORD_FILE
+    if not path.is_file():
+        return None
+    record = read_json(path)
+    before = record.get("config", {})
+    # Its base and data, which may be gone by now, are not read for this, nor is JAX asked what
+    # `auto` stands for.
+    now = as_json(config)
+    if config.dtype == "auto":
+        now["dtype"] = before.get("dtype")
+    check_resumable(config, {"config": before}, {"config": now})
+    return record
 
 
 def write_module(
@@ -91,7 +105,7 @@ def write_module(
     stored = {name: weight.astype(DTYPES[base.dtype]) for name, weight in weights.items()}
     is_lora = bool(config.lora.rank)
     write_decode(
-        Path(config.output) / MODULE_FOLDER,
+        config.folder / MODULE_FOLDER,
         base,
         stored,
         tail=1 if config.mode == "full" else config.tail,

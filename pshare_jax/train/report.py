@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from rich.progress import (
 )
 from tensorboardX import SummaryWriter
 
-from pshare_jax.convert.files import replace_file
+from pshare_jax.convert.files import one_line, replace_file
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -72,7 +75,7 @@ class Reporter:
         if now - self._last_line >= _SECONDS_BETWEEN_LINES or done == total:
             self._last_line = now
             rate = (now - self._start) / max(done - self._first, 1)
-            left = time.strftime("%H:%M:%S", time.gmtime(rate * (total - done)))
+            left = timedelta(seconds=round(rate * (total - done)))
             self.say(f"{title} {done}/{total}  {note}  {left} left")
 
     def stop(self) -> None:
@@ -90,13 +93,16 @@ class MetricsLog:
         first_step: a resumed run's first step; what was logged from there on is dropped, since it
             will be logged again.
         tensorboard: whether to write events.
+        warn: told once when the disk takes no more; training goes on without what is lost.
     """
 
-    def __init__(self, folder: Path, first_step: int, tensorboard: bool):
-        path = folder / METRICS_FILE
-        kept = [line for line in _lines(path) if json.loads(line)["step"] < first_step]
-        replace_file(path, "".join(kept))
-        self._file = path.open("a", buffering=1)
+    def __init__(
+        self, folder: Path, first_step: int, tensorboard: bool, warn: Callable[[str], None]
+    ):
+        self._path = folder / METRICS_FILE
+        replace_file(self._path, "".join(_lines(self._path, first_step)))
+        self._file = self._path.open("a", buffering=1)
+        self._warn: Callable[[str], None] | None = warn
         self._events = None
         if tensorboard:
             # Two starts within a second would share a file but for the suffix.
@@ -110,21 +116,45 @@ class MetricsLog:
     def write(self, step: int, values: dict[str, float | int]) -> None:
         """Logs `values` as those after `step` steps; one that is not finite becomes null."""
         record: dict[str, Any] = {"step": step}
-        for name, value in values.items():
-            record[name] = value if math.isfinite(value) else None
-            if self._events is not None and math.isfinite(value):
-                self._events.add_scalar(name, value, step)
-        self._file.write(json.dumps(record) + "\n")
+        with self._losses_told():
+            for name, value in values.items():
+                record[name] = value if math.isfinite(value) else None
+                if self._events is not None and math.isfinite(value):
+                    self._events.add_scalar(name, value, step)
+            self._file.write(json.dumps(record) + "\n")
 
     def close(self) -> None:
         """Flushes and closes the files."""
-        self._file.close()
-        if self._events is not None:
-            self._events.close()
+        with self._losses_told():
+            self._file.close()
+        with self._losses_told():
+            if self._events is not None:
+                self._events.close()
+
+    @contextlib.contextmanager
+    def _losses_told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if self._warn is not None:
+                self._warn(
+                    f"{self._path.parent}: metrics cannot be written: {one_line(error)}; training "
+                    "goes on"
+                )
+            self._warn = None
 
 
-def _lines(path: Path) -> list[str]:
-    """Whole lines of an earlier start; a kill can leave half of one at the end."""
+def _lines(path: Path, end: int) -> list[str]:
+    """Lines of an earlier start for steps before `end`; a kill or a full disk can leave half of
+    one, which is dropped."""
     if not path.is_file():
         return []
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    lines = []
+    for line in path.read_text(errors="replace").splitlines(keepends=True):
+        try:
+            before = json.loads(line)["step"] < end
+        except (ValueError, TypeError, KeyError):
+            continue
+        if before and line.endswith("\n"):
+            lines.append(line)
+    return lines

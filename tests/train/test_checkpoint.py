@@ -77,8 +77,11 @@ def test_the_newest_and_the_best_are_kept(folder):
     best = reopened.restore_best(state(0))
     assert_state(best, 2)
     assert best.eval_loss == 1.0
-    folder.save(6, at_6=0.5)
-    assert folder.steps == [5, 6]
+    # The best of an earlier process stays, however old, until a better one is there.
+    folder.save(6, 7, at_6=1.5)
+    assert folder.steps == [2, 6, 7]
+    folder.save(8, at_8=0.5)
+    assert folder.steps == [7, 8]
     assert folder.warnings == []
 
 
@@ -112,10 +115,24 @@ def test_a_damaged_checkpoint_is_told_of_and_the_older_one_used(folder, damage):
     assert_state(checkpoints.restore(state(0)), 2)
 
 
-def test_only_damaged_checkpoints_are_an_error(folder):
+def test_a_damaged_older_checkpoint_is_not_the_best(folder):
+    folder.save(1, 2, at_1=1.0, at_2=2.0)
+    folder.checkpoints.close()
+    truncate(folder.path / "1/about/metadata")
+    checkpoints = folder.open()
+    assert checkpoints.best_loss() == 2.0
+    (warning,) = folder.warnings
+    assert f"{folder.path / '1'}: the checkpoint is damaged" in warning
+    assert_state(checkpoints.restore_best(state(0)), 2)
+    assert (folder.path.parent / "damaged" / "1").is_dir()
+    assert folder.steps == [2]
+
+
+@pytest.mark.parametrize("part", ["state/manifest.ocdbt", "about/metadata"])
+def test_only_damaged_checkpoints_are_an_error(folder, part):
     folder.save(1)
     folder.checkpoints.close()
-    truncate(largest_file(folder.path / "1" / "state"))
+    truncate(folder.path / "1" / part)
     with pytest.raises(CheckpointError, match="none of its 1 checkpoints can be used"):
         folder.open().restore(state(0))
 
@@ -124,7 +141,8 @@ def check_that_only_step_2_is_lost(folder: Folder, reason: str) -> None:
     (warning,) = folder.warnings
     assert "the checkpoint of step 2 could not be written: " in warning
     assert reason in warning
-    assert "the one of step 1 stays the newest, and training goes on" in warning
+    assert warning.endswith("; the one of step 1 stays the newest")
+    assert folder.checkpoints.newest() == 1
     assert folder.steps == [1]
     assert_state(folder.checkpoints.restore(state(0)), 1)
     folder.save(3)
@@ -132,11 +150,13 @@ def check_that_only_step_2_is_lost(folder: Folder, reason: str) -> None:
 
 
 def test_a_full_disk_costs_one_checkpoint_only(folder, monkeypatch):
-    folder.save(1)
+    folder.save(1, at_1=2.0)
     with monkeypatch.context() as patch:
         usage = shutil.disk_usage(folder.path)._replace(free=5000)
         patch.setattr(shutil, "disk_usage", lambda path: usage)
-        folder.save(2)
+        folder.save(2, at_2=1.0)
+    # What was better is lost: a later one need only beat what is stored.
+    assert folder.checkpoints.best_loss() == 2.0
     check_that_only_step_2_is_lost(folder, "no disk space")
 
 

@@ -51,6 +51,9 @@ def test_tools_reach_the_template(tmp_path):
     prompt = example.tokens[: example.turns[0].start].tolist()
     assert prompt == served_prompt(tokenizer, CHAT[:2], tools=tools)
     assert "look" in tokenizer.decode(prompt)
+    # A bare function, as BFCL has them, is what a client would send of it.
+    (bare,) = read({"messages": CHAT[:3], "tools": [tools[0]["function"]]}, tokenizer)
+    assert bare.tokens.tolist() == example.tokens.tolist()
 
 
 def test_a_template_that_rewrites_earlier_turns_gives_one_example_a_turn(tmp_path):

@@ -1,5 +1,8 @@
 """The frozen module's KV is kept in memory or on disk, and gives the same losses."""
 
+import errno
+import os
+
 import jax
 import numpy as np
 import pytest
@@ -152,6 +155,30 @@ def test_filling_goes_on_where_it_was_stopped(tmp_path):
     store.fill(ALL, BUCKETS, ASSIGNED, 1, counted(rest), lambda _: None)
     assert len(rest) == 1
     check_contents(store)
+
+
+def test_a_removed_file_is_filled_anew(tmp_path):
+    keep_in(tmp_path).fill(ALL, BUCKETS, ASSIGNED, 2, counted([]), lambda _: None)
+    (tmp_path / "kv-key.bin").unlink()
+    assert (tmp_path / "kv-key.json").is_file()
+    again: list[int] = []
+    store = keep_in(tmp_path)
+    store.fill(ALL, BUCKETS, ASSIGNED, 2, counted(again), lambda _: None)
+    assert len(again) == 2
+    check_contents(store)
+
+
+def test_the_disk_is_taken_before_it_is_written(tmp_path, monkeypatch):
+    keep_in(tmp_path).fill(ALL[:1], BUCKETS, ASSIGNED, 2, counted([]), lambda _: None)
+    assert (tmp_path / "kv-key.bin").stat().st_blocks * 512 >= NEEDED
+
+    def full(handle: int, offset: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    for budget in (KEEP, KVCacheConfig(memory_gb=0, disk_gb=1)):
+        with pytest.raises(CheckpointError, match=r"GB of KV: No space left on device"):
+            open_store(MODEL, ROWS, "float32", budget, tmp_path, "other")
 
 
 def test_runs_fill_what_they_need(tmp_path):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -112,6 +114,54 @@ def test_a_stopped_run_goes_on_to_the_same_bits(config, plain_run, tmp_path):
 def test_a_finished_run_is_left_alone(config, plain_run):
     again = dataclasses.replace(config, output=str(plain_run.folder))
     assert train(again, QUIET) == plain_run.record
+    with pytest.raises(ConfigError, match="a run with tail = 2, not 3"):
+        train(dataclasses.replace(again, tail=3), QUIET)
+
+
+def test_what_a_run_tells(config, tmp_path, capsys):
+    config = dataclasses.replace(
+        config, report=dataclasses.replace(config.report, peak_tflops=1e-6)
+    )
+    train(config, Reporter())
+    lines = capsys.readouterr().err.splitlines()
+    last = next(line for line in lines if line.startswith("training 10/10 "))
+    shown = re.fullmatch(
+        r"training 10/10  loss (\S+)  (\S+) tokens/s  (\S+)% of peak  0:00:00 left", last
+    )
+    assert shown is not None, last
+    logged = next(line for line in reversed(metrics(tmp_path / "run")) if "loss" in line)
+    loss, rate, utilisation = (float(text.replace(",", "")) for text in shown.groups())
+    assert loss == pytest.approx(logged["loss"], abs=1e-4)
+    assert rate == pytest.approx(logged["tokens_per_second"], abs=1)
+    assert utilisation == pytest.approx(100 * logged["utilisation"], abs=1)
+    assert any(re.fullmatch(r"step 10: eval loss \d\.\d{4}", line) for line in lines)
+    assert any(line.startswith("without the kept KV it would take ") for line in lines)
+
+
+def test_the_last_step_is_saved(plain_run):
+    assert (plain_run.folder / "checkpoints/10").is_dir()
+
+
+def test_a_stop_without_a_checkpoint_says_so(config, monkeypatch):
+    usage = shutil.disk_usage(config.folder.parent)._replace(free=5000)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage)
+        with pytest.raises(StopRequestedError, match="step 1; start again to go on after step 0"):
+            train(config, QUIET, lambda: True)
+    with pytest.raises(StopRequestedError, match=r"step 1; start again to go on$"):
+        train(config, QUIET, lambda: True)
+
+
+def test_a_run_in_the_home_folder(config, plain_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    train(dataclasses.replace(config, output="~/mine"), QUIET)
+    assert_same_weights(tmp_path / "mine", plain_run.folder)
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == [
+        "checkpoints",
+        "decode_module",
+        "metrics.jsonl",
+        "run.json",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +21,23 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
 
-def start(base, data, held_out, output, *flags: str, devices: int = 8) -> subprocess.Popen[str]:
-    """The run of `plain_run` by command line, with a checkpoint after each step."""
+MAIN = "import sys; from pshare_jax.train.__main__ import main; sys.exit(main())"
+FULL_DISK = """
+import shutil
+usage = shutil.disk_usage
+shutil.disk_usage = lambda path: usage(path)._replace(free=5000 if "points" in str(path) else 1e9)
+"""
+
+
+def start(
+    base, data, held_out, output, *flags: str, devices: int = 8, before: str = "", **variables: str
+) -> subprocess.Popen[str]:
+    """The run of `plain_run` by command line, with a checkpoint after each step.
+
+    `before` is run in its process first, with the environment `variables`.
+    """
     command = [
-        *(sys.executable, "-m", "pshare_jax.train"),
+        *(sys.executable, "-c", before + MAIN),
         f"--base={base}",
         f"--output={output}",
         "--tail=2",
@@ -49,6 +62,7 @@ def start(base, data, held_out, output, *flags: str, devices: int = 8) -> subpro
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        **variables,
     }
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
@@ -108,12 +122,25 @@ def test_a_signal_saves_and_stops(base, data, held_out, plain_run, tmp_path):
     assert_same_weights(output, plain_run.folder)
 
 
-def test_two_processes_give_the_losses_of_one(base, data, held_out, plain_run, tmp_path):
-    output = tmp_path / "run"
+def free_address() -> str:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
-        coordinator = f"127.0.0.1:{sock.getsockname()[1]}"
-    processes = [
+        return f"127.0.0.1:{sock.getsockname()[1]}"
+
+
+def finish_all(started: Iterable[subprocess.Popen[str]]) -> list[str]:
+    processes = list(started)
+    try:
+        return [finish(process) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_two_processes_give_the_losses_of_one(base, data, held_out, plain_run, tmp_path):
+    output = tmp_path / "run"
+    coordinator = free_address()
+    finish_all(
         start(
             *(base, data, held_out, output),
             "--mesh.fsdp=2",
@@ -123,13 +150,29 @@ def test_two_processes_give_the_losses_of_one(base, data, held_out, plain_run, t
             devices=1,
         )
         for index in range(2)
-    ]
-    try:
-        for process in processes:
-            finish(process)
-    finally:
-        for process in processes:
-            process.kill()
+    )
     np.testing.assert_allclose(losses(output), losses(plain_run.folder), rtol=0, atol=1e-4)
     ours, theirs = metrics(output)[-1], metrics(plain_run.folder)[-1]
     assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], abs=1e-4)
+
+
+def test_a_full_disk_of_one_process_stops_no_other(base, data, held_out, plain_run, tmp_path):
+    """Started by environment variables; the first process finds no space for checkpoints."""
+    output = tmp_path / "run"
+    coordinator = free_address()
+    errors, _ = finish_all(
+        start(
+            *(base, data, held_out, output),
+            "--mesh.data=2",
+            "--optimizer.max_steps=3",
+            devices=1,
+            before=FULL_DISK if index == 0 else "",
+            JAX_COORDINATOR_ADDRESS=coordinator,
+            JAX_NUM_PROCESSES="2",
+            JAX_PROCESS_ID=str(index),
+        )
+        for index in range(2)
+    )
+    assert "the checkpoint of step 2 could not be written" in errors
+    assert [path.name for path in (output / "checkpoints").iterdir()] == []
+    np.testing.assert_allclose(losses(output), losses(plain_run.folder)[:3], rtol=0, atol=1e-4)

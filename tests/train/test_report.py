@@ -1,6 +1,7 @@
 """What is told and counted."""
 
 import numpy as np
+import pytest
 
 from pshare_jax.train.config import LoraConfig
 from pshare_jax.train.data import Example, Turn
@@ -41,7 +42,7 @@ def test_lines_where_there_is_no_terminal(capsys):
     first, last = capsys.readouterr().err.splitlines()
     assert first.startswith("training 1/100  loss 1  ")
     assert first.endswith(" left")
-    assert last == "training 100/100  loss 100  00:00:00 left"
+    assert last == "training 100/100  loss 100  0:00:00 left"
 
 
 def test_only_one_process_speaks(capsys):
@@ -53,13 +54,13 @@ def test_only_one_process_speaks(capsys):
 
 
 def test_metrics_after_the_resumed_step_are_dropped(tmp_path):
-    log = MetricsLog(tmp_path, 1, tensorboard=True)
+    log = MetricsLog(tmp_path, 1, tensorboard=True, warn=pytest.fail)
     for step in (1, 2, 3):
         log.write(step, {"loss": step / 2})
     log.close()
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "lo')
-    log = MetricsLog(tmp_path, 3, tensorboard=True)
+    whole = (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "lo\n' + whole + '{"step": 4, "lo')
+    log = MetricsLog(tmp_path, 3, tensorboard=True, warn=pytest.fail)
     log.write(3, {"loss": float("nan"), "seconds": 0.25})
     log.close()
     assert metrics(tmp_path) == [
@@ -71,3 +72,26 @@ def test_metrics_after_the_resumed_step_are_dropped(tmp_path):
         "loss": [(1, 0.5), (2, 1.0), (3, 1.5)],
         "seconds": [(3, 0.25)],
     }
+
+
+def test_a_full_disk_costs_metrics_and_nothing_else(tmp_path):
+    warnings: list[str] = []
+    log = MetricsLog(tmp_path, 1, tensorboard=False, warn=warnings.append)
+    with open("/dev/full", "a", buffering=1) as full:
+        log._file.close()
+        log._file = full
+        log.write(1, {"loss": 1.0})
+        log.write(2, {"loss": 0.5})
+        log.close()
+    assert warnings == [
+        f"{tmp_path}: metrics cannot be written: No space left on device; training goes on"
+    ]
+
+
+def test_more_than_a_day_left(capsys, monkeypatch):
+    clock = iter([0.0, 3600.0])
+    monkeypatch.setattr("pshare_jax.train.report.time.monotonic", lambda: next(clock))
+    reporter = Reporter()
+    reporter.start("training", 31)
+    reporter.advance("training", 1, 31)
+    assert capsys.readouterr().err == "training 1/31    1 day, 6:00:00 left\n"
