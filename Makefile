@@ -35,13 +35,15 @@ results: .venv/.study $(BASE)/pshare.json
 	$(BIN)/python -m pshare_jax.study run --config configs/study/smollm2-135m.yaml
 	$(BIN)/python -m pshare_jax.study report --config configs/study/smollm2-135m.yaml
 
-# The trained decode modules of the repository, made again.
+# The trained decode modules of the repository, made again; replaced once all are there.
 modules: .venv/.study $(BASE)/pshare.json
 	$(BIN)/python -m pshare_jax.study run --config configs/study/modules.yaml
-	rm -rf modules/smollm2-135m/*
+	rm -rf modules/.exported
 	$(foreach run,family-lora-0.003-16000-0 tools-lora-0.003-800-0 code-lora-0.003-1600-0,\
 	  $(BIN)/python -m pshare_jax.convert export runs/modules/models/$(run)/decode_module \
-	  modules/smollm2-135m/$(firstword $(subst -, ,$(run))) --dtype bfloat16 &&) true
+	  modules/.exported/$(firstword $(subst -, ,$(run))) --dtype bfloat16 &&) true
+	rm -rf modules/smollm2-135m
+	mv modules/.exported modules/smollm2-135m
 
 # Compiling for JAX is mostly work of one thread: two processes use two cores better than one does.
 test: .venv/.test

@@ -2,11 +2,13 @@
 
 `python -m pshare_jax.study quick FOLDER` does so in minutes, on a tiny model that it makes.
 
-Exit codes: 0 done; 2 something that cannot be used, explained in one line on standard error.
+Exit codes: 0 done; 2 something that cannot be used, explained in one line on standard error; 130
+interrupted: the same command goes on from there.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +17,6 @@ from pshare_jax.config import load_config
 from pshare_jax.errors import PshareError
 from pshare_jax.study.config import StudyConfig
 
-DOCUMENT = Path("docs/training.md")
 _USAGE = (
     "usage: python -m pshare_jax.study run|report --config FILE.yaml [--key=value ...]\n"
     "       python -m pshare_jax.study quick FOLDER"
@@ -39,8 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             _report(config)
     except PshareError as error:
-        print(f"pshare_jax.study: {error}", file=sys.stderr)
+        print(f"pshare_jax.study: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("pshare_jax.study: stopped; the same command goes on from there", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -49,7 +53,11 @@ def _run(config: StudyConfig) -> None:
     from pshare_jax.study.runner import Study
     from pshare_jax.train.report import Reporter
 
-    Study(config, Reporter()).make()
+    reporter = Reporter()
+    try:
+        Study(config, reporter).make()
+    finally:
+        reporter.stop()
 
 
 def _quick(folder: Path) -> None:
@@ -63,7 +71,7 @@ def _quick(folder: Path) -> None:
 
 
 def _report(config: StudyConfig) -> None:
-    """Writes the tables into `DOCUMENT` and the plots beside the results."""
+    """Writes the plots beside the results, and the tables into the document, if there is one."""
     from pshare_jax.convert.files import replace_section
     from pshare_jax.study import report
 
@@ -73,9 +81,13 @@ def _report(config: StudyConfig) -> None:
     for task in config.tasks:
         plot = folder / f"{task.name}-shares.png"
         if report.plot_shares(results, task.name, plot):
-            text += f"\n![{task.name}: accuracy by share]({plot.relative_to(DOCUMENT.parent)})\n"
-    replace_section(DOCUMENT, "study", text)
-    print(f"{DOCUMENT}: {len(results)} results")
+            link = os.path.relpath(plot, Path(config.document).parent)
+            text += f"\n![{task.name}: accuracy by share]({link})\n"
+    if config.document:
+        replace_section(config.document, "study", text)
+        print(f"{config.document}: {len(results)} results")
+    else:
+        print(text)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
-from pshare_jax.config import DType
-from pshare_jax.errors import ConfigError
+from pshare_jax.errors import ConfigError, DataError
 
 Method = Literal["full", "prefillshare", "lora"]
 """Ordinary full fine-tuning; cache-conditioned fine-tuning of all weights, or of LoRA factors."""
@@ -42,9 +42,9 @@ class Runs:
     Args:
         task: name of the task.
         method: how to train.
-        examples: training examples, each used once.
+        examples: training examples, each used once: a multiple of the batch size.
         learning_rates: one run for each. Empty: the one that was best on the validation set among
-            the finished runs of this task and method.
+            the finished runs of this task and method with a tail of 1 and the fewest examples.
         seeds: one run for each.
         tail: the split rule's.
         test: whether to evaluate on the test set besides the validation set.
@@ -67,6 +67,19 @@ class Runs:
         if any(not 0 <= share <= 1 for share in self.shares):
             raise ConfigError(f"runs: shares must be from 0 to 1, got {self.shares}")
 
+    @property
+    def evaluations(self) -> dict[str, tuple[str, float | None]]:
+        """By name: the split, and the share of a prompt that is read from the base's KV; None is
+        all but the tail, as a module that was trained on the base's KV is served."""
+        # An ordinary fine-tune reads the prompt itself.
+        share = 0.0 if self.method == "full" else None
+        named: dict[str, tuple[str, float | None]] = {"validation": ("validation", share)}
+        if self.test:
+            named["test"] = ("test", share)
+        for other in map(float, self.shares):
+            named[f"test, share {other}"] = ("test", other)
+        return named
+
 
 @dataclass(frozen=True)
 class StudyConfig:
@@ -78,6 +91,7 @@ class StudyConfig:
         results: one JSON file a training run and its evaluations; what a report is made from.
         tasks: the tasks.
         runs: the training runs, in the order in which they are made.
+        document: Markdown file whose section `study` a report replaces; empty: it is printed.
         dtype: of activations and KV in training; evaluations are in float32.
         batch_size: examples a step.
         lora_rank: rank of LoRA runs.
@@ -85,6 +99,9 @@ class StudyConfig:
             kept in `folder` for all runs on it; a larger one is computed anew in each run.
         max_length: most tokens of an example.
         eval_batch_size: prompts that are answered together.
+
+    Raises:
+        ConfigError: a run of no task, or of a part of a step.
     """
 
     base: str
@@ -92,12 +109,25 @@ class StudyConfig:
     results: str
     tasks: list[TaskConfig]
     runs: list[Runs]
-    dtype: DType = "float32"
+    document: str = ""
+    # Not `auto`: it would differ between the machines on which a study's runs are made.
+    dtype: Literal["float32", "bfloat16"] = "float32"
     batch_size: int = 16
     lora_rank: int = 8
     kv_cache_gb: float = 0.0
     max_length: int = 1024
     eval_batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size is {self.batch_size}; it must be at least 1")
+        for runs in self.runs:
+            self.task(runs.task)
+            if runs.examples < 1 or runs.examples % self.batch_size:
+                raise ConfigError(
+                    f"runs: {runs.task}, {runs.method}: examples is {runs.examples}; it must be a "
+                    f"multiple of batch_size, {self.batch_size}: a run is made of whole steps"
+                )
 
     def task(self, name: str) -> TaskConfig:
         """The task of that name.
@@ -126,6 +156,31 @@ class Run:
         tail = f"-tail{runs.tail}" if runs.tail > 1 else ""
         return f"{runs.task}-{runs.method}{tail}-{self.learning_rate:g}-{runs.examples}-{self.seed}"
 
+    def training(self, config: StudyConfig) -> dict[str, Any]:
+        """What decides the trained weights besides base and data: keys of the trainer."""
+        runs = self.runs
+        return {
+            "mode": "full" if runs.method == "full" else "cache-conditioned",
+            "dtype": config.dtype,
+            "tail": runs.tail,
+            "seed": self.seed,
+            "data.max_length": config.max_length,
+            "lora.rank": config.lora_rank if runs.method == "lora" else 0,
+            "optimizer.learning_rate": self.learning_rate,
+            "optimizer.batch_size": config.batch_size,
+            "optimizer.max_steps": runs.examples // config.batch_size,
+        }
+
+    def settings(self, config: StudyConfig, base: str) -> dict[str, Any]:
+        """What decides the result besides the data; kept with it.
+
+        Args:
+            config: the study.
+            base: fingerprint of its base.
+        """
+        max_tokens = config.task(self.runs.task).max_tokens
+        return {"base": base, **self.training(config), "max_tokens": max_tokens}
+
 
 def expand(runs: Runs, best: float | None) -> Iterator[Run]:
     """The runs that `runs` describes.
@@ -141,7 +196,33 @@ def expand(runs: Runs, best: float | None) -> Iterator[Run]:
     if not rates:
         raise ConfigError(
             f"runs: {runs.task}, {runs.method}: learning_rates is empty, and no earlier run of "
-            "this task and method tells which is best"
+            "this task and method with a tail of 1 tells which is best"
         )
     for rate, seed in itertools.product(rates, runs.seeds):
         yield Run(runs, rate, seed)
+
+
+def check_result(
+    path: Path, result: Mapping[str, Any], settings: Mapping[str, Any], evaluations: Iterable[str]
+) -> None:
+    """Checks that a result is what the configuration asks for now.
+
+    Args:
+        path: its file.
+        result: what is in it.
+        settings: what must have decided it, see `Run.settings`.
+        evaluations: names of those that it must have.
+
+    Raises:
+        DataError: names the file, and the setting or evaluation.
+    """
+    found = result.get("settings", {})
+    for key, value in settings.items():
+        if found.get(key) != value:
+            raise DataError(
+                f"{path}: was made with {key} {found.get(key)!r}, but the configuration says "
+                f"{value!r}; remove it to have it made again, or name another folder and results"
+            )
+    for name in evaluations:
+        if name not in result["evaluations"]:
+            raise DataError(f"{path}: has no evaluation {name!r}; remove it to have it made again")

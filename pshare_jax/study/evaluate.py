@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +13,9 @@ import numpy as np
 from pshare_jax.convert.manifest import TOKENIZER_FOLDER, read_manifest
 from pshare_jax.convert.orbax import load_weights
 from pshare_jax.evals.grading import grade
+from pshare_jax.evals.intervals import bootstrap_interval
 from pshare_jax.evals.items import Item
-from pshare_jax.models.split import split_prompt
+from pshare_jax.models.split import check_certificate, split_prompt
 from pshare_jax.text.tokenizer import Tokenizer
 from pshare_jax.train.config import KVCacheConfig
 from pshare_jax.train.generate import Prompt, generate, prompt_kv
@@ -32,6 +34,15 @@ class Answers:
     texts: list[str]
     correct: list[bool]
 
+    def as_json(self) -> dict[str, Any]:
+        """A JSON object; which items were right is kept as a string of 0s and 1s."""
+        return {
+            "accuracy": sum(self.correct) / len(self.correct),
+            "interval": bootstrap_interval(self.correct),
+            "correct": "".join(str(int(right)) for right in self.correct),
+            "first_answers": self.texts[:5],
+        }
+
 
 class Evaluator:
     """A decode module beside its base, ready to answer.
@@ -43,7 +54,7 @@ class Evaluator:
         kv_cache: where the base's KV of the prompts is kept for later evaluations on them.
 
     Raises:
-        CheckpointError: one of them cannot be read.
+        CheckpointError: one of them cannot be read, or they do not belong together.
     """
 
     def __init__(
@@ -65,6 +76,8 @@ class Evaluator:
             self._weights = load_weights(own, dtype=jnp.float32)
             certificate = own.certificate
             assert certificate is not None
+            # Not `shared`: what naive sharing costs is measured too.
+            check_certificate(certificate, manifest.fingerprint, "isolated", str(module))
             if certificate.lora_targets is not None:
                 assert certificate.lora_rank is not None
                 assert certificate.lora_alpha is not None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pshare_jax.convert.manifest import read_json
-from pshare_jax.errors import DataError
+from pshare_jax.errors import ConfigError, DataError
 from pshare_jax.evals.intervals import (
     item_bootstrap_interval,
     mcnemar,
@@ -166,7 +166,11 @@ def _validation_table(results: Iterable[Result]) -> str:
 
 def plot_shares(results: Sequence[Result], task: str, path: Path) -> bool:
     """Accuracy against the share of the prompt that is read from the base's KV (the paper's
-    Figure 2), as a PNG, of runs with all of `SHARES`; whether there are any."""
+    Figure 2), as a PNG, of runs with all of `SHARES`; whether there are any.
+
+    Raises:
+        ConfigError: there are some, and matplotlib is not installed.
+    """
     lines: dict[str, list[Result]] = defaultdict(list)
     wanted = {f"test, share {share}" for share in SHARES}
     for result in results:
@@ -176,12 +180,14 @@ def plot_shares(results: Sequence[Result], task: str, path: Path) -> bool:
     if not lines:
         return False
     # Imported late: it is an extra.
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError(
+            "the report's plots need matplotlib: pip install 'pshare_jax[study]'"
+        ) from error
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     for name, group in sorted(lines.items()):
         shares = [100 * share for share in SHARES]
         means = [
@@ -196,5 +202,4 @@ def plot_shares(results: Sequence[Result], task: str, path: Path) -> bool:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
     return True

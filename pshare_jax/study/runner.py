@@ -1,7 +1,8 @@
 """Makes the training runs of a study and evaluates them, one after the other, each once.
 
 A result file is written when a run is trained and evaluated, and never again: a study that was
-stopped goes on where it was, within a training run too.
+stopped goes on where it was, within a training run too. One that was made with other settings than
+the configuration's is an error: it would stand in a table for what it is not.
 """
 
 from __future__ import annotations
@@ -11,22 +12,25 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pshare_jax.bench import machine
 from pshare_jax.convert.files import replace_file
-from pshare_jax.convert.manifest import read_json
+from pshare_jax.convert.manifest import read_json, read_manifest
 from pshare_jax.errors import DataError
 from pshare_jax.evals.items import Item, read_items
-from pshare_jax.study.config import Run, Runs, StudyConfig, expand
-from pshare_jax.study.tasks import SUMMARY_FILE, make_task
+from pshare_jax.study.config import Run, Runs, StudyConfig, check_result, expand
+from pshare_jax.study.tasks import SUMMARY_FILE, make_tasks
 from pshare_jax.train.config import KVCacheConfig
 from pshare_jax.train.output import MODULE_FOLDER, RECORD_FILE
 from pshare_jax.train.report import Reporter
 
 BASE_NAME = "base"
+_STOPPED = 130
+"""The trainer's exit code after a signal."""
 
 
 class Study:
@@ -48,8 +52,18 @@ class Study:
 
         Raises:
             DataError, ConfigError, CheckpointError: what cannot be used.
+            KeyboardInterrupt: a signal stopped it.
         """
-        self._make_tasks()
+        summary_path = self._results / SUMMARY_FILE
+        summary = make_tasks(
+            self._config.tasks, self._folder / "data", summary_path, self._reporter.say
+        )
+        for runs in self._config.runs:
+            if runs.examples > (items := summary[runs.task]["train"]["items"]):
+                raise DataError(
+                    f"runs: {runs.task}, {runs.method}: examples is {runs.examples}, but {items} "
+                    "training items are all there are; ask for fewer, or for more items in tasks"
+                )
         for runs in self._config.runs:
             self._evaluate_base(runs.task)
             best = None if runs.learning_rates else self.best_rate(runs)
@@ -59,18 +73,23 @@ class Study:
                 shutil.rmtree(self._kv_folder(runs.task), ignore_errors=True)
 
     def best_rate(self, runs: Runs) -> float | None:
-        """The learning rate with the best accuracy on the validation set, among runs of the same
-        task, method and tail with one seed and the fewest examples; None without any."""
+        """The learning rate with the best accuracy on the validation set, among the runs of the
+        same task and method with a tail of 1 and the fewest examples; None without any."""
         found = [
             result
             for path in sorted(self._results.glob(f"{runs.task}-{runs.method}-*.json"))
-            if (result := read_json(path))["tail"] == runs.tail or runs.tail > 1
+            if (result := read_json(path))["tail"] == 1
         ]
         if not found:
             return None
         fewest = min(result["examples"] for result in found)
-        sweep = [r for r in found if r["examples"] == fewest and r["tail"] == 1]
+        sweep = [result for result in found if result["examples"] == fewest]
         return max(sweep, key=lambda r: r["evaluations"]["validation"]["accuracy"])["learning_rate"]
+
+    @cached_property
+    def _base(self) -> str:
+        """The fingerprint of the base."""
+        return read_manifest(self._config.base).fingerprint
 
     def _is_needed_later(self, runs: Runs) -> bool:
         """Whether other runs on the same task come after `runs`."""
@@ -80,52 +99,25 @@ class Study:
     def _kv_folder(self, task: str) -> Path:
         return self._folder / "kv" / task
 
-    def _make_tasks(self) -> None:
-        summary_path = self._results / SUMMARY_FILE
-        summary = read_json(summary_path) if summary_path.is_file() else {}
-        for task in self._config.tasks:
-            folder = self._folder / "data" / task.name
-            if (folder / "test.jsonl").is_file() and task.name in summary:
-                continue
-            self._reporter.say(f"{task.name}: making its items")
-            made = make_task(task.name, (task.train, task.validation, task.test), folder)
-            if summary.setdefault(task.name, made) != made:
-                raise DataError(
-                    f"{folder}: the items are not those of {summary_path}; results of both cannot "
-                    "be compared: remove the results, or install the packages they were made with"
-                )
-        _write_json(summary_path, summary)
-
     def _evaluate_base(self, task: str) -> None:
         path = self._results / f"{task}-{BASE_NAME}.json"
-        if not path.is_file():
-            facts = {"task": task, "method": BASE_NAME}
-            evaluations = {"test": self._evaluate(task, None, "test", None, 1)}
-            _write_json(path, {**facts, "evaluations": evaluations})
+        settings = {"base": self._base, "max_tokens": self._config.task(task).max_tokens}
+        if path.is_file():
+            check_result(path, read_json(path), settings, ["test"])
+            return
+        facts = {"task": task, "method": BASE_NAME, "settings": settings}
+        evaluations = {"test": self._evaluate(task, None, "test", None, 1)}
+        _write_json(path, {**facts, "evaluations": evaluations})
 
     def _make(self, run: Run) -> None:
-        path = self._results / f"{run.name}.json"
-        if path.is_file():
-            return
         runs = run.runs
+        path = self._results / f"{run.name}.json"
+        settings = run.settings(self._config, self._base)
+        if path.is_file():
+            check_result(path, read_json(path), settings, list(runs.evaluations))
+            return
         folder = self._folder / "models" / run.name
         record = self._train(run, folder)
-        module = folder / MODULE_FOLDER
-        # An ordinary fine-tune reads the prompt itself.
-        own_share = 0.0 if runs.method == "full" else None
-        served_share = own_share if own_share is not None or runs.tail > 1 else 1.0
-        evaluations = {
-            "validation": self._evaluate(runs.task, module, "validation", own_share, runs.tail)
-        }
-        if runs.test:
-            evaluations["test"] = self._evaluate(runs.task, module, "test", own_share, runs.tail)
-        for share in map(float, runs.shares):
-            if share == served_share and "test" in evaluations:
-                evaluations[f"test, share {share}"] = evaluations["test"]
-                continue
-            evaluations[f"test, share {share}"] = self._evaluate(
-                runs.task, module, "test", share, runs.tail
-            )
         result = {
             "task": runs.task,
             "method": runs.method,
@@ -133,6 +125,7 @@ class Study:
             "examples": runs.examples,
             "seed": run.seed,
             "tail": runs.tail,
+            "settings": settings,
             "machine": machine.describe(),
             "training": {
                 "data": record["data"],
@@ -142,42 +135,51 @@ class Study:
                 "kv_batch_seconds": record["kv_batch_seconds"],
                 "packages": record["packages"],
             },
-            "evaluations": evaluations,
+            "evaluations": self._evaluate_module(runs, folder / MODULE_FOLDER),
         }
         _write_json(path, result)
         if not runs.keep:
             shutil.rmtree(folder)
 
+    def _evaluate_module(self, runs: Runs, module: Path) -> dict[str, Any]:
+        # Nothing is evaluated twice: this share is how the module is served.
+        served_share = 0.0 if runs.method == "full" else 1.0 if runs.tail == 1 else None
+        found: dict[str, Any] = {}
+        for name, (split, share) in runs.evaluations.items():
+            if share == served_share and "test" in found:
+                found[name] = found["test"]
+            else:
+                found[name] = self._evaluate(runs.task, module, split, share, runs.tail)
+        return found
+
     def _train(self, run: Run, folder: Path) -> dict[str, Any]:
         """Trains in a process of its own, which gives back all its memory; gives the record."""
-        record = folder / MODULE_FOLDER / RECORD_FILE
-        if not record.is_file():
-            self._reporter.say(f"{run.name}: training")
-            command = [sys.executable, "-m", "pshare_jax.train", *self._flags(run, folder)]
-            if subprocess.run(command, check=False).returncode:
-                raise DataError(f"{run.name}: training ended with an error; see the message above")
-        return read_json(record)
+        self._reporter.say(f"{run.name}: training")
+        # One that has been trained already only has its configuration compared.
+        command = [sys.executable, "-m", "pshare_jax.train", *self._flags(run, folder)]
+        if run_trainer(command):
+            raise DataError(f"{run.name}: training ended with an error; see the message above")
+        record = read_json(folder / MODULE_FOLDER / RECORD_FILE)
+        steps = run.training(self._config)["optimizer.max_steps"]
+        if record["steps"] != steps:
+            raise DataError(
+                f"{folder}: was trained for {record['steps']} steps, but examples: "
+                f"{run.runs.examples} takes {steps}; remove it, and ask for no more examples than "
+                "its training set has"
+            )
+        return record
 
     def _flags(self, run: Run, folder: Path) -> list[str]:
-        config, runs = self._config, run.runs
-        data = self._folder / "data" / runs.task / "train.jsonl"
+        config, task = self._config, run.runs.task
         flags = {
             "base": config.base,
             "output": folder,
-            "mode": "full" if runs.method == "full" else "cache-conditioned",
-            "dtype": config.dtype,
-            "tail": runs.tail,
-            "seed": run.seed,
-            "data.train": f"[{data}]",
-            "data.max_length": config.max_length,
-            "lora.rank": config.lora_rank if runs.method == "lora" else 0,
-            "optimizer.learning_rate": run.learning_rate,
-            "optimizer.batch_size": config.batch_size,
-            "optimizer.max_steps": runs.examples // config.batch_size,
+            "data.train": f"[{self._folder / 'data' / task / 'train.jsonl'}]",
+            **run.training(config),
             # A run uses each example once; other runs use the same.
             "kv_cache.memory_gb": 0,
             "kv_cache.disk_gb": config.kv_cache_gb,
-            "kv_cache.folder": self._kv_folder(runs.task),
+            "kv_cache.folder": self._kv_folder(task),
             "kv_cache.keep": "true" if config.kv_cache_gb else "false",
             "checkpoint.every": 100,
             "checkpoint.keep": 1,
@@ -188,9 +190,8 @@ class Study:
     def _evaluate(
         self, task: str, module: Path | None, split: str, share: float | None, tail: int
     ) -> dict[str, Any]:
-        """A JSON object; which items were right is kept as a string of 0s and 1s."""
+        """`Answers.as_json`, and the seconds that they took."""
         # Imported late: JAX is not needed when all results are there.
-        from pshare_jax.evals.intervals import bootstrap_interval
         from pshare_jax.study.evaluate import Evaluator, cover_all_but, cover_share
 
         items = self._items(task, split)
@@ -218,18 +219,35 @@ class Study:
             report,
         )
         self._reporter.stop()
-        accuracy = sum(answers.correct) / len(items)
-        self._reporter.say(f"{title}, share {share}: {accuracy:.3f}")
-        return {
-            "accuracy": accuracy,
-            "interval": bootstrap_interval(answers.correct),
-            "correct": "".join(str(int(right)) for right in answers.correct),
-            "first_answers": answers.texts[:5],
-            "seconds": round(time.perf_counter() - start, 1),
-        }
+        graded = answers.as_json()
+        self._reporter.say(f"{title}, share {share}: {graded['accuracy']:.3f}")
+        return graded | {"seconds": round(time.perf_counter() - start, 1)}
 
     def _items(self, task: str, split: str) -> list[Item]:
         return read_items(self._folder / "data" / task / f"{split}.jsonl")
+
+
+def run_trainer(command: Sequence[str]) -> int:
+    """Runs a trainer to its end and gives its exit code.
+
+    Raises:
+        KeyboardInterrupt: a signal stopped the trainer, or this process: then the trainer is told,
+            and has saved its checkpoint.
+    """
+    trainer = subprocess.Popen(command)
+    interrupted = False
+    while True:
+        try:
+            code = trainer.wait()
+            break
+        except KeyboardInterrupt:
+            interrupted = True
+            # After Ctrl-C in a terminal the trainer has got SIGINT too. A second SIGINT would end
+            # it before it has saved; a first SIGTERM only says the same again.
+            trainer.terminate()
+    if interrupted or code == _STOPPED:
+        raise KeyboardInterrupt
+    return code
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

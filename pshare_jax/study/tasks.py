@@ -1,21 +1,24 @@
 """The tasks of the study: training, validation and test items, made from packages on PyPI.
 
 Each task is three JSONL files that both the trainer and `pshare_jax.evals` read. No question of one
-file is in another; for tool calls no *function* is, and for code no *program*. `tasks.json` keeps
-the counts and hashes, and that the overlap was counted as zero.
+file is in another; for tool calls no *function* is, and for code no *program*. `tasks.json`, beside
+the results, keeps the counts and hashes, and that the overlap was counted as zero.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pshare_jax.convert.files import replace_file
-from pshare_jax.errors import DataError
+from pshare_jax.convert.manifest import read_json
+from pshare_jax.errors import ConfigError, DataError
+from pshare_jax.evals.items import file_sha256
 from pshare_jax.study import programs, quick, tools
+from pshare_jax.study.config import TaskConfig
 
 SPLITS = ("train", "validation", "test")
 SUMMARY_FILE = "tasks.json"
@@ -141,16 +144,20 @@ def make_task(task: str, sizes: Sizes, folder: Path) -> dict[str, Any]:
         folder: made if it does not exist.
 
     Returns:
-        A JSON object: for each split `items` and `sha256`, and the `overlap` between splits: 0.
+        A JSON object: for each split the items `asked` for, `items` and `sha256`, and the `overlap`
+        between splits: 0.
 
     Raises:
+        ConfigError: there is no such task.
         DataError: fewer items can be made, a package is missing, or splits overlap.
     """
+    if task not in TASKS:
+        raise ConfigError(f"tasks: there is no task {task!r}; there are {', '.join(TASKS)}")
     splits = _tools(sizes) if task == "tools" else _generated(task, sizes)
     if shared := overlap(splits):
         raise DataError(f"{task}: {shared} keys are in more than one split")
     summary: dict[str, Any] = {"overlap": 0}
-    for split in SPLITS:
+    for split, size in zip(SPLITS, sizes, strict=True):
         lines = []
         for index, item in enumerate(splits[split]):
             fields = {name: value for name, value in item.items() if name != "key"}
@@ -158,5 +165,64 @@ def make_task(task: str, sizes: Sizes, folder: Path) -> dict[str, Any]:
         content = "".join(lines)
         replace_file(folder / f"{split}.jsonl", content)
         digest = hashlib.sha256(content.encode()).hexdigest()
-        summary[split] = {"items": len(lines), "sha256": digest}
+        summary[split] = {"asked": size, "items": len(lines), "sha256": digest}
     return summary
+
+
+def make_tasks(
+    tasks: Iterable[TaskConfig], folder: Path, summary_path: Path, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Makes the items of each task that are not there yet, and checks those that are.
+
+    Args:
+        tasks: what to make.
+        folder: has a folder for each.
+        summary_path: JSON file of what `make_task` gives for each: what results beside it are of.
+        say: tells the user.
+
+    Returns:
+        What is in that file.
+
+    Raises:
+        ConfigError, DataError: as `make_task`; and items there are not those that are asked for.
+    """
+    summary = read_json(summary_path) if summary_path.is_file() else {}
+    for task in tasks:
+        sizes = (task.train, task.validation, task.test)
+        items = folder / task.name
+        known = summary.get(task.name)
+        if known is not None:
+            _check_sizes(task.name, sizes, known, items, summary_path)
+        if known is not None and all((items / f"{split}.jsonl").is_file() for split in SPLITS):
+            _check_files(known, items, summary_path)
+            continue
+        say(f"{task.name}: making its items")
+        made = make_task(task.name, sizes, items)
+        if summary.setdefault(task.name, made) != made:
+            raise DataError(
+                f"{items}: the items are not those of {summary_path}; results of both cannot "
+                "be compared: remove the results, or install the packages they were made with"
+            )
+    replace_file(summary_path, json.dumps(summary, indent=1) + "\n")
+    return summary
+
+
+def _check_sizes(
+    task: str, sizes: Sizes, known: Mapping[str, Any], items: Path, summary_path: Path
+) -> None:
+    for split, size in zip(SPLITS, sizes, strict=True):
+        if (asked := known[split].get("asked")) != size:
+            raise DataError(
+                f"{summary_path}: {task}: {split} was made with {asked}, not {size}, and results "
+                f"of both cannot be compared: remove {items} and {summary_path.parent} to make "
+                "all anew, or name another folder and other results"
+            )
+
+
+def _check_files(known: Mapping[str, Any], items: Path, summary_path: Path) -> None:
+    for split in SPLITS:
+        if file_sha256(path := items / f"{split}.jsonl") != known[split]["sha256"]:
+            raise DataError(
+                f"{path}: is not the file whose hash {summary_path} keeps; remove {items} to "
+                "have it made again"
+            )

@@ -11,7 +11,6 @@ from pshare_jax.config import load_config
 from pshare_jax.convert.files import replace_section
 from pshare_jax.errors import ConfigError
 from pshare_jax.study import report, runner
-from pshare_jax.study.__main__ import main
 from pshare_jax.study.config import SHARES, Runs, StudyConfig, TaskConfig, expand
 from pshare_jax.study.runner import Study
 from pshare_jax.train.report import Reporter
@@ -77,7 +76,7 @@ def test_finished_runs_are_not_made_again(study, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("something was run again")
 
-    monkeypatch.setattr(runner.subprocess, "run", refuse)
+    monkeypatch.setattr(runner, "run_trainer", refuse)
     monkeypatch.setattr(Study, "_evaluate", refuse)
     Study(study, Reporter(active=False)).make()
 
@@ -106,14 +105,14 @@ def test_the_report_shows_every_result(study, tmp_path):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def result(rate: float, accuracy: float, examples: int) -> dict:
+def result(rate: float, accuracy: float, examples: int, tail: int = 1) -> dict:
     return {
         "task": "t",
         "method": "full",
         "learning_rate": rate,
         "examples": examples,
         "seed": 0,
-        "tail": 1,
+        "tail": tail,
         "evaluations": {"validation": {"accuracy": accuracy}},
     }
 
@@ -131,6 +130,16 @@ def test_the_best_rate_is_that_of_the_sweep(tmp_path):
     assert [run.name for run in expand(runs, 1e-3)] == ["t-full-0.001-100-0"]
 
 
+def test_runs_of_a_longer_tail_tell_no_rate(tmp_path):
+    """Also when they have the fewest examples: the sweep is that of a tail of 1."""
+    study = Study(StudyConfig("base", "work", str(tmp_path), [], []), Reporter(active=False))
+    runs = Runs("t", "full", 100, tail=8)
+    (tmp_path / "t-full-tail8-0.01-5-0.json").write_text(json.dumps(result(1e-2, 0.9, 5, tail=8)))
+    assert study.best_rate(runs) is None
+    (tmp_path / "t-full-0.001-10-0.json").write_text(json.dumps(result(1e-3, 0.5, 10)))
+    assert study.best_rate(runs) == 1e-3
+
+
 def test_a_rate_that_nothing_tells():
     with pytest.raises(ConfigError, match="t, lora: learning_rates is empty"):
         list(expand(Runs("t", "lora", 1), None))
@@ -139,13 +148,6 @@ def test_a_rate_that_nothing_tells():
 def test_names_tell_tails_apart():
     [run] = expand(Runs("t", "prefillshare", 16, [3e-4], [2], tail=8), None)
     assert run.name == "t-prefillshare-tail8-0.0003-16-2"
-
-
-def test_errors_are_one_line(tmp_path, capsys):
-    folders = ["--base=b", f"--folder={tmp_path}", f"--results={tmp_path}"]
-    assert main(["report", *folders, "--tasks=[]", "--runs=[]"]) == 2
-    assert "no results" in capsys.readouterr().err
-    assert main(["walk"]) == 2
 
 
 def test_the_committed_modules_are_runs_of_the_study(monkeypatch):
@@ -167,3 +169,5 @@ def test_the_committed_modules_are_runs_of_the_study(monkeypatch):
         [run] = expand(runs, None)
         assert run.name in names
         assert (ROOT / "modules/smollm2-135m" / runs.task / "adapter_model.safetensors").is_file()
+    # They are in the repository: every clone loads them.
+    assert sum(p.stat().st_size for p in (ROOT / "modules").rglob("*") if p.is_file()) <= 15e6
