@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ from pshare_jax.bench import (
     compile_report,
     machine,
     micro,
+    micro_report,
     shared_prefix,
+    training,
 )
 from pshare_jax.bench import compile as compile_bench
 from pshare_jax.bench.plan import command as plan
@@ -38,8 +41,6 @@ Keep = Callable[[dict[str, Any]], None]
 
 # Columns of a table that goes into a file or a pipe.
 _FILE_WIDTH = 150
-# Of what a table of profiles shows.
-_LEAST_SHARE = 0.01
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,19 +82,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan_parser.add_argument(
         "--plots", type=str | None, default=None, help="folder for plots (PNG); needs matplotlib"
     )
+    train_parser = jsonargparse.ArgumentParser(
+        description="Seconds a training step takes, in each way to train."
+    )
+    train_parser.add_class_arguments(training.TrainingOptions)
     report_parser = jsonargparse.ArgumentParser(
         description="Writes results of `bench agents` into a document, with plots beside them."
     )
     report_parser.add_class_arguments(ReportOptions)
-    for command in (micro_parser, compile_parser, agents_parser, plan_parser):
+    for command in (micro_parser, compile_parser, agents_parser, plan_parser, train_parser):
         command.add_argument("--json", type=str | None, default=None, help="file for the figures")
     commands = parser.add_subcommands(dest="command")
     commands.add_subcommand("micro", micro_parser)
     commands.add_subcommand("compile", compile_parser)
     commands.add_subcommand("agents", agents_parser)
     commands.add_subcommand("plan", plan_parser)
+    commands.add_subcommand("train", train_parser)
     commands.add_subcommand("report", report_parser)
-    benches = {"micro": _micro, "compile": _compile, "agents": _agents, "plan": _plan}
+    benches = {
+        "micro": _micro,
+        "compile": _compile,
+        "agents": _agents,
+        "plan": _plan,
+        "train": _train,
+    }
     draws = {"agents": agents_plots.draw, "plan": plan_plots.draw}
     try:
         arguments = parser.instantiate(parser.parse_args(None if argv is None else list(argv)))
@@ -148,20 +160,14 @@ def _report(options: ReportOptions) -> None:
 
 def _agents(options: dict[str, Any], _: Keep) -> dict[str, Any]:
     options.pop("config", None)
-    columns = (TextColumn("calls"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=None)
-        result = agents.run(
-            agents.AgentsOptions(**options),
-            lambda done, total: bar.update(task, completed=done, total=total),
-        )
+    with _bar("calls") as progress:
+        result = agents.run(agents.AgentsOptions(**options), progress)
     result["machine"] = machine.describe()
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = _FILE_WIDTH
-    console.print(agents_report.runs_table(result))
-    for line in (*agents_report.lines(result), machine.one_line(result["machine"])):
-        console.print(line, soft_wrap=True)
+    _print(
+        agents_report.runs_table(result),
+        *agents_report.lines(result),
+        machine.one_line(result["machine"]),
+    )
     return result
 
 
@@ -170,13 +176,8 @@ def _plan(options: dict[str, Any], _: Keep) -> dict[str, Any]:
     document = options.pop("markdown")
     if document is not None:
         check_section(document, "plan")
-    columns = (TextColumn("predictions"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=None)
-        result = plan.run(
-            plan.PlanOptions(**options),
-            lambda done, total: bar.update(task, completed=done, total=total),
-        )
+    with _bar("predictions") as progress:
+        result = plan.run(plan.PlanOptions(**options), progress)
     for name, tables in plan_report.sections(result).items():
         print(tables)
         if document is not None:
@@ -184,10 +185,24 @@ def _plan(options: dict[str, Any], _: Keep) -> dict[str, Any]:
     return result
 
 
+def _train(options: dict[str, Any], _: Keep) -> dict[str, Any]:
+    with _bar("runs") as progress:
+        result = training.run(training.TrainingOptions(**options), progress)
+    result["machine"] = machine.describe()
+    _print(
+        training.table(result),
+        f"{options['rounds']} rounds. {machine.one_line(result['machine'])}",
+    )
+    return result
+
+
 def _micro(options: dict[str, Any], _: Keep) -> dict[str, Any]:
     result = micro.run(micro.MicroOptions(**options))
     result["machine"] = machine.describe()
-    _show(result)
+    _print(
+        *micro_report.tables(result),
+        f"{options['repeats']} repeats. {machine.one_line(result['machine'])}",
+    )
     return result
 
 
@@ -208,64 +223,22 @@ def _compile(options: dict[str, Any], keep: Keep) -> dict[str, Any]:
     return result
 
 
-def _show(result: dict[str, Any]) -> None:
-    options, vllm = result["options"], result.get("vllm")
-    table = Table(title=f"{options['base']}, {result['dtype']}, {result['backend']}: tokens/s")
-    headers = ["median", "slowest", "fastest"]
-    if vllm:
-        headers += [f"vLLM {vllm['packages']['vllm']}, median", "ratio", "lowest", "highest"]
-    table.add_column("")
-    for header in headers:
-        table.add_column(header, justify="right")
-    for length, rate in result["prefill"].items():
-        peer = vllm and (vllm["prefill"][length], vllm["ratios"]["prefill"][length])
-        table.add_row(f"prefill, {length} tokens", *_cells(rate, peer))
-    for context, rates in result["decode"].items():
-        for batch, rate in rates.items():
-            peer = vllm and tuple(
-                figures["decode"][context][batch] for figures in (vllm, vllm["ratios"])
-            )
-            name = f"decode, batch {batch}, {context} tokens of context"
-            table.add_row(name, *_cells(rate, peer))
-    for rows, rate in result["lora"].items():
-        table.add_row(f"decode, {micro.LORA_ROWS} rows of {rows} (LoRA)", *_cells(rate, None))
+@contextmanager
+def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar; gives the function that says how much of how much is done."""
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _print(*parts: Table | str) -> None:
+    """Tables, and lines that are not wrapped."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = _FILE_WIDTH
-    console.print(table)
-    if result["profiles"]:
-        console.print(_profiles_table(result["profiles"]))
-    console.print(f"{options['repeats']} repeats. {machine.one_line(result['machine'])}")
-
-
-def _profiles_table(profiles: dict[str, Any]) -> Table:
-    table = Table(title="shares of the traced time, and of the time of each program's operations")
-    for header in ("", "s", "idle", "program", "share", "operations"):
-        table.add_column(header, justify="right" if header in ("s", "idle", "share") else "left")
-    for name, profile in profiles.items():
-        cells = [name, f"{profile['seconds']:.3f}", f"{profile['idle']:.1%}"]
-        for program, found in profile["programs"].items():
-            if found["share"] < _LEAST_SHARE:
-                continue
-            kinds = [
-                f"{kind} {share:.1%}"
-                for kind, share in found["operations"].items()
-                if share >= _LEAST_SHARE
-            ]
-            table.add_row(*cells, program, f"{found['share']:.1%}", ", ".join(kinds))
-            cells = ["", "", ""]
-    return table
-
-
-def _cells(
-    rate: dict[str, float], peer: tuple[dict[str, float], dict[str, float]] | None
-) -> list[str]:
-    cells = [f"{rate[key]:,.1f}" for key in ("median", "low", "high")]
-    if peer:
-        theirs, ratio = peer
-        cells += [f"{theirs['median']:,.1f}"]
-        cells += [f"{ratio[key]:.2f}" for key in ("median", "low", "high")]
-    return cells
+    for part in parts:
+        console.print(part, soft_wrap=isinstance(part, str))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import openai
 import pytest
 
 from pshare_jax.convert.orbax import load_weights, read_manifest
-from pshare_jax.demo.session import questions
+from pshare_jax.demo.session import play, questions
 from pshare_jax.engine.monolithic import Monolithic
 from pshare_jax.models.split import split_prompt
 from pshare_jax.text.tokenizer import Tokenizer
@@ -109,3 +110,11 @@ def test_served_tokens_are_the_trainers(api, real_base, real_modules):
             )
             [choice] = answer.choices
             assert choice.token_ids == expected
+
+
+def test_the_demo_shows_the_skills_of_its_modules(real_server):
+    """One question of six is hard for its module too, in a context that holds the others."""
+    result = asyncio.run(play(real_server, lambda text: None))
+    assert {answer.question.model for answer in result.answers} == set(MODELS[1:])
+    assert sum(answer.own_right for answer in result.answers) >= 5
+    assert sum(answer.base_right for answer in result.answers) <= 1
