@@ -72,6 +72,9 @@ class TrainingOptions:
 def run(options: TrainingOptions, progress: Callable[[int, int], None]) -> dict[str, Any]:
     """Measures everything; `progress` gets how many runs of how many are done.
 
+    Each run leaves a checkpoint, which is removed: a full module needs 14 bytes of the temporary
+    folder a weight.
+
     Returns:
         The options, and for each length of prompt and each way the seconds a step: the median,
         lowest and highest of the rounds, each the median of a run's steps.
@@ -83,7 +86,7 @@ def run(options: TrainingOptions, progress: Callable[[int, int], None]) -> dict[
     if min(options.steps, options.rounds, len(options.prompt_words)) < 1:
         raise BenchmarkError("steps, rounds and the number of prompt_words must be at least 1")
     ways = _ways(options)
-    seconds: dict[tuple[int, str], list[float]] = {}
+    records: dict[tuple[int, str], list[dict[str, Any]]] = {}
     done, total = 0, options.rounds * len(options.prompt_words) * len(ways)
     tokenizer = Tokenizer.load(Path(options.base).expanduser() / TOKENIZER_FOLDER)
     with tempfile.TemporaryDirectory() as name:
@@ -93,12 +96,8 @@ def run(options: TrainingOptions, progress: Callable[[int, int], None]) -> dict[
             for words in options.prompt_words:
                 data = DataConfig([_write_examples(options, folder, words)], max_length=1 << 20)
                 for way, config in ways.items():
-                    output = folder / f"run-{done}"
-                    config = replace(config, output=str(output), data=data)
-                    check_config(config)
-                    record = loop.train(config, Reporter(active=False))
-                    shutil.rmtree(output)
-                    seconds.setdefault((words, way), []).append(record["step_seconds"])
+                    record = _train(replace(config, output=str(folder / "run"), data=data))
+                    records.setdefault((words, way), []).append(record)
                     done += 1
                     progress(done, total)
     return {
@@ -107,13 +106,28 @@ def run(options: TrainingOptions, progress: Callable[[int, int], None]) -> dict[
             {
                 "prompt_tokens": len(tokenizer.encode(_WORD * words)),
                 "way": way,
-                "median": statistics.median(values),
-                "low": min(values),
-                "high": max(values),
+                "dtype": rounds[0]["config"]["dtype"],
+                "median": statistics.median(record["step_seconds"] for record in rounds),
+                "low": min(record["step_seconds"] for record in rounds),
+                "high": max(record["step_seconds"] for record in rounds),
             }
-            for (words, way), values in seconds.items()
+            for (words, way), rounds in records.items()
         ],
     }
+
+
+def _train(config: TrainConfig) -> dict[str, Any]:
+    """The record of a run, of which nothing else is left."""
+    check_config(config)
+    record = loop.train(config, Reporter(active=False))
+    shutil.rmtree(config.folder)
+    keeps = config.mode != "full" and config.kv_cache.memory_gb > 0
+    if keeps and record["kv_batch_seconds"] is None:
+        raise BenchmarkError(
+            f"the base's KV of a run takes more than {config.kv_cache.memory_gb:g} GB; choose "
+            "shorter prompt_words, fewer steps or a smaller batch_size"
+        )
+    return record
 
 
 def _ways(options: TrainingOptions) -> dict[str, TrainConfig]:

@@ -75,7 +75,7 @@ def _report(config: StudyConfig) -> None:
     from pshare_jax.convert.files import replace_section
     from pshare_jax.study import report
 
-    folder = Path(config.results)
+    folder = Path(config.results).expanduser()
     results = report.read_results(folder)
     text = report.tables(results)
     for task in config.tasks:

@@ -2,7 +2,7 @@
 
 A result file is written when a run is trained and evaluated, and never again: a study that was
 stopped goes on where it was, within a training run too. One that was made with other settings than
-the configuration's is an error: it would stand in a table for what it is not.
+the configuration's is an error here: it would stand in a table for what it is not.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Study:
     def __init__(self, config: StudyConfig, reporter: Reporter):
         self._config = config
         self._reporter = reporter
-        self._folder = Path(config.folder)
-        self._results = Path(config.results)
+        self._folder = Path(config.folder).expanduser()
+        self._results = Path(config.results).expanduser()
 
     def make(self) -> None:
         """Makes all that is missing.
@@ -155,7 +155,7 @@ class Study:
     def _train(self, run: Run, folder: Path) -> dict[str, Any]:
         """Trains in a process of its own, which gives back all its memory; gives the record."""
         self._reporter.say(f"{run.name}: training")
-        # One that has been trained already only has its configuration compared.
+        # One that has been trained already only has its configuration and data compared.
         command = [sys.executable, "-m", "pshare_jax.train", *self._flags(run, folder)]
         if run_trainer(command):
             raise DataError(f"{run.name}: training ended with an error; see the message above")

@@ -1,7 +1,7 @@
 """`python -m pshare_jax.train --config FILE.yaml`: trains a decode module.
 
 Exit codes: 0 done; 2 something that cannot be used, explained in one line on standard error; 130
-stopped by a signal, with a checkpoint to go on from.
+stopped by a signal, with a checkpoint to go on from if one could be written.
 """
 
 from __future__ import annotations
@@ -68,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PshareError as error:
         print(f"pshare_jax.train: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("pshare_jax.train: stopped before the first step", file=sys.stderr)
+        return 130
     return 0
 
 

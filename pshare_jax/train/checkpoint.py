@@ -170,11 +170,11 @@ class Checkpoints:
 
     def _check_space(self, needed: int) -> None:
         """Raises CheckpointError in all processes alike: orbax makes them wait for each other."""
-        problem: CheckpointError | None = None
+        problem: Exception | None = None
         if jax.process_index() == 0:
             try:
                 check_space(self._folder, needed)
-            except CheckpointError as error:
+            except (CheckpointError, OSError) as error:
                 problem = error
         if multihost_utils.broadcast_one_to_all(np.array(problem is not None)):
             raise problem or CheckpointError("the first process has no disk space")

@@ -110,7 +110,8 @@ class KVCacheConfig:
 
     Args:
         memory_gb: largest size (10^9 bytes) that is kept in host memory.
-        disk_gb: largest size that is kept in a file, when memory does not suffice.
+        disk_gb: largest size that is kept in a file, when memory does not suffice. The file has
+            room for all examples, also where a run needs some of them only.
         folder: where that file lies while training runs; empty means the run folder.
         keep: whether it is always a file, which stays: later runs on the same base and examples
             (of another learning rate, tail or seed, say) that name the same folder read it.

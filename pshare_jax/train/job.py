@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from pshare_jax.convert.manifest import TOKENIZER_FOLDER, Manifest, read_manifest
@@ -242,6 +243,9 @@ def _kept_kv(
     store, message = open_store(base.config, rows, dtype, config.kv_cache, folder, key)
     reporter.say(message)
     if store is not None:
+        if jax.process_count() > 1:
+            # Each has a file of its own, and all compute each batch together.
+            store.forget(~multihost_utils.process_allgather(store.filled).all(axis=0))
         _fill(store, computations, base_weights, used, buckets, assigned, size, reporter)
     return store
 

@@ -83,6 +83,15 @@ class KVStore:
             self._filled[:] = np.unpackbits(bits, count=len(rows))
             self.batch_seconds = before["batch_seconds"]
 
+    @property
+    def filled(self) -> np.ndarray:
+        """Which rows are there, `[rows]` bool."""
+        return self._filled.copy()
+
+    def forget(self, rows: np.ndarray) -> None:
+        """Takes the rows `rows`, `[rows]` bool, for missing."""
+        self._filled &= ~rows
+
     def fill(
         self,
         needed: np.ndarray,
@@ -242,6 +251,7 @@ def _claim(file: Path, size: int) -> IO[bytes]:
     """Makes `file` `size` bytes long, and keeps other runs from filling it while what is returned
     is open."""
     with contextlib.ExitStack() as on_error:
+        # Not in append mode, in which a file system without fallocate could not reserve its size.
         lock = os.fdopen(os.open(file, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         on_error.callback(lock.close)
         try:
@@ -263,6 +273,9 @@ def _reserve(handle: int, folder: Path, size: int) -> None:
     file is written through memory would end the process without a message."""
     check_space(folder, size - os.fstat(handle).st_blocks * 512)
     try:
-        os.posix_fallocate(handle, 0, size)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(handle, 0, size)
+        else:  # macOS
+            os.ftruncate(handle, size)
     except OSError as error:
         raise CheckpointError(f"{folder}: {size / _GB:.3g} GB of KV: {one_line(error)}") from error

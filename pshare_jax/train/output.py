@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from pshare_jax.convert.files import replace_file
-from pshare_jax.convert.manifest import Manifest, read_json
+from pshare_jax.convert.manifest import Manifest, read_json, read_manifest
 from pshare_jax.convert.orbax import write_decode
 from pshare_jax.convert.tensors import DTYPES
 from pshare_jax.train.config import TrainConfig, as_json, check_resumable
-from pshare_jax.train.data import Dataset
+from pshare_jax.train.data import Dataset, files_sha256
 
 RUN_FILE = "run.json"
 RECORD_FILE = "training.json"
@@ -61,20 +61,24 @@ def finished_record(config: TrainConfig) -> dict[str, Any] | None:
     """The training record of a run that is done, or None.
 
     Raises:
-        ConfigError: that run had another configuration.
-        CheckpointError: the record is damaged.
+        ConfigError: that run had another configuration, base or data.
+        CheckpointError: the record is damaged, or there is no base.
+        DataError: a data file cannot be read.
     """
     path = config.folder / MODULE_FOLDER / RECORD_FILE
     if not path.is_file():
         return None
     record = read_json(path)
-    before = record.get("config", {})
-    # Its base and data, which may be gone by now, are not read for this, nor is JAX asked what
-    # `auto` stands for.
-    now = as_json(config)
+    known = as_json(config)
     if config.dtype == "auto":
-        now["dtype"] = before.get("dtype")
-    check_resumable(config, {"config": before}, {"config": now})
+        # JAX need not be asked what that stands for.
+        known["dtype"] = record.get("config", {}).get("dtype")
+    hashes = {
+        "train_sha256": files_sha256(config.data.train),
+        "eval_sha256": files_sha256(config.data.eval) if config.data.eval else None,
+    }
+    base = read_manifest(config.base).fingerprint
+    check_resumable(config, record, {"config": known, "base": base, "data": hashes})
     return record
 
 

@@ -6,10 +6,9 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -20,9 +19,12 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
+from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
 
 from pshare_jax.convert.files import one_line, replace_file
+from pshare_jax.errors import CheckpointError
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -101,38 +103,33 @@ class MetricsLog:
     ):
         self._path = folder / METRICS_FILE
         replace_file(self._path, "".join(_lines(self._path, first_step)))
-        self._file = self._path.open("a", buffering=1)
         self._warn: Callable[[str], None] | None = warn
-        self._events = None
-        if tensorboard:
-            # Two starts within a second would share a file but for the suffix.
-            self._events = SummaryWriter(
-                str(folder / TENSORBOARD_FOLDER),
-                purge_step=first_step,
-                flush_secs=10,
-                filename_suffix=f".{first_step}",
-            )
+        try:
+            events = folder / TENSORBOARD_FOLDER
+            self._events = _EventFile(events, first_step) if tensorboard else None
+            self._file = self._path.open("a", buffering=1)
+        except OSError as error:
+            raise CheckpointError(f"{folder}: cannot be written: {one_line(error)}") from error
 
     def write(self, step: int, values: dict[str, float | int]) -> None:
         """Logs `values` as those after `step` steps; one that is not finite becomes null."""
-        record: dict[str, Any] = {"step": step}
-        with self._losses_told():
-            for name, value in values.items():
-                record[name] = value if math.isfinite(value) else None
-                if self._events is not None and math.isfinite(value):
-                    self._events.add_scalar(name, value, step)
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        record = {"step": step} | dict.fromkeys(values) | finite
+        with self._warning_once():
             self._file.write(json.dumps(record) + "\n")
+            if self._events is not None:
+                self._events.write(step, finite)
 
     def close(self) -> None:
         """Flushes and closes the files."""
-        with self._losses_told():
+        with self._warning_once():
             self._file.close()
-        with self._losses_told():
+        with self._warning_once():
             if self._events is not None:
                 self._events.close()
 
     @contextlib.contextmanager
-    def _losses_told(self) -> Iterator[None]:
+    def _warning_once(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -142,6 +139,28 @@ class MetricsLog:
                     "goes on"
                 )
             self._warn = None
+
+
+class _EventFile:
+    """TensorBoard's events of one start, written by the caller's thread: that of tensorboardX's
+    `SummaryWriter` dies of a full disk, and then the caller waits for its queue for ever."""
+
+    def __init__(self, folder: Path, first_step: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        # Two starts within a second would share a file but for the suffix.
+        self._writer = EventsWriter(str(folder / "events"), f".{first_step}")
+        started = SessionLog(status=SessionLog.START)
+        # Hides what an earlier start wrote from this step on.
+        self._writer.write_event(Event(wall_time=time.time(), step=first_step, session_log=started))
+
+    def write(self, step: int, values: Mapping[str, float | int]) -> None:
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        event = Event(wall_time=time.time(), step=step, summary=Summary(value=scalars))
+        self._writer.write_event(event)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def _lines(path: Path, end: int) -> list[str]:

@@ -56,6 +56,13 @@ def test_every_way_is_measured(base, tmp_path, monkeypatch, capsys):
     assert line.replace("│", "").split()[-4:] == ["11.000", "5.000", "17.000", "157%"]
 
 
+def test_kv_that_is_not_kept_is_not_taken_for_kept(base, monkeypatch, capsys):
+    monkeypatch.setattr(training, "_MEMORY_GB", 1e-9)
+    options = "--prompt_words=[6] --batch_size=2 --steps=1 --rounds=1 --compilation_cache_dir="
+    assert main(["train", f"--base={base}", "--dtype=float32", *options.split()]) == 2
+    assert "the base's KV of a run takes more than 1e-09 GB" in capsys.readouterr().err
+
+
 def test_there_must_be_something_to_measure(capsys):
     assert main(["train", "--steps=0"]) == 2
     assert "must be at least 1" in capsys.readouterr().err

@@ -77,7 +77,8 @@ def real_base() -> Path:
 @pytest.fixture(scope="session")
 def real_modules(real_base) -> dict[str, Path]:
     """The trained decode modules of the repository, converted once a checkout."""
-    modules = sorted((ROOT / "modules" / real_base.name).iterdir())
+    weights = (ROOT / "modules" / real_base.name).glob("*/adapter_model.safetensors")
+    modules = sorted(path.parent for path in weights)
     folders = {module.name: Path(f"{real_base}-{module.name}") for module in modules}
     for module, folder in zip(modules, folders.values(), strict=True):
         if not (folder / "pshare.json").is_file():

@@ -192,6 +192,18 @@ def test_runs_fill_what_they_need(tmp_path):
     check_contents(store)
 
 
+def test_rows_that_other_processes_lack_are_computed_again(tmp_path):
+    keep_in(tmp_path).fill(ALL, BUCKETS, ASSIGNED, 2, counted([]), lambda _: None)
+    store = keep_in(tmp_path)
+    assert store.filled.tolist() == [True] * 4
+    store.forget(np.array([False, True, False, False]))
+    assert store.filled.tolist() == [True, False, True, True]
+    again: list[int] = []
+    store.fill(ALL, BUCKETS, ASSIGNED, 1, counted(again), lambda _: None)
+    assert again == [1]
+    check_contents(store)
+
+
 def test_two_runs_do_not_fill_one_file(tmp_path):
     first = keep_in(tmp_path)
     with pytest.raises(CheckpointError, match=r"kv-key\.bin: another run fills it"):

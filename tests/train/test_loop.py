@@ -111,11 +111,15 @@ def test_a_stopped_run_goes_on_to_the_same_bits(config, plain_run, tmp_path):
     assert_same_weights(folder, plain_run.folder)
 
 
-def test_a_finished_run_is_left_alone(config, plain_run):
+def test_a_finished_run_is_left_alone(config, plain_run, tmp_path):
     again = dataclasses.replace(config, output=str(plain_run.folder))
     assert train(again, QUIET) == plain_run.record
     with pytest.raises(ConfigError, match="a run with tail = 2, not 3"):
         train(dataclasses.replace(again, tail=3), QUIET)
+    other = write_jsonl(tmp_path / "other.jsonl", chats(40, seed=7))
+    data = dataclasses.replace(again.data, train=[other])
+    with pytest.raises(ConfigError, match=r"a run with data\.train_sha256 = "):
+        train(dataclasses.replace(again, data=data), QUIET)
 
 
 def test_what_a_run_tells(config, tmp_path, capsys):

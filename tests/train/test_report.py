@@ -1,8 +1,11 @@
 """What is told and counted."""
 
+import contextlib
+
 import numpy as np
 import pytest
 
+from pshare_jax.errors import CheckpointError
 from pshare_jax.train.config import LoraConfig
 from pshare_jax.train.data import Example, Turn
 from pshare_jax.train.flops import row_flops
@@ -74,15 +77,22 @@ def test_metrics_after_the_resumed_step_are_dropped(tmp_path):
     }
 
 
-def test_a_full_disk_costs_metrics_and_nothing_else(tmp_path):
+@pytest.mark.parametrize("tensorboard", [False, True])
+def test_a_full_disk_costs_metrics_and_nothing_else(tmp_path, tensorboard):
     warnings: list[str] = []
-    log = MetricsLog(tmp_path, 1, tensorboard=False, warn=warnings.append)
-    with open("/dev/full", "a", buffering=1) as full:
+    log = MetricsLog(tmp_path, 1, tensorboard=tensorboard, warn=warnings.append)
+    if tensorboard:
+        writer = log._events._writer._py_recordio_writer
+        writer._writer.close()
+        full = writer._writer = open("/dev/full", "ab")  # noqa: SIM115
+    else:
         log._file.close()
-        log._file = full
-        log.write(1, {"loss": 1.0})
-        log.write(2, {"loss": 0.5})
-        log.close()
+        full = log._file = open("/dev/full", "a", buffering=1)  # noqa: SIM115
+    for step in range(1, 30):
+        log.write(step, {"loss": 1.0})
+    log.close()
+    with contextlib.suppress(OSError):
+        full.close()
     assert warnings == [
         f"{tmp_path}: metrics cannot be written: No space left on device; training goes on"
     ]
@@ -95,3 +105,9 @@ def test_more_than_a_day_left(capsys, monkeypatch):
     reporter.start("training", 31)
     reporter.advance("training", 1, 31)
     assert capsys.readouterr().err == "training 1/31    1 day, 6:00:00 left\n"
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "tensorboard").write_text("in the way")
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: cannot be written: File exists"):
+        MetricsLog(tmp_path, 1, tensorboard=True, warn=pytest.fail)
