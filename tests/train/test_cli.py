@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax
 import pytest
 
 from pshare_jax.config import load_config
@@ -42,6 +43,7 @@ GIVEN = ("--base=b", "--output=o", "--data.train=[d.jsonl]")
     ],
 )
 def test_errors_name_the_key(capsys, flags, message):
+    jax.devices()  # JAX has started, so that a flag cannot give this process other devices
     assert message in errors_of(capsys, *GIVEN, *flags, "--compilation_cache_dir=")
 
 
