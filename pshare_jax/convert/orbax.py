@@ -87,6 +87,8 @@ class _LazyTensorHandler(type_handlers.NumpyHandler):
             except CheckpointError as error:
                 raise CheckpointError(f"{self._dest}: {error}") from error
             self._done(info.name, array)
+            # Not held while the next is read.
+            del array
         return []
 
 
