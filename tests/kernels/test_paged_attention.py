@@ -92,6 +92,14 @@ def test_equals_the_oracle(backend, geometry, dtype, data):
 
 
 @pytest.mark.parametrize("backend", NATIVE)
+def test_terms_that_cancel_out(backend):
+    """Here the result is smaller than its terms, whose weights bfloat16 rounds."""
+    case = Rows(np.asarray([4, 0], np.int32), np.asarray([1, 0], np.int32), 591)
+    geometry = GEOMETRIES["decode, one head, one slot a page"]
+    assert_equals_oracle(compiled(backend, None, None), geometry, "bfloat16", case)
+
+
+@pytest.mark.parametrize("backend", NATIVE)
 def test_large_scores_do_not_overflow(backend):
     rng = np.random.default_rng(0)
     geometry = DECODE
