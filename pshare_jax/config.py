@@ -16,6 +16,7 @@ from pshare_jax.errors import ConfigError
 Sharing = Literal["shared", "isolated"]
 DType = Literal["auto", "float32", "bfloat16"]
 SharedPrefix = Literal["auto", "on", "off"]
+ConnectorName = Literal["auto", "device_put", "same-mesh"]
 T = TypeVar("T")
 
 
@@ -44,7 +45,8 @@ class PrefillConfig:
         engines: number of prefill engines, each with a mesh of its own.
         tensor_parallel: devices of one engine's mesh.
         num_pages: pages of one engine's pool; 0 sizes it from `max_model_len`.
-        chunk_buckets: chunk lengths (tokens) that are compiled; the largest is the chunk size.
+        chunk_buckets: chunk lengths (tokens) that are compiled; the largest is the chunk size, and
+            as many tokens of shorter prompts are computed in one call.
     """
 
     engines: int = 1
@@ -124,6 +126,10 @@ class ServeConfig:
         compilation_cache_dir: folder of XLA's persistent compilation cache; empty turns it off.
         kernel_backend: `auto` is `pallas_tpu` on TPUs, `pallas_gpu` on GPUs, `cpu_ffi` on CPUs
             where a C++ compiler is there, and `xla` elsewhere.
+        connector: how prompt pages get from prefill to decode. `device_put` copies them between
+            meshes of their own; with `same-mesh` both work on one mesh over one pool, of the larger
+            of the two configured sizes, and nothing is copied. `auto` is `device_put` where there
+            are devices enough for it.
         prefill: the prefill side.
         decode: the decode side.
         server: the HTTP side.
@@ -137,6 +143,7 @@ class ServeConfig:
     max_queue: int = 256
     compilation_cache_dir: str = "~/.cache/pshare_jax/xla"
     kernel_backend: str = "auto"
+    connector: ConnectorName = "auto"
     prefill: PrefillConfig = field(default_factory=PrefillConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     server: ServerConfig = field(default_factory=ServerConfig)

@@ -14,16 +14,16 @@ from jax.experimental.layout import Format
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from pshare_jax.bench.accelerators import Accelerator
-from pshare_jax.cache.layout import PageLayout
-from pshare_jax.engine.request import SamplingParams
-from pshare_jax.engine.sampler import empty_history, pack_rows
-from pshare_jax.engine.shared_runs import max_groups
-from pshare_jax.engine.steps import DecodeInput, Rows, Runs, StepSpec, decode_steps, prefill_chunk
+from pshare_jax.core.messages import SamplingParams
+from pshare_jax.core.shared_runs import max_groups
 from pshare_jax.kernels.kv_write.api import kv_write
 from pshare_jax.kernels.page_transfer.api import gather_pages, scatter_pages
 from pshare_jax.kernels.paged_attention.api import paged_attention
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.weights import projection_specs, weight_specs
+from pshare_jax.runtime.layout import PageLayout
+from pshare_jax.runtime.sampler import empty_history, pack_rows
+from pshare_jax.runtime.steps import DecodeInput, Rows, Runs, StepSpec, decode_steps, prefill_chunk
 from pshare_jax.sharding.mesh import carve
 from pshare_jax.sharding.rules import pool_sharding, replicated, weight_shardings
 

@@ -13,8 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from pshare_jax.core.messages import Request, RequestOutput, SamplingParams
 from pshare_jax.engine.orchestrator import Orchestrator
-from pshare_jax.engine.request import Request, RequestOutput, SamplingParams
 from pshare_jax.errors import BenchmarkError, EngineDeadError
 
 MODEL = "base"

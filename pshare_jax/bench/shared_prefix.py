@@ -20,9 +20,9 @@ from pshare_jax.bench.compile_models import MODELS
 from pshare_jax.bench.compile_programs import DTYPE, KernelCase
 from pshare_jax.bench.hbm_traffic import hbm_bytes
 from pshare_jax.bench.shared_prefix_programs import attention_program
-from pshare_jax.cache.layout import PageLayout
-from pshare_jax.engine.shared_runs import max_groups, shared_runs
+from pshare_jax.core.shared_runs import max_groups, shared_runs
 from pshare_jax.models.config import ModelConfig
+from pshare_jax.runtime.layout import PageLayout
 
 SHARERS = (1, 2, 4, 8, 16, 32)
 

@@ -16,12 +16,12 @@ from pshare_jax.bench.compile_programs import (
     abstract,
     bytes_per_device,
 )
-from pshare_jax.cache.layout import PageLayout
-from pshare_jax.engine.shared_runs import max_groups
-from pshare_jax.engine.steps import Rows, Runs
+from pshare_jax.core.shared_runs import max_groups
 from pshare_jax.kernels.kv_write.api import kv_write
 from pshare_jax.kernels.paged_attention.api import paged_attention
 from pshare_jax.kernels.shared_prefix_attention.api import shared_prefix_attention
+from pshare_jax.runtime.layout import PageLayout
+from pshare_jax.runtime.steps import Rows, Runs
 from pshare_jax.sharding.rules import replicated
 
 SHARED_CASES = (

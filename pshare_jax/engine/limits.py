@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pshare_jax.cache.layout import PageLayout
 from pshare_jax.config import ServeConfig
 from pshare_jax.errors import ConfigError
 from pshare_jax.kernels.backends import CPU_FFI, select_backend
@@ -13,6 +12,7 @@ from pshare_jax.kernels.native.library import require_library
 from pshare_jax.kernels.page_transfer import api as page_transfer
 from pshare_jax.kernels.paged_attention import api as paged_attention
 from pshare_jax.models.config import ModelConfig
+from pshare_jax.runtime.layout import PageLayout
 
 DEFAULT_POOL_SEQUENCES = 8
 """Sequences of full length that a pool holds when its size is not configured."""
@@ -20,10 +20,16 @@ DEFAULT_POOL_SEQUENCES = 8
 
 @dataclass(frozen=True)
 class PoolSizes:
-    """Pages of one prefill pool and of one decode pool, the padding page included."""
+    """Pages of one prefill pool and of one decode pool, the padding page included; and of one pool
+    that serves both."""
 
     prefill: int
     decode: int
+
+    @property
+    def shared(self) -> int:
+        """The larger; a sequence that fills it needs one page more, for a copied end."""
+        return max(self.prefill, self.decode) + 1
 
 
 def check_config(config: ServeConfig, model: ModelConfig, layout: PageLayout) -> PoolSizes:

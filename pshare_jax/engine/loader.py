@@ -12,8 +12,9 @@ from jax.sharding import Mesh, Sharding
 from pshare_jax.config import ModelEntry, ServeConfig, Sharing
 from pshare_jax.convert.manifest import Manifest, read_manifest
 from pshare_jax.convert.orbax import load_weights
-from pshare_jax.engine.decode import GroupWeights
-from pshare_jax.engine.sequence import ModelKind, ModelRuntime
+from pshare_jax.core.messages import ModelKind
+from pshare_jax.core.models import ModelSpec
+from pshare_jax.core.split_rule import LastTokens
 from pshare_jax.errors import CheckpointError, ConfigError
 from pshare_jax.kernels.backends import on_mesh
 from pshare_jax.models.config import ModelConfig
@@ -21,6 +22,7 @@ from pshare_jax.models.lora import LoraModule, merge, stack_adapters
 from pshare_jax.models.packed import is_packed, pack_adapters, pack_weights
 from pshare_jax.models.split import Certificate, check_certificate
 from pshare_jax.models.weights import Weights, lora_specs, weight_specs
+from pshare_jax.runtime.executor import GroupWeights
 from pshare_jax.sharding.rules import replicated, weight_shardings
 
 LoadTensors = Callable[[Mapping[str, Sharding]], Weights]
@@ -49,6 +51,11 @@ class ModelSource:
     load: LoadTensors
     certificate: Certificate | None = None
     decode_engines: tuple[int, ...] = ()
+
+    @property
+    def tail(self) -> int:
+        """Prompt tokens that its decode module reads itself."""
+        return self.certificate.tail if self.certificate else 1
 
 
 def checkpoint_sources(config: ServeConfig, dtype: Any) -> tuple[BaseSource, list[ModelSource]]:
@@ -94,9 +101,9 @@ def _model_source(
     )
 
 
-def runtimes(
+def model_specs(
     base: BaseSource, sources: list[ModelSource], num_decode_engines: int
-) -> dict[str, ModelRuntime]:
+) -> dict[str, ModelSpec]:
     """The engines' view of each model, by name.
 
     Raises:
@@ -104,7 +111,7 @@ def runtimes(
     """
     if not sources:
         raise ConfigError("models: at least one model must be served")
-    table: dict[str, ModelRuntime] = {}
+    table: dict[str, ModelSpec] = {}
     num_lora = 0
     for source in sources:
         if not source.name or source.name in table:
@@ -117,16 +124,16 @@ def runtimes(
             )
         isolated = source.sharing == "isolated"
         is_lora = source.kind == "lora"
-        table[source.name] = ModelRuntime(
+        table[source.name] = ModelSpec(
             name=source.name,
             kind=source.kind,
             sharing=source.sharing,
-            tail=source.certificate.tail if source.certificate else 1,
+            split_rule=LastTokens(source.tail),
             prefill_weights=source.name if isolated else BASE,
             namespace=f"isolated/{source.name}" if isolated else base.fingerprint,
             group=LORA_GROUP if is_lora else f"full/{source.name}",
             adapter=num_lora if is_lora else -1,
-            decode_engines=engines,
+            decode_workers=tuple(f"decode{e}" for e in engines),
         )
         num_lora += is_lora
     return table
@@ -160,11 +167,11 @@ class WeightLoader:
         return {name: self._packed(module, mesh) for name, module in weights.items()}
 
     def decode(
-        self, mesh: Mesh, engine: int, table: Mapping[str, ModelRuntime]
+        self, mesh: Mesh, engine: int, table: Mapping[str, ModelSpec]
     ) -> dict[str, GroupWeights]:
         """What one decode mesh needs: each full module's weights; the base's and the stacked
         adapters for the LoRA modules."""
-        hosted = [s for s in self._sources if engine in table[s.name].decode_engines]
+        hosted = [s for s in self._sources if f"decode{engine}" in table[s.name].decode_workers]
         groups = {
             table[source.name].group: GroupWeights(
                 self._packed(self._full(source.load, mesh), mesh)

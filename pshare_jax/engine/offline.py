@@ -5,14 +5,15 @@ from __future__ import annotations
 import itertools
 import queue
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import msgspec
+
 from pshare_jax.config import ServeConfig, load_serve_config
-from pshare_jax.engine.orchestrator import Orchestrator
-from pshare_jax.engine.request import (
+from pshare_jax.core.messages import (
     FinishReason,
     PromptUsage,
     Request,
@@ -20,6 +21,7 @@ from pshare_jax.engine.request import (
     SamplingParams,
     TokenLogprobs,
 )
+from pshare_jax.engine.orchestrator import Orchestrator
 from pshare_jax.errors import EngineDeadError, QueueFullError, RequestError
 from pshare_jax.text.detokenizer import StopMatcher
 
@@ -145,7 +147,7 @@ class Engine:
         """
         many = _as_prompts(prompts)
         params = {"temperature": 0.0, **params} if sampling is None else params
-        sampling = replace(sampling or SamplingParams(), **params)
+        sampling = msgspec.structs.replace(sampling or SamplingParams(), **params)
         events: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
         requests = [
             Request(f"offline-{next(self._ids)}", model, self._encode(prompt), sampling, cache_salt)

@@ -1,54 +1,49 @@
-"""Builds the engines, checks and routes requests, and keeps account of those that are alive."""
+"""The whole engine in one process: builds it, takes requests, and keeps account of the living."""
 
 from __future__ import annotations
 
 import itertools
 import logging
-import math
-import os
 import secrets
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import jax
-import jax.numpy as jnp
 
-from pshare_jax.cache.layout import PageLayout
-from pshare_jax.cache.page_cache import PageCache
+from pshare_jax.cluster.thread import DispatcherThread, WorkerThread
 from pshare_jax.config import ServeConfig, Sharing
 from pshare_jax.convert.manifest import TOKENIZER_FOLDER
-from pshare_jax.engine.compiles import compile_count
-from pshare_jax.engine.counters import Counters
-from pshare_jax.engine.decode import DecodeEngine
+from pshare_jax.core.dispatcher import Dispatcher
+from pshare_jax.core.messages import DISPATCHER, Message, ModelKind, Request, RequestOutput
+from pshare_jax.core.pages.page_cache import PageCache
+from pshare_jax.core.router import Router
+from pshare_jax.core.stats import EngineStats, PoolStats
+from pshare_jax.engine.assembly import Assembly
+from pshare_jax.engine.checks import check_request
+from pshare_jax.engine.devices import compute_dtype, place, prepare_jax
 from pshare_jax.engine.limits import check_config
 from pshare_jax.engine.loader import (
     BaseSource,
     ModelSource,
     WeightLoader,
     checkpoint_sources,
-    runtimes,
+    model_specs,
 )
-from pshare_jax.engine.prefill import PrefillEngine
-from pshare_jax.engine.request import (
-    MAX_LOGIT_BIAS,
-    MAX_LOGPROBS,
-    FinishReason,
-    Request,
-)
-from pshare_jax.engine.router import Router
-from pshare_jax.engine.sequence import ModelKind, Sequence, Sink
-from pshare_jax.engine.stats import EngineStats, PoolStats
-from pshare_jax.engine.steps import StepSpec
-from pshare_jax.engine.turns import Turns
 from pshare_jax.errors import EngineDeadError, QueueFullError, RequestError, UnknownModelError
-from pshare_jax.kernels.backends import CPU_FFI, backend_for, on_mesh
-from pshare_jax.sharding.mesh import carve, request_cpu_devices
+from pshare_jax.kernels.backends import backend_for
+from pshare_jax.runtime.compiles import compile_count
+from pshare_jax.runtime.layout import PageLayout
 from pshare_jax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+Sink = Callable[[RequestOutput], None]
+K = TypeVar("K")
 
 
 @dataclass(frozen=True)
@@ -63,8 +58,14 @@ class ModelInfo:
     created: int
 
 
+@dataclass(frozen=True)
+class _Live:
+    model: str
+    sink: Sink
+
+
 class Orchestrator:
-    """The whole engine: prefill engines, decode engines, and the requests on their way.
+    """The whole engine: dispatcher, workers, and the requests on their way.
 
     `start()` compiles and starts; then `submit` and `abort` may be called from any thread.
 
@@ -89,63 +90,32 @@ class Orchestrator:
         self.config = config
         self.model_config = base.config
         self.ready = False
-        self.dead: str | None = None
         self._tokenizer = tokenizer
         layout = PageLayout.of(base.config, config.page_size, compute_dtype(config))
         sizes = check_config(config, base.config, layout)
-        self._runtimes = runtimes(base, sources, config.decode.engines)
-        created = int(time.time())
-        parent = Path(config.base).name
+        meshes = place(config)
+        self._specs = model_specs(base, sources, len(meshes.decode))
+        created, parent = int(time.time()), Path(config.base).name
         self.models = {
-            name: ModelInfo(name, parent, m.sharing, m.kind, m.tail, created)
-            for name, m in self._runtimes.items()
+            source.name: ModelInfo(
+                source.name, parent, source.sharing, source.kind, source.tail, created
+            )
+            for source in sources
         }
-        prefill_meshes, decode_meshes = carve(
-            jax.devices(),
-            config.prefill.engines,
-            config.prefill.tensor_parallel,
-            config.decode.engines,
-            config.decode.tensor_parallel,
-        )
         backend = backend_for(config.kernel_backend, jax.default_backend())
         loader = WeightLoader(base, sources, backend)
-        self._counters = Counters()
-        self._one_processor = decode_meshes[0].devices.flat[0].platform == "cpu"
-        self._decode = [
-            DecodeEngine(
-                index=i,
-                mesh=mesh,
-                groups=loader.decode(mesh, i, self._runtimes),
-                spec=StepSpec(base.config, on_mesh(backend, mesh.size), mesh),
-                layout=layout,
-                num_pages=sizes.decode,
-                config=config.decode,
-                max_model_len=config.max_model_len,
-                counters=self._counters,
-                on_preempt=self._route,
-                on_room=self._notify_prefill,
-                on_dead=self._die,
-            )
-            for i, mesh in enumerate(decode_meshes)
+        assembly = Assembly(config, base.config, layout, sizes, backend, loader, self._specs)
+        self.workers = assembly.build(meshes)
+        self._threads = [
+            WorkerThread(name, workers, self._carry, self._worker_failed)
+            for name, workers in self.workers.threads(meshes.one_processor)
         ]
-        self._prefill = [
-            PrefillEngine(
-                index=i,
-                mesh=mesh,
-                weights=loader.prefill(mesh),
-                spec=StepSpec(base.config, on_mesh(backend, mesh.size), mesh),
-                layout=layout,
-                num_pages=sizes.prefill,
-                chunk_buckets=config.prefill.chunk_buckets,
-                max_model_len=config.max_model_len,
-                decoders=self._decode,
-                counters=self._counters,
-                on_dead=self._die,
-            )
-            for i, mesh in enumerate(prefill_meshes)
-        ]
-        self._router = Router(self._prefill, [engine.cache for engine in self._decode])
-        self._live: dict[str, Sequence] = {}
+        self._thread_of = {w.name: thread for thread in self._threads for w in thread.workers}
+        router = Router(self.workers.prefill_info(), self.workers.decode_info())
+        self._dispatcher = Dispatcher(self._specs, router, config.page_size)
+        self._control = DispatcherThread(self._deliver, self._dispatcher_failed)
+        self._failed: dict[str, str] = {}
+        self._live: dict[str, _Live] = {}
         self._lock = threading.Lock()
         self._order = itertools.count()
         self._compiles_at_start = 0
@@ -177,26 +147,40 @@ class Orchestrator:
 
     @property
     def caches(self) -> dict[str, PageCache]:
-        """Page book-keeping by engine name (`prefill0`, `decode0`, ...)."""
-        return {engine.name: engine.cache for engine in (*self._prefill, *self._decode)}
+        """Page accounts by worker name (`prefill0`, `decode0`, ...)."""
+        return {w.name: w.cache for w in (*self.workers.prefill, *self.workers.decode)}
+
+    @property
+    def failed_workers(self) -> dict[str, str]:
+        """Workers that have failed, and why."""
+        return dict(self._failed)
+
+    @property
+    def dead(self) -> str | None:
+        """Why some model cannot be served any more, if so."""
+        if DISPATCHER in self._failed:
+            return self._failed[DISPATCHER]
+        prefill = [w.name for w in self.workers.prefill if w.name not in self._failed]
+        for spec in self._specs.values():
+            hosts = [name for name in spec.decode_workers if name not in self._failed]
+            if not prefill or not hosts:
+                return "; ".join(f"{name}: {why}" for name, why in self._failed.items())
+        return None
 
     def start(self) -> None:
-        """Compiles everything that serving runs, then starts the engine threads. Blocks."""
+        """Compiles everything that serving runs, then starts the threads. Blocks."""
         started = time.monotonic()
         compile_count()
-        for engine in (*self._decode, *self._prefill):
-            engine.warm_up()
+        self.workers.warm_up()
         logger.info("warm-up took %.1f s", time.monotonic() - started)
         self._compiles_at_start = compile_count()
-        turns = Turns() if self._one_processor else None
-        for engine in (*self._decode, *self._prefill):
-            if turns is not None:
-                engine.share_processor(turns)
-            engine.start()
+        self._control.start()
+        for thread in self._threads:
+            thread.start()
         self.ready = True
 
     def submit(self, request: Request, sink: Sink) -> None:
-        """Takes a request; its events go to `sink`, from engine threads, in order.
+        """Takes a request; its events go to `sink`, from the dispatcher's thread, in order.
 
         Raises:
             UnknownModelError: no model of that name.
@@ -208,183 +192,127 @@ class Orchestrator:
             raise EngineDeadError(f"the engine has failed: {self.dead}")
         if not self.ready:
             raise EngineDeadError("the engine is not running")
-        model = self._runtimes.get(request.model)
-        if model is None:
+        if request.model not in self._specs:
             raise UnknownModelError(f"model {request.model!r} is not served", "model")
-        self._check(request)
+        check_request(request, self.model_config.vocab_size, self.config.max_model_len)
         params = request.params
         ends = set(params.stop_token_ids)
         if not params.ignore_eos and self._tokenizer is not None:
             ends |= set(self._tokenizer.eos_token_ids)
-        sequence = Sequence(
-            request,
-            model,
-            sink,
-            order=next(self._order),
-            seed=(secrets.randbits(32) if params.seed is None else params.seed) % 2**32,
-            page_size=self.config.page_size,
-            end_token_ids=frozenset(ends),
-            on_finish=self._finished,
-        )
+        seed = (secrets.randbits(32) if params.seed is None else params.seed) % 2**32
         with self._lock:
             if request.id in self._live:
                 raise RequestError(f"request id {request.id!r} is already running")
-            num_waiting = len(self._live) - sum(len(e.running) for e in self._decode)
+            num_waiting = len(self._live) - sum(self._running().values())
             if num_waiting >= self.config.max_queue:
                 raise QueueFullError(f"{num_waiting} requests are waiting; try again later")
-            self._live[request.id] = sequence
-        self._route(sequence)
-        # An end between the check above and the registration must not leave it waiting for ever.
-        if self.dead is not None or not self.ready:
-            sequence.finish(FinishReason.ERROR, self.dead or "the engine was stopped")
+            self._live[request.id] = _Live(request.model, sink)
+            order = next(self._order)
+        self._control.post(lambda: self._take(request, order, seed, frozenset(ends)))
 
     def abort(self, request_id: str) -> None:
         """Ends a request; its last event says ABORT. Unknown ids are ignored."""
-        with self._lock:
-            sequence = self._live.get(request_id)
-        if sequence is not None:
-            sequence.abort_requested = True
-            self._notify_all()
+        self._control.post(lambda: self._dispatcher.abort(request_id))
 
     def stop(self) -> None:
-        """Ends the engine threads; requests that still run get an ERROR event."""
+        """Ends the threads; requests that still run get an ERROR event."""
         self.ready = False
-        for engine in (*self._prefill, *self._decode):
-            engine.stop()
-        self._fail_all("the engine was stopped")
-        for engine in (*self._prefill, *self._decode):
-            engine.release_all()
+        for thread in self._threads:
+            thread.stop()
+        self._control.post(lambda: self._dispatcher.fail_all("the engine was stopped"))
+        self._control.stop()
+        for thread in self._threads:
+            for worker in thread.workers:
+                worker.release_all()
 
     def stats(self) -> EngineStats:
         """A snapshot of counters and gauges."""
         with self._lock:
-            live = Counter(sequence.model.name for sequence in self._live.values())
-        running = Counter(s.model.name for engine in self._decode for s in engine.running)
-        counters = self._counters
-        with counters.lock:
-            return EngineStats(
-                prefill_tokens=dict(counters.prefill_tokens),
-                prompt_tokens=dict(counters.prompt_tokens),
-                generation_tokens=dict(counters.generation_tokens),
-                handoff_bytes=dict(counters.handoff_bytes),
-                handoff_pages=dict(counters.handoff_pages),
-                preemptions=dict(counters.preemptions),
-                decode_pages=dict(counters.decode_pages),
-                compiles=compile_count() - self._compiles_at_start if self.ready else 0,
-                finished=dict(counters.finished),
-                running={name: running[name] for name in self.models},
-                waiting={name: max(live[name] - running[name], 0) for name in self.models},
-                pools={name: _pool_stats(cache) for name, cache in self.caches.items()},
-                busy_seconds={e.name: e.busy_seconds for e in (*self._prefill, *self._decode)},
-            )
+            live = Counter(entry.model for entry in self._live.values())
+        running = self._running()
+        prefill = {w.name: w.core.stats for w in self.workers.prefill}
+        decode = {w.name: w.core.stats for w in self.workers.decode}
+        requests = self._dispatcher.stats
+        return EngineStats(
+            prefill_tokens=_sum(stats.prefill_tokens for stats in prefill.values()),
+            prompt_tokens=dict(requests.prompt_tokens),
+            generation_tokens=_sum(stats.generation_tokens for stats in decode.values()),
+            handoff_bytes=_sum(stats.handoff_bytes for stats in decode.values()),
+            handoff_pages=_sum(stats.handoff_pages for stats in decode.values()),
+            failed_transfers={name: stats.failed_transfers for name, stats in decode.items()},
+            preemptions=_sum(stats.preemptions for stats in decode.values()),
+            decode_pages={
+                (name, kind): count
+                for name, stats in decode.items()
+                for kind, count in dict(stats.pages).items()
+            },
+            compiles=compile_count() - self._compiles_at_start if self.ready else 0,
+            finished=dict(requests.finished),
+            running={name: running[name] for name in self.models},
+            waiting={name: max(live[name] - running[name], 0) for name in self.models},
+            pools={name: _pool_stats(cache) for name, cache in self.caches.items()},
+            busy_seconds={
+                name: seconds for t in self._threads for name, seconds in t.busy_seconds.items()
+            },
+        )
 
-    def _route(self, sequence: Sequence) -> None:
-        self._router.route(sequence)
-        self._prefill[sequence.prefill_engine].submit(sequence)
+    def _running(self) -> Counter[str]:
+        counts: Counter[str] = Counter()
+        for worker in self.workers.decode:
+            counts.update(worker.core.running())
+        return counts
 
-    def _notify_prefill(self) -> None:
-        for engine in self._prefill:
-            engine.notify()
+    def _take(self, request: Request, order: int, seed: int, ends: frozenset[int]) -> None:
+        self._dispatcher.submit(request, order=order, seed=seed, end_token_ids=ends)
 
-    def _notify_all(self) -> None:
-        for engine in (*self._prefill, *self._decode):
-            engine.notify()
+    def _carry(self, source: str, to: str, message: Message) -> None:
+        """Carries a worker's message; in that worker's thread."""
+        if to == DISPATCHER:
+            self._control.post(lambda: self._dispatcher.receive(source, message))  # type: ignore[arg-type]
+        else:
+            self._thread_of[to].post(to, message)
 
-    def _finished(self, sequence: Sequence, reason: FinishReason) -> None:
+    def _deliver(self) -> None:
+        """Carries what the dispatcher has to say; in its thread."""
+        dispatcher = self._dispatcher
+        while dispatcher.outbox or dispatcher.outputs:
+            messages, dispatcher.outbox = dispatcher.outbox, []
+            outputs, dispatcher.outputs = dispatcher.outputs, []
+            for to, message in messages:
+                self._thread_of[to].post(to, message)
+            for output in outputs:
+                self._emit(output)
+
+    def _emit(self, output: RequestOutput) -> None:
         with self._lock:
-            self._live.pop(sequence.request.id, None)
-        self._router.forget(sequence)
-        self._counters.ended(sequence.model.name, reason, len(sequence.prompt))
+            live = self._live.get(output.request_id)
+            if output.finish_reason is not None:
+                self._live.pop(output.request_id, None)
+        if live is None:
+            return
+        try:
+            live.sink(output)
+        except Exception:
+            # The dispatcher serves others too.
+            logger.exception("the sink of request %s has failed", output.request_id)
+            self._dispatcher.abort(output.request_id)
 
-    def _die(self, reason: str) -> None:
-        self.dead = reason
-        self._fail_all(f"the engine has failed: {reason}")
-        self._notify_all()
+    def _worker_failed(self, worker: str, reason: str) -> None:
+        self._failed[worker] = reason
+        self._control.post(lambda: self._dispatcher.lose_worker(worker, reason))
 
-    def _fail_all(self, error: str) -> None:
-        with self._lock:
-            live = list(self._live.values())
-        for sequence in live:
-            sequence.finish(FinishReason.ERROR, error)
+    def _dispatcher_failed(self, reason: str) -> None:
+        self._failed[DISPATCHER] = reason
+        self._dispatcher.fail_all(f"the engine has failed: {reason}")
 
-    def _check(self, request: Request) -> None:
-        """Refuses what could never be served; the server has checked ranges of wire types."""
-        prompt, params = request.prompt_token_ids, request.params
-        vocab = self.model_config.vocab_size
-        if not prompt:
-            raise RequestError("the prompt is empty; it needs at least one token", "prompt")
-        if min(prompt) < 0 or max(prompt) >= vocab:
-            wrong = next(t for t in prompt if not 0 <= t < vocab)
-            raise RequestError(f"token id {wrong} is out of range 0..{vocab - 1}", "prompt")
-        if params.max_tokens < 1:
-            raise RequestError(
-                f"max_tokens must be at least 1, is {params.max_tokens}", "max_tokens"
-            )
-        total = len(prompt) + params.max_tokens
-        if total > self.config.max_model_len:
-            raise RequestError(
-                f"the prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens}; "
-                f"together they exceed the context length of {self.config.max_model_len}",
-                "max_tokens",
-                "context_length_exceeded",
-            )
-        if len(params.logit_bias) > MAX_LOGIT_BIAS:
-            raise RequestError(f"logit_bias has more than {MAX_LOGIT_BIAS} entries", "logit_bias")
-        if wrong := [t for t in params.logit_bias if not 0 <= t < vocab]:
-            raise RequestError(
-                f"logit_bias: token id {wrong[0]} is out of range 0..{vocab - 1}", "logit_bias"
-            )
-        if not all(map(math.isfinite, params.logit_bias.values())):
-            raise RequestError("logit_bias: every bias must be a finite number", "logit_bias")
-        if params.logprobs is not None and not 0 <= params.logprobs <= min(MAX_LOGPROBS, vocab):
-            raise RequestError(f"logprobs must be 0..{MAX_LOGPROBS}", "logprobs")
-        values = {
-            "temperature": (params.temperature, 0.0, 100.0),
-            "top_p": (params.top_p, 0.0, 1.0),
-            "min_p": (params.min_p, 0.0, 1.0),
-            "top_k": (params.top_k, 0, 2**31 - 1),
-            "repetition_penalty": (params.repetition_penalty, 1e-3, 1e3),
-            "presence_penalty": (params.presence_penalty, -1e3, 1e3),
-            "frequency_penalty": (params.frequency_penalty, -1e3, 1e3),
-        }
-        for name, (value, low, high) in values.items():
-            if not (math.isfinite(value) and low <= value <= high):
-                raise RequestError(f"{name} must be {low} .. {high}, is {value}", name)
+
+def _sum(counters: Iterable[Mapping[K, int]]) -> dict[K, int]:
+    total: Counter[K] = Counter()
+    for counter in counters:
+        total.update(dict(counter))
+    return dict(total)
 
 
 def _pool_stats(cache: PageCache) -> PoolStats:
     counts = cache.counts()
     return PoolStats(counts.total, counts.free, counts.used, counts.shared, counts.cached)
-
-
-def compute_dtype(config: ServeConfig) -> jnp.dtype:
-    """The dtype of weights, activations and KV.
-
-    Unless configured it is bfloat16, but float32 on CPUs where XLA does the products, which in
-    bfloat16 are slow.
-    """
-    if config.dtype != "auto":
-        return jnp.dtype(config.dtype)
-    platform = jax.default_backend()
-    if platform != "cpu":
-        return jnp.dtype(jnp.bfloat16)
-    tensor_parallel = max(config.prefill.tensor_parallel, config.decode.tensor_parallel)
-    if tensor_parallel > 1 or backend_for(config.kernel_backend, platform) != CPU_FFI:
-        return jnp.dtype(jnp.float32)
-    return jnp.dtype(jnp.bfloat16)
-
-
-def prepare_jax(config: ServeConfig) -> None:
-    """Sets up virtual CPU devices and the compilation cache; before JAX is first used.
-
-    Raises:
-        ConfigError: JAX is running already with too few CPU devices.
-    """
-    prefill, decode = config.prefill, config.decode
-    request_cpu_devices(
-        prefill.engines * prefill.tensor_parallel + decode.engines * decode.tensor_parallel
-    )
-    if config.compilation_cache_dir and jax.config.values["jax_compilation_cache_dir"] is None:
-        folder = os.path.expanduser(config.compilation_cache_dir)
-        jax.config.update("jax_compilation_cache_dir", folder)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -9,9 +9,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
+
+import msgspec
 
 from pshare_jax.evals import sandbox
 from pshare_jax.evals.backend import Answer, Backend, Sampling
@@ -87,7 +88,7 @@ def evaluate(
     )
     return {
         "backend": described,
-        "sampling": asdict(sampling),
+        "sampling": msgspec.structs.asdict(sampling),
         "versions": _versions(),
         "started": started.isoformat(timespec="seconds"),
         "seconds": round(seconds, 3),

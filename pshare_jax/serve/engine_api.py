@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from pshare_jax.config import ServeConfig
-from pshare_jax.engine.request import Request, RequestOutput
-from pshare_jax.engine.stats import EngineStats
+from pshare_jax.core.messages import Request, RequestOutput
+from pshare_jax.core.stats import EngineStats
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.text.tokenizer import Tokenizer
 

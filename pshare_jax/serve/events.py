@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
-from pshare_jax.engine.request import Request, RequestOutput
+from pshare_jax.core.messages import Request, RequestOutput
 from pshare_jax.serve.engine_api import Sink, Submitter
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 import msgspec
 from aiohttp import web
 
-from pshare_jax.engine.request import FinishReason, Request, SamplingParams
+from pshare_jax.core.messages import FinishReason, Request, SamplingParams
 from pshare_jax.serve.errors import ApiError, as_api_error
 from pshare_jax.serve.events import Event, Generation
 from pshare_jax.serve.formats import Format
@@ -51,7 +50,7 @@ class Job:
                 id=f"{self.format.heading.id}-{index * n + sample}",
                 model=self.model,
                 prompt_token_ids=prompt.token_ids,
-                params=dataclasses.replace(params, seed=sample_seed(params.seed, sample)),
+                params=msgspec.structs.replace(params, seed=sample_seed(params.seed, sample)),
                 cache_salt=self.cache_salt,
             )
             for index, (prompt, params) in enumerate(zip(self.prompts, self.sampling, strict=True))

@@ -6,6 +6,7 @@ import dataclasses
 import time
 import uuid
 
+import msgspec
 from aiohttp import web
 
 from pshare_jax.errors import RequestError
@@ -94,7 +95,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     job = Job(
         model=body.model,
         prompts=[prompt],
-        sampling=[dataclasses.replace(template, max_tokens=max_tokens)],
+        sampling=[msgspec.structs.replace(template, max_tokens=max_tokens)],
         output=output,
         cache_salt=body.cache_salt or "",
         format=ChatFormat(

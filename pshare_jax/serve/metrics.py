@@ -12,8 +12,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from pshare_jax.engine.request import FinishReason, RequestOutput
-from pshare_jax.engine.stats import EngineStats, TokenSource
+from pshare_jax.core.messages import FinishReason, RequestOutput
+from pshare_jax.core.stats import EngineStats, TokenSource
 
 _SOURCES: tuple[TokenSource, ...] = ("computed", "same_model", "other_model")
 _SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)

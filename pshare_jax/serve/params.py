@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pshare_jax.engine.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
+from pshare_jax.core.messages import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
 from pshare_jax.errors import RequestError
 from pshare_jax.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from pshare_jax.text.detokenizer import MAX_STOP_STRINGS

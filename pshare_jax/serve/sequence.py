@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from pshare_jax.engine.request import FinishReason, PromptUsage, RequestOutput, TokenLogprobs
+from pshare_jax.core.messages import FinishReason, PromptUsage, RequestOutput, TokenLogprobs
 from pshare_jax.serve.params import OutputParams
 from pshare_jax.text.detokenizer import StopMatcher
 from pshare_jax.text.tokenizer import Tokenizer

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from aiohttp import web
 
-from pshare_jax.engine.request import Request
+from pshare_jax.core.messages import Request
 from pshare_jax.errors import EngineDeadError, UnknownModelError
 from pshare_jax.serve.engine_api import Engine, ModelInfo
 from pshare_jax.serve.errors import ApiError, GenerationError

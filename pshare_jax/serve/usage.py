@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from pshare_jax.engine.request import PromptUsage
+from pshare_jax.core.messages import PromptUsage
 from pshare_jax.serve.protocol import PromptTokensDetails, Usage
 from pshare_jax.serve.sequence import SequenceOutput
 

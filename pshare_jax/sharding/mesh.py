@@ -49,15 +49,30 @@ def carve(
         asked = ", ".join(f"{key}={count}" for key, count in counts.items())
         platform = devices[0].platform if devices else jax.default_backend()
         raise ConfigError(_too_few(f"{asked} need", needed, len(devices), platform))
-    remaining = iter(devices)
+    prefill = carve_one(devices, prefill_engines, prefill_tp)
+    rest = devices[prefill_engines * prefill_tp :]
+    return prefill, carve_one(rest, decode_engines, decode_tp)
 
-    def meshes(engines: int, degree: int) -> list[Mesh]:
-        return [
-            Mesh(np.asarray([next(remaining) for _ in range(degree)]), (TENSOR,))
-            for _ in range(engines)
-        ]
 
-    return meshes(prefill_engines, prefill_tp), meshes(decode_engines, decode_tp)
+def carve_one(devices: Sequence[Any], engines: int, degree: int) -> list[Mesh]:
+    """Meshes of `degree` devices each, with the one axis `tensor`.
+
+    Raises:
+        ConfigError: too few devices.
+    """
+    if len(devices) < engines * degree:
+        platform = devices[0].platform if devices else jax.default_backend()
+        raise ConfigError(
+            _too_few(
+                f"engines={engines}, tensor_parallel={degree} need",
+                engines * degree,
+                len(devices),
+                platform,
+            )
+        )
+    return [
+        Mesh(np.asarray(devices[i * degree : (i + 1) * degree]), (TENSOR,)) for i in range(engines)
+    ]
 
 
 def request_cpu_devices(count: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import queue
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,16 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from pshare_jax.config import DecodeConfig, ModelEntry, PrefillConfig, ServeConfig
-from pshare_jax.engine.loader import BaseSource, LoadTensors, ModelSource
-from pshare_jax.engine.monolithic import Monolithic
-from pshare_jax.engine.orchestrator import Orchestrator
-from pshare_jax.engine.request import (
+from pshare_jax.core.messages import (
+    Abort,
     FinishReason,
     PromptUsage,
     Request,
     RequestOutput,
     SamplingParams,
 )
+from pshare_jax.engine.loader import BaseSource, LoadTensors, ModelSource
+from pshare_jax.engine.monolithic import Monolithic
+from pshare_jax.engine.orchestrator import Orchestrator
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.decoder import init_weights
 from pshare_jax.models.lora import LoraModule, merge
@@ -254,6 +256,42 @@ def wait_until(condition: Callable[[], Any], timeout: float = 60) -> None:
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.001)
+
+
+@contextmanager
+def held(client: Client) -> Iterator[None]:
+    """The first decode worker's thread stands still when it next has tokens, or at once."""
+    executor = client.engine.workers.decode[0].executor
+    gate, plain = threading.Event(), executor.finish
+
+    def finish() -> Any:
+        gate.wait(60)
+        return plain()
+
+    executor.finish = finish  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        executor.finish = plain  # type: ignore[method-assign]
+        gate.set()
+
+
+def in_thread_of(client: Client, worker: str, function: Callable[[], Any]) -> Any:
+    """Runs `function` in a worker's thread, which owns its pool, before its next work."""
+    thread = client.engine._thread_of[worker]
+    done, result = threading.Event(), []
+    work = thread._work
+
+    def once() -> bool:
+        thread._work = work  # type: ignore[method-assign]
+        result.append(function())
+        done.set()
+        return work()
+
+    thread._work = once  # type: ignore[method-assign]
+    thread.post("nobody", Abort(-1))
+    assert done.wait(60)
+    return result[0]
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from itertools import groupby
 import pytest
 
 from pshare_jax.config import DecodeConfig
-from pshare_jax.engine.decode_inputs import DecodeRow
+from pshare_jax.core.plans import DecodePlan, Landed
 from tests.engine.harness import Models, running, serve_config, wait_until
 from tests.helpers import tiny_config
 
@@ -32,14 +32,15 @@ def test_rows_of_a_module_are_stepped_together_and_none_starves(
     prompts = [[3 + i, 5, 7 + i] for i in range(3)]
     steps: list[tuple[str, int]] = []
     with running(two, serve_config(decode=decode)) as client:
-        [engine] = client.engine._decode
-        plain = engine._step
+        [worker] = client.engine.workers.decode
+        plain = worker.executor.begin
 
-        def step(group: str, batch: list[DecodeRow]) -> bool:
-            steps.append((batch[0].sequence.model.name, len(batch)))
-            return plain(group, batch)
+        def begin(plan: DecodePlan) -> list[Landed]:
+            if plan.step is not None:
+                steps.append((plan.step.group.removeprefix("full/"), len(plan.step.rows)))
+            return plain(plan)
 
-        monkeypatch.setattr(engine, "_step", step)
+        monkeypatch.setattr(worker.executor, "begin", begin)
         long = client.submit("one", [1, 2, 3], 120)
         wait_until(lambda: len(steps) > 2)
         short = [client.submit("other", prompt, 30) for prompt in prompts]

@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
-
-from pshare_jax.cache.layout import PageLayout
-from pshare_jax.cache.pool import PagePool
-from pshare_jax.engine.admission import Reservation
 from pshare_jax.engine.decode import DecodeEngine
 from pshare_jax.engine.handoff import Receiver, Sender, Staged
-from pshare_jax.engine.orchestrator import Orchestrator
-from pshare_jax.engine.request import Request
 from pshare_jax.engine.sequence import Sequence
+
+from pshare_jax.core.admission import Reservation
+from pshare_jax.core.messages import Request
+from pshare_jax.engine.orchestrator import Orchestrator
+from pshare_jax.runtime.layout import PageLayout
+from pshare_jax.runtime.pool import PagePool
 from tests.engine.harness import Models, serve_config
 from tests.helpers import tiny_config
 

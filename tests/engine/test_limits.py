@@ -6,12 +6,13 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-from pshare_jax.cache.layout import PageLayout
 from pshare_jax.config import DecodeConfig, ModelEntry, PrefillConfig, ServeConfig
+from pshare_jax.core.split_rule import LastTokens
 from pshare_jax.engine.limits import DEFAULT_POOL_SEQUENCES, PoolSizes, check_config
-from pshare_jax.engine.loader import BaseSource, ModelSource, runtimes
+from pshare_jax.engine.loader import BaseSource, ModelSource, model_specs
 from pshare_jax.errors import ConfigError
 from pshare_jax.models.split import Certificate
+from pshare_jax.runtime.layout import PageLayout
 from tests.engine.harness import loader, serve_config
 from tests.helpers import tiny_config
 
@@ -78,8 +79,8 @@ def source(name: str, **fields: Any) -> ModelSource:
     )
 
 
-def test_runtimes() -> None:
-    table = runtimes(
+def test_model_specs() -> None:
+    table = model_specs(
         BASE,
         [
             source("plain"),
@@ -94,14 +95,18 @@ def test_runtimes() -> None:
         ],
         2,
     )
-    assert [table[name].tail for name in ("plain", "first", "own")] == [1, 3, 2]
+    rules = [table[name].split_rule for name in ("plain", "first", "own")]
+    assert rules == [LastTokens(1), LastTokens(3), LastTokens(2)]
     assert table["plain"].namespace == table["first"].namespace == "print"
     assert table["own"].namespace not in ("print", "plain")
     assert table["own"].prefill_weights == "own"
     assert table["first"].group == table["second"].group
     assert table["plain"].group != table["own"].group
     assert [table[name].adapter for name in table] == [-1, 0, -1, 1]
-    assert [table[name].decode_engines for name in ("plain", "first")] == [(0, 1), (1,)]
+    assert [table[name].decode_workers for name in ("plain", "first")] == [
+        ("decode0", "decode1"),
+        ("decode1",),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -116,7 +121,7 @@ def test_runtimes() -> None:
 )
 def test_model_tables_that_cannot_be_served(sources: list[ModelSource], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        runtimes(BASE, sources, 2)
+        model_specs(BASE, sources, 2)
 
 
 def test_entries_default_to_the_base() -> None:

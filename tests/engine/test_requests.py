@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from pshare_jax.core.messages import FinishReason
 from pshare_jax.engine.orchestrator import Orchestrator
-from pshare_jax.engine.request import FinishReason
 from pshare_jax.errors import (
     EngineDeadError,
     QueueFullError,
     RequestError,
     UnknownModelError,
 )
-from tests.engine.harness import Client, Models, running, serve_config, two_by_two
+from tests.engine.harness import Client, Models, held, running, serve_config, two_by_two, wait_until
 from tests.helpers import tiny_config
 
 
@@ -83,27 +82,25 @@ def test_an_unknown_model(small: Client) -> None:
 
 
 def test_an_id_that_is_running_cannot_be_used_again(small: Client) -> None:
-    gate = threading.Event()
-    first = small.submit("full", [1], 100, id="twice", then=lambda _: gate.wait(60))
-    with pytest.raises(RequestError, match="twice"):
-        small.submit("full", [1], id="twice")
-    gate.set()
+    with held(small):
+        first = small.submit("full", [1], 100, id="twice")
+        with pytest.raises(RequestError, match="twice"):
+            small.submit("full", [1], id="twice")
     assert first.wait().reason is FinishReason.LENGTH
 
 
 def test_a_full_queue(small: Client) -> None:
     """Requests that decode do not count as waiting."""
-    gate = threading.Event()
-    first = small.submit("full", [1], 100, then=lambda _: gate.wait(60))
-    first.next_event()
-    waiting = [small.submit("full", [2, i], 2) for i in range(3)]
-    assert small.engine.stats().running == {"full": 1}
-    assert small.engine.stats().waiting == {"full": 3}
-    with pytest.raises(QueueFullError, match="3 requests are waiting") as caught:
-        small.submit("full", [3])
-    assert caught.value.retry_after > 0
-    small.abort(waiting[0])
-    gate.set()
+    with held(small):
+        first = small.submit("full", [1], 100)
+        wait_until(lambda: small.engine.stats().running == {"full": 1})
+        waiting = [small.submit("full", [2, i], 2) for i in range(3)]
+        assert small.engine.stats().running == {"full": 1}
+        assert small.engine.stats().waiting == {"full": 3}
+        with pytest.raises(QueueFullError, match="3 requests are waiting") as caught:
+            small.submit("full", [3])
+        assert caught.value.retry_after > 0
+        small.abort(waiting[0])
     assert [reply.wait().reason for reply in (first, *waiting)].count(FinishReason.ABORT) == 1
     assert small.generate("full", [3]).reason is FinishReason.LENGTH
     small.check_idle()
@@ -126,7 +123,7 @@ def test_a_model_decodes_where_it_is_hosted(one: Models) -> None:
     models.add_full("second", 2)
     models.sources[1] = replace(models.sources[1], decode_engines=(1,))
     with running(models, two_by_two()) as client:
-        assert [list(e._groups) for e in client.engine._decode] == [
+        assert [list(w.executor._groups) for w in client.engine.workers.decode] == [
             ["full/everywhere"],
             ["full/everywhere", "full/second"],
         ]
@@ -145,14 +142,12 @@ def test_models_and_stats(client: Client, models: Models) -> None:
     assert {info.parent for info in infos.values()} == {"base"}
     assert (infos["isolated"].sharing, infos["lora"].kind) == ("isolated", "lora")
     prompt = [5] * 20
-    gate = threading.Event()
-    replies = [client.submit(n, prompt, 50, then=lambda _: gate.wait(60)) for n in ("full", "lora")]
-    for reply in replies[:1]:
-        reply.next_event()
-    pool = client.engine.stats().pools["decode0"]
-    assert pool.total == pool.free + pool.used + pool.cached == 27
-    assert pool.used >= 3
-    gate.set()
+    with held(client):
+        replies = [client.submit(n, prompt, 50) for n in ("full", "lora")]
+        wait_until(lambda: sum(client.engine.stats().running.values()) > 0)
+        pool = client.engine.stats().pools["decode0"]
+        assert pool.total == pool.free + pool.used + pool.cached == 27
+        assert pool.used >= 3
     for reply in replies:
         reply.wait()
     pools = client.engine.stats().pools

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pshare_jax.cache.page_cache import PageCache
-from pshare_jax.engine.request import Request
-from pshare_jax.engine.router import Router
 from pshare_jax.engine.sequence import ModelRuntime, Sequence
+
+from pshare_jax.core.messages import Request
+from pshare_jax.core.pages.page_cache import PageCache
+from pshare_jax.core.router import Router
 from tests.cache.test_page_cache import fill
 
 PAGE, NUM_PAGES = 2, 200

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import astuple
 
 import numpy as np
 import pytest
+from msgspec.structs import astuple
 
-from pshare_jax.engine.request import PromptUsage
+from pshare_jax.core.messages import PromptUsage
 from tests.engine.harness import Client, Models, Reply
 
 SHARED = ("identity", "full", "full-tail2", "lora", "lora-tail5")

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import threading
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
 
-from pshare_jax.cache.prefix_index import Node, root_key
-from pshare_jax.engine.worker import Worker
-from tests.engine.harness import Client, Models
+from pshare_jax.core.pages.prefix_index import Node, root_key
+from tests.engine.harness import Client, Models, in_thread_of
 
 PAGE = 8
 
@@ -21,28 +17,13 @@ def prompt_of(seed: int, length: int) -> list[int]:
     return np.random.default_rng(seed).integers(0, 256, length).tolist()
 
 
-def in_thread_of(worker: Worker, function: Callable[[], Any]) -> Any:
-    """Runs `function` in the worker's thread, which owns the pool, before its next work."""
-    done, result = threading.Event(), []
-    work = worker.work
-
-    def once() -> bool:
-        worker.work = work  # type: ignore[method-assign]
-        result.append(function())
-        done.set()
-        return work()
-
-    worker.work = once  # type: ignore[method-assign]
-    worker.notify()
-    assert done.wait(60)
-    return result[0]
-
-
 def pages_of(client: Client, side: str) -> np.ndarray:
     """All pages of a pool, `[layers, pages, ...]`."""
-    engine = getattr(client.engine, f"_{side}")[0]
+    pool = getattr(client.engine.workers, side)[0].executor.pool
     return in_thread_of(
-        engine, lambda: engine._pool.read(lambda pages: np.stack([np.asarray(p) for p in pages]))
+        client,
+        f"{side}0",
+        lambda: pool.read(lambda pages: np.stack([np.asarray(p) for p in pages])),
     )
 
 
@@ -107,7 +88,7 @@ def test_decoding_leaves_prefill_pages_alone(client: Client) -> None:
     after = {side: pages_of(client, side) for side in ("prefill", "decode")}
     # Page 0 takes the writes of padding.
     np.testing.assert_array_equal(before["prefill"][:, 1:], after["prefill"][:, 1:])
-    cache = client.engine._decode[0].cache
+    cache = client.engine.workers.decode[0].cache
     cached = [page for page in range(1, 28) if cache.node_of(page) is not None]
     assert len(cached) >= 2
     np.testing.assert_array_equal(before["decode"][:, cached], after["decode"][:, cached])
@@ -118,17 +99,17 @@ def test_only_prompt_pages_are_indexed(client: Client, models: Models) -> None:
     """Neither index holds a token that was generated, nor one that the decode module read."""
     prompt, salt = prompt_of(30, 21), "indexed"
     client.generate("full", prompt, 30, cache_salt=salt)
-    runtime = client.engine._runtimes["full"]
+    runtime = client.engine._specs["full"]
     root = root_key(runtime.namespace, salt)
-    held: dict[str, list[list[int]]] = {}
+    held: dict[str, list[tuple[int, ...]]] = {}
     for name, cache in client.engine.caches.items():
         nodes = [cache.node_of(page) for page in range(1, cache.num_usable + 1)]
         chains = [chain_of(node) for node in nodes if node is not None]
         held[name] = sorted(
-            [n for node in c for n in node.tokens] for c in chains if c[0].parent_key == root
+            tuple(n for node in c for n in node.tokens) for c in chains if c[0].parent_key == root
         )
-    assert held["prefill0"] == [prompt[:8], prompt[:16], prompt[:20]]
-    assert held["decode0"] == [prompt[:8], prompt[:16]]
+    assert held["prefill0"] == [tuple(prompt[:n]) for n in (8, 16, 20)]
+    assert held["decode0"] == [tuple(prompt[:n]) for n in (8, 16)]
 
 
 def chain_of(node: Node) -> list[Node]:

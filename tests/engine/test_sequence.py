@@ -3,9 +3,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from pshare_jax.engine.sequence import ModelRuntime, Sequence
 
-from pshare_jax.cache.prefix_index import block_keys
-from pshare_jax.engine.request import (
+from pshare_jax.core.messages import (
     FinishReason,
     PromptUsage,
     Request,
@@ -13,7 +13,7 @@ from pshare_jax.engine.request import (
     SamplingParams,
     TokenLogprobs,
 )
-from pshare_jax.engine.sequence import ModelRuntime, Sequence
+from pshare_jax.core.pages.prefix_index import block_keys
 
 PAGE = 4
 

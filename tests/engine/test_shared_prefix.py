@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pshare_jax.cache.layout import PageLayout
 from pshare_jax.config import DecodeConfig, PrefillConfig, SharedPrefix
-from pshare_jax.engine.decode_inputs import DecodeInputs
-from pshare_jax.engine.steps import StepSpec
 from pshare_jax.models.config import ModelConfig
+from pshare_jax.runtime.decode_inputs import DecodeInputs
+from pshare_jax.runtime.layout import PageLayout
+from pshare_jax.runtime.steps import StepSpec
 from tests.engine.harness import MAX_LEN, PAGE, Models, lora_module, running, serve_config
 from tests.helpers import tiny_config
 

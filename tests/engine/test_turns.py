@@ -7,6 +7,7 @@ import time
 
 from pshare_jax.engine.turns import Member, Turns
 from pshare_jax.engine.worker import Worker
+
 from tests.engine.harness import Client, wait_until
 
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 
 from pshare_jax.engine.worker import Worker
+
 from tests.engine.harness import wait_until
 
 

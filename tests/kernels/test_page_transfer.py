@@ -9,7 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pshare_jax.kernels.page_transfer.api import copy_pages, gather_pages, scatter_pages
+from pshare_jax.kernels.page_transfer.api import (
+    copy_pages,
+    gather_pages,
+    page_checksums,
+    scatter_pages,
+)
 
 LAYERS, NUM_PAGES, COUNT = 3, 12, 5
 PAGE_SHAPE = (2, 2, 4, 8)
@@ -85,6 +90,34 @@ def test_one_source_may_go_to_several_pages():
     for before, pages in zip(pool, after, strict=True):
         np.testing.assert_array_equal(pages[1], before[3])
         np.testing.assert_array_equal(pages[2], before[3])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_checksums_by_definition(backend, dtype):
+    staged = gather_pages(random_pool(3, dtype), jnp.arange(COUNT, dtype=jnp.int32))
+    bits = np.asarray(staged).view({"float32": np.uint32, "bfloat16": np.uint16}[dtype])
+    words = np.moveaxis(bits, 1, 0).reshape(COUNT, -1).astype(object)
+    expected = [sum(int(w) * (2 * i + 1) for i, w in enumerate(page)) % 2**32 for page in words]
+    assert compiled(page_checksums, backend)(staged).tolist() == expected
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_checksum_notices_one_bit_and_two_values_that_changed_places(backend):
+    staged = np.asarray(gather_pages(random_pool(4, "bfloat16"), jnp.asarray([5, 6])))
+    bits = staged.view(np.uint16)
+    checksums = compiled(page_checksums, backend)
+    before = checksums(jnp.asarray(staged))
+    flipped, swapped = bits.copy(), bits.copy()
+    flipped[2, 1, 0, 1, 3, 7] ^= 1
+    swapped[0, 1, 0, 0, 0, 0], swapped[1, 1, 1, 1, 1, 1] = (
+        bits[1, 1, 1, 1, 1, 1],
+        bits[0, 1, 0, 0, 0, 0],
+    )
+    assert bits[0, 1, 0, 0, 0, 0] != bits[1, 1, 1, 1, 1, 1]
+    for changed in (flipped, swapped):
+        after = checksums(jnp.asarray(changed.view(staged.dtype)))
+        assert (after[0], after[1] == before[1]) == (before[0], False)
 
 
 @pytest.mark.parametrize("name", ["gather_pages", "scatter_pages", "copy_pages"])

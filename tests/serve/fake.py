@@ -7,14 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pshare_jax.config import ModelEntry, ServeConfig, ServerConfig
-from pshare_jax.engine.request import (
+from pshare_jax.core.messages import (
     FinishReason,
     PromptUsage,
     Request,
     RequestOutput,
     TokenLogprobs,
 )
-from pshare_jax.engine.stats import EngineStats, PoolStats
+from pshare_jax.core.stats import EngineStats, PoolStats
 from pshare_jax.errors import EngineDeadError, QueueFullError, UnknownModelError
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.text.tokenizer import Tokenizer

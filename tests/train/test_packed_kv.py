@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pshare_jax.engine.steps import Rows, StepSpec, prefill_chunk
 from pshare_jax.models.decoder import init_weights
 from pshare_jax.models.packed import pack_weights
+from pshare_jax.runtime.steps import Rows, StepSpec, prefill_chunk
 from pshare_jax.train.loss import Recipe, base_kv
 from tests.helpers import ARCHITECTURES, tiny_config
 

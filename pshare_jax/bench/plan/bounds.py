@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pshare_jax.bench.agents_workload import Workload
 from pshare_jax.bench.plan.costs import CostModel
-from pshare_jax.engine.buckets import bucket_for
+from pshare_jax.core.buckets import bucket_for
 
 
 @dataclass(frozen=True)

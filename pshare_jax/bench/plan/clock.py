@@ -6,7 +6,7 @@ import heapq
 import itertools
 from collections.abc import Callable, Generator
 
-from pshare_jax.engine.fair_queue import FairQueue, Share
+from pshare_jax.core.fairness import FairQueue, Share
 
 Action = Callable[[], None]
 Work = Generator[float, None, bool]

@@ -10,8 +10,8 @@ from pshare_jax.bench.plan.clock import Clock, Processor, Thread, Work
 from pshare_jax.bench.plan.costs import CostModel
 from pshare_jax.bench.plan.requests import SimRequest
 from pshare_jax.config import DecodeConfig
-from pshare_jax.engine.buckets import bucket_for
-from pshare_jax.engine.scheduler import (
+from pshare_jax.core.buckets import bucket_for
+from pshare_jax.core.scheduling import (
     DECODE_WEIGHT,
     GroupTurns,
     next_batch,

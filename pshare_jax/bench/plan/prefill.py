@@ -10,8 +10,8 @@ from pshare_jax.bench.plan.clock import Clock, Processor, Thread, Work
 from pshare_jax.bench.plan.costs import CostModel
 from pshare_jax.bench.plan.decode import SimDecode
 from pshare_jax.bench.plan.requests import SimRequest
-from pshare_jax.engine.buckets import bucket_for
-from pshare_jax.engine.scheduler import PREFILL_WEIGHT, next_prefill
+from pshare_jax.core.buckets import bucket_for
+from pshare_jax.core.scheduling import PREFILL_WEIGHT, next_prefill
 
 
 @dataclass(eq=False)

@@ -1,4 +1,4 @@
-"""Routing in virtual time: the costs of `pshare_jax.engine.router`, over chains."""
+"""Routing in virtual time: the costs of `pshare_jax.core.router`, over chains."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pshare_jax.bench.plan.chains import ChainPool, Key
 from pshare_jax.bench.plan.requests import SimRequest
 
 COMPUTE_WEIGHT = 2
-"""As in `pshare_jax.engine.router`, which a test compares."""
+"""As in `pshare_jax.core.router`, which a test compares."""
 
 
 class PrefillTarget(Protocol):

@@ -41,6 +41,7 @@ TARGETS = (
     "pshare_gather_pages",
     "pshare_scatter_pages",
     "pshare_copy_pages",
+    "pshare_page_checksums",
 )
 TIMEOUT_SECONDS = 600
 _lock = threading.Lock()

@@ -1,4 +1,4 @@
-"""Moving whole pages: out of a pool, into a pool, and within one."""
+"""Moving whole pages: out of a pool, into a pool, and within one; checksums of what moves."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def _backends(xla: F, reference: F, cpu_ffi: F) -> dict[str, F]:
 GATHER = _backends(xla.gather_pages, reference.gather_pages, cpu_ffi.gather_pages)
 SCATTER = _backends(xla.scatter_pages, reference.scatter_pages, cpu_ffi.scatter_pages)
 COPY = _backends(xla.copy_pages, reference.copy_pages, cpu_ffi.copy_pages)
+CHECKSUM = _backends(xla.page_checksums, reference.page_checksums, cpu_ffi.page_checksums)
 
 
 def gather_pages(pool: Pool, indices: jax.Array, *, backend: str = "auto") -> jax.Array:
@@ -81,3 +82,23 @@ def copy_pages(pool: Pool, src: jax.Array, dst: jax.Array, *, backend: str = "au
         ValueError: an unknown backend.
     """
     return select_backend("copy_pages", COPY, backend)(pool, src, dst)
+
+
+def page_checksums(staged: jax.Array, *, backend: str = "auto") -> jax.Array:
+    """A checksum of each page of a staging array, the same on every backend and mesh.
+
+    The bits of the page's values, in order over all layers, are taken as unsigned integers w_i; the
+    checksum is the sum of w_i (2 i + 1) modulo 2^32. An odd factor is invertible, so any change of
+    a single value is noticed, and different factors notice values that changed places.
+
+    Args:
+        staged: `[L, n, 2, kv_heads, page_size, head_dim]`, of 2 or 4 bytes a value.
+        backend: a key of the table, or `auto`.
+
+    Returns:
+        `[n]` uint32.
+
+    Raises:
+        ValueError: an unknown backend.
+    """
+    return select_backend("page_checksums", CHECKSUM, backend)(staged)

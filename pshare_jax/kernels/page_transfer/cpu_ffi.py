@@ -6,6 +6,7 @@ XLA would do, but for bfloat16: its CPU compiler converts a whole pool to float3
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 
 from pshare_jax.kernels.native.library import require_library
 
@@ -32,6 +33,13 @@ def scatter_pages(pool: Pool, staged: jax.Array, indices: jax.Array) -> Pool:
 def copy_pages(pool: Pool, src: jax.Array, dst: jax.Array) -> Pool:
     """See `api.copy_pages`; one device. Raises as `gather_pages`."""
     return _in_place("pshare_copy_pages", pool, src, dst)
+
+
+def page_checksums(staged: jax.Array) -> jax.Array:
+    """See `api.page_checksums`; one device. Raises as `gather_pages`."""
+    require_library()
+    out = jax.ShapeDtypeStruct((staged.shape[1],), jnp.uint32)
+    return jax.ffi.ffi_call("pshare_page_checksums", out)(staged)
 
 
 def _in_place(target: str, pool: Pool, *operands: jax.Array) -> Pool:

@@ -62,3 +62,19 @@ def copy_pages(
         )
 
     return lax.fori_loop(0, src.shape[0], copy, tuple(pool))
+
+
+def page_checksums(staged: jax.Array) -> jax.Array:
+    """See `api.page_checksums`."""
+    layers, _, *page_shape = staged.shape
+    unsigned = {2: jnp.uint16, 4: jnp.uint32}[staged.dtype.itemsize]
+    words = lax.bitcast_convert_type(staged, unsigned).astype(jnp.uint32)
+    # The number of each value within its page: a sum of iotas, so that a sharded axis stays so.
+    sizes = (layers, 1, *page_shape)
+    number = jnp.zeros(sizes, jnp.uint32)
+    stride = 1
+    for axis in reversed(range(len(sizes))):
+        number += jnp.uint32(stride) * lax.broadcasted_iota(jnp.uint32, sizes, axis)
+        stride *= sizes[axis]
+    axes = [axis for axis in range(staged.ndim) if axis != 1]
+    return jnp.sum(words * (2 * number + 1), axis=axes, dtype=jnp.uint32)

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pshare_jax.bench.plan.chains import ChainPool
-from pshare_jax.cache.page_cache import PageCache
-from pshare_jax.cache.prefix_index import Node, block_keys, root_key
+from pshare_jax.core.pages.page_cache import PageCache
+from pshare_jax.core.pages.prefix_index import Node, block_keys, root_key
 
 PAGE = 4
 

@@ -233,6 +233,41 @@ ffi::Error scatter_pages(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::
   });
 }
 
+// The sum of w_i (2 i + 1) over a page's values as unsigned integers, `first` being its first i.
+template <class Word>
+uint32_t weighted_sum(const Word* words, long count, long first) {
+  uint32_t sum = 0, factor = static_cast<uint32_t>(2 * first + 1);
+  for (long i = 0; i < count; i++) sum += words[i] * (factor + 2 * static_cast<uint32_t>(i));
+  return sum;
+}
+
+// staged [layers, n, ...] -> checksums [n]
+ffi::Error page_checksums(ffi::RemainingArgs args, ffi::RemainingRets rets,
+                          ffi::Dictionary attrs) {
+  Call call(args, rets, attrs);
+  ffi::AnyBuffer staged = call.arg(0);
+  if (!call.error().empty()) return ffi::Error::InvalidArgument(call.error());
+  long layers = call.dim(0, 0), count = call.dim(0, 1);
+  auto* sums = static_cast<uint32_t*>(call.ret(0).untyped_data());
+  if (count == 0) return ffi::Error::Success();
+  long values = static_cast<long>(staged.element_count()) / (layers * count);
+  long width = static_cast<long>(staged.size_bytes() / staged.element_count());
+  const char* data = static_cast<const char*>(staged.untyped_data());
+  Pool::instance().run([&](Team& team) {
+    team.loop(count, [&](long i) {
+      uint32_t sum = 0;
+      for (long layer = 0; layer < layers; layer++) {
+        const char* from = data + (layer * count + i) * values * width;
+        sum += width == 2
+                   ? weighted_sum(reinterpret_cast<const uint16_t*>(from), values, layer * values)
+                   : weighted_sum(reinterpret_cast<const uint32_t*>(from), values, layer * values);
+      }
+      sums[i] = sum;
+    });
+  });
+  return ffi::Error::Success();
+}
+
 // layers of pages, sources, targets -> layers of pages
 ffi::Error copy_pages(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dictionary attrs) {
   Call call(args, rets, attrs);
@@ -300,6 +335,7 @@ PSHARE_HANDLER(pshare_matmul, matmul_handler);
 PSHARE_HANDLER(pshare_gather_pages, gather_pages);
 PSHARE_HANDLER(pshare_scatter_pages, scatter_pages);
 PSHARE_HANDLER(pshare_copy_pages, copy_pages);
+PSHARE_HANDLER(pshare_page_checksums, page_checksums);
 
 // Asks for large pages where the memory of an array lies: weights and KV are read at a third more
 // bytes a second from them. Advice only; what lies in the same large page as an end of the array

@@ -1,1 +1,0 @@
-"""The KV cache: the page shape, the device pools, and the host's book-keeping of pages."""

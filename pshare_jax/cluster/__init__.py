@@ -1,0 +1,1 @@
+"""Hosts of workers: what runs cores and executors, and carries their messages."""

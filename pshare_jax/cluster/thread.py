@@ -1,0 +1,234 @@
+"""Threads that host workers, and the one that hosts the dispatcher.
+
+Workers of one processor (on a CPU all of them, on one chip its prefill and its decode worker) are
+hosted by one thread, and take turns by weighted fair queueing. On a CPU both use all cores, and two
+computations at once would take each other's caches and threads: nothing is won, and decode steps
+with few rows take half of the time that prompts wait for. Workers with devices of their own have a
+thread each.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from pshare_jax.cluster.worker import Worker
+from pshare_jax.core.fairness import FairTurns
+from pshare_jax.core.messages import Message
+
+logger = logging.getLogger(__name__)
+
+Send = Callable[[str, str, Message], None]
+"""Carries a message: from whom, to whom, what."""
+
+
+class WorkerThread:
+    """Hosts workers in one thread.
+
+    A worker that raises has failed, and with it those that use the same pool, whose arrays may have
+    been given away; the others go on.
+
+    Args:
+        name: of the thread.
+        workers: who is hosted.
+        send: carries messages to parts that are elsewhere.
+        on_failure: called with a worker's name and the reason when it has failed.
+
+    Attributes:
+        busy_seconds: time spent in pieces of work, by worker; written by the thread alone.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        workers: Sequence[Worker],
+        send: Send,
+        on_failure: Callable[[str, str], None],
+    ):
+        self.name = name
+        self.workers = list(workers)
+        self.busy_seconds = {worker.name: 0.0 for worker in workers}
+        self._alive = {worker.name: worker for worker in workers}
+        self._send = send
+        self._on_failure = on_failure
+        self._turns = FairTurns()
+        self._last: Worker | None = None
+        self._inbox: list[tuple[str, Message]] = []
+        self._condition = threading.Condition()
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
+        self._thread.start()
+
+    def post(self, to: str, message: Message) -> None:
+        """Gives a hosted worker a message; from any thread."""
+        with self._condition:
+            self._inbox.append((to, message))
+            self._condition.notify()
+
+    def stop(self) -> None:
+        """Ends the thread after its present piece of work and waits for it."""
+        with self._condition:
+            self._stopping = True
+            self._condition.notify()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _run(self) -> None:
+        for worker in self.workers:
+            self._guard(worker, worker.setup)
+        idle = False
+        while True:
+            with self._condition:
+                if idle and not self._inbox and not self._stopping:
+                    self._condition.wait(self._patience())
+                if self._stopping:
+                    break
+                inbox, self._inbox = self._inbox, []
+            for to, message in inbox:
+                self._receive(to, message)
+            self._flush()
+            progress = self._work()
+            # Planning alone may have something to say, such as that a prompt was all cached.
+            idle = not (self._flush() or progress)
+        self._guard(self._last, self._drain)
+
+    def _patience(self) -> float | None:
+        waits = [worker.patience for worker in self._alive.values()]
+        return min((seconds for seconds in waits if seconds is not None), default=None)
+
+    def _receive(self, to: str, message: Message) -> None:
+        worker = self._alive.get(to)
+        if worker is not None:
+            self._guard(worker, lambda: worker.receive(message))
+
+    def _flush(self) -> bool:
+        """Carries messages: first those to workers here, until none of them has more to say.
+
+        So what others hear of is complete. Says whether there were any to workers here.
+        """
+        others: list[tuple[str, str, Message]] = []
+        more, delivered = True, False
+        while more:
+            more = False
+            for worker in tuple(self._alive.values()):
+                while worker.outbox:
+                    to, message = worker.outbox.pop(0)
+                    if to in self.busy_seconds:
+                        self._receive(to, message)
+                        more = delivered = True
+                    else:
+                        others.append((worker.name, to, message))
+        for source, to, message in others:
+            self._send(source, to, message)
+        return delivered
+
+    def _work(self) -> bool:
+        """One piece of work of the worker whose turn it is; False when nobody has any."""
+        for worker in tuple(self._alive.values()):
+            if worker.urgent and self._give_turn(worker):
+                return True
+        by_share = {id(worker.share): worker for worker in self._alive.values()}
+        for share in self._turns.order([worker.share for worker in self._alive.values()]):
+            worker = by_share[id(share)]
+            if worker.name in self._alive and self._give_turn(worker):
+                return True
+            self._turns.rests(share)
+        return False
+
+    def _give_turn(self, worker: Worker) -> bool:
+        progress = self._guard(worker, lambda: self._piece(worker))
+        return bool(progress) or worker.name not in self._alive
+
+    def _piece(self, worker: Worker) -> bool:
+        piece = worker.plan(time.monotonic())
+        if piece is None:
+            return False
+        if self._last is not worker:
+            # One computes at a time.
+            self._guard(self._last, self._drain)
+            self._last = worker
+        started = time.perf_counter()
+        progress = piece()
+        seconds = time.perf_counter() - started
+        if progress:
+            self.busy_seconds[worker.name] += seconds
+            self._turns.worked(worker.share, seconds)
+        return progress
+
+    def _drain(self) -> None:
+        if self._last is not None:
+            self._last.drain()
+
+    def _guard(self, worker: Worker | None, action: Callable[[], bool | None]) -> bool | None:
+        """Does something on behalf of a worker, which has failed if that raises."""
+        try:
+            return action()
+        except BaseException as error:
+            logger.exception("%s has failed", self.name if worker is None else worker.name)
+            reason = f"{type(error).__name__}: {error}"
+            for other in tuple(self._alive.values()):
+                if worker is not None and other.cache is worker.cache:
+                    del self._alive[other.name]
+                    other.release_all()
+                    self._on_failure(other.name, reason)
+            return None
+
+
+class DispatcherThread:
+    """Runs actions one after the other in a thread of its own, each followed by `after`.
+
+    Args:
+        after: carries what an action has brought about.
+        on_failure: called with the reason when an action or `after` raises; the thread goes on.
+    """
+
+    def __init__(self, after: Callable[[], None], on_failure: Callable[[str], None]):
+        self._after = after
+        self._on_failure = on_failure
+        self._actions: list[Callable[[], None]] = []
+        self._condition = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="dispatcher", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def post(self, action: Callable[[], None]) -> None:
+        """Has an action run; from any thread."""
+        with self._condition:
+            self._actions.append(action)
+            self._condition.notify()
+
+    def stop(self) -> None:
+        """Ends the thread once all actions so far have run, and waits for it."""
+        with self._condition:
+            self._stopping = True
+            self._condition.notify()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._condition:
+                while not self._actions and not self._stopping:
+                    self._condition.wait()
+                actions, self._actions = self._actions, []
+                if not actions and self._stopping:
+                    return
+            for action in actions:
+                self._do(action)
+            self._do(self._after)
+
+    def _do(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:
+            logger.exception("the dispatcher has failed")
+            self._on_failure(f"dispatcher: {type(error).__name__}: {error}")

@@ -1,0 +1,229 @@
+"""A worker: a core, its executor, and how far the host may run ahead of the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar
+
+from pshare_jax.core.decode import DecodeCore
+from pshare_jax.core.fairness import Share
+from pshare_jax.core.messages import Message, Outbox
+from pshare_jax.core.pages.page_cache import PageCache
+from pshare_jax.core.plans import DecodePlan, DecodeResult, Landed, PrefillPlan, PrefillResult
+from pshare_jax.core.prefill import PrefillCore
+from pshare_jax.core.scheduling import DECODE_WEIGHT, PREFILL_WEIGHT
+
+STEPS_AHEAD = 1
+"""Decode steps that are begun before the tokens of the one before them are read."""
+
+
+class PrefillRuns(Protocol):
+    """What carries out prefill plans."""
+
+    def own(self) -> None:
+        """Makes the calling thread the owner of the pool."""
+        ...
+
+    def run(self, plan: PrefillPlan) -> PrefillResult:
+        """Carries out a plan to its end."""
+        ...
+
+
+class DecodeRuns(Protocol):
+    """What carries out decode plans, see `runtime.executor.DecodeExecutor`."""
+
+    def own(self) -> None:
+        """Makes the calling thread the owner of the pool."""
+        ...
+
+    @property
+    def num_dispatched(self) -> int:
+        """Steps that were begun and not finished."""
+        ...
+
+    def begin(self, plan: DecodePlan) -> list[Landed]:
+        """Begins a plan."""
+        ...
+
+    def finish(self) -> tuple[DecodePlan, DecodeResult]:
+        """Finishes the oldest step."""
+        ...
+
+
+class Worker(Protocol):
+    """What a host runs. All methods belong to one thread.
+
+    Attributes:
+        name: what messages go by.
+        share: its part of the processor that it shares with others.
+        outbox: messages to others.
+    """
+
+    name: str
+    share: Share
+    outbox: Outbox
+
+    @property
+    def cache(self) -> PageCache:
+        """Its pages."""
+        ...
+
+    @property
+    def urgent(self) -> bool:
+        """Whether others wait for something that needs no computation."""
+        ...
+
+    @property
+    def patience(self) -> float | None:
+        """Seconds after which to look again though nothing was heard; None is for ever."""
+        ...
+
+    def setup(self) -> None:
+        """Called once in the thread, before everything else."""
+        ...
+
+    def receive(self, message: Message) -> None:
+        """Takes a message in."""
+        ...
+
+    def plan(self, now: float) -> Callable[[], bool] | None:
+        """The next piece of work, to be called at once, or None. It says whether it got on."""
+        ...
+
+    def drain(self) -> None:
+        """Finishes what the device still computes."""
+        ...
+
+    def release_all(self) -> None:
+        """Gives all pages back, of sequences that will never end."""
+        ...
+
+
+P = TypeVar("P", bound=PrefillRuns)
+D = TypeVar("D", bound=DecodeRuns)
+
+
+class PrefillWorker(Generic[P]):
+    """Covers prompts. `schedule` is the core's, or that of a pool which it shares."""
+
+    def __init__(
+        self,
+        core: PrefillCore,
+        executor: P,
+        schedule: Callable[[], PrefillPlan | None] | None = None,
+    ):
+        self.name = core.name
+        self.core = core
+        self.executor = executor
+        self.share = Share(PREFILL_WEIGHT)
+        self.outbox = core.outbox
+        self._schedule = schedule or core.schedule
+
+    @property
+    def cache(self) -> PageCache:
+        """See Worker."""
+        return self.core.cache
+
+    @property
+    def urgent(self) -> bool:
+        """See Worker."""
+        return self.core.urgent
+
+    @property
+    def patience(self) -> float | None:
+        """See Worker."""
+        return None
+
+    def setup(self) -> None:
+        """See Worker."""
+        self.executor.own()
+
+    def receive(self, message: Message) -> None:
+        """See Worker."""
+        self.core.receive(message)
+
+    def plan(self, now: float) -> Callable[[], bool] | None:
+        """See Worker."""
+        plan = self._schedule()
+        return None if plan is None else lambda: self._run(plan)
+
+    def drain(self) -> None:
+        """See Worker. A chunk is waited for at once."""
+
+    def release_all(self) -> None:
+        """See Worker."""
+        self.core.release_all()
+
+    def _run(self, plan: PrefillPlan) -> bool:
+        self.core.apply(plan, self.executor.run(plan))
+        return True
+
+
+class DecodeWorker(Generic[D]):
+    """Generates. `schedule` is the core's, or that of a pool which it shares."""
+
+    def __init__(
+        self,
+        core: DecodeCore,
+        executor: D,
+        schedule: Callable[[float], DecodePlan | None] | None = None,
+        steps_ahead: int = STEPS_AHEAD,
+    ):
+        self.name = core.name
+        self.core = core
+        self.executor = executor
+        self.share = Share(DECODE_WEIGHT)
+        self.outbox = core.outbox
+        self._schedule = schedule or core.schedule
+        self._steps_ahead = steps_ahead
+
+    @property
+    def cache(self) -> PageCache:
+        """See Worker."""
+        return self.core.cache
+
+    @property
+    def urgent(self) -> bool:
+        """See Worker."""
+        return self.core.urgent
+
+    @property
+    def patience(self) -> float | None:
+        """See Worker."""
+        return self.core.patience
+
+    def setup(self) -> None:
+        """See Worker."""
+        self.executor.own()
+
+    def receive(self, message: Message) -> None:
+        """See Worker."""
+        self.core.receive(message)
+
+    def plan(self, now: float) -> Callable[[], bool] | None:
+        """See Worker."""
+        plan = self._schedule(now)
+        if plan is not None:
+            return lambda: self._run(plan)
+        return self._finish if self.executor.num_dispatched else None
+
+    def drain(self) -> None:
+        """See Worker."""
+        while self.executor.num_dispatched:
+            self._finish()
+
+    def release_all(self) -> None:
+        """See Worker."""
+        self.core.release_all()
+
+    def _run(self, plan: DecodePlan) -> bool:
+        landed = self.executor.begin(plan)
+        self.core.landed(landed)
+        while self.executor.num_dispatched > self._steps_ahead:
+            self._finish()
+        polled = plan.step is None and plan.replay is None and not (plan.pulls or plan.admits)
+        return bool(landed or plan.cancelled) or not polled
+
+    def _finish(self) -> bool:
+        self.core.apply(*self.executor.finish())
+        return True

@@ -1,0 +1,262 @@
+"""The dispatcher core: requests, the attempts at them, and what workers say of these.
+
+Each attempt is a sequence with an id of its own, so that what a worker still says of an earlier
+one is recognised as stale and dropped. Tokens are delivered once: an attempt begins with those that
+earlier ones have delivered.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pshare_jax.core import messages as m
+from pshare_jax.core.messages import (
+    FinishReason,
+    Outbox,
+    PromptUsage,
+    Request,
+    RequestOutput,
+    Sequence,
+    ToDispatcher,
+)
+from pshare_jax.core.models import ModelSpec
+from pshare_jax.core.pages.prefix_index import block_key, block_keys, root_key
+from pshare_jax.core.router import NoWorkerError, Router
+from pshare_jax.core.stats import DispatcherStats
+
+MAX_LOST_ATTEMPTS = 3
+"""Attempts that may be lost to failures before the request fails; preemptions do not count."""
+
+
+@dataclass(eq=False)
+class _Live:
+    """A request that has not ended: what was delivered of it, and the present attempt."""
+
+    request: Request
+    order: int
+    seed: int
+    end_token_ids: frozenset[int]
+    covered: int
+    adapted: bool
+    root: bytes
+    keys: list[bytes]
+    last_key: bytes
+    sequence: Sequence | None = None
+    output: list[int] = field(default_factory=list)
+    usage: PromptUsage | None = None
+    usage_sent: bool = False
+    started: bool = False
+    aborted: bool = False
+    lost: int = 0
+
+
+class Dispatcher:
+    """Turns requests into sequences, routes them, and turns what workers say into outputs.
+
+    Args:
+        models: the served models by name.
+        router: chooses workers.
+        page_size: tokens of a page.
+
+    Attributes:
+        outbox: messages to workers; who carries them empties it.
+        outputs: events of requests, in order; who delivers them empties it.
+        stats: what has become of requests.
+    """
+
+    def __init__(self, models: Mapping[str, ModelSpec], router: Router, page_size: int):
+        self.outbox: Outbox = []
+        self.outputs: list[RequestOutput] = []
+        self.stats = DispatcherStats()
+        self._models = models
+        self._router = router
+        self._page_size = page_size
+        self._live: dict[str, _Live] = {}
+        self._attempts: dict[int, _Live] = {}
+        self._ids = itertools.count()
+        self._lost_workers: dict[str, str] = {}
+
+    @property
+    def num_live(self) -> int:
+        """Requests that have not ended."""
+        return len(self._live)
+
+    def submit(
+        self, request: Request, *, order: int, seed: int, end_token_ids: frozenset[int]
+    ) -> None:
+        """Takes a request, whose id must not be in use.
+
+        Args:
+            request: checked already.
+            order: of arrival.
+            seed: of its random draws.
+            end_token_ids: tokens that end it.
+        """
+        model = self._models[request.model]
+        prompt = request.prompt_token_ids
+        split = model.split_rule.split(prompt)
+        root = root_key(model.namespace, request.cache_salt)
+        keys = block_keys(root, prompt[: split.covered], self._page_size)
+        rest = prompt[len(keys) * self._page_size : split.covered]
+        live = _Live(
+            request,
+            order,
+            seed,
+            end_token_ids,
+            split.covered,
+            split.invoked,
+            root,
+            keys,
+            block_key(keys[-1] if keys else root, rest),
+        )
+        self._live[request.id] = live
+        self._attempt(live)
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request; unknown and ended ones are ignored."""
+        live = self._live.get(request_id)
+        if live is None or live.aborted:
+            return
+        live.aborted = True
+        sequence = live.sequence
+        assert sequence is not None
+        to = sequence.prefill_worker
+        if live.started or to in self._lost_workers:
+            to = sequence.decode_worker
+        self.outbox.append((to, m.Abort(sequence.id, sequence.decode_worker)))
+
+    def fail_all(self, error: str) -> None:
+        """Ends all requests with an error."""
+        for live in tuple(self._live.values()):
+            self._finish(live, FinishReason.ERROR, error)
+
+    def receive(self, worker: str, message: ToDispatcher) -> None:
+        """Takes in what a worker says."""
+        match message:
+            case m.IndexChanged(added, removed):
+                self._router.index_changed(worker, added, removed)
+            case m.Pending(id, tokens):
+                self._router.pending(worker, id, tokens)
+            case _:
+                live = self._attempts.get(message.id)
+                if live is not None:
+                    self._about(live, message)
+
+    def lose_worker(self, worker: str, reason: str) -> None:
+        """A worker has failed: what it held is computed elsewhere, or fails."""
+        self._lost_workers[worker] = reason
+        self._router.lose(worker)
+        for live in tuple(self._live.values()):
+            sequence = live.sequence
+            assert sequence is not None
+            if sequence.decode_worker == worker:
+                if sequence.prefill_worker not in self._lost_workers:
+                    self.outbox.append((sequence.prefill_worker, m.Release(sequence.id)))
+                    self.outbox.append((sequence.prefill_worker, m.Abort(sequence.id)))
+                self._retry(live, f"{worker}: {reason}")
+            elif sequence.prefill_worker == worker and not live.started:
+                self.outbox.append((sequence.decode_worker, m.Abort(sequence.id)))
+                self._retry(live, f"{worker}: {reason}")
+
+    def _about(self, live: _Live, message: m.ToDispatcher) -> None:
+        match message:
+            case m.Started(_, usage):
+                live.started = True
+                live.usage = live.usage or usage
+            case m.Tokens(_, tokens, logprobs, reason):
+                self._deliver(live, tokens, logprobs, reason)
+            case m.Returned(_, cause, detail):
+                if cause == "preempted":
+                    self._attempt(live)
+                else:
+                    self._retry(live, detail)
+            case m.Dropped():
+                self._finish(live, FinishReason.ABORT)
+            case m.Failed(_, error):
+                self._finish(live, FinishReason.ERROR, error)
+
+    def _attempt(self, live: _Live) -> None:
+        """Routes a request (again), with what is known of it."""
+        self._leave(live)
+        if live.aborted:
+            self._finish(live, FinishReason.ABORT)
+            return
+        request = live.request
+        sequence = Sequence(
+            id=next(self._ids),
+            order=live.order,
+            model=request.model,
+            prompt=request.prompt_token_ids,
+            output=tuple(live.output),
+            covered=live.covered,
+            adapted=live.adapted,
+            root=live.root,
+            keys=live.keys,
+            last_key=live.last_key,
+            params=request.params,
+            seed=live.seed,
+            end_token_ids=live.end_token_ids,
+        )
+        try:
+            sequence = self._router.route(sequence, self._models[request.model].decode_workers)
+        except NoWorkerError as error:
+            causes = "; ".join(f"{name}: {why}" for name, why in self._lost_workers.items())
+            self._finish(live, FinishReason.ERROR, f"{error} ({causes})")
+            return
+        live.sequence, live.started = sequence, False
+        self._attempts[sequence.id] = live
+        self.outbox.append((sequence.prefill_worker, m.Prefill(sequence)))
+
+    def _retry(self, live: _Live, reason: str) -> None:
+        live.lost += 1
+        if live.lost < MAX_LOST_ATTEMPTS:
+            self._attempt(live)
+        else:
+            self._finish(live, FinishReason.ERROR, f"tried {live.lost} times; {reason}")
+
+    def _leave(self, live: _Live) -> None:
+        if live.sequence is not None:
+            self._attempts.pop(live.sequence.id, None)
+            self._router.forget(live.sequence.id)
+
+    def _deliver(
+        self,
+        live: _Live,
+        tokens: tuple[int, ...],
+        logprobs: tuple[m.TokenLogprobs, ...],
+        reason: FinishReason | None,
+    ) -> None:
+        live.output += tokens
+        if reason is not None:
+            self._end(live, reason)
+        self.outputs.append(
+            RequestOutput(
+                request_id=live.request.id,
+                token_ids=tokens,
+                logprobs=logprobs,
+                usage=self._first_usage(live),
+                finish_reason=reason,
+                stop_token=tokens[-1] if reason is FinishReason.STOP else None,
+            )
+        )
+
+    def _finish(self, live: _Live, reason: FinishReason, error: str | None = None) -> None:
+        self._end(live, reason)
+        self.outputs.append(
+            RequestOutput(
+                request_id=live.request.id, usage=live.usage, finish_reason=reason, error=error
+            )
+        )
+
+    def _first_usage(self, live: _Live) -> PromptUsage | None:
+        if live.usage_sent:
+            return None
+        live.usage_sent = True
+        return live.usage
+
+    def _end(self, live: _Live, reason: FinishReason) -> None:
+        self._leave(live)
+        del self._live[live.request.id]
+        self.stats.ended(live.request.model, reason, len(live.request.prompt_token_ids))

@@ -1,0 +1,323 @@
+"""Everything that the parts of an engine say to each other, as msgspec structs that serialise.
+
+Parts are the dispatcher, which knows requests and routes them, and workers, which cover prompts
+(prefill) or generate (decode). A part never holds a reference into another one: sequences go by
+their id, pages by their number within a sequence, transfers by a random id.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Literal
+
+import msgspec
+
+MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS = 300
+
+DISPATCHER = "dispatcher"
+"""Name of the part that routes requests; workers are `prefill0`, `decode0`, ..."""
+
+ModelKind = Literal["identity", "full", "lora"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True):
+    """How the next token is chosen; the defaults are OpenAI's and vLLM's.
+
+    Order on the device: repetition, presence and frequency penalties, logit bias, temperature,
+    min-p, top-k, top-p. `temperature` 0 (or less than 1e-5) is greedy; `top_k` 0 and `top_p` 1
+    and `min_p` 0 are off; equal scores are kept or dropped together. `logprobs` asks for the
+    log-probability (of the unmodified distribution, natural log) of the chosen token and of that
+    many most likely ones; None asks for none. `stop_token_ids` come on top of the model's own end
+    tokens, which `ignore_eos` turns off.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = msgspec.field(default_factory=dict)
+    logprobs: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+class Request(msgspec.Struct, frozen=True):
+    """One sequence to be generated: `prompt_token_ids` by `model`.
+
+    Requests with different `cache_salt` never share pages.
+    """
+
+    id: str
+    model: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams = msgspec.field(default_factory=SamplingParams)
+    cache_salt: str = ""
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class PromptUsage(msgspec.Struct, frozen=True):
+    """Where the KV of a prompt came from, in tokens.
+
+    `prompt_tokens = computed + cached + tail`: the tail (at least 1) is read by the decode module.
+    Of the cached tokens, `shared` were computed for another model.
+    """
+
+    prompt_tokens: int
+    computed_tokens: int
+    cached_tokens: int
+    shared_tokens: int
+    handoff_bytes: int = 0
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True):
+    """Natural-log probabilities at one position: the chosen token's, and the most likely ones'."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class RequestOutput(msgspec.Struct, frozen=True):
+    """One event of a request.
+
+    Token events carry `token_ids` (one or more, with one `logprobs` entry each when asked for).
+    The first event carries `usage`. The last event carries `finish_reason`; the stop token that
+    ended the sequence is its last token id and `stop_token` names it. `error` goes with ERROR.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    usage: PromptUsage | None = None
+    finish_reason: FinishReason | None = None
+    stop_token: int | None = None
+    error: str | None = None
+
+
+class Sequence(msgspec.Struct, frozen=True, kw_only=True):
+    """One attempt at a request, as workers know it.
+
+    Args:
+        id: of this attempt; a request that is routed again gets a new one, so that what an old
+            worker still says of it is recognised as stale.
+        order: arrival order of the request; the smaller, the older.
+        model: its name.
+        prompt: token ids.
+        output: tokens that earlier attempts have generated and delivered.
+        covered: the first positions of the prompt, which the prefill module covers.
+        adapted: whether the model's LoRA adapter is on; without, the base's weights answer.
+        root: key that the chain of keys starts from, see `pages.prefix_index`.
+        keys: chained keys of the full pages of the covered positions.
+        last_key: one more for all covered positions, the last, half-filled page included.
+        params: how to sample.
+        seed: of its random draws.
+        end_token_ids: tokens that end it.
+        num_uncached: prompt tokens that the router expects to be computed.
+        prefill_worker: who covers the prompt.
+        decode_worker: who generates.
+    """
+
+    id: int
+    order: int
+    model: str
+    prompt: tuple[int, ...]
+    output: tuple[int, ...] = ()
+    covered: int
+    adapted: bool = True
+    root: bytes
+    keys: list[bytes]
+    last_key: bytes
+    params: SamplingParams
+    seed: int = 0
+    end_token_ids: frozenset[int] = frozenset()
+    num_uncached: int = 0
+    prefill_worker: str = ""
+    decode_worker: str = ""
+
+    @property
+    def num_tokens(self) -> int:
+        """Known tokens: the prompt's and the generated ones."""
+        return len(self.prompt) + len(self.output)
+
+    @property
+    def chain(self) -> list[bytes]:
+        """The keys of all that the prefill module covers, the last page included."""
+        return [*self.keys, self.last_key]
+
+    def parent_key(self, index: int) -> bytes:
+        """Chain key of the page before page `index`."""
+        return self.keys[index - 1] if index else self.root
+
+
+class PageDescriptor(msgspec.Struct, frozen=True):
+    """What a page on offer is said to hold; a receiver compares it with what it asked for.
+
+    Args:
+        key: chain key of the page; it names the prefill fingerprint, the tenant's salt, and all
+            tokens up to the page's end.
+        layers: first and last + 1 layer that it holds.
+        shape: of one layer, `[2, kv_heads, page_size, head_dim]`.
+        dtype: of the values, as numpy names it.
+        codec: how the bytes are encoded; `raw` is not at all.
+        checksum: of the contents, see `kernels.page_transfer.api.page_checksums`.
+    """
+
+    key: bytes
+    layers: tuple[int, int]
+    shape: tuple[int, ...]
+    dtype: str
+    codec: str = "raw"
+    checksum: int = 0
+
+
+# Dispatcher -> worker, and worker -> worker.
+
+
+class Prefill(msgspec.Struct, frozen=True, tag=True):
+    """To a prefill worker: cover this prompt."""
+
+    sequence: Sequence
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """Nobody waits for this sequence any more; a prefill worker passes it on where it went."""
+
+    id: int
+    decode_worker: str = ""
+
+
+class Covered(msgspec.Struct, frozen=True, tag=True):
+    """Prefill to decode: the prompt's pages lie ready for you, held until you release them."""
+
+    sequence: Sequence
+    usage: PromptUsage
+
+
+class Withdrawn(msgspec.Struct, frozen=True, tag=True):
+    """Prefill to decode: those pages are not held any more; the sequence will come again."""
+
+    id: int
+
+
+class Fetch(msgspec.Struct, frozen=True, tag=True):
+    """Decode to prefill: offer these pages, numbered within the sequence, to `worker`."""
+
+    worker: str
+    transfer: int
+    id: int
+    pages: list[int]
+
+
+class Offered(msgspec.Struct, frozen=True, tag=True):
+    """Prefill to decode: the pages of a transfer can be pulled; one descriptor each."""
+
+    transfer: int
+    descriptors: list[PageDescriptor]
+
+
+class NotOffered(msgspec.Struct, frozen=True, tag=True):
+    """Prefill to decode: the pages of a transfer cannot be had."""
+
+    transfer: int
+    reason: str
+
+
+class Release(msgspec.Struct, frozen=True, tag=True):
+    """Decode to prefill: the pages of that sequence need not be held any more."""
+
+    id: int
+
+
+# Worker -> dispatcher.
+
+
+class Pending(msgspec.Struct, frozen=True, tag=True):
+    """Prompt tokens of a sequence that a prefill worker still has to compute."""
+
+    id: int
+    tokens: int
+
+
+class IndexChanged(msgspec.Struct, frozen=True, tag=True):
+    """Chain keys of full pages that have entered and left a worker's prefix index."""
+
+    added: list[bytes]
+    removed: list[bytes]
+
+
+class Started(msgspec.Struct, frozen=True, tag=True):
+    """A sequence has a decode slot, and all pages of its prompt are there."""
+
+    id: int
+    usage: PromptUsage
+
+
+class Tokens(msgspec.Struct, frozen=True, tag=True):
+    """Tokens that a sequence has generated; with a reason they are its last."""
+
+    id: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    reason: FinishReason | None = None
+
+
+class Returned(msgspec.Struct, frozen=True, tag=True):
+    """The worker has let go of a sequence, which has to be routed again.
+
+    `cause` is `preempted` (an older one needed its pages) or `fetch` (its pages did not arrive).
+    """
+
+    id: int
+    cause: Literal["preempted", "fetch"]
+    detail: str = ""
+
+
+class Dropped(msgspec.Struct, frozen=True, tag=True):
+    """The worker has let go of a sequence that was aborted."""
+
+    id: int
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """The worker cannot compute a sequence."""
+
+    id: int
+    error: str
+
+
+ToWorker = Prefill | Abort | Covered | Withdrawn | Fetch | Offered | NotOffered | Release
+ToDispatcher = Pending | IndexChanged | Started | Tokens | Returned | Dropped | Failed
+Message = ToWorker | ToDispatcher
+
+Outbox = list[tuple[str, Message]]
+"""Messages, each with the name of the part that it goes to."""
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Message)
+
+
+def encode(message: Message) -> bytes:
+    """A message as msgpack."""
+    return _encoder.encode(message)
+
+
+def decode(data: bytes) -> Message:
+    """The inverse of `encode`.
+
+    Raises:
+        msgspec.ValidationError: `data` is no message.
+    """
+    return _decoder.decode(data)

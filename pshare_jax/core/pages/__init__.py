@@ -1,0 +1,1 @@
+"""Which pages of a pool are in use, and what they hold."""

@@ -1,0 +1,153 @@
+"""What a core asks its executor to do, and what came of it; msgspec structs that serialise."""
+
+from __future__ import annotations
+
+import msgspec
+
+from pshare_jax.core.messages import PageDescriptor, SamplingParams, TokenLogprobs
+
+
+class Chunk(msgspec.Struct, frozen=True):
+    """Positions of one prompt that a prefill call computes: `tokens` from `start` on."""
+
+    id: int
+    pages: list[int]
+    start: int
+    tokens: tuple[int, ...]
+
+
+class Offer(msgspec.Struct, frozen=True):
+    """Pages that are to be put on offer: pool page numbers, and their chain keys."""
+
+    transfer: int
+    target: str
+    pages: list[int]
+    keys: list[bytes]
+
+
+class PrefillPlan(msgspec.Struct, frozen=True):
+    """One piece of a prefill worker's work, in this order: offers, copies, then one chunk call.
+
+    Args:
+        offers: pages to put on offer.
+        withdrawn: transfers whose pages need not be offered any more.
+        copies: pages to copy within the pool, (source, target).
+        weights: name of the weights that compute the chunks.
+        shape: rows and tokens a row of the program that holds the chunks.
+        chunks: rows of the call.
+    """
+
+    offers: list[Offer] = []
+    withdrawn: list[int] = []
+    copies: list[tuple[int, int]] = []
+    weights: str = ""
+    shape: tuple[int, int] = (1, 1)
+    chunks: list[Chunk] = []
+
+
+class PrefillResult(msgspec.Struct, frozen=True):
+    """What came of a prefill plan: descriptors by transfer, and what failed, with why.
+
+    `failed` has the ids of chunks whose KV is not there, `not_offered` transfers.
+    """
+
+    offered: dict[int, list[PageDescriptor]] = {}
+    not_offered: dict[int, str] = {}
+    failed: dict[int, str] = {}
+
+
+class Pull(msgspec.Struct, frozen=True):
+    """A transfer to be pulled into pool pages `targets`; `keys` are those that were asked for."""
+
+    transfer: int
+    source: str
+    descriptors: list[PageDescriptor]
+    keys: list[bytes]
+    targets: list[int]
+
+
+class Admit(msgspec.Struct, frozen=True):
+    """A sequence gets a slot: what sampling has to know of it."""
+
+    id: int
+    slot: int
+    tokens: tuple[int, ...]
+    prompt_len: int
+    params: SamplingParams
+    seed: int
+
+
+class Replay(msgspec.Struct, frozen=True):
+    """A decode module writes its own KV of known tokens: `tokens` from `start` on."""
+
+    id: int
+    group: str
+    adapter: int
+    pages: list[int]
+    start: int
+    tokens: tuple[int, ...]
+    bucket: int
+
+
+class StepRow(msgspec.Struct, frozen=True):
+    """One row of a decode step; the token at position `start` is fed."""
+
+    id: int
+    slot: int
+    adapter: int
+    pages: list[int]
+    start: int
+
+
+class Step(msgspec.Struct, frozen=True):
+    """`count` tokens for each row of a group of models."""
+
+    group: str
+    bucket: int
+    count: int
+    rows: list[StepRow]
+
+
+class DecodePlan(msgspec.Struct, frozen=True):
+    """One piece of a decode worker's work, in this order.
+
+    Args:
+        number: of the plan; results come in the order of plans.
+        cancelled: transfers that must not be written any more.
+        pulls: transfers to begin.
+        admits: sequences that get a slot.
+        replay: known tokens to compute, if any.
+        step: tokens to generate, if any.
+    """
+
+    number: int
+    cancelled: list[int] = []
+    pulls: list[Pull] = []
+    admits: list[Admit] = []
+    replay: Replay | None = None
+    step: Step | None = None
+
+
+class Landed(msgspec.Struct, frozen=True):
+    """A transfer has ended: well, or with an error; then nothing of it may be read."""
+
+    transfer: int
+    error: str | None = None
+
+
+class DecodeResult(msgspec.Struct, frozen=True):
+    """What came of a decode plan's step.
+
+    Args:
+        number: of the plan.
+        tokens: for each row, in order.
+        logprobs: for each row, one entry a token where they were asked for.
+        plain_pages: KV pages of the step's rows, where pages that rows share are read once.
+        saved_pages: of those, how many were not read again.
+    """
+
+    number: int
+    tokens: list[list[int]] = []
+    logprobs: list[list[TokenLogprobs]] = []
+    plain_pages: int = 0
+    saved_pages: int = 0

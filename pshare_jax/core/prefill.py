@@ -1,0 +1,482 @@
+"""The prefill core: covers prompts with KV and holds the pages until they have been fetched.
+
+A turn of a task first takes what the prefix index holds (other tasks may have added to it since),
+then plans one chunk. Chunks end at page boundaries but for a prompt's last one, so that between
+turns every page is either complete or the end of some finished prompt. That end is extended in
+place by a prompt that goes on from exactly there, and copied by one that branches off within it.
+
+Chunks of several prompts are computed in one call: see `chunk_shapes`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from collections.abc import Sequence as Sequence_
+from dataclasses import dataclass, field
+
+from pshare_jax.core import messages as m
+from pshare_jax.core.buckets import bucket_for
+from pshare_jax.core.messages import DISPATCHER, Message, Outbox, PromptUsage, Sequence
+from pshare_jax.core.models import ModelSpec
+from pshare_jax.core.pages.page_cache import PageCache
+from pshare_jax.core.pages.prefix_index import Node
+from pshare_jax.core.plans import Chunk, Offer, PrefillPlan, PrefillResult
+from pshare_jax.core.scheduling import next_prefill
+from pshare_jax.core.stats import PrefillStats
+
+MAX_TRIES = 2
+"""Calls in which a chunk may fail before its request does."""
+
+
+def chunk_shapes(chunk_buckets: Sequence_[int]) -> list[tuple[int, int]]:
+    """Rows and tokens a row of the compiled chunk calls.
+
+    A call computes at most as many tokens as the largest bucket has: one row of each bucket's
+    length, or several rows of a smaller one's, so that short prompts are computed together.
+    """
+    largest = max(chunk_buckets)
+    shapes = {(1, bucket) for bucket in chunk_buckets}
+    shapes |= {(largest // bucket, bucket) for bucket in chunk_buckets}
+    return sorted(shapes)
+
+
+@dataclass(eq=False)
+class PrefillTask:
+    """A sequence here: its pages in order of position, and how far they are filled.
+
+    `reused` counts the prompt tokens found in the index by the model that had them computed. `node`
+    is the page that the planned chunk extends, `copied_origins` belong to the tokens of a copied
+    page. `planned` is where the chunk ends that is being computed.
+    """
+
+    sequence: Sequence
+    pages: list[int] = field(default_factory=list)
+    node: Node | None = None
+    copied_origins: list[str] = field(default_factory=list)
+    filled: int = 0
+    computed: int = 0
+    planned: int | None = None
+    tries: int = 0
+    reused: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def order(self) -> int:
+        """Arrival order."""
+        return self.sequence.order
+
+    @property
+    def remaining(self) -> int:
+        """Prompt tokens still to be covered."""
+        return self.sequence.covered - self.filled
+
+    def usage(self) -> PromptUsage:
+        """Where this prompt's KV came from."""
+        own = self.reused[self.sequence.model]
+        cached = self.reused.total()
+        return PromptUsage(
+            prompt_tokens=len(self.sequence.prompt),
+            computed_tokens=self.computed,
+            cached_tokens=cached,
+            shared_tokens=cached - own,
+        )
+
+
+class PrefillCore:
+    """Covers prompts in the pages of one pool.
+
+    Args:
+        name: of the worker.
+        cache: the pages; shared with a decode core where both use one pool.
+        models: the served models by name.
+        chunk_buckets: compiled chunk lengths, in tokens; the largest holds at least one page.
+
+    Attributes:
+        outbox: messages to others; who carries them empties it.
+        stats: what has been done.
+        reserve: pages that are left for running sequences where the pool is shared.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        cache: PageCache,
+        models: Mapping[str, ModelSpec],
+        chunk_buckets: Sequence_[int],
+    ):
+        self.name = name
+        self.cache = cache
+        self.outbox: Outbox = []
+        self.stats = PrefillStats()
+        self.reserve = 0
+        self._models = models
+        self._buckets = sorted(chunk_buckets)
+        self._budget = self._buckets[-1]
+        self._waiting: list[PrefillTask] = []
+        self._active: list[PrefillTask] = []
+        self._held: dict[int, PrefillTask] = {}
+        self._offers: list[Offer] = []
+        self._offer_of: dict[int, int] = {}
+        self._withdrawn: list[int] = []
+        self._turn = 0
+
+    @property
+    def urgent(self) -> bool:
+        """Whether somebody waits for pages that are there."""
+        return bool(self._offers)
+
+    def receive(self, message: Message) -> None:
+        """Takes a message in."""
+        match message:
+            case m.Prefill(sequence):
+                self._wait(PrefillTask(sequence))
+            case m.Abort(id, decode_worker):
+                self._abort(id, decode_worker)
+            case m.Fetch():
+                self._fetch(message)
+            case m.Release(id):
+                self._release(id)
+            case _:
+                raise TypeError(f"{self.name}: {type(message).__name__} is not for prefill workers")
+
+    def schedule(self) -> PrefillPlan | None:
+        """The next piece of work, or None.
+
+        Pages that somebody waits for come alone, so that they do not wait for a chunk.
+        """
+        withdrawn, self._withdrawn = self._withdrawn, []
+        if self._offers:
+            offers, self._offers = self._offers, []
+            return PrefillPlan(offers=offers, withdrawn=withdrawn)
+        self._start_waiting()
+        copies: list[tuple[int, int]] = []
+        batch = self._batch(copies)
+        self._publish()
+        if not batch:
+            return PrefillPlan(withdrawn=withdrawn) if withdrawn else None
+        rows, bucket = self._shape(batch)
+        chunks = [
+            Chunk(
+                task.sequence.id,
+                task.pages,
+                task.filled,
+                task.sequence.prompt[task.filled : task.planned],
+            )
+            for task in batch
+        ]
+        weights = self._models[batch[0].sequence.model].prefill_weights
+        return PrefillPlan(
+            withdrawn=withdrawn,
+            copies=copies,
+            weights=weights,
+            shape=(rows, bucket),
+            chunks=chunks,
+        )
+
+    def apply(self, plan: PrefillPlan, result: PrefillResult) -> None:
+        """Takes in what came of a plan."""
+        for offer in plan.offers:
+            transfer = offer.transfer
+            if transfer in result.offered:
+                self._send(offer.target, m.Offered(transfer, result.offered[transfer]))
+            else:
+                reason = result.not_offered.get(transfer, "the pages were not put on offer")
+                self._send(offer.target, m.NotOffered(transfer, reason))
+        planned = {chunk.id for chunk in plan.chunks}
+        for task in tuple(self._active):
+            if task.sequence.id in planned and task.planned is not None:
+                self._computed(task, result.failed.get(task.sequence.id))
+        self._publish()
+
+    @property
+    def youngest_holder(self) -> int | None:
+        """Arrival order of the youngest sequence that holds pages here."""
+        holders = (*self._active, *self._held.values())
+        return max((task.order for task in holders), default=None)
+
+    def give_way(self, order: int) -> bool:
+        """Takes the pages of the youngest task that is younger than `order`; it will start anew.
+
+        What it has computed stays in the index as long as there is room.
+
+        Returns:
+            Whether there was one.
+        """
+        younger = [
+            task
+            for task in (*self._active, *self._held.values())
+            if task.order > order and task.planned is None and not self._is_offered(task)
+        ]
+        if not younger:
+            return False
+        task = max(younger, key=lambda task: task.order)
+        if task in self._active:
+            self._active.remove(task)
+        else:
+            del self._held[task.sequence.id]
+            self._send(task.sequence.decode_worker, m.Withdrawn(task.sequence.id))
+        self.cache.release(task.pages)
+        self._wait(PrefillTask(task.sequence))
+        return True
+
+    def release_all(self) -> None:
+        """Gives all pages back, of sequences that nobody will end."""
+        for task in (*self._waiting, *self._active, *self._held.values()):
+            self.cache.release(task.pages)
+        self._waiting.clear()
+        self._active.clear()
+        self._held.clear()
+        self._offers.clear()
+        self.outbox.clear()
+
+    def _is_offered(self, task: PrefillTask) -> bool:
+        return task.sequence.id in self._offer_of.values()
+
+    def _send(self, to: str, message: Message) -> None:
+        self.outbox.append((to, message))
+
+    def _wait(self, task: PrefillTask) -> None:
+        self._waiting.append(task)
+        self._waiting.sort(key=lambda task: task.order)
+
+    def _publish(self) -> None:
+        added, removed = self.cache.changes()
+        if added or removed:
+            self._send(DISPATCHER, m.IndexChanged(added, removed))
+
+    def _abort(self, id: int, decode_worker: str) -> None:
+        for tasks in (self._waiting, self._active):
+            for task in tasks:
+                if task.sequence.id == id:
+                    tasks.remove(task)
+                    if task.node is not None:
+                        task.node.extending = False
+                    self.cache.release(task.pages)
+                    self._send(DISPATCHER, m.Dropped(id))
+                    return
+        # It has gone on, and whoever has it now will give its pages back.
+        if decode_worker:
+            self._send(decode_worker, m.Abort(id))
+
+    def _fetch(self, fetch: m.Fetch) -> None:
+        task = self._held.get(fetch.id)
+        if task is None:
+            reason = f"{self.name} does not hold sequence {fetch.id}"
+            self._send(fetch.worker, m.NotOffered(fetch.transfer, reason))
+            return
+        chain = task.sequence.chain
+        self._offer_of[fetch.transfer] = fetch.id
+        self._offers.append(
+            Offer(
+                fetch.transfer,
+                fetch.worker,
+                [task.pages[number] for number in fetch.pages],
+                [chain[number] for number in fetch.pages],
+            )
+        )
+
+    def _release(self, id: int) -> None:
+        task = self._held.pop(id, None)
+        if task is None:
+            return
+        self._offers = [o for o in self._offers if self._offer_of.get(o.transfer) != id]
+        for transfer in [t for t, owner in self._offer_of.items() if owner == id]:
+            del self._offer_of[transfer]
+            self._withdrawn.append(transfer)
+        self.cache.release(task.pages)
+
+    def _start_waiting(self) -> None:
+        """Gives pages to waiting tasks, oldest first, as long as there are enough.
+
+        A task whose next page is about to be computed for another one waits for that, rather than
+        take pages that it will not need.
+        """
+        coming = {key for task in self._active for key in self._uncomputed(task)}
+        for task in tuple(self._waiting):
+            sequence = task.sequence
+            if not coming.isdisjoint(sequence.chain):
+                continue
+            matched = self.cache.match(sequence.keys, sequence.prompt)
+            needed = -(-sequence.covered // self.cache.page_size) - len(matched)
+            enough = self.cache.num_available >= needed + (self.reserve if needed else 0)
+            fresh = self.cache.allocate(needed) if enough else None
+            if fresh is None:
+                self.cache.release(node.page for node in matched)
+                return
+            self._waiting.remove(task)
+            task.pages = [node.page for node in matched] + fresh
+            for node in matched:
+                self._account(task, node, len(node.tokens))
+            if task.remaining:
+                self._active.append(task)
+                coming.update(self._uncomputed(task))
+            else:
+                self._cover(task)
+
+    def _uncomputed(self, task: PrefillTask) -> list[bytes]:
+        return task.sequence.chain[task.filled // self.cache.page_size :]
+
+    def _cover(self, task: PrefillTask) -> None:
+        """All is there: it is held until the decode worker has it."""
+        sequence, usage = task.sequence, task.usage()
+        self._held[sequence.id] = task
+        self.stats.prefilled(sequence.model, usage)
+        self._send(DISPATCHER, m.Pending(sequence.id, 0))
+        self._send(sequence.decode_worker, m.Covered(sequence, usage))
+
+    def _batch(self, copies: list[tuple[int, int]]) -> list[PrefillTask]:
+        """Tasks whose next chunks are computed in one call; each knows where its chunk ends.
+
+        The first is the policy's choice. Others join while there is room in the program's rows, if
+        their prompts then are covered and the same weights compute them.
+        """
+        batch: list[PrefillTask] = []
+        while self._active and not batch:
+            first = next_prefill(self._active, self._turn)
+            self._turn += 1
+            if self._plan(first, self._budget, copies):
+                batch.append(first)
+        if not batch:
+            return []
+        first = batch[0]
+        length = first.planned - first.filled if first.planned is not None else 0
+        rows, bucket = self._widest(length)
+        weights = self._models[first.sequence.model].prefill_weights
+        for task in sorted(self._active, key=lambda task: task.order):
+            if len(batch) == rows:
+                break
+            if task is first or task.remaining > bucket:
+                continue
+            if self._models[task.sequence.model].prefill_weights != weights:
+                continue
+            if self._plan(task, bucket, copies):
+                batch.append(task)
+        return batch
+
+    def _widest(self, length: int) -> tuple[int, int]:
+        bucket = bucket_for(length, self._buckets)
+        return self._budget // bucket, bucket
+
+    def _shape(self, batch: list[PrefillTask]) -> tuple[int, int]:
+        """Rows and tokens of the smallest program that holds the batch."""
+        longest = max(t.planned - t.filled for t in batch if t.planned is not None)
+        rows, bucket = self._widest(longest)
+        return (1 if len(batch) == 1 else rows), bucket
+
+    def _plan(self, task: PrefillTask, budget: int, copies: list[tuple[int, int]]) -> bool:
+        """Decides where the next chunk of a task ends; False when the index holds all the rest."""
+        self._reuse(task, copies)
+        if task.remaining == 0:
+            self._active.remove(task)
+            self._cover(task)
+            return False
+        covered, page_size = task.sequence.covered, self.cache.page_size
+        end = task.filled + budget
+        task.planned = covered if end >= covered else end - end % page_size
+        return True
+
+    def _reuse(self, task: PrefillTask, copies: list[tuple[int, int]]) -> None:
+        """Moves `task.filled` on over everything the index holds."""
+        sequence, page_size = task.sequence, self.cache.page_size
+        task.node, task.copied_origins = None, []
+        while task.remaining:
+            number = task.filled // page_size
+            start = number * page_size
+            block = sequence.prompt[start : min(start + page_size, sequence.covered)]
+            if number < len(sequence.keys):
+                key = sequence.keys[number : number + 1]
+                if found := self.cache.match(key, block):
+                    self._replace_page(task, number, found[0].page)
+                    self._account(task, found[0], page_size)
+                    continue
+            self._reuse_part(task, number, block, copies)
+            return
+
+    def _reuse_part(
+        self,
+        task: PrefillTask,
+        number: int,
+        block: tuple[int, ...],
+        copies: list[tuple[int, int]],
+    ) -> None:
+        """Uses the page that starts with most of `block`: as it is, extended, or copied."""
+        child = self.cache.best_child(task.sequence.parent_key(number), block)
+        if child is None or child[1] == 0:
+            return
+        node, length = child
+        whole = length == len(block)
+        extend = node.key is None and length == len(node.tokens) and not node.extending
+        if whole or extend:
+            self.cache.retain(node)
+            self._replace_page(task, number, node.page)
+            if not whole:
+                task.node, node.extending = node, True
+        else:
+            copies.append((node.page, task.pages[number]))
+            task.copied_origins = node.origins[:length]
+        self._account(task, node, length)
+
+    def _replace_page(self, task: PrefillTask, number: int, page: int) -> None:
+        self.cache.release([task.pages[number]])
+        task.pages = [*task.pages[:number], page, *task.pages[number + 1 :]]
+
+    def _account(self, task: PrefillTask, node: Node, length: int) -> None:
+        task.reused.update(node.origins[:length])
+        task.filled += length
+
+    def _computed(self, task: PrefillTask, error: str | None) -> None:
+        """The planned chunk of a task has been computed, or has failed."""
+        end, task.planned = task.planned, None
+        assert end is not None
+        if task.node is not None:
+            task.node.extending = False
+        if error is not None:
+            self._failed(task, error)
+            return
+        self._index(task, end)
+        task.computed += end - task.filled
+        task.filled = end
+        if task.remaining == 0:
+            self._active.remove(task)
+            self._cover(task)
+        else:
+            self._send(DISPATCHER, m.Pending(task.sequence.id, task.remaining))
+
+    def _failed(self, task: PrefillTask, error: str) -> None:
+        """What the chunk would have written is not in the index; the task starts anew once."""
+        self._active.remove(task)
+        self.cache.release(task.pages)
+        if task.tries + 1 < MAX_TRIES:
+            self._wait(PrefillTask(task.sequence, tries=task.tries + 1))
+        else:
+            self._send(DISPATCHER, m.Failed(task.sequence.id, f"{self.name}: {error}"))
+
+    def _index(self, task: PrefillTask, end: int) -> None:
+        """Enters the pages that hold positions task.filled .. end-1 into the index."""
+        sequence, page_size = task.sequence, self.cache.page_size
+        first = task.filled // page_size
+        parent = self.cache.node_of(task.pages[first - 1]) if first else None
+        for number in range(first, -(-end // page_size)):
+            tokens = sequence.prompt[number * page_size : min((number + 1) * page_size, end)]
+            key = sequence.keys[number] if len(tokens) == page_size else None
+            node = task.node if number == first else None
+            if node is None:
+                copied = task.copied_origins if number == first else []
+                node = Node(
+                    parent=parent,
+                    parent_key=sequence.parent_key(number),
+                    page=task.pages[number],
+                    tokens=tokens,
+                    origins=[*copied, *[sequence.model] * (len(tokens) - len(copied))],
+                    key=key,
+                )
+                self.cache.insert(node)
+            else:
+                origins = [sequence.model] * (len(tokens) - len(node.tokens))
+                self.cache.extend(node, tokens, origins, key)
+            parent = node
+
+    def held_ids(self) -> set[int]:
+        """Sequences whose pages are held here, in any state."""
+        tasks = (*self._waiting, *self._active, *self._held.values())
+        return {task.sequence.id for task in tasks}

@@ -1,0 +1,186 @@
+"""Which prefill worker covers a prompt, and which decode worker generates.
+
+A prefill worker costs the tokens that wait there, plus twice the tokens of this prompt that it
+would have to compute: those delay this prompt as waiting does, and all others besides. So a
+session stays with the worker that has its context, and prompts that come at once for several
+models meet on one worker, until that is behind by more than the context is worth. A decode worker
+costs the pages that its sequences read in each step, plus the pages that it would have to receive.
+(The costs are in the manner of NVIDIA Dynamo's KV router.)
+
+The router knows workers by what they have said: which keys entered and left their prefix indexes,
+and how many prompt tokens wait. It may be wrong for a moment; then something is computed twice.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from collections.abc import Sequence as Sequence_
+from dataclasses import dataclass, field
+
+import msgspec
+
+from pshare_jax.core.messages import Sequence
+
+COMPUTE_WEIGHT = 2
+"""What computing a token costs, in tokens of waiting."""
+
+
+class WorkerInfo(msgspec.Struct, frozen=True):
+    """A worker as the router sees it.
+
+    Args:
+        name: of the worker.
+        num_pages: what its pool can hold.
+        page_size: tokens of a page.
+        partner: of a prefill worker that shares its pool with a decode worker: that one, which
+            then generates for all prompts that are covered there.
+    """
+
+    name: str
+    num_pages: int
+    page_size: int
+    partner: str = ""
+
+
+class NoWorkerError(Exception):
+    """No worker that could do it is alive; says which were asked for."""
+
+
+@dataclass(eq=False)
+class _Worker:
+    """`sent` are keys of prompts that were sent there, since their KV will soon be there;
+    `pending` prompt tokens still to be computed, by sequence."""
+
+    info: WorkerInfo
+    held: set[bytes] = field(default_factory=set)
+    sent: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
+    pending: dict[int, int] = field(default_factory=dict)
+    pending_tokens: int = 0
+    load: int = 0
+
+    def set_pending(self, id: int, tokens: int) -> None:
+        self.pending_tokens += tokens - self.pending.pop(id, 0)
+        if tokens:
+            self.pending[id] = tokens
+
+    def remember(self, chain: Iterable[bytes]) -> None:
+        for key in chain:
+            self.sent[key] = None
+            self.sent.move_to_end(key)
+        while len(self.sent) > self.info.num_pages:
+            self.sent.popitem(last=False)
+
+    def held_tokens(self, keys: Sequence_[bytes]) -> int:
+        """Leading tokens whose full pages the worker has said to hold."""
+        return self.info.page_size * _run(keys, self.held)
+
+
+class Router:
+    """Routes sequences; remembers where prompts were sent.
+
+    Args:
+        prefill: the prefill workers.
+        decode: the decode workers.
+    """
+
+    def __init__(self, prefill: Sequence_[WorkerInfo], decode: Sequence_[WorkerInfo]):
+        self._prefill = {info.name: _Worker(info) for info in prefill}
+        self._decode = {info.name: _Worker(info) for info in decode}
+        self._assigned: dict[int, tuple[str, str, int]] = {}
+
+    def route(self, sequence: Sequence, decode_workers: Iterable[str]) -> Sequence:
+        """The sequence with its workers and `num_uncached`.
+
+        Args:
+            sequence: a new attempt.
+            decode_workers: those that host its model.
+
+        Raises:
+            NoWorkerError: none of those that could do it is alive.
+        """
+        hosts = [name for name in decode_workers if name in self._decode]
+        partners = {name: worker.info.partner for name, worker in self._prefill.items()}
+        able = [name for name, partner in partners.items() if not partner or partner in hosts]
+        if not hosts:
+            raise NoWorkerError(f"no decode worker of model {sequence.model} is alive")
+        if not able:
+            raise NoWorkerError("no prefill worker is alive")
+        prefill, uncached = self._best_prefill(sequence, able)
+        if partners[prefill]:
+            hosts = [partners[prefill]]
+        decode, num_pages = self._best_decode(sequence, hosts)
+        self._prefill[prefill].set_pending(sequence.id, uncached)
+        self._prefill[prefill].remember(sequence.chain)
+        self._decode[decode].load += num_pages
+        self._assigned[sequence.id] = prefill, decode, num_pages
+        return msgspec.structs.replace(
+            sequence, prefill_worker=prefill, decode_worker=decode, num_uncached=uncached
+        )
+
+    def forget(self, id: int) -> None:
+        """The sequence has ended, or is routed again under another id. Idempotent."""
+        prefill, decode, num_pages = self._assigned.pop(id, ("", "", 0))
+        if prefill in self._prefill:
+            self._prefill[prefill].set_pending(id, 0)
+        if decode in self._decode:
+            self._decode[decode].load -= num_pages
+
+    def pending(self, worker: str, id: int, tokens: int) -> None:
+        """A prefill worker says how much of a sequence it still has to compute."""
+        # What is heard of a sequence that has gone on or ended meanwhile is old.
+        if id in self._assigned and worker in self._prefill:
+            self._prefill[worker].set_pending(id, tokens)
+
+    def index_changed(self, worker: str, added: list[bytes], removed: list[bytes]) -> None:
+        """Keys have entered and then others left a worker's prefix index."""
+        for workers in (self._prefill, self._decode):
+            if worker in workers:
+                held = workers[worker].held
+                held.update(added)
+                held.difference_update(removed)
+
+    def lose(self, worker: str) -> None:
+        """A worker is not alive any more."""
+        self._prefill.pop(worker, None)
+        self._decode.pop(worker, None)
+
+    def _best_prefill(self, sequence: Sequence, able: list[str]) -> tuple[str, int]:
+        """The cheapest worker, and how many tokens it would compute."""
+        uncached = {name: self._num_uncached(self._prefill[name], sequence) for name in able}
+
+        def cost(name: str) -> tuple[int, int]:
+            worker = self._prefill[name]
+            # Among equals the emptiest pool, so that new sessions spread.
+            return COMPUTE_WEIGHT * uncached[name] + worker.pending_tokens, len(worker.sent)
+
+        best = min(able, key=cost)
+        return best, uncached[best]
+
+    def _num_uncached(self, worker: _Worker, sequence: Sequence) -> int:
+        if sequence.last_key in worker.sent:
+            return 0
+        coming = worker.info.page_size * _run(sequence.keys, worker.sent)
+        return sequence.covered - max(worker.held_tokens(sequence.keys), coming)
+
+    def _best_decode(self, sequence: Sequence, hosts: list[str]) -> tuple[str, int]:
+        """The cheapest of the workers that host the model, and the sequence's pages there."""
+
+        def num_pages(name: str) -> int:
+            return -(-sequence.num_tokens // self._decode[name].info.page_size)
+
+        def cost(name: str) -> int:
+            worker = self._decode[name]
+            held = worker.held_tokens(sequence.keys) // worker.info.page_size
+            return worker.load + num_pages(name) - held
+
+        best = min(hosts, key=cost)
+        return best, num_pages(best)
+
+
+def _run(keys: Sequence_[bytes], known: Iterable[bytes]) -> int:
+    """How many of the first keys are known, up to the first that is not."""
+    for count, key in enumerate(keys):
+        if key not in known:
+            return count
+    return len(keys)

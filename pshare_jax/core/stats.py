@@ -1,0 +1,107 @@
+"""Counters of the cores, and one immutable snapshot of a running engine."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pshare_jax.core.messages import FinishReason, PromptUsage
+
+TokenSource = Literal["computed", "same_model", "other_model"]
+PageRead = Literal["read", "saved"]
+
+
+class PrefillStats:
+    """What a prefill core has done, by model: prompt tokens by who computed their KV."""
+
+    def __init__(self) -> None:
+        self.prefill_tokens: Counter[tuple[str, TokenSource]] = Counter()
+
+    def prefilled(self, model: str, usage: PromptUsage) -> None:
+        """A prompt's KV is complete in the pool."""
+        own = usage.cached_tokens - usage.shared_tokens
+        self.prefill_tokens[model, "computed"] += usage.computed_tokens
+        self.prefill_tokens[model, "same_model"] += own
+        self.prefill_tokens[model, "other_model"] += usage.shared_tokens
+
+
+class DecodeStats:
+    """What a decode core has done, by model; `pages` are KV pages read and not read again,
+    `failed_transfers` those whose pages did not come or were not what was asked for."""
+
+    def __init__(self) -> None:
+        self.generation_tokens: Counter[str] = Counter()
+        self.handoff_bytes: Counter[str] = Counter()
+        self.handoff_pages: Counter[str] = Counter()
+        self.preemptions: Counter[str] = Counter()
+        self.pages: Counter[PageRead] = Counter()
+        self.failed_transfers = 0
+
+    def handed_over(self, model: str, pages: int, num_bytes: int) -> None:
+        """Pages were moved to the pool."""
+        self.handoff_pages[model] += pages
+        self.handoff_bytes[model] += num_bytes
+
+    def attended(self, plain_pages: int, saved_pages: int) -> None:
+        """A step that shares runs: pages to be read row by row, and saved."""
+        self.pages["read"] += plain_pages - saved_pages
+        self.pages["saved"] += saved_pages
+
+
+class DispatcherStats:
+    """What has become of requests, by model."""
+
+    def __init__(self) -> None:
+        self.prompt_tokens: Counter[str] = Counter()
+        self.finished: Counter[tuple[str, FinishReason]] = Counter()
+
+    def ended(self, model: str, reason: FinishReason, prompt_tokens: int) -> None:
+        """A request is finished."""
+        self.finished[model, reason] += 1
+        self.prompt_tokens[model] += prompt_tokens
+
+
+@dataclass(frozen=True)
+class PoolStats:
+    """Pages of one pool: `total = free + used + cached`, page 0 (padding) not counted.
+
+    `used` pages are referenced by a running sequence, `shared` of them by two or more; `cached`
+    pages are held by a prefix index alone and can be evicted.
+    """
+
+    total: int
+    free: int
+    used: int
+    shared: int
+    cached: int
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """What the engine has done since its start, and what it is doing now.
+
+    Counters only grow and are keyed by model name: `prefill_tokens` by (model, source), where the
+    source says who computed a prompt token's KV; `finished` by (model, reason); `compiles` counts
+    compilations after warm-up. `running` and `waiting` are sequences right now. `pools`,
+    `busy_seconds` (time at work) and `failed_transfers` are keyed by the worker's name:
+    `prefill0`, `decode0`, ... `decode_pages`, by worker and "read" or "saved", are the KV pages
+    that decode dispatches read, counted once a dispatch, and those that they did not read again
+    since rows share them; they are counted where `decode.shared_prefix` is in force.
+    """
+
+    prefill_tokens: Mapping[tuple[str, TokenSource], int] = field(default_factory=dict)
+    prompt_tokens: Mapping[str, int] = field(default_factory=dict)
+    generation_tokens: Mapping[str, int] = field(default_factory=dict)
+    handoff_bytes: Mapping[str, int] = field(default_factory=dict)
+    handoff_pages: Mapping[str, int] = field(default_factory=dict)
+    failed_transfers: Mapping[str, int] = field(default_factory=dict)
+    preemptions: Mapping[str, int] = field(default_factory=dict)
+    decode_pages: Mapping[tuple[str, PageRead], int] = field(default_factory=dict)
+    compiles: int = 0
+    finished: Mapping[tuple[str, FinishReason], int] = field(default_factory=dict)
+    running: Mapping[str, int] = field(default_factory=dict)
+    waiting: Mapping[str, int] = field(default_factory=dict)
+    pools: Mapping[str, PoolStats] = field(default_factory=dict)
+    busy_seconds: Mapping[str, float] = field(default_factory=dict)

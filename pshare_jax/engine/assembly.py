@@ -1,0 +1,195 @@
+"""Builds the workers of one process: meshes, pools, programs, cores and connectors."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from jax.sharding import Mesh
+
+from pshare_jax.cluster.worker import DecodeWorker, PrefillWorker, Worker
+from pshare_jax.config import ServeConfig
+from pshare_jax.core.buckets import TRANSFER_BUCKETS
+from pshare_jax.core.decode import DecodeCore
+from pshare_jax.core.models import ModelSpec
+from pshare_jax.core.one_pool import OnePool
+from pshare_jax.core.pages.allocator import PADDING_PAGE
+from pshare_jax.core.pages.page_cache import PageCache
+from pshare_jax.core.plans import Offer, Pull
+from pshare_jax.core.prefill import PrefillCore
+from pshare_jax.core.router import WorkerInfo
+from pshare_jax.engine.devices import Meshes
+from pshare_jax.engine.limits import PoolSizes
+from pshare_jax.engine.loader import WeightLoader
+from pshare_jax.kernels.backends import on_mesh
+from pshare_jax.kv.local import DevicePut, Exchange, SamePool
+from pshare_jax.models.config import ModelConfig
+from pshare_jax.runtime.executor import DecodeExecutor, PrefillExecutor
+from pshare_jax.runtime.layout import PageLayout
+from pshare_jax.runtime.pool import PagePool
+from pshare_jax.runtime.programs import Programs
+from pshare_jax.runtime.steps import StepSpec
+
+
+@dataclass(frozen=True)
+class Workers:
+    """All workers of an engine, and what the router is told of them."""
+
+    prefill: list[PrefillWorker[PrefillExecutor]]
+    decode: list[DecodeWorker[DecodeExecutor]]
+    one_pool: bool
+
+    def threads(self, one_processor: bool) -> list[tuple[str, list[Worker]]]:
+        """Which workers share a thread, since they share what computes."""
+        every: list[Worker] = [*self.decode, *self.prefill]
+        if one_processor:
+            return [("engine", every)]
+        if self.one_pool:
+            pairs = zip(self.decode, self.prefill, strict=True)
+            return [(f"engine{i}", [d, p]) for i, (d, p) in enumerate(pairs)]
+        return [(worker.name, [worker]) for worker in every]
+
+    def warm_up(self) -> None:
+        """Compiles everything that serving runs."""
+        for worker in self.decode:
+            worker.executor.warm_up(receives=not self.one_pool)
+        for worker in self.prefill:
+            worker.executor.warm_up(sends=not self.one_pool)
+        if not self.one_pool:
+            for prefill, decode in itertools.product(self.prefill, self.decode):
+                _move_padding(prefill, decode)
+
+    def prefill_info(self) -> list[WorkerInfo]:
+        """The prefill workers as the router sees them."""
+        partners = [w.name for w in self.decode] if self.one_pool else [""] * len(self.prefill)
+        return [_info(w, p) for w, p in zip(self.prefill, partners, strict=True)]
+
+    def decode_info(self) -> list[WorkerInfo]:
+        """The decode workers as the router sees them."""
+        return [_info(worker) for worker in self.decode]
+
+
+def _move_padding(
+    prefill: PrefillWorker[PrefillExecutor], decode: DecodeWorker[DecodeExecutor]
+) -> None:
+    """Moves the padding page, so that what `device_put` compiles between two meshes is there."""
+    for executor in (prefill.executor, decode.executor):
+        executor.pool.own()
+    for count in TRANSFER_BUCKETS:
+        pages, keys, transfer = [PADDING_PAGE] * count, [b""] * count, -1
+        offer = Offer(transfer, decode.name, pages, keys)
+        descriptors = prefill.executor.connector.offer(offer)
+        end = decode.executor.connector
+        end.accept(Pull(transfer, prefill.name, descriptors, keys, pages))
+        end.commit(transfer)
+    for executor in (prefill.executor, decode.executor):
+        executor.pool.disown()
+
+
+def _info(worker: Worker, partner: str = "") -> WorkerInfo:
+    return WorkerInfo(worker.name, worker.cache.num_usable, worker.cache.page_size, partner)
+
+
+class Assembly:
+    """Builds workers.
+
+    Args:
+        config: the serving configuration.
+        model: architecture of the base.
+        layout: page shape.
+        sizes: pages of each pool.
+        backend: kernel backend.
+        loader: loads weights onto meshes.
+        models: the served models by name.
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        model: ModelConfig,
+        layout: PageLayout,
+        sizes: PoolSizes,
+        backend: str,
+        loader: WeightLoader,
+        models: Mapping[str, ModelSpec],
+    ):
+        self._config = config
+        self._model = model
+        self._layout = layout
+        self._sizes = sizes
+        self._backend = backend
+        self._loader = loader
+        self._models = models
+        self._exchange = Exchange()
+
+    def build(self, meshes: Meshes) -> Workers:
+        """All workers on their meshes, weights loaded, nothing compiled."""
+        if meshes.one_pool:
+            pairs = [self._pair(i, mesh) for i, mesh in enumerate(meshes.decode)]
+            return Workers([p for p, _ in pairs], [d for _, d in pairs], one_pool=True)
+        decode = [self._decode(i, mesh) for i, mesh in enumerate(meshes.decode)]
+        prefill = [self._prefill(i, mesh) for i, mesh in enumerate(meshes.prefill)]
+        return Workers(prefill, decode, one_pool=False)
+
+    def _prefill(self, index: int, mesh: Mesh) -> PrefillWorker[PrefillExecutor]:
+        name = f"prefill{index}"
+        programs, pool, cache = self._pool(mesh, self._sizes.prefill)
+        core = self._prefill_core(name, cache)
+        end = DevicePut(name, programs, pool, self._exchange)
+        executor = PrefillExecutor(programs, pool, self._loader.prefill(mesh), end)
+        return PrefillWorker(core, executor)
+
+    def _decode(self, index: int, mesh: Mesh) -> DecodeWorker[DecodeExecutor]:
+        name = f"decode{index}"
+        programs, pool, cache = self._pool(mesh, self._sizes.decode)
+        core = self._decode_core(name, cache, self._layout.bytes_per_page, owns_cache=True)
+        end = DevicePut(name, programs, pool, self._exchange)
+        groups = self._loader.decode(mesh, index, self._models)
+        return DecodeWorker(core, DecodeExecutor(programs, pool, groups, end))
+
+    def _pair(
+        self, index: int, mesh: Mesh
+    ) -> tuple[PrefillWorker[PrefillExecutor], DecodeWorker[DecodeExecutor]]:
+        """A prefill and a decode worker over one pool."""
+        names = f"prefill{index}", f"decode{index}"
+        programs, pool, cache = self._pool(mesh, self._sizes.shared)
+        cores = OnePool(
+            self._prefill_core(names[0], cache),
+            self._decode_core(names[1], cache, 0, owns_cache=False),
+        )
+        end = SamePool(names[0], programs, pool, self._exchange)
+        prefill = PrefillExecutor(programs, pool, self._loader.prefill(mesh), end)
+        groups = self._loader.decode(mesh, index, self._models)
+        decode = DecodeExecutor(programs, pool, groups, end)
+        return (
+            PrefillWorker(cores.prefill, prefill, cores.schedule_prefill),
+            DecodeWorker(cores.decode, decode, cores.schedule_decode),
+        )
+
+    def _pool(self, mesh: Mesh, num_pages: int) -> tuple[Programs, PagePool, PageCache]:
+        programs = Programs(
+            StepSpec(self._model, on_mesh(self._backend, mesh.size), mesh),
+            self._layout,
+            mesh,
+            self._config.max_model_len,
+            self._config.prefill.chunk_buckets,
+            self._config.decode,
+        )
+        pool = PagePool(self._layout, num_pages, programs.pool_sharding)
+        return programs, pool, PageCache(num_pages, self._layout.page_size)
+
+    def _prefill_core(self, name: str, cache: PageCache) -> PrefillCore:
+        return PrefillCore(name, cache, self._models, self._config.prefill.chunk_buckets)
+
+    def _decode_core(
+        self, name: str, cache: PageCache, bytes_per_page: int, *, owns_cache: bool
+    ) -> DecodeCore:
+        return DecodeCore(
+            name,
+            cache,
+            self._models,
+            self._config.decode,
+            bytes_per_page,
+            owns_cache=owns_cache,
+        )

@@ -1,0 +1,54 @@
+"""Checks of a request against what is served, before it enters the engine."""
+
+from __future__ import annotations
+
+import math
+
+from pshare_jax.core.messages import MAX_LOGIT_BIAS, MAX_LOGPROBS, Request
+from pshare_jax.errors import RequestError
+
+
+def check_request(request: Request, vocab_size: int, max_model_len: int) -> None:
+    """Refuses what could never be served; the server has checked ranges of wire types.
+
+    Raises:
+        RequestError: names the parameter.
+    """
+    prompt, params = request.prompt_token_ids, request.params
+    if not prompt:
+        raise RequestError("the prompt is empty; it needs at least one token", "prompt")
+    if min(prompt) < 0 or max(prompt) >= vocab_size:
+        wrong = next(t for t in prompt if not 0 <= t < vocab_size)
+        raise RequestError(f"token id {wrong} is out of range 0..{vocab_size - 1}", "prompt")
+    if params.max_tokens < 1:
+        raise RequestError(f"max_tokens must be at least 1, is {params.max_tokens}", "max_tokens")
+    total = len(prompt) + params.max_tokens
+    if total > max_model_len:
+        raise RequestError(
+            f"the prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens}; "
+            f"together they exceed the context length of {max_model_len}",
+            "max_tokens",
+            "context_length_exceeded",
+        )
+    if len(params.logit_bias) > MAX_LOGIT_BIAS:
+        raise RequestError(f"logit_bias has more than {MAX_LOGIT_BIAS} entries", "logit_bias")
+    if wrong := [t for t in params.logit_bias if not 0 <= t < vocab_size]:
+        raise RequestError(
+            f"logit_bias: token id {wrong[0]} is out of range 0..{vocab_size - 1}", "logit_bias"
+        )
+    if not all(map(math.isfinite, params.logit_bias.values())):
+        raise RequestError("logit_bias: every bias must be a finite number", "logit_bias")
+    if params.logprobs is not None and not 0 <= params.logprobs <= min(MAX_LOGPROBS, vocab_size):
+        raise RequestError(f"logprobs must be 0..{MAX_LOGPROBS}", "logprobs")
+    values = {
+        "temperature": (params.temperature, 0.0, 100.0),
+        "top_p": (params.top_p, 0.0, 1.0),
+        "min_p": (params.min_p, 0.0, 1.0),
+        "top_k": (params.top_k, 0, 2**31 - 1),
+        "repetition_penalty": (params.repetition_penalty, 1e-3, 1e3),
+        "presence_penalty": (params.presence_penalty, -1e3, 1e3),
+        "frequency_penalty": (params.frequency_penalty, -1e3, 1e3),
+    }
+    for name, (value, low, high) in values.items():
+        if not (math.isfinite(value) and low <= value <= high):
+            raise RequestError(f"{name} must be {low} .. {high}, is {value}", name)

@@ -1,0 +1,104 @@
+"""What an engine needs of JAX before it is built: devices, dtype, caches, and who lies where."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from pshare_jax.config import ServeConfig
+from pshare_jax.errors import ConfigError
+from pshare_jax.kernels.backends import CPU_FFI, backend_for
+from pshare_jax.sharding.mesh import carve, carve_one, request_cpu_devices
+
+DEVICE_COUNT_VARIABLE = "JAX_NUM_CPU_DEVICES"
+
+
+@dataclass(frozen=True)
+class Meshes:
+    """The meshes of an engine's workers.
+
+    With `one_pool` the prefill worker and the decode worker of each number share a mesh and its
+    pool. With `one_processor` all meshes are virtual devices of one CPU.
+    """
+
+    prefill: list[Mesh]
+    decode: list[Mesh]
+    one_pool: bool
+    one_processor: bool
+
+
+def place(config: ServeConfig) -> Meshes:
+    """Divides this machine's devices among the workers.
+
+    Raises:
+        ConfigError: there are too few, or the sides differ where they are to share a mesh.
+    """
+    prefill, decode, devices = config.prefill, config.decode, jax.devices()
+    one_processor = devices[0].platform == "cpu"
+    needed = num_devices(config)
+    one_pool = config.connector == "same-mesh" or (
+        config.connector == "auto" and len(devices) < needed
+    )
+    if not one_pool:
+        meshes = carve(
+            devices,
+            prefill.engines,
+            prefill.tensor_parallel,
+            decode.engines,
+            decode.tensor_parallel,
+        )
+        return Meshes(*meshes, one_pool=False, one_processor=one_processor)
+    for key in ("engines", "tensor_parallel"):
+        if getattr(prefill, key) != getattr(decode, key):
+            raise ConfigError(
+                f"prefill.{key} is {getattr(prefill, key)} and decode.{key} "
+                f"{getattr(decode, key)}: they must be equal where prefill and decode share meshes "
+                f"(connector is {config.connector}, {needed} devices would be needed for meshes "
+                f"of their own, there are {len(devices)})"
+            )
+    shared = carve_one(devices, decode.engines, decode.tensor_parallel)
+    return Meshes(shared, shared, one_pool=True, one_processor=one_processor)
+
+
+def num_devices(config: ServeConfig) -> int:
+    """Devices that the workers need, each side with meshes of its own unless configured."""
+    sides = (config.decode,) if config.connector == "same-mesh" else (config.prefill, config.decode)
+    return sum(side.engines * side.tensor_parallel for side in sides)
+
+
+def compute_dtype(config: ServeConfig) -> jnp.dtype:
+    """The dtype of weights, activations and KV.
+
+    Unless configured it is bfloat16, but float32 on CPUs where XLA does the products, which in
+    bfloat16 are slow.
+    """
+    if config.dtype != "auto":
+        return jnp.dtype(config.dtype)
+    platform = jax.default_backend()
+    if platform != "cpu":
+        return jnp.dtype(jnp.bfloat16)
+    tensor_parallel = max(config.prefill.tensor_parallel, config.decode.tensor_parallel)
+    if tensor_parallel > 1 or backend_for(config.kernel_backend, platform) != CPU_FFI:
+        return jnp.dtype(jnp.float32)
+    return jnp.dtype(jnp.bfloat16)
+
+
+def prepare_jax(config: ServeConfig) -> None:
+    """Sets up virtual CPU devices and the compilation cache; before JAX is first used.
+
+    A number of devices that the environment says is left alone: with too few for meshes of their
+    own, prefill and decode share one.
+
+    Raises:
+        ConfigError: JAX is running already with too few CPU devices.
+    """
+    if config.connector != "auto" or DEVICE_COUNT_VARIABLE not in os.environ:
+        request_cpu_devices(num_devices(config))
+    if config.compilation_cache_dir and jax.config.values["jax_compilation_cache_dir"] is None:
+        folder = os.path.expanduser(config.compilation_cache_dir)
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -1,0 +1,1 @@
+"""Connectors: how pages get from one pool to another."""

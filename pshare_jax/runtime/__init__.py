@@ -1,0 +1,1 @@
+"""What carries out a core's plans on devices: programs, executors, pools."""

@@ -1,0 +1,200 @@
+"""Every jitted program that serving runs, with its shapes, donation and shardings.
+
+Executors run them, warm-up compiles them, and `bench compile` compiles them for hardware that is
+not there; all of them read this list.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pshare_jax.config import DecodeConfig
+from pshare_jax.core.buckets import TRANSFER_BUCKETS
+from pshare_jax.core.messages import MAX_LOGIT_BIAS
+from pshare_jax.core.prefill import chunk_shapes
+from pshare_jax.kernels.page_transfer.api import (
+    copy_pages,
+    gather_pages,
+    page_checksums,
+    scatter_pages,
+)
+from pshare_jax.runtime.decode_inputs import DecodeInputs
+from pshare_jax.runtime.host_arrays import host_array
+from pshare_jax.runtime.layout import PageLayout
+from pshare_jax.runtime.sampler import empty_history
+from pshare_jax.runtime.steps import (
+    Rows,
+    StepSpec,
+    admit,
+    decode_steps,
+    prefill_chunk,
+    replay_chunk,
+)
+from pshare_jax.sharding.rules import pool_sharding, replicated
+
+
+class Slot(Enum):
+    """An argument or result that lies on the devices from call to call."""
+
+    WEIGHTS = "weights"
+    ADAPTERS = "adapters"
+    POOL = "pool"
+    HISTORY = "history"
+    STAGED = "staged"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One shape of one program.
+
+    Args:
+        name: of the program.
+        function: under jit.
+        arguments: slots, and host arrays that are padding throughout, so that a call changes
+            nothing but page 0 and the spare row of the history.
+        results: the slots that the results replace, None for others.
+        size: what tells it from other calls of the program: rows, tokens or pages.
+    """
+
+    name: str
+    function: Any
+    arguments: tuple[Any, ...]
+    results: tuple[Slot | None, ...]
+    size: tuple[int, ...]
+
+
+class Programs:
+    """The programs of one mesh.
+
+    Args:
+        spec: model and kernel backend.
+        layout: page shape.
+        mesh: its devices.
+        max_model_len: most tokens of a sequence.
+        chunk_buckets: lengths of prefill chunks, in tokens.
+        decode: batch sizes and limits of a decode worker.
+    """
+
+    def __init__(
+        self,
+        spec: StepSpec,
+        layout: PageLayout,
+        mesh: Mesh,
+        max_model_len: int,
+        chunk_buckets: list[int],
+        decode: DecodeConfig,
+    ):
+        self.spec = spec
+        self.layout = layout
+        self.max_model_len = max_model_len
+        self.chunk_buckets = chunk_buckets
+        self.config = decode
+        self.inputs = DecodeInputs(
+            decode.max_num_seqs, layout, max_model_len, spec, decode.shared_prefix
+        )
+        self.pool_sharding = pool_sharding(mesh, layout.num_kv_heads)
+        self.staging = NamedSharding(mesh, PartitionSpec(None, *self.pool_sharding.spec))
+        """How pages lie that are on their way to or from a pool of this mesh."""
+        self.everywhere = replicated(mesh)
+        pages = layout.placement(self.pool_sharding)
+        backend = spec.backend
+        self.history = jax.jit(
+            functools.partial(empty_history, decode.max_num_seqs, max_model_len),
+            out_shardings=self.everywhere,
+        )
+        self.chunk = jax.jit(
+            functools.partial(prefill_chunk, spec),
+            donate_argnums=1,
+            out_shardings=(pages, self.everywhere),
+        )
+        self.copy = jax.jit(
+            functools.partial(copy_pages, backend=backend), donate_argnums=0, out_shardings=pages
+        )
+        self.gather = jax.jit(
+            functools.partial(gather_pages, backend=backend), out_shardings=self.staging
+        )
+        self.checksum = jax.jit(
+            functools.partial(page_checksums, backend=backend), out_shardings=self.everywhere
+        )
+        self.scatter = jax.jit(
+            functools.partial(scatter_pages, backend=backend),
+            donate_argnums=0,
+            out_shardings=pages,
+        )
+        self.admit = jax.jit(admit, donate_argnums=0, out_shardings=self.everywhere)
+        self.replay = jax.jit(
+            functools.partial(replay_chunk, spec),
+            donate_argnums=2,
+            out_shardings=(pages, self.everywhere),
+        )
+        self.decode = jax.jit(
+            functools.partial(decode_steps, spec, decode.steps_per_dispatch),
+            donate_argnums=(2, 3),
+            out_shardings=(pages, self.everywhere, self.everywhere),
+        )
+
+    def staged_shape(self, count: int) -> tuple[int, ...]:
+        """Shape of `count` pages of all layers on their way."""
+        return (self.layout.num_layers, *self.layout.layer_shape(count))
+
+    def prefill_calls(self) -> Iterator[Call]:
+        """What covering prompts runs."""
+        for rows, tokens in chunk_shapes(self.chunk_buckets):
+            arguments = (Slot.WEIGHTS, Slot.POOL, _ints(rows, tokens), self._no_rows(rows))
+            yield Call("chunk", self.chunk, arguments, (Slot.POOL, None), (rows, tokens))
+        yield self.copy_call()
+
+    def copy_call(self) -> Call:
+        """Copying one page within the pool."""
+        return Call("copy", self.copy, (Slot.POOL, _ints(1), _ints(1)), (Slot.POOL,), (1,))
+
+    def sending_calls(self) -> Iterator[Call]:
+        """What putting pages on offer runs."""
+        for count in TRANSFER_BUCKETS:
+            arguments = (Slot.POOL, _ints(count))
+            yield Call("gather", self.gather, arguments, (Slot.STAGED,), (count,))
+            yield Call("checksum", self.checksum, (Slot.STAGED,), (None,), (count,))
+
+    def receiving_calls(self) -> Iterator[Call]:
+        """What storing pages that have come runs."""
+        for count in TRANSFER_BUCKETS:
+            yield Call("checksum", self.checksum, (Slot.STAGED,), (None,), (count,))
+            arguments = (Slot.POOL, Slot.STAGED, _ints(count))
+            yield Call("scatter", self.scatter, arguments, (Slot.POOL,), (count,))
+
+    def decode_calls(self) -> Iterator[Call]:
+        """What generating runs."""
+        bias = np.full(MAX_LOGIT_BIAS, -1, np.int32), np.zeros(MAX_LOGIT_BIAS, np.float32)
+        spare = np.int32(self.config.max_num_seqs)
+        tokens = _ints(self.max_model_len)
+        arguments = (Slot.HISTORY, spare, tokens, *bias)
+        yield Call("admit", self.admit, arguments, (Slot.HISTORY,), (1,))
+        modules = (Slot.WEIGHTS, Slot.ADAPTERS, Slot.POOL)
+        for bucket in self.config.replay_buckets:
+            index = host_array([-1], np.int32)
+            arguments = (*modules, _ints(1, bucket), self._no_rows(1), index)
+            yield Call("replay", self.replay, arguments, (Slot.POOL, None), (1, bucket))
+        for bucket in self.config.batch_buckets:
+            for inputs in self.inputs.warm_up(bucket):
+                yield Call(
+                    "decode" if inputs.runs is None else "decode, shared pages",
+                    self.decode,
+                    (*modules, Slot.HISTORY, inputs),
+                    (Slot.POOL, Slot.HISTORY, None),
+                    (bucket,),
+                )
+
+    def _no_rows(self, batch: int) -> Rows:
+        return self.inputs.rows([], [], [], batch)
+
+
+def _ints(*shape: int) -> jax.Array:
+    return host_array(np.zeros(shape), np.int32)
