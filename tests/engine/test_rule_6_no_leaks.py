@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 
 from pshare_jax.core.messages import FinishReason, RequestOutput
 from pshare_jax.errors import EngineDeadError
-from tests.engine.harness import Client, Models, Reply, running, serve_config, wait_until
+from tests.engine.harness import Client, Models, Reply, held, running, serve_config, wait_until
 from tests.helpers import tiny_config
 
 NUM_REQUESTS = 70
@@ -166,48 +165,44 @@ def two_models() -> Models:
 
 
 @pytest.mark.parametrize(
-    ("side", "step"),
+    ("side", "program", "survivors"),
     [
-        ("prefill", "_chunk"),
-        ("prefill", "_sender._gather"),
-        ("decode", "_receiver._scatter"),
-        ("decode", "_replay"),
-        ("decode", "_decode"),
+        ("prefill", "chunk", 3),
+        ("prefill", "gather", 3),
+        ("decode", "scatter", 0),
+        ("decode", "replay", 0),
+        ("decode", "decode", 0),
     ],
 )
-def test_a_failing_step_fails_all_requests(
-    two_models: Models, side: str, step: str, monkeypatch: pytest.MonkeyPatch
+def test_a_failing_step_fails_what_its_worker_has(
+    two_models: Models, side: str, program: str, survivors: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every request that is alive ends with an error, and nothing is taken on any more."""
+    """What runs in decode is not touched by a prefill worker's end; nothing new is taken on."""
 
     def fail(*args: Any) -> None:
         raise RuntimeError("out of memory")
 
-    gate = threading.Event()
     with running(two_models, serve_config()) as client:
         engine = client.engine
-        # The decode thread, whose turn it is, stands still until everything is in place.
-        replies = [
-            client.submit("full", [i] * 20, 100, then=lambda _: gate.wait(60)) for i in range(3)
-        ]
-        replies[0].next_event()
-        owner = getattr(engine, f"_{side}")[0]
-        *path, attribute = step.split(".")
-        for name in path:
-            owner = getattr(owner, name)
-        monkeypatch.setattr(owner, attribute, fail)
-        replies.append(client.submit("tail3", [7] * 30, 90))
-        gate.set()
+        with held(client):
+            replies = [client.submit("full", [i] * 20, 30) for i in range(3)]
+            wait_until(lambda: engine.stats().running["full"] == 3)
+            [worker] = getattr(engine.workers, side)
+            monkeypatch.setattr(worker.executor.programs, program, fail)
+            replies.append(client.submit("tail3", [7] * 30, 90))
         for reply in replies:
             reply.wait()
+        assert [reply.reason for reply in replies[:survivors]] == [FinishReason.LENGTH] * survivors
+        for reply in replies[survivors:]:
             assert reply.reason is FinishReason.ERROR
             assert reply.error is not None
             assert "out of memory" in reply.error
+        assert engine.failed_workers == {f"{side}0": "RuntimeError: out of memory"}
         assert engine.dead is not None
         assert f"{side}0" in engine.dead
         with pytest.raises(EngineDeadError, match="out of memory"):
             client.submit("full", [1])
-        assert engine.stats().finished["full", FinishReason.ERROR] == 3
+        assert engine.stats().finished["full", FinishReason.LENGTH] == survivors
 
 
 def test_stop_ends_what_runs(two_models: Models) -> None:

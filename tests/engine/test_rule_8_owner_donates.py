@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -12,14 +12,17 @@ import pytest
 
 from pshare_jax.config import DecodeConfig, PrefillConfig
 from pshare_jax.engine.orchestrator import Orchestrator
+from pshare_jax.runtime.executor import DecodeExecutor, GroupWeights, PrefillExecutor
+from pshare_jax.runtime.programs import Call, Slot
 from tests.engine.harness import Client, Models, every_kind, serve_config
 
 
 def test_rule_8_owner_donates(client: Client) -> None:
-    for engine in (*client.engine._prefill, *client.engine._decode):
-        pool = engine._pool
-        assert engine._thread is not None
-        assert pool._owner == engine._thread.ident
+    for worker in (*client.engine.workers.prefill, *client.engine.workers.decode):
+        pool = worker.executor.pool
+        thread = client.engine._thread_of[worker.name]._thread
+        assert thread is not None
+        assert pool._owner == thread.ident
         for touch in (
             pool.own,
             pool.disown,
@@ -32,18 +35,15 @@ def test_rule_8_owner_donates(client: Client) -> None:
 
 def test_steps_donate_the_pool(client: Client) -> None:
     """Every step leaves the arrays it was given deleted, and the buffers where they were."""
-    engines = (client.engine._prefill[0], client.engine._decode[0])
-    old = [engine._pool._pages for engine in engines]
+    workers = client.engine.workers
+    pools = [worker.executor.pool for worker in (*workers.prefill, *workers.decode)]
+    old = [pool._pages for pool in pools]
     addresses = [[page.unsafe_buffer_pointer() for page in pages] for pages in old]
     client.generate("lora-tail5", list(range(30)), 20, cache_salt="donate")
-    for engine, pages, where in zip(engines, old, addresses, strict=True):
+    for pool, pages, where in zip(pools, old, addresses, strict=True):
         assert all(page.is_deleted() for page in pages)
-        assert [page.unsafe_buffer_pointer() for page in engine._pool._pages] == where
-    assert threading.get_ident() not in {engine._pool._owner for engine in engines}
-
-
-class Lowered(Exception):  # noqa: N818
-    """Carries what a step would have run."""
+        assert [page.unsafe_buffer_pointer() for page in pool._pages] == where
+    assert threading.get_ident() not in {pool._owner for pool in pools}
 
 
 @pytest.fixture(scope="module")
@@ -54,21 +54,10 @@ def optimised() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", True)
 
 
-def compiled(owner: Any, step: str, run: Any) -> Any:
-    """The executable of jitted `owner.step` for the arguments with which `run` calls it."""
-    jitted = getattr(owner, step)
-
-    def catch(*args: Any) -> None:
-        raise Lowered(jitted.lower(*args).compile())
-
-    setattr(owner, step, catch)
-    try:
-        run()
-    except Lowered as found:
-        return found.args[0]
-    finally:
-        setattr(owner, step, jitted)
-    raise AssertionError(f"{step} was not called")
+def compiled(call: Call, given: dict[Slot, Any]) -> Any:
+    """The executable of a program for the arguments that serving calls it with."""
+    arguments = [given[a] if isinstance(a, Slot) else a for a in call.arguments]
+    return call.function.lower(*arguments).compile()
 
 
 @pytest.mark.usefixtures("optimised")
@@ -88,43 +77,46 @@ def test_no_step_copies_the_pool(steps: int) -> None:
         ),
     )
     engine = Orchestrator(config, models.base_source, models.sources)
-    prefill, decode = engine._prefill[0], engine._decode[0]
-    prefill._pool.own()
-    decode._pool.own()
-    weights = prefill._weights["base"]
-    groups = decode._groups
-    inputs = next(iter(decode._inputs.warm_up(4)))
-    staged = prefill._sender.move(prefill._pool, [0], [0], decode.staging)
-    programs = {
-        "decode": compiled(
-            decode, "_decode", lambda: decode._dispatch(groups["full/full"], inputs)
-        ),
-        "decode lora": compiled(
-            decode, "_decode", lambda: decode._dispatch(groups["lora"], inputs)
-        ),
-    }
-    if steps == 1:
-        programs |= {
-            "chunk": compiled(
-                prefill, "_chunk", lambda: prefill._run_chunk(weights, [], 0, [0] * 16, 0)
-            ),
-            "copy": compiled(prefill, "_copy", lambda: prefill._copy_page(0, 0)),
-            "gather": compiled(
-                prefill._sender,
-                "_gather",
-                lambda: prefill._sender.move(prefill._pool, [0], [0], decode.staging),
-            ),
-            "scatter": compiled(
-                decode._receiver, "_scatter", lambda: decode._receiver.store(decode._pool, staged)
-            ),
-            "replay": compiled(
-                decode, "_replay", lambda: decode._extend(groups["lora"], [], 0, [], 4, -1)
-            ),
+    prefill, decode = engine.workers.prefill[0].executor, engine.workers.decode[0].executor
+    layout = prefill.programs.layout
+    layer = np.prod(layout.layer_shape(num_pages)) * 4
+    assert layer * 2 == layout.bytes_per_page * num_pages
+
+    def given(executor: PrefillExecutor | DecodeExecutor, group: GroupWeights) -> dict[Slot, Any]:
+        staged = np.zeros(executor.programs.staged_shape(1), np.float32)
+        return {
+            Slot.WEIGHTS: group.weights,
+            Slot.ADAPTERS: group.adapters,
+            Slot.POOL: executor.pool._pages,
+            Slot.HISTORY: decode._history,
+            Slot.STAGED: jax.device_put(staged, executor.programs.staging),
         }
-    layer = np.prod(decode._layout.layer_shape(num_pages)) * 4
-    assert layer * 2 == decode._layout.bytes_per_page * num_pages
-    for name, program in programs.items():
-        memory = program.memory_analysis()
-        assert memory.temp_size_in_bytes < layer / 4, name
-        if name != "gather":
-            assert memory.alias_size_in_bytes >= 2 * layer, name
+
+    def one_of_each(calls: Iterable[Call]) -> list[Call]:
+        return list({call.name: call for call in reversed(list(calls))}.values())
+
+    cases = [
+        (call, given(decode, decode._groups[group]))
+        for group in ("full/full", "lora")
+        for call in one_of_each(decode.programs.decode_calls())
+        if steps == 1 or call.name == "decode"
+    ]
+    if steps == 1:
+        base = GroupWeights(prefill._weights["base"])
+        cases += [
+            (call, given(prefill, base))
+            for call in one_of_each(
+                [*prefill.programs.prefill_calls(), *prefill.programs.sending_calls()]
+            )
+        ]
+        cases += [
+            (call, given(decode, base)) for call in one_of_each(decode.programs.receiving_calls())
+        ]
+    for call, arguments in cases:
+        memory = compiled(call, arguments).memory_analysis()
+        assert memory.temp_size_in_bytes < layer / 4, call.name
+        if Slot.POOL in call.results:
+            assert memory.alias_size_in_bytes >= 2 * layer, call.name
+    names = {call.name for call, _ in cases}
+    expected = {"chunk", "copy", "gather", "checksum", "scatter", "replay", "decode", "admit"}
+    assert names == (expected if steps == 1 else {"decode"})
