@@ -12,6 +12,7 @@ from jax.sharding import Mesh, Sharding
 from pshare_jax.config import ModelEntry, ServeConfig, Sharing
 from pshare_jax.convert.manifest import Manifest, read_manifest
 from pshare_jax.convert.orbax import load_weights
+from pshare_jax.core.split_rule import LAST_TOKEN, LastTokens
 from pshare_jax.engine.decode import GroupWeights
 from pshare_jax.engine.sequence import ModelKind, ModelRuntime
 from pshare_jax.errors import CheckpointError, ConfigError
@@ -37,6 +38,7 @@ class BaseSource:
     config: ModelConfig
     fingerprint: str
     load: LoadTensors
+    former_fingerprints: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def checkpoint_sources(config: ServeConfig, dtype: Any) -> tuple[BaseSource, lis
     def loader(source: Manifest) -> LoadTensors:
         return lambda shardings: load_weights(source, dtype=dtype, shardings=shardings)
 
-    base = BaseSource(manifest.config, manifest.fingerprint, loader(manifest))
+    base = BaseSource(manifest.config, manifest.fingerprint, loader(manifest), manifest.former)
     return base, [_model_source(entry, base, loader) for entry in config.models]
 
 
@@ -83,7 +85,9 @@ def _model_source(
             f"models.{entry.name}.checkpoint: {entry.checkpoint} is a prefill checkpoint; name a "
             "decode module, or `identity` for the base's own weights"
         )
-    check_certificate(manifest.certificate, base.fingerprint, entry.sharing, entry.name)
+    check_certificate(
+        manifest.certificate, base.fingerprint, entry.sharing, entry.name, base.former_fingerprints
+    )
     return ModelSource(
         entry.name,
         manifest.certificate.kind,
@@ -100,7 +104,8 @@ def runtimes(
     """The engines' view of each model, by name.
 
     Raises:
-        ConfigError: no models, a name that is used twice, or a decode engine that does not exist.
+        ConfigError: no models, a name that is used twice, a decode engine that does not exist, or
+            a split rule that is not served.
     """
     if not sources:
         raise ConfigError("models: at least one model must be served")
@@ -121,7 +126,7 @@ def runtimes(
             name=source.name,
             kind=source.kind,
             sharing=source.sharing,
-            tail=source.certificate.tail if source.certificate else 1,
+            tail=_tail(source),
             prefill_weights=source.name if isolated else BASE,
             namespace=f"isolated/{source.name}" if isolated else base.fingerprint,
             group=LORA_GROUP if is_lora else f"full/{source.name}",
@@ -130,6 +135,16 @@ def runtimes(
         )
         num_lora += is_lora
     return table
+
+
+def _tail(source: ModelSource) -> int:
+    rule = source.certificate.tail if source.certificate else LAST_TOKEN
+    if not isinstance(rule, LastTokens):
+        raise ConfigError(
+            f"models.{source.name}: its tail is {rule.to_json()}; the engine serves modules whose "
+            "tail is a number of tokens"
+        )
+    return rule.count
 
 
 class WeightLoader:
