@@ -12,7 +12,7 @@ import numpy as np
 
 from pshare_jax.convert.manifest import TOKENIZER_FOLDER, read_manifest
 from pshare_jax.convert.orbax import load_weights
-from pshare_jax.core.split_rule import LAST_TOKEN, SplitRule
+from pshare_jax.core.split_rule import LAST_TOKEN, LastMessage, LastTokens
 from pshare_jax.evals.grading import grade
 from pshare_jax.evals.intervals import bootstrap_interval
 from pshare_jax.evals.items import Item
@@ -156,6 +156,6 @@ def cover_share(share: float) -> Cover:
     return lambda prompt: min(int(share * len(prompt)), LAST_TOKEN.split(prompt).covered)
 
 
-def cover_by(rule: SplitRule) -> Cover:
+def cover_by(rule: LastTokens | LastMessage) -> Cover:
     """As a module of that split rule is served."""
     return lambda prompt: rule.split(prompt).covered

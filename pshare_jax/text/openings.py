@@ -21,6 +21,7 @@ _MARK = "Markedly"
 _CONTENTS = (
     *("Question", "user", "a", "Z", "1", "007", "é", "日本", "🙂", "_", '"x"', "{}", "[]", "<x>"),
     *("'s", "(x)", ":", "/x", ">", "]", "-", " x", "  x", "\tx", "\nx", "\n\nx", "\r\nx"),
+    "\u0301x",
 )
 """Texts that begin unlike each other: what tokenizers merge with the end of an opening differs."""
 _ANSWERS = (_BEFORE, "yes.", "1", "é", "日本", "🙂", "}", "]", ">", "x ", "x\n")

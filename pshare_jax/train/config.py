@@ -10,13 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pshare_jax.config import DType
-from pshare_jax.core.split_rule import (
-    LAST_MESSAGE,
-    Invocation,
-    LastMessage,
-    TailSetting,
-    parse_rule,
-)
+from pshare_jax.core.split_rule import LAST_MESSAGE, Invocation, TailSetting, parse_rule
 from pshare_jax.errors import ConfigError
 
 Mode = Literal["cache-conditioned", "full", "distill"]
@@ -348,8 +342,6 @@ def _check_tail(config: TrainConfig) -> None:
         rule = parse_rule(config.tail)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if isinstance(rule, LastMessage):
-        raise ConfigError(f"tail: say {LAST_MESSAGE} only; the base's chat template says the rest")
     if isinstance(rule, Invocation) and not config.lora.rank:
         raise ConfigError(
             "tail: an invocation is for LoRA modules, since the base answers without it; set "
