@@ -1,1 +1,1 @@
-"""The host-only core: what is decided without a device, and without JAX in the import graph."""
+"""The engine's decisions as pure state machines: no jax, no threads, no clock."""
