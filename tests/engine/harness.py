@@ -107,7 +107,7 @@ class Models:
     ) -> None:
         sharing = "isolated" if isolated else "shared"
         self.full_weights[name] = full
-        self.tails[name] = certificate.tail if certificate else 1
+        self.tails[name] = certificate.tail.count if certificate else 1
         self.sources.append(ModelSource(name, kind, sharing, loader(weights), certificate))
 
     def _certificate(self, tail: int) -> Certificate:
