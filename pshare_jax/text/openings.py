@@ -139,11 +139,14 @@ def _opening_text(tokenizer: Tokenizer, earlier: list[Message], message: Message
     """What the template writes between the end of `earlier` and a content.
 
     Raises:
-        ValueError: `earlier`, which hold `_BEFORE`, do not end as they do when nothing follows.
+        ValueError: a message is left out, or `earlier`, which hold `_BEFORE`, do not end as they do
+            when nothing follows.
     """
     alone = _render(tokenizer, earlier)
-    closing = alone[alone.rindex(_BEFORE) + len(_BEFORE) :]
     text = _render(tokenizer, [*earlier, {**message, "content": _MARK}])
+    if _BEFORE not in alone or _BEFORE not in text or _MARK not in text:
+        raise ValueError("it leaves messages out")
+    closing = alone[alone.rindex(_BEFORE) + len(_BEFORE) :]
     between = text[text.rindex(_BEFORE) + len(_BEFORE) : text.rindex(_MARK)]
     if not between.startswith(closing) or between == closing:
         raise ValueError("a message does not end as it does when it is the last one")

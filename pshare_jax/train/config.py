@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -352,57 +351,3 @@ def _check_tail(config: TrainConfig) -> None:
 def as_json(config: TrainConfig) -> dict[str, Any]:
     """The configuration as a JSON object."""
     return dataclasses.asdict(config)
-
-
-_CHANGEABLE = (
-    "output",
-    # The base and the data are compared by their contents.
-    "base",
-    "data.train",
-    "data.eval",
-    "remat",
-    "kernel_backend",
-    "compilation_cache_dir",
-    "kv_cache",
-    "mesh",
-    "distributed",
-    "checkpoint",
-    "report",
-)
-
-
-def check_resumable(
-    config: TrainConfig, recorded: Mapping[str, Any], now: Mapping[str, Any]
-) -> None:
-    """Checks that a run may go on: what decides its weights must be as it was at its start.
-
-    Where it is reported, saved, kept and computed may change.
-
-    Args:
-        config: of now.
-        recorded: of the start, `config` (see `as_json`) and other facts as JSON objects.
-        now: the same of now.
-
-    Raises:
-        ConfigError: names the first key that differs.
-    """
-    before = _flat(recorded)
-    for key, value in _flat(now).items():
-        name = key.removeprefix("config.")
-        if name != key and any(name == c or name.startswith(f"{c}.") for c in _CHANGEABLE):
-            continue
-        if before.get(key) != value:
-            raise ConfigError(
-                f"output: {config.output} holds a run with {name} = {before.get(key)!r}, not "
-                f"{value!r}; choose another output, or remove that folder"
-            )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

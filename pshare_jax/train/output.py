@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,29 @@ from pshare_jax.convert.manifest import Manifest, read_json, read_manifest
 from pshare_jax.convert.orbax import write_decode
 from pshare_jax.convert.tensors import DTYPES
 from pshare_jax.core.split_rule import SplitRule
-from pshare_jax.train.config import TrainConfig, as_json, check_resumable
+from pshare_jax.errors import ConfigError
+from pshare_jax.train.config import TrainConfig, as_json
 from pshare_jax.train.data import Dataset, files_sha256
 
 RUN_FILE = "run.json"
 RECORD_FILE = "training.json"
 MODULE_FOLDER = "decode_module"
 _PACKAGES = ("pshare_jax", "jax", "jaxlib", "flax", "optax", "grain", "orbax-checkpoint", "numpy")
+_CHANGEABLE = (
+    "output",
+    # The base and the data are compared by their contents.
+    "base",
+    "data.train",
+    "data.eval",
+    "remat",
+    "kernel_backend",
+    "compilation_cache_dir",
+    "kv_cache",
+    "mesh",
+    "distributed",
+    "checkpoint",
+    "report",
+)
 
 
 def open_run(
@@ -53,7 +70,7 @@ def open_run(
     }
     path = config.folder / RUN_FILE
     if path.is_file():
-        check_resumable(config, _recorded(path, base), identity)
+        _check_resumable(config, _recorded(path, base), identity)
     elif write:
         replace_file(path, json.dumps(identity, indent=2) + "\n")
     return identity
@@ -91,7 +108,7 @@ def finished_record(config: TrainConfig) -> dict[str, Any] | None:
         "eval_sha256": files_sha256(config.data.eval) if config.data.eval else None,
     }
     now = {"config": known, "base": base.fingerprint, "data": hashes}
-    check_resumable(config, record, now)
+    _check_resumable(config, record, now)
     return record
 
 
@@ -136,3 +153,40 @@ def write_module(
         extra_files={RECORD_FILE: (json.dumps(record, indent=2) + "\n").encode()},
     )
     return record
+
+
+def _check_resumable(
+    config: TrainConfig, recorded: Mapping[str, Any], now: Mapping[str, Any]
+) -> None:
+    """Checks that a run may go on: what decides its weights must be as it was at its start.
+
+    Where it is reported, saved, kept and computed may change.
+
+    Args:
+        config: of now.
+        recorded: of the start, `config` (see `as_json`) and other facts as JSON objects.
+        now: the same of now.
+
+    Raises:
+        ConfigError: names the first key that differs.
+    """
+    before = _flat(recorded)
+    for key, value in _flat(now).items():
+        name = key.removeprefix("config.")
+        if name != key and any(name == c or name.startswith(f"{c}.") for c in _CHANGEABLE):
+            continue
+        if before.get(key) != value:
+            raise ConfigError(
+                f"output: {config.output} holds a run with {name} = {before.get(key)!r}, not "
+                f"{value!r}; choose another output, or remove that folder"
+            )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -230,6 +230,7 @@ def test_whatever_the_message_its_opening_is_found(tmp_path, content):
             "a user message does not begin at the border of a token",
         ),
         ("{{ raise_exception('never') }}", "never"),
+        ("{{ '<|im_start|>' + messages[0].content }}", "it leaves messages out"),
     ],
 )
 def test_other_templates_are_refused(tmp_path, template, reason):
