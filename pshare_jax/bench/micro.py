@@ -22,6 +22,7 @@ from pshare_jax.bench.micro_rates import Rate, Rates
 from pshare_jax.bench.micro_targets import MODEL, EngineTarget, Target, VllmTarget
 from pshare_jax.bench.profile import Profile, read_profile, traced
 from pshare_jax.config import DecodeConfig, DType, ModelEntry, PrefillConfig, ServeConfig
+from pshare_jax.core.split_rule import LAST_TOKEN
 from pshare_jax.engine.loader import BaseSource, ModelSource, checkpoint_sources
 from pshare_jax.engine.orchestrator import Orchestrator, compute_dtype, prepare_jax
 from pshare_jax.kernels.backends import backend_for
@@ -247,6 +248,13 @@ def _random_lora(base: BaseSource, i: int, rank: int, dtype: jnp.dtype) -> Model
         return jax.device_put(arrays, shardings)
 
     certificate = Certificate(
-        base.fingerprint, 1, "lora", True, f"random-{i}", rank, float(rank), LORA_TARGETS
+        prefill_fingerprint=base.fingerprint,
+        tail=LAST_TOKEN,
+        kind="lora",
+        cache_conditioned=True,
+        weights_fingerprint=f"random-{i}",
+        lora_rank=rank,
+        lora_alpha=float(rank),
+        lora_targets=LORA_TARGETS,
     )
     return ModelSource(_lora_name(i), "lora", "shared", load, certificate)

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from pshare_jax.bench.accelerators import Accelerator
 from pshare_jax.bench.compile_programs import DTYPE, Program, Sizes, abstract, bytes_per_device
+from pshare_jax.core.split_rule import LAST_TOKEN
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.weights import LORA_TARGETS
 from pshare_jax.sharding.rules import DATA, FSDP, TENSOR
@@ -62,7 +63,7 @@ def training_programs(
 def _row(sizes: Sizes) -> Row:
     end = sizes.train_prompt + sizes.train_answer
     example = Example(np.zeros(end, np.int32), (Turn(sizes.train_prompt, end),), "")
-    return make_row(example, tail=1)
+    return make_row(example, LAST_TOKEN)
 
 
 class _Training:

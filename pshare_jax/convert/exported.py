@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from pshare_jax.convert.manifest import Manifest
+from pshare_jax.core.split_rule import SplitRule, parse_rule
 from pshare_jax.errors import CertificateError
 from pshare_jax.models.split import Certificate
 
@@ -24,13 +26,14 @@ class Statement:
     """What of a certificate does not depend on the format of the weights; see `Certificate`."""
 
     prefill_fingerprint: str
-    tail: int
+    tail: SplitRule
     cache_conditioned: bool
 
 
 def write_statement(folder: Path, certificate: Certificate) -> None:
     """Writes what `certificate` says into `folder`."""
-    fields = {name: getattr(certificate, name) for name in Statement.__dataclass_fields__}
+    values = certificate.to_json()
+    fields = {name: values[name] for name in Statement.__dataclass_fields__}
     (folder / STATEMENT_FILE).write_text(json.dumps(fields, indent=2) + "\n")
 
 
@@ -44,10 +47,12 @@ def read_statement(source: str | Path | None, base: Manifest) -> Statement | Non
     if source is None or not path.is_file():
         return None
     try:
-        statement = msgspec.json.decode(path.read_bytes(), type=Statement)
-    except (msgspec.DecodeError, OSError) as error:
+        fields = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        tail = parse_rule(fields.get("tail"))
+        statement = msgspec.convert({**fields, "tail": tail}, Statement)
+    except (ValueError, OSError) as error:  # msgspec's are ValueErrors
         raise CertificateError(f"{path}: cannot be read: {error}") from error
-    if statement.prefill_fingerprint != base.fingerprint:
+    if base.current(statement.prefill_fingerprint) != base.fingerprint:
         raise CertificateError(
             f"{source}: made for the base {statement.prefill_fingerprint[:12]}, but {base.folder} "
             f"is {base.fingerprint[:12]}; convert it against its own base"

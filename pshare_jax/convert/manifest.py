@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,8 @@ from pshare_jax.convert.files import one_line
 from pshare_jax.convert.tensors import DTYPES
 from pshare_jax.errors import CertificateError, CheckpointError
 from pshare_jax.models.config import Llama3RopeScaling, ModelConfig
-from pshare_jax.models.split import Certificate, prefill_fingerprint
+from pshare_jax.models.fingerprint import former_fingerprints, prefill_fingerprint
+from pshare_jax.models.split import Certificate
 from pshare_jax.models.weights import WeightSpec, lora_specs, weight_specs
 
 FORMAT = 1
@@ -58,12 +59,14 @@ class Manifest:
         config: the architecture; a decode module's is its base's.
         dtype: dtype name of all tensors.
         fingerprint: hash of weights, architecture and tokenizer. For a prefill checkpoint it is the
-            prefill fingerprint; for a decode module its certificate's `weights_fingerprint`.
+            prefill fingerprint; for a decode module its certificate's `weights_fingerprint`. Always
+            of the current version, whatever the file states.
         tokenizer_hash: SHA-256 (hex) of `tokenizer.json`; a decode module has its base's.
         certificate: a decode module's; None for a prefill checkpoint.
         tensors: the stored tensors by name.
         source_config: the Hugging Face `config.json` that it was imported from, if any: an export
             gives back what `ModelConfig` does not carry.
+        former: what earlier versions called it; the file may state one of these.
     """
 
     folder: Path
@@ -75,6 +78,11 @@ class Manifest:
     certificate: Certificate | None
     tensors: Mapping[str, TensorEntry]
     source_config: Mapping[str, Any] | None = None
+    former: tuple[str, ...] = ()
+
+    def current(self, fingerprint: str) -> str:
+        """The current name for a former one of this checkpoint; any other name as it is."""
+        return self.fingerprint if fingerprint in self.former else fingerprint
 
     @property
     def specs(self) -> dict[str, WeightSpec]:
@@ -104,17 +112,39 @@ def tokenizer_hash(files: Mapping[str, bytes]) -> str:
     return hashlib.sha256(files[TOKENIZER_FILE]).hexdigest()
 
 
-def fingerprint_of(
-    config: ModelConfig, entries: Mapping[str, TensorEntry], tokenizer_hash: str
-) -> str:
-    """The fingerprint of full weights of known hashes; a base and a copy of it have the same."""
+def fingerprints(
+    config: ModelConfig,
+    entries: Mapping[str, TensorEntry],
+    tokenizer_hash: str,
+    certificate: Certificate | None,
+) -> tuple[str, tuple[str, ...]]:
+    """The fingerprint of a checkpoint's tensors, and what earlier versions called them.
+
+    A base and a full decode module that is a copy of it have the same.
+
+    Args:
+        config: the architecture.
+        entries: the tensors, with their hashes.
+        tokenizer_hash: of the base's `tokenizer.json`.
+        certificate: a decode module's. LoRA factors depend on their rank and alpha besides
+            themselves, and on no tokenizer.
+    """
     hashes = {name: entry.sha256 for name, entry in entries.items()}
-    return prefill_fingerprint(config, hashes, tokenizer_hash)
-
-
-def lora_context(certificate: Certificate) -> str:
-    """What LoRA factors depend on besides themselves, in place of a tokenizer's hash."""
-    return f"{certificate.prefill_fingerprint} {certificate.lora_rank} {certificate.lora_alpha}"
+    if certificate is None or certificate.kind == "full":
+        return (
+            prefill_fingerprint(config, hashes, tokenizer_hash),
+            former_fingerprints(config, hashes, tokenizer_hash),
+        )
+    rank, alpha = certificate.lora_rank, certificate.lora_alpha
+    assert alpha is not None
+    context = f"{certificate.prefill_fingerprint} {rank}"
+    former = (
+        name
+        # Alpha was written as it had been given, an integer or not.
+        for written in dict.fromkeys((str(alpha), f"{alpha:g}"))
+        for name in former_fingerprints(config, hashes, f"{context} {written}")
+    )
+    return prefill_fingerprint(config, hashes, f"lora {rank} {float(alpha)}"), tuple(former)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -156,9 +186,13 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_manifest(folder: str | Path) -> Manifest:
     """Reads and checks what the checkpoint in `folder` says about itself; no tensor is read.
 
+    A fingerprint of an earlier version is recognised: the manifest has the current one, the file
+    stays as it is.
+
     Raises:
-        CheckpointError: no checkpoint, a malformed file, another format, or tensors that are
-            missing, unexpected or misshapen for the architecture; names the first.
+        CheckpointError: no checkpoint, a malformed file, another format, tensors that are missing,
+            unexpected or misshapen for the architecture (names the first), or a fingerprint that
+            is not theirs.
     """
     folder = Path(folder).expanduser()
     path = folder / MANIFEST_FILE
@@ -199,7 +233,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     if (manifest.kind, manifest.certificate is None) not in (("prefill", True), ("decode", False)):
         raise CheckpointError(f"{path}: kind {manifest.kind!r} and the certificate disagree")
     _check_tensors(manifest)
-    return manifest
+    return _with_current_fingerprint(manifest)
 
 
 def _check_tensors(manifest: Manifest) -> None:
@@ -218,3 +252,21 @@ def _check_tensors(manifest: Manifest) -> None:
             raise CheckpointError(f"{path}: tensor {name} has an unsupported dtype {entry.dtype!r}")
     if unknown := sorted(set(manifest.tensors) - set(specs)):
         raise CheckpointError(f"{path}: tensor {unknown[0]} is unexpected")
+
+
+def _with_current_fingerprint(manifest: Manifest) -> Manifest:
+    """`manifest`, of which `fingerprint` is still what its file states."""
+    certificate = manifest.certificate
+    current, former = fingerprints(
+        manifest.config, manifest.tensors, manifest.tokenizer_hash, certificate
+    )
+    stated = [manifest.fingerprint]
+    if certificate is not None:
+        stated.append(certificate.weights_fingerprint)
+        certificate = replace(certificate, weights_fingerprint=current)
+    if not set(stated) <= {current, *former}:
+        raise CheckpointError(
+            f"{manifest.folder / MANIFEST_FILE}: the fingerprint is not the one of its tensors; "
+            "convert the checkpoint again"
+        )
+    return replace(manifest, fingerprint=current, former=former, certificate=certificate)

@@ -25,8 +25,7 @@ from pshare_jax.convert.manifest import (
     WEIGHTS_FOLDER,
     Manifest,
     TensorEntry,
-    fingerprint_of,
-    lora_context,
+    fingerprints,
     read_manifest,
     stored_specs,
     tokenizer_hash,
@@ -35,6 +34,7 @@ from pshare_jax.convert.manifest import (
 from pshare_jax.convert.progress import Report, quiet
 from pshare_jax.convert.tensors import DTYPES, LazyTensor, as_lazy, total_bytes
 from pshare_jax.convert.zarr import StoredTensor, chunk_shape, write_tensor
+from pshare_jax.core.split_rule import LAST_TOKEN, SplitRule
 from pshare_jax.errors import CheckpointError
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.split import Certificate, tensor_hash
@@ -174,16 +174,18 @@ def write_prefill(
             (tokenizer / name).write_bytes(data)
         entries = _write_weights(Path(dest), folder, lazy, specs, report)
         hashed = tokenizer_hash(tokenizer_files)
+        fingerprint, former = fingerprints(config, entries, hashed, None)
         manifest = Manifest(
             folder=Path(dest),
             kind="prefill",
             config=config,
             dtype=dtype,
-            fingerprint=fingerprint_of(config, entries, hashed),
+            fingerprint=fingerprint,
             tokenizer_hash=hashed,
             certificate=None,
             tensors=entries,
             source_config=source_config,
+            former=former,
         )
         write_manifest(folder, manifest)
     return manifest
@@ -194,7 +196,7 @@ def write_decode(
     base: Manifest,
     tensors: Mapping[str, Any],
     *,
-    tail: int = 1,
+    tail: SplitRule = LAST_TOKEN,
     cache_conditioned: bool,
     source_config: Mapping[str, Any] | None = None,
     lora_rank: int | None = None,
@@ -210,7 +212,7 @@ def write_decode(
         base: the prefill checkpoint whose KV the module reads.
         tensors: every weight of the full module or, when `lora_rank` is given, of the LoRA module;
             LazyTensors are read one at a time.
-        tail: how many of a prompt's last tokens the module reads itself.
+        tail: which tokens of a prompt the module reads itself.
         cache_conditioned: whether the module was trained on the base's KV.
         source_config: the Hugging Face `config.json` that the weights came with, if any.
         lora_rank: rank of a LoRA module's factors; None for a full module, like the next two.
@@ -221,6 +223,7 @@ def write_decode(
 
     Raises:
         CheckpointError: `base` is no prefill checkpoint, or as for `write_prefill`.
+        CertificateError: an invocation for a full module.
     """
     if base.kind != "prefill":
         raise CheckpointError(f"{base.folder}: is a {base.kind} checkpoint, not a prefill one")
@@ -239,8 +242,7 @@ def write_decode(
     dtype = _check_tensors(lazy, specs)
     with atomic_folder(dest) as folder:
         entries = _write_weights(Path(dest), folder, lazy, specs, report)
-        context = base.tokenizer_hash if draft.kind == "full" else lora_context(draft)
-        fingerprint = fingerprint_of(base.config, entries, context)
+        fingerprint, former = fingerprints(base.config, entries, base.tokenizer_hash, draft)
         certificate = Certificate(**{**vars(draft), "weights_fingerprint": fingerprint})
         manifest = Manifest(
             folder=Path(dest),
@@ -252,6 +254,7 @@ def write_decode(
             certificate=certificate,
             tensors=entries,
             source_config=source_config,
+            former=former,
         )
         write_manifest(folder, manifest)
         for name, data in (extra_files or {}).items():

@@ -85,7 +85,7 @@ def load_model(path: str | Path, base: str | Path | None = None) -> Model:
     files: Mapping[str, bytes] = {}
     if base is not None:
         prefill = check_hashes(base)
-        if prefill.fingerprint != manifest.certificate.prefill_fingerprint:
+        if prefill.fingerprint != prefill.current(manifest.certificate.prefill_fingerprint):
             raise CertificateError(f"{base}: is not the base that {path} was made for")
         files = read_tokenizer_files(prefill)
     if manifest.certificate.kind == "lora":

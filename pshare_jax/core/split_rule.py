@@ -1,4 +1,4 @@
-"""The split rule: which tokens of a prompt the prefill module covers, and which a decode module reads.
+"""The split rule: which tokens of a prompt the prefill module covers, and which are left.
 
 The one implementation, for training, evaluation, serving and replay. A rule is a pure function of
 token ids, so that none of them can differ from another. There are three kinds; a certificate
@@ -124,6 +124,9 @@ class Invocation(msgspec.Struct, frozen=True, tag="invocation"):
 
 SplitRule = LastTokens | LastMessage | Invocation
 
+LAST_TOKEN = LastTokens()
+"""The paper's split, and what a module has that states none."""
+
 TailSetting = int | Literal["last-message"] | dict[str, list[int]]
 """A rule as a configuration asks for it: as in a certificate, but that `last-message` is a word,
 whose openings follow from the base's chat template (`pshare_jax.text.openings`)."""
@@ -144,8 +147,8 @@ def parse_rule(value: Any) -> SplitRule:
         if kind == INVOCATION and isinstance(ids, list):
             return Invocation(tuple(ids))
     raise ValueError(
-        f'tail is {value!r}, but must be a number of tokens, {{"{LAST_MESSAGE}": [token ids, ...]}} '
-        f'or {{"{INVOCATION}": token ids}}'
+        f"tail is {value!r}, but must be a number of tokens, "
+        f'{{"{LAST_MESSAGE}": [token ids, ...]}} or {{"{INVOCATION}": token ids}}'
     )
 
 

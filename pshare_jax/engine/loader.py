@@ -14,13 +14,13 @@ from pshare_jax.convert.manifest import Manifest, read_manifest
 from pshare_jax.convert.orbax import load_weights
 from pshare_jax.core.messages import ModelKind
 from pshare_jax.core.models import ModelSpec
-from pshare_jax.core.split_rule import LastTokens
+from pshare_jax.core.split_rule import LAST_TOKEN, SplitRule
 from pshare_jax.errors import CheckpointError, ConfigError
 from pshare_jax.kernels.backends import on_mesh
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.lora import LoraModule, merge, stack_adapters
 from pshare_jax.models.packed import is_packed, pack_adapters, pack_weights
-from pshare_jax.models.split import Certificate, check_certificate
+from pshare_jax.models.split import Certificate, check_certificate, isolated_namespace
 from pshare_jax.models.weights import Weights, lora_specs, weight_specs
 from pshare_jax.runtime.executor import GroupWeights
 from pshare_jax.sharding.rules import replicated, weight_shardings
@@ -39,6 +39,7 @@ class BaseSource:
     config: ModelConfig
     fingerprint: str
     load: LoadTensors
+    former_fingerprints: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,9 @@ class ModelSource:
     decode_engines: tuple[int, ...] = ()
 
     @property
-    def tail(self) -> int:
-        """Prompt tokens that its decode module reads itself."""
-        return self.certificate.tail if self.certificate else 1
+    def split_rule(self) -> SplitRule:
+        """Which of a prompt's tokens its decode module reads itself."""
+        return self.certificate.tail if self.certificate else LAST_TOKEN
 
 
 def checkpoint_sources(config: ServeConfig, dtype: Any) -> tuple[BaseSource, list[ModelSource]]:
@@ -74,7 +75,7 @@ def checkpoint_sources(config: ServeConfig, dtype: Any) -> tuple[BaseSource, lis
     def loader(source: Manifest) -> LoadTensors:
         return lambda shardings: load_weights(source, dtype=dtype, shardings=shardings)
 
-    base = BaseSource(manifest.config, manifest.fingerprint, loader(manifest))
+    base = BaseSource(manifest.config, manifest.fingerprint, loader(manifest), manifest.former)
     return base, [_model_source(entry, base, loader) for entry in config.models]
 
 
@@ -90,7 +91,9 @@ def _model_source(
             f"models.{entry.name}.checkpoint: {entry.checkpoint} is a prefill checkpoint; name a "
             "decode module, or `identity` for the base's own weights"
         )
-    check_certificate(manifest.certificate, base.fingerprint, entry.sharing, entry.name)
+    check_certificate(
+        manifest.certificate, base.fingerprint, entry.sharing, entry.name, base.former_fingerprints
+    )
     return ModelSource(
         entry.name,
         manifest.certificate.kind,
@@ -128,15 +131,28 @@ def model_specs(
             name=source.name,
             kind=source.kind,
             sharing=source.sharing,
-            split_rule=LastTokens(source.tail),
+            split_rule=source.split_rule,
             prefill_weights=source.name if isolated else BASE,
-            namespace=f"isolated/{source.name}" if isolated else base.fingerprint,
+            namespace=_namespace(source, base.fingerprint),
             group=LORA_GROUP if is_lora else f"full/{source.name}",
             adapter=num_lora if is_lora else -1,
             decode_workers=tuple(f"decode{e}" for e in engines),
         )
         num_lora += is_lora
     return table
+
+
+def _namespace(source: ModelSource, fingerprint: str) -> str:
+    """Names the KV that a model reads: by the weights that write it, where they are its own.
+
+    A base that is served isolated has no weights of its own. It has been asked not to share, so
+    its name stands for it.
+    """
+    if source.sharing == "shared":
+        return fingerprint
+    if source.certificate is None:
+        return f"isolated/{fingerprint}/{source.name}"
+    return isolated_namespace(fingerprint, source.certificate)
 
 
 class WeightLoader:

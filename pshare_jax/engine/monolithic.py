@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pshare_jax.core.split_rule import LastTokens, SplitRule
 from pshare_jax.models.attention import KV, DenseCache, init_cache
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.decoder import bind
-from pshare_jax.models.split import split_prompt
 from pshare_jax.models.weights import Weights
 
 
@@ -48,7 +48,7 @@ class Monolithic:
         prompt: Sequence[int],
         max_tokens: int,
         *,
-        tail: int = 1,
+        tail: int | SplitRule = 1,
         end_token_ids: Sequence[int] = (),
     ) -> list[int]:
         """Greedy completion of `prompt` (token ids), the end token included.
@@ -58,15 +58,17 @@ class Monolithic:
             decode_weights: full weights of the decode module.
             prompt: at least one token id.
             max_tokens: most tokens to generate.
-            tail: tokens of the prompt that the decode module reads, see `split_prompt`.
+            tail: the decode module's split rule; an int is a number of tokens. Without its
+                invocation in the prompt, the prefill module answers.
             end_token_ids: generation ends with one of these.
         """
         dtype = prefill_weights["embed.embedding"].dtype
         cache = init_cache(self._config, 1, self._max_len, dtype)
-        cover = split_prompt(len(prompt), tail)
+        split = (LastTokens(tail) if isinstance(tail, int) else tail).split(prompt)
+        own_weights = decode_weights if split.invoked else prefill_weights
         logits = jnp.zeros(self._config.vocab_size)
         for position, token in enumerate(prompt):
-            weights = prefill_weights if position < cover else decode_weights
+            weights = prefill_weights if position < split.covered else own_weights
             logits, cache = self._step(weights, cache, np.int32(token), np.int32(position))
         output: list[int] = []
         while len(output) < max_tokens:
@@ -75,5 +77,5 @@ class Monolithic:
             if token in end_token_ids or len(output) == max_tokens:
                 break
             position = np.int32(len(prompt) + len(output) - 1)
-            logits, cache = self._step(decode_weights, cache, np.int32(token), position)
+            logits, cache = self._step(own_weights, cache, np.int32(token), position)
         return output

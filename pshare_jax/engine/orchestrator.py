@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 
@@ -48,13 +48,14 @@ K = TypeVar("K")
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A served model as clients see it; `created` is in Unix seconds."""
+    """A served model as clients see it; `tail` is the split rule as its certificate states it,
+    `created` is in Unix seconds."""
 
     name: str
     parent: str
     sharing: Sharing
     kind: ModelKind
-    tail: int
+    tail: int | dict[str, Any]
     created: int
 
 
@@ -98,7 +99,12 @@ class Orchestrator:
         created, parent = int(time.time()), Path(config.base).name
         self.models = {
             source.name: ModelInfo(
-                source.name, parent, source.sharing, source.kind, source.tail, created
+                source.name,
+                parent,
+                source.sharing,
+                source.kind,
+                source.split_rule.to_json(),
+                created,
             )
             for source in sources
         }

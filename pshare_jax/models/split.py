@@ -2,16 +2,15 @@
 
 After PrefillShare (arXiv 2602.12029): the prefill module writes the KV of a prompt, decode modules
 that were trained on that KV read it and generate. The paper leaves open which module reads the
-prompt's last token; here a decode module reads the last `tail` tokens (at least one) and writes
-its own KV from there on. Training, evaluation and serving all use this file's rule.
+prompt's last token; here a decode module reads the end of the prompt that its split rule gives it
+(`core/split_rule.py`; at least one token) and writes its own KV from there on.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +20,7 @@ import msgspec
 import numpy as np
 
 from pshare_jax.config import Sharing
+from pshare_jax.core.split_rule import Invocation, LastTokens, SplitRule, parse_rule
 from pshare_jax.errors import CertificateError, CheckpointError
 from pshare_jax.models.attention import AttentionIO
 from pshare_jax.models.config import ModelConfig
@@ -31,20 +31,6 @@ from pshare_jax.models.weights import LORA_TARGETS, Weights, check_weights
 DecodeKind = Literal["full", "lora"]
 
 
-def split_prompt(prompt_len: int, tail: int) -> int:
-    """The split rule: how many positions of a prompt the prefill module covers.
-
-    Positions `0 .. result - 1` are the prefill module's; the decode module is fed the rest, at most
-    `tail` tokens, at least one of a prompt that is not empty.
-
-    Raises:
-        ValueError: tail is less than 1.
-    """
-    if tail < 1:
-        raise ValueError(f"tail is {tail}, but a decode module reads at least one prompt token")
-    return max(prompt_len - tail, 0)
-
-
 def tensor_hash(array: Any) -> str:
     """SHA-256 (hex) of an array's dtype, shape and bytes; a host array is not copied."""
     array = np.ascontiguousarray(array)
@@ -53,32 +39,13 @@ def tensor_hash(array: Any) -> str:
     return digest.hexdigest()
 
 
-def prefill_fingerprint(
-    config: ModelConfig, tensor_hashes: Mapping[str, str], tokenizer_hash: str
-) -> str:
-    """The name of everything that a prefill module's KV depends on: SHA-256 in hex.
-
-    Args:
-        config: the architecture.
-        tensor_hashes: `tensor_hash` of each weight by name; their order does not matter.
-        tokenizer_hash: hash of the tokenizer's files, any format.
-    """
-    content = {
-        "config": dataclasses.asdict(config),
-        "tensors": dict(tensor_hashes),
-        "tokenizer": tokenizer_hash,
-    }
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 @dataclass(frozen=True)
 class Certificate:
     """What a decode module states about itself.
 
     Args:
         prefill_fingerprint: the base whose KV it was trained to read.
-        tail: how many of a prompt's last tokens it reads itself.
+        tail: which tokens of a prompt it reads itself; an int is a number of tokens.
         kind: `full` weights of its own, or `lora` on the base's.
         cache_conditioned: whether it was trained on the base's KV; an ordinary fine-tune was not.
         weights_fingerprint: hash of its own weights.
@@ -91,7 +58,7 @@ class Certificate:
     """
 
     prefill_fingerprint: str
-    tail: int
+    tail: SplitRule
     kind: DecodeKind
     cache_conditioned: bool
     weights_fingerprint: str
@@ -100,18 +67,23 @@ class Certificate:
     lora_targets: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.tail, int):
+            try:
+                object.__setattr__(self, "tail", LastTokens(self.tail))
+            except ValueError as error:
+                raise CertificateError(f"certificate: {error}") from error
         lora = (self.lora_rank, self.lora_alpha, self.lora_targets)
         complete = (self.lora_rank or 0) > 0 and self.lora_alpha and self.lora_targets
         unknown = sorted(set(self.lora_targets or ()) - set(LORA_TARGETS))
         problem = None
-        if self.tail < 1:
-            problem = f"tail is {self.tail}, but must be at least 1"
-        elif self.kind == "full" and any(field is not None for field in lora):
+        if self.kind == "full" and any(field is not None for field in lora):
             problem = "kind is 'full', but LoRA fields are set"
         elif self.kind == "lora" and not complete:
             problem = (
                 "kind is 'lora', which needs a positive lora_rank, lora_alpha and lora_targets"
             )
+        elif isinstance(self.tail, Invocation) and self.kind != "lora":
+            problem = "tail is an invocation, which needs kind 'lora': without it the base answers"
         elif unknown:
             problem = f"lora_targets has {unknown[0]!r}; possible are {', '.join(LORA_TARGETS)}"
         if problem is not None:
@@ -119,7 +91,8 @@ class Certificate:
 
     def to_json(self) -> dict[str, Any]:
         """The certificate as a JSON object."""
-        values = dataclasses.asdict(self)
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values["tail"] = self.tail.to_json()
         if self.lora_targets is not None:
             values["lora_targets"] = list(self.lora_targets)
         return values
@@ -134,9 +107,12 @@ class Certificate:
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
             raise CertificateError(f"certificate: {unknown[0]} is not a known field")
+        known_values = dict(values)
         try:
-            return msgspec.convert(dict(values), cls)
-        except msgspec.ValidationError as error:
+            if "tail" in values:
+                known_values["tail"] = parse_rule(values["tail"])
+            return msgspec.convert(known_values, cls)
+        except ValueError as error:  # msgspec's too
             raise CertificateError(f"certificate: {error}") from error
 
     def lora_module(self, factors: Weights) -> LoraModule:
@@ -151,7 +127,11 @@ class Certificate:
 
 
 def check_certificate(
-    certificate: Certificate, fingerprint: str, sharing: Sharing, name: str = "decode module"
+    certificate: Certificate,
+    fingerprint: str,
+    sharing: Sharing,
+    name: str = "decode module",
+    former: Collection[str] = (),
 ) -> None:
     """Checks that a decode module may be loaded beside the base `fingerprint`.
 
@@ -160,21 +140,41 @@ def check_certificate(
         fingerprint: the prefill fingerprint of the base that is being served.
         sharing: `shared` to read the base's KV, `isolated` to prefill with its own weights.
         name: what to call the module in messages.
+        former: what earlier versions called this very base; a certificate may still say so.
 
     Raises:
-        CertificateError: it belongs to another base; or it is to share KV that it was never
-            trained on.
+        CertificateError: it belongs to another base; it is to share KV that it was never trained
+            on; or it has an invocation, whose prompts only the base may read, but is isolated.
     """
-    if certificate.prefill_fingerprint != fingerprint:
+    stated = certificate.prefill_fingerprint
+    if stated != fingerprint and stated not in former:
         raise CertificateError(
-            f"{name}: made for the base {certificate.prefill_fingerprint[:12]}, but this base is "
-            f"{fingerprint[:12]}; convert it against this base, or serve it beside its own"
+            f"{name}: made for the base {stated[:12]}, but this base is {fingerprint[:12]}; "
+            "convert it against this base, or serve it beside its own"
         )
     if sharing == "shared" and not certificate.cache_conditioned:
         raise CertificateError(
             f"{name}: was not trained on the base's KV cache and would answer wrongly from it; "
             "set `sharing: isolated` for it"
         )
+    if sharing == "isolated" and isinstance(certificate.tail, Invocation):
+        raise CertificateError(
+            f"{name}: its weights act from its invocation on, and the base's before it; set "
+            "`sharing: shared` for it"
+        )
+
+
+def isolated_namespace(base_fingerprint: str, certificate: Certificate) -> str:
+    """Names the KV that an isolated decode module writes, by the weights that write it.
+
+    A LoRA module's are the base's with its factors merged in, so that both are named. Modules of
+    the same weights share their KV, whatever they are called; none shares the base's pages.
+
+    Args:
+        base_fingerprint: the current prefill fingerprint of the module's base.
+        certificate: the module's, as `convert.manifest.read_manifest` gives it.
+    """
+    return f"isolated/{base_fingerprint}/{certificate.weights_fingerprint}"
 
 
 class PrefillModule:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from pshare_jax.config import ServeConfig
 from pshare_jax.core.messages import Request, RequestOutput
@@ -38,8 +38,8 @@ class ModelInfo(Protocol):
         ...
 
     @property
-    def tail(self) -> int:
-        """Prompt tokens that the decode module reads itself."""
+    def tail(self) -> int | dict[str, Any]:
+        """What of a prompt the decode module reads itself, as its certificate states it."""
         ...
 
     @property

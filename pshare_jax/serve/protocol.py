@@ -272,7 +272,7 @@ class ModelCard(Struct):
     parent: str
     sharing: str
     kind: str
-    tail: int
+    tail: int | dict[str, Any]
     max_model_len: int
     object: str = "model"
     owned_by: str = "pshare_jax"

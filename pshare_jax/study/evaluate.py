@@ -12,10 +12,11 @@ import numpy as np
 
 from pshare_jax.convert.manifest import TOKENIZER_FOLDER, read_manifest
 from pshare_jax.convert.orbax import load_weights
+from pshare_jax.core.split_rule import LAST_TOKEN, LastMessage, LastTokens
 from pshare_jax.evals.grading import grade
 from pshare_jax.evals.intervals import bootstrap_interval
 from pshare_jax.evals.items import Item
-from pshare_jax.models.split import check_certificate, split_prompt
+from pshare_jax.models.split import check_certificate
 from pshare_jax.text.tokenizer import Tokenizer
 from pshare_jax.train.config import KVCacheConfig
 from pshare_jax.train.generate import Prompt, generate, prompt_kv
@@ -25,6 +26,9 @@ from pshare_jax.train.loss import LoraShape, Recipe
 
 _DTYPE = "float32"
 _BUCKETS = 6
+
+Cover = Callable[[Sequence[int]], int]
+"""From a prompt (token ids) to how many of its tokens the base covers."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,9 @@ class Evaluator:
             certificate = own.certificate
             assert certificate is not None
             # Not `shared`: what naive sharing costs is measured too.
-            check_certificate(certificate, manifest.fingerprint, "isolated", str(module))
+            check_certificate(
+                certificate, manifest.fingerprint, "isolated", str(module), manifest.former
+            )
             if certificate.lora_targets is not None:
                 assert certificate.lora_rank is not None
                 assert certificate.lora_alpha is not None
@@ -90,7 +96,7 @@ class Evaluator:
     def answer(
         self,
         items: Sequence[Item],
-        cover: Callable[[int], int],
+        cover: Cover,
         max_tokens: int,
         report: Callable[[int], None],
     ) -> Answers:
@@ -98,12 +104,12 @@ class Evaluator:
 
         Args:
             items: see `pshare_jax.evals`.
-            cover: from the length of a prompt to how much of it the base covers.
+            cover: how much of a prompt the base covers.
             max_tokens: most tokens of an answer.
             report: gets the number of items done, now and then.
         """
         tokens = [self._prompt(item) for item in items]
-        prompts = [Prompt(prompt, cover(len(prompt))) for prompt in tokens]
+        prompts = [Prompt(prompt, cover(prompt)) for prompt in tokens]
         outputs = generate(
             self._recipe,
             self._weights,
@@ -145,11 +151,11 @@ class Evaluator:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
 
-def cover_share(share: float) -> Callable[[int], int]:
+def cover_share(share: float) -> Cover:
     """The base covers that share of a prompt, rounded down; never its last token."""
-    return lambda length: min(int(share * length), split_prompt(length, 1))
+    return lambda prompt: min(int(share * len(prompt)), LAST_TOKEN.split(prompt).covered)
 
 
-def cover_all_but(tail: int) -> Callable[[int], int]:
-    """The split rule, as a module is served."""
-    return lambda length: split_prompt(length, tail)
+def cover_by(rule: LastTokens | LastMessage) -> Cover:
+    """As a module of that split rule is served."""
+    return lambda prompt: rule.split(prompt).covered

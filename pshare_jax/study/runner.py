@@ -19,7 +19,8 @@ from typing import Any
 
 from pshare_jax.bench import machine
 from pshare_jax.convert.files import replace_file
-from pshare_jax.convert.manifest import read_json, read_manifest
+from pshare_jax.convert.manifest import Manifest, read_json, read_manifest
+from pshare_jax.core.split_rule import LastTokens
 from pshare_jax.errors import DataError
 from pshare_jax.evals.items import Item, read_items
 from pshare_jax.study.config import Run, Runs, StudyConfig, check_result, expand
@@ -87,9 +88,16 @@ class Study:
         return max(sweep, key=lambda r: r["evaluations"]["validation"]["accuracy"])["learning_rate"]
 
     @cached_property
-    def _base(self) -> str:
-        """The fingerprint of the base."""
-        return read_manifest(self._config.base).fingerprint
+    def _base(self) -> Manifest:
+        return read_manifest(self._config.base)
+
+    def _result(self, path: Path) -> dict[str, Any]:
+        """What is in a result file, with today's fingerprint of the base."""
+        result = read_json(path)
+        settings = dict(result.get("settings", {}))
+        if "base" in settings:
+            settings["base"] = self._base.current(settings["base"])
+        return {**result, "settings": settings}
 
     def _is_needed_later(self, runs: Runs) -> bool:
         """Whether other runs on the same task come after `runs`."""
@@ -101,9 +109,12 @@ class Study:
 
     def _evaluate_base(self, task: str) -> None:
         path = self._results / f"{task}-{BASE_NAME}.json"
-        settings = {"base": self._base, "max_tokens": self._config.task(task).max_tokens}
+        settings = {
+            "base": self._base.fingerprint,
+            "max_tokens": self._config.task(task).max_tokens,
+        }
         if path.is_file():
-            check_result(path, read_json(path), settings, ["test"])
+            check_result(path, self._result(path), settings, ["test"])
             return
         facts = {"task": task, "method": BASE_NAME, "settings": settings}
         evaluations = {"test": self._evaluate(task, None, "test", None, 1)}
@@ -112,9 +123,9 @@ class Study:
     def _make(self, run: Run) -> None:
         runs = run.runs
         path = self._results / f"{run.name}.json"
-        settings = run.settings(self._config, self._base)
+        settings = run.settings(self._config, self._base.fingerprint)
         if path.is_file():
-            check_result(path, read_json(path), settings, list(runs.evaluations))
+            check_result(path, self._result(path), settings, list(runs.evaluations))
             return
         folder = self._folder / "models" / run.name
         record = self._train(run, folder)
@@ -192,7 +203,7 @@ class Study:
     ) -> dict[str, Any]:
         """`Answers.as_json`, and the seconds that they took."""
         # Imported late: JAX is not needed when all results are there.
-        from pshare_jax.study.evaluate import Evaluator, cover_all_but, cover_share
+        from pshare_jax.study.evaluate import Evaluator, cover_by, cover_share
 
         items = self._items(task, split)
         title = f"{module.parent.name if module else BASE_NAME}: {split}"
@@ -214,7 +225,7 @@ class Study:
         evaluator = Evaluator(self._config.base, module, self._config.eval_batch_size, kv_cache)
         answers = evaluator.answer(
             items,
-            cover_all_but(tail) if share is None else cover_share(share),
+            cover_by(LastTokens(tail)) if share is None else cover_share(share),
             self._config.task(task).max_tokens,
             report,
         )

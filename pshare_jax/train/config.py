@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from pshare_jax.config import DType
+from pshare_jax.core.split_rule import LAST_MESSAGE, Invocation, TailSetting, parse_rule
 from pshare_jax.errors import ConfigError
 
 Mode = Literal["cache-conditioned", "full", "distill"]
@@ -201,7 +201,9 @@ class TrainConfig:
         output: the run folder: metrics, checkpoints, and the decode module in `decode_module/`.
         mode: `cache-conditioned` trains on the base's KV, `full` is ordinary fine-tuning, `distill`
             matches an ordinary fine-tune from the base's KV.
-        tail: how many of a prompt's last tokens the decode module reads itself.
+        tail: what of a prompt the decode module reads itself: a number of last tokens;
+            `last-message`, from the last user or tool message on; or `{invocation: [token ids]}`,
+            from the last occurrence of these tokens on (LoRA only).
         seed: order of the examples, initial LoRA factors.
         dtype: dtype of activations and KV; master weights are float32. `auto` is bfloat16,
             but float32 on CPUs where C++ does not multiply.
@@ -223,7 +225,7 @@ class TrainConfig:
     base: str
     output: str
     mode: Mode = "cache-conditioned"
-    tail: int = 1
+    tail: TailSetting = 1
     seed: int = 0
     dtype: DType = "auto"
     remat: bool = False
@@ -256,7 +258,6 @@ class TrainConfig:
 
 
 _AT_LEAST: dict[str, float] = {
-    "tail": 1,
     "seed": 0,
     "data.max_length": 2,
     "data.buckets": 1,
@@ -301,6 +302,7 @@ def check_config(config: TrainConfig) -> None:
         value = _value(config, key)
         if not (math.isfinite(value) and value >= least):
             raise ConfigError(f"{key} is {value}; it must be at least {least:g}")
+    _check_tail(config)
     for key in ("optimizer.beta1", "optimizer.beta2", "optimizer.warmup"):
         if not 0 <= (value := _value(config, key)) < 1:
             raise ConfigError(f"{key} is {value}; it must be at least 0 and less than 1")
@@ -332,60 +334,20 @@ def check_config(config: TrainConfig) -> None:
         raise ConfigError("checkpoint.export: best needs data.eval to tell which weights are best")
 
 
+def _check_tail(config: TrainConfig) -> None:
+    if config.tail == LAST_MESSAGE:
+        return
+    try:
+        rule = parse_rule(config.tail)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if isinstance(rule, Invocation) and not config.lora.rank:
+        raise ConfigError(
+            "tail: an invocation is for LoRA modules, since the base answers without it; set "
+            "lora.rank"
+        )
+
+
 def as_json(config: TrainConfig) -> dict[str, Any]:
     """The configuration as a JSON object."""
     return dataclasses.asdict(config)
-
-
-_CHANGEABLE = (
-    "output",
-    # The base and the data are compared by their contents.
-    "base",
-    "data.train",
-    "data.eval",
-    "remat",
-    "kernel_backend",
-    "compilation_cache_dir",
-    "kv_cache",
-    "mesh",
-    "distributed",
-    "checkpoint",
-    "report",
-)
-
-
-def check_resumable(
-    config: TrainConfig, recorded: Mapping[str, Any], now: Mapping[str, Any]
-) -> None:
-    """Checks that a run may go on: what decides its weights must be as it was at its start.
-
-    Where it is reported, saved, kept and computed may change.
-
-    Args:
-        config: of now.
-        recorded: of the start, `config` (see `as_json`) and other facts as JSON objects.
-        now: the same of now.
-
-    Raises:
-        ConfigError: names the first key that differs.
-    """
-    before = _flat(recorded)
-    for key, value in _flat(now).items():
-        name = key.removeprefix("config.")
-        if name != key and any(name == c or name.startswith(f"{c}.") for c in _CHANGEABLE):
-            continue
-        if before.get(key) != value:
-            raise ConfigError(
-                f"output: {config.output} holds a run with {name} = {before.get(key)!r}, not "
-                f"{value!r}; choose another output, or remove that folder"
-            )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

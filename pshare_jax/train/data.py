@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from pshare_jax.core.split_rule import SplitRule
 from pshare_jax.errors import DataError, RequestError
 from pshare_jax.text.tokenizer import Tokenizer
 from pshare_jax.text.tools import in_openai_form
@@ -70,6 +71,7 @@ def read_dataset(
     max_length: int,
     on_bad_line: BadLine,
     unanswered: bool = False,
+    rule: SplitRule | None = None,
 ) -> Dataset:
     """Reads and tokenises JSONL files; empty lines do not count.
 
@@ -79,6 +81,7 @@ def read_dataset(
         max_length: most tokens of an example.
         on_bad_line: whether a line that cannot be used is an error or is skipped and counted.
         unanswered: whether a line may lack its last answer, see `read_line`.
+        rule: the split rule, see `read_line`.
 
     Raises:
         DataError: a file that cannot be read, names file and line of one that cannot be used, or
@@ -91,7 +94,7 @@ def read_dataset(
             source = f"{path}:{number}"
             try:
                 dataset.examples += read_line(
-                    line, tokenizer, max_length, source, unanswered=unanswered
+                    line, tokenizer, max_length, source, unanswered=unanswered, rule=rule
                 )
             except DataError as error:
                 if on_bad_line == "error":
@@ -145,12 +148,19 @@ def answered(dataset: Dataset, answers: Sequence[Sequence[int]]) -> Dataset:
 
 
 def read_line(
-    line: bytes, tokenizer: Tokenizer, max_length: int, source: str, *, unanswered: bool = False
+    line: bytes,
+    tokenizer: Tokenizer,
+    max_length: int,
+    source: str,
+    *,
+    unanswered: bool = False,
+    rule: SplitRule | None = None,
 ) -> list[Example]:
     """The examples of one line: mostly one.
 
     With `unanswered`, a prompt without a completion, or messages that do not end with the
-    assistant's, give one example without turns.
+    assistant's, give one example without turns. By `rule` each prompt must invoke the decode
+    module: where it does not, the base answers, and there is nothing to train.
 
     Raises:
         DataError: starts with `source`; says what is wrong with the line and what to do.
@@ -172,7 +182,13 @@ def read_line(
             parts = [_completion(record, tokenizer)]
     except (DataError, RequestError) as error:
         raise DataError(f"{source}: {error}") from error
-    for tokens, _ in parts:
+    for tokens, turns in parts:
+        prompts = [tokens[: turn.start] for turn in turns] or [tokens]
+        if rule is not None and not all(rule.split(prompt).invoked for prompt in prompts):
+            raise DataError(
+                f"{source}: a prompt does not hold the invocation {rule.to_json()}, without which "
+                "the base answers; add it, or leave such lines out with data.on_bad_line=skip"
+            )
         if len(tokens) > max_length:
             raise DataError(
                 f"{source}: {len(tokens)} tokens, but data.max_length is {max_length}; raise it, "

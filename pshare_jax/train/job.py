@@ -14,11 +14,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from pshare_jax.convert.manifest import TOKENIZER_FOLDER, Manifest, read_manifest
+from pshare_jax.core.split_rule import LAST_TOKEN, SplitRule
 from pshare_jax.errors import ConfigError
 from pshare_jax.kernels.backends import CPU_FFI
 from pshare_jax.kernels.matmul.api import training_backend
 from pshare_jax.models.packed import is_packed, pack_weights
 from pshare_jax.models.weights import Weights
+from pshare_jax.text.openings import split_rule
 from pshare_jax.text.tokenizer import Tokenizer
 from pshare_jax.train.answers import answer_with_teacher
 from pshare_jax.train.batches import MicroBatch, Plan, fill_micro_batches, make_plan
@@ -42,6 +44,7 @@ class Job:
     Args:
         config: its configuration.
         base: the prefill checkpoint.
+        rule: the decode module's split rule; in mode `full` that of how it is served.
         identity: what `run.json` says.
         rows: training rows, then evaluation rows.
         plan: the steps.
@@ -55,6 +58,7 @@ class Job:
 
     config: TrainConfig
     base: Manifest
+    rule: SplitRule
     identity: dict[str, Any]
     rows: list[Row]
     plan: Plan
@@ -66,7 +70,9 @@ class Job:
     store: KVStore | None
 
 
-def _read(config: TrainConfig, paths: list[str], tokenizer: Tokenizer, say: Reporter) -> Dataset:
+def _read(
+    config: TrainConfig, paths: list[str], tokenizer: Tokenizer, rule: SplitRule, say: Reporter
+) -> Dataset:
     data = config.data
     dataset = read_dataset(
         paths,
@@ -74,6 +80,7 @@ def _read(config: TrainConfig, paths: list[str], tokenizer: Tokenizer, say: Repo
         max_length=data.max_length,
         on_bad_line=data.on_bad_line,
         unanswered=config.mode == "distill",
+        rule=rule,
     )
     skipped = f", {dataset.num_bad_lines} bad lines skipped" if dataset.num_bad_lines else ""
     say.say(f"{', '.join(paths)}: {len(dataset.examples)} examples{skipped}")
@@ -125,8 +132,12 @@ def prepare(config: TrainConfig, reporter: Reporter) -> Job:
         raise ConfigError(f"base: {config.base} is a decode module; name a prefill checkpoint")
     teacher = Teacher(config.distill.teacher, base) if config.distill.teacher else None
     tokenizer = Tokenizer.load(base.folder / TOKENIZER_FOLDER)
-    train = _read(config, config.data.train, tokenizer, reporter)
-    held_out = _read(config, config.data.eval, tokenizer, reporter) if config.data.eval else None
+    # An ordinary fine-tune prefills its prompts itself: any split is the same to it.
+    rule = LAST_TOKEN if config.mode == "full" else split_rule(config.tail, lambda: tokenizer)
+    train = _read(config, config.data.train, tokenizer, rule, reporter)
+    held_out = None
+    if config.data.eval:
+        held_out = _read(config, config.data.eval, tokenizer, rule, reporter)
     mesh = make_mesh(config.mesh)
     recipe = _recipe(config, base, teacher, mesh)
     known = replace(config, dtype=recipe.dtype)
@@ -143,9 +154,7 @@ def prepare(config: TrainConfig, reporter: Reporter) -> Job:
         assert train is not None
     num_train = len(train.examples)
     examples = train.examples + (held_out.examples if held_out else [])
-    rows = [
-        make_row(example, None if config.mode == "full" else config.tail) for example in examples
-    ]
+    rows = [make_row(example, None if config.mode == "full" else rule) for example in examples]
     plan, evaluation = _plan(config, rows, num_train)
     computations = Computations(
         recipe,
@@ -165,13 +174,14 @@ def prepare(config: TrainConfig, reporter: Reporter) -> Job:
         used = {row for step in plan.steps for micro in step for row in micro.rows}
         used.update(range(num_train, len(rows)))
         # A longer tail reads a part of the same KV.
-        kept = rows if config.tail == 1 else [make_row(example, 1) for example in examples]
+        kept = rows if rule == LAST_TOKEN else [make_row(e, LAST_TOKEN) for e in examples]
         store = _kept_kv(config, base, kept, sorted(used), computations, base_weights, reporter)
         if store is not None:
             base_weights = None
     return Job(
         config,
         base,
+        rule,
         identity,
         rows,
         plan,

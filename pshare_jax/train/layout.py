@@ -1,10 +1,10 @@
 """How an example lies in a batch: which module reads which tokens, and what each may see.
 
 The one place where training applies the split rule. Serving answers turn k like this: the prefill
-module covers the prompt but for its last `tail` tokens, earlier answers included; the decode module
-reads those and its own answer, and sees no KV that it wrote in earlier turns. So a row holds the
-prompt of the last turn once, for the prefill module, and one *segment* for each turn, for the
-decode module: the tail of the turn's prompt and the answer but its last token. A token sees the
+module covers the prompt up to its split, earlier answers included; the decode module reads the rest
+and its own answer, and sees no KV that it wrote in earlier turns. So a row holds the prompt of the
+last turn once, for the prefill module, and one *segment* for each turn, for the decode module: the
+turn's prompt from its split on, and the answer but its last token. A token sees the
 prefill module's KV before its segment, and its own segment up to itself. Segments of short turns
 with a long tail overlap in position; they never see each other.
 """
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pshare_jax.models.split import split_prompt
+from pshare_jax.core.split_rule import LAST_TOKEN, SplitRule
 from pshare_jax.train.data import Example, Turn
 
 _PROMPT_MULTIPLE = 16
@@ -53,23 +53,24 @@ class Row:
     sequence_targets: np.ndarray
 
 
-def make_row(example: Example, tail: int | None) -> Row:
+def make_row(example: Example, rule: SplitRule | None) -> Row:
     """Lays out `example`.
 
     Args:
         example: the tokens and turns.
-        tail: the split rule's; None for ordinary fine-tuning: the decode module reads everything,
-            as one segment, and the prefill module nothing.
+        rule: the decode module's; None for ordinary fine-tuning: it reads everything, as one
+            segment, and the prefill module nothing.
     """
     tokens = example.tokens
     # The token before each answer token, as positions in the sequence.
     before = np.concatenate([np.arange(t.start - 1, t.end - 1) for t in example.turns])
-    if tail is None:
+    if rule is None:
         reads = [np.arange(example.turns[-1].end - 1)]
         covered = [0]
         targets = before
     else:
-        covered = [split_prompt(turn.start, tail) for turn in example.turns]
+        prompts = [tokens[: turn.start].tolist() for turn in example.turns]
+        covered = [rule.split(prompt).covered for prompt in prompts]
         reads = [
             np.arange(cover, turn.end - 1)
             for cover, turn in zip(covered, example.turns, strict=True)
@@ -86,7 +87,7 @@ def make_row(example: Example, tail: int | None) -> Row:
         return values.astype(np.int32)
 
     return Row(
-        prompt=tokens[: covered[-1]],
+        prompt=tokens[: max(covered)],
         tokens=tokens[positions],
         positions=int32(positions),
         segments=int32(np.repeat(np.arange(len(reads)), lengths)),
@@ -101,7 +102,7 @@ def make_row(example: Example, tail: int | None) -> Row:
 def prompt_row(tokens: Sequence[int]) -> Row:
     """The row of a prompt whose answer is not known yet, with a tail of one token."""
     answered = np.array([*tokens, 0], np.int32)
-    return make_row(Example(answered, (Turn(len(tokens), len(answered)),), ""), tail=1)
+    return make_row(Example(answered, (Turn(len(tokens), len(answered)),), ""), LAST_TOKEN)
 
 
 class Bucket(NamedTuple):

@@ -225,6 +225,6 @@ class _Run:
             self._reporter.say(line)
         if jax.process_index() != 0:
             return {**job.identity, **results}
-        record = write_module(config, job.base, weights, job.identity, results)
+        record = write_module(config, job.base, job.rule, weights, job.identity, results)
         self._reporter.say(f"{config.output}: decode module written")
         return record

@@ -43,7 +43,7 @@ class Teacher:
                 raise ConfigError(
                     f"distill.teacher: {path} is no full decode module; name an ordinary fine-tune"
                 )
-            if certificate.prefill_fingerprint != base.fingerprint:
+            if base.current(certificate.prefill_fingerprint) != base.fingerprint:
                 raise ConfigError(f"distill.teacher: {path} was made for another base")
             self.config = manifest.config
             self._tensors = open_weights(manifest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -72,6 +73,43 @@ def test_inspect_shows_a_decoder_and_its_certificate(root, tmp_path, capsys):
         "LoRA": "rank 4, alpha 8",
         "LoRA targets": "q, down",
     }
+
+
+@pytest.mark.parametrize(
+    ("rule", "stated"),
+    [
+        ("last-message", '{"last-message": [[1, 316, 201], [1, 86, 81, 81, 78, 201]]}'),
+        ('{"invocation": [5, 6]}', '{"invocation": [5, 6]}'),
+    ],
+)
+def test_a_module_may_have_any_split_rule(root, tmp_path, capsys, rule, stated):
+    """Made, inspected, exported and made again it has the same."""
+    args = ["--lora", root / "peft", "--tail", rule, "--cache-conditioned"]
+    assert run(capsys, "decoder", root / "base", tmp_path / "m", *args)[0] == 0
+    assert run(capsys, "export", tmp_path / "m", tmp_path / "out")[0] == 0
+    again = ["--lora", tmp_path / "out"]
+    code, out, _ = run(capsys, "decoder", root / "base", tmp_path / "again", *again)
+    assert code == 0
+    assert dict(line.split(maxsplit=1) for line in out.splitlines())["tail"] == stated
+    certificate = read_manifest(tmp_path / "m").certificate
+    assert certificate is not None
+    assert certificate == read_manifest(tmp_path / "again").certificate
+    assert certificate.tail.to_json() == json.loads(stated)
+
+
+def test_an_invocation_is_for_lora(root, tmp_path, capsys):
+    args = ["decoder", root / "base", tmp_path / "m", "--tail", '{"invocation": [5]}']
+    code, _, err = run(capsys, *args)
+    assert code == 2
+    assert "tail is an invocation, which needs kind 'lora'" in err
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_rule_that_is_none_is_a_usage_error(root, tmp_path, capsys):
+    with pytest.raises(SystemExit) as raised:
+        run(capsys, "decoder", root / "base", tmp_path / "m", "--tail", "first")
+    assert raised.value.code == 2
+    assert "'first' is not a number, last-message or a JSON object" in capsys.readouterr().err
 
 
 def test_export_and_verify_go_round(root, tmp_path, capsys):

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from pshare_jax.convert import names
 from pshare_jax.convert.conversions import export, import_model, make_decoder
 from pshare_jax.convert.orbax import load_weights, read_manifest
+from pshare_jax.core.split_rule import LastTokens
 from pshare_jax.errors import CertificateError, CheckpointError
 from pshare_jax.models.weights import LORA_TARGETS, lora_specs
 from tests.convert.helpers import (
@@ -92,7 +93,7 @@ def test_by_default_a_decoder_is_a_copy_of_the_base(base, tmp_path):
     assert manifest.certificate is not None
     assert manifest.certificate.kind == "full"
     assert manifest.certificate.cache_conditioned
-    assert manifest.certificate.tail == 1
+    assert manifest.certificate.tail == LastTokens(1)
     assert manifest.certificate.prefill_fingerprint == read_manifest(base).fingerprint
     mine, its = load_weights(tmp_path / "m"), load_weights(base)
     assert all(same_bits(mine[name], value) for name, value in its.items())
@@ -107,7 +108,7 @@ def test_a_fine_tune_is_cache_conditioned_only_when_asserted(base, tmp_path, ass
     manifest = read_manifest(tmp_path / "m")
     assert manifest.certificate is not None
     assert manifest.certificate.cache_conditioned is asserted
-    assert manifest.certificate.tail == 4
+    assert manifest.certificate.tail == LastTokens(4)
     assert manifest.certificate.weights_fingerprint != manifest.certificate.prefill_fingerprint
     loaded = load_weights(tmp_path / "m")
     assert all(same_bits(loaded[name], value) for name, value in weights.items())
@@ -173,7 +174,8 @@ def test_lora_is_exported_as_it_was_imported(base, tmp_path, targets, dtype):
     manifest = make_decoder(base, tmp_path / "m", lora=folder, tail=2)
     certificate = manifest.certificate
     assert certificate is not None
-    assert (certificate.kind, certificate.tail, certificate.cache_conditioned) == ("lora", 2, False)
+    assert (certificate.kind, certificate.tail) == ("lora", LastTokens(2))
+    assert not certificate.cache_conditioned
     assert (certificate.lora_rank, certificate.lora_alpha) == (4, 8.0)
     assert certificate.lora_targets == targets
     assert manifest.dtype == dtype
@@ -211,7 +213,7 @@ def test_an_exported_module_says_what_it_was(base, tmp_path):
     # A tail that is asked for goes before what the folder says.
     other = make_decoder(base, tmp_path / "tail", lora=tmp_path / "out", tail=1)
     assert other.certificate is not None
-    assert other.certificate.tail == 1
+    assert other.certificate.tail == LastTokens(1)
 
 
 def test_an_exported_module_stays_with_its_base(base, tmp_path):

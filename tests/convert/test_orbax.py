@@ -23,6 +23,7 @@ from pshare_jax.convert.orbax import (
 )
 from pshare_jax.convert.tensors import LazyTensor
 from pshare_jax.convert.zarr import StoredTensor, chunk_shape
+from pshare_jax.core.split_rule import LastTokens
 from pshare_jax.errors import CheckpointError
 from pshare_jax.models.weights import WeightSpec, lora_specs, weight_specs
 from pshare_jax.sharding.rules import weight_shardings
@@ -227,7 +228,7 @@ def test_a_copy_of_the_base_has_the_base_fingerprint(saved, tmp_path):
     assert manifest.certificate is not None
     assert manifest.certificate.prefill_fingerprint == base.fingerprint
     assert manifest.certificate.weights_fingerprint == manifest.fingerprint == base.fingerprint
-    assert manifest.certificate.tail == 3
+    assert manifest.certificate.tail == LastTokens(3)
     assert not (tmp_path / "copy" / "tokenizer").exists()
 
 

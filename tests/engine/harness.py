@@ -24,6 +24,7 @@ from pshare_jax.core.messages import (
     RequestOutput,
     SamplingParams,
 )
+from pshare_jax.core.split_rule import LAST_TOKEN, LastTokens, SplitRule
 from pshare_jax.engine.loader import BaseSource, LoadTensors, ModelSource
 from pshare_jax.engine.monolithic import Monolithic
 from pshare_jax.engine.orchestrator import Orchestrator
@@ -76,21 +77,25 @@ class Models:
         self.base = init_weights(config, seed=0)
         self.full_weights: dict[str, Weights] = {}
         self.sources: list[ModelSource] = []
+        self.rules: dict[str, SplitRule] = {}
         self.tails: dict[str, int] = {}
 
-    def add_full(self, name: str, seed: int, *, tail: int = 1, isolated: bool = False) -> None:
+    def add_full(
+        self, name: str, seed: int, *, tail: int | SplitRule = 1, isolated: bool = False
+    ) -> None:
         weights = init_weights(self.config, seed=seed)
-        self._add(name, weights, weights, self._certificate(tail), "full", isolated)
+        self._add(name, weights, weights, self._certificate(name, tail), "full", isolated)
 
     def add_identity(self, name: str, *, isolated: bool = False) -> None:
         self._add(name, self.base, self.base, None, "identity", isolated)
 
     def add_lora(
-        self, name: str, module: LoraModule, *, tail: int = 1, isolated: bool = False
+        self, name: str, module: LoraModule, *, tail: int | SplitRule = 1, isolated: bool = False
     ) -> None:
         certificate = replace(
-            self._certificate(tail),
+            self._certificate(name, 1),
             kind="lora",
+            tail=tail,
             lora_rank=module.rank,
             lora_alpha=module.alpha,
             lora_targets=tuple(module.targets),
@@ -109,11 +114,14 @@ class Models:
     ) -> None:
         sharing = "isolated" if isolated else "shared"
         self.full_weights[name] = full
-        self.tails[name] = certificate.tail if certificate else 1
+        rule = certificate.tail if certificate else LAST_TOKEN
+        self.rules[name] = rule
+        if isinstance(rule, LastTokens):
+            self.tails[name] = rule.count
         self.sources.append(ModelSource(name, kind, sharing, loader(weights), certificate))
 
-    def _certificate(self, tail: int) -> Certificate:
-        return Certificate("base-print", tail, "full", True, "own-print")
+    def _certificate(self, name: str, tail: int | SplitRule) -> Certificate:
+        return Certificate("base-print", tail, "full", True, f"print of {name}")
 
     @property
     def base_source(self) -> BaseSource:
@@ -128,7 +136,7 @@ class Models:
         source = next(s for s in self.sources if s.name == name)
         own = self.full_weights[name]
         prefill = own if source.sharing == "isolated" else self.base
-        return self.oracle.generate(prefill, own, prompt, max_tokens, tail=self.tails[name])
+        return self.oracle.generate(prefill, own, prompt, max_tokens, tail=self.rules[name])
 
 
 @functools.cache

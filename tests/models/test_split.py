@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pshare_jax.core.split_rule import Invocation, LastMessage, LastTokens
 from pshare_jax.errors import CertificateError, CheckpointError
 from pshare_jax.models.attention import CausalAttention, DenseCache, init_cache
 from pshare_jax.models.config import ModelConfig
@@ -18,8 +19,7 @@ from pshare_jax.models.split import (
     DecodeModule,
     PrefillModule,
     check_certificate,
-    prefill_fingerprint,
-    split_prompt,
+    isolated_namespace,
     tensor_hash,
 )
 from pshare_jax.models.weights import Weights, lora_specs
@@ -27,7 +27,9 @@ from tests.helpers import ARCHITECTURES, tiny_config
 
 # float32 sums in another order: a few units in the last place of logits around 1.
 TOLERANCE = 1e-5
-FULL = Certificate("base", tail=1, kind="full", cache_conditioned=True, weights_fingerprint="own")
+FULL = Certificate(
+    "base", tail=LastTokens(1), kind="full", cache_conditioned=True, weights_fingerprint="own"
+)
 LORA = dataclasses.replace(
     FULL, kind="lora", lora_rank=3, lora_alpha=6.0, lora_targets=("q", "o", "down")
 )
@@ -56,13 +58,13 @@ def ordinary_logits(config: ModelConfig, weights: Weights, tokens: jax.Array) ->
     return forward(weights, tokens)
 
 
-def split_logits(prefill: PrefillModule, decode: DecodeModule, tokens: jax.Array, tail: int):
+def split_logits(prefill: PrefillModule, decode: DecodeModule, tokens: jax.Array):
     """Logits `[B, n - split, vocab]` of the decode module over the prefill module's KV.
 
     Cache slots that nobody has written hold large values: reading one would show.
     """
     config, n = prefill.config, tokens.shape[1]
-    split = split_prompt(n, tail)
+    split = decode.certificate.tail.split(tokens[0].tolist()).covered
     positions = jnp.broadcast_to(jnp.arange(n), tokens.shape)
 
     @jax.jit
@@ -89,10 +91,10 @@ def test_rule_1_split_identity(architecture, n, tail):
     weights = init_weights(config, seed=1)
     tokens = jnp.asarray(np.random.default_rng(n).integers(0, config.vocab_size, (2, n)), jnp.int32)
     prefill = PrefillModule(config, weights, fingerprint="base")
-    decode = DecodeModule(config, weights, dataclasses.replace(FULL, tail=tail))
+    decode = DecodeModule(config, weights, dataclasses.replace(FULL, tail=LastTokens(tail)))
 
-    actual = split_logits(prefill, decode, tokens, tail)
-    expected = ordinary_logits(config, weights, tokens)[:, split_prompt(n, tail) :]
+    actual = split_logits(prefill, decode, tokens)
+    expected = ordinary_logits(config, weights, tokens)[:, -tail:]
 
     assert actual.shape == (2, min(n, tail), config.vocab_size)
     np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE)
@@ -105,8 +107,8 @@ def test_decode_modules_read_the_bases_kv_not_their_own():
     tokens = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
     decode = DecodeModule(config, own, FULL)
 
-    shared = split_logits(PrefillModule(config, base, "base"), decode, tokens, 1)
-    isolated = split_logits(PrefillModule(config, own, "own"), decode, tokens, 1)
+    shared = split_logits(PrefillModule(config, base, "base"), decode, tokens)
+    isolated = split_logits(PrefillModule(config, own, "own"), decode, tokens)
 
     expected = ordinary_logits(config, own, tokens)[:, -1:]
     np.testing.assert_allclose(isolated, expected, rtol=0, atol=TOLERANCE)
@@ -120,25 +122,14 @@ def test_lora_decode_module_equals_merged_weights():
     tokens = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
     prefill = PrefillModule(config, base, "base")
 
+    lora, full = (dataclasses.replace(c, tail=LastTokens(2)) for c in (LORA, FULL))
     merged = merge(base, LORA.lora_module(factors))
-    actual = split_logits(prefill, DecodeModule(config, base, LORA, factors), tokens, 2)
-    expected = split_logits(prefill, DecodeModule(config, merged, FULL), tokens, 2)
-    identity = split_logits(prefill, DecodeModule(config, base, FULL), tokens, 2)
+    actual = split_logits(prefill, DecodeModule(config, base, lora, factors), tokens)
+    expected = split_logits(prefill, DecodeModule(config, merged, full), tokens)
+    identity = split_logits(prefill, DecodeModule(config, base, full), tokens)
 
     np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE)
     assert np.abs(actual - identity).max() > 0.1
-
-
-@pytest.mark.parametrize(
-    ("prompt_len", "tail", "expected"), [(10, 1, 9), (10, 3, 7), (3, 3, 0), (2, 5, 0), (1, 1, 0)]
-)
-def test_split_prompt(prompt_len, tail, expected):
-    assert split_prompt(prompt_len, tail) == expected
-
-
-def test_split_prompt_leaves_the_decode_module_a_token():
-    with pytest.raises(ValueError, match="tail is 0"):
-        split_prompt(10, 0)
 
 
 def test_rule_5_certificate():
@@ -158,10 +149,70 @@ def test_rule_5_certificate_of_an_ordinary_fine_tune():
         check_certificate(ordinary, "base", "shared")
 
 
-@pytest.mark.parametrize("certificate", [FULL, LORA], ids=["full", "lora"])
+def test_rule_5_certificate_that_states_a_former_name_of_the_base():
+    check_certificate(FULL, "new name", "shared", former=("base",))
+    with pytest.raises(CertificateError, match="made for the base base, but this base is new name"):
+        check_certificate(FULL, "new name", "shared", former=("another",))
+
+
+def test_a_module_with_an_invocation_is_never_isolated():
+    """Before its invocation, and without it, the base must answer."""
+    certificate = dataclasses.replace(LORA, tail=Invocation((5, 6)))
+    check_certificate(certificate, "base", "shared")
+    with pytest.raises(CertificateError, match=r"critic: .* set `sharing: shared` for it"):
+        check_certificate(certificate, "base", "isolated", name="critic")
+
+
+def test_isolated_kv_is_named_after_the_weights_that_write_it():
+    assert isolated_namespace("base", FULL) == "isolated/base/own"
+    other = dataclasses.replace(FULL, weights_fingerprint="other")
+    names = {
+        isolated_namespace("base", FULL),
+        isolated_namespace("base 2", FULL),
+        isolated_namespace("base", other),
+        "base",
+    }
+    assert len(names) == 4
+    # The same weights, whatever else the certificates say.
+    longer = dataclasses.replace(FULL, prefill_fingerprint="former", tail=LastTokens(3))
+    assert isolated_namespace("base", longer) == isolated_namespace("base", FULL)
+
+
+@pytest.mark.parametrize(
+    "certificate",
+    [
+        FULL,
+        LORA,
+        dataclasses.replace(FULL, tail=LastTokens(32)),
+        dataclasses.replace(FULL, tail=LastMessage(((1, 4093), (1, 19324)))),
+        dataclasses.replace(LORA, tail=Invocation((5, 6))),
+    ],
+    ids=lambda c: f"{c.kind}-{c.tail}",
+)
 def test_certificate_survives_json(certificate):
     text = json.dumps(certificate.to_json())
     assert Certificate.from_json(json.loads(text)) == certificate
+
+
+def test_a_certificate_of_a_number_of_tokens_is_written_as_it_always_was():
+    text = (
+        '{"prefill_fingerprint": "base", "tail": 1, "kind": "lora", "cache_conditioned": true, '
+        '"weights_fingerprint": "own", "lora_rank": 3, "lora_alpha": 6.0, '
+        '"lora_targets": ["q", "o", "down"]}'
+    )
+    assert Certificate.from_json(json.loads(text)) == LORA
+    assert json.dumps(LORA.to_json()) == text
+
+
+def test_an_integer_tail_is_a_number_of_tokens():
+    assert dataclasses.replace(FULL, tail=3).tail == LastTokens(3)
+    with pytest.raises(CertificateError, match="certificate: tail is 0"):
+        dataclasses.replace(FULL, tail=0)
+
+
+def test_an_invocation_needs_adapters_that_can_be_off():
+    with pytest.raises(CertificateError, match="tail is an invocation, which needs kind 'lora'"):
+        dataclasses.replace(FULL, tail=Invocation((5, 6)))
 
 
 @pytest.mark.parametrize(
@@ -169,6 +220,9 @@ def test_certificate_survives_json(certificate):
     [
         ({"tail": "1"}, "tail"),
         ({"tail": 0}, "tail is 0"),
+        ({"tail": True}, "tail is True"),
+        ({"tail": {"invocation": "x"}}, "tail is .*'invocation'.*, but must be"),
+        ({"tail": {"last-message": [[]]}}, "not a sequence of token ids"),
         ({"kind": "half"}, "kind"),
         ({"prefill_fingerprint": None}, "prefill_fingerprint"),
         ({"cache_conditioned": "yes"}, "cache_conditioned"),
@@ -190,22 +244,6 @@ def test_certificate_refuses_a_missing_field():
     del values["tail"]
     with pytest.raises(CertificateError, match="tail"):
         Certificate.from_json(values)
-
-
-def test_fingerprint_depends_on_everything_the_kv_depends_on():
-    config = tiny_config()
-    hashes = {"a": tensor_hash(np.zeros(3)), "b": tensor_hash(np.ones(3))}
-    fingerprint = prefill_fingerprint(config, hashes, "tokenizer")
-
-    reordered = dict(reversed(hashes.items()))
-    assert prefill_fingerprint(config, reordered, "tokenizer") == fingerprint
-    swapped = {"a": hashes["b"], "b": hashes["a"]}
-    others = [
-        prefill_fingerprint(config, swapped, "tokenizer"),
-        prefill_fingerprint(config, hashes, "another tokenizer"),
-        prefill_fingerprint(dataclasses.replace(config, rope_theta=5e5), hashes, "tokenizer"),
-    ]
-    assert len({fingerprint, *others}) == 4
 
 
 def test_tensor_hash_sees_dtype_shape_and_bytes():

@@ -47,11 +47,17 @@ class Trainer:
         return 0
 
 
+def named(base: str) -> SimpleNamespace:
+    """The manifest of a base, which an earlier version called `former BASE`."""
+    current = {f"former {base}": base}
+    return SimpleNamespace(fingerprint=base, current=lambda name: current.get(name, name))
+
+
 @pytest.fixture
 def trainer(monkeypatch) -> Trainer:
     trainer = Trainer()
     monkeypatch.setattr(runner, "run_trainer", trainer)
-    monkeypatch.setattr(runner, "read_manifest", lambda base: SimpleNamespace(fingerprint=base))
+    monkeypatch.setattr(runner, "read_manifest", named)
     monkeypatch.setattr(Study, "_evaluate", lambda self, *_: {"accuracy": 1.0, "correct": "1"})
     return trainer
 
@@ -100,6 +106,15 @@ def test_a_result_keeps_what_decided_it(config, trainer):
     assert trainer.asked[1]["optimizer.max_steps"] == "4"
     make(config)
     assert len(trainer.asked) == 2
+
+
+def test_a_result_that_names_its_base_as_earlier_versions_did(config, trainer):
+    for path in Path(config.results).glob("code-*.json"):
+        path.write_text(path.read_text().replace('"b0"', '"former b0"'))
+    make(config)
+    assert len(trainer.asked) == 2
+    with pytest.raises(DataError, match="base 'former b0', but the configuration says 'b1'"):
+        make(config, base="b1")
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def train_config(base: Path, data: str, output: Path, /, **overrides: Any) -> Tr
     }
     plain: dict[str, Any] = {"dtype": "float32"}
     for name, value in overrides.items():
-        if isinstance(value, dict):
+        if name in types and isinstance(value, dict):
             sections[name] = {**sections.get(name, {}), **value}
         else:
             plain[name] = value

@@ -2,12 +2,13 @@
 
 import numpy as np
 
+from pshare_jax.core.split_rule import LAST_TOKEN
 from pshare_jax.train.batches import BatchStream, make_plan
 from pshare_jax.train.data import Example, Turn
 from pshare_jax.train.layout import choose_buckets, make_row
 
 ROWS = [
-    make_row(Example(np.arange(n, dtype=np.int32), (Turn(n - 2, n),), "file:1"), 1)
+    make_row(Example(np.arange(n, dtype=np.int32), (Turn(n - 2, n),), "file:1"), LAST_TOKEN)
     for n in [5, 40, 7, 6, 41, 42, 8, 9, 10, 43, 11]
 ]
 BUCKETS, ASSIGNED = choose_buckets(ROWS, 2)

@@ -26,7 +26,9 @@ GIVEN = ("--base=b", "--output=o", "--data.train=[d.jsonl]")
     [
         (["--optimizer.learnin_rate=1"], "learnin_rate"),
         (["--mode=half"], "mode"),
-        (["--tail=0"], "tail is 0; it must be at least 1"),
+        (["--tail=0"], "tail is 0, but a decode module reads at least one prompt token"),
+        (["--tail=first-message"], "tail"),
+        (["--tail={invocation: [5, 6]}"], "tail: an invocation is for LoRA modules"),
         (["--optimizer.beta2=1.0"], "optimizer.beta2 is 1.0"),
         (["--optimizer.learning_rate=.nan"], "optimizer.learning_rate is nan"),
         (["--data.train=[]"], "data.train: name at least one"),

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from pshare_jax.core.split_rule import Invocation
 from pshare_jax.errors import DataError
 from pshare_jax.text.tokenizer import Tokenizer
 from pshare_jax.train.data import read_dataset, read_line
@@ -68,6 +69,19 @@ def test_a_template_that_rewrites_earlier_turns_gives_one_example_a_turn(tmp_pat
     prompt = second.tokens[: second.turns[0].start].tolist()
     assert prompt == served_prompt(tokenizer, CHAT[:4])
     assert "one two" not in tokenizer.decode(prompt)
+
+
+def test_a_prompt_without_the_invocation_is_a_bad_line(tokenizer):
+    raw = line({"messages": CHAT})
+    (example,) = read_line(raw, tokenizer, 1000, "file:3")
+    first, second = (example.tokens[: turn.start].tolist() for turn in example.turns)
+    in_both, in_second = Invocation((first[0], first[1])), Invocation(tuple(second[len(first) :]))
+    assert len(read_line(raw, tokenizer, 1000, "file:3", rule=in_both)) == 1
+    with pytest.raises(DataError, match=r"file:3: a prompt does not hold the invocation .*skip"):
+        read_line(raw, tokenizer, 1000, "file:3", rule=in_second)
+    asked = line({"messages": CHAT[:2]})
+    with pytest.raises(DataError, match="does not hold the invocation"):
+        read_line(asked, tokenizer, 1000, "file:3", unanswered=True, rule=Invocation((399, 399)))
 
 
 def test_prompt_and_completion(tokenizer):

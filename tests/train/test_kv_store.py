@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from pshare_jax.core.split_rule import LAST_TOKEN
 from pshare_jax.errors import CheckpointError, ConfigError
 from pshare_jax.models.decoder import init_weights
 from pshare_jax.train.batches import MicroBatch
@@ -21,7 +22,9 @@ from tests.train.helpers import MODEL, losses, train_config
 
 RNG = np.random.default_rng(0)
 ROWS = [
-    make_row(Example(RNG.integers(0, 400, n, dtype=np.int32), (Turn(n - 2, n),), "file:1"), 1)
+    make_row(
+        Example(RNG.integers(0, 400, n, dtype=np.int32), (Turn(n - 2, n),), "file:1"), LAST_TOKEN
+    )
     for n in (9, 5, 12, 7)
 ]
 ALL = np.arange(len(ROWS))

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pshare_jax.core.split_rule import Invocation, LastMessage, LastTokens, SplitRule
 from pshare_jax.models.attention import CausalAttention, DenseCache, init_cache
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.decoder import bind, init_weights
-from pshare_jax.models.split import Certificate, DecodeModule, PrefillModule, split_prompt
+from pshare_jax.models.split import Certificate, DecodeModule, PrefillModule
 from pshare_jax.models.weights import Weights
 from pshare_jax.train.data import Example, Turn
 from pshare_jax.train.layout import Bucket, Row, collate, make_row
@@ -53,7 +54,7 @@ def one_pass_logits(recipe, trainable, base, row: Row) -> np.ndarray:
     return np.asarray(out)[0, : len(row.targets)]
 
 
-DECODED = 16
+DECODED = 18
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -76,7 +77,7 @@ def served_logits(config, base, own, certificate, example, lora=None) -> np.ndar
     tokens[: len(example.tokens)] = example.tokens
     logits = []
     for turn in example.turns:
-        cover = split_prompt(turn.start, certificate.tail)
+        cover = certificate.tail.split(example.tokens[: turn.start].tolist()).covered
         # What follows the turn is not known when it is served.
         known = np.where(np.arange(40) < turn.end, tokens, 0)
         out = serve_turn(config, certificate, base, own, lora, known, np.int32(cover))
@@ -84,11 +85,20 @@ def served_logits(config, base, own, certificate, example, lora=None) -> np.ndar
     return np.concatenate(logits)
 
 
-def certificate(tail: int, **lora) -> Certificate:
+def certificate(tail: SplitRule, **lora) -> Certificate:
     return Certificate("print", tail, "lora" if lora else "full", True, "own", **lora)
 
 
-@pytest.mark.parametrize("tail", [1, 3, 9])
+def found_in(example: Example, *starts: int) -> list[tuple[int, ...]]:
+    """Pairs of tokens that stand at `starts`."""
+    return [tuple(example.tokens[start : start + 2].tolist()) for start in starts]
+
+
+LAST_MESSAGE = LastMessage(tuple(found_in(conversation(), 2, 9, 15)))
+"""One message begins in each turn's prompt."""
+
+
+@pytest.mark.parametrize("tail", [*map(LastTokens, (1, 3, 9)), LAST_MESSAGE], ids=str)
 @pytest.mark.parametrize("architecture", ["llama", "mistral"])
 def test_one_pass_equals_serving_each_turn(architecture, tail):
     config = tiny_config(architecture=architecture, vocab_size=96)
@@ -99,15 +109,19 @@ def test_one_pass_equals_serving_each_turn(architecture, tail):
     np.testing.assert_allclose(ours, served, atol=1e-5, rtol=1e-5)
 
 
-def test_one_pass_equals_serving_each_turn_of_a_lora_module():
+INVOCATION = Invocation(found_in(conversation(), 3)[0])
+
+
+@pytest.mark.parametrize("tail", [LastTokens(2), LAST_MESSAGE, INVOCATION], ids=str)
+def test_one_pass_equals_serving_each_turn_of_a_lora_module(tail):
     lora = lora_module(LLAMA, 3, rank=2, targets=("q", "v", "down"))
     shape = LoraShape(lora.rank, lora.alpha, tuple(lora.targets))
     stated = certificate(
-        2, lora_rank=lora.rank, lora_alpha=lora.alpha, lora_targets=tuple(lora.targets)
+        tail, lora_rank=lora.rank, lora_alpha=lora.alpha, lora_targets=tuple(lora.targets)
     )
     base, example = weights(LLAMA, 0), conversation()
     recipe = Recipe(LLAMA, "float32", shape)
-    ours = one_pass_logits(recipe, lora.weights, base, make_row(example, 2))
+    ours = one_pass_logits(recipe, lora.weights, base, make_row(example, tail))
     served = served_logits(LLAMA, base, base, stated, example, lora.weights)
     np.testing.assert_allclose(ours, served, atol=1e-5, rtol=1e-5)
 
@@ -124,7 +138,7 @@ def ordinary_logits(config, own, example: Example) -> np.ndarray:
     return np.asarray(forward(config, own, example.tokens[None]))[targets]
 
 
-@pytest.mark.parametrize("tail", [1, 9, None])
+@pytest.mark.parametrize("tail", [LastTokens(1), LastTokens(9), None], ids=str)
 def test_split_identity(tail):
     """With the base's weights the decode module gives what an ordinary forward gives."""
     base, example = weights(LLAMA, 0), conversation()
@@ -148,23 +162,27 @@ def test_a_conversation_costs_the_sum_of_its_turns():
     base, own, recipe = weights(LLAMA, 0), weights(LLAMA, 1), Recipe(LLAMA, "float32")
     example = conversation()
     apart = [
-        make_row(Example(example.tokens[: turn.end], (turn,), "file:1"), 3)
+        make_row(Example(example.tokens[: turn.end], (turn,), "file:1"), LastTokens(3))
         for turn in example.turns
     ]
-    together, gradient = loss_and_gradient(recipe, own, {}, base, batch_of([make_row(example, 3)]))
+    together, gradient = loss_and_gradient(
+        recipe, own, {}, base, batch_of([make_row(example, LastTokens(3))])
+    )
     total, sums = 0.0, {}
     for row in apart:
         loss, more = loss_and_gradient(recipe, own, {}, base, batch_of([row]))
         total += float(loss)
         sums = {name: sums.get(name, 0) + grad for name, grad in more.items()}
-    assert float(together) == pytest.approx(total, abs=1e-5 * len(make_row(example, 3).targets))
+    assert float(together) == pytest.approx(
+        total, abs=1e-5 * len(make_row(example, LastTokens(3)).targets)
+    )
     for name, grad in gradient.items():
         np.testing.assert_allclose(grad, sums[name], atol=1e-4, rtol=1e-4)
 
 
 def test_loss_is_the_mean_negative_log_likelihood_of_the_labels():
     base, own, recipe = weights(LLAMA, 0), weights(LLAMA, 1), Recipe(LLAMA, "float32")
-    row = make_row(conversation(), 1)
+    row = make_row(conversation(), LastTokens(1))
     logits = one_pass_logits(recipe, own, base, row).astype(np.float64)
     log_z = np.log(np.exp(logits).sum(axis=-1))
     expected = np.sum(log_z - logits[np.arange(len(row.labels)), row.labels])
@@ -176,7 +194,7 @@ def test_remat_changes_no_gradient():
     base = weights(LLAMA, 0)
     lora = lora_module(LLAMA, 3, rank=2, targets=("q", "down"))
     shape = LoraShape(lora.rank, lora.alpha, tuple(lora.targets))
-    batch = batch_of([make_row(conversation(), 2)])
+    batch = batch_of([make_row(conversation(), LastTokens(2))])
     plain, remat = (
         loss_and_gradient(
             Recipe(LLAMA, "float32", shape, remat=remat), lora.weights, {"base": base}, base, batch
@@ -191,7 +209,7 @@ def test_distilling_measures_the_divergence_from_the_teachers_own_reading():
     base, own, teacher = (weights(LLAMA, seed) for seed in (0, 1, 2))
     recipe = Recipe(LLAMA, "float32", teacher=LLAMA)
     example = conversation()
-    row = make_row(example, 1)
+    row = make_row(example, LastTokens(1))
     student = one_pass_logits(recipe, own, base, row).astype(np.float64)
     target = ordinary_logits(LLAMA, teacher, example).astype(np.float64)
     log_p, log_q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (target, student))
@@ -211,7 +229,7 @@ def test_cpp_multiplies_everywhere(tied):
     config = tiny_config(vocab_size=96, tie_word_embeddings=tied)
     recipe = Recipe(config, "bfloat16", matmul="cpu_ffi")
     own = weights(config, 1)
-    batch = batch_of([make_row(conversation(), 1)])
+    batch = batch_of([make_row(conversation(), LastTokens(1))])
     kv = jax.make_jaxpr(functools.partial(base_kv, recipe))(own, batch["prompt"])
     assert str(kv).count("pshare_matmul") == 7 * (config.num_layers - 1) + 2
     loss = functools.partial(loss_sum, recipe, frozen={}, kv=None, batch=batch)

@@ -5,6 +5,7 @@ import contextlib
 import numpy as np
 import pytest
 
+from pshare_jax.core.split_rule import LAST_TOKEN
 from pshare_jax.errors import CheckpointError
 from pshare_jax.train.config import LoraConfig
 from pshare_jax.train.data import Example, Turn
@@ -18,7 +19,7 @@ from tests.train.helpers import MODEL, metrics, scalars
 PROJECTIONS = 2 * (2 * 48 * 64 + 2 * 48 * 32 + 3 * 48 * 64)
 CONTEXT = 2 * 2 * 4 * 16
 HEAD = 2 * 48 * 416
-ROW = make_row(Example(np.arange(10, dtype=np.int32), (Turn(7, 10),), "file:1"), 1)
+ROW = make_row(Example(np.arange(10, dtype=np.int32), (Turn(7, 10),), "file:1"), LAST_TOKEN)
 
 
 def forward(positions, targets: int) -> int:
