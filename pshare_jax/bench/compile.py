@@ -18,14 +18,9 @@ import jax
 
 from pshare_jax.bench import shared_prefix
 from pshare_jax.bench.accelerators import ACCELERATORS, Accelerator, prepare
+from pshare_jax.bench.compile_kernels import KERNEL_CASES, kernel_program
 from pshare_jax.bench.compile_models import MODELS
-from pshare_jax.bench.compile_programs import (
-    KERNEL_CASES,
-    Program,
-    Sizes,
-    kernel_program,
-    step_programs,
-)
+from pshare_jax.bench.compile_programs import Program, Sizes, one_chip_programs, step_programs
 from pshare_jax.bench.hbm_traffic import hbm_bytes
 from pshare_jax.bench.shared_prefix_programs import SHARED_CASES, attention_program
 from pshare_jax.bench.training_programs import training_programs
@@ -45,6 +40,7 @@ class CompileOptions:
         models: names of models; all if empty.
         kernels: whether to compile the kernels alone.
         serving: whether to compile the steps of the engine.
+        one_chip: models that are compiled for one chip, with LoRA modules over one pool.
         training: whether to compile the steps of the trainer.
         shared_prefix: whether to count what reading shared pages once saves.
         layers: number of layers; 0 keeps the models'. Fewer compile faster and mean less.
@@ -55,6 +51,7 @@ class CompileOptions:
     models: list[str] = field(default_factory=list)
     kernels: bool = True
     serving: bool = True
+    one_chip: list[str] = field(default_factory=lambda: ["Llama-3.1-8B"])
     training: bool = True
     shared_prefix: bool = True
     layers: int = 0
@@ -217,6 +214,10 @@ def outcomes(options: CompileOptions) -> Iterator[Outcome]:
             if options.serving:
                 for program in step_programs(accelerator, config, options.sizes):
                     yield _outcome(accelerator, model, program, config.num_layers)
+            if options.serving and model in options.one_chip:
+                for program in one_chip_programs(accelerator, config, options.sizes):
+                    alone = replace(accelerator, name=f"{name}, one chip")
+                    yield _outcome(alone, model, program, config.num_layers)
             if options.training:
                 for program in training_programs(accelerator, config, options.sizes):
                     yield _outcome(accelerator, model, program, config.num_layers)

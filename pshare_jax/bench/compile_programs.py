@@ -1,31 +1,27 @@
-"""What `bench compile` compiles: kernels alone, and the engine's steps on abstract weights."""
+"""What `bench compile` compiles of serving: the programs of `runtime`, on abstract weights."""
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Format
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Mesh, Sharding
 
 from pshare_jax.bench.accelerators import Accelerator
-from pshare_jax.core.messages import SamplingParams
-from pshare_jax.core.shared_runs import max_groups
-from pshare_jax.kernels.kv_write.api import kv_write
-from pshare_jax.kernels.page_transfer.api import gather_pages, scatter_pages
-from pshare_jax.kernels.paged_attention.api import paged_attention
+from pshare_jax.config import DecodeConfig
+from pshare_jax.core.buckets import TRANSFER_BUCKETS
 from pshare_jax.models.config import ModelConfig
-from pshare_jax.models.weights import projection_specs, weight_specs
+from pshare_jax.models.weights import LORA_TARGETS, lora_specs, projection_specs, weight_specs
 from pshare_jax.runtime.layout import PageLayout
-from pshare_jax.runtime.sampler import empty_history, pack_rows
-from pshare_jax.runtime.steps import DecodeInput, Rows, Runs, StepSpec, decode_steps, prefill_chunk
-from pshare_jax.sharding.mesh import carve
-from pshare_jax.sharding.rules import pool_sharding, replicated, weight_shardings
+from pshare_jax.runtime.programs import Call, Programs, Slot
+from pshare_jax.runtime.steps import DecodeInput, StepSpec
+from pshare_jax.sharding.mesh import carve, carve_one
+from pshare_jax.sharding.rules import weight_shardings
 
 DTYPE = jnp.bfloat16
 
@@ -39,7 +35,8 @@ class Sizes:
         context: positions that each row's page table holds.
         chunk: tokens of the prefill chunk.
         page_size: token slots of a page.
-        transfer: pages of one handoff call.
+        lora_modules: modules that are stacked where prefill and decode share one chip.
+        lora_rank: their rank, over all projections.
         train_batch: rows of a training micro-batch.
         train_prompt: tokens of each row that the prefill module reads, and the first decode token.
         train_answer: answer tokens of each row.
@@ -49,7 +46,8 @@ class Sizes:
     context: int = 4096
     chunk: int = 512
     page_size: int = 32
-    transfer: int = 64
+    lora_modules: int = 4
+    lora_rank: int = 16
     train_batch: int = 8
     train_prompt: int = 2048
     train_answer: int = 256
@@ -101,65 +99,117 @@ def bytes_per_device(arrays: Any) -> int:
     )
 
 
-class Side:
-    """One mesh of one model: its weights and its pool, which takes half of what weights leave."""
+POOL_SHARE = 0.5
+"""Of what the weights leave of a device's memory, how much the compiled programs' pool takes."""
 
-    def __init__(self, accelerator: Accelerator, config: ModelConfig, mesh: Mesh, sizes: Sizes):
+NAMES = {
+    "chunk": "prefill chunk",
+    "gather": "handoff: gather",
+    "scatter": "handoff: scatter",
+    "decode": "decode step",
+    "decode, shared pages": "decode step, one shared context",
+}
+"""Programs of serving that have a row, and what they are called there."""
+
+
+class Side:
+    """One mesh of one model: its weights, its pool, and the programs of serving on it."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        config: ModelConfig,
+        mesh: Mesh,
+        sizes: Sizes,
+        lora: bool = False,
+    ):
         self.config, self.mesh, self.sizes = config, mesh, sizes
         specs = weight_specs(config)
         shardings = weight_shardings(mesh, specs)
         self.weights = {
             name: abstract(spec.shape, DTYPE, shardings[name]) for name, spec in specs.items()
         }
-        self.layout = PageLayout.of(config, sizes.page_size, DTYPE)
-        self.pages_sharding = pool_sharding(mesh, config.num_kv_heads)
-        self.pages = self.layout.placement(self.pages_sharding)
-        one_page = bytes_per_device(self.pool(1))
-        self.num_pages = int(
-            0.5 * (accelerator.memory - bytes_per_device(self.weights)) // one_page
+        layout = PageLayout.of(config, sizes.page_size, DTYPE)
+        decode = DecodeConfig(
+            batch_buckets=[sizes.batch], max_num_seqs=sizes.batch, replay_buckets=[sizes.page_size]
         )
+        spec = StepSpec(config, accelerator.backend, mesh)
+        self.programs = Programs(spec, layout, mesh, sizes.context, [sizes.chunk], decode)
+        self.adapters = self._adapters() if lora else None
+        one_page = bytes_per_device(self.pool(1))
+        free = accelerator.memory - bytes_per_device((self.weights, self.adapters))
+        self.num_pages = max(int(POOL_SHARE * free // one_page), sizes.batch)
         self.bytes_per_token = one_page // sizes.page_size
-        self.everywhere = replicated(mesh)
-        self.spec = StepSpec(config, accelerator.backend, mesh)
+
+    def _adapters(self) -> dict[str, Any]:
+        """Stacked LoRA factors of all projections, as `models.lora.stack_adapters` shapes them."""
+        count, stacked = self.sizes.lora_modules, {}
+        for name, spec in lora_specs(self.config, self.sizes.lora_rank, LORA_TARGETS).items():
+            shape = list(spec.shape)
+            shape.insert(len(shape) - 1 if name.endswith(".lora_a") else 0, count)
+            stacked[name] = abstract(tuple(shape), DTYPE, self.programs.everywhere)
+        return stacked
 
     def pool(self, num_pages: int) -> tuple[Any, ...]:
         """Abstract pages of all layers."""
-        shape = self.layout.layer_shape(num_pages)
-        one = abstract(shape, DTYPE, self.pages)
+        layout = self.programs.layout
+        placement = layout.placement(self.programs.pool_sharding)
+        one = abstract(layout.layer_shape(num_pages), DTYPE, placement)
         return (one,) * self.config.num_layers
 
-    def ints(self, *shape: int) -> Any:
-        """An abstract int32 array on every device."""
-        return abstract(shape, jnp.int32, self.everywhere)
-
-    def rows(self, batch: int) -> Rows:
-        """Abstract page tables, starts and lengths."""
-        width = self.layout.pages_for(self.sizes.context)
-        return Rows(self.ints(batch, width), self.ints(batch), self.ints(batch))
-
-    def program(
-        self,
-        name: str,
-        function: Any,
-        *arguments: Any,
-        least_bytes: float = 0.0,
-        least_flops: float = 0.0,
-        pages_read: float = 0.0,
-    ) -> Program:
-        """A program whose first pool-shaped argument is this side's pool."""
+    def program(self, call: Call) -> Program:
+        """What serving calls, with abstract arguments."""
+        given = {
+            Slot.WEIGHTS: self.weights,
+            Slot.ADAPTERS: self.adapters,
+            Slot.POOL: self.pool(self.num_pages),
+            Slot.HISTORY: self._everywhere(jax.eval_shape(self.programs.history)),
+            Slot.STAGED: abstract(
+                self.programs.staged_shape(call.size[0]), DTYPE, self.programs.staging
+            ),
+        }
+        arguments = tuple(
+            given[argument] if isinstance(argument, Slot) else self._everywhere(argument)
+            for argument in call.arguments
+        )
+        floors = self._floors(call)
+        weights = (self.weights, self.adapters) if Slot.WEIGHTS in _slots(call) else ()
         return Program(
-            name,
-            function,
+            NAMES[call.name],
+            call.function,
             arguments,
-            weight_bytes=bytes_per_device(self.weights) if self.weights in arguments else 0,
+            weight_bytes=bytes_per_device(weights),
             pool_bytes=bytes_per_device(self.pool(self.num_pages)),
             bytes_per_token=self.bytes_per_token,
-            least_bytes=least_bytes,
-            least_flops=least_flops,
-            pages_read=pages_read,
+            least_bytes=floors.get("least_bytes", 0.0),
+            least_flops=floors.get("least_flops", 0.0),
+            pages_read=floors.get("pages_read", 0.0),
         )
 
-    def step_floors(self, batch: int, tokens: int, head: bool) -> dict[str, float]:
+    def _everywhere(self, tree: Any) -> Any:
+        """The arrays of a tree as abstract ones on every device."""
+        everywhere = self.programs.everywhere
+        return jax.tree.map(lambda a: abstract(a.shape, a.dtype, everywhere), tree)
+
+    def _floors(self, call: Call) -> dict[str, float]:
+        sizes = self.sizes
+        if call.name in ("gather", "scatter"):
+            staged = self.programs.staged_shape(call.size[0])
+            one = abstract(staged, DTYPE, self.programs.staging)
+            return {"least_bytes": 2 * bytes_per_device(one)}
+        if call.name == "chunk":
+            return self._step_floors(*call.size, head=False)
+        floors = self._step_floors(sizes.batch, 1, head=True)
+        floors["pages_read"] = self.bytes_per_token * sizes.batch * sizes.context
+        inputs = call.arguments[-1]
+        if isinstance(inputs, DecodeInput) and inputs.runs is not None:
+            # At the least all rows share one run.
+            saved = self.bytes_per_token * (sizes.batch - 1) * sizes.context
+            floors["least_bytes"] -= saved
+            floors["pages_read"] -= saved
+        return floors
+
+    def _step_floors(self, batch: int, tokens: int, head: bool) -> dict[str, float]:
         """Least bytes and operations of a step that feeds `tokens` a row, the last at `context`."""
         config = self.config
         unread = [] if config.tie_word_embeddings and head else ["embed.embedding"]
@@ -178,204 +228,38 @@ class Side:
         }
 
 
+def _slots(call: Call) -> list[Slot]:
+    return [argument for argument in call.arguments if isinstance(argument, Slot)]
+
+
 def step_programs(accelerator: Accelerator, config: ModelConfig, sizes: Sizes) -> Iterator[Program]:
-    """The steps of a serving machine: prefill chunk and gather on one mesh, scatter and decode
-    step on the other, as the engines jit them."""
+    """The programs of a serving machine: prefill and sending on one mesh, receiving and decode on
+    the other."""
     [prefill_mesh], [decode_mesh] = carve(
         accelerator.devices(), 1, accelerator.prefill, 1, accelerator.decode
     )
     prefill = Side(accelerator, config, prefill_mesh, sizes)
     decode = Side(accelerator, config, decode_mesh, sizes)
-    yield _prefill_chunk(prefill)
-    yield _gather(prefill)
-    yield _scatter(decode)
-    yield _decode_step(decode, shared=False)
-    yield _decode_step(decode, shared=True)
+    yield from _rows(prefill, prefill.programs.prefill_calls())
+    yield from _rows(prefill, prefill.programs.sending_calls())
+    yield from _rows(decode, decode.programs.receiving_calls())
+    yield from _rows(decode, decode.programs.decode_calls())
 
 
-def _prefill_chunk(side: Side) -> Program:
-    function = jax.jit(
-        functools.partial(prefill_chunk, side.spec),
-        donate_argnums=1,
-        out_shardings=(side.pages, side.everywhere),
-    )
-    tokens = side.ints(1, side.sizes.chunk)
-    return side.program(
-        "prefill chunk",
-        function,
-        side.weights,
-        side.pool(side.num_pages),
-        tokens,
-        side.rows(1),
-        **side.step_floors(1, side.sizes.chunk, head=False),
-    )
+def one_chip_programs(
+    accelerator: Accelerator, config: ModelConfig, sizes: Sizes
+) -> Iterator[Program]:
+    """The programs of one chip with one pool, one set of weights and LoRA modules over them."""
+    [mesh] = carve_one(accelerator.devices(), 1, 1)
+    side = Side(accelerator, config, mesh, sizes, lora=True)
+    yield from _rows(side, side.programs.prefill_calls())
+    yield from _rows(side, side.programs.decode_calls())
 
 
-def _decode_step(side: Side, *, shared: bool) -> Program:
-    """One step; with `shared` the executable that reads the pages that rows share once."""
-    sizes = side.sizes
-    function = jax.jit(
-        functools.partial(decode_steps, side.spec, 1),
-        donate_argnums=(2, 3),
-        out_shardings=(side.pages, side.everywhere, side.everywhere),
-    )
-    batch = sizes.batch
-
-    def everywhere(tree: Any) -> Any:
-        return jax.tree.map(lambda a: abstract(a.shape, a.dtype, side.everywhere), tree)
-
-    history = everywhere(jax.eval_shape(lambda: empty_history(batch, sizes.context)))
-    sampling = everywhere(pack_rows([SamplingParams()] * batch, [0] * batch, [0] * batch, batch))
-    inputs = DecodeInput(
-        tokens=side.ints(batch),
-        rows=side.rows(batch),
-        slots=side.ints(batch),
-        adapter_index=side.ints(batch),
-        sampling=sampling,
-        num_steps=side.ints(),
-    )
-    floors = side.step_floors(batch, 1, head=True)
-    pages_read = side.bytes_per_token * batch * sizes.context
-    name = "decode step"
-    if shared:
-        groups = max_groups(batch)
-        inputs = inputs._replace(runs=Runs(side.ints(groups, batch), side.ints(groups)))
-        # At the least all rows share one run.
-        saved = side.bytes_per_token * (batch - 1) * sizes.context
-        floors["least_bytes"] -= saved
-        pages_read -= saved
-        name += ", one shared context"
-    return side.program(
-        name,
-        function,
-        side.weights,
-        None,
-        side.pool(side.num_pages),
-        history,
-        inputs,
-        **floors,
-        pages_read=pages_read,
-    )
-
-
-def _staged(side: Side) -> Any:
-    shape = (side.config.num_layers, *side.layout.layer_shape(side.sizes.transfer))
-    sharding = NamedSharding(side.mesh, PartitionSpec(None, *side.pages_sharding.spec))
-    return abstract(shape, DTYPE, sharding)
-
-
-def _gather(side: Side) -> Program:
-    staged = _staged(side)
-    function = jax.jit(
-        functools.partial(gather_pages, backend=side.spec.backend), out_shardings=staged.sharding
-    )
-    return side.program(
-        "handoff: gather",
-        function,
-        side.pool(side.num_pages),
-        side.ints(side.sizes.transfer),
-        least_bytes=2 * bytes_per_device(staged),
-    )
-
-
-def _scatter(side: Side) -> Program:
-    staged = _staged(side)
-    function = jax.jit(
-        functools.partial(scatter_pages, backend=side.spec.backend),
-        donate_argnums=0,
-        out_shardings=side.pages,
-    )
-    return side.program(
-        "handoff: scatter",
-        function,
-        side.pool(side.num_pages),
-        staged,
-        side.ints(side.sizes.transfer),
-        least_bytes=2 * bytes_per_device(staged),
-    )
-
-
-@dataclass(frozen=True)
-class KernelCase:
-    """One shape that the kernels must compile for."""
-
-    batch: int
-    tokens: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    page_size: int
-    dtype: str = "bfloat16"
-    sliding_window: int | None = None
-    soft_cap: float | None = None
-
-    def __str__(self) -> str:
-        parts = [
-            f"{self.batch}x{self.tokens} queries, {self.heads}/{self.kv_heads} heads of "
-            f"{self.head_dim}, pages of {self.page_size}, {self.dtype}"
-        ]
-        if self.sliding_window is not None:
-            parts.append(f"window {self.sliding_window}")
-        if self.soft_cap is not None:
-            parts.append(f"soft cap {self.soft_cap:g}")
-        return ", ".join(parts)
-
-
-KERNEL_CASES = (
-    KernelCase(32, 1, 32, 8, 128, 32),
-    KernelCase(1, 512, 32, 8, 128, 32),
-    KernelCase(32, 1, 5, 1, 128, 256),
-    KernelCase(8, 1, 9, 3, 64, 16, "float32"),
-    KernelCase(2, 100, 9, 3, 64, 16, "float32", sliding_window=100, soft_cap=50.0),
-    KernelCase(8, 1, 40, 8, 80, 64),
-    KernelCase(4, 64, 12, 12, 96, 128, sliding_window=4096),
-    KernelCase(8, 1, 16, 2, 256, 256, soft_cap=30.0),
-    KernelCase(2, 200, 16, 2, 256, 64),
-)
-"""Every head size, page sizes from end to end, decode and chunks, both dtypes."""
-
-
-KERNEL_POOL_BYTES = 2**29
-"""Larger than on-chip memory, where a copy of the pages would not be counted."""
-
-
-def kernel_program(accelerator: Accelerator, case: KernelCase) -> Program:
-    """`kv_write`, then `paged_attention`, on one device."""
-    mesh = Mesh(accelerator.devices()[:1], ("tensor",))
-    everywhere = replicated(mesh)
-    dtype = jnp.dtype(case.dtype)
-    layout = PageLayout(1, case.kv_heads, case.head_dim, case.page_size, dtype)
-    num_pages = KERNEL_POOL_BYTES // layout.bytes_per_page
-    placement = layout.placement(everywhere)
-    pages = abstract(layout.layer_shape(num_pages), dtype, placement)
-    width = layout.pages_for(2048)
-
-    def write_and_attend(
-        pages: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows
-    ) -> tuple[jax.Array, jax.Array]:
-        pages = kv_write(pages, k, v, *rows, mesh=mesh, backend=accelerator.backend)
-        out = paged_attention(
-            q,
-            pages,
-            *rows,
-            sliding_window=case.sliding_window,
-            soft_cap=case.soft_cap,
-            mesh=mesh,
-            backend=accelerator.backend,
-        )
-        return pages, out
-
-    def tokens(heads: int) -> Any:
-        return abstract((case.batch, case.tokens, heads, case.head_dim), dtype, everywhere)
-
-    def ints(*shape: int) -> Any:
-        return abstract(shape, jnp.int32, everywhere)
-
-    kv = tokens(case.kv_heads)
-    rows = Rows(ints(case.batch, width), ints(case.batch), ints(case.batch))
-    return Program(
-        str(case),
-        jax.jit(write_and_attend, donate_argnums=0, out_shardings=(placement, everywhere)),
-        (pages, tokens(case.heads), kv, kv, rows),
-        pool_bytes=bytes_per_device(pages),
-    )
+def _rows(side: Side, calls: Iterable[Call]) -> Iterator[Program]:
+    """One program a kind: the largest transfer, and what is as large as `Sizes` says anyway."""
+    for call in calls:
+        if call.name in NAMES and not (
+            call.name in ("gather", "scatter") and call.size != (max(TRANSFER_BUCKETS),)
+        ):
+            yield side.program(call)

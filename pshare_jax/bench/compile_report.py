@@ -27,8 +27,9 @@ checks the kernels' numbers there; on one with an NVIDIA GPU, `-m gpu --platform
 _STEPS = """\
 Prefill chunk: {chunk} tokens, the last of a prompt of {context}. Decode step: {batch} rows at
 position {context}; the executable for shared contexts is another, for rows that all have the same
-context. Handoff: {transfer} pages of {page_size} tokens. All in bfloat16; bytes are of
-one device.
+context. Handoff: the largest transfer of the engine, pages of {page_size} tokens. **One chip**:
+prefill and decode over one pool, one set of weights, {lora_modules} LoRA modules of rank
+{lora_rank}. All in bfloat16; bytes are of one device.
 
 - **KV pool given**: half of what the weights leave. **Largest pool**: what fits beside all else.
 - **Pool in place**: the pages returned are those given, and neither a temporary nor an all-gather

@@ -16,8 +16,9 @@ import numpy as np
 
 from pshare_jax.bench.accelerators import ACCELERATORS, Accelerator
 from pshare_jax.bench.agents_plots import check_installed
+from pshare_jax.bench.compile_kernels import KernelCase
 from pshare_jax.bench.compile_models import MODELS
-from pshare_jax.bench.compile_programs import DTYPE, KernelCase
+from pshare_jax.bench.compile_programs import DTYPE
 from pshare_jax.bench.hbm_traffic import hbm_bytes
 from pshare_jax.bench.shared_prefix_programs import attention_program
 from pshare_jax.core.shared_runs import max_groups, shared_runs

@@ -9,13 +9,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from pshare_jax.bench.accelerators import Accelerator
-from pshare_jax.bench.compile_programs import (
-    KERNEL_POOL_BYTES,
-    KernelCase,
-    Program,
-    abstract,
-    bytes_per_device,
-)
+from pshare_jax.bench.compile_kernels import KERNEL_POOL_BYTES, KernelCase
+from pshare_jax.bench.compile_programs import Program, abstract, bytes_per_device
 from pshare_jax.core.shared_runs import max_groups
 from pshare_jax.kernels.kv_write.api import kv_write
 from pshare_jax.kernels.paged_attention.api import paged_attention

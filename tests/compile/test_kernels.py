@@ -9,7 +9,7 @@ from jax.sharding import SingleDeviceSharding
 
 from pshare_jax.bench.accelerators import ACCELERATORS
 from pshare_jax.bench.compile import compile_program
-from pshare_jax.bench.compile_programs import KERNEL_CASES, kernel_program
+from pshare_jax.bench.compile_kernels import KERNEL_CASES, kernel_program
 from pshare_jax.bench.shared_prefix_programs import SHARED_CASES, attention_program
 from pshare_jax.kernels.kv_write.xla import kv_write as xla_kv_write
 from pshare_jax.kernels.paged_attention import pallas_gpu, pallas_tpu

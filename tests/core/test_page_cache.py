@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from pshare_jax.core.pages.page_cache import PageCache
-from pshare_jax.core.pages.prefix_index import Node, block_keys, root_key
+from pshare_jax.core.pages.prefix_index import Node, PageState, block_keys, root_key
 
 PAGE, NUM_PAGES = 2, 9
 ROOTS = [root_key("base", ""), root_key("base", "tenant"), root_key("isolated", "")]
@@ -25,7 +25,7 @@ def fill(cache: PageCache, tokens: list[int], root: bytes = ROOTS[0]) -> list[in
         raise MemoryError
     parent = nodes[-1] if nodes else None
     for i, page in enumerate(fresh, start=len(nodes)):
-        block = tokens[i * PAGE : (i + 1) * PAGE]
+        block = tuple(tokens[i * PAGE : (i + 1) * PAGE])
         parent = Node(parent, keys[i - 1] if i else root, page, block, ["m"] * PAGE, keys[i])
         cache.insert(parent)
     return pages + fresh
@@ -168,14 +168,46 @@ def test_a_partly_filled_page_is_extended() -> None:
     cache = PageCache(4, 4)
     pages = cache.allocate(1)
     assert pages is not None
-    node = Node(None, ROOTS[0], pages[0], [1, 2], ["a", "a"])
+    node = Node(None, ROOTS[0], pages[0], (1, 2), ["a", "a"])
     cache.insert(node)
     assert cache.best_child(ROOTS[0], [1, 2, 3]) == (node, 2)
     key = block_keys(ROOTS[0], [1, 2, 3, 4], 4)[0]
-    cache.extend(node, [1, 2, 3, 4], ["b", "b"], key)
+    cache.extend(node, (1, 2, 3, 4), ["b", "b"], key)
     assert node.origins == ["a", "a", "b", "b"]
     assert cache.match([key], [1, 2, 3, 4]) == [node]
     assert cache.node_of(pages[0]) is node
     cache.release(pages)
     cache.release(pages)
     cache.check(idle=True)
+
+
+def test_a_page_that_never_came_leaves_the_index_and_is_free_once_released() -> None:
+    cache = PageCache(4, PAGE)
+    pages = fill(cache, [1, 2, 3, 4])
+    parent, leaf = (cache.node_of(page) for page in pages)
+    assert parent is not None
+    assert leaf is not None
+    with pytest.raises(AssertionError, match="leaves"):
+        cache.forget(parent)
+    leaf.state = PageState.ARRIVING
+    cache.changes()
+    cache.forget(leaf)
+    assert leaf.state is PageState.FAILED
+    assert cache.changes() == ([], [leaf.key])
+    keys = block_keys(ROOTS[0], [1, 2, 3, 4], PAGE)
+    assert cache.matched_tokens(keys, [1, 2, 3, 4]) == 2
+    cache.release(pages)
+    cache.check(idle=True)
+    assert cache.counts().cached == 1
+
+
+def test_changes_of_the_index_are_told_once() -> None:
+    cache = PageCache(3, PAGE)
+    first, second = [1, 1, 2, 2], [3, 3, 4, 4]
+    cache.release(fill(cache, first))
+    assert cache.changes() == (block_keys(ROOTS[0], first, PAGE), [])
+    assert cache.changes() == ([], [])
+    cache.release(fill(cache, second))
+    added, removed = cache.changes()
+    assert added == block_keys(ROOTS[0], second, PAGE)
+    assert sorted(removed) == sorted(block_keys(ROOTS[0], first, PAGE))

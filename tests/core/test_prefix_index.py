@@ -4,6 +4,7 @@ import pytest
 
 from pshare_jax.core.pages.prefix_index import (
     Node,
+    PageState,
     PrefixIndex,
     block_key,
     block_keys,
@@ -22,7 +23,7 @@ def node(page: int, tokens: list[int], parent: Node | None = None, *, full: bool
         parent=parent,
         parent_key=parent_key,
         page=page,
-        tokens=tokens,
+        tokens=tuple(tokens),
         origins=["m"] * len(tokens),
         key=block_key(parent_key, tokens) if full else None,
     )
@@ -59,6 +60,8 @@ def test_a_hit_is_verified_by_its_tokens() -> None:
     assert index.get(first.key, [1, 2, 3, 4]) is first
     assert index.get(first.key, [1, 2, 3, 5]) is None, "as if the hashes had collided"
     assert index.get(block_key(ROOT, [1, 2, 3, 5]), [1, 2, 3, 5]) is None
+    first.state = PageState.FAILED
+    assert index.get(first.key, [1, 2, 3, 4]) is None
 
 
 def test_best_child_starts_with_most_of_the_tokens() -> None:
@@ -75,7 +78,7 @@ def test_best_child_starts_with_most_of_the_tokens() -> None:
     assert index.best_child(ROOT, [2, 2]) is None
     assert index.best_child(ROOT, []) is None
     assert index.best_child(block_key(ROOT, [7]), [1, 2]) is None
-    long.ready = False
+    long.state = PageState.ARRIVING
     found = index.best_child(ROOT, [1, 2, 3, 4])
     assert found is not None
     assert found[1] == 2
@@ -85,7 +88,7 @@ def test_a_page_that_fills_up_gets_its_key() -> None:
     index = PrefixIndex()
     partial = node(1, [1, 2], full=False)
     index.insert(partial)
-    partial.tokens = [1, 2, 3, 4]
+    partial.tokens = (1, 2, 3, 4)
     key = block_key(ROOT, partial.tokens)
     index.complete(partial, key)
     assert index.get(key, [1, 2, 3, 4]) is partial
