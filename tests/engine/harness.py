@@ -267,13 +267,15 @@ def wait_until(condition: Callable[[], Any], timeout: float = 60) -> None:
 
 
 @contextmanager
-def held(client: Client) -> Iterator[None]:
-    """The first decode worker's thread stands still when it next has tokens, or at once."""
-    executor = client.engine.workers.decode[0].executor
+def held(client: Client, rows: int = 1) -> Iterator[None]:
+    """The first decode worker's thread stands still once so many sequences run there."""
+    worker = client.engine.workers.decode[0]
+    executor = worker.executor
     gate, plain = threading.Event(), executor.finish
 
     def finish() -> Any:
-        gate.wait(60)
+        if sum(worker.core.running().values()) >= rows:
+            gate.wait(60)
         return plain()
 
     executor.finish = finish  # type: ignore[method-assign]

@@ -184,8 +184,8 @@ def test_a_failing_step_fails_what_its_worker_has(
 
     with running(two_models, serve_config()) as client:
         engine = client.engine
-        with held(client):
-            replies = [client.submit("full", [i] * 20, 30) for i in range(3)]
+        with held(client, rows=3):
+            replies = [client.submit("full", [i] * 20, 40) for i in range(3)]
             wait_until(lambda: engine.stats().running["full"] == 3)
             [worker] = getattr(engine.workers, side)
             monkeypatch.setattr(worker.executor.programs, program, fail)
@@ -202,7 +202,7 @@ def test_a_failing_step_fails_what_its_worker_has(
         assert f"{side}0" in engine.dead
         with pytest.raises(EngineDeadError, match="out of memory"):
             client.submit("full", [1])
-        assert engine.stats().finished["full", FinishReason.LENGTH] == survivors
+        assert engine.stats().finished.get(("full", FinishReason.LENGTH), 0) == survivors
 
 
 def test_stop_ends_what_runs(two_models: Models) -> None:

@@ -52,7 +52,7 @@ def test_rule_9_honest_usage(engines: str, models: Models, request: pytest.Fixtu
     assert growth(before.prompt_tokens, after.prompt_tokens) == prompt_tokens
     assert growth(before.generation_tokens, after.generation_tokens) == generated
     assert growth(before.handoff_bytes, after.handoff_bytes) == +handed
-    page_bytes = client.engine._prefill[0]._layout.bytes_per_page
+    page_bytes = client.engine.workers.prefill[0].executor.programs.layout.bytes_per_page
     pages = growth(before.handoff_pages, after.handoff_pages)
     assert {name: n * page_bytes for name, n in pages.items()} == +handed
     asked = Counter((name, FinishReason.LENGTH) for name, _, _ in replies)

@@ -92,8 +92,8 @@ class PageCache:
         Raises:
             AssertionError: pages that follow it are indexed.
         """
-        node.state = PageState.FAILED
         self._index.remove(node)
+        node.state = PageState.FAILED
         self._allocator.unkeep(node.page)
 
     def changes(self) -> tuple[list[bytes], list[bytes]]:
