@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 import uuid
 
@@ -33,7 +32,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     template = sampling_params(body, service.limits, 1, output.logprobs)
     prompts = await completion_prompts(body, service.tokenizer, service.limits)
     sampling = [
-        dataclasses.replace(
+        msgspec.structs.replace(
             template,
             max_tokens=resolve_max_tokens(
                 body.max_tokens,
