@@ -176,17 +176,14 @@ class WeightLoader:
     def prefill(self, mesh: Mesh) -> dict[str, Weights]:
         """What one prefill mesh needs, by `ModelRuntime.prefill_weights`: the base's weights, and
         those of each isolated model that has others."""
-        base = self._base_weights(mesh)
-        weights = {BASE: base}
-        to_merge = base
+        weights = {BASE: self._base_weights(mesh)}
+        base = functools.cache(lambda: self._unpacked(weights[BASE], mesh))
         for source in self._sources:
             name = _prefill_weights(source)
             if name == BASE:
                 continue
             if source.kind == "lora":
-                if holds_packed(to_merge):
-                    to_merge = self._base.load(self._shardings(mesh))
-                make = functools.partial(self._merged, to_merge, source, mesh)
+                make = functools.partial(self._merged, base, source, mesh)
             else:
                 make = functools.partial(self._full, source.load, mesh)
             weights[name] = self._once(name, mesh, make)
@@ -232,8 +229,12 @@ class WeightLoader:
     def _full(self, load: LoadTensors, mesh: Mesh) -> Weights:
         return self._packed(load(self._shardings(mesh)), mesh)
 
-    def _merged(self, base: Weights, source: ModelSource, mesh: Mesh) -> Weights:
-        merged = merge(base, self._lora(source, mesh))
+    def _unpacked(self, base: Weights, mesh: Mesh) -> Weights:
+        """The base's weights by name, of those that the steps of `mesh` read."""
+        return self._base.load(self._shardings(mesh)) if holds_packed(base) else base
+
+    def _merged(self, base: Callable[[], Weights], source: ModelSource, mesh: Mesh) -> Weights:
+        merged = merge(base(), self._lora(source, mesh))
         return self._packed(jax.device_put(merged, self._shardings(mesh)), mesh)
 
     def _adapters(self, mesh: Mesh) -> Weights | PackedAdapters:

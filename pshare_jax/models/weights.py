@@ -131,6 +131,7 @@ def alias_on(tree: Any, source: Mesh, target: Mesh) -> Any:
             jax.device_put(np.asarray(shard.data), place[shard.device])
             for shard in array.addressable_shards
         ]
+        assert isinstance(array.sharding, NamedSharding)
         sharding = NamedSharding(target, array.sharding.spec)
         return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
 
