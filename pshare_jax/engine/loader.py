@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import Mesh, Sharding
@@ -15,21 +16,32 @@ from pshare_jax.convert.orbax import load_weights
 from pshare_jax.core.messages import ModelKind
 from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.split_rule import LAST_TOKEN, SplitRule
+from pshare_jax.engine.host_memory import return_freed_memory
 from pshare_jax.errors import CheckpointError, ConfigError
 from pshare_jax.kernels.backends import on_mesh
+from pshare_jax.kernels.decoder_layer.packing import PackedAdapters
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.lora import LoraModule, merge, stack_adapters
-from pshare_jax.models.packed import is_packed, pack_adapters, pack_weights
+from pshare_jax.models.packed import holds_packed, is_packed, pack_adapters, pack_weights
 from pshare_jax.models.split import Certificate, check_certificate, isolated_namespace
-from pshare_jax.models.weights import Weights, lora_specs, weight_specs
+from pshare_jax.models.weights import (
+    Weights,
+    alias_on,
+    lora_specs,
+    same_memory,
+    weight_specs,
+)
 from pshare_jax.runtime.executor import GroupWeights
 from pshare_jax.sharding.rules import replicated, weight_shardings
 
 LoadTensors = Callable[[Mapping[str, Sharding]], Weights]
 """Loads a checkpoint's tensors onto the given shardings."""
 
-LORA_GROUP = "lora"
 BASE = "base"
+"""Name of the base's weights, and of the group of models that decode with them: the base itself
+(adapter -1) and all LoRA modules."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -125,16 +137,15 @@ def model_specs(
                 f"models.{source.name}.decode_engines: {wrong[0]} does not exist; there are "
                 f"{num_decode_engines}, counted from 0"
             )
-        isolated = source.sharing == "isolated"
         is_lora = source.kind == "lora"
         table[source.name] = ModelSpec(
             name=source.name,
             kind=source.kind,
             sharing=source.sharing,
             split_rule=source.split_rule,
-            prefill_weights=source.name if isolated else BASE,
+            prefill_weights=_prefill_weights(source),
             namespace=_namespace(source, base.fingerprint),
-            group=LORA_GROUP if is_lora else f"full/{source.name}",
+            group=_own_weights(source) if source.kind == "full" else BASE,
             adapter=num_lora if is_lora else -1,
             decode_workers=tuple(f"decode{e}" for e in engines),
         )
@@ -155,8 +166,22 @@ def _namespace(source: ModelSource, fingerprint: str) -> str:
     return isolated_namespace(fingerprint, source.certificate)
 
 
+def _own_weights(source: ModelSource) -> str:
+    """Name of a model's own weights; that of no model is `BASE`, whatever the models' names."""
+    return f"{source.kind}/{source.name}"
+
+
+def _prefill_weights(source: ModelSource) -> str:
+    """Name of the weights that prefill for a model: an isolated base is the base all the same."""
+    shared = source.sharing == "shared" or source.kind == "identity"
+    return BASE if shared else _own_weights(source)
+
+
 class WeightLoader:
-    """Loads weights onto meshes.
+    """Loads weights onto meshes: what several meshes of a CPU read is in memory once.
+
+    Weights are only read, never donated. So meshes of virtual CPU devices have the same memory, and
+    so have the prefill and the decode side of one mesh.
 
     Args:
         base: the prefill module.
@@ -168,43 +193,79 @@ class WeightLoader:
         self._base = base
         self._sources = sources
         self._backend = backend
+        self._made: dict[tuple[str, Mesh], Any] = {}
 
     def prefill(self, mesh: Mesh) -> dict[str, Weights]:
-        """What one prefill mesh needs: the base's weights, and those of each isolated model."""
-        base = self._full(self._base.load, mesh)
-        weights = {BASE: base}
+        """What one prefill mesh needs, by `ModelSpec.prefill_weights`: the base's weights, and
+        those of each isolated model that has others."""
+        weights = {BASE: self._base_weights(mesh)}
+        base = functools.cache(lambda: self._unpacked(weights[BASE], mesh))
         for source in self._sources:
-            if source.sharing == "isolated":
-                if source.kind == "lora":
-                    merged = merge(base, self._lora(source, mesh))
-                    weights[source.name] = jax.device_put(merged, self._shardings(mesh))
-                else:
-                    weights[source.name] = self._full(source.load, mesh)
-        return {name: self._packed(module, mesh) for name, module in weights.items()}
+            name = _prefill_weights(source)
+            if name == BASE:
+                continue
+            if source.kind == "lora":
+                make = functools.partial(self._merged, base, source, mesh)
+            else:
+                make = functools.partial(self._full, source.load, mesh)
+            weights[name] = self._once(name, mesh, make)
+        return weights
 
     def decode(
         self, mesh: Mesh, engine: int, table: Mapping[str, ModelSpec]
     ) -> dict[str, GroupWeights]:
-        """What one decode mesh needs: each full module's weights; the base's and the stacked
-        adapters for the LoRA modules."""
+        """What one decode mesh needs, by `ModelSpec.group`: each full module's weights, and for
+        the base itself and LoRA modules the base's, with the adapters if there is one of them."""
         hosted = [s for s in self._sources if f"decode{engine}" in table[s.name].decode_workers]
         groups = {
             table[source.name].group: GroupWeights(
-                self._packed(self._full(source.load, mesh), mesh)
+                self._once(
+                    _own_weights(source), mesh, functools.partial(self._full, source.load, mesh)
+                )
             )
             for source in hosted
-            if source.kind != "lora"
+            if source.kind == "full"
         }
-        if any(source.kind == "lora" for source in hosted):
-            # All LoRA modules, hosted or not, so that a module's index is the same everywhere.
-            modules = [self._lora(s, mesh) for s in self._sources if s.kind == "lora"]
-            stacked = stack_adapters(modules)
-            if is_packed(on_mesh(self._backend, mesh.size)):
-                stacked = pack_adapters(self._base.config, stacked)
-            stacked = jax.device_put(stacked, replicated(mesh))
-            base = self._packed(self._full(self._base.load, mesh), mesh)
-            groups[LORA_GROUP] = GroupWeights(base, stacked)
+        kinds = {source.kind for source in hosted}
+        if kinds & {"identity", "lora"}:
+            adapters = None
+            if "lora" in kinds:
+                adapters = self._once("adapters", mesh, lambda: self._adapters(mesh))
+            groups[BASE] = GroupWeights(self._base_weights(mesh), adapters)
         return groups
+
+    def _once(self, name: str, mesh: Mesh, make: Callable[[], T]) -> T:
+        """What `make` gives for `mesh`, unless that is in the mesh's memory already."""
+        if (name, mesh) not in self._made:
+            twin = next((m for n, m in self._made if n == name and same_memory(m, mesh)), None)
+            if twin is not None:
+                self._made[name, mesh] = alias_on(self._made[name, twin], twin, mesh)
+            else:
+                self._made[name, mesh] = jax.block_until_ready(make())
+                return_freed_memory()
+        return self._made[name, mesh]
+
+    def _base_weights(self, mesh: Mesh) -> Weights:
+        return self._once(BASE, mesh, lambda: self._full(self._base.load, mesh))
+
+    def _full(self, load: LoadTensors, mesh: Mesh) -> Weights:
+        return self._packed(load(self._shardings(mesh)), mesh)
+
+    def _unpacked(self, base: Weights, mesh: Mesh) -> Weights:
+        """The base's weights by name, of those that the steps of `mesh` read."""
+        return self._base.load(self._shardings(mesh)) if holds_packed(base) else base
+
+    def _merged(self, base: Callable[[], Weights], source: ModelSource, mesh: Mesh) -> Weights:
+        merged = merge(base(), self._lora(source, mesh))
+        return self._packed(jax.device_put(merged, self._shardings(mesh)), mesh)
+
+    def _adapters(self, mesh: Mesh) -> Weights | PackedAdapters:
+        # All LoRA modules, hosted or not, so that a module's index is the same everywhere.
+        modules = [self._lora(s, mesh) for s in self._sources if s.kind == "lora"]
+        stacked = stack_adapters(modules)
+        if is_packed(on_mesh(self._backend, mesh.size)):
+            stacked = pack_adapters(self._base.config, stacked)
+        return jax.device_put(stacked, replicated(mesh))
 
     def _packed(self, weights: Weights, mesh: Mesh) -> Weights:
         """`weights` as the steps of `mesh` read them."""
@@ -214,9 +275,6 @@ class WeightLoader:
 
     def _shardings(self, mesh: Mesh) -> dict[str, Any]:
         return weight_shardings(mesh, weight_specs(self._base.config))
-
-    def _full(self, load: LoadTensors, mesh: Mesh) -> Weights:
-        return load(self._shardings(mesh))
 
     def _lora(self, source: ModelSource, mesh: Mesh) -> LoraModule:
         certificate = source.certificate

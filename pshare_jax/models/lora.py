@@ -41,6 +41,7 @@ class Adapters:
         a = next((a for name, a in weights.items() if name.endswith(".lora_a")), None)
         one_hot = jax.nn.one_hot(row_index, 0 if a is None else a.shape[-2], dtype=jnp.float32)
         self._mask = one_hot[:, None, :, None]
+        self._adapted = row_index >= 0
 
     def update(self, path: str, x: jax.Array) -> jax.Array | None:
         """What the adapters add to projection `path`: `[B, T, *in]` -> `[B, T, *out]` float32.
@@ -53,7 +54,10 @@ class Adapters:
         low = jnp.tensordot(x, a, axes=a.ndim - 2, preferred_element_type=jnp.float32)
         low = (low * self._mask).astype(x.dtype)
         b = self._weights[f"{path}.lora_b"]
-        return jnp.tensordot(low, b, axes=2, preferred_element_type=jnp.float32)
+        update = jnp.tensordot(low, b, axes=2, preferred_element_type=jnp.float32)
+        # Zero times a factor that is not finite would be NaN: rows of the base see the base alone.
+        adapted = self._adapted.reshape(-1, *[1] * (update.ndim - 1))
+        return jnp.where(adapted, update, 0)
 
 
 def check_lora(config: ModelConfig, module: LoraModule) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pshare_jax.kernels.backends import CPU_FFI
 from pshare_jax.kernels.decoder_layer.cpu_ffi import LayerShape, Rows, decoder_layer, lm_head
@@ -20,11 +21,15 @@ from pshare_jax.kernels.decoder_layer.packing import (
     PackedLayers,
     pack,
     pad_columns,
+    unpack_columns,
 )
 from pshare_jax.kernels.native.library import require_library
 from pshare_jax.models.attention import rope_table
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.weights import Weights, check_weights, projection_path
+
+ALIGNMENT = 2 << 20
+"""Bytes: a large memory page. From 64 on JAX takes an array of the host as it is."""
 
 
 def is_packed(backend: str) -> bool:
@@ -38,7 +43,9 @@ def holds_packed(weights: Weights) -> bool:
 
 
 def pack_weights(config: ModelConfig, weights: Weights) -> Weights:
-    """A full module's weights as `PackedDecoder` reads them; the embedding is kept as it is too.
+    """A full module's weights as `PackedDecoder` reads them.
+
+    A tied embedding is in memory once, as the packed head; another is kept as it is too.
 
     Raises:
         CheckpointError: names the first weight that is missing, unexpected or misshapen.
@@ -46,26 +53,50 @@ def pack_weights(config: ModelConfig, weights: Weights) -> Weights:
     """
     check_weights(config, weights)
     library = require_library()
-    vectors, matrices = [], []
+    rows: list[_Rows] = []
     for i in range(config.num_layers):
         prefix = f"layers.{i}."
         own = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
-        vector, matrix = _pack_layer(library.panel_columns, config.qkv_bias, config.qk_norm, own)
-        vectors.append(vector)
-        matrices.append(matrix)
-    layers = PackedLayers(
-        jnp.stack(vectors), jnp.stack(matrices), bias=config.qkv_bias, qk_norm=config.qk_norm
-    )
+        layer = _pack_layer(library.panel_columns, config.qkv_bias, config.qk_norm, own)
+        rows = rows or [_Rows(config.num_layers, row) for row in layer]
+        for all_, row in zip(rows, layer, strict=True):
+            all_.set(i, row)
+    vectors, matrices = (all_.on_device() for all_ in rows)
+    layers = PackedLayers(vectors, matrices, bias=config.qkv_bias, qk_norm=config.qk_norm)
     embedding = weights["embed.embedding"]
     tied = config.tie_word_embeddings
     head = _pack_head(library.panel_columns, tied, embedding if tied else weights["lm_head.kernel"])
     library.advise_large_pages([layers.matrices, head])
-    return {
-        "embed.embedding": embedding,
+    arrays = {
         "layers": layers,
         "final_norm.scale": weights["final_norm.scale"].astype(jnp.float32),
         "head": head,
     }
+    return arrays if tied else arrays | {"embed.embedding": embedding}
+
+
+class _Rows:
+    """Rows of one large array, which is there once: XLA would stack them by way of copies.
+
+    Args:
+        count: number of rows.
+        like: one of them.
+    """
+
+    def __init__(self, count: int, like: jax.Array):
+        shape, size = (count, *like.shape), count * like.nbytes
+        memory = np.empty(size + ALIGNMENT, np.uint8)
+        start = -memory.ctypes.data % ALIGNMENT
+        self._host = memory[start : start + size].view(like.dtype).reshape(shape)
+        self._sharding = like.sharding
+
+    def set(self, index: int, row: jax.Array) -> None:
+        """Copies a row in."""
+        self._host[index] = np.asarray(row)
+
+    def on_device(self) -> jax.Array:
+        """The array, in the memory that the rows were copied to."""
+        return jax.device_put(self._host, self._sharding)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -187,8 +218,7 @@ class PackedDecoder:
             `[B, T, embed]` float32, and the pages.
         """
         rope = rope_table(self._config, positions)
-        embedding = self._weights["embed.embedding"]
-        x = jnp.take(embedding, tokens, axis=0, mode="clip").astype(jnp.float32)
+        x = self._embed(tokens).astype(jnp.float32)
         written = list(pages)
         last = len(written) - 1
         for i, layer in enumerate(written):
@@ -205,6 +235,12 @@ class PackedDecoder:
                 kv_only=kv_only and i == last,
             )
         return x, tuple(written)
+
+    def _embed(self, tokens: jax.Array) -> jax.Array:
+        if (embedding := self._weights.get("embed.embedding")) is not None:
+            return jnp.take(embedding, tokens, axis=0, mode="clip")
+        columns = require_library().panel_columns
+        return unpack_columns(self._weights["head"], self._config.hidden_size, columns, tokens)
 
     def logits(
         self, x: jax.Array, lens: jax.Array, wanted: jax.Array

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from pshare_jax.errors import CheckpointError
 from pshare_jax.models.config import ModelConfig
@@ -98,6 +100,42 @@ def lora_specs(
 def abstract_weights(specs: dict[str, WeightSpec], dtype: Any) -> Weights:
     """The weights as ShapeDtypeStructs of one dtype."""
     return {name: jax.ShapeDtypeStruct(spec.shape, dtype) for name, spec in specs.items()}
+
+
+def same_memory(mesh: Mesh, other: Mesh) -> bool:
+    """Whether arrays of one mesh can be had on the other by `alias_on`."""
+    devices = [*mesh.devices.flat, *other.devices.flat]
+    of_one_host = len({device.process_index for device in devices}) == 1
+    return mesh.size == other.size and of_one_host and {d.platform for d in devices} == {"cpu"}
+
+
+def alias_on(tree: Any, source: Mesh, target: Mesh) -> Any:
+    """Arrays that lie on one CPU mesh, on another mesh of the same process, in the same memory.
+
+    Virtual CPU devices share the host's memory, and arrays that nobody donates are only read. An
+    array that JAX cannot alias (alignment) is copied.
+
+    Args:
+        tree: arrays laid out on `source` by NamedShardings.
+        source: where they lie.
+        target: where they are wanted; `same_memory` of the two must hold.
+
+    Returns:
+        The arrays, laid out on `target` likewise; they keep the memory alive for as long as needed.
+    """
+    place = dict(zip(source.devices.flat, target.devices.flat, strict=True))
+
+    def alias(array: jax.Array) -> jax.Array:
+        # JAX copies from device to device, but takes host memory as it is.
+        parts = [
+            jax.device_put(np.asarray(shard.data), place[shard.device])
+            for shard in array.addressable_shards
+        ]
+        assert isinstance(array.sharding, NamedSharding)
+        sharding = NamedSharding(target, array.sharding.spec)
+        return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
+
+    return jax.tree.map(alias, tree)
 
 
 def check_weights(config: ModelConfig, weights: Weights) -> None:

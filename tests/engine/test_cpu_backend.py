@@ -23,7 +23,8 @@ def half(weights: Weights) -> Weights:
 
 
 def test_bfloat16_answers_depend_on_nothing_but_the_request() -> None:
-    """Shared, isolated, in other chunks and batches, after cache hits: the same tokens."""
+    """Shared, isolated, in other chunks and batches, beside other models, after cache hits: the
+    same tokens."""
     models = Models(tiny_config(architecture="qwen3"))
     models.base = half(models.base)
     models.add_identity("shared")
@@ -49,6 +50,14 @@ def test_bfloat16_answers_depend_on_nothing_but_the_request() -> None:
                 answers.setdefault(name, []).append([reply.wait().tokens for reply in together])
                 alone = [client.generate(name, prompt, 12).tokens for prompt in prompts[:4]]
                 assert alone == answers[name][-1][:4]
+            # The base and the LoRA module in one batch.
+            mixed = [
+                (n, i, client.submit(n, p, 12))
+                for i, p in enumerate(prompts[:4])
+                for n in models.tails
+            ]
+            for name, i, reply in mixed:
+                assert reply.wait().tokens == answers[name][-1][i], (name, i)
     for name in models.tails:
         assert answers[name][0] == answers[name][1], name
     assert answers["shared"] == answers["isolated"]

@@ -92,17 +92,26 @@ def test_model_specs() -> None:
                 certificate=Certificate("print", 2, "full", True, "x"),
             ),
             source("second", kind="lora", certificate=LORA),
+            source("whole", kind="full", certificate=Certificate("print", 2, "full", True, "x")),
+            source("apart", sharing="isolated"),
+            source("lora-apart", kind="lora", sharing="isolated", certificate=LORA),
         ],
         2,
     )
     rules = [table[name].split_rule for name in ("plain", "first", "own")]
     assert rules == [LastTokens(1), LastTokens(3), LastTokens(2)]
     assert table["plain"].namespace == table["first"].namespace == "print"
-    assert table["own"].namespace not in ("print", "plain")
-    assert table["own"].prefill_weights == "own"
-    assert table["first"].group == table["second"].group
-    assert table["plain"].group != table["own"].group
-    assert [table[name].adapter for name in table] == [-1, 0, -1, 1]
+    isolated = {table[name].namespace for name in ("own", "apart", "lora-apart")}
+    assert len(isolated - {"print"}) == 3
+    # The base is the base, isolated or not; other isolated models have weights of their own.
+    base = table["plain"].prefill_weights
+    assert [name for name in table if table[name].prefill_weights != base] == ["own", "lora-apart"]
+    assert table["own"].prefill_weights != table["lora-apart"].prefill_weights
+    # The base and LoRA modules decode together, full modules each on its own.
+    group = table["plain"].group
+    assert [name for name in table if table[name].group != group] == ["own", "whole"]
+    assert table["own"].group != table["whole"].group
+    assert [table[name].adapter for name in table] == [-1, 0, -1, 1, -1, -1, 2]
     assert [table[name].decode_workers for name in ("plain", "first")] == [
         ("decode0", "decode1"),
         ("decode1",),

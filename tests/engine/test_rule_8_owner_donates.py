@@ -97,7 +97,7 @@ def test_no_step_copies_the_pool(steps: int) -> None:
 
     cases = [
         (call, given(decode, decode._groups[group]))
-        for group in ("full/full", "lora")
+        for group in ("full/full", "base")
         for call in one_of_each(decode.programs.decode_calls())
         if steps == 1 or call.name == "decode"
     ]

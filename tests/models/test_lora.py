@@ -86,6 +86,20 @@ def test_every_target_takes_part(target):
     assert np.abs(merged[0] - plain[0]).max() > 1e-2
 
 
+def test_a_broken_adapter_does_not_harm_the_base():
+    config = tiny_config()
+    base = init_weights(config, seed=1)
+    module = random_module(config, 3, seed=5)
+    broken = module._replace(weights={n: w * jnp.inf for n, w in module.weights.items()})
+    tokens = jnp.asarray([[5, 6, 7], [8, 9, 10]], jnp.int32)
+
+    adapted, _ = run(config, base, tokens, stack_adapters([broken]), jnp.asarray([0, -1]))
+    plain, _ = run(config, base, tokens)
+
+    assert np.isnan(adapted[0]).all()
+    np.testing.assert_array_equal(adapted[1], plain[1])
+
+
 def test_write_kv_uses_the_adapters():
     """A LoRA module that prefills for itself writes the KV of its merged weights."""
     config = tiny_config()

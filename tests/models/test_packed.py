@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pshare_jax.kernels.decoder_layer.packing import unpack_columns
 from pshare_jax.kernels.kv_write.api import kv_write
+from pshare_jax.kernels.native.library import require_library
 from pshare_jax.kernels.paged_attention.api import paged_attention
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.decoder import bind, init_weights
@@ -189,6 +191,45 @@ def test_a_broken_adapter_harms_no_other_row():
     }
     np.testing.assert_array_equal(logits["good"][:2], logits["bad"][:2])
     assert np.isnan(logits["bad"][3]).all()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_rows_of_the_base_are_the_same_among_rows_of_adapters(name, dtype):
+    """To the bit, logits and KV, in C++ and in XLA, whatever adapters are loaded or used beside."""
+    config = CONFIGS[name]
+    weights, inputs = init_weights(config, 1, jnp.dtype(dtype)), batch(config, dtype)
+    modules = [random_lora(config, r, LORA_TARGETS, 4.0, r, dtype) for r in (3, 16)]
+    stacked = stack_adapters(modules)
+    sides = {
+        in_xla: (weights, stacked),
+        in_cpp: (pack_weights(config, weights), pack_adapters(config, stacked)),
+    }
+    for side, (base, adapters) in sides.items():
+        seen = []
+        for used, index in ((None, (0,) * 4), (adapters, (-1,) * 4), (adapters, (-1, 0, 0, 1))):
+            out = side(config, base, used, np.asarray(index, np.int32), *inputs)
+            table = inputs[2][0]
+            kv = [np.asarray(layer, np.float32)[table[0]] for layer in out[-1]]
+            # Of XLA's tokens past a row's length anything may come.
+            logits = out[0][0, : LENS[0]] if side is in_xla else out[0][0]
+            seen.append((np.asarray(logits), *kv))
+        for other in seen[1:]:
+            for expected, actual in zip(seen[0], other, strict=True):
+                np.testing.assert_array_equal(actual, expected)
+
+
+def test_a_tied_head_gives_the_embedding_back():
+    config = tiny_config(hidden_size=51, vocab_size=131, tie_word_embeddings=True)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        weights = init_weights(config, 1, jnp.dtype(dtype))
+        packed = pack_weights(config, weights)
+        assert "embed.embedding" not in packed
+        tokens = jnp.asarray([[0, 130, 31], [32, 64, 7]], jnp.int32)
+        columns = require_library().panel_columns
+        found = unpack_columns(packed["head"], config.hidden_size, columns, tokens)
+        np.testing.assert_array_equal(found, weights["embed.embedding"][tokens])
+    assert "embed.embedding" in pack_weights(tiny_config(), init_weights(tiny_config(), 1))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

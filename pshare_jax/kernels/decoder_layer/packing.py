@@ -76,15 +76,37 @@ def pack(matrices: Sequence[jax.Array], columns: int, *, interleave: bool = Fals
         columns: of a panel, `Library.panel_columns`.
         interleave: let the panels of the matrices, which are of one shape, alternate.
     """
-    unit = 2 if matrices[0].dtype == jnp.bfloat16 else 1
+    unit = _unit(matrices[0].dtype)
     packed = [_panels(matrix, columns, unit) for matrix in matrices]
     panels = jnp.stack(packed, axis=1) if interleave else jnp.concatenate(packed)
     return panels.reshape(-1)
 
 
+def unpack_columns(packed: jax.Array, inputs: int, columns: int, index: jax.Array) -> jax.Array:
+    """Some columns of one packed matrix.
+
+    Args:
+        packed: as made by `pack` of one matrix `[K, N]`.
+        inputs: K.
+        columns: of a panel.
+        index: int32, any shape; what is out of range gives some column.
+
+    Returns:
+        `[*index.shape, K]`.
+    """
+    unit = _unit(packed.dtype)
+    panels = packed.reshape(-1, -(-inputs // unit), columns, unit)
+    found = panels.at[index // columns, :, index % columns].get(mode="clip")
+    return found.reshape(*index.shape, -1)[..., :inputs]
+
+
 def pad_columns(rows: Sequence[jax.Array], columns: int) -> jax.Array:
     """Vectors `[N_i]` one after the other, laid out like the columns of `pack`."""
     return jnp.concatenate([jnp.pad(row, (0, -row.shape[0] % columns)) for row in rows])
+
+
+def _unit(dtype: jnp.dtype) -> int:
+    return 2 if dtype == jnp.bfloat16 else 1
 
 
 def _panels(matrix: jax.Array, columns: int, unit: int) -> jax.Array:
