@@ -27,6 +27,7 @@ from pshare_jax.bench import (
     micro_report,
     shared_prefix,
     training,
+    turns,
 )
 from pshare_jax.bench import compile as compile_bench
 from pshare_jax.bench.plan import command as plan
@@ -86,11 +87,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Seconds a training step takes, in each way to train."
     )
     train_parser.add_class_arguments(training.TrainingOptions)
+    turns_parser = jsonargparse.ArgumentParser(
+        description="Appended turns of many sessions, computed together or one prompt a call."
+    )
+    turns_parser.add_class_arguments(turns.TurnsOptions)
     report_parser = jsonargparse.ArgumentParser(
         description="Writes results of `bench agents` into a document, with plots beside them."
     )
     report_parser.add_class_arguments(ReportOptions)
-    for command in (micro_parser, compile_parser, agents_parser, plan_parser, train_parser):
+    measured = (micro_parser, compile_parser, agents_parser, plan_parser, train_parser)
+    for command in (*measured, turns_parser):
         command.add_argument("--json", type=str | None, default=None, help="file for the figures")
     commands = parser.add_subcommands(dest="command")
     commands.add_subcommand("micro", micro_parser)
@@ -98,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_subcommand("agents", agents_parser)
     commands.add_subcommand("plan", plan_parser)
     commands.add_subcommand("train", train_parser)
+    commands.add_subcommand("turns", turns_parser)
     commands.add_subcommand("report", report_parser)
     benches = {
         "micro": _micro,
@@ -105,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "agents": _agents,
         "plan": _plan,
         "train": _train,
+        "turns": _turns,
     }
     draws = {"agents": agents_plots.draw, "plan": plan_plots.draw}
     try:
@@ -168,6 +176,12 @@ def _agents(options: dict[str, Any], _: Keep) -> dict[str, Any]:
         *agents_report.lines(result),
         machine.one_line(result["machine"]),
     )
+    return result
+
+
+def _turns(options: dict[str, Any], _: Keep) -> dict[str, Any]:
+    result = turns.run(turns.TurnsOptions(**options))
+    print("\n".join([*turns.lines(result), "", machine.one_line(result["machine"])]))
     return result
 
 

@@ -26,6 +26,7 @@ from pshare_jax.core.stats import EngineStats, PoolStats
 from pshare_jax.engine.assembly import Assembly
 from pshare_jax.engine.checks import check_request
 from pshare_jax.engine.devices import compute_dtype, place, prepare_jax
+from pshare_jax.engine.host_memory import return_freed_memory
 from pshare_jax.engine.limits import check_config
 from pshare_jax.engine.loader import (
     BaseSource,
@@ -178,6 +179,7 @@ class Orchestrator:
         started = time.monotonic()
         compile_count()
         self.workers.warm_up()
+        return_freed_memory()
         logger.info("warm-up took %.1f s", time.monotonic() - started)
         self._compiles_at_start = compile_count()
         self._control.start()

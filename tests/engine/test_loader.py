@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from pshare_jax.config import DecodeConfig, PrefillConfig
 from pshare_jax.engine import host_memory, orchestrator
 from pshare_jax.engine.host_memory import return_freed_memory
-from pshare_jax.engine.loader import BASE, LoadTensors, WeightLoader, runtimes
+from pshare_jax.engine.loader import BASE, LoadTensors, WeightLoader, model_specs
 from pshare_jax.models.weights import LORA_TARGETS, Weights, alias_on, same_memory
 from pshare_jax.sharding.mesh import carve
 from tests.engine.harness import Models, lora_module, running, serve_config
@@ -52,7 +52,7 @@ class Loads:
             replace(s, load=base.load if s.kind == "identity" else self._wrap(s.name, s.load))
             for s in models.sources
         ]
-        self.table = runtimes(base, sources, engines)
+        self.table = model_specs(base, sources, engines)
         self.loader = WeightLoader(base, sources, backend)
 
     def _counting(self, name: str, weights: Weights) -> LoadTensors:
