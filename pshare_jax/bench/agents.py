@@ -238,7 +238,12 @@ class _Bench:
         self, http: aiohttp.ClientSession, target: Target, point: _Point
     ) -> dict[str, Any]:
         options = self._options
-        client = CompletionClient(http, options.extra_body, want_ids=options.replies == "own")
+        client = CompletionClient(
+            http,
+            options.extra_body,
+            want_ids=options.replies == "own",
+            apart=target.name == ISOLATED,
+        )
         player = Player(
             client,
             target.endpoints,

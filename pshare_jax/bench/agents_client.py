@@ -79,14 +79,23 @@ class CompletionClient:
         http: an open session; it outlives the client.
         extra_body: further fields of every request.
         want_ids: whether replies must list their token ids.
+        apart: whether models must not share KV though their weights may be the same, as those of
+            benchmarks are: each gets a cache salt of its own.
     """
 
-    def __init__(self, http: aiohttp.ClientSession, extra_body: Mapping[str, Any], want_ids: bool):
+    def __init__(
+        self,
+        http: aiohttp.ClientSession,
+        extra_body: Mapping[str, Any],
+        want_ids: bool,
+        apart: bool = False,
+    ):
         self._http = http
         self._extra_body = dict(extra_body)
         if want_ids:
             self._extra_body["return_token_ids"] = True
         self._want_ids = want_ids
+        self._apart = apart
 
     async def complete(self, endpoint: Endpoint, prompt: Sequence[int], tokens: int) -> Reply:
         """Streams a completion of `tokens` tokens after the prompt's token ids.
@@ -121,6 +130,7 @@ class CompletionClient:
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},
+            **({"cache_salt": endpoint.model} if self._apart else {}),
             **self._extra_body,
         }
         stream = _Stream()

@@ -51,10 +51,17 @@ def scripted(events: list[Any], bodies: list[Any] | None = None) -> TestServer:
     return TestServer(app)
 
 
-async def ask(server: TestServer, want_ids: bool = True, **extra: Any):
+async def ask(server: TestServer, want_ids: bool = True, apart: bool = False, **extra: Any):
     async with server, aiohttp.ClientSession() as http:
-        client = CompletionClient(http, extra, want_ids)
+        client = CompletionClient(http, extra, want_ids, apart)
         return await client.complete(Endpoint(str(server.make_url("")).rstrip("/"), "m"), PROMPT, 4)
+
+
+async def test_models_that_must_not_share_have_a_salt_each():
+    for apart, salt in ((True, "m"), (False, None)):
+        bodies: list[Any] = []
+        await ask(scripted(GOOD, bodies), apart=apart)
+        assert bodies[0].get("cache_salt") == salt
 
 
 async def test_a_whole_reply():

@@ -16,7 +16,7 @@ import pytest
 
 from pshare_jax.convert.orbax import load_weights, read_manifest
 from pshare_jax.engine.monolithic import Monolithic
-from pshare_jax.serve.process import READY
+from pshare_jax.serve.process import READY, running_server
 from pshare_jax.text.tokenizer import Tokenizer
 from tests.e2e import metrics
 from tests.e2e.conftest import TINY_CONTEXT, write_config
@@ -48,6 +48,22 @@ def test_served_tokens_are_the_oracles(api, tiny_folder):
         tokens = [token for token in expected if token not in tokenizer.eos_token_ids]
         assert answer.choices[0].text == tokenizer.decode(tokens)
         assert answer.usage.completion_tokens == len(expected)
+
+
+def test_one_device_serves_the_same(api, tiny_folder, monkeypatch):
+    """Prefill and decode over one pool, since there are not devices enough for two meshes."""
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
+    question = {"prompt": CONTEXT * 9, "max_tokens": 24, "temperature": 0}
+    with (
+        running_server([f"--config={write_config(tiny_folder)}"]) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        for model in ("planner", "coder", "critic", "own"):
+            expected = api.completions.create(model=model, **question)
+            answer = client.completions.create(model=model, **question)
+            assert answer.choices[0].text == expected.choices[0].text
+        values = metrics.read(url)
+    assert sum(value for _, value in values.get("pshare_handoff_bytes_total", {}).items()) == 0
 
 
 def test_four_models_over_one_context_compute_it_once(api, tiny_server):
