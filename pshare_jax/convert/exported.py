@@ -45,7 +45,7 @@ def read_statement(source: str | Path | None, base: Manifest) -> Statement | Non
         return None
     try:
         statement = msgspec.json.decode(path.read_bytes(), type=Statement)
-    except (msgspec.DecodeError, OSError) as error:
+    except (msgspec.DecodeError, OSError, RecursionError) as error:
         raise CertificateError(f"{path}: cannot be read: {error}") from error
     if statement.prefill_fingerprint != base.fingerprint:
         raise CertificateError(

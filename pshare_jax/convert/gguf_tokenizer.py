@@ -35,6 +35,11 @@ USER_DEFINED = 4
 SPACE = "\u2581"
 """SentencePiece's spelling of a space."""
 
+MAX_TOKEN_CHARACTERS = 1024
+MAX_CHARACTERS = 1 << 24
+"""Of one token, and of a vocabulary. Published ones have 256 and 3 million at most; finding the
+merges of SentencePiece takes time with the square of a token's length."""
+
 END_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end_of_text|>", "<|endoftext|>")
 """Control tokens that end a reply in the supported families, whichever of them is the EOS token."""
 
@@ -100,6 +105,7 @@ def tokenizer_files(file: GGUFFile) -> dict[str, bytes]:
             f"{file.path}: tokenizer.ggml.tokens has {len(tokens)} tokens, but tensor "
             f"token_embd.weight only {file.config.vocab_size} rows"
         )
+    _check_lengths(file, tokens)
     special = _special_tokens(file, tokens)
     try:
         tokenizer = build(file, tokens)
@@ -122,6 +128,21 @@ def tokenizer_files(file: GGUFFile) -> dict[str, bytes]:
         "tokenizer_config.json": json.dumps(about, indent=2, ensure_ascii=False).encode(),
         "generation_config.json": json.dumps(generation).encode(),
     }
+
+
+def _check_lengths(file: GGUFFile, tokens: list[Any]) -> None:
+    """Refuses what is no vocabulary before anything is computed from it."""
+    total = 0
+    for i, token in enumerate(tokens):
+        if not isinstance(token, str):
+            raise CheckpointError(f"{file.path}: tokenizer.ggml.tokens: entry {i} is no text")
+        total += len(token)
+        if len(token) > MAX_TOKEN_CHARACTERS or total > MAX_CHARACTERS:
+            raise CheckpointError(
+                f"{file.path}: tokenizer.ggml.tokens: entry {i} has {len(token)} characters, "
+                f"{total} with those before; at most {MAX_TOKEN_CHARACTERS} and {MAX_CHARACTERS} "
+                "are possible"
+            )
 
 
 def _builder(file: GGUFFile) -> Callable[[GGUFFile, list[str]], Tokenizer]:
