@@ -7,9 +7,7 @@ import re
 MAX_MESSAGE = 2000
 """Characters of a message: names that come from a file can be of any length."""
 
-_UNPRINTABLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-)
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """What a terminal obeys instead of showing it, what reverses the text, and lone surrogates."""
 
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from pshare_jax.errors import CheckpointError, DataError
@@ -62,6 +62,14 @@ def replace_file(path: str | Path, text: str) -> None:
             raise
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {one_line(error)}") from error
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes `files`, by path below `folder`."""
+    for name, data in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
 
 
 def _umask() -> int:

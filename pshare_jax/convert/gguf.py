@@ -8,6 +8,7 @@ ones.
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import reprlib
 from pathlib import Path
@@ -21,9 +22,11 @@ from pshare_jax.convert.files import one_line
 from pshare_jax.convert.gguf_header import read_header
 from pshare_jax.convert.names import hf_shape, native_to_hf, to_native
 from pshare_jax.convert.tensors import DTYPES, LazyTensor
-from pshare_jax.errors import CheckpointError
+from pshare_jax.errors import CheckpointError, printable
 from pshare_jax.models.config import Architecture, Llama3RopeScaling, ModelConfig
 from pshare_jax.models.weights import weight_specs
+
+logger = logging.getLogger(__name__)
 
 ARCHITECTURES: dict[str, tuple[Architecture, gguf.MODEL_ARCH]] = {
     "llama": ("llama", gguf.MODEL_ARCH.LLAMA),
@@ -40,6 +43,15 @@ KNOWN_ROPE_SCALINGS = (
     Llama3RopeScaling(32.0, 1.0, 4.0, 8192),
 )
 """Llama 3.1 and Llama 3.2: GGUF stores the resulting factors, not these numbers."""
+
+MISTRAL_V01 = {
+    "embedding_length": 4096,
+    "block_count": 32,
+    "feed_forward_length": 14336,
+    "attention.head_count_kv": 8,
+    "context_length": 32768,
+}
+"""By these and a theta of 10,000 a fine-tune of it is recognised, whatever its name."""
 
 BLOCK_ELEMENTS = 1 << 18
 """Elements dequantized at once: few enough to stay in the processor's cache."""
@@ -101,6 +113,10 @@ class GGUFFile:
                 "them first (llama.cpp's `llama-gguf-split --merge FIRST_PART OUTPUT`)"
             )
 
+    def names(self) -> list[str]:
+        """The names of all metadata."""
+        return list(self._fields)
+
     def has(self, key: str) -> bool:
         """Whether metadata `key` is there."""
         return key in self._fields
@@ -112,6 +128,8 @@ class GGUFFile:
         if architecture == "llama" and sliding_window is not None:
             # Mistral is written as a llama; only the window tells them apart.
             architecture = "mistral"
+        if sliding_window is None:
+            self._warn_of_lost_window()
         if get("expert_count", int, 0):
             raise CheckpointError(f"{self.path}: a mixture of experts is not supported")
         scaling = get("rope.scaling.type", str, "none")
@@ -176,6 +194,27 @@ class GGUFFile:
                 f"file has only {len(self._tensors)} tensors"
             )
 
+    def _warn_of_lost_window(self) -> None:
+        """Says so where the model looks like Mistral 7B v0.1 or a fine-tune: GGUF lost its window.
+
+        Later ones have a larger theta and no window.
+        """
+        scope = self._gguf_architecture
+        named = any(
+            "mistral" in value.lower()
+            for key, value in self._fields.items()
+            if key.startswith("general.") and isinstance(value, str)
+        )
+        alike = all(self._fields.get(f"{scope}.{k}") == v for k, v in MISTRAL_V01.items())
+        theta = self.get(f"{scope}.rope.freq_base", float, 10000.0)
+        if scope in ("llama", "mistral") and theta == 10000.0 and (named or alike):
+            logger.warning(
+                "%s: looks like Mistral 7B v0.1, whose sliding window of 4096 tokens is not in the "
+                "file: it is computed with full attention, which differs from 4096 tokens on; "
+                "import the Hugging Face folder to keep the window",
+                printable(str(self.path)),
+            )
+
     def _rope_scaling(self, head_dim: int, theta: float) -> Llama3RopeScaling | None:
         if ROPE_FACTORS not in self._tensors:
             return None
@@ -196,7 +235,7 @@ class GGUFFile:
     def tensors(self) -> dict[str, LazyTensor]:
         """Every weight by native name, in native layout.
 
-        bfloat16 when all matrices of the file are, else float32.
+        Those stored as BF16 are bfloat16, all others float32.
 
         Raises:
             CheckpointError: a tensor is missing, unexpected, misshapen or of an unknown type.
@@ -205,9 +244,6 @@ class GGUFFile:
         _, arch = ARCHITECTURES[self._gguf_architecture]
         names = gguf.get_tensor_name_map(arch, self.config.num_layers)
         specs = weight_specs(self.config)
-        matrices = {t.type for t in self._tensors.values() if len(t.shape) > 1}
-        all_bf16 = matrices == {QuantizationType.BF16}
-        dtype = DTYPES["bfloat16" if all_bf16 else "float32"]
         wanted: dict[str, str] = {}
         for native in specs:
             module, _, suffix = native_to_hf(native, self.config).rpartition(".")
@@ -220,6 +256,8 @@ class GGUFFile:
         tensors: dict[str, LazyTensor] = {}
         for name, native in wanted.items():
             self._check(name, native)
+            is_bf16 = self._tensors[name].type == QuantizationType.BF16
+            dtype = DTYPES["bfloat16" if is_bf16 else "float32"]
             read = functools.partial(self._read_native, name, native, dtype)
             tensors[native] = LazyTensor(specs[native].shape, dtype, read)
         return tensors

@@ -1,8 +1,8 @@
 """The header of a GGUF file: metadata and where each tensor lies.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Every count and length in the file
-is checked against the bytes that are left before anything is allocated for it, which the reader of
-the `gguf` package does not do: a file of 100 bytes may announce an array of 2^40 elements.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Every count and length in the
+file is checked against the bytes that are left before anything is allocated for it, which the
+reader of the `gguf` package does not do: a file of 100 bytes may announce an array of 2^40 elements.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pshare_jax.errors import CheckpointError
 
 VERSIONS = (2, 3)
 MAX_ELEMENTS = 1 << 22
-"""Array elements of a whole header; a vocabulary of 262,144 tokens with its merges has 1.3 million."""
+"""Array elements of a whole header; 262,144 tokens with their merges make 1.3 million."""
 
 MAX_DIMS = 4
 MAX_ALIGNMENT = 1 << 20
@@ -61,7 +61,7 @@ class Header(NamedTuple):
     tensors: dict[str, TensorInfo]
 
 
-class _Malformed(Exception):
+class _MalformedError(Exception):
     """The header contradicts the format or the file's size."""
 
 
@@ -78,13 +78,13 @@ class _Cursor:
         """Raises when `count` items of at least `item_bytes` each cannot follow."""
         left = self.size - self.position
         if count * item_bytes > left:
-            raise _Malformed(f"{what} counts {count}, but {left} bytes are left in the file")
+            raise _MalformedError(f"{what} counts {count}, but {left} bytes are left in the file")
 
     def take(self, count: int, what: str) -> bytes:
         self.check(count, 1, what)
         data = self._file.read(count)
         if len(data) != count:
-            raise _Malformed(f"{what} is cut off")
+            raise _MalformedError(f"{what} is cut off")
         self.position += count
         return data
 
@@ -96,7 +96,7 @@ class _Cursor:
         try:
             return data.decode()
         except UnicodeDecodeError as error:
-            raise _Malformed(f"{what} is not UTF-8") from error
+            raise _MalformedError(f"{what} is not UTF-8") from error
 
 
 def read_header(path: Path) -> Header:
@@ -114,11 +114,11 @@ def read_header(path: Path) -> Header:
             for _ in range(entry_count):
                 name = cursor.text("a metadata key")
                 if name in fields:
-                    raise _Malformed(f"metadata {name} is there twice")
+                    raise _MalformedError(f"metadata {name} is there twice")
                 fields[name] = _value(cursor, f"metadata {name}")
             raw = [_tensor(cursor) for _ in range(tensor_count)]
             return Header(fields, _placed(path, cursor, fields, raw))
-    except (_Malformed, OSError) as error:
+    except (_MalformedError, OSError) as error:
         raise CheckpointError(
             f"{path}: not a GGUF file, or truncated or corrupt: {one_line(error)}"
         ) from error
@@ -126,12 +126,12 @@ def read_header(path: Path) -> Header:
 
 def _counts(path: Path, cursor: _Cursor) -> tuple[int, int]:
     if cursor.take(4, "the magic number") != b"GGUF":
-        raise _Malformed("it does not start with GGUF")
+        raise _MalformedError("it does not start with GGUF")
     version = cursor.integer("<I", "the version")
     if version & 0xFFFF == 0 and version:
         raise CheckpointError(f"{path}: is big-endian; convert it to little-endian first")
     if version not in VERSIONS:
-        raise _Malformed(f"version {version} is not one of {', '.join(map(str, VERSIONS))}")
+        raise _MalformedError(f"version {version} is not one of {', '.join(map(str, VERSIONS))}")
     tensor_count = cursor.integer("<Q", "the number of tensors")
     entry_count = cursor.integer("<Q", "the number of metadata entries")
     cursor.check(entry_count, _MIN_ENTRY_BYTES, "the metadata")
@@ -144,7 +144,7 @@ def _type(cursor: _Cursor, what: str) -> gguf.GGUFValueType:
     try:
         return gguf.GGUFValueType(number)
     except ValueError as error:
-        raise _Malformed(f"{what} is of an unknown type {number}") from error
+        raise _MalformedError(f"{what} is of an unknown type {number}") from error
 
 
 def _value(cursor: _Cursor, what: str) -> Any:
@@ -155,7 +155,7 @@ def _value(cursor: _Cursor, what: str) -> Any:
     count = cursor.integer("<Q", what)
     cursor.elements += count
     if cursor.elements > MAX_ELEMENTS:
-        raise _Malformed(f"{what} makes more than {MAX_ELEMENTS} array elements in all")
+        raise _MalformedError(f"{what} makes more than {MAX_ELEMENTS} array elements in all")
     return _items(cursor, kind, count, what)
 
 
@@ -164,7 +164,7 @@ def _items(cursor: _Cursor, kind: gguf.GGUFValueType, count: int, what: str) -> 
         cursor.check(count, _LENGTH_BYTES, what)
         return [cursor.text(what) for _ in range(count)]
     if kind not in _SCALARS:
-        raise _Malformed(f"{what} is an array of arrays")
+        raise _MalformedError(f"{what} is an array of arrays")
     dtype = np.dtype(_SCALARS[kind])
     cursor.check(count, dtype.itemsize, what)
     return np.frombuffer(cursor.take(count * dtype.itemsize, what), dtype).tolist()
@@ -181,7 +181,7 @@ def _tensor(cursor: _Cursor) -> _RawTensor:
     name = cursor.text("a tensor's name")
     dims = cursor.integer("<I", f"tensor {name}")
     if not 1 <= dims <= MAX_DIMS:
-        raise _Malformed(f"tensor {name} has {dims} dimensions")
+        raise _MalformedError(f"tensor {name} has {dims} dimensions")
     data = cursor.take(8 * dims, f"tensor {name}")
     shape = tuple(reversed(struct.unpack(f"<{dims}Q", data)))
     kind = cursor.integer("<I", f"tensor {name}")
@@ -195,19 +195,21 @@ def _placed(
     alignment = fields.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
     valid = isinstance(alignment, int) and 0 < alignment <= MAX_ALIGNMENT
     if not valid or alignment & (alignment - 1):
-        raise _Malformed(f"metadata general.alignment is {alignment!r}, not a power of two")
+        raise _MalformedError(f"metadata general.alignment is {alignment!r}, not a power of two")
     start = -(-cursor.position // alignment) * alignment
     tensors: dict[str, TensorInfo] = {}
     for name, shape, number, offset in raw:
         if name in tensors:
-            raise _Malformed(f"tensor {name} is there twice")
+            raise _MalformedError(f"tensor {name} is there twice")
         kind = _quantisation(path, name, number)
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         if shape[-1] % block or 0 in shape:
-            raise _Malformed(f"tensor {name}: shape {list(shape)} is no multiple of {block} wide")
+            raise _MalformedError(
+                f"tensor {name}: shape {list(shape)} is no multiple of {block} wide"
+            )
         nbytes = math.prod(shape) // block * block_bytes
         if (end := start + offset + nbytes) > cursor.size:
-            raise _Malformed(
+            raise _MalformedError(
                 f"tensor {name}: truncated: ends at byte {end}, file has {cursor.size}"
             )
         tensors[name] = TensorInfo(shape, kind, nbytes, start + offset)

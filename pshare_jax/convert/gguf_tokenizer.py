@@ -9,6 +9,7 @@ merges.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ from tokenizers import (
 
 from pshare_jax.convert.files import one_line
 from pshare_jax.convert.gguf import GGUFFile
+from pshare_jax.convert.hf_tokenizer import TEMPLATE_FOLDER, with_default_template
 from pshare_jax.errors import CheckpointError
 
 CONTROL = 3
@@ -123,10 +125,22 @@ def tokenizer_files(file: GGUFFile) -> dict[str, bytes]:
     if file.has("tokenizer.chat_template"):
         about["chat_template"] = file.get("tokenizer.chat_template", str)
     generation = {"eos_token_id": _end_ids(file, tokens)}
-    return {
+    files = {
         "tokenizer.json": tokenizer.to_str(pretty=True).encode(),
         "tokenizer_config.json": json.dumps(about, indent=2, ensure_ascii=False).encode(),
         "generation_config.json": json.dumps(generation).encode(),
+        **_further_templates(file),
+    }
+    return with_default_template(files, about)
+
+
+def _further_templates(file: GGUFFile) -> dict[str, bytes]:
+    """The named chat templates (`tool_use` and the like), as Hugging Face's folder has them."""
+    prefix = "tokenizer.chat_template."
+    return {
+        f"{TEMPLATE_FOLDER}/{name}.jinja": file.get(prefix + name, str).encode()
+        for name in (key.removeprefix(prefix) for key in file.names() if key.startswith(prefix))
+        if re.fullmatch(r"[\w-]+", name)
     }
 
 

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Sharding
 from orbax.checkpoint import type_handlers
 
-from pshare_jax.convert.files import atomic_folder, check_space, one_line
+from pshare_jax.convert.files import atomic_folder, check_space, one_line, write_files
 from pshare_jax.convert.manifest import (
     TENSORS_FILE,
     TOKENIZER_FILE,
@@ -168,10 +168,7 @@ def write_prefill(
     specs = stored_specs(config, None)
     dtype = _check_tensors(lazy, specs)
     with atomic_folder(dest) as folder:
-        tokenizer = folder / TOKENIZER_FOLDER
-        tokenizer.mkdir()
-        for name, data in tokenizer_files.items():
-            (tokenizer / name).write_bytes(data)
+        write_files(folder / TOKENIZER_FOLDER, tokenizer_files)
         entries = _write_weights(Path(dest), folder, lazy, specs, report)
         hashed = tokenizer_hash(tokenizer_files)
         manifest = Manifest(
@@ -254,20 +251,23 @@ def write_decode(
             source_config=source_config,
         )
         write_manifest(folder, manifest)
-        for name, data in (extra_files or {}).items():
-            (folder / name).write_bytes(data)
+        write_files(folder, extra_files or {})
     return manifest
 
 
 def read_tokenizer_files(manifest: Manifest) -> dict[str, bytes]:
-    """The tokenizer's files of a prefill checkpoint by name; checks their hash.
+    """The tokenizer's files of a prefill checkpoint by path below its folder; checks their hash.
 
     Raises:
         CheckpointError: they are not there, or have changed since the checkpoint was made.
     """
     folder = manifest.folder / TOKENIZER_FOLDER
     try:
-        files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+        files = {
+            path.relative_to(folder).as_posix(): path.read_bytes()
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be read: {one_line(error)}") from error
     if TOKENIZER_FILE not in files or tokenizer_hash(files) != manifest.tokenizer_hash:

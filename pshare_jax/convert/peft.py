@@ -128,7 +128,8 @@ def _read_options(path: Path, options: Mapping[str, Any]) -> tuple[int, float]:
     for name, allowed in _REQUIRED.items():
         if options.get(name, allowed[0]) not in allowed:
             raise CheckpointError(
-                f"{path}: {name}={reprlib.repr(options[name])} is not supported, only {allowed[0]!r} is"
+                f"{path}: {name}={reprlib.repr(options[name])} is not supported, only "
+                f"{allowed[0]!r} is"
             )
     if options.get("init_lora_weights") not in _INITIALISATIONS:
         raise CheckpointError(

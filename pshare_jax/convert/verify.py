@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.special
 
-from pshare_jax.convert.files import one_line
+from pshare_jax.convert.files import one_line, write_files
 from pshare_jax.convert.inspection import check_hashes
 from pshare_jax.convert.manifest import MANIFEST_FILE
 from pshare_jax.convert.orbax import load_weights, read_tokenizer_files
@@ -153,8 +153,7 @@ def _tokenizer(files: Mapping[str, bytes]) -> Tokenizer:
     if not files:
         raise CheckpointError("neither model has a tokenizer; name the base with --base")
     with tempfile.TemporaryDirectory() as folder:
-        for name, data in files.items():
-            (Path(folder) / name).write_bytes(data)
+        write_files(Path(folder), files)
         return Tokenizer.load(folder)
 
 

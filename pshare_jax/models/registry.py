@@ -105,7 +105,8 @@ def _family(hf: Mapping[str, Any]) -> _Family:
     name = names[0] if isinstance(names, list) and names else None
     if (family := _BY_HF_NAME.get(name)) is None:  # type: ignore[arg-type]
         raise CheckpointError(
-            f"config.json: architectures is {reprlib.repr(names)}; supported are {', '.join(_BY_HF_NAME)}"
+            f"config.json: architectures is {reprlib.repr(names)}; supported are "
+            f"{', '.join(_BY_HF_NAME)}"
         )
     return family
 
@@ -192,7 +193,9 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         raise fields.fail("head_dim", f"is {head_dim}, but must be even")
     num_layers = fields.positive("num_hidden_layers", int)
     if num_layers > MAX_LAYERS:
-        raise fields.fail("num_hidden_layers", f"is {num_layers}; at most {MAX_LAYERS} are possible")
+        raise fields.fail(
+            "num_hidden_layers", f"is {num_layers}; at most {MAX_LAYERS} are possible"
+        )
     rope_theta, rope_scaling = _rope(hf, fields)
     return ModelConfig(
         architecture=family.architecture,
