@@ -2,7 +2,7 @@
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Every count and length in the
 file is checked against the bytes that are left before anything is allocated for it, which the
-reader of the `gguf` package does not do: a file of 100 bytes may announce an array of 2^40 elements.
+reader of the `gguf` package does not do: 100 bytes may announce an array of 2^40 elements.
 """
 
 from __future__ import annotations
