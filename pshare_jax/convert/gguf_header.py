@@ -205,7 +205,7 @@ def _placed(
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         if shape[-1] % block or 0 in shape:
             raise _MalformedError(
-                f"tensor {name}: shape {list(shape)} is no multiple of {block} wide"
+                f"tensor {name}: shape {list(shape)} is not in whole blocks of {block}"
             )
         nbytes = math.prod(shape) // block * block_bytes
         if (end := start + offset + nbytes) > cursor.size:

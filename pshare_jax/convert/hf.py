@@ -116,9 +116,15 @@ def read_tensors(folder: Path, config: ModelConfig) -> dict[str, LazyTensor]:
         CheckpointError: names file and tensor that is missing, unexpected, misshapen, of an
             unsupported dtype, or in a file that is truncated or corrupt.
     """
+    files = safetensors_in(folder)
+    if config.num_layers > len(files):
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE}: num_hidden_layers is {config.num_layers}, but the folder has "
+            f"only {len(files)} tensors"
+        )
     specs = weight_specs(config)
     found: dict[str, LazyTensor] = {}
-    for name, path in safetensors_in(folder).items():
+    for name, path in files.items():
         native = hf_to_native(name, config)
         if native is None or native not in specs:
             if is_redundant(name, config):
