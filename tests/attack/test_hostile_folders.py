@@ -89,7 +89,7 @@ def test_more_layers_than_tensors(folder, layers, window):
 @pytest.mark.parametrize("field", ["vocab_size", "hidden_size", "intermediate_size", "head_dim"])
 def test_sizes_that_do_not_fit_the_tensors(folder, field):
     change(folder / "config.json", **{field: 10**12})
-    refused(open_source, folder, "tensor model.")
+    refused(open_source, folder, "safetensors: tensor ", " has shape ")
 
 
 @pytest.mark.parametrize("length", [1 << 40, (1 << 64) - 1, 99_000_000])
@@ -174,7 +174,7 @@ def test_configurations_with_random_damage(folder, seed):
     path = folder / "config.json"
     about = json.loads(path.read_text())
     values = [None, True, 0, -1, 1.5, 10**18, "", "\x1b", [], [1], {}, {"a": []}, "llama", 1e999]
-    refusals = 0
+    messages = []
     for _ in range(60):
         damaged = dict(about)
         for name in rng.sample(sorted(about), rng.choice((1, 2, 5))):
@@ -183,6 +183,6 @@ def test_configurations_with_random_damage(folder, seed):
         try:
             open_source(folder)
         except CheckpointError as error:
-            refusals += 1
-            assert str(error).isprintable()
-    assert refusals > 20
+            messages.append(str(error))
+    assert all(message.isprintable() for message in messages)
+    assert len(messages) > 20

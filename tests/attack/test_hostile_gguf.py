@@ -212,7 +212,7 @@ def test_headers_with_random_damage(tmp_path, seed):
     size = len(whole) - sum(array.nbytes for array in WEIGHTS.values())
     rng = random.Random(seed)
     path = tmp_path / "m.gguf"
-    refusals = 0
+    messages = []
     for _ in range(50):
         content = bytearray(whole)
         for _ in range(rng.choice((1, 3, 30))):
@@ -225,6 +225,6 @@ def test_headers_with_random_damage(tmp_path, seed):
         try:
             open_source(path)
         except CheckpointError as error:
-            refusals += 1
-            assert str(error).isprintable()
-    assert refusals > 10
+            messages.append(str(error))
+    assert all(message.isprintable() for message in messages)
+    assert len(messages) > 10
