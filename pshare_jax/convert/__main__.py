@@ -60,7 +60,13 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("inspect", help="show what a checkpoint is")
     command.add_argument("checkpoint", metavar="CKPT")
-    command.add_argument("--check", action="store_true", help="read all tensors, compare hashes")
+    reading = command.add_mutually_exclusive_group()
+    reading.add_argument("--check", action="store_true", help="read all tensors, compare hashes")
+    reading.add_argument(
+        "--accept",
+        action="store_true",
+        help="check all tensors, then record templates and certificate as they are now",
+    )
 
     command = commands.add_parser("verify", help="compare the logits of two models")
     command.add_argument("a", metavar="A", help=f"checkpoint, {SOURCE_HELP}")
@@ -98,8 +104,8 @@ def _run(args: argparse.Namespace) -> int:
             print(f"exported to {args.dest}")
             return 0
         case "inspect":
-            check = inspection.check_hashes if args.check else read_manifest
-            manifest = check(args.checkpoint)
+            read = inspection.check_hashes if args.check else read_manifest
+            manifest = (inspection.accept if args.accept else read)(args.checkpoint)
         case _:
             prompts = verify.read_prompts(args.prompts) if args.prompts else verify.SAMPLE_PROMPTS
             a, b = (verify.load_model(path, args.base) for path in (args.a, args.b))

@@ -11,10 +11,11 @@ from typing import Any
 from pshare_jax.convert import exported, hf, peft
 from pshare_jax.convert.files import atomic_folder, check_absent, check_space, write_files
 from pshare_jax.convert.hf_tokenizer import GENERATION_FILE
-from pshare_jax.convert.manifest import Manifest, read_manifest
+from pshare_jax.convert.manifest import Manifest
 from pshare_jax.convert.names import hf_shape, native_to_hf, to_hf
 from pshare_jax.convert.orbax import open_weights, read_tokenizer_files, write_decode, write_prefill
 from pshare_jax.convert.progress import progress_bar
+from pshare_jax.convert.seals import open_checkpoint
 from pshare_jax.convert.sources import open_source
 from pshare_jax.convert.tensors import DTYPES, LazyTensor, total_bytes
 from pshare_jax.errors import CertificateError, CheckpointError
@@ -75,7 +76,7 @@ def make_decoder(
     """
     dest = Path(dest)
     check_absent(dest)
-    prefill = read_manifest(base)
+    prefill = open_checkpoint(base)
     if (stated := exported.read_statement(lora or fine_tune, prefill)) is not None:
         tail = stated.tail if tail is None else tail
         cache_conditioned = cache_conditioned or stated.cache_conditioned
@@ -157,8 +158,8 @@ def export(
     """
     dest = Path(dest)
     check_absent(dest)
-    manifest = read_manifest(checkpoint)
-    prefill = manifest if manifest.kind == "prefill" else base and read_manifest(base)
+    manifest = open_checkpoint(checkpoint)
+    prefill = manifest if manifest.kind == "prefill" else base and open_checkpoint(base)
     certificate = manifest.certificate
     if certificate and prefill and prefill.fingerprint != certificate.prefill_fingerprint:
         raise CertificateError(f"{base}: is not the base that {manifest.folder} was made for")

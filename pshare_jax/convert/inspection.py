@@ -5,16 +5,10 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from pshare_jax.convert.manifest import (
-    MANIFEST_FILE,
-    TENSORS_FILE,
-    Manifest,
-    fingerprint_of,
-    lora_context,
-    read_manifest,
-)
+from pshare_jax.convert.manifest import TENSORS_FILE, Manifest, read_manifest
 from pshare_jax.convert.orbax import open_weights, read_tokenizer_files
 from pshare_jax.convert.progress import progress_bar
+from pshare_jax.convert.seals import check_fingerprint, write_seals
 from pshare_jax.errors import CheckpointError
 from pshare_jax.models.split import tensor_hash
 
@@ -72,13 +66,21 @@ def check_hashes(folder: str | Path | Manifest) -> Manifest:
                     f"{manifest.folder}: tensor {name} is not the one that {TENSORS_FILE} records"
                 )
             report(name, tensor.nbytes)
-    context = manifest.tokenizer_hash
     if manifest.kind == "prefill":
         read_tokenizer_files(manifest)
-    elif manifest.certificate and manifest.certificate.kind == "lora":
-        context = lora_context(manifest.certificate)
-    if fingerprint_of(manifest.config, manifest.tensors, context) != manifest.fingerprint:
-        raise CheckpointError(
-            f"{manifest.folder / MANIFEST_FILE}: the fingerprint is not the one of its tensors"
-        )
+    check_fingerprint(manifest)
+    return manifest
+
+
+def accept(folder: str | Path) -> Manifest:
+    """Records a checkpoint's small files as they are now, after `check_hashes`.
+
+    For templates, end tokens and certificates that were changed on purpose, and for checkpoints
+    that were made before there were such records.
+
+    Raises:
+        CheckpointError: as `check_hashes`: what the fingerprint covers cannot be accepted.
+    """
+    manifest = check_hashes(folder)
+    write_seals(manifest.folder, manifest)
     return manifest

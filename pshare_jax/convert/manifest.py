@@ -2,6 +2,7 @@
 
 FOLDER/pshare.json   kind, architecture, dtype, fingerprint, certificate
 FOLDER/tensors.json  shape, dtype and SHA-256 of each tensor
+FOLDER/seals.json    hashes of the small files and of the tensors' checksums, see `seals`
 FOLDER/weights/      the tensors, an orbax checkpoint of one flat dict
 FOLDER/tokenizer/    tokenizer.json and its companions (prefill checkpoints only)
 """

@@ -33,6 +33,7 @@ from pshare_jax.convert.manifest import (
     write_manifest,
 )
 from pshare_jax.convert.progress import Report, quiet
+from pshare_jax.convert.seals import write_seals
 from pshare_jax.convert.tensors import DTYPES, LazyTensor, as_lazy, total_bytes
 from pshare_jax.convert.zarr import StoredTensor, chunk_shape, write_tensor
 from pshare_jax.errors import CheckpointError
@@ -183,6 +184,7 @@ def write_prefill(
             source_config=source_config,
         )
         write_manifest(folder, manifest)
+        write_seals(folder, manifest)
     return manifest
 
 
@@ -251,6 +253,7 @@ def write_decode(
             source_config=source_config,
         )
         write_manifest(folder, manifest)
+        write_seals(folder, manifest)
         write_files(folder, extra_files or {})
     return manifest
 
@@ -277,8 +280,19 @@ def read_tokenizer_files(manifest: Manifest) -> dict[str, bytes]:
     return files
 
 
-def _read(folder: Path, name: str) -> np.ndarray:
-    return StoredTensor(folder / WEIGHTS_FOLDER, name).read()()
+def _open(manifest: Manifest, name: str, dtype: np.dtype | None = None) -> StoredTensor:
+    entry = manifest.tensors[name]
+    stored = StoredTensor(manifest.folder / WEIGHTS_FOLDER, name, dtype)
+    if (stored.shape, stored.stored_dtype) != (entry.shape, entry.dtype):
+        raise CheckpointError(
+            f"{manifest.folder / WEIGHTS_FOLDER / name}: has shape {list(stored.shape)} and dtype "
+            f"{stored.stored_dtype}, but {TENSORS_FILE} says {list(entry.shape)} and {entry.dtype}"
+        )
+    return stored
+
+
+def _read(manifest: Manifest, name: str) -> np.ndarray:
+    return _open(manifest, name).read()()
 
 
 def _load_group(
@@ -288,12 +302,7 @@ def _load_group(
     started = []
     for name in names:
         shape = manifest.tensors[name].shape
-        stored = StoredTensor(manifest.folder / WEIGHTS_FOLDER, name, dtype)
-        if stored.shape != shape:
-            raise CheckpointError(
-                f"{manifest.folder / WEIGHTS_FOLDER / name}: has shape {list(stored.shape)}, but "
-                f"{TENSORS_FILE} says {list(shape)}"
-            )
+        stored = _open(manifest, name, dtype)
         indices = shardings[name].addressable_devices_indices_map(shape)
         # Replicas share one read.
         parts = {str(index): index for index in indices.values()}
@@ -355,6 +364,6 @@ def open_weights(folder: str | Path | Manifest) -> dict[str, LazyTensor]:
     manifest = folder if isinstance(folder, Manifest) else read_manifest(folder)
 
     return {
-        name: LazyTensor(entry.shape, DTYPES[entry.dtype], partial(_read, manifest.folder, name))
+        name: LazyTensor(entry.shape, DTYPES[entry.dtype], partial(_read, manifest, name))
         for name, entry in manifest.tensors.items()
     }
