@@ -283,11 +283,16 @@ def read_tokenizer_files(manifest: Manifest) -> dict[str, bytes]:
 def _open(manifest: Manifest, name: str, dtype: np.dtype | None = None) -> StoredTensor:
     entry = manifest.tensors[name]
     stored = StoredTensor(manifest.folder / WEIGHTS_FOLDER, name, dtype)
-    if (stored.shape, stored.stored_dtype) != (entry.shape, entry.dtype):
-        raise CheckpointError(
-            f"{manifest.folder / WEIGHTS_FOLDER / name}: has shape {list(stored.shape)} and dtype "
-            f"{stored.stored_dtype}, but {TENSORS_FILE} says {list(entry.shape)} and {entry.dtype}"
-        )
+    pairs = {
+        "shape": (list(stored.shape), list(entry.shape)),
+        "dtype": (stored.stored_dtype, entry.dtype),
+    }
+    for what, (found, expected) in pairs.items():
+        if found != expected:
+            raise CheckpointError(
+                f"{manifest.folder / WEIGHTS_FOLDER / name}: has {what} {found}, but "
+                f"{TENSORS_FILE} says {expected}"
+            )
     return stored
 
 
