@@ -64,5 +64,6 @@ def test_peak_memory_is_bounded_by_the_model(tmp_path):
         "decoder": peak_bytes("decoder", tmp_path / "base", tmp_path / "copy"),
         "export": peak_bytes("export", tmp_path / "base", tmp_path / "out"),
         "check": peak_bytes("inspect", "--check", tmp_path / "base"),
+        "verify": peak_bytes("verify", tmp_path / "base", folder),
     }
     assert {name: peak for name, peak in peaks.items() if peak > 1.3 * MODEL_BYTES} == {}
