@@ -1,11 +1,15 @@
-"""How much a refusal may cost."""
+"""How much a refusal may cost, and how many random attacks are made."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 import tracemalloc
 from collections.abc import Iterator
+
+SEEDS = range(int(os.environ.get("ATTACK_SEEDS", "3")))
+"""Each is one deterministic series of attacks; `make attack` makes more of them."""
 
 SECONDS = 1.0
 MEGABYTES = 64

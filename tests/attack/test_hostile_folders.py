@@ -17,7 +17,7 @@ from pshare_jax.convert.orbax import write_prefill
 from pshare_jax.convert.peft import read_lora
 from pshare_jax.convert.sources import open_source
 from pshare_jax.errors import MAX_MESSAGE, CheckpointError
-from tests.attack.bounds import cheap
+from tests.attack.bounds import SEEDS, cheap
 from tests.convert.helpers import (
     TOKENIZER_FILES,
     model_config,
@@ -167,7 +167,7 @@ def test_a_checkpoint_nested_five_thousand_deep(tmp_path, name):
     refused(read_manifest, tmp_path / "base", name)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_configurations_with_random_damage(folder, seed):
     """Any value at any place of config.json is refused in a line, or is a model all the same."""
     rng = random.Random(seed)

@@ -12,7 +12,7 @@ import pytest
 from pshare_jax.convert.__main__ import main
 from pshare_jax.convert.sources import open_source
 from pshare_jax.errors import CheckpointError
-from tests.attack.bounds import cheap
+from tests.attack.bounds import SEEDS, cheap
 from tests.convert.helpers import gguf_config, random_weights, write_gguf
 
 CONFIG = gguf_config()
@@ -204,7 +204,7 @@ def test_a_name_of_a_megabyte_is_shown_in_part(tmp_path):
     refused(write(tmp_path, content), "[...]", "number 99")
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_headers_with_random_damage(tmp_path, seed):
     """Each is refused in a line, or is a model all the same."""
     write_gguf(tmp_path / "whole.gguf", CONFIG, WEIGHTS)
