@@ -60,10 +60,19 @@ def safetensors_in(folder: Path, weights: str = WEIGHTS_FILE) -> dict[str, Path]
     index = read_json(index_path).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(v, str) for v in index.values()):
         raise CheckpointError(f"{index_path}: has no valid weight_map")
+    for name in index.values():
+        if not name or Path(name).name != name:
+            raise CheckpointError(f"{index_path}: {name!r} is not a file beside it")
     held = {name: set(_names_in(folder / name)) for name in sorted(set(index.values()))}
     for tensor, name in index.items():
         if tensor not in held[name]:
             raise CheckpointError(f"{folder / name}: tensor {tensor} is missing")
+    for name, tensors in held.items():
+        if unlisted := sorted(tensor for tensor in tensors if index.get(tensor) != name):
+            raise CheckpointError(
+                f"{folder / name}: tensor {unlisted[0]} is not listed as this file's in "
+                f"{index_path.name}"
+            )
     return {tensor: folder / name for tensor, name in index.items()}
 
 

@@ -34,6 +34,9 @@ TOKENIZER_FILES = (
     TEMPLATE_FILE,
     GENERATION_FILE,
 )
+MAX_BYTES = 1 << 28
+"""Of one file; the largest `tokenizer.json` of a published model has about 40 MB."""
+
 PATTERNS = (*TOKENIZER_FILES, f"{TEMPLATE_FOLDER}/*.jinja")
 """What of a repository on the hub is its tokenizer."""
 
@@ -58,9 +61,11 @@ def read_tokenizer_folder(folder: Path, vocab_size: int) -> dict[str, bytes]:
         )
     paths = [folder / name for name in TOKENIZER_FILES]
     paths += sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))
-    files = {
-        path.relative_to(folder).as_posix(): path.read_bytes() for path in paths if path.is_file()
-    }
+    paths = [path for path in paths if path.is_file()]
+    for path in paths:
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise CheckpointError(f"{path}: has {size} bytes, but may have {MAX_BYTES}")
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
     tokenizer = _parse(folder / TOKENIZER_FILE, files[TOKENIZER_FILE])
     _check_vocabulary(folder, tokenizer, vocab_size)
     about = read_json(folder / TOKENIZER_CONFIG_FILE) if TOKENIZER_CONFIG_FILE in files else {}

@@ -38,7 +38,7 @@ def read_folder(folder: Path) -> Source:
         CheckpointError: names the file or tensor that cannot be read, or has no place in the model.
     """
     stored: dict[str, LazyTensor] = {}
-    for path in sorted(folder.glob("model*.safetensors")):
+    for path in _weight_files(folder):
         stored |= _tensors_of(path)
     config = config_from_hf(read_json(folder / hf_tokenizer.CONFIG_FILE))
     if _HEAD in stored:
@@ -57,6 +57,14 @@ def read_folder(folder: Path) -> Source:
         read = partial(_read_native, native, tensor, config)
         tensors[native] = LazyTensor(spec.shape, tensor.dtype, read)
     return Source(config, tensors, _tokenizer_files(folder, config.vocab_size))
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.is_file():
+        names = set(read_json(index)["weight_map"].values())
+    return [folder / name for name in sorted(names)]
 
 
 def _read_native(native: str, tensor: LazyTensor, config: Any) -> np.ndarray:

@@ -92,6 +92,19 @@ def test_sizes_that_do_not_fit_the_tensors(folder, field):
     refused(open_source, folder, "safetensors: tensor ", " has shape ")
 
 
+@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "a/b", ""])
+def test_an_index_that_names_files_elsewhere(folder, name):
+    index = {"weight_map": {"model.norm.weight": name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(open_source, folder, "is not a file beside it")
+
+
+def test_a_tokenizer_of_any_size(folder):
+    with (folder / "tokenizer.json").open("r+b") as file:
+        file.truncate((1 << 28) + 1)
+    refused(open_source, folder, "tokenizer.json: has 268435457 bytes, but may have 268435456")
+
+
 @pytest.mark.parametrize("length", [1 << 40, (1 << 64) - 1, 99_000_000])
 def test_a_header_longer_than_the_file(folder, length):
     path = folder / "model.safetensors"

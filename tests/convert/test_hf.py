@@ -272,6 +272,16 @@ def test_a_tensor_missing_from_its_shard_is_named(tmp_path):
     check_refused(folder, tmp_path / "out", str(path), f"tensor {name} is missing")
 
 
+def test_a_tensor_that_the_index_does_not_list_is_named(tmp_path):
+    """It would be dropped, whatever it changes."""
+    folder = write_hf_folder(tmp_path / "hf", CONFIG, WEIGHTS, shards=2)
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    name = index["weight_map"].pop(UP)
+    path.write_text(json.dumps(index))
+    check_refused(folder, tmp_path / "out", name, f"tensor {UP} is not listed as this file's")
+
+
 @pytest.mark.parametrize("index", ["{", "{}", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}'])
 def test_a_malformed_index_is_named(tmp_path, index):
     folder = write_hf_folder(tmp_path / "hf", CONFIG, WEIGHTS, shards=2)
