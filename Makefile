@@ -13,7 +13,7 @@ REPORT = $(BIN)/python -m pshare_jax.bench report --results="[$$(for result in \
   $(patsubst %,docs/results/agents-%.json,$(BENCHES) $(BENCHES_VLLM)); do \
   if [ -f $$result ]; then echo $$result; fi; done | paste -sd,)]"
 
-.PHONY: demo serve bench bench-vllm modules results test test-compile lint format clean
+.PHONY: demo serve bench bench-vllm modules results test test-compile attack lint format clean
 
 demo: .venv/.run $(MODULES)
 	$(BIN)/python -m pshare_jax.demo
@@ -51,6 +51,10 @@ test: .venv/.test
 
 test-compile: .venv-compile/.ready
 	.venv-compile/bin/python -m pytest tests/compile -m compile
+
+# The random attacks of the tests, a hundred times as many.
+attack: .venv/.test
+	ATTACK_SEEDS=300 $(BIN)/python -m pytest tests/attack
 
 lint: .venv/.test
 	$(BIN)/ruff check .

@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
+import re
+
+MAX_MESSAGE = 2000
+"""Characters of a message: names that come from a file can be of any length."""
+
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What a terminal obeys instead of showing it, what reverses the text, and lone surrogates."""
+
+
+def printable(text: str) -> str:
+    r"""`text` as it may go to a terminal or a log: control characters become `\x1b` and the like.
+
+    Whatever a file names (tensors, metadata, tokens) may hold escape codes. Newlines and tabs stay.
+    """
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
 
 class PshareError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base of every error that this package raises on purpose.
+
+    Its text is printable, and its middle is left out where it is very long.
+    """
+
+    def __str__(self) -> str:
+        text = printable(super().__str__())
+        if len(text) <= MAX_MESSAGE:
+            return text
+        return f"{text[: MAX_MESSAGE // 2]} [...] {text[-MAX_MESSAGE // 4 :]}"
 
 
 class ConfigError(PshareError):

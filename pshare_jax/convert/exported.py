@@ -50,7 +50,7 @@ def read_statement(source: str | Path | None, base: Manifest) -> Statement | Non
         fields = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
         tail = parse_rule(fields.get("tail"))
         statement = msgspec.convert({**fields, "tail": tail}, Statement)
-    except (ValueError, OSError) as error:  # msgspec's are ValueErrors
+    except (ValueError, OSError, RecursionError) as error:  # msgspec's are ValueErrors
         raise CertificateError(f"{path}: cannot be read: {error}") from error
     if base.current(statement.prefill_fingerprint) != base.fingerprint:
         raise CertificateError(

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import logging
 import os
+import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from pshare_jax.errors import CheckpointError, DataError
+from pshare_jax.errors import CheckpointError, DataError, printable
+
+logger = logging.getLogger(__name__)
 
 REMOVE_ATTEMPTS = 20
+LOCKED_AFTER_SECONDS = 60
 
 
 def one_line(error: BaseException) -> str:
@@ -64,6 +70,14 @@ def replace_file(path: str | Path, text: str) -> None:
         raise CheckpointError(f"{path}: cannot be written: {one_line(error)}") from error
 
 
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes `files`, by path below `folder`."""
+    for name, data in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -75,7 +89,8 @@ def atomic_folder(dest: str | Path) -> Iterator[Path]:
     """A temporary folder beside `dest` that becomes `dest` when the block ends without an error.
 
     Everything is flushed to disk before the rename. On any exception, KeyboardInterrupt included,
-    the temporary folder is removed.
+    the temporary folder is removed; one that a killed process left is removed by the next that
+    writes to the same `dest`.
 
     Raises:
         CheckpointError: `dest` exists, or it cannot be written (the message has the system's
@@ -85,7 +100,11 @@ def atomic_folder(dest: str | Path) -> Iterator[Path]:
     check_absent(dest)
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", suffix=".part", dir=dest.parent))
+        remove_abandoned(dest)
+        prefix = f".{dest.name}.{os.getpid()}-"
+        temporary = Path(tempfile.mkdtemp(prefix=prefix, suffix=".part", dir=dest.parent))
+        lock = os.open(temporary, os.O_RDONLY)
+        _lock(lock)
     except OSError as error:
         raise CheckpointError(f"{dest}: cannot be created: {one_line(error)}") from error
     try:
@@ -102,6 +121,49 @@ def atomic_folder(dest: str | Path) -> Iterator[Path]:
         raise CheckpointError(f"{dest}: cannot be written: {one_line(error)}") from error
     finally:
         _remove(temporary)
+        os.close(lock)
+
+
+def remove_abandoned(dest: Path) -> None:
+    """Removes the temporary folders of `dest` whose writer is dead, killed or powered off.
+
+    A writer holds a lock on its folder, which the kernel drops when it ends. Between making the
+    folder and locking it, it is known by its process id; that may name another process in another
+    container, so it counts for a minute only.
+    """
+    pattern = re.compile(rf"\.{re.escape(dest.name)}\.(\d+)-\w+\.part")
+    for folder in dest.parent.iterdir():
+        if (match := pattern.fullmatch(folder.name)) is None:
+            continue
+        with contextlib.suppress(OSError):
+            lock = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
+            try:
+                age = time.time() - os.fstat(lock).st_ctime
+                young = age < LOCKED_AFTER_SECONDS and _is_alive(int(match[1]))
+                if not young and _lock(lock):
+                    logger.warning("%s: removed, its writer is dead", printable(str(folder)))
+                    _remove(folder)
+            finally:
+                os.close(lock)
+
+
+def _lock(handle: int) -> bool:
+    """Locks a folder that is open as `handle`; False when it is locked, or cannot be."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's, or no process id at all
+        return True
+    return True
 
 
 def _remove(folder: Path) -> None:

@@ -1,26 +1,32 @@
 """GGUF files: configuration and tensors, dequantized on reading.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The `gguf` package reads and
-dequantizes; this file maps names, shapes and hyper-parameters to the native ones.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The `gguf` package
+dequantizes, `gguf_header` finds; this file maps names, shapes and hyper-parameters to the native
+ones.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import math
+import reprlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as QuantizationType
 
 from pshare_jax.convert.files import one_line
+from pshare_jax.convert.gguf_header import read_header
 from pshare_jax.convert.names import hf_shape, native_to_hf, to_native
 from pshare_jax.convert.tensors import DTYPES, LazyTensor
-from pshare_jax.errors import CheckpointError
+from pshare_jax.errors import CheckpointError, printable
 from pshare_jax.models.config import Architecture, Llama3RopeScaling, ModelConfig
 from pshare_jax.models.weights import weight_specs
+
+logger = logging.getLogger(__name__)
 
 ARCHITECTURES: dict[str, tuple[Architecture, gguf.MODEL_ARCH]] = {
     "llama": ("llama", gguf.MODEL_ARCH.LLAMA),
@@ -38,37 +44,17 @@ KNOWN_ROPE_SCALINGS = (
 )
 """Llama 3.1 and Llama 3.2: GGUF stores the resulting factors, not these numbers."""
 
+MISTRAL_V01 = {
+    "embedding_length": 4096,
+    "block_count": 32,
+    "feed_forward_length": 14336,
+    "attention.head_count_kv": 8,
+    "context_length": 32768,
+}
+"""By these and a theta of 10,000 a fine-tune of it is recognised, whatever its name."""
+
 BLOCK_ELEMENTS = 1 << 18
 """Elements dequantized at once: few enough to stay in the processor's cache."""
-
-
-class _Reader(gguf.GGUFReader):
-    """Names the tensor that a truncated file cuts off; the base class fails on a reshape."""
-
-    def _build_tensors(self, start_offs: int, fields: list[gguf.ReaderField]) -> None:
-        size = len(self.data)
-        for field in fields:
-            _, raw_name, _, dims, raw_type, offset = field.parts
-            block, block_bytes = gguf.GGML_QUANT_SIZES[QuantizationType(raw_type[0])]
-            end = start_offs + int(offset[0]) + int(np.prod(dims)) // block * block_bytes
-            if end > size:
-                name = bytes(raw_name).decode()
-                raise ValueError(f"tensor {name}: truncated: ends at byte {end}, file has {size}")
-        super()._build_tensors(start_offs, fields)
-
-
-class _TensorInfo(NamedTuple):
-    """Where a tensor lies in the file; `shape` is rows first, as numpy has it."""
-
-    shape: tuple[int, ...]
-    type: QuantizationType
-    nbytes: int
-    offset: int
-
-    @classmethod
-    def of(cls, tensor: gguf.ReaderTensor) -> _TensorInfo:
-        shape = tuple(int(n) for n in reversed(tensor.shape))
-        return cls(shape, tensor.tensor_type, int(tensor.n_bytes), int(tensor.data_offset))
 
 
 class GGUFFile:
@@ -87,27 +73,13 @@ class GGUFFile:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        try:
-            reader = _Reader(self.path)
-            # Copies, so that the reader and its hundreds of thousands of array views can go.
-            self._fields = {name: field.contents() for name, field in reader.fields.items()}
-            self._tensors = {tensor.name: _TensorInfo.of(tensor) for tensor in reader.tensors}
-            architecture = self.get("general.architecture", str)
-        except CheckpointError:
-            raise
-        except Exception as error:  # a corrupt file makes the reader fail in any way
-            raise CheckpointError(
-                f"{self.path}: not a GGUF file, or truncated or corrupt: {one_line(error)}"
-            ) from error
+        self._fields, self._tensors = read_header(self.path)
+        self._check_whole()
+        architecture = self.get("general.architecture", str)
         if architecture not in ARCHITECTURES:
             raise CheckpointError(
                 f"{self.path}: architecture {architecture!r} is not supported; "
                 f"supported are {', '.join(ARCHITECTURES)}"
-            )
-        if (parts := self.get("split.count", int, 0)) > 1:
-            raise CheckpointError(
-                f"{self.path}: is one of {parts} parts of a model; join them first "
-                "(llama.cpp's `llama-gguf-split --merge`)"
             )
         self._gguf_architecture = architecture
         self.config = self._read_config()
@@ -127,8 +99,23 @@ class GGUFFile:
             # The shortest decimal of the float32 that is stored: 1e-05, not 9.99999974e-06.
             return float(str(np.float32(value)))
         if not isinstance(value, kind):
-            raise CheckpointError(f"{self.path}: metadata {key} is {value!r}, not {kind.__name__}")
+            raise CheckpointError(
+                f"{self.path}: metadata {key} is {reprlib.repr(value)}, not {kind.__name__}"
+            )
         return value
+
+    def _check_whole(self) -> None:
+        """Refuses a part of a split model; only the first has the metadata of the model."""
+        if (parts := self.get("split.count", int, 0)) > 1:
+            part = self.get("split.no", int, 0) + 1
+            raise CheckpointError(
+                f"{self.path}: is part {part} of {parts}, one of {parts} parts of a model; join "
+                "them first (llama.cpp's `llama-gguf-split --merge FIRST_PART OUTPUT`)"
+            )
+
+    def names(self) -> list[str]:
+        """The names of all metadata."""
+        return list(self._fields)
 
     def has(self, key: str) -> bool:
         """Whether metadata `key` is there."""
@@ -141,14 +128,16 @@ class GGUFFile:
         if architecture == "llama" and sliding_window is not None:
             # Mistral is written as a llama; only the window tells them apart.
             architecture = "mistral"
+        if sliding_window is None:
+            self._warn_of_lost_window()
         if get("expert_count", int, 0):
             raise CheckpointError(f"{self.path}: a mixture of experts is not supported")
         scaling = get("rope.scaling.type", str, "none")
         if scaling != "none":
             raise CheckpointError(f"{self.path}: rope.scaling.type {scaling!r} is not supported")
-        hidden_size = get("embedding_length", int)
-        num_heads = get("attention.head_count", int)
-        head_dim = get("attention.key_length", int, hidden_size // num_heads)
+        hidden_size = self._size("embedding_length")
+        num_heads = self._size("attention.head_count")
+        head_dim = self._size("attention.key_length", hidden_size // num_heads)
         for key in ("rope.dimension_count", "attention.value_length"):
             if (size := get(key, int, head_dim)) != head_dim:
                 raise CheckpointError(
@@ -156,21 +145,21 @@ class GGUFFile:
                 )
         if "token_embd.weight" not in self._tensors:
             raise CheckpointError(f"{self.path}: tensor token_embd.weight is missing")
-        rope_theta = get("rope.freq_base", float, 10000.0)
+        rope_theta = self._positive("rope.freq_base", 10000.0)
         try:
             return ModelConfig(
                 architecture=architecture,
                 vocab_size=self._tensors["token_embd.weight"].shape[0],
                 hidden_size=hidden_size,
-                intermediate_size=get("feed_forward_length", int),
-                num_layers=get("block_count", int),
+                intermediate_size=self._size("feed_forward_length"),
+                num_layers=self._size("block_count"),
                 num_heads=num_heads,
-                num_kv_heads=get("attention.head_count_kv", int, num_heads),
+                num_kv_heads=self._size("attention.head_count_kv", num_heads),
                 head_dim=head_dim,
                 rope_theta=rope_theta,
                 rope_scaling=self._rope_scaling(head_dim, rope_theta),
-                rms_norm_eps=get("attention.layer_norm_rms_epsilon", float),
-                max_position_embeddings=get("context_length", int),
+                rms_norm_eps=self._positive("attention.layer_norm_rms_epsilon"),
+                max_position_embeddings=self._size("context_length"),
                 tie_word_embeddings="output.weight" not in self._tensors,
                 qkv_bias=architecture == "qwen2",
                 qk_norm=architecture == "qwen3",
@@ -182,13 +171,62 @@ class GGUFFile:
     def _get_scoped(self, scope: str, key: str, kind: type, default: Any = None) -> Any:
         return self.get(f"{scope}.{key}", kind, default)
 
+    def _size(self, key: str, default: int | None = None) -> int:
+        """A size or count of this architecture, which must be positive."""
+        key = f"{self._gguf_architecture}.{key}"
+        if (value := self.get(key, int, default)) < 1:
+            raise CheckpointError(f"{self.path}: metadata {key} is {value}, but must be positive")
+        return value
+
+    def _positive(self, key: str, default: float | None = None) -> float:
+        """A number of this architecture, which must be positive and finite."""
+        key = f"{self._gguf_architecture}.{key}"
+        value = self.get(key, float, default)
+        if not 0 < value < math.inf:
+            raise CheckpointError(f"{self.path}: metadata {key} is {value}, but must be positive")
+        return value
+
+    def _check_layers(self) -> None:
+        """More layers than tensors are refused before a table of their names is made."""
+        if (layers := self.config.num_layers) > len(self._tensors):
+            raise CheckpointError(
+                f"{self.path}: metadata {self._gguf_architecture}.block_count is {layers}, but the "
+                f"file has only {len(self._tensors)} tensors"
+            )
+
+    def _warn_of_lost_window(self) -> None:
+        """Says so where the model looks like Mistral 7B v0.1 or a fine-tune: GGUF lost its window.
+
+        Later ones have a larger theta and no window.
+        """
+        scope = self._gguf_architecture
+        named = any(
+            "mistral" in value.lower()
+            for key, value in self._fields.items()
+            if key.startswith("general.") and isinstance(value, str)
+        )
+        alike = all(self._fields.get(f"{scope}.{k}") == v for k, v in MISTRAL_V01.items())
+        theta = self.get(f"{scope}.rope.freq_base", float, 10000.0)
+        if scope in ("llama", "mistral") and theta == 10000.0 and (named or alike):
+            logger.warning(
+                "%s: looks like Mistral 7B v0.1, whose sliding window of 4096 tokens is not in the "
+                "file: it is computed with full attention, which differs from 4096 tokens on; "
+                "import the Hugging Face folder to keep the window",
+                printable(str(self.path)),
+            )
+
     def _rope_scaling(self, head_dim: int, theta: float) -> Llama3RopeScaling | None:
         if ROPE_FACTORS not in self._tensors:
             return None
+        if self._tensors[ROPE_FACTORS].shape != (head_dim // 2,):
+            raise CheckpointError(
+                f"{self.path}: tensor {ROPE_FACTORS}: unknown scaling: has shape "
+                f"{list(self._tensors[ROPE_FACTORS].shape)}, but a head has {head_dim} components"
+            )
         factors = self._read(ROPE_FACTORS)
         for scaling in KNOWN_ROPE_SCALINGS:
             expected = rope_factors(scaling, head_dim, theta)
-            if factors.shape == expected.shape and np.allclose(factors, expected, rtol=1e-4):
+            if np.allclose(factors, expected, rtol=1e-4):
                 return scaling
         raise CheckpointError(
             f"{self.path}: tensor {ROPE_FACTORS}: unknown scaling; Llama 3.1's and 3.2's are known"
@@ -197,17 +235,15 @@ class GGUFFile:
     def tensors(self) -> dict[str, LazyTensor]:
         """Every weight by native name, in native layout.
 
-        bfloat16 when all matrices of the file are, else float32.
+        Those stored as BF16 are bfloat16, all others float32.
 
         Raises:
             CheckpointError: a tensor is missing, unexpected, misshapen or of an unknown type.
         """
+        self._check_layers()
         _, arch = ARCHITECTURES[self._gguf_architecture]
         names = gguf.get_tensor_name_map(arch, self.config.num_layers)
         specs = weight_specs(self.config)
-        matrices = {t.type for t in self._tensors.values() if len(t.shape) > 1}
-        all_bf16 = matrices == {QuantizationType.BF16}
-        dtype = DTYPES["bfloat16" if all_bf16 else "float32"]
         wanted: dict[str, str] = {}
         for native in specs:
             module, _, suffix = native_to_hf(native, self.config).rpartition(".")
@@ -220,6 +256,8 @@ class GGUFFile:
         tensors: dict[str, LazyTensor] = {}
         for name, native in wanted.items():
             self._check(name, native)
+            is_bf16 = self._tensors[name].type == QuantizationType.BF16
+            dtype = DTYPES["bfloat16" if is_bf16 else "float32"]
             read = functools.partial(self._read_native, name, native, dtype)
             tensors[native] = LazyTensor(specs[native].shape, dtype, read)
         return tensors

@@ -9,6 +9,7 @@ merges.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ from tokenizers import (
 
 from pshare_jax.convert.files import one_line
 from pshare_jax.convert.gguf import GGUFFile
+from pshare_jax.convert.hf_tokenizer import TEMPLATE_FOLDER, with_default_template
 from pshare_jax.errors import CheckpointError
 
 CONTROL = 3
@@ -34,6 +36,11 @@ USER_DEFINED = 4
 
 SPACE = "\u2581"
 """SentencePiece's spelling of a space."""
+
+MAX_TOKEN_CHARACTERS = 1024
+MAX_CHARACTERS = 1 << 24
+"""Of one token, and of a vocabulary. Published ones have 256 and 3 million at most; finding the
+merges of SentencePiece takes time with the square of a token's length."""
 
 END_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end_of_text|>", "<|endoftext|>")
 """Control tokens that end a reply in the supported families, whichever of them is the EOS token."""
@@ -100,6 +107,7 @@ def tokenizer_files(file: GGUFFile) -> dict[str, bytes]:
             f"{file.path}: tokenizer.ggml.tokens has {len(tokens)} tokens, but tensor "
             f"token_embd.weight only {file.config.vocab_size} rows"
         )
+    _check_lengths(file, tokens)
     special = _special_tokens(file, tokens)
     try:
         tokenizer = build(file, tokens)
@@ -117,11 +125,38 @@ def tokenizer_files(file: GGUFFile) -> dict[str, bytes]:
     if file.has("tokenizer.chat_template"):
         about["chat_template"] = file.get("tokenizer.chat_template", str)
     generation = {"eos_token_id": _end_ids(file, tokens)}
-    return {
+    files = {
         "tokenizer.json": tokenizer.to_str(pretty=True).encode(),
         "tokenizer_config.json": json.dumps(about, indent=2, ensure_ascii=False).encode(),
         "generation_config.json": json.dumps(generation).encode(),
+        **_further_templates(file),
     }
+    return with_default_template(files, about)
+
+
+def _further_templates(file: GGUFFile) -> dict[str, bytes]:
+    """The named chat templates (`tool_use` and the like), as Hugging Face's folder has them."""
+    prefix = "tokenizer.chat_template."
+    return {
+        f"{TEMPLATE_FOLDER}/{name}.jinja": file.get(prefix + name, str).encode()
+        for name in (key.removeprefix(prefix) for key in file.names() if key.startswith(prefix))
+        if re.fullmatch(r"[\w-]+", name)
+    }
+
+
+def _check_lengths(file: GGUFFile, tokens: list[Any]) -> None:
+    """Refuses what is no vocabulary before anything is computed from it."""
+    total = 0
+    for i, token in enumerate(tokens):
+        if not isinstance(token, str):
+            raise CheckpointError(f"{file.path}: tokenizer.ggml.tokens: entry {i} is no text")
+        total += len(token)
+        if len(token) > MAX_TOKEN_CHARACTERS or total > MAX_CHARACTERS:
+            raise CheckpointError(
+                f"{file.path}: tokenizer.ggml.tokens: entry {i} has {len(token)} characters, "
+                f"{total} with those before; at most {MAX_TOKEN_CHARACTERS} and {MAX_CHARACTERS} "
+                "are possible"
+            )
 
 
 def _builder(file: GGUFFile) -> Callable[[GGUFFile, list[str]], Tokenizer]:

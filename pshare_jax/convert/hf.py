@@ -1,10 +1,12 @@
-"""Hugging Face model folders: `config.json`, safetensors, tokenizer files; reading and writing."""
+"""Hugging Face model folders: safetensors, reading and writing."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +14,31 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from pshare_jax.convert.files import one_line
-from pshare_jax.convert.manifest import TOKENIZER_FILE, read_json
+from pshare_jax.convert.hf_tokenizer import CONFIG_FILE, PATTERNS
+from pshare_jax.convert.manifest import read_json
 from pshare_jax.convert.names import hf_shape, hf_to_native, is_redundant, native_to_hf, to_native
 from pshare_jax.convert.progress import Report, quiet
 from pshare_jax.convert.tensors import DTYPES, LazyTensor
-from pshare_jax.errors import CheckpointError
+from pshare_jax.errors import CheckpointError, printable
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.weights import weight_specs
 
-CONFIG_FILE = "config.json"
+logger = logging.getLogger(__name__)
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-GENERATION_FILE = "generation_config.json"
-TOKENIZER_FILES = (
-    TOKENIZER_FILE,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    GENERATION_FILE,
-)
-HUB_PATTERNS = (CONFIG_FILE, "*.safetensors", INDEX_FILE, *TOKENIZER_FILES)
+HUB_PATTERNS = (CONFIG_FILE, "*.safetensors", INDEX_FILE, *PATTERNS)
 
 _READ_AS = {"F32": "float32", "BF16": "bfloat16", "F16": "float32"}
 """Safetensors dtype -> the smallest of ours that holds its every value."""
 
 _STORED_AS = {"float32": "F32", "bfloat16": "BF16"}
+
+COMPARED_ELEMENTS = 1 << 22
+"""Of two tensors compared at once."""
 
 SHARD_BYTES = 4 << 30
 """Exported files are cut at about this size."""
@@ -58,10 +60,19 @@ def safetensors_in(folder: Path, weights: str = WEIGHTS_FILE) -> dict[str, Path]
     index = read_json(index_path).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(v, str) for v in index.values()):
         raise CheckpointError(f"{index_path}: has no valid weight_map")
+    for name in index.values():
+        if not name or Path(name).name != name:
+            raise CheckpointError(f"{index_path}: {name!r} is not a file beside it")
     held = {name: set(_names_in(folder / name)) for name in sorted(set(index.values()))}
     for tensor, name in index.items():
         if tensor not in held[name]:
             raise CheckpointError(f"{folder / name}: tensor {tensor} is missing")
+    for name, tensors in held.items():
+        if unlisted := sorted(tensor for tensor in tensors if index.get(tensor) != name):
+            raise CheckpointError(
+                f"{folder / name}: tensor {unlisted[0]} is not listed as this file's in "
+                f"{index_path.name}"
+            )
     return {tensor: folder / name for tensor, name in index.items()}
 
 
@@ -108,15 +119,21 @@ def lazy_safetensor(path: Path, name: str) -> LazyTensor:
 def read_tensors(folder: Path, config: ModelConfig) -> dict[str, LazyTensor]:
     """Every weight of a Hugging Face folder by native name, in native layout.
 
-    The dtype is bfloat16 when all matrices of the folder are, else float32.
+    Each has the dtype in which it is stored; float16 becomes float32.
 
     Raises:
         CheckpointError: names file and tensor that is missing, unexpected, misshapen, of an
             unsupported dtype, or in a file that is truncated or corrupt.
     """
+    files = safetensors_in(folder)
+    if config.num_layers > len(files):
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE}: num_hidden_layers is {config.num_layers}, but the folder has "
+            f"only {len(files)} tensors"
+        )
     specs = weight_specs(config)
     found: dict[str, LazyTensor] = {}
-    for name, path in safetensors_in(folder).items():
+    for name, path in files.items():
         native = hf_to_native(name, config)
         if native is None or native not in specs:
             if is_redundant(name, config):
@@ -134,12 +151,45 @@ def read_tensors(folder: Path, config: ModelConfig) -> dict[str, LazyTensor]:
     for native in specs:
         if native not in found:
             raise CheckpointError(f"{folder}: tensor {native_to_hf(native, config)} is missing")
-    matrices = {tensor.dtype.name for tensor in found.values() if len(tensor.shape) > 1}
-    dtype = DTYPES["bfloat16" if matrices == {"bfloat16"} else "float32"]
     return {
-        native: in_native_layout(native, found[native], config, spec.shape).astype(dtype)
+        native: in_native_layout(native, found[native], config, spec.shape)
         for native, spec in specs.items()
     }
+
+
+def with_saved_head(folder: Path, config: ModelConfig) -> ModelConfig:
+    """`config`, untied where the folder holds an output head that differs from the embedding.
+
+    transformers 5 does the same: what is saved counts, whatever `tie_word_embeddings` says.
+
+    Raises:
+        CheckpointError: as `read_tensors`.
+    """
+    files = safetensors_in(folder) if config.tie_word_embeddings else {}
+    if HEAD not in files or EMBEDDING not in files:
+        return config
+    if _same_values(files[EMBEDDING], EMBEDDING, files[HEAD], HEAD):
+        return config
+    logger.warning(
+        "%s: %s differs from the embedding although tie_word_embeddings is true; it is used",
+        printable(str(files[HEAD])),
+        HEAD,
+    )
+    return replace(config, tie_word_embeddings=False)
+
+
+def _same_values(path_a: Path, name_a: str, path_b: Path, name_b: str) -> bool:
+    """Whether two tensors hold the same numbers; reads both in parts."""
+    with _open(path_a) as file_a, _open(path_b) as file_b:
+        a, b = file_a.get_slice(name_a), file_b.get_slice(name_b)
+        if (shape := a.get_shape()) != b.get_shape():
+            return False
+        step = max(COMPARED_ELEMENTS // max(shape[-1], 1), 1)
+        parts = (slice(i, min(i + step, shape[0])) for i in range(0, shape[0], step))
+        return all(
+            np.array_equal(a[rows].astype(np.float32), b[rows].astype(np.float32), equal_nan=True)
+            for rows in parts
+        )
 
 
 def in_native_layout(
@@ -147,27 +197,6 @@ def in_native_layout(
 ) -> LazyTensor:
     """A Hugging Face tensor laid out as native weight `native` of `shape`."""
     return LazyTensor(shape, tensor.dtype, lambda: to_native(native, tensor.read(), config))
-
-
-def read_tokenizer_folder(folder: Path) -> dict[str, bytes]:
-    """The tokenizer files of a Hugging Face folder; makes sure that the end tokens are declared.
-
-    Raises:
-        CheckpointError: no `tokenizer.json`.
-    """
-    if not (folder / TOKENIZER_FILE).is_file():
-        raise CheckpointError(
-            f"{folder / TOKENIZER_FILE}: no such file; save the tokenizer as a fast tokenizer first"
-        )
-    files = {
-        name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()
-    }
-    generation = read_json(folder / GENERATION_FILE) if GENERATION_FILE in files else {}
-    if generation.get("eos_token_id") is None:
-        eos = read_json(folder / CONFIG_FILE).get("eos_token_id")
-        if eos is not None:
-            files[GENERATION_FILE] = json.dumps({**generation, "eos_token_id": eos}).encode()
-    return files
 
 
 def write_safetensors(

@@ -6,13 +6,10 @@ import json
 import math
 from pathlib import Path
 
-from pshare_jax.convert.manifest import (
-    TENSORS_FILE,
-    Manifest,
-    read_manifest,
-)
+from pshare_jax.convert.manifest import TENSORS_FILE, Manifest, read_manifest
 from pshare_jax.convert.orbax import open_weights, read_tokenizer_files
 from pshare_jax.convert.progress import progress_bar
+from pshare_jax.convert.seals import write_seals
 from pshare_jax.errors import CheckpointError
 from pshare_jax.models.split import tensor_hash
 
@@ -74,4 +71,18 @@ def check_hashes(folder: str | Path | Manifest) -> Manifest:
             report(name, tensor.nbytes)
     if manifest.kind == "prefill":
         read_tokenizer_files(manifest)
+    return manifest
+
+
+def accept(folder: str | Path) -> Manifest:
+    """Records a checkpoint's small files as they are now, after `check_hashes`.
+
+    For templates, end tokens and certificates that were changed on purpose, and for checkpoints
+    that were made before there were such records.
+
+    Raises:
+        CheckpointError: as `check_hashes`: what the fingerprint covers cannot be accepted.
+    """
+    manifest = check_hashes(folder)
+    write_seals(manifest.folder, manifest)
     return manifest

@@ -2,6 +2,7 @@
 
 FOLDER/pshare.json   kind, architecture, dtype, fingerprint, certificate
 FOLDER/tensors.json  shape, dtype and SHA-256 of each tensor
+FOLDER/seals.json    hashes of the small files and of the tensors' checksums, see `seals`
 FOLDER/weights/      the tensors, an orbax checkpoint of one flat dict
 FOLDER/tokenizer/    tokenizer.json and its companions (prefill checkpoints only)
 """
@@ -31,6 +32,8 @@ TENSORS_FILE = "tensors.json"
 WEIGHTS_FOLDER = "weights"
 TOKENIZER_FOLDER = "tokenizer"
 TOKENIZER_FILE = "tokenizer.json"
+MAX_JSON_BYTES = 1 << 26
+"""Of configurations and tables of tensors; of the largest models they have a few megabytes."""
 
 CheckpointKind = Literal["prefill", "decode"]
 
@@ -170,14 +173,18 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in the file `path`.
 
     Raises:
-        CheckpointError: no such file, not JSON, or not an object.
+        CheckpointError: no such file, not JSON, not an object, nested too deeply or very large.
     """
     try:
+        if (size := path.stat().st_size) > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: has {size} bytes, but may have {MAX_JSON_BYTES}")
         value = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read: {one_line(error)}") from error
+    except RecursionError as error:
+        raise CheckpointError(f"{path}: cannot be read: nested too deeply") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: is not a JSON object")
     return value

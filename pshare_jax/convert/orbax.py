@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Sharding
 from orbax.checkpoint import type_handlers
 
-from pshare_jax.convert.files import atomic_folder, check_space, one_line
+from pshare_jax.convert.files import atomic_folder, check_space, one_line, write_files
 from pshare_jax.convert.manifest import (
     TENSORS_FILE,
     TOKENIZER_FILE,
@@ -32,6 +32,7 @@ from pshare_jax.convert.manifest import (
     write_manifest,
 )
 from pshare_jax.convert.progress import Report, quiet
+from pshare_jax.convert.seals import write_seals
 from pshare_jax.convert.tensors import DTYPES, LazyTensor, as_lazy, total_bytes
 from pshare_jax.convert.zarr import StoredTensor, chunk_shape, write_tensor
 from pshare_jax.core.split_rule import LAST_TOKEN, SplitRule
@@ -168,10 +169,7 @@ def write_prefill(
     specs = stored_specs(config, None)
     dtype = _check_tensors(lazy, specs)
     with atomic_folder(dest) as folder:
-        tokenizer = folder / TOKENIZER_FOLDER
-        tokenizer.mkdir()
-        for name, data in tokenizer_files.items():
-            (tokenizer / name).write_bytes(data)
+        write_files(folder / TOKENIZER_FOLDER, tokenizer_files)
         entries = _write_weights(Path(dest), folder, lazy, specs, report)
         hashed = tokenizer_hash(tokenizer_files)
         fingerprint, former = fingerprints(config, entries, hashed, None)
@@ -188,6 +186,7 @@ def write_prefill(
             former=former,
         )
         write_manifest(folder, manifest)
+        write_seals(folder, manifest)
     return manifest
 
 
@@ -257,20 +256,24 @@ def write_decode(
             former=former,
         )
         write_manifest(folder, manifest)
-        for name, data in (extra_files or {}).items():
-            (folder / name).write_bytes(data)
+        write_seals(folder, manifest)
+        write_files(folder, extra_files or {})
     return manifest
 
 
 def read_tokenizer_files(manifest: Manifest) -> dict[str, bytes]:
-    """The tokenizer's files of a prefill checkpoint by name; checks their hash.
+    """The tokenizer's files of a prefill checkpoint by path below its folder; checks their hash.
 
     Raises:
         CheckpointError: they are not there, or have changed since the checkpoint was made.
     """
     folder = manifest.folder / TOKENIZER_FOLDER
     try:
-        files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+        files = {
+            path.relative_to(folder).as_posix(): path.read_bytes()
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be read: {one_line(error)}") from error
     if TOKENIZER_FILE not in files or tokenizer_hash(files) != manifest.tokenizer_hash:
@@ -280,8 +283,24 @@ def read_tokenizer_files(manifest: Manifest) -> dict[str, bytes]:
     return files
 
 
-def _read(folder: Path, name: str) -> np.ndarray:
-    return StoredTensor(folder / WEIGHTS_FOLDER, name).read()()
+def _open(manifest: Manifest, name: str, dtype: np.dtype | None = None) -> StoredTensor:
+    entry = manifest.tensors[name]
+    stored = StoredTensor(manifest.folder / WEIGHTS_FOLDER, name, dtype)
+    pairs = {
+        "shape": (list(stored.shape), list(entry.shape)),
+        "dtype": (stored.stored_dtype, entry.dtype),
+    }
+    for what, (found, expected) in pairs.items():
+        if found != expected:
+            raise CheckpointError(
+                f"{manifest.folder / WEIGHTS_FOLDER / name}: has {what} {found}, but "
+                f"{TENSORS_FILE} says {expected}"
+            )
+    return stored
+
+
+def _read(manifest: Manifest, name: str) -> np.ndarray:
+    return _open(manifest, name).read()()
 
 
 def _load_group(
@@ -291,12 +310,7 @@ def _load_group(
     started = []
     for name in names:
         shape = manifest.tensors[name].shape
-        stored = StoredTensor(manifest.folder / WEIGHTS_FOLDER, name, dtype)
-        if stored.shape != shape:
-            raise CheckpointError(
-                f"{manifest.folder / WEIGHTS_FOLDER / name}: has shape {list(stored.shape)}, but "
-                f"{TENSORS_FILE} says {list(shape)}"
-            )
+        stored = _open(manifest, name, dtype)
         indices = shardings[name].addressable_devices_indices_map(shape)
         # Replicas share one read.
         parts = {str(index): index for index in indices.values()}
@@ -358,6 +372,6 @@ def open_weights(folder: str | Path | Manifest) -> dict[str, LazyTensor]:
     manifest = folder if isinstance(folder, Manifest) else read_manifest(folder)
 
     return {
-        name: LazyTensor(entry.shape, DTYPES[entry.dtype], partial(_read, manifest.folder, name))
+        name: LazyTensor(entry.shape, DTYPES[entry.dtype], partial(_read, manifest, name))
         for name, entry in manifest.tensors.items()
     }

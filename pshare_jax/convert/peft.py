@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,7 @@ _WITHOUT_EFFECT = {
 _INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that leave the base's weights alone."""
 
+_EMBEDDING = re.compile(r"\.(embed_tokens|lm_head)(\.base_layer|\.modules_to_save.*)?\.weight$")
 _NAME = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.\w+\.(\w+)_proj\.lora_[AB]\.weight")
 
 
@@ -83,6 +85,7 @@ def read_lora(folder: str | Path, config: ModelConfig) -> LoraSource:
     targets = _targets(files)
     found: dict[str, LazyTensor] = {}
     for name, file in files.items():
+        _check_no_embedding(file, name)
         native = hf_to_native(name.removeprefix(PEFT_PREFIX), config)
         if native is None or ".lora_" not in native or not name.startswith(PEFT_PREFIX):
             raise CheckpointError(
@@ -110,26 +113,38 @@ def read_lora(folder: str | Path, config: ModelConfig) -> LoraSource:
     return LoraSource(tensors, rank, alpha, targets)
 
 
+def _check_no_embedding(file: Path, name: str) -> None:
+    """Names the cause where an adapter brings an embedding or a head, as PEFT saves them."""
+    if _EMBEDDING.search(name):
+        raise CheckpointError(
+            f"{file}: tensor {name}: the adapter brings an embedding or output head of its own "
+            "(the vocabulary was resized, or they were trained with it), which is not supported; "
+            "merge it (peft's merge_and_unload) and convert the result with --from; after a resize "
+            "import a base that was resized the same way"
+        )
+
+
 def _read_options(path: Path, options: Mapping[str, Any]) -> tuple[int, float]:
     for name, allowed in _REQUIRED.items():
         if options.get(name, allowed[0]) not in allowed:
             raise CheckpointError(
-                f"{path}: {name}={options[name]!r} is not supported, only {allowed[0]!r} is"
+                f"{path}: {name}={reprlib.repr(options[name])} is not supported, only "
+                f"{allowed[0]!r} is"
             )
     if options.get("init_lora_weights") not in _INITIALISATIONS:
         raise CheckpointError(
-            f"{path}: init_lora_weights={options['init_lora_weights']!r} is not supported: it "
-            "changes the base's weights"
+            f"{path}: init_lora_weights={reprlib.repr(options['init_lora_weights'])} is not "
+            "supported: it changes the base's weights"
         )
     known = {*_REQUIRED, *_READ, *_WITHOUT_EFFECT, "init_lora_weights"}
     for name, value in options.items():
         if name not in known and value not in (None, False, {}, []):
-            raise CheckpointError(f"{path}: {name}={value!r} is not supported")
+            raise CheckpointError(f"{path}: {name}={reprlib.repr(value)} is not supported")
     rank, alpha = options.get("r"), options.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1:
-        raise CheckpointError(f"{path}: r={rank!r} is not a rank")
-    if not isinstance(alpha, int | float):
-        raise CheckpointError(f"{path}: lora_alpha={alpha!r} is not a number")
+    if type(rank) is not int or rank < 1:
+        raise CheckpointError(f"{path}: r={reprlib.repr(rank)} is not a rank")
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise CheckpointError(f"{path}: lora_alpha={reprlib.repr(alpha)} is not a number")
     return rank, alpha * math.sqrt(rank) if options.get("use_rslora") else float(alpha)
 
 

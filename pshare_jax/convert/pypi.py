@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pshare_jax.convert.files import one_line
 from pshare_jax.errors import CheckpointError
+from pshare_jax.runtime_files import cache_folder
 
 PREFIX = "pypi:"
 _REQUIREMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(==[A-Za-z0-9.+!_-]+)?")
@@ -22,9 +23,8 @@ _COPY_BYTES = 1 << 20
 
 
 def default_cache_dir() -> Path:
-    """Where fetched files are kept: `$XDG_CACHE_HOME/pshare_jax/wheels`."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "pshare_jax" / "wheels"
+    """Where fetched files are kept, see `runtime_files.cache_folder`."""
+    return cache_folder("wheels")
 
 
 def fetch_wheel_file(

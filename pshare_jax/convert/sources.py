@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pshare_jax.convert import gguf_tokenizer, hf, pypi
+from pshare_jax.convert import gguf_tokenizer, hf, hf_tokenizer, pypi
 from pshare_jax.convert.files import one_line
 from pshare_jax.convert.gguf import GGUFFile
 from pshare_jax.convert.manifest import read_json
-from pshare_jax.convert.tensors import DTYPES, LazyTensor
+from pshare_jax.convert.tensors import DTYPES, LazyTensor, changed_by, common_dtype
 from pshare_jax.errors import CheckpointError
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.registry import config_from_hf
+
+logger = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
@@ -26,7 +29,8 @@ class Source:
 
     Args:
         config: its architecture.
-        tensors: its weights by native name, in native layout, all of one dtype; read when asked.
+        tensors: its weights by native name, in native layout, each of the dtype in which it is
+            stored (float32 for what no checkpoint has); read when asked.
         tokenizer_files: `tokenizer.json` and its companions; empty when not asked for.
         hf_config: its Hugging Face `config.json`, when it has one.
     """
@@ -37,9 +41,20 @@ class Source:
     hf_config: Mapping[str, Any] | None = None
 
     def astype(self, dtype: str | None) -> Source:
-        """The same model in `dtype` (float32 or bfloat16); None changes nothing."""
+        """The same model in one dtype (float32 or bfloat16).
+
+        None is that of its matrices; where this changes norms or biases, it is said in the log.
+        """
         if dtype is None:
-            return self
+            dtype = common_dtype(self.tensors)
+            if changed := changed_by(dtype, self.tensors):
+                logger.warning(
+                    "%d tensors of float32 (%s, ...) are rounded to %s, as the matrices are; "
+                    "`--dtype float32` keeps them",
+                    len(changed),
+                    changed[0],
+                    dtype,
+                )
         tensors = {name: t.astype(DTYPES[dtype]) for name, t in self.tensors.items()}
         return Source(self.config, tensors, self.tokenizer_files, self.hf_config)
 
@@ -81,8 +96,9 @@ def _open_hf(folder: Path, tokenizer: bool) -> Source:
         config = config_from_hf(about)
     except CheckpointError as error:
         raise CheckpointError(f"{folder / hf.CONFIG_FILE}: {_without_file(error)}") from error
+    config = hf.with_saved_head(folder, config)
     tensors = hf.read_tensors(folder, config)
-    files = hf.read_tokenizer_folder(folder) if tokenizer else {}
+    files = hf_tokenizer.read_tokenizer_folder(folder, config.vocab_size) if tokenizer else {}
     return Source(config, tensors, files, about)
 
 

@@ -53,3 +53,20 @@ def as_lazy(tensor: LazyTensor | np.ndarray | jax.Array) -> LazyTensor:
 def total_bytes(tensors: Mapping[str, Any]) -> int:
     """Size in bytes of all `tensors` (LazyTensor or array)."""
     return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def common_dtype(tensors: Mapping[str, LazyTensor]) -> str:
+    """The dtype of a model of `tensors`: bfloat16 when all its matrices are, else float32."""
+    matrices = {tensor.dtype.name for tensor in tensors.values() if len(tensor.shape) > 1}
+    return "bfloat16" if matrices == {"bfloat16"} else "float32"
+
+
+def changed_by(dtype: str, tensors: Mapping[str, LazyTensor]) -> list[str]:
+    """Names of the vectors (norms, biases) that rounding to `dtype` changes; reads them."""
+    target = DTYPES[dtype]
+    vectors = {n: t for n, t in tensors.items() if len(t.shape) == 1 and t.dtype != target}
+    return [
+        name
+        for name, tensor in vectors.items()
+        if not np.array_equal((values := tensor.read()), values.astype(target).astype(values.dtype))
+    ]

@@ -1,4 +1,8 @@
-"""`verify A B`: how far the logits of two models are apart on sample prompts."""
+"""`verify A B`: how far two models are apart: logits on sample prompts, tokens, templates.
+
+A Hugging Face folder is read by `second_reader`, so that what the import gets wrong is found. Both
+models are read layer by layer.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +12,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import scipy.special
 
-from pshare_jax.convert.files import one_line
+from pshare_jax.convert.files import one_line, write_files
 from pshare_jax.convert.inspection import check_hashes
 from pshare_jax.convert.manifest import MANIFEST_FILE
-from pshare_jax.convert.orbax import load_weights, read_tokenizer_files
+from pshare_jax.convert.orbax import open_weights, read_tokenizer_files
+from pshare_jax.convert.second_reader import read_folder
 from pshare_jax.convert.sources import open_source
-from pshare_jax.errors import CertificateError, CheckpointError
-from pshare_jax.models.attention import CausalAttention
+from pshare_jax.convert.streamed import Head, hidden_states
+from pshare_jax.convert.tensors import DTYPES, LazyTensor
+from pshare_jax.errors import CertificateError, CheckpointError, RequestError
 from pshare_jax.models.config import ModelConfig
-from pshare_jax.models.decoder import bind
-from pshare_jax.models.lora import LoraModule, merge
+from pshare_jax.models.lora import merge
 from pshare_jax.models.split import Certificate
-from pshare_jax.models.weights import Weights
 from pshare_jax.text.tokenizer import Tokenizer
 
 SAMPLE_PROMPTS = (
@@ -35,53 +37,73 @@ SAMPLE_PROMPTS = (
     "Il était une fois, dans un petit village, 一只猫 🐈 and a dog.",
 )
 
+MESSAGES = ({"role": "user", "content": "How warm is it in Zürich?"},)
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Weather of a city",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+
+STATEMENTS = ("architecture", "max_position_embeddings", "tie_word_embeddings")
+"""Fields of a configuration that the logits do not depend on beyond what they show."""
+
+POSITIONS = 128
+"""Positions whose logits are in memory at once."""
+
 MAX_TOKENS = 512
 """Longer prompts are cut: the comparison needs many positions, not long ones."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A full model ready to compute logits; weights are float32."""
+    """A full model whose weights are read when they are needed."""
 
     config: ModelConfig
-    weights: Weights
+    tensors: Mapping[str, LazyTensor]
     tokenizer_files: Mapping[str, bytes]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two models' logits, over all positions of all prompts.
+    """Between two models, over all positions of all prompts.
 
     Args:
         largest: largest absolute difference of a logit.
         mean_kl: mean over positions of KL(A || B) of the next-token distributions, in nats.
         positions: number of positions compared.
+        others: what else differs, a sentence each: configuration, tokens, templates, end tokens.
     """
 
     largest: float
     mean_kl: float
     positions: int
+    others: tuple[str, ...] = ()
 
 
 def load_model(path: str | Path, base: str | Path | None = None) -> Model:
-    """Loads a checkpoint, or anything that can be imported, in float32.
+    """Opens a checkpoint, or anything that can be imported.
 
     Args:
-        path: what to load; the hashes of a checkpoint are checked.
+        path: what to open; the hashes of a checkpoint are checked.
         base: the prefill checkpoint of a decode module; a LoRA module is merged into it.
 
     Raises:
-        CheckpointError: it cannot be loaded, or is a LoRA module without `base`.
+        CheckpointError: it cannot be read, or is a LoRA module without `base`.
         CertificateError: `base` is not its base.
     """
     if not (Path(path) / MANIFEST_FILE).is_file():
-        source = open_source(path).astype("float32")
-        weights = {name: jnp.asarray(tensor.read()) for name, tensor in source.tensors.items()}
-        return Model(source.config, weights, source.tokenizer_files)
+        is_folder = Path(path).is_dir()
+        # The import's own reader says best what is wrong with a folder.
+        source = open_source(path, tokenizer=not is_folder)
+        source = read_folder(Path(path)) if is_folder else source
+        return Model(source.config, source.tensors, source.tokenizer_files)
     manifest = check_hashes(path)
-    weights = load_weights(manifest, dtype=jnp.float32)
+    tensors = open_weights(manifest)
     if manifest.certificate is None:
-        return Model(manifest.config, weights, read_tokenizer_files(manifest))
+        return Model(manifest.config, tensors, read_tokenizer_files(manifest))
     files: Mapping[str, bytes] = {}
     if base is not None:
         prefill = check_hashes(base)
@@ -91,18 +113,31 @@ def load_model(path: str | Path, base: str | Path | None = None) -> Model:
     if manifest.certificate.kind == "lora":
         if base is None:
             raise CheckpointError(f"{path}: is a LoRA module; name its base with --base")
-        module = _lora_module(manifest.certificate, weights)
-        weights = merge(load_weights(base, dtype=jnp.float32), module)
-    return Model(manifest.config, weights, files)
+        tensors = _merged(open_weights(base), tensors, manifest.certificate)
+    return Model(manifest.config, tensors, files)
 
 
-def _lora_module(certificate: Certificate, weights: Weights) -> LoraModule:
-    assert certificate.lora_rank is not None
-    assert certificate.lora_alpha is not None
-    assert certificate.lora_targets is not None
-    return LoraModule(
-        weights, certificate.lora_alpha, certificate.lora_rank, certificate.lora_targets
-    )
+def _merged(
+    base: Mapping[str, LazyTensor], factors: Mapping[str, LazyTensor], certificate: Certificate
+) -> dict[str, LazyTensor]:
+    """The base's tensors with the updates of a LoRA module, each merged when it is read."""
+    merged = dict(base)
+    for name, a in factors.items():
+        path, _, factor = name.rpartition(".")
+        if factor == "lora_a":
+            pair = {name: a, f"{path}.lora_b": factors[f"{path}.lora_b"]}
+            kernel = f"{path}.kernel"
+            read = functools.partial(_merged_kernel, kernel, base[kernel], pair, certificate)
+            merged[kernel] = LazyTensor(base[kernel].shape, DTYPES["float32"], read)
+    return merged
+
+
+def _merged_kernel(
+    name: str, kernel: LazyTensor, pair: Mapping[str, LazyTensor], certificate: Certificate
+) -> np.ndarray:
+    module = certificate.lora_module({key: tensor.read() for key, tensor in pair.items()})
+    wide = kernel.astype(DTYPES["float32"]).read()
+    return np.asarray(merge({name: wide}, module)[name])
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -132,37 +167,63 @@ def compare(a: Model, b: Model, prompts: Sequence[str] = SAMPLE_PROMPTS) -> Diff
             "the logits cannot be compared"
         )
     tokenizer = _tokenizer(a.tokenizer_files or b.tokenizer_files)
-    largest, kl, positions = 0.0, 0.0, 0
-    for prompt in prompts:
-        tokens = tokenizer.encode(prompt)[:MAX_TOKENS]
-        if not tokens:
-            continue
-        # Lengths are padded to powers of two to compile few shapes; attention is causal.
-        padded = np.zeros((1, 1 << (len(tokens) - 1).bit_length()), np.int32)
-        padded[0, : len(tokens)] = tokens
-        pair = (_logits(model.config, model.weights, padded)[0] for model in (a, b))
-        for x, y in zip(*(np.asarray(logits)[: len(tokens)] for logits in pair), strict=True):
+    encoded = [tokens for p in prompts if (tokens := tokenizer.encode(p)[:MAX_TOKENS])]
+    largest, kl = 0.0, 0.0
+    states = [hidden_states(model.config, model.tensors, encoded) for model in (a, b)]
+    heads = [Head(model.config, model.tensors) for model in (a, b)]
+    positions = len(states[0])
+    for i in range(0, positions, POSITIONS):
+        pair = (head.logits(x[i : i + POSITIONS]) for head, x in zip(heads, states, strict=True))
+        for x, y in zip(*pair, strict=True):
             # numpy's maximum keeps a NaN, Python's max would lose it.
             largest = float(np.maximum(largest, np.max(np.abs(x - y))))
             kl += _divergence(x, y)
-        positions += len(tokens)
-    return Difference(largest, kl / max(positions, 1), positions)
+    others = (*_other_config(a, b), *_other_text(a, b, prompts))
+    return Difference(largest, kl / max(positions, 1), positions, others)
+
+
+def _other_config(a: Model, b: Model) -> list[str]:
+    """Differences that the prompts may be too short to show, a window of attention for one."""
+    return [
+        f"{name} is {value!r} and {getattr(b.config, name)!r}"
+        for name, value in vars(a.config).items()
+        if name not in STATEMENTS and value != getattr(b.config, name)
+    ]
+
+
+def _other_text(a: Model, b: Model, prompts: Sequence[str]) -> list[str]:
+    """Differences of tokenizer, chat template and end tokens, where both models have them."""
+    if not a.tokenizer_files or not b.tokenizer_files:
+        return []
+    x, y = _tokenizer(a.tokenizer_files), _tokenizer(b.tokenizer_files)
+    found = []
+    for prompt in prompts:
+        if (ids := x.encode(prompt)) != (other := y.encode(prompt)):
+            found.append(f"the tokens of {prompt[:20]!r} are {ids[:5]}... and {other[:5]}...")
+            break
+    for tools in (None, [TOOL]):
+        if _rendered(x, tools) != _rendered(y, tools):
+            how = "with" if tools else "without"
+            found.append(f"the chat template gives another text {how} tools")
+    if set(x.eos_token_ids) != set(y.eos_token_ids):
+        found.append(f"the end tokens are {x.eos_token_ids} and {y.eos_token_ids}")
+    return found
+
+
+def _rendered(tokenizer: Tokenizer, tools: list[dict] | None) -> str | None:
+    """A conversation in the chat template; None where there is none, or it refuses."""
+    try:
+        return tokenizer.apply_chat_template(MESSAGES, tools)
+    except RequestError:
+        return None
 
 
 def _tokenizer(files: Mapping[str, bytes]) -> Tokenizer:
     if not files:
         raise CheckpointError("neither model has a tokenizer; name the base with --base")
     with tempfile.TemporaryDirectory() as folder:
-        for name, data in files.items():
-            (Path(folder) / name).write_bytes(data)
+        write_files(Path(folder), files)
         return Tokenizer.load(folder)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _logits(config: ModelConfig, weights: Weights, tokens: jax.Array) -> jax.Array:
-    decoder = bind(config, weights)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    return decoder.logits(decoder.hidden(tokens, positions, CausalAttention(config)))
 
 
 def _divergence(a: np.ndarray, b: np.ndarray) -> float:

@@ -8,21 +8,30 @@ is noticed.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
+import math
 import os
 import re
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import tensorstore as ts
 
 from pshare_jax.convert.files import one_line
+from pshare_jax.convert.tensors import DTYPES
 from pshare_jax.errors import CheckpointError
 from pshare_jax.models.weights import WeightSpec
 from pshare_jax.sharding.rules import MESH_AXES, TENSOR
 
 _OS_ERROR = re.compile(r"os_error_code='(\d+)'")
+
+_CRC_BYTES = 4
+_INDEX_ENTRY = struct.Struct("<QQ")
+"""Where a chunk begins in the file, and its bytes with the CRC-32C that ends them."""
 
 MAX_CHUNKS = 16
 """Most chunks of one tensor: loading on up to this many devices reads each byte once."""
@@ -86,6 +95,50 @@ def write_tensor(path: Path, array: np.ndarray, chunk: Sequence[int]) -> None:
         raise CheckpointError(f"tensor {path.name}: cannot be written: {reason}") from error
 
 
+def seal(weights: Path, name: str, shape: tuple[int, ...], dtype: str) -> str:
+    """SHA-256 (hex) of a stored tensor's metadata and of the checksums of its chunks.
+
+    Differs when any value does, but reads a few bytes a chunk only.
+
+    Raises:
+        CheckpointError: a file is missing or of the wrong size, or the array has not that shape and
+            dtype.
+    """
+    path = weights / name
+    try:
+        metadata = (path / "zarr.json").read_bytes()
+        about = json.loads(metadata)
+        stored = tuple(about["shape"]), about["data_type"]
+        if stored != (shape, dtype):
+            raise CheckpointError(
+                f"{path}: is stored as {stored[1]} {list(stored[0])}, but was converted as {dtype} "
+                f"{list(shape)}"
+            )
+        inner = about["codecs"][0]["configuration"]["chunk_shape"]
+        count = math.prod(size // part for size, part in zip(shape, inner, strict=True))
+        with path.joinpath("c", *["0"] * len(shape)).open("rb") as file:
+            checksums = _checksums(file, count, math.prod(shape) * DTYPES[dtype].itemsize)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {one_line(error)}") from error
+    except (LookupError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{path}: cannot be read: its zarr.json is malformed") from error
+    return hashlib.sha256(metadata + checksums).hexdigest()
+
+
+def _checksums(file: BinaryIO, count: int, nbytes: int) -> bytes:
+    """The CRC-32C of each of `count` chunks, which ends it; where they lie, the file's end says."""
+    expected = nbytes + count * (_CRC_BYTES + _INDEX_ENTRY.size) + _CRC_BYTES
+    if (size := file.seek(0, os.SEEK_END)) != expected:
+        raise ValueError(f"has {size} bytes instead of {expected}")
+    file.seek(size - _CRC_BYTES - count * _INDEX_ENTRY.size)
+    index = file.read(count * _INDEX_ENTRY.size)
+    checksums = []
+    for offset, length in _INDEX_ENTRY.iter_unpack(index):
+        file.seek(min(offset + length, size) - _CRC_BYTES)
+        checksums.append(file.read(_CRC_BYTES))
+    return index + b"".join(checksums)
+
+
 class StoredTensor:
     """One tensor of a checkpoint, opened for reading.
 
@@ -103,6 +156,7 @@ class StoredTensor:
         with self._errors():
             store = ts.open(spec, open=True, read=True).result()
         self.shape = tuple(store.shape)
+        self.stored_dtype = store.dtype.name
         self._store = store if dtype is None else ts.cast(store, dtype)
 
     @contextlib.contextmanager

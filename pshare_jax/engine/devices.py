@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from pshare_jax.config import ServeConfig
 from pshare_jax.errors import ConfigError
 from pshare_jax.kernels.backends import CPU_FFI, backend_for
+from pshare_jax.runtime_files import compilation_cache_folder
 from pshare_jax.sharding.mesh import carve, carve_one, request_cpu_devices
 
 DEVICE_COUNT_VARIABLE = "JAX_NUM_CPU_DEVICES"
@@ -99,6 +100,6 @@ def prepare_jax(config: ServeConfig) -> None:
     if config.connector != "auto" or DEVICE_COUNT_VARIABLE not in os.environ:
         request_cpu_devices(num_devices(config))
     if config.compilation_cache_dir and jax.config.values["jax_compilation_cache_dir"] is None:
-        folder = os.path.expanduser(config.compilation_cache_dir)
+        folder = str(compilation_cache_folder(config.compilation_cache_dir))
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -11,8 +11,9 @@ import jax
 from jax.sharding import Mesh, Sharding
 
 from pshare_jax.config import ModelEntry, ServeConfig, Sharing
-from pshare_jax.convert.manifest import Manifest, read_manifest
+from pshare_jax.convert.manifest import Manifest
 from pshare_jax.convert.orbax import load_weights
+from pshare_jax.convert.seals import open_checkpoint
 from pshare_jax.core.messages import ModelKind
 from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.split_rule import LAST_TOKEN, SplitRule
@@ -80,7 +81,7 @@ def checkpoint_sources(config: ServeConfig, dtype: Any) -> tuple[BaseSource, lis
         CertificateError: a decode module that was made for another base, or that is to share KV
             it was not trained on.
     """
-    manifest = read_manifest(config.base)
+    manifest = open_checkpoint(config.base)
     if manifest.kind != "prefill":
         raise ConfigError(f"base: {config.base} is a decode module; name a prefill checkpoint")
 
@@ -97,7 +98,7 @@ def _model_source(
     engines = tuple(entry.decode_engines)
     if entry.checkpoint == "identity":
         return ModelSource(entry.name, "identity", entry.sharing, base.load, None, engines)
-    manifest = read_manifest(entry.checkpoint)
+    manifest = open_checkpoint(entry.checkpoint)
     if manifest.certificate is None:
         raise ConfigError(
             f"models.{entry.name}.checkpoint: {entry.checkpoint} is a prefill checkpoint; name a "

@@ -9,10 +9,9 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
-
-import msgspec
 
 from pshare_jax.evals import sandbox
 from pshare_jax.evals.backend import Answer, Backend, Sampling
@@ -88,7 +87,7 @@ def evaluate(
     )
     return {
         "backend": described,
-        "sampling": msgspec.structs.asdict(sampling),
+        "sampling": asdict(sampling),
         "versions": _versions(),
         "started": started.isoformat(timespec="seconds"),
         "seconds": round(seconds, 3),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import logging
 import os
 import secrets
 import signal
@@ -15,6 +17,8 @@ from pathlib import Path
 from typing import IO
 
 from pshare_jax.errors import EvaluationError
+
+logger = logging.getLogger(__name__)
 
 _RUNNER = Path(__file__).with_name("sandbox_runner.py")
 _MAX_REPORT_BYTES = 1 << 16
@@ -90,11 +94,21 @@ def run(program: Program, limits: Limits = DEFAULT_LIMITS) -> Outcome:
             finally:
                 os.close(write_end)
             report = _report(read_end, token)
-            if "ready" not in report:
+            if not any(line.startswith("ready ") for line in report):
                 raise EvaluationError(f"the sandbox cannot be started: {_tail(errors)}")
+            if "ready isolated" not in report:
+                _warn_of_no_isolation()
     finally:
         os.close(read_end)
     return _outcome(report, code, limits)
+
+
+@functools.cache
+def _warn_of_no_isolation() -> None:
+    logger.warning(
+        "answers run without namespaces, which this system does not permit: they can read the "
+        "files of the user they run as, and a determined one can do more; see docs/evaluation.md"
+    )
 
 
 def check() -> None:

@@ -13,12 +13,12 @@ import ctypes
 import json
 import os
 import resource
+import runpy
 import signal
 import sys
 from typing import Any
 
 _NOBODY = 65534
-_CLONE_NEWUSER, _CLONE_NEWPID, _CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _DENIED_PREFIXES = ("socket.", "ctypes.", "gc.get_", "resource.", "subprocess.", "pty.")
@@ -49,6 +49,12 @@ _CHANGES: dict[str, tuple[tuple[int, int | None], ...]] = {
     "os.truncate": ((0, None),),
     "os.utime": ((0, 3),),
 }
+_NOT_AGAIN = {"posix", "_posixsubprocess", "_ctypes"}
+"""Modules whose calls are replaced: one removed from `sys.modules` would come back whole."""
+
+_SILENT_WRITERS = {"_sqlite3", "_dbm", "_gdbm"}
+"""Modules that write files without an audit event; harmless where the file system is another."""
+
 _DETAIL_CHARACTERS = 200
 
 
@@ -56,38 +62,31 @@ def main() -> None:
     """Limits, isolates and runs; never returns."""
     report_to = int(sys.argv[1])
     job = json.loads(sys.stdin.buffer.read())
+    isolation = _load("sandbox_isolation")
     is_root = os.geteuid() == 0
+    user, group = (_NOBODY, _NOBODY) if is_root else (os.geteuid(), os.getegid())
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(job["seconds"] + 1)
-    _enter_namespaces(is_root)
+    folder = os.path.realpath(".")
+    _end_with_parent()
+    isolated = isolation["isolate"](folder, user, group)
     if is_root:
-        _become_nobody()
+        _become_nobody(isolated)
+    isolation["drop_capabilities"]()
     _end_with_parent()
     _limit(job)
-    folder = os.path.realpath(".")
     null = os.open(os.devnull, os.O_RDWR)
-    os.write(report_to, f"{job['token']} ready\n".encode())
+    state = "isolated" if isolated else "guarded"
+    os.write(report_to, f"{job['token']} ready {state}\n".encode())
     for stream in (0, 1, 2):
         os.dup2(null, stream)
-    _guard(folder)
+    _guard(folder, isolated)
     _run(report_to, job)
 
 
-def _enter_namespaces(is_root: bool) -> None:
-    """Goes on in new network and process namespaces, where that is permitted.
-
-    There it is the first process: when it ends, the kernel ends all that it has started.
-    """
-    if sys.platform != "linux":
-        return
-    flags = _CLONE_NEWNET | _CLONE_NEWPID
-    if ctypes.CDLL(None).unshare(flags if is_root else flags | _CLONE_NEWUSER) != 0:
-        return
-    _end_with_parent()
-    if child := os.fork():
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        # As a shell does: 128 + the signal.
-        os._exit(status if status >= 0 else 128 - status)
+def _load(name: str) -> dict[str, Any]:
+    """The functions of a file beside this one; nothing of it stays where an answer can find it."""
+    return runpy.run_path(os.path.join(os.path.dirname(os.path.realpath(__file__)), f"{name}.py"))
 
 
 def _end_with_parent() -> None:
@@ -98,16 +97,21 @@ def _end_with_parent() -> None:
         libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
-def _become_nobody() -> None:
-    """From root to a user who owns nothing, unless Python could not be read any more."""
-    os.chown(".", _NOBODY, _NOBODY)
-    os.seteuid(_NOBODY)
-    readable = os.access(os.__file__, os.R_OK, effective_ids=True)
-    os.seteuid(0)
-    if readable:
-        os.setgroups([])
-        os.setresgid(_NOBODY, _NOBODY, _NOBODY)
-        os.setresuid(_NOBODY, _NOBODY, _NOBODY)
+def _become_nobody(isolated: bool) -> None:
+    """From root to a user who owns nothing. No answer ever runs as root."""
+    if not isolated:
+        os.chown(".", _NOBODY, _NOBODY)
+        os.seteuid(_NOBODY)
+        readable = os.access(os.__file__, os.R_OK, effective_ids=True)
+        os.seteuid(0)
+        if not readable:
+            sys.exit(
+                "answers do not run as root, and another user cannot read this Python; permit "
+                "namespaces, or run as another user"
+            )
+    os.setgroups([])
+    os.setresgid(_NOBODY, _NOBODY, _NOBODY)
+    os.setresuid(_NOBODY, _NOBODY, _NOBODY)
 
 
 def _limit(job: dict[str, Any]) -> None:
@@ -127,8 +131,9 @@ def _limit(job: dict[str, Any]) -> None:
                 raise
 
 
-def _guard(folder: str) -> None:
+def _guard(folder: str, isolated: bool) -> None:
     """Denies sockets, processes and changes of files outside `folder`. Hooks cannot be removed."""
+    unwanted = _NOT_AGAIN if isolated else _NOT_AGAIN | _SILENT_WRITERS
     realpath, isdir = os.path.realpath, os.path.isdir
     allowed, inside = {folder, os.devnull}, folder + os.sep
 
@@ -160,15 +165,29 @@ def _guard(folder: str) -> None:
                 check(locate(arguments[path], -1 if dir_fd is None else arguments[dir_fd]))
         elif event in _DENIED or event.startswith(_DENIED_PREFIXES):
             raise PermissionError(f"{event} is not permitted here")
+        elif event == "import" and arguments[0] in unwanted:
+            raise PermissionError(f"{arguments[0]} may not be imported here")
 
-    import _posixsubprocess
-
-    def no_process(*_: Any) -> None:
-        raise PermissionError("processes may not be started here")
-
-    # The one way to a new process that raises no audit event.
-    _posixsubprocess.fork_exec = no_process
+    _replace_silent_calls()
     sys.addaudithook(hook)
+
+
+def _replace_silent_calls() -> None:
+    """Denies what raises no audit event, in modules that cannot be had anew."""
+    import _posixsubprocess
+    import posix
+
+    def denied(what: str) -> Any:
+        def call(*_: Any, **__: Any) -> None:
+            raise PermissionError(f"{what} may not be used here")
+
+        return call
+
+    _posixsubprocess.fork_exec = denied("processes")
+    for name in ("mkfifo", "mknod", "chroot", "pivot_root", "unshare", "setns"):
+        if hasattr(posix, name):
+            setattr(posix, name, denied(name))
+            setattr(os, name, denied(name))
 
 
 def _run(report_to: int, job: dict[str, Any]) -> None:

@@ -7,6 +7,9 @@ from typing import Literal
 
 Architecture = Literal["llama", "mistral", "qwen2", "qwen3"]
 
+MAX_LAYERS = 4096
+"""More is taken for a damaged or hostile file; the deepest published decoders have about 130."""
+
 
 @dataclass(frozen=True)
 class Llama3RopeScaling:
@@ -44,8 +47,25 @@ class ModelConfig:
     sliding_window: int | None = None
 
     def __post_init__(self) -> None:
+        for name in _SIZES:
+            if type(size := getattr(self, name)) is not int or size < 1:
+                raise ValueError(f"{name} is {size!r}, but must be a positive integer")
+        if self.num_layers > MAX_LAYERS:
+            raise ValueError(f"num_layers is {self.num_layers}; at most {MAX_LAYERS} are supported")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads ({self.num_heads}) must be a multiple of "
                 f"num_kv_heads ({self.num_kv_heads})"
             )
+
+
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "max_position_embeddings",
+)

@@ -8,12 +8,19 @@ that the decoder cannot compute is an error here rather than wrong logits later.
 from __future__ import annotations
 
 import dataclasses
+import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pshare_jax.errors import CheckpointError
-from pshare_jax.models.config import Architecture, Llama3RopeScaling, ModelConfig
+from pshare_jax.models.config import (
+    MAX_LAYERS,
+    Architecture,
+    Llama3RopeScaling,
+    ModelConfig,
+)
 
 T = TypeVar("T")
 
@@ -46,7 +53,6 @@ _ONLY = {
     "attention_bias": False,
     "mlp_bias": False,
     "partial_rotary_factor": 1.0,
-    "quantization_config": None,
 }
 """Fields with the only value that is supported; transformers' default for each."""
 
@@ -74,19 +80,21 @@ class _Fields:
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:
-            raise self.fail(field, f"is {value!r}, but must be of type {kind.__name__}")
+            shown = reprlib.repr(value)
+            raise self.fail(field, f"is {shown}, but must be of type {kind.__name__}")
         return value
 
     def positive(self, field: str, kind: type[T], default: T | None = None) -> T:
         value = self.get(field, kind, default)
-        if not value > 0:  # type: ignore[operator]
+        if not 0 < value < math.inf:  # type: ignore[operator]
             raise self.fail(field, f"is {value!r}, but must be positive")
         return value
 
     def only(self, field: str, supported: Any) -> None:
         value = self._values.get(field)
         if value is not None and value != supported:
-            raise self.fail(field, f"is {value!r}; only {supported!r} is supported")
+            shown = reprlib.repr(value)
+            raise self.fail(field, f"is {shown}; only {supported!r} is supported")
 
     def has(self, field: str) -> bool:
         return field in self._values
@@ -97,7 +105,8 @@ def _family(hf: Mapping[str, Any]) -> _Family:
     name = names[0] if isinstance(names, list) and names else None
     if (family := _BY_HF_NAME.get(name)) is None:  # type: ignore[arg-type]
         raise CheckpointError(
-            f"config.json: architectures is {names!r}; supported are {', '.join(_BY_HF_NAME)}"
+            f"config.json: architectures is {reprlib.repr(names)}; supported are "
+            f"{', '.join(_BY_HF_NAME)}"
         )
     return family
 
@@ -106,7 +115,7 @@ def _rope(hf: Mapping[str, Any], fields: _Fields) -> tuple[float, Llama3RopeScal
     name = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
     raw = hf.get(name) or {}
     if not isinstance(raw, Mapping):
-        raise fields.fail(name, f"is {raw!r}, but must be an object")
+        raise fields.fail(name, f"is {reprlib.repr(raw)}, but must be an object")
     rope = _Fields(raw, f"{name}.")
     theta = rope.positive("rope_theta", float, fields.positive("rope_theta", float, 10000.0))
     rope.only("partial_rotary_factor", 1.0)
@@ -146,6 +155,18 @@ def _sliding_window(
     return fields.positive("sliding_window", int, 4096)
 
 
+def _check_not_quantised(hf: Mapping[str, Any], fields: _Fields) -> None:
+    about = hf.get("quantization_config")
+    if about is None:
+        return
+    method = about.get("quant_method") if isinstance(about, Mapping) else None
+    raise fields.fail(
+        "quantization_config",
+        f"says that the weights are quantised (quant_method {reprlib.repr(method)}), which is not "
+        "supported; convert the model that was quantised, or a GGUF file of it",
+    )
+
+
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     """The decoder that a Hugging Face `config.json` (parsed) describes.
 
@@ -156,6 +177,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     fields = _Fields(hf)
     for field, supported in _ONLY.items():
         fields.only(field, supported)
+    _check_not_quantised(hf, fields)
     hidden_size = fields.positive("hidden_size", int)
     num_heads = fields.positive("num_attention_heads", int)
     # An explicit null means one KV head a query head; absence means the architecture's default.
@@ -170,6 +192,10 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     if head_dim % 2:
         raise fields.fail("head_dim", f"is {head_dim}, but must be even")
     num_layers = fields.positive("num_hidden_layers", int)
+    if num_layers > MAX_LAYERS:
+        raise fields.fail(
+            "num_hidden_layers", f"is {num_layers}; at most {MAX_LAYERS} are possible"
+        )
     rope_theta, rope_scaling = _rope(hf, fields)
     return ModelConfig(
         architecture=family.architecture,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from pshare_jax.errors import ConfigError
+from pshare_jax.runtime_files import compilation_cache_folder
 from pshare_jax.sharding.mesh import request_cpu_devices
 from pshare_jax.sharding.rules import DATA, FSDP, TENSOR
 from pshare_jax.train.config import DistributedConfig, MeshConfig, TrainConfig
@@ -25,7 +25,7 @@ def start(config: TrainConfig) -> None:
             that cannot be reached.
     """
     if config.compilation_cache_dir:
-        folder = Path(config.compilation_cache_dir).expanduser()
+        folder = compilation_cache_folder(config.compilation_cache_dir)
         jax.config.update("jax_compilation_cache_dir", str(folder))
     if not _join(config.distributed):
         request_cpu_devices(config.mesh.size)

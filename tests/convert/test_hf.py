@@ -20,7 +20,7 @@ from pshare_jax.models.registry import config_from_hf
 from pshare_jax.text.tokenizer import Tokenizer
 from tests.convert.helpers import model_config, random_weights, same_bits, write_hf_folder
 from tests.helpers import ARCHITECTURES
-from tests.text.tiny import write_byte_level
+from tests.text.tiny import write_byte_level, write_words
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CONFIG = model_config()
@@ -45,7 +45,7 @@ def rewrite(folder: Path, change) -> None:
 @pytest.mark.parametrize("case", ["llama3", "llama_tied", "mistral", "qwen2", "qwen3"])
 def test_export_gives_back_what_was_imported(tmp_path, case, dtype):
     """Tensors and config.json of transformers' own making, bit for bit."""
-    source = write_byte_level(tmp_path / "source")
+    source = write_words(tmp_path / "source")
     tensors = load_file(GOLDEN / f"{case}.safetensors")
     tensors = {
         name: value.astype(hf.DTYPES[dtype])
@@ -270,6 +270,16 @@ def test_a_tensor_missing_from_its_shard_is_named(tmp_path):
     del tensors[name]
     save_file(tensors, path)
     check_refused(folder, tmp_path / "out", str(path), f"tensor {name} is missing")
+
+
+def test_a_tensor_that_the_index_does_not_list_is_named(tmp_path):
+    """It would be dropped, whatever it changes."""
+    folder = write_hf_folder(tmp_path / "hf", CONFIG, WEIGHTS, shards=2)
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    name = index["weight_map"].pop(UP)
+    path.write_text(json.dumps(index))
+    check_refused(folder, tmp_path / "out", name, f"tensor {UP} is not listed as this file's")
 
 
 @pytest.mark.parametrize("index", ["{", "{}", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}'])

@@ -46,16 +46,17 @@ def peak_bytes(*args) -> int:
     return int(result.stdout.split("PEAK")[1])
 
 
+def repeated_weights() -> dict[str, np.ndarray]:
+    """One layer's values serve for all of them."""
+    layer = random_weights(gguf_config(**{**vars(CONFIG), "num_layers": 1}))
+    return {name: layer[re.sub(r"layers\.\d+", "layers.0", name)] for name in weight_specs(CONFIG)}
+
+
 @pytest.mark.slow
 def test_peak_memory_is_bounded_by_the_model(tmp_path):
     """At most 1.3 times the larger of source and result, for every direction."""
     assert 300e6 < MODEL_BYTES < 400e6
-    layer = random_weights(gguf_config(**{**vars(CONFIG), "num_layers": 1}))
-
-    # One layer's values serve for all of them.
-    weights = {
-        name: layer[re.sub(r"layers\.\d+", "layers.0", name)] for name in weight_specs(CONFIG)
-    }
+    weights = repeated_weights()
     folder = write_hf_folder(tmp_path / "hf", CONFIG, weights)
     write_gguf(tmp_path / "m.gguf", CONFIG, weights, QuantizationType.Q8_0)
     peaks = {
@@ -66,3 +67,13 @@ def test_peak_memory_is_bounded_by_the_model(tmp_path):
         "check": peak_bytes("inspect", "--check", tmp_path / "base"),
     }
     assert {name: peak for name, peak in peaks.items() if peak > 1.3 * MODEL_BYTES} == {}
+
+
+@pytest.mark.slow
+def test_verify_holds_neither_model(tmp_path):
+    """Beyond what it takes for a model of no size: less than one of the two, however they come."""
+    tiny = write_hf_folder(tmp_path / "tiny", gguf_config(), random_weights(gguf_config()))
+    folder = write_hf_folder(tmp_path / "hf", CONFIG, repeated_weights())
+    peak_bytes("import", folder, tmp_path / "base")
+    least = peak_bytes("verify", tiny, tiny)
+    assert peak_bytes("verify", tmp_path / "base", folder) - least < 0.75 * MODEL_BYTES

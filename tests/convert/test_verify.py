@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
+import weakref
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from pshare_jax.convert import verify
+from pshare_jax.convert import hf, second_reader, sources, verify
 from pshare_jax.convert.conversions import import_model, make_decoder
+from pshare_jax.convert.streamed import Head, hidden_states
+from pshare_jax.convert.tensors import DTYPES, LazyTensor, as_lazy, common_dtype
 from pshare_jax.convert.verify import Model, compare, load_model, read_prompts
 from pshare_jax.errors import CertificateError, CheckpointError
 from pshare_jax.models.attention import CausalAttention
@@ -17,6 +24,7 @@ from pshare_jax.models.decoder import bind
 from pshare_jax.text.tokenizer import Tokenizer
 from tests.convert.helpers import model_config, random_weights, write_hf_folder
 from tests.convert.test_decoder import factors_for, write_peft
+from tests.helpers import ARCHITECTURES
 
 CONFIG = model_config()
 PROMPTS = ("hello world", "the quick brown fox, naïve 🙂", "x")
@@ -35,13 +43,12 @@ def folder(tmp_path_factory):
 
 
 def changed(model: Model, scale: float) -> Model:
-    weights = dict(model.weights)
-    weights["lm_head.kernel"] = weights["lm_head.kernel"] * scale
-    return dataclasses.replace(model, weights=weights)
+    head = model.tensors["lm_head.kernel"].read() * np.float32(scale)
+    return dataclasses.replace(model, tensors={**model.tensors, "lm_head.kernel": as_lazy(head)})
 
 
 def logits_of(model: Model, tokens: list[int]) -> np.ndarray:
-    decoder = bind(CONFIG, model.weights)
+    decoder = bind(CONFIG, {name: tensor.read() for name, tensor in model.tensors.items()})
     positions = jnp.arange(len(tokens))[None]
     hidden = decoder.hidden(jnp.asarray([tokens]), positions, CausalAttention(CONFIG))
     return np.asarray(decoder.logits(hidden)[0], np.float64)
@@ -54,6 +61,7 @@ def test_a_model_equals_itself_in_every_form(folder):
         assert difference.largest == 0
         assert difference.mean_kl == 0
         assert difference.positions > 10
+        assert difference.others == ()
 
 
 def test_the_numbers_are_those_of_a_plain_computation(folder):
@@ -81,7 +89,9 @@ def test_a_lora_module_is_merged_into_its_base(folder):
     name = "layers.1.mlp.down"
     update = 8 / 4 * factors[f"{name}.lora_a"] @ factors[f"{name}.lora_b"]
     np.testing.assert_allclose(
-        module.weights[f"{name}.kernel"], base.weights[f"{name}.kernel"] + update, atol=1e-6
+        module.tensors[f"{name}.kernel"].read(),
+        base.tensors[f"{name}.kernel"].read() + update,
+        atol=1e-6,
     )
     difference = compare(base, module, PROMPTS)
     assert difference.largest > 1e-5
@@ -130,3 +140,160 @@ def test_prompts_are_lines(tmp_path):
         read_prompts(path)
     with pytest.raises(CheckpointError, match="No such file"):
         read_prompts(tmp_path / "none")
+
+
+# What the import could get wrong is found, because verify does not read as the import does
+
+
+def as_the_first_edition(monkeypatch) -> None:
+    """The faults that the import once had."""
+
+    def astype(self, dtype):
+        natural = DTYPES[common_dtype(self.tensors)]
+        wanted = DTYPES[dtype] if dtype else natural
+        tensors = {n: t.astype(natural).astype(wanted) for n, t in self.tensors.items()}
+        return dataclasses.replace(self, tensors=tensors)
+
+    monkeypatch.setattr(hf, "with_saved_head", lambda folder, config: config)
+    monkeypatch.setattr(sources.Source, "astype", astype)
+
+
+def test_a_dropped_head_is_found(tmp_path, monkeypatch):
+    tied = model_config(tie_word_embeddings=True)
+    write_hf_folder(tmp_path / "hf", tied, random_weights(tied))
+    path = tmp_path / "hf" / "model.safetensors"
+    head = random_weights(CONFIG, seed=5)["lm_head.kernel"]
+    save_file({**load_file(path), "lm_head.weight": np.ascontiguousarray(head.T)}, path)
+    import_model(tmp_path / "hf", tmp_path / "right")
+    right = compare(load_model(tmp_path / "right"), load_model(tmp_path / "hf"), PROMPTS)
+    assert (right.largest, right.others) == (0, ())
+    as_the_first_edition(monkeypatch)
+    import_model(tmp_path / "hf", tmp_path / "wrong")
+    wrong = load_model(tmp_path / "wrong")
+    assert wrong.config.tie_word_embeddings
+    assert compare(wrong, load_model(tmp_path / "hf"), PROMPTS).largest > 0.05
+
+
+def test_rounded_norms_are_found(tmp_path, monkeypatch):
+    weights = {
+        name: value.astype(DTYPES["bfloat16"]) if value.ndim > 1 else 1 + value
+        for name, value in random_weights(CONFIG).items()
+    }
+    write_hf_folder(tmp_path / "hf", CONFIG, weights)
+    import_model(tmp_path / "hf", tmp_path / "right", dtype="float32")
+    source = load_model(tmp_path / "hf")
+    assert compare(load_model(tmp_path / "right"), source, PROMPTS).largest == 0
+    as_the_first_edition(monkeypatch)
+    import_model(tmp_path / "hf", tmp_path / "wrong", dtype="float32")
+    difference = compare(load_model(tmp_path / "wrong"), source, PROMPTS)
+    assert difference.largest > 1e-4
+
+
+def drop_templates(files: Path) -> None:
+    (files / "additional_chat_templates" / "tool_use.jinja").unlink()
+
+
+def add_bos(files: Path) -> None:
+    path = files / "tokenizer.json"
+    about = json.loads(path.read_text())
+    token = {"id": "<|endoftext|>", "type_id": 0}
+    about["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": token}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [],
+        "special_tokens": {token["id"]: {"id": token["id"], "ids": [0], "tokens": [token["id"]]}},
+    }
+    path.write_text(json.dumps(about))
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (drop_templates, "the chat template gives another text with tools"),
+        (add_bos, "the tokens of 'hello world' are "),
+        (
+            lambda f: (f / "generation_config.json").write_text('{"eos_token_id": 7}'),
+            "the end tokens are (2, 0) and (7,)",
+        ),
+    ],
+)
+def test_text_that_differs_is_found(folder, tmp_path, change, found):
+    source = Path(shutil.copytree(folder / "hf", tmp_path / "hf"))
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools | length }}")
+    import_model(source, tmp_path / "base")
+    base = load_model(tmp_path / "base")
+    other = Path(shutil.copytree(tmp_path / "base" / "tokenizer", tmp_path / "files"))
+    assert compare(base, load_model(source), PROMPTS).others == ()
+    change(other)
+    files = {p.relative_to(other).as_posix(): p.read_bytes() for p in other.rglob("*.*")}
+    difference = compare(base, dataclasses.replace(base, tokenizer_files=files), PROMPTS)
+    assert difference.largest == 0
+    (line,) = difference.others
+    assert line.startswith(found)
+
+
+def test_a_window_beyond_the_prompts_is_found(folder):
+    base = load_model(folder / "base")
+    windowed = dataclasses.replace(base.config, sliding_window=4096)
+    difference = compare(base, dataclasses.replace(base, config=windowed), PROMPTS)
+    assert (difference.largest, difference.others) == (0, ("sliding_window is None and 4096",))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_family_is_the_plain_computation(tmp_path, architecture):
+    """Layer by layer and in parts of the vocabulary."""
+    config = model_config(architecture=architecture)
+    write_hf_folder(tmp_path / "hf", config, random_weights(config))
+    model = load_model(tmp_path / "hf")
+    prompts = [[3, 5, 300, 7, 2], [9], list(range(20))]
+    states = hidden_states(model.config, model.tensors, prompts)
+    decoder = bind(model.config, {n: t.read() for n, t in model.tensors.items()})
+    start = 0
+    for prompt in prompts:
+        positions = jnp.arange(len(prompt))[None]
+        hidden = decoder.hidden(jnp.asarray([prompt]), positions, CausalAttention(model.config))
+        mine = states[start : start + len(prompt)]
+        np.testing.assert_allclose(mine, hidden[0], rtol=2e-5, atol=2e-6)
+        logits = Head(model.config, model.tensors).logits(mine)
+        np.testing.assert_allclose(logits, decoder.logits(hidden)[0], rtol=2e-5, atol=2e-6)
+        start += len(prompt)
+
+
+def test_no_more_than_a_layer_is_held(folder):
+    """Tensors are read once each, layer after layer, and let go."""
+    base = load_model(folder / "base")
+    alive: dict[str, weakref.ref] = {}
+    most = 0
+
+    def counted(name, tensor):
+        def read():
+            nonlocal most
+            value = tensor.read()
+            alive[name] = weakref.ref(value)
+            most = max(most, sum(ref() is not None for ref in alive.values()))
+            return value
+
+        return LazyTensor(tensor.shape, tensor.dtype, read)
+
+    tensors = {name: counted(name, tensor) for name, tensor in base.tensors.items()}
+    hidden_states(base.config, tensors, [[1, 2, 3]])
+    assert set(alive) == {name for name in tensors if not name.startswith("lm_head")}
+    assert most <= 9 + 1
+
+
+def test_a_tensor_without_a_place_is_refused(folder, tmp_path):
+    source = Path(shutil.copytree(folder / "hf", tmp_path / "hf"))
+    path = source / "model.safetensors"
+    save_file({**load_file(path), "model.layers.0.extra": np.zeros(3, np.float32)}, path)
+    with pytest.raises(CheckpointError, match=r"model\.layers\.0\.extra has no place in the model"):
+        second_reader.read_folder(source)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 100, -4])
+def test_the_second_reader_refuses_what_is_cut(folder, tmp_path, keep):
+    source = Path(shutil.copytree(folder / "hf", tmp_path / "hf"))
+    path = source / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read|missing"):
+        second_reader.read_folder(source)

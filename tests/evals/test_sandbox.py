@@ -101,6 +101,15 @@ def test_builtins_of_its_own_are_an_answers_business():
         ("import os\nos.system('true')", "os.system"),
         ("import subprocess\nsubprocess.run(['true'])", "subprocess.Popen"),
         ("import _posixsubprocess\n_posixsubprocess.fork_exec()", "processes may not"),
+        (
+            "import sys\ndel sys.modules['_posixsubprocess']\nimport _posixsubprocess",
+            "_posixsubprocess may not be imported",
+        ),
+        ("import sys\ndel sys.modules['posix']\nimport posix", "posix may not be imported"),
+        ("import os\nos.mkfifo('x')", "mkfifo may not be used"),
+        ("import posix\nposix.mkfifo('x')", "mkfifo may not be used"),
+        ("import os\nos.mknod('x')", "mknod may not be used"),
+        ("import os\nos.chroot('.')", "chroot may not be used"),
         ("import multiprocessing\nmultiprocessing.Process(target=print).start()", "os.fork"),
         ("import os\nos.execv('/bin/true', ['true'])", "os.exec"),
         ("import os\nos.kill(os.getppid(), 9)", "os.kill"),
@@ -142,7 +151,9 @@ def test_files_outside_stay_as_they_are(tmp_path):
         f"import os\nos.chmod(open({str(victim)!r}).fileno(), 0)",
     ):
         outcome = run(action)
-        assert "files outside the working folder may not be changed" in outcome.detail, action
+        # Without another file system the folder is there, and it is the hook that denies.
+        reasons = ("files outside the working folder may not be changed", "No such file")
+        assert any(reason in outcome.detail for reason in reasons), action
     assert victim.read_text() == "safe"
     assert list(tmp_path.iterdir()) == [victim]
 

@@ -53,7 +53,8 @@ def test_compiled_once_and_again_when_anything_changes(small, tmp_path, monkeypa
     made = first.stat().st_mtime_ns
     assert library.build(tmp_path / "cache") == first
     assert first.stat().st_mtime_ns == made
-    assert [path.name for path in first.parent.iterdir()] == [first.name]  # no left-overs
+    left = sorted(path.name for path in first.parent.iterdir())
+    assert left == [first.name, f"{first.name}.sha256"]
 
     monkeypatch.setattr(library, "_cpu", lambda: "another CPU")
     other_cpu = library.build(tmp_path / "cache")
@@ -72,13 +73,45 @@ def test_a_damaged_library_is_made_again(small, tmp_path):
     assert loaded.answer() == 42
 
 
+LOADING = (
+    "import sys, pathlib; from pshare_jax.kernels.native import library\n"
+    "library.SOURCES = pathlib.Path(sys.argv[1])\n"
+    "print(library._open(pathlib.Path(sys.argv[2]))[1].answer())"
+)
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.3, 0.5, 0.9])
+def test_a_truncated_library_does_not_kill_the_process(small, tmp_path, keep):
+    """The system ends a process that reads a mapped file beyond its end (SIGBUS)."""
+    path = library.build(tmp_path / "cache")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(keep * len(whole))])
+    command = [sys.executable, "-c", LOADING, str(small), str(tmp_path / "cache")]
+    done = subprocess.run(command, capture_output=True, cwd=ROOT, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, b"42\n"), done.stderr
+    assert library._is_whole(path)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "no checksum", "another checksum"])
+def test_a_library_that_differs_from_its_checksum_is_made_again(small, tmp_path, damage):
+    path = library.build(tmp_path)
+    checksum = path.with_name(f"{path.name}.sha256")
+    whole, stated = path.read_bytes(), checksum.read_text()
+    match damage:
+        case "flipped":
+            path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        case "no checksum":
+            checksum.unlink()
+        case _:
+            checksum.write_text("0" * 64)
+    made = path.stat().st_mtime_ns
+    assert library._open(tmp_path)[1].answer() == 42
+    assert path.stat().st_mtime_ns != made
+    assert (path.read_bytes(), checksum.read_text()) == (whole, stated)
+
+
 def test_two_processes_at_once(small, tmp_path):
-    program = (
-        "import sys, ctypes, pathlib; from pshare_jax.kernels.native import library\n"
-        "library.SOURCES = pathlib.Path(sys.argv[1])\n"
-        "print(library._open(pathlib.Path(sys.argv[2]))[1].answer())"
-    )
-    command = [sys.executable, "-c", program, str(small), str(tmp_path / "cache")]
+    command = [sys.executable, "-c", LOADING, str(small), str(tmp_path / "cache")]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) for _ in range(2)]
     assert [process.communicate(timeout=60)[0] for process in processes] == [b"42\n"] * 2
     assert len(list((tmp_path / "cache").rglob("*.so"))) == 1
@@ -106,13 +139,26 @@ def test_a_compiler_that_fails_is_one_line_and_xla(small, anew, tmp_path, monkey
     assert not list((tmp_path / "cache").rglob("*.so"))
 
 
-def test_a_cache_that_cannot_be_written_is_one_line_and_xla(
-    small, anew, tmp_path, monkeypatch, caplog
+def test_a_cache_that_cannot_be_written_is_one_line_and_a_temporary_folder(
+    small, tmp_path, monkeypatch, caplog
 ):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    path, loaded = library._open_somewhere()
+    assert loaded.answer() == 42
+    assert path.is_relative_to(tmp_path / f"pshare_jax-{os.geteuid()}" / "native")
+    (line,) = caplog.messages
+    assert line.startswith(f"{tmp_path}/file/pshare_jax/native: cannot be used (Not a directory)")
+
+
+def test_no_folder_at_all_is_one_line_and_xla(small, anew, tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(library.runtime_files, "private_folder", lambda: tmp_path / "file")
     assert library.load_library() is None
-    assert len(caplog.messages) == 1
+    (line,) = caplog.messages
+    assert line.startswith("CPU kernels are not available, XLA takes their place: ")
 
 
 AVX2 = """

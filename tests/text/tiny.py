@@ -48,6 +48,15 @@ def write_byte_level(folder: Path, chat_template: str | None = CHAT_TEMPLATE) ->
     return _write(folder, tokenizer, config, {"eos_token_id": [2, 0]})
 
 
+def write_words(folder: Path) -> Path:
+    """A vocabulary of 100 words, for models whose embedding is small."""
+    words = {"<unk>": 0, **{f"w{i}": i for i in range(1, 100)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "w1"}
+    return _write(folder, tokenizer, config, {"eos_token_id": [1]})
+
+
 def write_sentencepiece(folder: Path) -> Path:
     """SentencePiece's way: a leading space is added and stripped, unknown bytes are tokens."""
     words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]

@@ -2,13 +2,16 @@
 
 The library is compiled at its first use for the very CPU, and kept in a folder named by a hash of
 sources, compiler, jaxlib and CPU, so that nothing stale is ever loaded, nor anything made for
-another machine that has the same home. The file appears there in one step: processes that start
-together may all compile it, and each loads a whole one.
+another machine that has the same home. A checksum lies beside it and is compared before every load:
+the process that loads a truncated library is killed by the system. One process compiles at a time,
+and the others load what it has made. Where the folder cannot be used, a temporary one is.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import logging
@@ -19,13 +22,14 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import jax
 
+from pshare_jax import runtime_files
 from pshare_jax.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -98,7 +102,7 @@ def require_library() -> Library:
 @functools.cache
 def _load() -> Library | None:
     try:
-        path, library = _open(cache_folder())
+        path, library = _open_somewhere()
     except (NativeBuildError, OSError) as error:
         logger.warning("CPU kernels are not available, XLA takes their place: %s", error)
         return None
@@ -111,14 +115,33 @@ def _load() -> Library | None:
 
 def cache_folder() -> Path:
     """Where libraries are kept: `pshare_jax/native` below the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pshare_jax/native"
+    return runtime_files.cache_folder("native")
+
+
+def _open_somewhere() -> tuple[Path, ctypes.CDLL]:
+    """The library of the user's cache folder, or of a temporary one where that cannot be used."""
+    folder = cache_folder()
+    try:
+        return _open(folder)
+    except OSError as error:
+        private = runtime_files.private_folder() / "native"
+        if folder == private:
+            raise
+        opened = _open(private)
+        logger.warning(
+            "%s: cannot be used (%s): the CPU kernels are kept in %s",
+            folder,
+            error.strerror or error,
+            private,
+        )
+        return opened
 
 
 def _open(cache: Path) -> tuple[Path, ctypes.CDLL]:
     path = build(cache)
     try:
         return path, ctypes.CDLL(str(path))
-    except OSError:  # damaged, by a full disk or a power cut
+    except OSError:  # made by a compiler whose libraries are gone, say
         path.unlink()
         return path, ctypes.CDLL(str(build(cache)))
 
@@ -132,17 +155,54 @@ def build(cache: Path) -> Path:
     """
     compiler = _compiler()
     path = cache / _key(compiler) / "libpshare_cpu.so"
-    if path.exists():
+    if _is_whole(path):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path.parent):
+        if not _is_whole(path):
+            _compile(compiler, path)
+    return path
+
+
+def _compile(compiler: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
         include = f"-I{jax.ffi.include_dir()}"
         started = time.monotonic()
         _run([compiler, *FLAGS, include, str(SOURCES / "ffi.cc"), "-o", str(made)])
+        checksum = Path(folder) / "checksum"
+        checksum.write_text(_sha256(made))
         os.replace(made, path)
+        os.replace(checksum, _checksum_file(path))
     logger.info("CPU kernels were compiled in %.0f s", time.monotonic() - started)
-    return path
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the library is there and is what was compiled."""
+    try:
+        return _checksum_file(path).read_text() == _sha256(path)
+    except (OSError, ValueError):
+        return False
+
+
+def _checksum_file(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time; without a word all of them where the file system knows no locks."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _compiler() -> str:

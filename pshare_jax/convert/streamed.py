@@ -1,0 +1,92 @@
+"""Logits of a model that is read layer by layer, so that it need not fit into memory."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pshare_jax.convert.tensors import DTYPES, LazyTensor
+from pshare_jax.models.attention import CausalAttention, rope_table
+from pshare_jax.models.config import ModelConfig
+from pshare_jax.models.decoder import DecoderLayer
+from pshare_jax.models.layers import RMSNorm
+from pshare_jax.models.weights import Weights
+
+COLUMNS = 4096
+"""Rows of the vocabulary that are float32 at once."""
+
+
+def hidden_states(
+    config: ModelConfig, tensors: Mapping[str, LazyTensor], prompts: Sequence[Sequence[int]]
+) -> np.ndarray:
+    """The last hidden states of each prompt on its own, in float32.
+
+    Args:
+        config: the architecture.
+        tensors: its weights by native name; one layer of them is in memory at a time.
+        prompts: token ids, at least one each.
+
+    Returns:
+        `[tokens of all prompts, embed]` float32, in the order of the prompts.
+    """
+    embedding = tensors["embed.embedding"].read()
+    states = []
+    for tokens in prompts:
+        # Lengths are padded to powers of two to compile few shapes; attention is causal.
+        padded = np.zeros(1 << (len(tokens) - 1).bit_length(), np.int32)
+        padded[: len(tokens)] = tokens
+        rows = np.clip(padded, 0, config.vocab_size - 1)
+        states.append(jnp.asarray(embedding[rows].astype(np.float32))[None])
+    del embedding
+    for i in range(config.num_layers):
+        prefix = f"layers.{i}."
+        # Every layer is called by the first one's name: one program serves all.
+        weights = {
+            f"layers.0.{name.removeprefix(prefix)}": _float32(tensor)
+            for name, tensor in tensors.items()
+            if name.startswith(prefix)
+        }
+        states = [jax.block_until_ready(_layer(config, weights, x)) for x in states]
+    norm = {"final_norm.scale": _float32(tensors["final_norm.scale"])}
+    normed = (RMSNorm("final_norm", norm, config.rms_norm_eps)(x)[0] for x in states)
+    return np.concatenate(
+        [np.asarray(x)[: len(p)] for x, p in zip(normed, prompts, strict=True)], axis=0
+    )
+
+
+def _float32(tensor: LazyTensor) -> jax.Array:
+    return jnp.asarray(tensor.astype(DTYPES["float32"]).read())
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _layer(config: ModelConfig, weights: Weights, x: jax.Array) -> jax.Array:
+    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    layer = DecoderLayer("layers.0", weights, config, "xla")
+    return layer(x, 0, rope_table(config, positions), CausalAttention(config), None)
+
+
+class Head:
+    """The output head of a model, kept in the dtype in which it is stored.
+
+    Args:
+        config: the architecture.
+        tensors: its weights by native name.
+    """
+
+    def __init__(self, config: ModelConfig, tensors: Mapping[str, LazyTensor]):
+        if config.tie_word_embeddings:
+            self._matrix = tensors["embed.embedding"].read()
+        else:
+            self._matrix = tensors["lm_head.kernel"].read().T
+
+    def logits(self, hidden: np.ndarray) -> np.ndarray:
+        """`[T, embed]` float32 -> `[T, vocab]` float32."""
+        parts = [
+            hidden @ self._matrix[i : i + COLUMNS].astype(np.float32).T
+            for i in range(0, len(self._matrix), COLUMNS)
+        ]
+        return np.concatenate(parts, axis=1)
