@@ -432,10 +432,12 @@ class DecodeCore:
     def _yield_to_older(self, row: DecodeRow) -> bool:
         """`row` is the youngest and there is no page: it gives way unless it is the only one.
 
-        With sequences still arriving it waits for them instead: they are younger.
+        With sequences still arriving it waits for them instead: they are younger. Prompts that hold
+        pages elsewhere in the pool wait for room here, so it gives way to them too.
         """
         arriving = self.admission.num_inside > len(self._rows)
-        if len(self._rows) > 1 and not arriving:
+        is_alone = len(self._rows) == 1 and self.youngest_elsewhere is None
+        if not is_alone and not arriving:
             self._preempt(row)
         return False
 
