@@ -36,6 +36,6 @@ class OnePool:
             self.decode.youngest_elsewhere = self.prefill.youngest_holder
             plan = self.decode.schedule(now)
             starved = self.decode.starved
-            gave_way = starved is not None and self.prefill.give_way(starved)
+            gave_way = starved is not None and self.prefill.give_way(starved, self.decode.inside_ids())
             if plan is not None or not gave_way:
                 return plan

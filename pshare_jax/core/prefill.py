@@ -11,7 +11,7 @@ Chunks of several prompts are computed in one call: see `chunk_shapes`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, field
 
@@ -194,10 +194,11 @@ class PrefillCore:
         holders = (*self._active, *self._held.values())
         return max((task.order for task in holders), default=None)
 
-    def give_way(self, order: int) -> bool:
+    def give_way(self, order: int, inside: Collection[int] = ()) -> bool:
         """Takes the pages of the youngest task that is younger than `order`; it will start anew.
 
-        What it has computed stays in the index as long as there is room.
+        What it has computed stays in the index as long as there is room. Sequences `inside` the
+        decode worker have their pages from there too, and stay.
 
         Returns:
             Whether there was one.
@@ -205,7 +206,10 @@ class PrefillCore:
         younger = [
             task
             for task in (*self._active, *self._held.values())
-            if task.order > order and task.planned is None and not self._is_offered(task)
+            if task.order > order
+            and task.planned is None
+            and not self._is_offered(task)
+            and task.sequence.id not in inside
         ]
         if not younger:
             return False
