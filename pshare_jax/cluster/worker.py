@@ -222,6 +222,9 @@ class DecodeWorker(Generic[D]):
         while self.executor.num_dispatched > self._steps_ahead:
             self._finish()
         polled = plan.step is None and plan.replay is None and not (plan.pulls or plan.admits)
+        if polled and self.executor.num_dispatched:
+            # A transfer under way must not keep the tokens that are there.
+            return self._finish()
         return bool(landed or plan.cancelled) or not polled
 
     def _finish(self) -> bool:

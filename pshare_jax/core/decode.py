@@ -168,8 +168,11 @@ class DecodeCore:
 
     def held_ids(self) -> set[int]:
         """Sequences that are known here, in any state."""
-        queued = {covered.sequence.id for covered in self._queue}
-        return queued | set(self._rows) | self._arrivals.ids()
+        return {covered.sequence.id for covered in self._queue} | self.inside_ids()
+
+    def inside_ids(self) -> set[int]:
+        """Sequences that have a slot and pages here."""
+        return set(self._rows) | self._arrivals.ids()
 
     def receive(self, message: Message) -> None:
         """Takes a message in."""

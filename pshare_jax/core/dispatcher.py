@@ -153,8 +153,9 @@ class Dispatcher:
             assert sequence is not None
             if sequence.decode_worker == worker:
                 if sequence.prefill_worker not in self._lost_workers:
-                    self.outbox.append((sequence.prefill_worker, m.Release(sequence.id)))
+                    # In this order: between the two the prompt may become complete.
                     self.outbox.append((sequence.prefill_worker, m.Abort(sequence.id)))
+                    self.outbox.append((sequence.prefill_worker, m.Release(sequence.id)))
                 self._retry(live, f"{worker}: {reason}")
             elif sequence.prefill_worker == worker and not live.started:
                 self.outbox.append((sequence.decode_worker, m.Abort(sequence.id)))

@@ -7,6 +7,7 @@ on: a sequence that finds no page takes them from the youngest, wherever that is
 from __future__ import annotations
 
 from pshare_jax.core.decode import DecodeCore
+from pshare_jax.core.messages import Withdrawn
 from pshare_jax.core.plans import DecodePlan, PrefillPlan
 from pshare_jax.core.prefill import PrefillCore
 
@@ -36,6 +37,11 @@ class OnePool:
             self.decode.youngest_elsewhere = self.prefill.youngest_holder
             plan = self.decode.schedule(now)
             starved = self.decode.starved
-            gave_way = starved is not None and self.prefill.give_way(starved)
-            if plan is not None or not gave_way:
+            if starved is None:
+                return plan
+            withdrawn = self.prefill.give_way(starved, self.decode.inside_ids())
+            if withdrawn is not None:
+                # At once: with the pages that are free now it would be let in.
+                self.decode.receive(Withdrawn(withdrawn))
+            if plan is not None or withdrawn is None:
                 return plan

@@ -11,7 +11,7 @@ Chunks of several prompts are computed in one call: see `chunk_shapes`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, field
 
@@ -194,21 +194,25 @@ class PrefillCore:
         holders = (*self._active, *self._held.values())
         return max((task.order for task in holders), default=None)
 
-    def give_way(self, order: int) -> bool:
+    def give_way(self, order: int, inside: Collection[int] = ()) -> int | None:
         """Takes the pages of the youngest task that is younger than `order`; it will start anew.
 
-        What it has computed stays in the index as long as there is room.
+        What it has computed stays in the index as long as there is room. Sequences `inside` the
+        decode worker have their pages from there too, and stay.
 
         Returns:
-            Whether there was one.
+            The id of its sequence, or None when there was none.
         """
         younger = [
             task
             for task in (*self._active, *self._held.values())
-            if task.order > order and task.planned is None and not self._is_offered(task)
+            if task.order > order
+            and task.planned is None
+            and not self._is_offered(task)
+            and task.sequence.id not in inside
         ]
         if not younger:
-            return False
+            return None
         task = max(younger, key=lambda task: task.order)
         if task in self._active:
             self._active.remove(task)
@@ -217,7 +221,7 @@ class PrefillCore:
             self._send(task.sequence.decode_worker, m.Withdrawn(task.sequence.id))
         self.cache.release(task.pages)
         self._wait(PrefillTask(task.sequence))
-        return True
+        return task.sequence.id
 
     def release_all(self) -> None:
         """Gives all pages back, of sequences that nobody will end."""
@@ -296,9 +300,12 @@ class PrefillCore:
             sequence = task.sequence
             if not coming.isdisjoint(sequence.chain):
                 continue
+            available = self.cache.num_available
             matched = self.cache.match(sequence.keys, sequence.prompt)
             needed = -(-sequence.covered // self.cache.page_size) - len(matched)
-            enough = self.cache.num_available >= needed + (self.reserve if needed else 0)
+            # Cached pages that nobody holds are taken, too.
+            takes = needed + available - self.cache.num_available
+            enough = self.cache.num_available >= needed + (self.reserve if takes else 0)
             fresh = self.cache.allocate(needed) if enough else None
             if fresh is None:
                 self.cache.release(node.page for node in matched)

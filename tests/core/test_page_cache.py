@@ -187,18 +187,27 @@ def test_a_page_that_never_came_leaves_the_index_and_is_free_once_released() -> 
     parent, leaf = (cache.node_of(page) for page in pages)
     assert parent is not None
     assert leaf is not None
-    with pytest.raises(AssertionError, match="leaves"):
-        cache.forget(parent)
-    leaf.state = PageState.ARRIVING
+    keys = block_keys(ROOTS[0], [1, 2, 3, 4], PAGE)
     cache.changes()
     cache.forget(leaf)
     assert leaf.state is PageState.FAILED
     assert cache.changes() == ([], [leaf.key])
-    keys = block_keys(ROOTS[0], [1, 2, 3, 4], PAGE)
     assert cache.matched_tokens(keys, [1, 2, 3, 4]) == 2
     cache.release(pages)
     cache.check(idle=True)
     assert cache.counts().cached == 1
+
+
+def test_pages_that_follow_one_that_never_came_leave_with_it() -> None:
+    cache = PageCache(4, PAGE)
+    pages = fill(cache, [1, 2, 3, 4])
+    parent = cache.node_of(pages[0])
+    assert parent is not None
+    cache.forget(parent)
+    assert cache.matched_tokens(block_keys(ROOTS[0], [1, 2, 3, 4], PAGE), [1, 2, 3, 4]) == 0
+    cache.release(pages)
+    cache.check(idle=True)
+    assert cache.counts().free == 3
 
 
 def test_changes_of_the_index_are_told_once() -> None:

@@ -87,11 +87,12 @@ class PageCache:
         self._index.insert(node)
 
     def forget(self, node: Node) -> None:
-        """Takes a leaf out of the index: its contents never came. Others may still hold its page.
+        """Takes a page out of the index, whose contents never came, and all that follow it.
 
-        Raises:
-            AssertionError: pages that follow it are indexed.
+        Those cannot be reached without it. Sequences may still hold the pages.
         """
+        for follower in self._index.followers(node):
+            self.forget(follower)
         self._index.remove(node)
         node.state = PageState.FAILED
         self._allocator.unkeep(node.page)

@@ -139,6 +139,13 @@ class PrefixIndex:
                 best = (node, length)
         return best
 
+    def followers(self, node: Node) -> list[Node]:
+        """The pages that follow a full page."""
+        children = self._children.get(node.key) if node.key is not None else None
+        if children is None:
+            return []
+        return [child for siblings in children.by_first_token.values() for child in siblings]
+
     def insert(self, node: Node) -> None:
         """Adds a page, which must not be indexed; nor may another full page of its key be."""
         assert node.page not in self._by_page, f"page {node.page} is indexed already"

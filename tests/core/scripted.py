@@ -1,0 +1,408 @@
+"""A host of cores without devices, threads or clock: a test says who acts when.
+
+Parts talk over queues, one for each pair of parts, each first in, first out; which queue is
+delivered next is the test's choice. Messages, plans and results go through their encoding.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pshare_jax.cluster.worker import DecodeWorker, PrefillWorker
+from pshare_jax.config import DecodeConfig
+from pshare_jax.core import messages as m
+from pshare_jax.core.decode import DecodeCore
+from pshare_jax.core.dispatcher import Dispatcher
+from pshare_jax.core.messages import (
+    DISPATCHER,
+    FinishReason,
+    Message,
+    PromptUsage,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    TokenLogprobs,
+)
+from pshare_jax.core.models import ModelSpec
+from pshare_jax.core.one_pool import OnePool
+from pshare_jax.core.pages.page_cache import PageCache
+from pshare_jax.core.pages.prefix_index import PageState, root_key
+from pshare_jax.core.prefill import PrefillCore
+from pshare_jax.core.router import Router, WorkerInfo
+from pshare_jax.core.split_rule import Invocation, LastTokens, SplitRule
+from tests.core.symbolic import (
+    Link,
+    SymbolicConnector,
+    SymbolicDecode,
+    SymbolicPool,
+    SymbolicPrefill,
+    module,
+    oracle,
+    prefill_writer,
+)
+
+PAGE = 4
+INVOKED_BY = (7, 7)
+"""Tokens from which on the model `alora` reads a prompt itself."""
+
+
+def model_specs(decode_workers: Sequence[str]) -> dict[str, ModelSpec]:
+    """One model of every kind; `elsewhere` is hosted by the last decode worker alone."""
+
+    def spec(name: str, kind: Any, rule: SplitRule, group: str, adapter: int = -1) -> ModelSpec:
+        hosts = tuple(decode_workers)
+        return ModelSpec(name, kind, "shared", rule, "base", "base", group, adapter, hosts)
+
+    last = tuple(decode_workers[-1:])
+    specs = [
+        spec("identity", "identity", LastTokens(1), "base"),
+        spec("lora", "lora", LastTokens(1), "base", 0),
+        spec("alora", "lora", Invocation(INVOKED_BY), "base", 1),
+        spec("full", "full", LastTokens(5), "full"),
+        ModelSpec("isolated", "full", "isolated", LastTokens(2), "own", "own", "isolated", -1, last),
+    ]
+    return {spec.name: spec for spec in specs}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a host is made of. `wire` sends messages through their encoding."""
+
+    prefill: int = 1
+    decode: int = 1
+    one_pool: bool = False
+    prefill_pages: int = 24
+    decode_pages: int = 24
+    steps_ahead: int = 1
+    steps_per_dispatch: int = 1
+    max_num_seqs: int = 4
+    wire: bool = True
+
+
+@dataclass
+class Reply:
+    """What a client has got of a request, and what it should get."""
+
+    request: Request
+    expected: list[int]
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    usage: PromptUsage | None = None
+    reason: FinishReason | None = None
+    error: str | None = None
+    aborted: bool = False
+
+    def take(self, event: RequestOutput) -> None:
+        """Takes an event, of which none may follow the last."""
+        assert self.reason is None, f"{self.request.id}: an event came after the last one"
+        self.tokens += event.token_ids
+        self.logprobs += event.logprobs
+        assert not (event.usage and event.token_ids and self.usage), "usage came twice"
+        self.usage = event.usage or self.usage
+        self.reason, self.error = event.finish_reason, event.error
+        assert self.tokens == self.expected[: len(self.tokens)], f"{self.request.id}: wrong tokens"
+
+    def check_ended(self) -> None:
+        """Asserts that it has ended well, or that there is a reason why not."""
+        assert self.reason is not None, f"{self.request.id} has not ended"
+        if self.reason in (FinishReason.STOP, FinishReason.LENGTH):
+            assert self.tokens == self.expected, f"{self.request.id}: tokens are missing"
+            if self.request.params.logprobs is not None:
+                assert [entry.logprob for entry in self.logprobs] == [-t for t in self.tokens]
+            usage = self.usage
+            assert usage is not None
+            tail = usage.prompt_tokens - usage.computed_tokens - usage.cached_tokens
+            assert tail >= 1
+        elif self.reason is FinishReason.ABORT:
+            assert self.aborted, f"{self.request.id} was not aborted"
+        else:
+            assert self.error
+
+
+class Host:
+    """Cores, their executors, and the messages between them.
+
+    Attributes:
+        now: virtual seconds.
+        replies: of all requests by id, in order of arrival.
+        link: where transfers are told to go wrong.
+    """
+
+    def __init__(self, setting: Setting):
+        self.setting = setting
+        self.now = 0.0
+        self.replies: dict[str, Reply] = {}
+        self.link = Link()
+        self.queues: dict[tuple[str, str], deque[bytes | Message | None]] = {}
+        self.dead: set[str] = set()
+        self.config = DecodeConfig(
+            batch_buckets=[1, 2, 4],
+            max_num_seqs=setting.max_num_seqs,
+            replay_buckets=[4],
+            steps_per_dispatch=setting.steps_per_dispatch,
+            group_quantum=2,
+        )
+        self.models = model_specs([f"decode{i}" for i in range(setting.decode)])
+        self.prefill: dict[str, PrefillWorker[SymbolicPrefill]] = {}
+        self.decode: dict[str, DecodeWorker[SymbolicDecode]] = {}
+        self._partner: dict[str, str] = {}
+        self._roots: dict[int, bytes] = {}
+        self._transfer_ids = itertools.count(1)
+        self._build()
+        self.router = Router(
+            [self._info(name) for name in self.prefill], [self._info(name) for name in self.decode]
+        )
+        self.dispatcher = Dispatcher(self.models, self.router, PAGE)
+
+    @property
+    def alive(self) -> list[str]:
+        """Names of the workers that have not been killed."""
+        return [name for name in (*self.prefill, *self.decode) if name not in self.dead]
+
+    @property
+    def live(self) -> list[Reply]:
+        """Replies that have not ended, oldest first."""
+        return [reply for reply in self.replies.values() if reply.reason is None]
+
+    @property
+    def pending(self) -> list[tuple[str, str]]:
+        """Pairs between which messages are on their way."""
+        return [pair for pair, queue in self.queues.items() if queue]
+
+    def submit(
+        self,
+        model: str,
+        prompt: Sequence[int],
+        max_tokens: int = 4,
+        *,
+        salt: str = "",
+        end_after: int | None = None,
+        logprobs: int | None = None,
+    ) -> Reply:
+        """Submits a request; its token number `end_after` will be an end token."""
+        spec = self.models[model]
+        split = spec.split_rule.split(prompt)
+        writer = prefill_writer(spec.prefill_weights, root_key(spec.namespace, salt))
+        reader = module(spec.group, spec.adapter if split.invoked else -1)
+        expected = oracle(writer, reader, prompt, split.covered, max_tokens)
+        ends = frozenset(expected[end_after : end_after + 1] if end_after is not None else ())
+        expected = oracle(writer, reader, prompt, split.covered, max_tokens, ends)
+        params = SamplingParams(max_tokens=max_tokens, logprobs=logprobs)
+        request = Request(f"r{len(self.replies)}", model, tuple(prompt), params, salt)
+        reply = self.replies[request.id] = Reply(request, expected)
+        order = len(self.replies)
+        self.dispatcher.submit(request, order=order, seed=0, end_token_ids=ends)
+        self._collect_dispatcher()
+        return reply
+
+    def abort(self, reply: Reply) -> None:
+        """A client has gone."""
+        reply.aborted = True
+        self.dispatcher.abort(reply.request.id)
+        self._collect_dispatcher()
+
+    def deliver(self, source: str, to: str) -> None:
+        """Delivers the first message from `source` to `to`."""
+        data = self.queues[source, to].popleft()
+        message = m.decode(data) if isinstance(data, bytes) else data
+        if to != DISPATCHER:
+            self._receive(to, message)
+            self._collect(to)
+            return
+        if message is None:
+            self.dispatcher.lose_worker(source, "killed")
+        else:
+            self.dispatcher.receive(source, message)  # type: ignore[arg-type]
+        self._collect_dispatcher()
+
+    def deliver_all(self, *names: str) -> None:
+        """Delivers what is on its way, and what that brings about; between `names` if given."""
+        while pairs := [p for p in self.pending if not names or set(p) <= {*names}]:
+            for pair in pairs:
+                self.deliver(*pair)
+
+    def work(self, name: str) -> bool:
+        """One piece of a worker's work; says whether it got on."""
+        worker = self.prefill.get(name) or self.decode[name]
+        piece = worker.plan(self.now)
+        partner = self._partner.get(name)
+        if piece is not None and partner in self.decode:
+            self.decode[partner].drain()
+        progress = piece() if piece is not None else False
+        return self._collect(name) or progress
+
+    def kill(self, name: str) -> None:
+        """A worker has failed, and with it the one that uses the same pool."""
+        for victim in [name, self._partner.get(name)]:
+            if victim is None:
+                continue
+            worker = self.prefill.get(victim) or self.decode[victim]
+            worker.release_all()
+            worker.cache.check()
+            self.dead.add(victim)
+            self.link.drop_worker(victim)
+            self.queues.setdefault((victim, DISPATCHER), deque()).append(None)
+        for (_, to), queue in self.queues.items():
+            if to in self.dead:
+                queue.clear()
+
+    def round(self) -> bool:
+        """Everybody acts once; says whether anything has happened."""
+        progress = bool(self.pending)
+        self.deliver_all()
+        for name in self.alive:
+            progress = self.work(name) or progress
+            self.deliver_all()
+        return progress
+
+    def drain(self, *, rounds: int = 3000) -> None:
+        """Lets all requests end, in a fair order and a bounded number of rounds."""
+        idle = 0
+        for _ in range(rounds):
+            idle = 0 if self.round() else idle + 1
+            self.check()
+            if idle:
+                self.now += 0.5
+            if idle > 2 and not self.dispatcher.num_live and not self._busy():
+                break
+            assert idle < 100, f"nothing moves, but {[r.request.id for r in self.live]} wait"
+        assert not self.dispatcher.num_live, "too many rounds"
+        for reply in self.replies.values():
+            reply.check_ended()
+        self.check_idle()
+
+    def check(self) -> None:
+        """Asserts the invariants that hold between any two actions."""
+        for name in self.alive:
+            (self.prefill.get(name) or self.decode[name]).cache.check()
+        for name, worker in self.decode.items():
+            if name not in self.dead:
+                check_fillers(worker.core)
+
+    def check_idle(self) -> None:
+        """Asserts that nothing is held, offered, pulled or remembered of requests."""
+        for worker in (*self.prefill.values(), *self.decode.values()):
+            worker.cache.check(idle=True)
+            assert worker.core.held_ids() == set()
+        for worker in self.decode.values():
+            assert worker.name in self.dead or worker.core.admission.num_inside == 0
+            assert worker.name in self.dead or worker.executor.connector.arriving == {}
+        assert self.link.offers == {}
+        assert self.router._assigned == {}
+        assert all(worker.load == 0 for worker in self.router._decode.values())
+        assert all(worker.pending_tokens == 0 for worker in self.router._prefill.values())
+
+    def _busy(self) -> bool:
+        workers = [self.prefill.get(name) or self.decode[name] for name in self.alive]
+        return any(worker.core.held_ids() for worker in workers)
+
+    def _build(self) -> None:
+        setting = self.setting
+        for i in range(setting.decode):
+            name = f"decode{i}"
+            pool = SymbolicPool(setting.decode_pages, PAGE)
+            cache = PageCache(setting.decode_pages, PAGE)
+            core = DecodeCore(
+                name,
+                cache,
+                self.models,
+                self.config,
+                0 if setting.one_pool else 64,
+                owns_cache=not setting.one_pool,
+                transfer_ids=self._transfer_ids,
+            )
+            end = SymbolicConnector(name, pool, self.link)
+            schedule = None
+            if setting.one_pool:
+                schedule = self._pair(i, core, end)
+            executor = SymbolicDecode(end, self.config)
+            self.decode[name] = DecodeWorker(core, executor, schedule, setting.steps_ahead)
+        for i in range(0 if setting.one_pool else setting.prefill):
+            name = f"prefill{i}"
+            pool = SymbolicPool(setting.prefill_pages, PAGE)
+            cache = PageCache(setting.prefill_pages, PAGE)
+            core = PrefillCore(name, cache, self.models, [4, 8])
+            end = SymbolicConnector(name, pool, self.link)
+            self.prefill[name] = PrefillWorker(core, self._prefill_executor(end))
+
+    def _pair(self, index: int, decode: DecodeCore, end: SymbolicConnector) -> Any:
+        """A prefill worker over a decode core's pool; returns how the decode core is scheduled."""
+        name = f"prefill{index}"
+        core = PrefillCore(name, decode.cache, self.models, [4, 8])
+        pool = OnePool(core, decode)
+        executor = self._prefill_executor(SymbolicConnector(name, end.pool, self.link))
+        self.prefill[name] = PrefillWorker(core, executor, pool.schedule_prefill)
+        self._partner |= {name: decode.name, decode.name: name}
+        return pool.schedule_decode
+
+    def _prefill_executor(self, end: SymbolicConnector) -> SymbolicPrefill:
+        return SymbolicPrefill(end, [4, 8], self._roots.__getitem__)
+
+    def _info(self, name: str) -> WorkerInfo:
+        worker = self.prefill.get(name) or self.decode[name]
+        partner = self._partner.get(name, "") if name in self.prefill else ""
+        return WorkerInfo(name, worker.cache.num_usable, PAGE, partner)
+
+    def _receive(self, to: str, message: Any) -> None:
+        if to in self.dead:
+            return
+        if isinstance(message, m.Prefill):
+            self._roots[message.sequence.id] = message.sequence.root
+        (self.prefill.get(to) or self.decode[to]).receive(message)
+
+    def _collect(self, name: str) -> bool:
+        """Takes what workers have to say; those of one pool hear each other at once."""
+        spoke, together = False, [name, self._partner.get(name)]
+        workers = [self.prefill.get(n) or self.decode[n] for n in together if n is not None]
+        while any(worker.outbox for worker in workers):
+            for worker in workers:
+                while worker.outbox:
+                    spoke = True
+                    to, message = worker.outbox.pop(0)
+                    if to in together:
+                        self._receive(to, m.decode(m.encode(message)))
+                    else:
+                        self._post(worker.name, to, message)
+        return spoke
+
+    def _collect_dispatcher(self) -> None:
+        messages, self.dispatcher.outbox = self.dispatcher.outbox, []
+        outputs, self.dispatcher.outputs = self.dispatcher.outputs, []
+        for to, message in messages:
+            self._post(DISPATCHER, to, message)
+        for output in outputs:
+            self.replies[output.request_id].take(output)
+
+    def _post(self, source: str, to: str, message: Message) -> None:
+        if to not in self.dead:
+            data = m.encode(message) if self.setting.wire else message
+            self.queues.setdefault((source, to), deque()).append(data)
+
+
+def check_fillers(core: DecodeCore) -> None:
+    """Asserts that each page that somebody waits for has one who brings it, by a live transfer."""
+    arrivals = core._arrivals
+    fillers: dict[int, int] = {}
+    for arrival in arrivals._arrivals.values():
+        coming = set(_numbers(arrivals, arrival.transfers))
+        assert set(arrival.filling) <= coming, "no transfer brings a page"
+        for node in arrival.filling.values():
+            assert node.state is PageState.ARRIVING
+            assert node.filler == arrival.sequence.id
+            fillers[node.page] = arrival.sequence.id
+    for arrival in arrivals._arrivals.values():
+        for node in arrival.awaited.values():
+            assert node.state is not PageState.FAILED, "somebody waits for a page that has failed"
+            assert node.state is PageState.READY or node.page in fillers, "nobody fills a page"
+    for node in core.cache._index._by_page.values():
+        if node.state is PageState.ARRIVING:
+            assert fillers.get(node.page) == node.filler, "an arriving page has no filler"
+
+
+def _numbers(arrivals: Any, transfers: set[int]) -> Iterator[int]:
+    for transfer in transfers:
+        yield from arrivals._transfers[transfer].numbers

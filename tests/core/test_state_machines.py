@@ -1,0 +1,168 @@
+"""The cores under random arrivals, aborts, failures and orders of events; and the stories in it.
+
+After each step every page is free, referenced or indexed, and every page that somebody waits for
+has one who brings it. Whatever happened, in the end each request has ended once, with the oracle's
+tokens, each delivered once, or because it was aborted, or with an error; and nothing is held.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from pshare_jax.core import messages as m
+from pshare_jax.core.arrivals import TRANSFER_SECONDS
+from pshare_jax.core.messages import DISPATCHER, FinishReason
+from tests.core.scripted import INVOKED_BY, PAGE, Host, Reply, Setting
+
+LONGEST = 32
+"""Tokens of a prompt and its reply together; each pool holds one such sequence."""
+
+MODELS = ["identity", "lora", "alora", "full", "isolated"]
+
+SETTINGS = {
+    "one of each": Setting(),
+    "tiny pools": Setting(prefill_pages=9, decode_pages=9, steps_per_dispatch=2),
+    "tiny decode pool, far ahead": Setting(decode_pages=11, steps_ahead=2),
+    "nothing ahead": Setting(prefill_pages=12, decode_pages=12, steps_ahead=0),
+    "several": Setting(prefill=2, decode=2, prefill_pages=12, decode_pages=12),
+    "many": Setting(prefill=3, decode=2, decode_pages=14, steps_per_dispatch=3, steps_ahead=2),
+    "one pool": Setting(one_pool=True, decode_pages=20, steps_per_dispatch=2),
+    "tiny pool for both": Setting(one_pool=True, decode_pages=10),
+    "tiny pool for both, far ahead": Setting(
+        one_pool=True, decode_pages=12, steps_ahead=2, steps_per_dispatch=3, max_num_seqs=3
+    ),
+    "two pools for both": Setting(one_pool=True, decode=2, decode_pages=14, steps_ahead=0),
+}
+
+
+class Machine(RuleBasedStateMachine):
+    """Random actions; prompts are of few different tokens and go on from earlier ones."""
+
+    setting = Setting()
+
+    @initialize()
+    def start(self) -> None:
+        self.host = Host(self.setting)
+
+    def _submit(self, prompt: list[int], model: str, count: int, salted: int, end: int) -> None:
+        self.host.submit(
+            model,
+            prompt[: LONGEST - count],
+            count,
+            salt="tenant" if salted == 0 else "",
+            end_after=end if end < count else None,
+            logprobs=1 if end % 2 else None,
+        )
+
+    @rule(
+        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=24),
+        models=st.lists(st.sampled_from(MODELS), min_size=1, max_size=3),
+        count=st.integers(1, 8),
+        salted=st.integers(0, 3),
+        end=st.integers(0, 16),
+    )
+    def ask(self, prompt: list[int], models: list[str], count: int, salted: int, end: int) -> None:
+        for model in models:
+            self._submit(prompt, model, count, salted, end)
+
+    @precondition(lambda self: self.host.replies)
+    @rule(
+        data=st.data(),
+        more=st.lists(st.sampled_from([0, 1, 7]), max_size=6),
+        cut=st.integers(0, 9),
+        model=st.sampled_from(MODELS),
+        count=st.integers(1, 8),
+        end=st.integers(0, 16),
+    )
+    def go_on(
+        self, data: st.DataObject, more: list[int], cut: int, model: str, count: int, end: int
+    ) -> None:
+        """A session's next turn, or one that branches off."""
+        before = data.draw(st.sampled_from(list(self.host.replies.values())))
+        known = [*before.request.prompt_token_ids, *before.tokens]
+        self._submit([*known[: max(len(known) - cut, 1)], *more], model, count, 1, end)
+
+    @precondition(lambda self: self.host.live)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        self.host.abort(data.draw(st.sampled_from(self.host.live)))
+
+    @precondition(lambda self: self.host.pending)
+    @rule(data=st.data(), count=st.integers(1, 4))
+    def deliver(self, data: st.DataObject, count: int) -> None:
+        for _ in range(count):
+            if pairs := self.host.pending:
+                self.host.deliver(*data.draw(st.sampled_from(pairs)))
+
+    @precondition(lambda self: self.host.alive)
+    @rule(data=st.data(), count=st.integers(1, 4))
+    def work(self, data: st.DataObject, count: int) -> None:
+        name = data.draw(st.sampled_from(self.host.alive))
+        for _ in range(count):
+            self.host.work(name)
+
+    @rule(count=st.integers(1, 4))
+    def everybody(self, count: int) -> None:
+        for _ in range(count):
+            self.host.round()
+
+    @rule(seconds=st.sampled_from([0.5, TRANSFER_SECONDS]))
+    def wait(self, seconds: float) -> None:
+        self.host.now += seconds
+
+    @rule(faults=st.lists(st.sampled_from(["", "refused", "lost"]), min_size=1, max_size=3))
+    def spoil_offers(self, faults: list[str]) -> None:
+        self.host.link.offer_faults.extend(faults)
+
+    @rule(
+        faults=st.lists(
+            st.sampled_from(["", "refused", "late", "never", "corrupt"]), min_size=1, max_size=3
+        )
+    )
+    def spoil_transfers(self, faults: list[str]) -> None:
+        self.host.link.accept_faults.extend(faults)
+
+    @rule(data=st.data(), count=st.integers(1, 3))
+    def spoil_chunks(self, data: st.DataObject, count: int) -> None:
+        name = data.draw(st.sampled_from(list(self.host.prefill)))
+        self.host.prefill[name].executor.failures += count
+
+    @precondition(lambda self: len(self.host.replies) > 3 and self.host.alive)
+    @rule(data=st.data(), really=st.integers(0, 3))
+    def kill(self, data: st.DataObject, really: int) -> None:
+        if really == 0:
+            self.host.kill(data.draw(st.sampled_from(self.host.alive)))
+
+    @invariant()
+    def nothing_is_lost_on_the_way(self) -> None:
+        if hasattr(self, "host"):
+            self.host.check()
+
+    def teardown(self) -> None:
+        if hasattr(self, "host"):
+            self.host.drain()
+
+
+def machine(setting: Setting) -> type[Machine]:
+    return type("Machine", (Machine,), {"setting": setting})
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_whatever_happens_every_request_ends_once_and_nothing_is_held(name: str) -> None:
+    from hypothesis.stateful import run_state_machine_as_test
+
+    run_state_machine_as_test(
+        machine(SETTINGS[name]),
+        settings=settings(
+            max_examples=60,
+            stateful_step_count=40,
+            deadline=None,
+            derandomize=True,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
