@@ -98,6 +98,15 @@ class ServerConfig:
         read_timeout_seconds: how long a client may take to send its request.
         write_timeout_seconds: how long a streaming client may leave its data unread.
         api_key: when set, requests must carry it as a bearer token.
+        strict: refuses fields that are not known; otherwise they are ignored, with a log line and a
+            `Warnings` header.
+        max_n: most samples (`n`) of one prompt.
+        max_prompts: most prompts of one completion request.
+        max_body_items: most texts, lists and objects of one request body; a number counts for a
+            sixteenth of one.
+        worker_threads: threads that read large bodies, render chat templates and tokenise.
+        ping_seconds: a stream that has nothing to say for so long gets an SSE comment; 0 is never.
+        cors_origins: origins whose pages may call the API from a browser; `*` is every one.
     """
 
     host: str = "127.0.0.1"
@@ -107,6 +116,13 @@ class ServerConfig:
     read_timeout_seconds: float = 30.0
     write_timeout_seconds: float = 60.0
     api_key: str = ""
+    strict: bool = False
+    max_n: int = 128
+    max_prompts: int = 256
+    max_body_items: int = 50_000
+    worker_threads: int = 2
+    ping_seconds: float = 15.0
+    cors_origins: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

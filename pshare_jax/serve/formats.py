@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-from msgspec import UNSET, Struct, UnsetType
+import msgspec
+from msgspec import UNSET, Struct, UnsetType, structs
 
+from pshare_jax.frontend.output import Piece, ScoredToken, SequenceOutput
 from pshare_jax.serve.protocol import (
     AssistantMessage,
     ChatChoice,
@@ -21,7 +23,6 @@ from pshare_jax.serve.protocol import (
     TopLogprob,
     Usage,
 )
-from pshare_jax.serve.sequence import Piece, ScoredToken, SequenceOutput
 from pshare_jax.text.tokenizer import Tokenizer
 
 # JSON has no minus infinity; OpenAI's stand-in for a probability of zero.
@@ -73,7 +74,7 @@ class CompletionFormat:
     Args:
         echoes: for each choice the text that goes before the completion, usually empty.
         logprobs: how many of the most likely tokens are listed, or None for no probabilities.
-        token_ids: whether the ids of the generated tokens are listed.
+        prompt_ids: for each choice the token ids of its prompt, when token ids are listed.
     """
 
     def __init__(
@@ -82,19 +83,21 @@ class CompletionFormat:
         tokenizer: Tokenizer,
         echoes: Sequence[str],
         logprobs: int | None,
-        token_ids: bool,
+        prompt_ids: Sequence[Sequence[int]] | None = None,
     ):
         self.heading = heading
         self._tokenizer = tokenizer
         self._echoes = echoes
         self._logprobs = logprobs
-        self._token_ids = token_ids
+        self._prompt_ids = prompt_ids
 
     def opening(self, index: int) -> Struct | None:
-        """The prompt, when it is echoed."""
-        if not self._echoes[index]:
+        """The prompt, when it is echoed or its token ids are listed."""
+        if not self._echoes[index] and self._prompt_ids is None:
             return None
         choice = CompletionChoice(index, self._echoes[index], None, None, None)
+        if self._prompt_ids is not None:
+            choice.token_ids, choice.prompt_token_ids = [], self._prompt_ids[index]
         return self._completion([choice], self.heading.chunk_usage)
 
     def chunk(self, index: int, piece: Piece, sequence: SequenceOutput) -> Struct:
@@ -113,6 +116,8 @@ class CompletionFormat:
         for index, (piece, sequence) in enumerate(zip(pieces, sequences, strict=True)):
             choice = self._choice(index, piece, sequence)
             choice.text = self._echoes[index] + choice.text
+            if self._prompt_ids is not None:
+                choice.prompt_token_ids = self._prompt_ids[index]
             choices.append(choice)
         return self._completion(choices, usage)
 
@@ -124,7 +129,7 @@ class CompletionFormat:
 
     def _choice(self, index: int, piece: Piece, sequence: SequenceOutput) -> CompletionChoice:
         logprobs = None if self._logprobs is None else self._scores(piece.tokens)
-        token_ids = piece.token_ids if self._token_ids else UNSET
+        token_ids = UNSET if self._prompt_ids is None else piece.token_ids
         return CompletionChoice(
             index, piece.text, logprobs, sequence.finish_reason, sequence.stop_reason, token_ids
         )
@@ -146,17 +151,31 @@ class CompletionFormat:
 
 
 class ChatFormat:
-    """`/v1/chat/completions`; `logprobs` as in `CompletionFormat`."""
+    """`/v1/chat/completions`; `logprobs` as in `CompletionFormat`.
 
-    def __init__(self, heading: Heading, tokenizer: Tokenizer, logprobs: int | None):
+    Args:
+        prompt_ids: token ids of the prompt, when token ids are listed.
+    """
+
+    def __init__(
+        self,
+        heading: Heading,
+        tokenizer: Tokenizer,
+        logprobs: int | None,
+        prompt_ids: Sequence[int] | None = None,
+    ):
         self.heading = heading
         self._tokenizer = tokenizer
         self._logprobs = logprobs
+        self._prompt_ids = prompt_ids
 
     def opening(self, index: int) -> Struct | None:
         """The role."""
         delta = Delta(role="assistant", content="")
-        return self._chunk([ChatChoice(index, None, None, None, delta=delta)])
+        chunk = self._chunk([ChatChoice(index, None, None, None, delta=delta)])
+        if self._prompt_ids is not None:
+            chunk.prompt_token_ids = self._prompt_ids
+        return chunk
 
     def chunk(self, index: int, piece: Piece, sequence: SequenceOutput) -> Struct:
         """A piece of the message."""
@@ -176,8 +195,9 @@ class ChatFormat:
             for index, (piece, sequence) in enumerate(zip(pieces, sequences, strict=True))
         ]
         heading = self.heading
+        ids = UNSET if self._prompt_ids is None else self._prompt_ids
         return ChatCompletion(
-            heading.id, "chat.completion", heading.created, heading.model, choices, usage
+            heading.id, "chat.completion", heading.created, heading.model, choices, usage, ids
         )
 
     def _chunk(self, choices: list[ChatChoice], usage: Usage | None = None) -> ChatCompletion:
@@ -203,7 +223,13 @@ class ChatFormat:
         if self._logprobs is not None:
             logprobs = ChatLogprobs([self._score(token) for token in piece.tokens])
         return ChatChoice(
-            index, logprobs, sequence.finish_reason, sequence.stop_reason, message, delta
+            index,
+            logprobs,
+            sequence.finish_reason,
+            sequence.stop_reason,
+            message,
+            delta,
+            UNSET if self._prompt_ids is None else piece.token_ids,
         )
 
     def _score(self, token: ScoredToken) -> TokenLogprob:
@@ -217,6 +243,21 @@ class ChatFormat:
                 for i, value in token.logprobs.top[: self._logprobs]
             ],
         )
+
+
+def with_usage(chunk: Struct, usage: Usage | None) -> Struct:
+    """`chunk`, saying what was used so far, if that is known."""
+    return chunk if usage is None else structs.replace(chunk, usage=usage)
+
+
+def encode_answer(answer: Struct) -> bytes:
+    """JSON of a whole answer. Its choices are encoded one by one: what holds a hundred long ones is
+    else encoded in one go, which keeps every thread waiting."""
+    choices = getattr(answer, "choices", None)
+    if choices:
+        raw: list[Any] = [msgspec.Raw(msgspec.json.encode(choice)) for choice in choices]
+        answer = structs.replace(answer, choices=raw)
+    return msgspec.json.encode(answer)
 
 
 def _finite(logprob: float) -> float:

@@ -55,12 +55,12 @@ def _reset(transport: asyncio.Transport) -> None:
 class EventStream:
     """Collects events and sends them together."""
 
-    def __init__(self, request: web.Request, headers: dict[str, str], write_timeout: float):
+    def __init__(self, request: web.Request, write_timeout: float):
         self._request = request
         self._seconds = write_timeout
         self._encoder = msgspec.json.Encoder()
         self._pending = bytearray()
-        self.response = web.StreamResponse(headers={**_HEADERS, **headers})
+        self.response = web.StreamResponse(headers=_HEADERS)
 
     def add(self, event: msgspec.Struct) -> None:
         """Queues `event` as JSON."""
@@ -71,6 +71,10 @@ class EventStream:
         self._pending += b"data: "
         self._pending += data
         self._pending += b"\n\n"
+
+    def add_comment(self) -> None:
+        """Queues a line that clients skip, so that they and proxies see that somebody is there."""
+        self._pending += b": ping\n\n"
 
     async def flush(self) -> None:
         """Sends what is queued.

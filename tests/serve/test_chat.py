@@ -1,12 +1,11 @@
-import asyncio
 import json
 
 import pytest
 
-from pshare_jax.serve.params import Limits
+from pshare_jax.frontend.chat import chat_prompt
+from pshare_jax.frontend.params import Limits
+from pshare_jax.frontend.requests import ChatRequest
 from pshare_jax.serve.parsing import parse
-from pshare_jax.serve.prompts import chat_prompt
-from pshare_jax.serve.protocol import ChatRequest
 from pshare_jax.text.tokenizer import Tokenizer
 from tests.serve.test_completions import script
 from tests.text.tiny import write_byte_level
@@ -78,10 +77,8 @@ def test_tool_calls_of_the_past_are_given_as_objects(tmp_path):
         {"role": "assistant", "content": None, "tool_calls": calls},
         {"role": "tool", "content": "42", "tool_call_id": "1", "name": "f"},
     ]
-    body = parse(json.dumps({"model": "m", "messages": messages}).encode(), ChatRequest)
-    prompt = asyncio.run(
-        chat_prompt(tokenizer, Limits(1000, 10_000), body.messages, None, None, None)
-    )
+    body = parse(json.dumps({"model": "m", "messages": messages}).encode(), ChatRequest).value
+    prompt = chat_prompt(tokenizer, Limits(1000, 10_000), body.messages)
     first, second = json.loads(tokenizer.decode(prompt.token_ids))
     assert [c["function"]["arguments"] for c in first["tool_calls"]] == [
         {"x": [1]},

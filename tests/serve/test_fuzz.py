@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pshare_jax.serve.protocol import ChatRequest, CompletionRequest
+from pshare_jax.frontend.requests import ChatRequest, CompletionRequest
 from tests.serve.fake import fake_engine
 from tests.serve.server import running_server
 

@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from pshare_jax.engine.request import FinishReason, PromptUsage, RequestOutput, TokenLogprobs
-from pshare_jax.serve.params import OutputParams
+from pshare_jax.frontend.params import OutputParams
 from pshare_jax.text.detokenizer import StopMatcher
 from pshare_jax.text.tokenizer import Tokenizer
 
@@ -88,9 +88,8 @@ class SequenceOutput:
         """What has become safe to show since the last call."""
         text = "".join(self._text)
         self._text.clear()
-        everything = self.finish_reason is not None or self._released == self._decoded
-        if self._matcher.matched is not None:
-            everything = False
+        # A token without text waits for the text after it: a stop string may yet cut there.
+        everything = self.finish_reason is not None and self._matcher.matched is None
         tokens = []
         while self._scored and (everything or self._scored[0].offset < self._released):
             tokens.append(self._scored.popleft())

@@ -1,8 +1,11 @@
-"""From the prompts or messages of a request to token ids."""
+"""From the prompts or messages of a request to token ids.
+
+Nothing here waits for anything, but long texts take their time: callers with an event loop use a
+thread.
+"""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +13,11 @@ from typing import Any
 import msgspec
 
 from pshare_jax.errors import RequestError
-from pshare_jax.serve.params import Limits, check_token_ids, resolve_max_tokens
-from pshare_jax.serve.protocol import ChatMessage, CompletionRequest, Tool, ToolCall
+from pshare_jax.frontend.params import Limits, check_token_ids, resolve_max_tokens
+from pshare_jax.frontend.requests import ChatMessage, CompletionRequest, Tool, ToolCall
 from pshare_jax.text.tokenizer import Tokenizer
 
-# Longer texts are tokenised in a thread, so that others' streams go on.
-INLINE_CHARS = 8192
+MAX_TOOLS = 1024
 
 
 @dataclass(frozen=True)
@@ -26,13 +28,13 @@ class Prompt:
     text: str | None = None
 
 
-async def completion_prompts(
+def completion_prompts(
     body: CompletionRequest, tokenizer: Tokenizer, limits: Limits
 ) -> list[Prompt]:
     """The prompts of `body`: a text, token ids, or a list of either.
 
     Raises:
-        RequestError: an empty, mixed or too long prompt, or an id out of range.
+        RequestError: too many prompts; an empty, mixed or too long one; an id out of range.
     """
     given = [body.prompt] if isinstance(body.prompt, str) else body.prompt
     if not given:
@@ -45,56 +47,116 @@ async def completion_prompts(
         )
     if kinds == {int}:
         given = [given]
+    if len(given) > limits.max_prompts:
+        raise RequestError(
+            f"prompt holds {len(given)} prompts; the server takes {limits.max_prompts} a request",
+            param="prompt",
+        )
+    keep = _truncation(body.truncate_prompt_tokens, limits)
+    special = body.add_special_tokens is not False
     prompts = []
     for item in given:
         if isinstance(item, str):
-            ids = await encode(tokenizer, item, limits, "prompt")
-            prompts.append(Prompt(tuple(ids), item))
+            ids = encode(tokenizer, item, limits, "prompt", special, keep)
+            prompts.append(Prompt(tuple(ids), item if keep is None else None))
         else:
-            check_token_ids(item, limits.vocab_size, "prompt")  # type: ignore[arg-type]
-            prompts.append(Prompt(tuple(item)))  # type: ignore[arg-type]
+            prompts.append(Prompt(_given_ids(item, limits, keep)))
     if not all(prompt.token_ids for prompt in prompts):
         raise RequestError("prompt must hold at least one token", param="prompt")
     return prompts
 
 
-async def chat_prompt(
+def _given_ids(item: Any, limits: Limits, keep: int | None) -> tuple[int, ...]:
+    ids = item if keep is None else item[-keep:]
+    # Counted before they are looked at.
+    resolve_max_tokens(None, None, len(ids), limits, "prompt")
+    check_token_ids(ids, limits.vocab_size, "prompt")
+    return tuple(ids)
+
+
+def _truncation(given: float | None, limits: Limits) -> int | None:
+    """How many of a prompt's last tokens are kept; None for all. -1 is what the model can take."""
+    if given is None:
+        return None
+    if given != -1 and not 1 <= given < limits.max_model_len:
+        raise RequestError(
+            f"truncate_prompt_tokens must be -1 or between 1 and {limits.max_model_len - 1}",
+            param="truncate_prompt_tokens",
+        )
+    return limits.max_model_len - 1 if given == -1 else int(given)
+
+
+def chat_prompt(
     tokenizer: Tokenizer,
     limits: Limits,
     messages: Sequence[ChatMessage],
-    tools: Sequence[Mapping[str, Any]] | None,
-    add_generation_prompt: bool | None,
-    template_kwargs: Mapping[str, Any] | None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+    add_special_tokens: bool | None = None,
+    truncate: float | None = None,
 ) -> Prompt:
     """The messages as the model's chat template writes them.
+
+    Args:
+        tokenizer: whose chat template it is.
+        limits: of the served models.
+        messages: the conversation.
+        tools: functions that the model may call, in OpenAI's form.
+        add_generation_prompt: whether an assistant message is begun; None is yes.
+        template_kwargs: more variables of the template.
+        add_special_tokens: whether the tokenizer's own special tokens go around the text; None is
+            no, since templates write them.
+        truncate: how many of the last tokens are kept; -1 is as many as fit.
 
     Raises:
         RequestError: messages or tools that cannot be rendered, or that are too long.
     """
     if not messages:
         raise RequestError("messages must hold at least one message", param="messages")
+    if len(messages) > limits.max_model_len:
+        # Each is a token at least.
+        raise RequestError(
+            f"messages holds {len(messages)} messages; the context has {limits.max_model_len} "
+            "tokens",
+            param="messages",
+            code="context_length_exceeded",
+        )
     _check_tools(tools or ())
-    text = await asyncio.to_thread(
-        tokenizer.apply_chat_template,
+    keep = _truncation(truncate, limits)
+    text = tokenizer.apply_chat_template(
         [_template_message(message, index) for index, message in enumerate(messages)],
         tools,
         add_generation_prompt is not False,
         template_kwargs,
     )
-    ids = await encode(tokenizer, text, limits, "messages", add_special_tokens=False)
+    ids = encode(tokenizer, text, limits, "messages", bool(add_special_tokens), keep)
     if not ids:
         raise RequestError("the chat template gave an empty prompt", param="messages")
     return Prompt(tuple(ids))
 
 
-async def encode(
-    tokenizer: Tokenizer, text: str, limits: Limits, param: str, add_special_tokens: bool = True
+def encode(
+    tokenizer: Tokenizer,
+    text: str,
+    limits: Limits,
+    param: str,
+    add_special_tokens: bool = True,
+    keep: int | None = None,
 ) -> list[int]:
-    """Token ids of `text`; a text that is sure to be too long is refused untokenised."""
-    resolve_max_tokens(None, None, tokenizer.min_tokens(text), limits, param)
-    if len(text) <= INLINE_CHARS:
-        return tokenizer.encode(text, add_special_tokens)
-    return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)
+    """Token ids of `text`, the last `keep` of them.
+
+    Raises:
+        RequestError: more tokens than the model can take. A text that is sure to be too long is
+            refused untokenised.
+    """
+    if keep is None:
+        resolve_max_tokens(None, None, tokenizer.min_tokens(text), limits, param)
+    ids = tokenizer.encode(text, add_special_tokens)
+    if keep is not None:
+        return ids[-keep:]
+    resolve_max_tokens(None, None, len(ids), limits, param)
+    return ids
 
 
 def _template_message(message: ChatMessage, index: int) -> dict[str, Any]:
@@ -145,6 +207,10 @@ def _template_call(call: ToolCall) -> dict[str, Any]:
 
 
 def _check_tools(tools: Sequence[Mapping[str, Any]]) -> None:
+    if len(tools) > MAX_TOOLS:
+        raise RequestError(
+            f"tools may hold at most {MAX_TOOLS} tools, got {len(tools)}", param="tools"
+        )
     for index, tool in enumerate(tools):
         try:
             msgspec.convert(tool, Tool)
