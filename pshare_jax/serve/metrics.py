@@ -256,13 +256,15 @@ class SequenceTimer:
         self._last = now
 
     def end(self, reason: FinishReason, completion_tokens: int, now: float) -> None:
-        """Observes the end; lengths and latencies only of sequences that were served."""
+        """Observes the end: lengths, unless the engine failed, and latencies, if it was served."""
         metrics, model = self._metrics, self._model
         metrics.finished.labels(model, reason.value).inc()
-        if reason not in (FinishReason.STOP, FinishReason.LENGTH):
+        if reason is FinishReason.ERROR:
             return
         metrics.prompt_len.labels(model).observe(self._prompt_len)
         metrics.completion_len.labels(model).observe(completion_tokens)
+        if reason is FinishReason.ABORT:
+            return
         metrics.end_to_end.labels(model).observe(now - self._arrival)
         if self._first is not None and completion_tokens > 1:
             mean = (self._last - self._first) / (completion_tokens - 1)
