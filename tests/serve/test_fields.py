@@ -138,8 +138,8 @@ def test_a_stream_lists_the_tokens_of_the_whole_answer(client, tokens_per_event)
         choices = [chunk["choices"][0] for chunk in chunks]
         streamed = [t for c in choices if c["logprobs"] for t in c["logprobs"]["content"]]
         assert streamed == whole["logprobs"]["content"]
-        assert "".join(c["delta"].get("content", "") for c in choices) == (
-            whole["message"]["content"]
+        assert (
+            "".join(c["delta"].get("content", "") for c in choices) == (whole["message"]["content"])
         )
 
 

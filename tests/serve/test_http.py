@@ -185,9 +185,7 @@ class TestRequestId:
 
 @pytest.mark.parametrize("path", ["/v1/completions/", "/v1/chat/completions/", "/tokenize/"])
 def test_a_trailing_slash_does_not_matter_to_post(server, path):
-    prompt = (
-        {"messages": [{"role": "user", "content": "x"}]} if "chat" in path else {"prompt": "x"}
-    )
+    prompt = {"messages": [{"role": "user", "content": "x"}]} if "chat" in path else {"prompt": "x"}
     assert server.post(path, {"model": "planner", **prompt}).status == 200
 
 
