@@ -16,6 +16,7 @@ from pshare_jax.errors import ConfigError
 Sharing = Literal["shared", "isolated"]
 DType = Literal["auto", "float32", "bfloat16"]
 SharedPrefix = Literal["auto", "on", "off"]
+Reasoning = Literal["auto", "on", "off"]
 T = TypeVar("T")
 
 
@@ -28,12 +29,19 @@ class ModelEntry:
         checkpoint: a decode-module checkpoint folder, or `identity` for the base's own weights.
         sharing: `shared` reads the base's KV; `isolated` prefills with its own weights.
         decode_engines: indices of the decode engines that host it; empty means all.
+        tool_parser: the form in which it writes calls of tools: `hermes`, `llama3_json`, `mistral`,
+            `pythonic`, or another that is registered; `auto` goes by the chat template, `none`
+            leaves calls in the text.
+        reasoning: whether `<think>...</think>` is split from its answers; `auto` is where the chat
+            template has that tag.
     """
 
     name: str
     checkpoint: str = "identity"
     sharing: Sharing = "shared"
     decode_engines: list[int] = field(default_factory=list)
+    tool_parser: str = "auto"
+    reasoning: Reasoning = "auto"
 
 
 @dataclass(frozen=True)

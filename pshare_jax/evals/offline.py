@@ -13,7 +13,8 @@ from pshare_jax.engine.offline import Completion, Engine
 from pshare_jax.errors import EvaluationError, RequestError, UnknownModelError
 from pshare_jax.evals.backend import Answer, OnAnswer, Sampling, chat_request
 from pshare_jax.evals.items import Item
-from pshare_jax.frontend.chat import chat_prompt
+from pshare_jax.frontend.chat import TemplateOptions, chat_prompt
+from pshare_jax.frontend.model_format import model_format
 from pshare_jax.frontend.params import Limits, output_params, resolve_max_tokens, sampling_params
 from pshare_jax.frontend.requests import ChatRequest
 
@@ -89,9 +90,14 @@ class OfflineBackend:
     ) -> list[tuple[int, ...]]:
         prompts: list[tuple[int, ...]] = []
         tokenizer = self._engine.orchestrator.tokenizer
+        entries = self._engine.orchestrator.config.models
+        entry = next(entry for entry in entries if entry.name == self._model)
+        options = TemplateOptions(
+            tool_prompt=model_format(entry, tokenizer.chat_template).tool_prompt
+        )
         for item, body in zip(items, bodies, strict=True):
             try:
-                prompt = chat_prompt(tokenizer, limits, body.messages, body.tools)
+                prompt = chat_prompt(tokenizer, limits, body.messages, body.tools, options)
                 count = len(prompt.token_ids)
                 resolve_max_tokens(body.max_tokens, None, count, limits, "messages")
             except RequestError as error:

@@ -14,7 +14,9 @@ import msgspec
 
 from pshare_jax.errors import RequestError
 from pshare_jax.frontend.params import Limits, check_token_ids, resolve_max_tokens
-from pshare_jax.frontend.requests import ChatMessage, CompletionRequest, Tool, ToolCall
+from pshare_jax.frontend.reasoning import OPENING
+from pshare_jax.frontend.requests import ChatMessage, ChatRequest, CompletionRequest, Tool, ToolCall
+from pshare_jax.frontend.tool_prompt import ToolPrompt, with_tools
 from pshare_jax.text.tokenizer import Tokenizer
 
 MAX_TOOLS = 1024
@@ -22,10 +24,37 @@ MAX_TOOLS = 1024
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: its token ids, and its text when the client gave text."""
+    """One prompt.
+
+    Args:
+        token_ids: what the model reads.
+        text: the client's text, if that is what it gave.
+        in_reasoning: whether it ends within the model's thoughts.
+    """
 
     token_ids: tuple[int, ...]
     text: str | None = None
+    in_reasoning: bool = False
+
+
+@dataclass(frozen=True)
+class TemplateOptions:
+    """How messages become a prompt.
+
+    Args:
+        add_generation_prompt: whether an assistant message is begun.
+        variables: more variables of the chat template.
+        add_special_tokens: whether the tokenizer's own special tokens go around the text, which
+            templates write themselves.
+        truncate: how many of the last tokens are kept: None is all, -1 as many as fit.
+        tool_prompt: how the model is told of its tools.
+    """
+
+    add_generation_prompt: bool = True
+    variables: Mapping[str, Any] | None = None
+    add_special_tokens: bool = False
+    truncate: float | None = None
+    tool_prompt: ToolPrompt = "template"
 
 
 def completion_prompts(
@@ -91,10 +120,7 @@ def chat_prompt(
     limits: Limits,
     messages: Sequence[ChatMessage],
     tools: Sequence[Mapping[str, Any]] | None = None,
-    add_generation_prompt: bool | None = None,
-    template_kwargs: Mapping[str, Any] | None = None,
-    add_special_tokens: bool | None = None,
-    truncate: float | None = None,
+    options: TemplateOptions | None = None,
 ) -> Prompt:
     """The messages as the model's chat template writes them.
 
@@ -103,15 +129,12 @@ def chat_prompt(
         limits: of the served models.
         messages: the conversation.
         tools: functions that the model may call, in OpenAI's form.
-        add_generation_prompt: whether an assistant message is begun; None is yes.
-        template_kwargs: more variables of the template.
-        add_special_tokens: whether the tokenizer's own special tokens go around the text; None is
-            no, since templates write them.
-        truncate: how many of the last tokens are kept; -1 is as many as fit.
+        options: see there.
 
     Raises:
         RequestError: messages or tools that cannot be rendered, or that are too long.
     """
+    options = options or TemplateOptions()
     if not messages:
         raise RequestError("messages must hold at least one message", param="messages")
     if len(messages) > limits.max_model_len:
@@ -122,18 +145,18 @@ def chat_prompt(
             param="messages",
             code="context_length_exceeded",
         )
-    _check_tools(tools or ())
-    keep = _truncation(truncate, limits)
+    check_tools(tools or ())
+    keep = _truncation(options.truncate, limits)
+    conversation = [_template_message(message, index) for index, message in enumerate(messages)]
+    if options.tool_prompt != "template":
+        conversation, tools = with_tools(conversation, tools or (), options.tool_prompt), None
     text = tokenizer.apply_chat_template(
-        [_template_message(message, index) for index, message in enumerate(messages)],
-        tools,
-        add_generation_prompt is not False,
-        template_kwargs,
+        conversation, tools, options.add_generation_prompt, options.variables
     )
-    ids = encode(tokenizer, text, limits, "messages", bool(add_special_tokens), keep)
+    ids = encode(tokenizer, text, limits, "messages", options.add_special_tokens, keep)
     if not ids:
         raise RequestError("the chat template gave an empty prompt", param="messages")
-    return Prompt(tuple(ids))
+    return Prompt(tuple(ids), in_reasoning=text.rstrip().endswith(OPENING))
 
 
 def encode(
@@ -161,13 +184,16 @@ def encode(
 
 def _template_message(message: ChatMessage, index: int) -> dict[str, Any]:
     # Templates know the older name of the developer's role.
-    role = "system" if message.role == "developer" else message.role
+    role = {"developer": "system", "function": "tool"}.get(message.role, message.role)
     fields: dict[str, Any] = {"role": role, "content": _text_content(message, index)}
     for name in ("name", "tool_call_id", "reasoning_content"):
         if (value := getattr(message, name)) is not None:
             fields[name] = value
-    if message.tool_calls:
-        fields["tool_calls"] = [_template_call(call) for call in message.tool_calls]
+    calls = list(message.tool_calls or ())
+    if message.function_call is not None:
+        calls.append(ToolCall(message.function_call))
+    if calls:
+        fields["tool_calls"] = [_template_call(call) for call in calls]
     return fields
 
 
@@ -206,7 +232,24 @@ def _template_call(call: ToolCall) -> dict[str, Any]:
     return {"type": call.type, "id": call.id, "function": function}
 
 
-def _check_tools(tools: Sequence[Mapping[str, Any]]) -> None:
+def usable_tools(body: ChatRequest) -> list[dict[str, Any]]:
+    """The functions that the model may call, in OpenAI's form; none if the client says so.
+
+    Raises:
+        RequestError: something in `tools` or `functions` is none.
+    """
+    if body.functions:
+        if body.function_call == "none":
+            return []
+        tools = [{"type": "function", "function": function} for function in body.functions]
+    else:
+        tools = body.tools if body.tools and body.tool_choice != "none" else []
+    check_tools(tools)
+    return tools
+
+
+def check_tools(tools: Sequence[Mapping[str, Any]]) -> None:
+    """Raises RequestError unless all `tools` are functions in OpenAI's form."""
     if len(tools) > MAX_TOOLS:
         raise RequestError(
             f"tools may hold at most {MAX_TOOLS} tools, got {len(tools)}", param="tools"

@@ -48,7 +48,7 @@ class SequenceOutput:
     """
 
     def __init__(self, tokenizer: Tokenizer, params: OutputParams):
-        self._detokenizer = tokenizer.detokenizer(params.skip_special_tokens)
+        self._detokenizer = tokenizer.detokenizer(params.skip_special_tokens, params.shown_specials)
         self._eos_token_ids = tokenizer.eos_token_ids
         self._matcher = StopMatcher(params.stop, params.include_stop)
         self._include_stop = params.include_stop

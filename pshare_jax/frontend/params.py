@@ -42,6 +42,7 @@ class OutputParams:
     """How tokens become the text of an answer.
 
     `usage_so_far` puts the usage into every chunk of a stream, `include_usage` into a last one.
+    `shown_specials` are special tokens that `skip_special_tokens` spares.
     """
 
     n: int
@@ -54,9 +55,14 @@ class OutputParams:
     echo: bool = False
     token_ids: bool = False
     usage_so_far: bool = False
+    shown_specials: tuple[str, ...] = ()
 
 
-def output_params(body: CompletionRequest | ChatRequest, max_n: int = MAX_SAMPLES) -> OutputParams:
+def output_params(
+    body: CompletionRequest | ChatRequest,
+    max_n: int = MAX_SAMPLES,
+    shown_specials: tuple[str, ...] = (),
+) -> OutputParams:
     """Checks and collects everything that concerns the answer.
 
     Raises:
@@ -86,6 +92,7 @@ def output_params(body: CompletionRequest | ChatRequest, max_n: int = MAX_SAMPLE
         logprobs=logprobs,
         echo=echo,
         token_ids=bool(body.return_token_ids),
+        shown_specials=shown_specials,
         usage_so_far=options is not None and bool(options.continuous_usage_stats),
     )
 
@@ -204,6 +211,12 @@ def _check_chat(body: ChatRequest) -> None:
             "tool_choice must be 'none' or 'auto': tool calls cannot be forced",
             param="tool_choice",
         )
+    if body.function_call not in (None, "none", "auto"):
+        raise RequestError(
+            "function_call must be 'none' or 'auto': calls cannot be forced", param="function_call"
+        )
+    if body.functions and body.tools:
+        raise RequestError("give tools or functions, not both", param="functions")
     if body.modalities not in (None, ["text"]):
         raise RequestError("modalities must be ['text']", param="modalities")
 

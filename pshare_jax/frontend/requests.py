@@ -121,15 +121,17 @@ class ToolCall(Struct):
 
 class ChatMessage(Struct):
     """One message. Fields that no chat template reads (`refusal`, `audio`, ...) are dropped;
-    `reasoning` is another spelling of `reasoning_content`."""
+    `reasoning` is another spelling of `reasoning_content`, `function_call` and the role `function`
+    are the older ones of a call and its result."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[ContentPart] | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     reasoning: Any = None
+    function_call: ToolFunction | None = None
 
     def __post_init__(self) -> None:
         if self.reasoning_content is None and isinstance(self.reasoning, str):

@@ -10,19 +10,7 @@ import msgspec
 from msgspec import UNSET, Struct, UnsetType, structs
 
 from pshare_jax.frontend.output import Piece, ScoredToken, SequenceOutput
-from pshare_jax.serve.protocol import (
-    AssistantMessage,
-    ChatChoice,
-    ChatCompletion,
-    ChatLogprobs,
-    Completion,
-    CompletionChoice,
-    CompletionLogprobs,
-    Delta,
-    TokenLogprob,
-    TopLogprob,
-    Usage,
-)
+from pshare_jax.serve.protocol import Completion, CompletionChoice, CompletionLogprobs, Usage
 from pshare_jax.text.tokenizer import Tokenizer
 
 # JSON has no minus infinity; OpenAI's stand-in for a probability of zero.
@@ -53,8 +41,8 @@ class Format(Protocol):
         """The chunk that opens choice `index`, if it has one."""
         ...
 
-    def chunk(self, index: int, piece: Piece, sequence: SequenceOutput) -> Struct:
-        """A chunk with a piece of choice `index`."""
+    def chunk(self, index: int, piece: Piece, sequence: SequenceOutput) -> Struct | None:
+        """A chunk with a piece of choice `index`, unless there is nothing to say yet."""
         ...
 
     def usage_chunk(self, usage: Usage) -> Struct:
@@ -138,110 +126,15 @@ class CompletionFormat:
         name = self._tokenizer.token_text
         top_logprobs = []
         for token in tokens:
-            top = {name(i): _finite(value) for i, value in token.logprobs.top[: self._logprobs]}
+            top = {name(i): finite(value) for i, value in token.logprobs.top[: self._logprobs]}
             # The chosen token is always listed, though it may not be among the most likely.
-            top.setdefault(name(token.token_id), _finite(token.logprobs.logprob))
+            top.setdefault(name(token.token_id), finite(token.logprobs.logprob))
             top_logprobs.append(top)
         return CompletionLogprobs(
             tokens=[name(token.token_id) for token in tokens],
-            token_logprobs=[_finite(token.logprobs.logprob) for token in tokens],
+            token_logprobs=[finite(token.logprobs.logprob) for token in tokens],
             top_logprobs=top_logprobs,
             text_offset=[token.offset for token in tokens],
-        )
-
-
-class ChatFormat:
-    """`/v1/chat/completions`; `logprobs` as in `CompletionFormat`.
-
-    Args:
-        prompt_ids: token ids of the prompt, when token ids are listed.
-    """
-
-    def __init__(
-        self,
-        heading: Heading,
-        tokenizer: Tokenizer,
-        logprobs: int | None,
-        prompt_ids: Sequence[int] | None = None,
-    ):
-        self.heading = heading
-        self._tokenizer = tokenizer
-        self._logprobs = logprobs
-        self._prompt_ids = prompt_ids
-
-    def opening(self, index: int) -> Struct | None:
-        """The role."""
-        delta = Delta(role="assistant", content="")
-        chunk = self._chunk([ChatChoice(index, None, None, None, delta=delta)])
-        if self._prompt_ids is not None:
-            chunk.prompt_token_ids = self._prompt_ids
-        return chunk
-
-    def chunk(self, index: int, piece: Piece, sequence: SequenceOutput) -> Struct:
-        """A piece of the message."""
-        delta = Delta(content=piece.text) if piece.text else Delta()
-        return self._chunk([self._choice(index, piece, sequence, delta=delta)])
-
-    def usage_chunk(self, usage: Usage) -> Struct:
-        """No choices, but the usage."""
-        return self._chunk([], usage)
-
-    def answer(
-        self, pieces: Sequence[Piece], sequences: Sequence[SequenceOutput], usage: Usage
-    ) -> Struct:
-        """All messages."""
-        choices = [
-            self._choice(index, piece, sequence, message=AssistantMessage(piece.text))
-            for index, (piece, sequence) in enumerate(zip(pieces, sequences, strict=True))
-        ]
-        heading = self.heading
-        ids = UNSET if self._prompt_ids is None else self._prompt_ids
-        return ChatCompletion(
-            heading.id, "chat.completion", heading.created, heading.model, choices, usage, ids
-        )
-
-    def _chunk(self, choices: list[ChatChoice], usage: Usage | None = None) -> ChatCompletion:
-        heading = self.heading
-        return ChatCompletion(
-            heading.id,
-            "chat.completion.chunk",
-            heading.created,
-            heading.model,
-            choices,
-            usage or heading.chunk_usage,
-        )
-
-    def _choice(
-        self,
-        index: int,
-        piece: Piece,
-        sequence: SequenceOutput,
-        message: AssistantMessage | UnsetType = UNSET,
-        delta: Delta | UnsetType = UNSET,
-    ) -> ChatChoice:
-        logprobs = None
-        if self._logprobs is not None:
-            logprobs = ChatLogprobs([self._score(token) for token in piece.tokens])
-        return ChatChoice(
-            index,
-            logprobs,
-            sequence.finish_reason,
-            sequence.stop_reason,
-            message,
-            delta,
-            UNSET if self._prompt_ids is None else piece.token_ids,
-        )
-
-    def _score(self, token: ScoredToken) -> TokenLogprob:
-        tokenizer, chosen = self._tokenizer, token.token_id
-        return TokenLogprob(
-            token=tokenizer.token_text(chosen),
-            logprob=_finite(token.logprobs.logprob),
-            bytes=list(tokenizer.token_bytes(chosen)),
-            top_logprobs=[
-                TopLogprob(tokenizer.token_text(i), _finite(value), list(tokenizer.token_bytes(i)))
-                for i, value in token.logprobs.top[: self._logprobs]
-            ],
         )
 
 
@@ -260,5 +153,6 @@ def encode_answer(answer: Struct) -> bytes:
     return msgspec.json.encode(answer)
 
 
-def _finite(logprob: float) -> float:
+def finite(logprob: float) -> float:
+    """`logprob`, or what stands for minus infinity."""
     return max(logprob, MIN_LOGPROB)

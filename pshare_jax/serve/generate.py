@@ -187,8 +187,11 @@ async def _stream(stream: EventStream, job: Job, run: Run, ping_seconds: float |
                     stream.add(with_usage(opening, usage))
             piece = sequence.take()
             ids = job.output.token_ids and piece.token_ids
+            chunk = None
             if piece.text or piece.tokens or ids or sequence.finish_reason is not None:
-                stream.add(with_usage(job.format.chunk(index, piece, sequence), usage))
+                chunk = job.format.chunk(index, piece, sequence)
+            if chunk is not None:
+                stream.add(with_usage(chunk, usage))
             await turn.pause()
         await stream.flush()
     if job.output.include_usage:

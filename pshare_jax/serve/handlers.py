@@ -8,7 +8,7 @@ import uuid
 from aiohttp import web
 
 from pshare_jax.errors import RequestError
-from pshare_jax.frontend.chat import chat_prompt, completion_prompts
+from pshare_jax.frontend.chat import TemplateOptions, chat_prompt, completion_prompts, usable_tools
 from pshare_jax.frontend.params import (
     OutputParams,
     output_params,
@@ -17,11 +17,13 @@ from pshare_jax.frontend.params import (
     with_changes,
 )
 from pshare_jax.frontend.requests import ChatRequest, CompletionRequest
-from pshare_jax.serve.formats import ChatFormat, CompletionFormat, Heading
+from pshare_jax.frontend.tool_calls.parser import ToolParser
+from pshare_jax.serve.chat_format import ChatFormat
+from pshare_jax.serve.formats import CompletionFormat, Heading
 from pshare_jax.serve.generate import Job, respond
 from pshare_jax.serve.offload import INLINE_BYTES
 from pshare_jax.serve.parsing import read_request
-from pshare_jax.serve.service import SERVICE
+from pshare_jax.serve.service import SERVICE, Service
 
 DEFAULT_COMPLETION_TOKENS = 16
 
@@ -68,7 +70,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
         output=output,
         cache_salt=body.cache_salt or "",
         format=CompletionFormat(
-            _heading("cmpl", body.model, output),
+            heading("cmpl", body.model, output),
             service.tokenizer,
             echoes,
             output.logprobs,
@@ -88,37 +90,52 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     service.require_serving()
     body = await read_request(request, ChatRequest)
     service.model(body.model)
-    output = output_params(body, service.limits.max_n)
+    return await respond(request, service, await chat_job(service, body, arrival))
+
+
+async def chat_job(service: Service, body: ChatRequest, arrival: float) -> Job:
+    """What a chat asks for, checked.
+
+    Raises:
+        RequestError: what cannot be served.
+    """
+    model = service.formats[body.model]
+    output = output_params(body, service.limits.max_n, model.markers)
     template = sampling_params(body, service.limits, 1, output.logprobs)
-    prompt = await service.offload.run(
-        chat_prompt,
-        service.tokenizer,
-        service.limits,
-        body.messages,
-        None if body.tool_choice == "none" else body.tools,
-        body.add_generation_prompt,
+    tools = usable_tools(body)
+    options = TemplateOptions(
+        body.add_generation_prompt is not False,
         body.chat_template_kwargs,
-        body.add_special_tokens,
+        bool(body.add_special_tokens),
         body.truncate_prompt_tokens,
+        model.tool_prompt,
+    )
+    prompt = await service.offload.run(
+        chat_prompt, service.tokenizer, service.limits, body.messages, tools, options
     )
     max_tokens = resolve_max_tokens(
         _chat_max_tokens(body), None, len(prompt.token_ids), service.limits, "messages"
     )
-    job = Job(
+    names = [tool["function"]["name"] for tool in tools]
+    legacy = bool(body.functions)
+    one_call = legacy or body.parallel_tool_calls is False
+    return Job(
         model=body.model,
         prompts=[prompt],
         sampling=[with_changes(template, max_tokens=max_tokens)],
         output=output,
         cache_salt=body.cache_salt or "",
         format=ChatFormat(
-            _heading("chatcmpl", body.model, output),
+            heading("chatcmpl", body.model, output),
             service.tokenizer,
             output.logprobs,
+            lambda: model.reader(names, prompt.in_reasoning, one_call),
+            ToolParser.new_call_id if model.parser is None else model.parser.new_call_id,
             prompt.token_ids if output.token_ids else None,
+            legacy,
         ),
         arrival=arrival,
     )
-    return await respond(request, service, job)
 
 
 def _is_large(body: CompletionRequest) -> bool:
@@ -126,7 +143,8 @@ def _is_large(body: CompletionRequest) -> bool:
     return not isinstance(body.prompt, str) or len(body.prompt) > INLINE_BYTES
 
 
-def _heading(prefix: str, model: str, output: OutputParams) -> Heading:
+def heading(prefix: str, model: str, output: OutputParams) -> Heading:
+    """A new answer's id, time and model."""
     return Heading(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), model, output.include_usage)
 
 

@@ -8,7 +8,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_1_0_0
 
 from pshare_jax import __version__
 from pshare_jax.errors import RequestError
-from pshare_jax.frontend.chat import chat_prompt, encode
+from pshare_jax.frontend.chat import TemplateOptions, chat_prompt, encode
 from pshare_jax.frontend.params import Limits, check_token_ids
 from pshare_jax.frontend.requests import DetokenizeRequest, TokenizeRequest
 from pshare_jax.serve.engine_api import ModelInfo
@@ -65,9 +65,12 @@ def _tokenize(service: Service, body: TokenizeRequest) -> bytes:
             limits,
             body.messages or [],
             body.tools,
-            body.add_generation_prompt,
-            body.chat_template_kwargs,
-            body.add_special_tokens,
+            TemplateOptions(
+                body.add_generation_prompt is not False,
+                body.chat_template_kwargs,
+                bool(body.add_special_tokens),
+                tool_prompt=service.format_of(body.model).tool_prompt,
+            ),
         )
         ids = list(prompt.token_ids)
     strings = None

@@ -84,12 +84,31 @@ class ChatLogprobs(Struct):
     refusal: None = None
 
 
-class AssistantMessage(Struct):
-    """A whole answer."""
+class FunctionCall(Struct):
+    """What is called; `arguments` is JSON text. In a stream the name comes once, first."""
 
-    content: str
+    arguments: str
+    name: str | UnsetType = UNSET
+
+
+class ToolCall(Struct):
+    """A call; in a stream `index` tells calls apart, and all but arguments come once."""
+
+    function: FunctionCall
+    index: int | UnsetType = UNSET
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+
+
+class AssistantMessage(Struct):
+    """A whole answer. Content may be null beside calls; `function_call` answers `functions`."""
+
+    content: str | None
     role: str = "assistant"
     refusal: None = None
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCall] | UnsetType = UNSET
+    function_call: FunctionCall | UnsetType = UNSET
 
 
 class Delta(Struct):
@@ -97,6 +116,9 @@ class Delta(Struct):
 
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCall] | UnsetType = UNSET
+    function_call: FunctionCall | UnsetType = UNSET
 
 
 class ChatChoice(Struct):

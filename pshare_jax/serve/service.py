@@ -11,6 +11,7 @@ from aiohttp import web
 
 from pshare_jax.engine.request import Request
 from pshare_jax.errors import EngineDeadError, UnknownModelError
+from pshare_jax.frontend.model_format import ModelFormat, model_format
 from pshare_jax.frontend.params import Limits
 from pshare_jax.serve.engine_api import Engine, ModelInfo
 from pshare_jax.serve.errors import ApiError, GenerationError
@@ -39,6 +40,8 @@ class Service:
             self.config.max_prompts,
         )
         self.offload = Offload(self.config.worker_threads)
+        template = self.tokenizer.chat_template
+        self.formats = {entry.name: model_format(entry, template) for entry in engine.config.models}
         self.metrics = Metrics(engine.models, engine.stats)
         self.draining = False
         self._loop_lag = LoopLag(self.metrics)
@@ -96,6 +99,10 @@ class Service:
             served = ", ".join(self.engine.models)
             raise UnknownModelError(f"The model {name[:100]!r} does not exist; served: {served}")
         return self.engine.models[name]
+
+    def format_of(self, name: str | None) -> ModelFormat:
+        """The format of a model; of the first one if none is named."""
+        return self.formats[next(iter(self.formats)) if name is None else name]
 
     def warn_once(self, warning: str) -> None:
         """Logs `warning` unless this process has said it before."""

@@ -98,9 +98,17 @@ class Tokenizer:
         """Text of `ids`; ids without a token give none, invalid UTF-8 gives U+FFFD."""
         return decode(self._token_bytes, ids, self.special_ids if skip_special_tokens else ())
 
-    def detokenizer(self, skip_special_tokens: bool = True) -> IncrementalDetokenizer:
-        """A decoder of one token stream, equal to `decode` of the whole."""
-        skip = self.special_ids if skip_special_tokens else ()
+    def detokenizer(
+        self, skip_special_tokens: bool = True, shown: Iterable[str] = ()
+    ) -> IncrementalDetokenizer:
+        """A decoder of one token stream, equal to `decode` of the whole.
+
+        Args:
+            skip_special_tokens: leaves special tokens out of the text.
+            shown: those that are not left out; what is no token does not matter.
+        """
+        skip = self.special_ids if skip_special_tokens else frozenset()
+        skip -= {self._fast.token_to_id(token) for token in shown}
         return IncrementalDetokenizer(self._token_bytes, skip)
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -119,6 +127,13 @@ class Tokenizer:
     def token_string(self, token_id: int) -> str | None:
         """The token as the vocabulary spells it, or None for an id without a token."""
         return self._fast.id_to_token(token_id)
+
+    @property
+    def chat_template(self) -> str:
+        """Source of the chat template that requests with tools get; empty if there is none."""
+        if not self.has_chat_template:
+            return ""
+        return self._hf.get_chat_template(tools=[{}])
 
     @property
     def has_chat_template(self) -> bool:
