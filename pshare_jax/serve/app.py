@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import json
 import logging
 import re
 import uuid
@@ -10,10 +11,11 @@ import uuid
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from pshare_jax.serve import cors, handlers, info
+from pshare_jax.serve import cors, handlers, info, other_apis
 from pshare_jax.serve.bodies import body_too_large
 from pshare_jax.serve.engine_api import Engine
 from pshare_jax.serve.errors import ApiError, as_api_error
+from pshare_jax.serve.messages_format import error_object
 from pshare_jax.serve.service import REQUEST_ID, SERVICE, WARNINGS, Service
 from pshare_jax.serve.sse import WriteTimeout
 
@@ -21,6 +23,7 @@ log = logging.getLogger(__name__)
 
 # What probes and scrapers ask has no secrets, and they have no keys.
 _PUBLIC_PATHS = frozenset({"/health", "/ready", "/metrics", "/version"})
+_ANTHROPIC_PATH = "/v1/messages"
 # What may come back in a header and a log: no spaces, no control characters, of bounded length.
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
@@ -38,6 +41,9 @@ def build_app(engine: Engine) -> web.Application:
     for path, handler in {
         "/v1/completions": handlers.completions,
         "/v1/chat/completions": handlers.chat_completions,
+        "/v1/responses": other_apis.responses,
+        "/v1/messages": other_apis.messages,
+        "/v1/messages/count_tokens": other_apis.count_tokens,
         "/tokenize": info.tokenize,
         "/detokenize": info.detokenize,
     }.items():
@@ -114,6 +120,8 @@ async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamR
         if api_error is None:
             log.exception("a bug while handling %s %s", request.method, request.path)
             api_error = ApiError(500, "internal error", code="internal_error")
+        if request.path.startswith(_ANTHROPIC_PATH):
+            return api_error.response(json.dumps(error_object(api_error)).encode())
         return api_error.response()
 
 
@@ -130,6 +138,8 @@ async def _authorize(request: web.Request, handler: Handler) -> web.StreamRespon
     key = request.app[SERVICE].config.api_key
     if key and request.path.rstrip("/") not in _PUBLIC_PATHS:
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+        if "Authorization" not in request.headers and "x-api-key" in request.headers:
+            scheme, given = "bearer", request.headers["x-api-key"]  # Anthropic's way
         # Bytes: compare_digest refuses text outside ASCII, and headers may hold any.
         same = hmac.compare_digest(
             given.strip().encode(errors="surrogateescape"), key.encode(errors="surrogateescape")
@@ -137,7 +147,7 @@ async def _authorize(request: web.Request, handler: Handler) -> web.StreamRespon
         if scheme.lower() != "bearer" or not same:
             raise ApiError(
                 401,
-                "missing or wrong API key; send it as 'Authorization: Bearer KEY'",
+                "missing or wrong API key; send 'Authorization: Bearer KEY' or 'x-api-key: KEY'",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )

@@ -10,7 +10,8 @@ from pshare_jax.engine.request import FinishReason
 from pshare_jax.frontend.answers import AnswerReader, joined
 from pshare_jax.frontend.output import Piece, ScoredToken, SequenceOutput
 from pshare_jax.frontend.tool_calls.parts import CallArguments, CallStart, Part, Reasoning, Text
-from pshare_jax.serve.formats import Heading, finite
+from pshare_jax.serve.errors import ApiError
+from pshare_jax.serve.formats import DONE, Event, Heading, finite
 from pshare_jax.serve.protocol import (
     AssistantMessage,
     ChatChoice,
@@ -58,26 +59,32 @@ class ChatFormat:
         self._prompt_ids = prompt_ids
         self._legacy = legacy
 
-    def opening(self, index: int) -> Struct | None:
+    named_events = False
+
+    def opening(self, index: int, usage: Usage) -> Sequence[Event]:
         """The role."""
         delta = Delta(role="assistant", content="")
         chunk = self._chunk([ChatChoice(index, None, None, None, delta=delta)])
         if self._prompt_ids is not None:
             chunk.prompt_token_ids = self._prompt_ids
-        return chunk
+        return [chunk]
 
-    def chunk(self, index: int, piece: Piece, sequence: SequenceOutput) -> Struct | None:
+    def chunk(self, index: int, piece: Piece, sequence: SequenceOutput) -> Sequence[Event]:
         """A piece of the message."""
         reader = self._readers.setdefault(index, self._new_reader())
-        delta = self._delta(_read(reader, piece, sequence))
+        delta = self._delta(read_parts(reader, piece, sequence))
         listed = piece.tokens or (self._prompt_ids is not None and piece.token_ids)
         if delta == Delta() and not listed and sequence.finish_reason is None:
-            return None
-        return self._chunk([self._choice(index, piece, sequence, reader.calls, delta=delta)])
+            return []
+        return [self._chunk([self._choice(index, piece, sequence, reader.calls, delta=delta)])]
 
-    def usage_chunk(self, usage: Usage) -> Struct:
-        """No choices, but the usage."""
-        return self._chunk([], usage)
+    def closing(self, usage: Usage) -> Sequence[Event]:
+        """The usage if it was asked for, and the end."""
+        return [self._chunk([], usage), DONE] if self.heading.stream_usage else [DONE]
+
+    def failure(self, error: ApiError) -> Sequence[Event]:
+        """The error object."""
+        return [error.body()]
 
     def answer(
         self, pieces: Sequence[Piece], sequences: Sequence[SequenceOutput], usage: Usage
@@ -86,7 +93,7 @@ class ChatFormat:
         choices = []
         for index, (piece, sequence) in enumerate(zip(pieces, sequences, strict=True)):
             reader = self._new_reader()
-            message = self._message(_read(reader, piece, sequence))
+            message = self._message(read_parts(reader, piece, sequence))
             choices.append(self._choice(index, piece, sequence, reader.calls, message=message))
         heading = self.heading
         ids = UNSET if self._prompt_ids is None else self._prompt_ids
@@ -181,6 +188,7 @@ class ChatFormat:
         )
 
 
-def _read(reader: AnswerReader, piece: Piece, sequence: SequenceOutput) -> list[Part]:
+def read_parts(reader: AnswerReader, piece: Piece, sequence: SequenceOutput) -> list[Part]:
+    """The parts of `piece`, and what was held back if it is the last."""
     parts = reader.push(piece.text)
     return parts + reader.finish() if sequence.finish_reason is not None else parts

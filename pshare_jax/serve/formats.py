@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,11 +12,13 @@ import msgspec
 from msgspec import UNSET, Struct, UnsetType, structs
 
 from pshare_jax.frontend.output import Piece, ScoredToken, SequenceOutput
+from pshare_jax.serve.errors import ApiError
 from pshare_jax.serve.protocol import Completion, CompletionChoice, CompletionLogprobs, Usage
 from pshare_jax.text.tokenizer import Tokenizer
 
 # JSON has no minus infinity; OpenAI's stand-in for a probability of zero.
 MIN_LOGPROB = -9999.0
+DONE = b"[DONE]"
 
 
 @dataclass(frozen=True)
@@ -32,26 +36,45 @@ class Heading:
         return None if self.stream_usage else UNSET
 
 
+def heading(prefix: str, model: str, stream_usage: bool = False) -> Heading:
+    """A new answer's heading."""
+    return Heading(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), model, stream_usage)
+
+
+# What one event of a stream carries: an object, or bytes that are written as they are.
+Event = Struct | Mapping[str, Any] | bytes
+
+
 class Format(Protocol):
-    """The spelling of one endpoint."""
+    """The spelling of one endpoint.
+
+    Attributes:
+        heading: see there.
+        named_events: whether the events of a stream are named by their `type`.
+    """
 
     heading: Heading
+    named_events: bool
 
-    def opening(self, index: int) -> Struct | None:
-        """The chunk that opens choice `index`, if it has one."""
+    def opening(self, index: int, usage: Usage) -> Sequence[Event]:
+        """What opens choice `index`; `usage` is known as far as the prompt goes."""
         ...
 
-    def chunk(self, index: int, piece: Piece, sequence: SequenceOutput) -> Struct | None:
-        """A chunk with a piece of choice `index`, unless there is nothing to say yet."""
+    def chunk(self, index: int, piece: Piece, sequence: SequenceOutput) -> Sequence[Event]:
+        """A piece of choice `index`; nothing if there is nothing to say yet."""
         ...
 
-    def usage_chunk(self, usage: Usage) -> Struct:
-        """The last chunk, which has no choices."""
+    def closing(self, usage: Usage) -> Sequence[Event]:
+        """What ends the stream."""
+        ...
+
+    def failure(self, error: ApiError) -> Sequence[Event]:
+        """What ends a stream that has failed."""
         ...
 
     def answer(
         self, pieces: Sequence[Piece], sequences: Sequence[SequenceOutput], usage: Usage
-    ) -> Struct:
+    ) -> Struct | Mapping[str, Any]:
         """The whole answer."""
         ...
 
@@ -64,6 +87,8 @@ class CompletionFormat:
         logprobs: how many of the most likely tokens are listed, or None for no probabilities.
         prompt_ids: for each choice the token ids of its prompt, when token ids are listed.
     """
+
+    named_events = False
 
     def __init__(
         self,
@@ -79,22 +104,27 @@ class CompletionFormat:
         self._logprobs = logprobs
         self._prompt_ids = prompt_ids
 
-    def opening(self, index: int) -> Struct | None:
+    def opening(self, index: int, usage: Usage) -> Sequence[Event]:
         """The prompt, when it is echoed or its token ids are listed."""
         if not self._echoes[index] and self._prompt_ids is None:
-            return None
+            return []
         choice = CompletionChoice(index, self._echoes[index], None, None, None)
         if self._prompt_ids is not None:
             choice.token_ids, choice.prompt_token_ids = [], self._prompt_ids[index]
-        return self._completion([choice], self.heading.chunk_usage)
+        return [self._completion([choice], self.heading.chunk_usage)]
 
-    def chunk(self, index: int, piece: Piece, sequence: SequenceOutput) -> Struct:
+    def chunk(self, index: int, piece: Piece, sequence: SequenceOutput) -> Sequence[Event]:
         """A piece of text."""
-        return self._completion([self._choice(index, piece, sequence)], self.heading.chunk_usage)
+        choices = [self._choice(index, piece, sequence)]
+        return [self._completion(choices, self.heading.chunk_usage)]
 
-    def usage_chunk(self, usage: Usage) -> Struct:
-        """No choices, but the usage."""
-        return self._completion([], usage)
+    def closing(self, usage: Usage) -> Sequence[Event]:
+        """The usage if it was asked for, and the end."""
+        return [self._completion([], usage), DONE] if self.heading.stream_usage else [DONE]
+
+    def failure(self, error: ApiError) -> Sequence[Event]:
+        """The error object."""
+        return [error.body()]
 
     def answer(
         self, pieces: Sequence[Piece], sequences: Sequence[SequenceOutput], usage: Usage
@@ -138,16 +168,18 @@ class CompletionFormat:
         )
 
 
-def with_usage(chunk: Struct, usage: Usage | None) -> Struct:
-    """`chunk`, saying what was used so far, if that is known."""
-    return chunk if usage is None else structs.replace(chunk, usage=usage)
+def with_usage(event: Event, usage: Usage | None) -> Event:
+    """`event`, saying what was used so far, if that is known and is to be said."""
+    if usage is None or not isinstance(event, Struct):
+        return event
+    return structs.replace(event, usage=usage)
 
 
-def encode_answer(answer: Struct) -> bytes:
+def encode_answer(answer: Struct | Mapping[str, Any]) -> bytes:
     """JSON of a whole answer. Its choices are encoded one by one: what holds a hundred long ones is
     else encoded in one go, which keeps every thread waiting."""
     choices = getattr(answer, "choices", None)
-    if choices:
+    if choices and isinstance(answer, Struct):
         raw: list[Any] = [msgspec.Raw(msgspec.json.encode(choice)) for choice in choices]
         answer = structs.replace(answer, choices=raw)
     return msgspec.json.encode(answer)

@@ -16,6 +16,7 @@ from pshare_jax.frontend.output import SequenceOutput
 from pshare_jax.frontend.params import OutputParams, sample_seed, with_changes
 from pshare_jax.serve.errors import ApiError, as_api_error
 from pshare_jax.serve.events import Event, Generation
+from pshare_jax.serve.formats import Event as StreamEvent
 from pshare_jax.serve.formats import Format, encode_answer, with_usage
 from pshare_jax.serve.metrics import SequenceTimer
 from pshare_jax.serve.protocol import Usage
@@ -151,7 +152,7 @@ async def _answer(request: web.Request, service: Service, job: Job, run: Run) ->
             pass
         body = await service.offload.run_if(run.is_long, _whole, job, run)
         return web.Response(body=body, content_type="application/json")
-    stream = EventStream(request, service.config.write_timeout_seconds)
+    stream = EventStream(request, service.config.write_timeout_seconds, job.format.named_events)
     await stream.open()
     try:
         await _stream(stream, job, run, service.config.ping_seconds or None)
@@ -162,7 +163,8 @@ async def _answer(request: web.Request, service: Service, job: Job, run: Run) ->
         if api_error is None:
             log.exception("a bug while streaming %s", job.format.heading.id)
             api_error = ApiError(500, "internal error")
-        stream.add_json(api_error.body())
+        for event in job.format.failure(api_error):
+            stream.add(event)
         await stream.flush()
     return stream.response
 
@@ -183,18 +185,17 @@ async def _stream(stream: EventStream, job: Job, run: Run, ping_seconds: float |
             sequence = run.sequences[index]
             if index not in opened:
                 opened.add(index)
-                if (opening := job.format.opening(index)) is not None:
-                    stream.add(with_usage(opening, usage))
+                for event in job.format.opening(index, run.usage()):
+                    stream.add(with_usage(event, usage))
             piece = sequence.take()
             ids = job.output.token_ids and piece.token_ids
-            chunk = None
+            events: Sequence[StreamEvent] = []
             if piece.text or piece.tokens or ids or sequence.finish_reason is not None:
-                chunk = job.format.chunk(index, piece, sequence)
-            if chunk is not None:
-                stream.add(with_usage(chunk, usage))
+                events = job.format.chunk(index, piece, sequence)
+            for event in events:
+                stream.add(with_usage(event, usage))
             await turn.pause()
         await stream.flush()
-    if job.output.include_usage:
-        stream.add(job.format.usage_chunk(run.usage()))
-    stream.add_json(b"[DONE]")
+    for event in job.format.closing(run.usage()):
+        stream.add(event)
     await stream.flush()

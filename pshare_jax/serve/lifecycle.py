@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable
 
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 
 # How long a finished or aborted handler may take to write what it has left.
 SHUTDOWN_SECONDS = 2.0
+SWITCH_SECONDS = 0.001
 
 
 def bind(config: ServerConfig) -> socket.socket:
@@ -87,6 +89,9 @@ class HttpServer:
 
     async def start(self, sock: socket.socket) -> None:
         """Listens on `sock`, a bound socket."""
+        # For each system call of a request the loop gives the interpreter away, and waits so long
+        # to have it back from a thread that renders or detokenises.
+        sys.setswitchinterval(SWITCH_SECONDS)
         await self._runner.setup()
         await web.SockSite(self._runner, sock).start()
 

@@ -95,7 +95,8 @@ def test_a_long_text_is_tokenised_beside_the_loop(server):
     body = {"prompt": "the quick brown fox " * 150_000, "return_token_strs": True}
 
     def send() -> None:
-        assert server.post("/tokenize", body).json["count"] > 150_000
+        # Not decoded: that would hold this interpreter for longer than the server does.
+        assert len(server.post("/tokenize", body).body) > 1_000_000
 
     assert least_delay(server, send) < SECONDS
 
