@@ -145,16 +145,18 @@ class GrammarState:
         """Writes which tokens may come next.
 
         Args:
-            mask: `[words]` uint32; bit i % 32 of word i // 32 is that of token i. It may be longer
-                than the tokenizer's vocabulary: models have ids without tokens, which never may.
+            mask: `[words]` uint32, one bit at least for each id of the tokenizer; bit i % 32 of
+                word i // 32 is that of token i. Models have ids without tokens: these never may.
 
         Raises:
             GrammarError: the grammar became too complex.
         """
         words = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
         self._check()
-        mask[: len(words)] = words
-        mask[len(words) :] = 0
+        # There may be a word too many, of ids that no token has.
+        count = min(len(words), len(mask))
+        mask[:count] = words[:count]
+        mask[count:] = 0
 
     def forced(self) -> tuple[int, ...]:
         """Tokens that must come next, because the grammar leaves one text only; often none."""

@@ -76,6 +76,9 @@ def compiler(tokenizer):
 def allowed(state: GrammarState, size: int) -> np.ndarray:
     mask = np.full((size + 31) // 32 + 3, 0xFFFFFFFF, np.uint32)
     state.fill(mask)
+    exact = np.zeros((size + 31) // 32, np.uint32)
+    state.fill(exact)
+    assert (exact == mask[: len(exact)]).all()
     bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
     assert not bits[size:].any()
     return np.flatnonzero(bits)
