@@ -108,6 +108,8 @@ class ServerConfig:
         api_key: when set, requests must carry it as a bearer token.
         strict: refuses fields that are not known; otherwise they are ignored, with a log line and a
             `Warnings` header.
+        special_tokens_in_text: whether special tokens that the messages of a chat spell out are
+            such; else they are text, and only the chat template writes control tokens.
         max_n: most samples (`n`) of one prompt.
         max_prompts: most prompts of one completion request.
         max_body_items: most texts, lists and objects of one request body; a number counts for a
@@ -125,6 +127,7 @@ class ServerConfig:
     write_timeout_seconds: float = 60.0
     api_key: str = ""
     strict: bool = False
+    special_tokens_in_text: bool = False
     max_n: int = 128
     max_prompts: int = 256
     max_body_items: int = 50_000

@@ -14,6 +14,7 @@ import msgspec
 
 from pshare_jax.errors import RequestError
 from pshare_jax.frontend.params import Limits, check_token_ids, resolve_max_tokens
+from pshare_jax.frontend.plain_text import PlainText
 from pshare_jax.frontend.reasoning import OPENING
 from pshare_jax.frontend.requests import ChatMessage, ChatRequest, CompletionRequest, Tool, ToolCall
 from pshare_jax.frontend.tool_prompt import ToolPrompt, with_tools
@@ -48,6 +49,7 @@ class TemplateOptions:
             templates write themselves.
         truncate: how many of the last tokens are kept: None is all, -1 as many as fit.
         tool_prompt: how the model is told of its tools.
+        special_tokens: whether special tokens that messages spell out are such, and not text.
     """
 
     add_generation_prompt: bool = True
@@ -55,6 +57,7 @@ class TemplateOptions:
     add_special_tokens: bool = False
     truncate: float | None = None
     tool_prompt: ToolPrompt = "template"
+    special_tokens: bool = False
 
 
 def completion_prompts(
@@ -150,10 +153,16 @@ def chat_prompt(
     conversation = [_template_message(message, index) for index, message in enumerate(messages)]
     if options.tool_prompt != "template":
         conversation, tools = with_tools(conversation, tools or (), options.tool_prompt), None
+    plain = PlainText(tokenizer)
+    variables = options.variables
+    if not options.special_tokens:
+        conversation, tools, variables = plain.hide([conversation, tools, variables])
     text = tokenizer.apply_chat_template(
-        conversation, tools, options.add_generation_prompt, options.variables
+        conversation, tools, options.add_generation_prompt, variables
     )
-    ids = encode(tokenizer, text, limits, "messages", options.add_special_tokens, keep)
+    check_length(tokenizer, text, limits, "messages", keep)
+    ids = plain.encode(text, options.add_special_tokens)
+    ids = cut_to_fit(ids, limits, "messages", keep)
     if not ids:
         raise RequestError("the chat template gave an empty prompt", param="messages")
     return Prompt(tuple(ids), in_reasoning=text.rstrip().endswith(OPENING))
@@ -173,9 +182,24 @@ def encode(
         RequestError: more tokens than the model can take. A text that is sure to be too long is
             refused untokenised.
     """
+    check_length(tokenizer, text, limits, param, keep)
+    return cut_to_fit(tokenizer.encode(text, add_special_tokens), limits, param, keep)
+
+
+def check_length(
+    tokenizer: Tokenizer, text: str, limits: Limits, param: str, keep: int | None
+) -> None:
+    """Raises RequestError for a text that is sure to be too long, unless it will be cut."""
     if keep is None:
         resolve_max_tokens(None, None, tokenizer.min_tokens(text), limits, param)
-    ids = tokenizer.encode(text, add_special_tokens)
+
+
+def cut_to_fit(ids: list[int], limits: Limits, param: str, keep: int | None) -> list[int]:
+    """The last `keep` of `ids`; all of them if it is None.
+
+    Raises:
+        RequestError: they are too many.
+    """
     if keep is not None:
         return ids[-keep:]
     resolve_max_tokens(None, None, len(ids), limits, param)

@@ -100,6 +100,7 @@ async def chat_prompt_of(service: Service, body: ChatRequest) -> Prompt:
         bool(body.add_special_tokens),
         body.truncate_prompt_tokens,
         service.formats[body.model].tool_prompt,
+        service.config.special_tokens_in_text,
     )
     return await service.offload.run(
         chat_prompt, service.tokenizer, service.limits, body.messages, usable_tools(body), options

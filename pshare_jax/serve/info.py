@@ -70,6 +70,7 @@ def _tokenize(service: Service, body: TokenizeRequest) -> bytes:
                 body.chat_template_kwargs,
                 bool(body.add_special_tokens),
                 tool_prompt=service.format_of(body.model).tool_prompt,
+                special_tokens=service.config.special_tokens_in_text,
             ),
         )
         ids = list(prompt.token_ids)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +44,8 @@ class Tokenizer:
         self.eos_token_ids = eos_token_ids
         added = self._fast.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        specials = sorted((added[i].content for i in self.special_ids), key=len, reverse=True)
+        self._special_pattern = re.compile("|".join(map(re.escape, specials))) if specials else None
         self._token_bytes: TokenBytes = read_token_bytes(
             json.loads(self._fast.decoder.__getstate__()),
             map(self._fast.id_to_token, range(self.vocab_size)),
@@ -87,6 +91,21 @@ class Tokenizer:
             raise RequestError(f"the text is not valid Unicode: {error.reason}") from error
         # The batch call releases the GIL and computes no offsets.
         return self._fast.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+
+    @property
+    def special_pattern(self) -> re.Pattern[str] | None:
+        """Finds special tokens that are spelled out in a text; None if there are none."""
+        return self._special_pattern
+
+    def encode_literally(self, text: str) -> list[int]:
+        """Token ids of `text`, in which special tokens are letters like any others."""
+        return self._literal.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def _literal(self) -> Any:
+        literal = type(self._fast).from_str(self._fast.to_str())
+        literal.encode_special_tokens = True
+        return literal
 
     def min_tokens(self, text: str) -> int:
         """A lower bound of the number of tokens of `text`, without tokenising it."""
