@@ -17,6 +17,7 @@ Sharing = Literal["shared", "isolated"]
 DType = Literal["auto", "float32", "bfloat16"]
 SharedPrefix = Literal["auto", "on", "off"]
 Reasoning = Literal["auto", "on", "off"]
+GenerationConfig = Literal["auto", "none"]
 T = TypeVar("T")
 
 
@@ -108,6 +109,8 @@ class ServerConfig:
         api_key: when set, requests must carry it as a bearer token.
         strict: refuses fields that are not known; otherwise they are ignored, with a log line and a
             `Warnings` header.
+        generation_config: `auto` takes temperature, top-p and the like, where a request says
+            nothing, from the base's `generation_config.json`; `none` takes OpenAI's defaults.
         special_tokens_in_text: whether special tokens that the messages of a chat spell out are
             such; else they are text, and only the chat template writes control tokens.
         max_n: most samples (`n`) of one prompt.
@@ -127,6 +130,7 @@ class ServerConfig:
     write_timeout_seconds: float = 60.0
     api_key: str = ""
     strict: bool = False
+    generation_config: GenerationConfig = "auto"
     special_tokens_in_text: bool = False
     max_n: int = 128
     max_prompts: int = 256

@@ -15,7 +15,13 @@ from pshare_jax.evals.backend import Answer, OnAnswer, Sampling, chat_request
 from pshare_jax.evals.items import Item
 from pshare_jax.frontend.chat import TemplateOptions, chat_prompt
 from pshare_jax.frontend.model_format import model_format
-from pshare_jax.frontend.params import Limits, output_params, resolve_max_tokens, sampling_params
+from pshare_jax.frontend.params import (
+    Limits,
+    output_params,
+    resolve_max_tokens,
+    sampling_defaults,
+    sampling_params,
+)
 from pshare_jax.frontend.requests import ChatRequest
 
 
@@ -57,7 +63,10 @@ class OfflineBackend:
         bodies = [self._body(item, sampling) for item in items]
         # All bodies differ in messages and tools only.
         stop = output_params(bodies[0]).stop
-        params = sampling_params(bodies[0], limits, sampling.max_tokens, None)
+        defaults = None
+        if engine.config.server.generation_config == "auto":
+            defaults = sampling_defaults(engine.tokenizer.generation_config)
+        params = sampling_params(bodies[0], limits, sampling.max_tokens, None, defaults)
         prompts = self._prompts(items, bodies, limits)
 
         def done(index: int, completion: Completion) -> None:

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from pshare_jax.engine.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
-from pshare_jax.errors import RequestError
+from pshare_jax.errors import CheckpointError, RequestError
 from pshare_jax.frontend.requests import ChatRequest, CompletionRequest, GenerationRequest
 from pshare_jax.text.detokenizer import MAX_STOP_STRINGS
 
@@ -97,17 +99,51 @@ def output_params(
     )
 
 
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """What counts where a request says nothing: OpenAI's values, or those of a model's makers."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+def sampling_defaults(generation_config: Mapping[str, Any]) -> SamplingDefaults:
+    """The defaults of a checkpoint's `generation_config.json`.
+
+    Raises:
+        CheckpointError: a value that cannot be sampled with.
+    """
+    names = inspect.signature(SamplingDefaults).parameters
+    given = {n: generation_config[n] for n in names if generation_config.get(n) is not None}
+    try:
+        body = msgspec.convert({"model": "", **given}, GenerationRequest)
+        params = sampling_params(body, Limits(2**31, 1), 1, None)
+    except (msgspec.ValidationError, RequestError) as error:
+        raise CheckpointError(
+            f"generation_config.json: {error}; server.generation_config: none ignores it"
+        ) from error
+    return SamplingDefaults(**{name: getattr(params, name) for name in names})
+
+
 def sampling_params(
-    body: GenerationRequest, limits: Limits, max_tokens: int, logprobs: int | None
+    body: GenerationRequest,
+    limits: Limits,
+    max_tokens: int,
+    logprobs: int | None,
+    defaults: SamplingDefaults | None = None,
 ) -> SamplingParams:
     """Checks and collects everything that concerns the choice of tokens.
 
     Raises:
         RequestError: a value out of range.
     """
-    temperature = _float("temperature", body.temperature, 1.0, 0.0, 100.0)
-    top_k = 0 if body.top_k is None else _bounded("top_k", body.top_k, -1, 2**63 - 1)
-    top_p = _float("top_p", body.top_p, 1.0, 0.0, 1.0)
+    defaults = defaults or SamplingDefaults()
+    temperature = _float("temperature", body.temperature, defaults.temperature, 0.0, 100.0)
+    top_k = defaults.top_k if body.top_k is None else _bounded("top_k", body.top_k, -1, 2**63 - 1)
+    top_p = _float("top_p", body.top_p, defaults.top_p, 0.0, 1.0)
     if top_p == 0.0:
         raise RequestError("top_p must be above 0 and at most 1, got 0", param="top_p")
     seed = None if body.seed is None else _bounded("seed", body.seed, -(2**63), 2**63 - 1)
@@ -120,9 +156,15 @@ def sampling_params(
         temperature=0.0 if temperature < GREEDY_BELOW else temperature,
         top_k=min(max(top_k, 0), limits.vocab_size),
         top_p=top_p,
-        min_p=_float("min_p", body.min_p, 0.0, 0.0, 1.0),
+        min_p=_float("min_p", body.min_p, defaults.min_p, 0.0, 1.0),
         seed=sample_seed(seed, 0),
-        repetition_penalty=_float("repetition_penalty", body.repetition_penalty, 1.0, 0.01, 100.0),
+        repetition_penalty=_float(
+            "repetition_penalty",
+            body.repetition_penalty,
+            defaults.repetition_penalty,
+            0.01,
+            100.0,
+        ),
         presence_penalty=_float("presence_penalty", body.presence_penalty, 0.0, -2.0, 2.0),
         frequency_penalty=_float("frequency_penalty", body.frequency_penalty, 0.0, -2.0, 2.0),
         logit_bias=_logit_bias(body.logit_bias or {}, limits.vocab_size),

@@ -69,7 +69,7 @@ async def plan_chat(service: Service, body: ChatRequest, clip: bool = False) -> 
     """
     model = service.formats[body.model]
     output = output_params(body, service.limits.max_n, model.markers)
-    sampling = sampling_params(body, service.limits, 1, output.logprobs)
+    sampling = sampling_params(body, service.limits, 1, output.logprobs, service.sampling_defaults)
     tools = usable_tools(body)
     prompt = await chat_prompt_of(service, body)
     wanted, room = _max_tokens(body), service.limits.max_model_len - len(prompt.token_ids)

@@ -34,7 +34,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     service.model(body.model)
     output = output_params(body, service.limits.max_n)
     # Checked before the work of tokenising, for one token; each prompt then gets its own number.
-    template = sampling_params(body, service.limits, 1, output.logprobs)
+    template = sampling_params(body, service.limits, 1, output.logprobs, service.sampling_defaults)
     prompts = await service.offload.run_if(
         _is_large(body), completion_prompts, body, service.tokenizer, service.limits
     )

@@ -12,7 +12,7 @@ from aiohttp import web
 from pshare_jax.engine.request import Request
 from pshare_jax.errors import EngineDeadError, UnknownModelError
 from pshare_jax.frontend.model_format import ModelFormat, model_format
-from pshare_jax.frontend.params import Limits
+from pshare_jax.frontend.params import Limits, SamplingDefaults, sampling_defaults
 from pshare_jax.serve.engine_api import Engine, ModelInfo
 from pshare_jax.serve.errors import ApiError, GenerationError
 from pshare_jax.serve.events import EventBridge, Generation
@@ -39,6 +39,11 @@ class Service:
             self.config.max_n,
             self.config.max_prompts,
         )
+        self.sampling_defaults = SamplingDefaults()
+        if self.config.generation_config == "auto":
+            self.sampling_defaults = sampling_defaults(self.tokenizer.generation_config)
+        if self.sampling_defaults != SamplingDefaults():
+            log.info("defaults of the base's generation_config.json: %s", self.sampling_defaults)
         self.offload = Offload(self.config.worker_threads)
         template = self.tokenizer.chat_template
         self.formats = {entry.name: model_format(entry, template) for entry in engine.config.models}

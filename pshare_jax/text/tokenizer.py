@@ -27,14 +27,22 @@ class Tokenizer:
     Args:
         backend: the Hugging Face tokenizer.
         eos_token_ids: ids that end a sequence.
+        generation_config: the checkpoint's `generation_config.json`.
 
     Attributes:
         vocab_size: number of ids, added tokens included.
         eos_token_ids: ids that end a sequence.
+        generation_config: how the model's makers would have it sampled, unchecked.
         special_ids: ids of special tokens, which `skip_special_tokens` leaves out of a text.
     """
 
-    def __init__(self, backend: PreTrainedTokenizerFast, eos_token_ids: tuple[int, ...]):
+    def __init__(
+        self,
+        backend: PreTrainedTokenizerFast,
+        eos_token_ids: tuple[int, ...],
+        generation_config: Mapping[str, Any] | None = None,
+    ):
+        self.generation_config = generation_config or {}
         self._hf = backend
         self._fast = backend.backend_tokenizer
         # Settings for training batches that a tokenizer.json may carry would alter prompts.
@@ -58,7 +66,7 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
         """Reads `tokenizer.json` and, when there, `tokenizer_config.json`, the chat template and
-        `generation_config.json` (`eos_token_id`) of `folder`.
+        `generation_config.json` of `folder`.
 
         Raises:
             CheckpointError: a missing or malformed file, or an unsupported tokenizer.
@@ -73,7 +81,10 @@ class Tokenizer:
 
         try:
             backend = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-            return cls(backend, _read_eos_token_ids(folder, backend.eos_token_id))
+            path = folder / "generation_config.json"
+            generation = json.loads(path.read_text()) if path.is_file() else {}
+            eos = _eos_token_ids(path, generation.get("eos_token_id"), backend.eos_token_id)
+            return cls(backend, eos, generation)
         except CheckpointError:
             raise
         except Exception as error:  # the Rust parser raises plain Exception
@@ -212,11 +223,7 @@ def _reserved_variables() -> frozenset[str]:
     return frozenset(arguments) | {"messages"}
 
 
-def _read_eos_token_ids(folder: Path, default: int | None) -> tuple[int, ...]:
-    path = folder / "generation_config.json"
-    declared: Any = None
-    if path.is_file():
-        declared = json.loads(path.read_text()).get("eos_token_id")
+def _eos_token_ids(path: Path, declared: Any, default: int | None) -> tuple[int, ...]:
     if declared is None:
         declared = default
     ids = [] if declared is None else declared if isinstance(declared, list) else [declared]
