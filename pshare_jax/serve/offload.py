@@ -7,6 +7,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
+from pshare_jax.errors import QueueFullError
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -14,17 +16,34 @@ T = TypeVar("T")
 INLINE_BYTES = 16 * 1024
 
 
+# Each may hold a body of some megabytes.
+MAX_WAITING = 512
+
+
 class Offload:
     """A bounded pool of threads. Tasks wait for their turn in the order they come."""
 
     def __init__(self, threads: int):
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="serve")
+        self._tasks = 0
 
     async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """`work(*args, **kwargs)`, in a thread. A caller that is cancelled leaves a task that has
-        begun to its end."""
+        begun to its end.
+
+        Raises:
+            QueueFullError: too many wait.
+        """
+        if self._tasks >= MAX_WAITING:
+            raise QueueFullError(f"{self._tasks} requests wait to be read; try again later")
+        self._tasks += 1
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._pool, lambda: work(*args, **kwargs))
+        future = loop.run_in_executor(self._pool, lambda: work(*args, **kwargs))
+        future.add_done_callback(self._forget)
+        return await future
+
+    def _forget(self, _: object) -> None:
+        self._tasks -= 1
 
     async def run_if(
         self, large: bool, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs
