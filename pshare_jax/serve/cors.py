@@ -1,5 +1,7 @@
-"""Cross-origin requests (https://fetch.spec.whatwg.org/#http-cors-protocol): pages of configured
-origins may call the API from a browser."""
+"""Cross-origin requests: pages of configured origins may call the API from a browser.
+
+Source: the Fetch standard, https://fetch.spec.whatwg.org/#http-cors-protocol
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Calls in Python's syntax: `[f(a=1), g(b="x")]` of Llama 3.2 and 4, or `f(a=1)`, which is what the
-trained `tools` module of this repository writes."""
+"""Calls in Python's syntax: `f(a=1)` or `[f(a=1), g(b="x")]`.
+
+Llama 3.2 and 4 write the latter, the trained `tools` module of this repository the former.
+"""
 
 from __future__ import annotations
 
