@@ -17,6 +17,8 @@ Sharing = Literal["shared", "isolated"]
 DType = Literal["auto", "float32", "bfloat16"]
 SharedPrefix = Literal["auto", "on", "off"]
 ConnectorName = Literal["auto", "device_put", "same-mesh"]
+Reasoning = Literal["auto", "on", "off"]
+GenerationConfig = Literal["auto", "none"]
 T = TypeVar("T")
 
 
@@ -29,12 +31,19 @@ class ModelEntry:
         checkpoint: a decode-module checkpoint folder, or `identity` for the base's own weights.
         sharing: `shared` reads the base's KV; `isolated` prefills with its own weights.
         decode_engines: indices of the decode engines that host it; empty means all.
+        tool_parser: the form in which it writes calls of tools: `hermes`, `llama3_json`, `mistral`,
+            `pythonic`, or another that is registered; `auto` goes by the chat template, `none`
+            leaves calls in the text.
+        reasoning: whether `<think>...</think>` is split from its answers; `auto` is where the chat
+            template has that tag.
     """
 
     name: str
     checkpoint: str = "identity"
     sharing: Sharing = "shared"
     decode_engines: list[int] = field(default_factory=list)
+    tool_parser: str = "auto"
+    reasoning: Reasoning = "auto"
 
 
 @dataclass(frozen=True)
@@ -100,6 +109,19 @@ class ServerConfig:
         read_timeout_seconds: how long a client may take to send its request.
         write_timeout_seconds: how long a streaming client may leave its data unread.
         api_key: when set, requests must carry it as a bearer token.
+        strict: refuses fields that are not known; otherwise they are ignored, with a log line and a
+            `Warnings` header.
+        generation_config: `auto` takes temperature, top-p and the like, where a request says
+            nothing, from the base's `generation_config.json`; `none` takes OpenAI's defaults.
+        special_tokens_in_text: whether special tokens that the messages of a chat spell out are
+            such; else they are text, and only the chat template writes control tokens.
+        max_n: most samples (`n`) of one prompt.
+        max_prompts: most prompts of one completion request.
+        max_body_items: most texts, lists and objects of one request body; a number counts for a
+            sixteenth of one.
+        worker_threads: threads that read large bodies, render chat templates and tokenise.
+        ping_seconds: a stream that has nothing to say for so long gets an SSE comment; 0 is never.
+        cors_origins: origins whose pages may call the API from a browser; `*` is every one.
     """
 
     host: str = "127.0.0.1"
@@ -109,6 +131,15 @@ class ServerConfig:
     read_timeout_seconds: float = 30.0
     write_timeout_seconds: float = 60.0
     api_key: str = ""
+    strict: bool = False
+    generation_config: GenerationConfig = "auto"
+    special_tokens_in_text: bool = False
+    max_n: int = 128
+    max_prompts: int = 256
+    max_body_items: int = 50_000
+    worker_threads: int = 2
+    ping_seconds: float = 15.0
+    cors_origins: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

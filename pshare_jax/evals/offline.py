@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -14,9 +13,16 @@ from pshare_jax.engine.offline import Completion, Engine
 from pshare_jax.errors import EvaluationError, RequestError, UnknownModelError
 from pshare_jax.evals.backend import Answer, OnAnswer, Sampling, chat_request
 from pshare_jax.evals.items import Item
-from pshare_jax.serve.params import Limits, output_params, resolve_max_tokens, sampling_params
-from pshare_jax.serve.prompts import chat_prompt
-from pshare_jax.serve.protocol import ChatRequest
+from pshare_jax.frontend.chat import TemplateOptions, chat_prompt
+from pshare_jax.frontend.model_format import model_format
+from pshare_jax.frontend.params import (
+    Limits,
+    output_params,
+    resolve_max_tokens,
+    sampling_defaults,
+    sampling_params,
+)
+from pshare_jax.frontend.requests import ChatRequest
 
 
 class OfflineBackend:
@@ -57,8 +63,11 @@ class OfflineBackend:
         bodies = [self._body(item, sampling) for item in items]
         # All bodies differ in messages and tools only.
         stop = output_params(bodies[0]).stop
-        params = sampling_params(bodies[0], limits, sampling.max_tokens, None)
-        prompts = asyncio.run(self._prompts(items, bodies, limits))
+        defaults = None
+        if engine.config.server.generation_config == "auto":
+            defaults = sampling_defaults(engine.tokenizer.generation_config)
+        params = sampling_params(bodies[0], limits, sampling.max_tokens, None, defaults)
+        prompts = self._prompts(items, bodies, limits)
 
         def done(index: int, completion: Completion) -> None:
             on_answer(
@@ -85,14 +94,19 @@ class OfflineBackend:
         except msgspec.ValidationError as error:
             raise EvaluationError(f"item {item.id}: {error}") from error
 
-    async def _prompts(
+    def _prompts(
         self, items: Sequence[Item], bodies: Sequence[ChatRequest], limits: Limits
     ) -> list[tuple[int, ...]]:
         prompts: list[tuple[int, ...]] = []
         tokenizer = self._engine.orchestrator.tokenizer
+        entries = self._engine.orchestrator.config.models
+        entry = next(entry for entry in entries if entry.name == self._model)
+        options = TemplateOptions(
+            tool_prompt=model_format(entry, tokenizer.chat_template).tool_prompt
+        )
         for item, body in zip(items, bodies, strict=True):
             try:
-                prompt = await chat_prompt(tokenizer, limits, body.messages, body.tools, None, None)
+                prompt = chat_prompt(tokenizer, limits, body.messages, body.tools, options)
                 count = len(prompt.token_ids)
                 resolve_max_tokens(body.max_tokens, None, count, limits, "messages")
             except RequestError as error:

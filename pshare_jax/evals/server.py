@@ -12,8 +12,8 @@ import aiohttp
 from pshare_jax.errors import EvaluationError
 from pshare_jax.evals.backend import Answer, OnAnswer, Sampling, chat_request
 from pshare_jax.evals.items import Item
-from pshare_jax.evals.tool_calls import tool_calls_text
 from pshare_jax.evals.verdict import shorten
+from pshare_jax.frontend.tool_calls.syntax import tool_calls_text
 
 _BUSY = {429, 502, 503, 504}
 _MAX_WAIT_SECONDS = 60.0

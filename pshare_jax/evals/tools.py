@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pshare_jax.errors import DataError
-from pshare_jax.evals.tool_calls import Call, CallSyntaxError, parse_calls
 from pshare_jax.evals.verdict import Grade, shorten
+from pshare_jax.frontend.tool_calls.syntax import Call, CallSyntaxError, parse_calls
 
 # BFCL's names of types, and JSON schema's.
 _TYPES: dict[str, type] = {

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import hmac
+import json
 import logging
+import re
+import uuid
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from pshare_jax.serve import handlers, info
+from pshare_jax.serve import cors, handlers, info, other_apis
+from pshare_jax.serve.bodies import body_too_large
 from pshare_jax.serve.engine_api import Engine
 from pshare_jax.serve.errors import ApiError, as_api_error
-from pshare_jax.serve.service import SERVICE, Service
+from pshare_jax.serve.messages_format import error_object
+from pshare_jax.serve.service import REQUEST_ID, SERVICE, WARNINGS, Service
 from pshare_jax.serve.sse import WriteTimeout
 
 log = logging.getLogger(__name__)
 
 # What probes and scrapers ask has no secrets, and they have no keys.
 _PUBLIC_PATHS = frozenset({"/health", "/ready", "/metrics", "/version"})
+_ANTHROPIC_PATH = "/v1/messages"
+# What may come back in a header and a log: no spaces, no control characters, of bounded length.
+_REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
 
 def build_app(engine: Engine) -> web.Application:
@@ -25,20 +33,70 @@ def build_app(engine: Engine) -> web.Application:
     service = Service(engine)
     app = web.Application(
         client_max_size=service.config.max_body_bytes,
-        middlewares=[_finish_in_time, _errors_as_json, _authorize],
+        middlewares=[_take_request_id, _finish_in_time, _errors_as_json, _cors, _authorize],
     )
     app[SERVICE] = service
-    app.router.add_post("/v1/completions", handlers.completions)
-    app.router.add_post("/v1/chat/completions", handlers.chat_completions)
-    app.router.add_get("/v1/models", info.list_models)
-    app.router.add_get("/v1/models/{model:.+}", info.get_model)
-    app.router.add_post("/tokenize", info.tokenize)
-    app.router.add_post("/detokenize", info.detokenize)
-    app.router.add_get("/health", info.health)
-    app.router.add_get("/ready", info.ready)
-    app.router.add_get("/metrics", info.metrics)
-    app.router.add_get("/version", info.version)
+    app.on_response_prepare.append(_add_headers)
+    app.on_cleanup.append(_close)
+    for path, handler in {
+        "/v1/completions": handlers.completions,
+        "/v1/chat/completions": handlers.chat_completions,
+        "/v1/responses": other_apis.responses,
+        "/v1/messages": other_apis.messages,
+        "/v1/messages/count_tokens": other_apis.count_tokens,
+        "/tokenize": info.tokenize,
+        "/detokenize": info.detokenize,
+    }.items():
+        for spelling in (path, f"{path}/"):
+            app.router.add_route("POST", spelling, handler, expect_handler=_expect)
+    for path, handler in {
+        "/v1/models": info.list_models,
+        "/v1/models/{model:.+}": info.get_model,
+        "/health": info.health,
+        "/ready": info.ready,
+        "/metrics": info.metrics,
+        "/version": info.version,
+    }.items():
+        for spelling in (f"{path}/", path):
+            app.router.add_get(spelling, handler)
     return app
+
+
+async def _close(app: web.Application) -> None:
+    app[SERVICE].close()
+
+
+async def _expect(request: web.Request) -> web.StreamResponse | None:
+    """Invites the body that `Expect: 100-continue` asks about, unless it is too large."""
+    limit = request.app[SERVICE].config.max_body_bytes
+    if request.headers.get("Expect", "").lower() != "100-continue":
+        return ApiError(417, "the only Expect that is known is 100-continue", close=True).response()
+    if request.content_length is not None and request.content_length > limit:
+        return body_too_large(limit).response()
+    await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    # The response to come starts after it.
+    request.writer.output_size = 0
+    return None
+
+
+async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
+    response.headers["X-Request-Id"] = request.get(REQUEST_ID) or new_request_id()
+    if warning := request.get(WARNINGS):
+        response.headers["Warnings"] = warning
+    cors.add_headers(request, response, request.app[SERVICE].config.cors_origins)
+
+
+def new_request_id() -> str:
+    """For a response whose request has brought none."""
+    return f"req-{uuid.uuid4().hex}"
+
+
+@web.middleware
+async def _take_request_id(request: web.Request, handler: Handler) -> web.StreamResponse:
+    given = request.headers.get("X-Request-Id", "")
+    if _REQUEST_ID.fullmatch(given):
+        request[REQUEST_ID] = given
+    return await handler(request)
 
 
 @web.middleware
@@ -62,14 +120,26 @@ async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamR
         if api_error is None:
             log.exception("a bug while handling %s %s", request.method, request.path)
             api_error = ApiError(500, "internal error", code="internal_error")
+        if request.path.startswith(_ANTHROPIC_PATH):
+            return api_error.response(json.dumps(error_object(api_error)).encode())
         return api_error.response()
+
+
+@web.middleware
+async def _cors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """A preflight carries no key, so it is answered before one is asked for."""
+    if cors.is_preflight(request) and request.app[SERVICE].config.cors_origins:
+        return cors.preflight(request)
+    return await handler(request)
 
 
 @web.middleware
 async def _authorize(request: web.Request, handler: Handler) -> web.StreamResponse:
     key = request.app[SERVICE].config.api_key
-    if key and request.path not in _PUBLIC_PATHS:
+    if key and request.path.rstrip("/") not in _PUBLIC_PATHS:
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+        if "Authorization" not in request.headers and "x-api-key" in request.headers:
+            scheme, given = "bearer", request.headers["x-api-key"]  # Anthropic's way
         # Bytes: compare_digest refuses text outside ASCII, and headers may hold any.
         same = hmac.compare_digest(
             given.strip().encode(errors="surrogateescape"), key.encode(errors="surrogateescape")
@@ -77,7 +147,7 @@ async def _authorize(request: web.Request, handler: Handler) -> web.StreamRespon
         if scheme.lower() != "bearer" or not same:
             raise ApiError(
                 401,
-                "missing or wrong API key; send it as 'Authorization: Bearer KEY'",
+                "missing or wrong API key; send 'Authorization: Bearer KEY' or 'x-api-key: KEY'",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )

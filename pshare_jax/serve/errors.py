@@ -53,11 +53,11 @@ class ApiError(Exception):
         }
         return msgspec.json.encode({"error": error})
 
-    def response(self) -> web.Response:
-        """The whole answer."""
+    def response(self, body: bytes | None = None) -> web.Response:
+        """The whole answer; `body` is the error object in another shape than OpenAI's."""
         response = web.Response(
             status=self.status,
-            body=self.body(),
+            body=self.body() if body is None else body,
             content_type="application/json",
             headers=self.headers,
         )

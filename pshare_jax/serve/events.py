@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 from pshare_jax.core.messages import Request, RequestOutput
 from pshare_jax.serve.engine_api import Sink, Submitter
+from pshare_jax.serve.turns import Turn
+
+BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Generation:
     """The sequences of one HTTP request, from submission to the last one's end.
 
     A context manager: entering submits every sequence (or none, if one is refused), leaving aborts
-    those that still run.
+    those that still run. Many sequences, and many events, let others of the loop have their turn.
     """
 
     def __init__(self, engine: Submitter, bridge: EventBridge, requests: Sequence[Request]):
@@ -72,18 +75,20 @@ class Generation:
         self._events: list[Event] = []
         self._wakeup = asyncio.Event()
 
-    def __enter__(self) -> Generation:
+    async def __aenter__(self) -> Generation:
+        turn = Turn()
         try:
             for index, request in enumerate(self._requests):
                 # Known as running first: its events may come before submit returns.
                 self._running.add(index)
                 self._engine.submit(request, self._sink(index))
+                await turn.pause()
         except BaseException:
-            self.__exit__()
+            await self.__aexit__()
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
+    async def __aexit__(self, *_: object) -> None:
         for index in list(self._running):
             self.abort(index)
 
@@ -93,14 +98,24 @@ class Generation:
             self._running.discard(index)
             self._engine.abort(self._requests[index].id)
 
-    async def batches(self) -> AsyncIterator[list[Event]]:
-        """All events that have come since the last batch, until no sequence runs."""
+    async def batches(self, patience: float | None = None) -> AsyncIterator[list[Event]]:
+        """The events that have come since the last batch, until no sequence runs.
+
+        After `patience` seconds without any the batch is empty; None waits for ever.
+        """
         while self._running or self._events:
             if not self._events:
                 self._wakeup.clear()
-                await self._wakeup.wait()
-            events, self._events = self._events, []
+                try:
+                    async with asyncio.timeout(patience):
+                        await self._wakeup.wait()
+                except TimeoutError:
+                    yield []
+                    continue
+            events, self._events = self._events[:BATCH], self._events[BATCH:]
             yield events
+            if self._events:
+                await asyncio.sleep(0)
 
     def _sink(self, index: int) -> Sink:
         return lambda output: self._bridge.put(self._receive, index, output)

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-from msgspec import UNSET, Struct, UnsetType
+import msgspec
+from msgspec import UNSET, Struct, UnsetType, structs
 
-from pshare_jax.serve.protocol import (
-    AssistantMessage,
-    ChatChoice,
-    ChatCompletion,
-    ChatLogprobs,
-    Completion,
-    CompletionChoice,
-    CompletionLogprobs,
-    Delta,
-    TokenLogprob,
-    TopLogprob,
-    Usage,
-)
-from pshare_jax.serve.sequence import Piece, ScoredToken, SequenceOutput
+from pshare_jax.frontend.output import Piece, ScoredToken, SequenceOutput
+from pshare_jax.serve.errors import ApiError
+from pshare_jax.serve.protocol import Completion, CompletionChoice, CompletionLogprobs, Usage
 from pshare_jax.text.tokenizer import Tokenizer
 
 # JSON has no minus infinity; OpenAI's stand-in for a probability of zero.
 MIN_LOGPROB = -9999.0
+DONE = b"[DONE]"
 
 
 @dataclass(frozen=True)
@@ -43,26 +36,45 @@ class Heading:
         return None if self.stream_usage else UNSET
 
 
+def heading(prefix: str, model: str, stream_usage: bool = False) -> Heading:
+    """A new answer's heading."""
+    return Heading(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), model, stream_usage)
+
+
+# What one event of a stream carries: an object, or bytes that are written as they are.
+Event = Struct | Mapping[str, Any] | bytes
+
+
 class Format(Protocol):
-    """The spelling of one endpoint."""
+    """The spelling of one endpoint.
+
+    Attributes:
+        heading: see there.
+        named_events: whether the events of a stream are named by their `type`.
+    """
 
     heading: Heading
+    named_events: bool
 
-    def opening(self, index: int) -> Struct | None:
-        """The chunk that opens choice `index`, if it has one."""
+    def opening(self, index: int, usage: Usage) -> Sequence[Event]:
+        """What opens choice `index`; `usage` is known as far as the prompt goes."""
         ...
 
-    def chunk(self, index: int, piece: Piece, sequence: SequenceOutput) -> Struct:
-        """A chunk with a piece of choice `index`."""
+    def chunk(self, index: int, piece: Piece, sequence: SequenceOutput) -> Sequence[Event]:
+        """A piece of choice `index`; nothing if there is nothing to say yet."""
         ...
 
-    def usage_chunk(self, usage: Usage) -> Struct:
-        """The last chunk, which has no choices."""
+    def closing(self, usage: Usage) -> Sequence[Event]:
+        """What ends the stream."""
+        ...
+
+    def failure(self, error: ApiError) -> Sequence[Event]:
+        """What ends a stream that has failed."""
         ...
 
     def answer(
         self, pieces: Sequence[Piece], sequences: Sequence[SequenceOutput], usage: Usage
-    ) -> Struct:
+    ) -> Struct | Mapping[str, Any]:
         """The whole answer."""
         ...
 
@@ -73,8 +85,10 @@ class CompletionFormat:
     Args:
         echoes: for each choice the text that goes before the completion, usually empty.
         logprobs: how many of the most likely tokens are listed, or None for no probabilities.
-        token_ids: whether the ids of the generated tokens are listed.
+        prompt_ids: for each choice the token ids of its prompt, when token ids are listed.
     """
+
+    named_events = False
 
     def __init__(
         self,
@@ -82,28 +96,35 @@ class CompletionFormat:
         tokenizer: Tokenizer,
         echoes: Sequence[str],
         logprobs: int | None,
-        token_ids: bool,
+        prompt_ids: Sequence[Sequence[int]] | None = None,
     ):
         self.heading = heading
         self._tokenizer = tokenizer
         self._echoes = echoes
         self._logprobs = logprobs
-        self._token_ids = token_ids
+        self._prompt_ids = prompt_ids
 
-    def opening(self, index: int) -> Struct | None:
-        """The prompt, when it is echoed."""
-        if not self._echoes[index]:
-            return None
+    def opening(self, index: int, usage: Usage) -> Sequence[Event]:
+        """The prompt, when it is echoed or its token ids are listed."""
+        if not self._echoes[index] and self._prompt_ids is None:
+            return []
         choice = CompletionChoice(index, self._echoes[index], None, None, None)
-        return self._completion([choice], self.heading.chunk_usage)
+        if self._prompt_ids is not None:
+            choice.token_ids, choice.prompt_token_ids = [], self._prompt_ids[index]
+        return [self._completion([choice], self.heading.chunk_usage)]
 
-    def chunk(self, index: int, piece: Piece, sequence: SequenceOutput) -> Struct:
+    def chunk(self, index: int, piece: Piece, sequence: SequenceOutput) -> Sequence[Event]:
         """A piece of text."""
-        return self._completion([self._choice(index, piece, sequence)], self.heading.chunk_usage)
+        choices = [self._choice(index, piece, sequence)]
+        return [self._completion(choices, self.heading.chunk_usage)]
 
-    def usage_chunk(self, usage: Usage) -> Struct:
-        """No choices, but the usage."""
-        return self._completion([], usage)
+    def closing(self, usage: Usage) -> Sequence[Event]:
+        """The usage if it was asked for, and the end."""
+        return [self._completion([], usage), DONE] if self.heading.stream_usage else [DONE]
+
+    def failure(self, error: ApiError) -> Sequence[Event]:
+        """The error object."""
+        return [error.body()]
 
     def answer(
         self, pieces: Sequence[Piece], sequences: Sequence[SequenceOutput], usage: Usage
@@ -113,6 +134,8 @@ class CompletionFormat:
         for index, (piece, sequence) in enumerate(zip(pieces, sequences, strict=True)):
             choice = self._choice(index, piece, sequence)
             choice.text = self._echoes[index] + choice.text
+            if self._prompt_ids is not None:
+                choice.prompt_token_ids = self._prompt_ids[index]
             choices.append(choice)
         return self._completion(choices, usage)
 
@@ -124,7 +147,7 @@ class CompletionFormat:
 
     def _choice(self, index: int, piece: Piece, sequence: SequenceOutput) -> CompletionChoice:
         logprobs = None if self._logprobs is None else self._scores(piece.tokens)
-        token_ids = piece.token_ids if self._token_ids else UNSET
+        token_ids = UNSET if self._prompt_ids is None else piece.token_ids
         return CompletionChoice(
             index, piece.text, logprobs, sequence.finish_reason, sequence.stop_reason, token_ids
         )
@@ -133,91 +156,35 @@ class CompletionFormat:
         name = self._tokenizer.token_text
         top_logprobs = []
         for token in tokens:
-            top = {name(i): _finite(value) for i, value in token.logprobs.top[: self._logprobs]}
+            top = {name(i): finite(value) for i, value in token.logprobs.top[: self._logprobs]}
             # The chosen token is always listed, though it may not be among the most likely.
-            top.setdefault(name(token.token_id), _finite(token.logprobs.logprob))
+            top.setdefault(name(token.token_id), finite(token.logprobs.logprob))
             top_logprobs.append(top)
         return CompletionLogprobs(
             tokens=[name(token.token_id) for token in tokens],
-            token_logprobs=[_finite(token.logprobs.logprob) for token in tokens],
+            token_logprobs=[finite(token.logprobs.logprob) for token in tokens],
             top_logprobs=top_logprobs,
             text_offset=[token.offset for token in tokens],
         )
 
 
-class ChatFormat:
-    """`/v1/chat/completions`; `logprobs` as in `CompletionFormat`."""
-
-    def __init__(self, heading: Heading, tokenizer: Tokenizer, logprobs: int | None):
-        self.heading = heading
-        self._tokenizer = tokenizer
-        self._logprobs = logprobs
-
-    def opening(self, index: int) -> Struct | None:
-        """The role."""
-        delta = Delta(role="assistant", content="")
-        return self._chunk([ChatChoice(index, None, None, None, delta=delta)])
-
-    def chunk(self, index: int, piece: Piece, sequence: SequenceOutput) -> Struct:
-        """A piece of the message."""
-        delta = Delta(content=piece.text) if piece.text else Delta()
-        return self._chunk([self._choice(index, piece, sequence, delta=delta)])
-
-    def usage_chunk(self, usage: Usage) -> Struct:
-        """No choices, but the usage."""
-        return self._chunk([], usage)
-
-    def answer(
-        self, pieces: Sequence[Piece], sequences: Sequence[SequenceOutput], usage: Usage
-    ) -> Struct:
-        """All messages."""
-        choices = [
-            self._choice(index, piece, sequence, message=AssistantMessage(piece.text))
-            for index, (piece, sequence) in enumerate(zip(pieces, sequences, strict=True))
-        ]
-        heading = self.heading
-        return ChatCompletion(
-            heading.id, "chat.completion", heading.created, heading.model, choices, usage
-        )
-
-    def _chunk(self, choices: list[ChatChoice], usage: Usage | None = None) -> ChatCompletion:
-        heading = self.heading
-        return ChatCompletion(
-            heading.id,
-            "chat.completion.chunk",
-            heading.created,
-            heading.model,
-            choices,
-            usage or heading.chunk_usage,
-        )
-
-    def _choice(
-        self,
-        index: int,
-        piece: Piece,
-        sequence: SequenceOutput,
-        message: AssistantMessage | UnsetType = UNSET,
-        delta: Delta | UnsetType = UNSET,
-    ) -> ChatChoice:
-        logprobs = None
-        if self._logprobs is not None:
-            logprobs = ChatLogprobs([self._score(token) for token in piece.tokens])
-        return ChatChoice(
-            index, logprobs, sequence.finish_reason, sequence.stop_reason, message, delta
-        )
-
-    def _score(self, token: ScoredToken) -> TokenLogprob:
-        tokenizer, chosen = self._tokenizer, token.token_id
-        return TokenLogprob(
-            token=tokenizer.token_text(chosen),
-            logprob=_finite(token.logprobs.logprob),
-            bytes=list(tokenizer.token_bytes(chosen)),
-            top_logprobs=[
-                TopLogprob(tokenizer.token_text(i), _finite(value), list(tokenizer.token_bytes(i)))
-                for i, value in token.logprobs.top[: self._logprobs]
-            ],
-        )
+def with_usage(event: Event, usage: Usage | None) -> Event:
+    """`event`, saying what was used so far, if that is known and is to be said."""
+    if usage is None or not isinstance(event, Struct):
+        return event
+    return structs.replace(event, usage=usage)
 
 
-def _finite(logprob: float) -> float:
+def encode_answer(answer: Struct | Mapping[str, Any]) -> bytes:
+    """JSON of a whole answer. Its choices are encoded one by one: what holds a hundred long ones is
+    else encoded in one go, which keeps every thread waiting."""
+    choices = getattr(answer, "choices", None)
+    if choices and isinstance(answer, Struct):
+        raw: list[Any] = [msgspec.Raw(msgspec.json.encode(choice)) for choice in choices]
+        answer = structs.replace(answer, choices=raw)
+    return msgspec.json.encode(answer)
+
+
+def finite(logprob: float) -> float:
+    """`logprob`, or what stands for minus infinity."""
     return max(logprob, MIN_LOGPROB)

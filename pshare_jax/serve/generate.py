@@ -8,23 +8,27 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
-import msgspec
 from aiohttp import web
 
 from pshare_jax.core.messages import FinishReason, Request, SamplingParams
+from pshare_jax.frontend.chat import Prompt
+from pshare_jax.frontend.output import SequenceOutput
+from pshare_jax.frontend.params import OutputParams, sample_seed, with_changes
 from pshare_jax.serve.errors import ApiError, as_api_error
 from pshare_jax.serve.events import Event, Generation
-from pshare_jax.serve.formats import Format
+from pshare_jax.serve.formats import Event as StreamEvent
+from pshare_jax.serve.formats import Format, encode_answer, with_usage
 from pshare_jax.serve.metrics import SequenceTimer
-from pshare_jax.serve.params import OutputParams, sample_seed
-from pshare_jax.serve.prompts import Prompt
 from pshare_jax.serve.protocol import Usage
-from pshare_jax.serve.sequence import SequenceOutput
-from pshare_jax.serve.service import Service
+from pshare_jax.serve.service import REQUEST_ID, Service
 from pshare_jax.serve.sse import EventStream
+from pshare_jax.serve.turns import Turn
 from pshare_jax.serve.usage import total_usage
 
 log = logging.getLogger(__name__)
+
+# Tokens and alternatives of an answer that is put together beside the event loop.
+LONG_ANSWER = 1000
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Job:
                 id=f"{self.format.heading.id}-{index * n + sample}",
                 model=self.model,
                 prompt_token_ids=prompt.token_ids,
-                params=msgspec.structs.replace(params, seed=sample_seed(params.seed, sample)),
+                params=with_changes(params, seed=sample_seed(params.seed, sample)),
                 cache_salt=self.cache_salt,
             )
             for index, (prompt, params) in enumerate(zip(self.prompts, self.sampling, strict=True))
@@ -80,16 +84,26 @@ class Run:
             if sequence.finish_reason is None:
                 timer.end(FinishReason.ABORT, sequence.completion_tokens, time.monotonic())
 
-    async def progress(self) -> AsyncIterator[list[int]]:
+    async def progress(self, patience: float | None = None) -> AsyncIterator[list[int]]:
         """The choices that have got something new, batch by batch, until all have ended.
+
+        None at all, if nothing has come for `patience` seconds.
 
         Raises:
             GenerationError, EngineDeadError, ApiError: the engine gave a sequence up.
         """
-        async for events in self._generation.batches():
+        turn = Turn()
+        async for events in self._generation.batches(patience):
             for event in events:
                 self._feed(event)
+                await turn.pause()
             yield sorted({event.index for event in events})
+
+    @property
+    def is_long(self) -> bool:
+        """Whether it takes its time to write the answer."""
+        tokens = sum(sequence.completion_tokens for sequence in self.sequences)
+        return tokens * (1 + (self._job.output.logprobs or 0)) > LONG_ANSWER
 
     def usage(self) -> Usage:
         """Tokens of the whole job."""
@@ -126,47 +140,62 @@ async def respond(request: web.Request, service: Service, job: Job) -> web.Strea
             f"the server holds {service.max_sequences}",
             param="n",
         )
-    headers = {"X-Request-Id": job.format.heading.id}
-    with service.generation(requests) as generation, Run(service, job, generation) as run:
-        if not job.output.stream:
-            async for _ in run.progress():
-                pass
-            pieces = [sequence.take() for sequence in run.sequences]
-            answer = job.format.answer(pieces, run.sequences, run.usage())
-            return web.Response(
-                body=msgspec.json.encode(answer), content_type="application/json", headers=headers
-            )
-        stream = EventStream(request, headers, service.config.write_timeout_seconds)
-        await stream.open()
-        try:
-            await _stream(stream, job, run)
-        except (asyncio.CancelledError, ConnectionError):
-            raise
-        except Exception as error:  # the status is sent: what is left is an event that says so
-            api_error = as_api_error(error)
-            if api_error is None:
-                log.exception("a bug while streaming %s", job.format.heading.id)
-                api_error = ApiError(500, "internal error")
-            stream.add_json(api_error.body())
-            await stream.flush()
-        return stream.response
+    request.setdefault(REQUEST_ID, job.format.heading.id)
+    async with service.generation(requests) as generation:
+        with Run(service, job, generation) as run:
+            return await _answer(request, service, job, run)
 
 
-async def _stream(stream: EventStream, job: Job, run: Run) -> None:
+async def _answer(request: web.Request, service: Service, job: Job, run: Run) -> web.StreamResponse:
+    if not job.output.stream:
+        async for _ in run.progress():
+            pass
+        body = await service.offload.run_if(run.is_long, _whole, job, run)
+        return web.Response(body=body, content_type="application/json")
+    stream = EventStream(request, service.config.write_timeout_seconds, job.format.named_events)
+    await stream.open()
+    try:
+        await _stream(stream, job, run, service.config.ping_seconds or None)
+    except (asyncio.CancelledError, ConnectionError):
+        raise
+    except Exception as error:  # the status is sent: what is left is an event that says so
+        api_error = as_api_error(error)
+        if api_error is None:
+            log.exception("a bug while streaming %s", job.format.heading.id)
+            api_error = ApiError(500, "internal error")
+        for event in job.format.failure(api_error):
+            stream.add(event)
+        await stream.flush()
+    return stream.response
+
+
+def _whole(job: Job, run: Run) -> bytes:
+    pieces = [sequence.take() for sequence in run.sequences]
+    return encode_answer(job.format.answer(pieces, run.sequences, run.usage()))
+
+
+async def _stream(stream: EventStream, job: Job, run: Run, ping_seconds: float | None) -> None:
     opened: set[int] = set()
-    async for indices in run.progress():
+    turn = Turn()
+    async for indices in run.progress(ping_seconds):
+        if not indices:
+            stream.add_comment()
+        usage = run.usage() if job.output.usage_so_far else None
         for index in indices:
             sequence = run.sequences[index]
             if index not in opened:
                 opened.add(index)
-                if (opening := job.format.opening(index)) is not None:
-                    stream.add(opening)
+                for event in job.format.opening(index, run.usage()):
+                    stream.add(with_usage(event, usage))
             piece = sequence.take()
             ids = job.output.token_ids and piece.token_ids
+            events: Sequence[StreamEvent] = []
             if piece.text or piece.tokens or ids or sequence.finish_reason is not None:
-                stream.add(job.format.chunk(index, piece, sequence))
+                events = job.format.chunk(index, piece, sequence)
+            for event in events:
+                stream.add(with_usage(event, usage))
+            await turn.pause()
         await stream.flush()
-    if job.output.include_usage:
-        stream.add(job.format.usage_chunk(run.usage()))
-    stream.add_json(b"[DONE]")
+    for event in job.format.closing(run.usage()):
+        stream.add(event)
     await stream.flush()

@@ -1,20 +1,25 @@
-"""The generation endpoints: from an HTTP request to a `Job`."""
+"""OpenAI's generation endpoints: from an HTTP request to a `Job`."""
 
 from __future__ import annotations
 
 import time
-import uuid
 
-import msgspec
 from aiohttp import web
 
-from pshare_jax.errors import RequestError
-from pshare_jax.serve.formats import ChatFormat, CompletionFormat, Heading
+from pshare_jax.frontend.chat import completion_prompts
+from pshare_jax.frontend.params import (
+    output_params,
+    resolve_max_tokens,
+    sampling_params,
+    with_changes,
+)
+from pshare_jax.frontend.requests import ChatRequest, CompletionRequest
+from pshare_jax.serve.chat_format import ChatFormat
+from pshare_jax.serve.chat_plan import plan_chat
+from pshare_jax.serve.formats import CompletionFormat, heading
 from pshare_jax.serve.generate import Job, respond
-from pshare_jax.serve.params import output_params, resolve_max_tokens, sampling_params
+from pshare_jax.serve.offload import INLINE_BYTES
 from pshare_jax.serve.parsing import read_request
-from pshare_jax.serve.prompts import chat_prompt, completion_prompts
-from pshare_jax.serve.protocol import ChatRequest, CompletionRequest
 from pshare_jax.serve.service import SERVICE
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -25,14 +30,16 @@ async def completions(request: web.Request) -> web.StreamResponse:
     arrival = time.monotonic()
     service = request.app[SERVICE]
     service.require_serving()
-    body = await read_request(request, CompletionRequest, service.config.read_timeout_seconds)
+    body = await read_request(request, CompletionRequest)
     service.model(body.model)
-    output = output_params(body)
+    output = output_params(body, service.limits.max_n)
     # Checked before the work of tokenising, for one token; each prompt then gets its own number.
-    template = sampling_params(body, service.limits, 1, output.logprobs)
-    prompts = await completion_prompts(body, service.tokenizer, service.limits)
+    template = sampling_params(body, service.limits, 1, output.logprobs, service.sampling_defaults)
+    prompts = await service.offload.run_if(
+        _is_large(body), completion_prompts, body, service.tokenizer, service.limits
+    )
     sampling = [
-        msgspec.structs.replace(
+        with_changes(
             template,
             max_tokens=resolve_max_tokens(
                 body.max_tokens,
@@ -60,11 +67,13 @@ async def completions(request: web.Request) -> web.StreamResponse:
         output=output,
         cache_salt=body.cache_salt or "",
         format=CompletionFormat(
-            _heading("cmpl", body.model, output.include_usage),
+            heading("cmpl", body.model, output.include_usage),
             service.tokenizer,
             echoes,
             output.logprobs,
-            output.token_ids,
+            [prompt.token_ids for prompt in prompts for _ in range(output.n)]
+            if output.token_ids
+            else None,
         ),
         arrival=arrival,
     )
@@ -76,45 +85,21 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     arrival = time.monotonic()
     service = request.app[SERVICE]
     service.require_serving()
-    body = await read_request(request, ChatRequest, service.config.read_timeout_seconds)
+    body = await read_request(request, ChatRequest)
     service.model(body.model)
-    output = output_params(body)
-    template = sampling_params(body, service.limits, 1, output.logprobs)
-    prompt = await chat_prompt(
+    plan = await plan_chat(service, body)
+    chat_format = ChatFormat(
+        heading("chatcmpl", body.model, plan.output.include_usage),
         service.tokenizer,
-        service.limits,
-        body.messages,
-        None if body.tool_choice == "none" else body.tools,
-        body.add_generation_prompt,
-        body.chat_template_kwargs,
+        plan.output.logprobs,
+        plan.new_reader,
+        plan.new_call_id,
+        plan.prompt.token_ids if plan.output.token_ids else None,
+        legacy=bool(body.functions),
     )
-    max_tokens = resolve_max_tokens(
-        _chat_max_tokens(body), None, len(prompt.token_ids), service.limits, "messages"
-    )
-    job = Job(
-        model=body.model,
-        prompts=[prompt],
-        sampling=[msgspec.structs.replace(template, max_tokens=max_tokens)],
-        output=output,
-        cache_salt=body.cache_salt or "",
-        format=ChatFormat(
-            _heading("chatcmpl", body.model, output.include_usage),
-            service.tokenizer,
-            output.logprobs,
-        ),
-        arrival=arrival,
-    )
-    return await respond(request, service, job)
+    return await respond(request, service, plan.job(chat_format, arrival))
 
 
-def _heading(prefix: str, model: str, stream_usage: bool) -> Heading:
-    return Heading(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), model, stream_usage)
-
-
-def _chat_max_tokens(body: ChatRequest) -> int | None:
-    old, new = body.max_tokens, body.max_completion_tokens
-    if old is not None and new is not None and old != new:
-        raise RequestError(
-            "max_tokens and max_completion_tokens differ; give one", param="max_completion_tokens"
-        )
-    return old if new is None else new
+def _is_large(body: CompletionRequest) -> bool:
+    """Whether its prompts take their time to be tokenised."""
+    return not isinstance(body.prompt, str) or len(body.prompt) > INLINE_BYTES

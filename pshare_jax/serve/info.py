@@ -8,19 +8,16 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_1_0_0
 
 from pshare_jax import __version__
 from pshare_jax.errors import RequestError
+from pshare_jax.frontend.chat import TemplateOptions, chat_prompt, encode
+from pshare_jax.frontend.params import Limits, check_token_ids
+from pshare_jax.frontend.requests import DetokenizeRequest, TokenizeRequest
 from pshare_jax.serve.engine_api import ModelInfo
-from pshare_jax.serve.params import Limits, check_token_ids
+from pshare_jax.serve.offload import INLINE_BYTES
 from pshare_jax.serve.parsing import read_request
-from pshare_jax.serve.prompts import chat_prompt, encode
-from pshare_jax.serve.protocol import (
-    DetokenizeRequest,
-    DetokenizeResponse,
-    ModelCard,
-    ModelList,
-    TokenizeRequest,
-    TokenizeResponse,
-)
+from pshare_jax.serve.protocol import DetokenizeResponse, ModelCard, ModelList, TokenizeResponse
 from pshare_jax.serve.service import SERVICE, Service
+
+INLINE_TOKENS = 4096
 
 
 def json_response(value: object, status: int = 200) -> web.Response:
@@ -45,40 +42,62 @@ async def get_model(request: web.Request) -> web.Response:
 async def tokenize(request: web.Request) -> web.Response:
     """`POST /tokenize`."""
     service = request.app[SERVICE]
-    body = await read_request(request, TokenizeRequest, service.config.read_timeout_seconds)
+    body = await read_request(request, TokenizeRequest)
     if body.model is not None:
         service.model(body.model)
-    # Counting is what this is for: a text of any length that fits a body may be counted.
-    limits = Limits(service.limits.vocab_size, max_model_len=2**63)
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("give either prompt or messages", param="prompt")
+    small = body.prompt is not None and len(body.prompt) <= INLINE_BYTES
+    answer = await service.offload.run_if(not small, _tokenize, service, body)
+    return web.Response(body=answer, content_type="application/json")
+
+
+def _tokenize(service: Service, body: TokenizeRequest) -> bytes:
+    # Counting is what this is for: a text of any length that fits a body may be counted.
+    limits = Limits(service.limits.vocab_size, max_model_len=2**63)
+    tokenizer = service.tokenizer
     if body.prompt is not None:
         special = body.add_special_tokens is not False
-        ids = await encode(service.tokenizer, body.prompt, limits, "prompt", special)
+        ids = encode(tokenizer, body.prompt, limits, "prompt", special)
     else:
-        prompt = await chat_prompt(
-            service.tokenizer,
+        prompt = chat_prompt(
+            tokenizer,
             limits,
             body.messages or [],
             body.tools,
-            body.add_generation_prompt,
-            body.chat_template_kwargs,
+            TemplateOptions(
+                body.add_generation_prompt is not False,
+                body.chat_template_kwargs,
+                bool(body.add_special_tokens),
+                tool_prompt=service.format_of(body.model).tool_prompt,
+                special_tokens=service.config.special_tokens_in_text,
+            ),
         )
         ids = list(prompt.token_ids)
     strings = None
     if body.return_token_strs:
-        strings = [service.tokenizer.token_string(i) or "" for i in ids]
-    return json_response(TokenizeResponse(len(ids), service.limits.max_model_len, ids, strings))
+        strings = [tokenizer.token_string(i) or "" for i in ids]
+    return msgspec.json.encode(
+        TokenizeResponse(len(ids), service.limits.max_model_len, ids, strings)
+    )
 
 
 async def detokenize(request: web.Request) -> web.Response:
     """`POST /detokenize`."""
     service = request.app[SERVICE]
-    body = await read_request(request, DetokenizeRequest, service.config.read_timeout_seconds)
+    body = await read_request(request, DetokenizeRequest)
     if body.model is not None:
         service.model(body.model)
+    limit = service.limits.max_model_len
+    if len(body.tokens) > limit:
+        raise RequestError(
+            f"tokens holds {len(body.tokens)} ids; no sequence here has more than {limit}",
+            param="tokens",
+        )
     check_token_ids(body.tokens, service.limits.vocab_size, "tokens")
-    text = service.tokenizer.decode(body.tokens, skip_special_tokens=False)
+    text = await service.offload.run_if(
+        len(body.tokens) > INLINE_TOKENS, service.tokenizer.decode, body.tokens, False
+    )
     return json_response(DetokenizeResponse(text))
 
 
@@ -98,7 +117,8 @@ async def ready(request: web.Request) -> web.Response:
 
 async def metrics(request: web.Request) -> web.Response:
     """`GET /metrics`."""
-    body = request.app[SERVICE].metrics.render()
+    service = request.app[SERVICE]
+    body = await service.offload.run(service.metrics.render)
     return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_PLAIN_1_0_0})
 
 

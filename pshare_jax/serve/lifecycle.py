@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable
 
@@ -16,12 +18,14 @@ from pshare_jax.config import ServerConfig
 from pshare_jax.errors import ConfigError
 from pshare_jax.serve.app import build_app
 from pshare_jax.serve.engine_api import Engine
+from pshare_jax.serve.http_errors import JsonRunner
 from pshare_jax.serve.service import SERVICE, Service
 
 log = logging.getLogger(__name__)
 
 # How long a finished or aborted handler may take to write what it has left.
 SHUTDOWN_SECONDS = 2.0
+SWITCH_SECONDS = 0.001
 
 
 def bind(config: ServerConfig) -> socket.socket:
@@ -32,6 +36,11 @@ def bind(config: ServerConfig) -> socket.socket:
     """
     if not 0 <= config.port <= 65535:
         raise ConfigError(f"server.port must be between 0 and 65535, got {config.port}")
+    for name in ("max_n", "max_prompts", "max_body_items", "worker_threads"):
+        if (value := getattr(config, name)) < 1:
+            raise ConfigError(f"server.{name} must be at least 1, got {value}")
+    if config.ping_seconds < 0:
+        raise ConfigError(f"server.ping_seconds must not be negative, got {config.ping_seconds}")
     sock = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -66,8 +75,10 @@ class HttpServer:
         config = engine.config.server
         app = build_app(engine)
         self.service: Service = app[SERVICE]
-        self._runner = web.AppRunner(
+        self._runner = JsonRunner(
             app,
+            # Bodies are decompressed with a bound, off the loop, and their errors told apart.
+            auto_decompress=False,
             # A client that goes away cancels its handler, which gives up its sequences.
             handler_cancellation=True,
             # Also bounds how long a connection may take to send its headers.
@@ -78,6 +89,9 @@ class HttpServer:
 
     async def start(self, sock: socket.socket) -> None:
         """Listens on `sock`, a bound socket."""
+        # For each system call of a request the loop gives the interpreter away, and waits so long
+        # to have it back from a thread that renders or detokenises.
+        sys.setswitchinterval(SWITCH_SECONDS)
         await self._runner.setup()
         await web.SockSite(self._runner, sock).start()
 
@@ -166,6 +180,10 @@ async def serve(engine: Engine, sock: socket.socket, on_ready: Callable[[str], N
         code = 1
     else:
         if warm_up.done.done():
+            # What has been loaded stays: full garbage collections would walk all of it, for
+            # longer than the event loop may stand still.
+            gc.collect()
+            gc.freeze()
             on_ready(url_of(sock))
         await stopped
         code = await _drain(server, engine, warm_up)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -18,6 +18,7 @@ from pshare_jax.core.stats import EngineStats, TokenSource
 _SOURCES: tuple[TokenSource, ...] = ("computed", "same_model", "other_model")
 _SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5)
+_LAG_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 
 # (name, help, value of one model): what the engine counts for each model.
@@ -187,6 +188,17 @@ class Metrics:
             ["model_name", "finished_reason"],
             registry=self._registry,
         )
+        self.loop_lag = Histogram(
+            "pshare_event_loop_lag_seconds",
+            "How late the event loop woke up, looked at 20 times a second.",
+            buckets=_LAG_SECONDS,
+            registry=self._registry,
+        )
+        self.max_loop_lag = Gauge(
+            "pshare_event_loop_max_lag_seconds",
+            "The greatest of the last minute or two.",
+            registry=self._registry,
+        )
         for name in names:
             for reason in FinishReason:
                 self.finished.labels(name, reason.value)
@@ -207,7 +219,14 @@ class Metrics:
         )
 
     def _histograms(self) -> Iterator[Histogram]:
-        yield from (value for value in vars(self).values() if isinstance(value, Histogram))
+        yield from (
+            self.first_token,
+            self.inter_token,
+            self.per_token,
+            self.end_to_end,
+            self.prompt_len,
+            self.completion_len,
+        )
 
 
 class SequenceTimer:
@@ -237,13 +256,15 @@ class SequenceTimer:
         self._last = now
 
     def end(self, reason: FinishReason, completion_tokens: int, now: float) -> None:
-        """Observes the end; lengths and latencies only of sequences that were served."""
+        """Observes the end: lengths, unless the engine failed, and latencies, if it was served."""
         metrics, model = self._metrics, self._model
         metrics.finished.labels(model, reason.value).inc()
-        if reason not in (FinishReason.STOP, FinishReason.LENGTH):
+        if reason is FinishReason.ERROR:
             return
         metrics.prompt_len.labels(model).observe(self._prompt_len)
         metrics.completion_len.labels(model).observe(completion_tokens)
+        if reason is FinishReason.ABORT:
+            return
         metrics.end_to_end.labels(model).observe(now - self._arrival)
         if self._first is not None and completion_tokens > 1:
             mean = (self._last - self._first) / (completion_tokens - 1)

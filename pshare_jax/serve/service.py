@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 
 from aiohttp import web
 
 from pshare_jax.core.messages import Request
 from pshare_jax.errors import EngineDeadError, UnknownModelError
+from pshare_jax.frontend.model_format import ModelFormat, model_format
+from pshare_jax.frontend.params import Limits, SamplingDefaults, sampling_defaults
 from pshare_jax.serve.engine_api import Engine, ModelInfo
 from pshare_jax.serve.errors import ApiError, GenerationError
 from pshare_jax.serve.events import EventBridge, Generation
+from pshare_jax.serve.loop_lag import LoopLag
 from pshare_jax.serve.metrics import Metrics
-from pshare_jax.serve.params import Limits
+from pshare_jax.serve.offload import Offload
+
+log = logging.getLogger(__name__)
+
+# What one process says about ignored fields; clients choose their names, so it must end somewhere.
+_MAX_LOGGED_WARNINGS = 1000
 
 
 class Service:
@@ -24,9 +33,24 @@ class Service:
         self.engine = engine
         self.config = engine.config.server
         self.tokenizer = engine.tokenizer
-        self.limits = Limits(engine.model_config.vocab_size, engine.config.max_model_len)
+        self.limits = Limits(
+            engine.model_config.vocab_size,
+            engine.config.max_model_len,
+            self.config.max_n,
+            self.config.max_prompts,
+        )
+        self.sampling_defaults = SamplingDefaults()
+        if self.config.generation_config == "auto":
+            self.sampling_defaults = sampling_defaults(self.tokenizer.generation_config)
+        if self.sampling_defaults != SamplingDefaults():
+            log.info("defaults of the base's generation_config.json: %s", self.sampling_defaults)
+        self.offload = Offload(self.config.worker_threads)
+        template = self.tokenizer.chat_template
+        self.formats = {entry.name: model_format(entry, template) for entry in engine.config.models}
         self.metrics = Metrics(engine.models, engine.stats)
         self.draining = False
+        self._loop_lag = LoopLag(self.metrics)
+        self._warned: set[str] = set()
         self._bridge = EventBridge(asyncio.get_running_loop())
         self._active = 0
         self._idle = asyncio.Event()
@@ -81,14 +105,29 @@ class Service:
             raise UnknownModelError(f"The model {name[:100]!r} does not exist; served: {served}")
         return self.engine.models[name]
 
-    @contextmanager
-    def generation(self, requests: Sequence[Request]) -> Iterator[Generation]:
+    def format_of(self, name: str | None) -> ModelFormat:
+        """The format of a model; of the first one if none is named."""
+        return self.formats[next(iter(self.formats)) if name is None else name]
+
+    def warn_once(self, warning: str) -> None:
+        """Logs `warning` unless this process has said it before."""
+        if warning not in self._warned and len(self._warned) < _MAX_LOGGED_WARNINGS:
+            self._warned.add(warning)
+            log.warning("%s", warning)
+
+    def close(self) -> None:
+        """Ends the threads and timers of its own; the engine is not its own."""
+        self._loop_lag.close()
+        self.offload.close()
+
+    @asynccontextmanager
+    async def generation(self, requests: Sequence[Request]) -> AsyncIterator[Generation]:
         """Runs the sequences of one HTTP request; leaving aborts what still runs."""
         self.require_serving()
         self._active += 1
         self._idle.clear()
         try:
-            with Generation(self.engine, self._bridge, requests) as generation:
+            async with Generation(self.engine, self._bridge, requests) as generation:
                 yield generation
         finally:
             self._active -= 1
@@ -112,3 +151,5 @@ def _shutting_down() -> ApiError:
 
 
 SERVICE = web.AppKey("service", Service)
+REQUEST_ID = web.RequestKey("request_id", str)
+WARNINGS = web.RequestKey("warnings", str)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+from collections.abc import Mapping
 from types import TracebackType
+from typing import Any
 
 import msgspec
 from aiohttp import web
@@ -53,24 +55,33 @@ def _reset(transport: asyncio.Transport) -> None:
 
 
 class EventStream:
-    """Collects events and sends them together."""
+    """Collects events and sends them together.
 
-    def __init__(self, request: web.Request, headers: dict[str, str], write_timeout: float):
+    Args:
+        request: whose answer they are.
+        write_timeout: how long the client may not read, in seconds.
+        named: whether events that are mappings are named by their `type`.
+    """
+
+    def __init__(self, request: web.Request, write_timeout: float, named: bool = False):
         self._request = request
         self._seconds = write_timeout
         self._encoder = msgspec.json.Encoder()
         self._pending = bytearray()
-        self.response = web.StreamResponse(headers={**_HEADERS, **headers})
+        self._named = named
+        self.response = web.StreamResponse(headers=_HEADERS)
 
-    def add(self, event: msgspec.Struct) -> None:
-        """Queues `event` as JSON."""
-        self.add_json(self._encoder.encode(event))
-
-    def add_json(self, data: bytes) -> None:
-        """Queues an event that is encoded already."""
+    def add(self, event: msgspec.Struct | Mapping[str, Any] | bytes) -> None:
+        """Queues `event` as JSON; bytes are encoded already."""
+        if self._named and isinstance(event, Mapping):
+            self._pending += b"event: %s\n" % event["type"].encode()
         self._pending += b"data: "
-        self._pending += data
+        self._pending += event if isinstance(event, bytes) else self._encoder.encode(event)
         self._pending += b"\n\n"
+
+    def add_comment(self) -> None:
+        """Queues a line that clients skip, so that they and proxies see that somebody is there."""
+        self._pending += b": ping\n\n"
 
     async def flush(self) -> None:
         """Sends what is queued.

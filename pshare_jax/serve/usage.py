@@ -6,8 +6,8 @@ import logging
 from collections.abc import Sequence
 
 from pshare_jax.core.messages import PromptUsage
+from pshare_jax.frontend.output import SequenceOutput
 from pshare_jax.serve.protocol import PromptTokensDetails, Usage
-from pshare_jax.serve.sequence import SequenceOutput
 
 log = logging.getLogger(__name__)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pshare_jax.errors import DataError
+from pshare_jax.frontend.tool_prompt import signature
 
 PACKAGE = "bfcl-eval==2026.3.23"
 _FILES = ("simple_python", "multiple", "live_simple", "live_multiple")
@@ -76,7 +77,7 @@ def _read(wheel: zipfile.ZipFile, name: str) -> Iterator[ToolCall]:
         functions = entry["function"]
         if len(reference) != 1 or len(turns) != 1 or len(functions) > _MAX_FUNCTIONS:
             continue
-        signatures = "\n".join(_signature(function) for function in functions)
+        signatures = "\n".join(signature(function) for function in functions)
         question = f"{signatures}\n\n{turns[0]['content']}\nAnswer with one function call."
         if len(question) <= _MAX_CHARACTERS:
             answer = _call(reference[0], functions)
@@ -87,18 +88,6 @@ def _lines(wheel: zipfile.ZipFile, name: str) -> Iterator[dict[str, Any]]:
     with wheel.open(name) as file:
         for line in file:
             yield json.loads(line)
-
-
-def _signature(function: Mapping[str, Any]) -> str:
-    """`name(required: type, optional: type = ...): first sentence of the description`."""
-    schema = function["parameters"]
-    required = schema.get("required", [])
-    parameters = [
-        f"{name}: {value.get('type', 'any')}{'' if name in required else ' = ...'}"
-        for name, value in schema["properties"].items()
-    ]
-    sentence = function.get("description", "").split(". ")[0].rstrip(".")
-    return f"{function['name']}({', '.join(parameters)}): {sentence}."
 
 
 def _call(

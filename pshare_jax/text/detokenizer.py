@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import functools
 from collections.abc import Collection, Iterable, Sequence
 
 from pshare_jax.text.token_bytes import TokenBytes
@@ -113,7 +114,9 @@ class StopMatcher:
         return found
 
 
-def _failure(pattern: str) -> list[int]:
+# The samples of a request, and often its successors, share their stop strings.
+@functools.lru_cache(maxsize=1024)
+def _failure(pattern: str) -> tuple[int, ...]:
     """Length of the longest proper border of each prefix of `pattern`."""
     borders = [0] * len(pattern)
     for i in range(1, len(pattern)):
@@ -121,4 +124,4 @@ def _failure(pattern: str) -> list[int]:
         while border and pattern[i] != pattern[border]:
             border = borders[border - 1]
         borders[i] = border + (pattern[i] == pattern[border])
-    return borders
+    return tuple(borders)

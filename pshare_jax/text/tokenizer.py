@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,14 +27,22 @@ class Tokenizer:
     Args:
         backend: the Hugging Face tokenizer.
         eos_token_ids: ids that end a sequence.
+        generation_config: the checkpoint's `generation_config.json`.
 
     Attributes:
         vocab_size: number of ids, added tokens included.
         eos_token_ids: ids that end a sequence.
+        generation_config: how the model's makers would have it sampled, unchecked.
         special_ids: ids of special tokens, which `skip_special_tokens` leaves out of a text.
     """
 
-    def __init__(self, backend: PreTrainedTokenizerFast, eos_token_ids: tuple[int, ...]):
+    def __init__(
+        self,
+        backend: PreTrainedTokenizerFast,
+        eos_token_ids: tuple[int, ...],
+        generation_config: Mapping[str, Any] | None = None,
+    ):
+        self.generation_config = generation_config or {}
         self._hf = backend
         self._fast = backend.backend_tokenizer
         # Settings for training batches that a tokenizer.json may carry would alter prompts.
@@ -42,6 +52,8 @@ class Tokenizer:
         self.eos_token_ids = eos_token_ids
         added = self._fast.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        specials = sorted((added[i].content for i in self.special_ids), key=len, reverse=True)
+        self._special_pattern = re.compile("|".join(map(re.escape, specials))) if specials else None
         self._token_bytes: TokenBytes = read_token_bytes(
             json.loads(self._fast.decoder.__getstate__()),
             map(self._fast.id_to_token, range(self.vocab_size)),
@@ -54,7 +66,7 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
         """Reads `tokenizer.json` and, when there, `tokenizer_config.json`, the chat template and
-        `generation_config.json` (`eos_token_id`) of `folder`.
+        `generation_config.json` of `folder`.
 
         Raises:
             CheckpointError: a missing or malformed file, or an unsupported tokenizer.
@@ -69,7 +81,10 @@ class Tokenizer:
 
         try:
             backend = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-            return cls(backend, _read_eos_token_ids(folder, backend.eos_token_id))
+            path = folder / "generation_config.json"
+            generation = json.loads(path.read_text()) if path.is_file() else {}
+            eos = _eos_token_ids(path, generation.get("eos_token_id"), backend.eos_token_id)
+            return cls(backend, eos, generation)
         except CheckpointError:
             raise
         except Exception as error:  # the Rust parser raises plain Exception
@@ -88,6 +103,21 @@ class Tokenizer:
         # The batch call releases the GIL and computes no offsets.
         return self._fast.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
+    @property
+    def special_pattern(self) -> re.Pattern[str] | None:
+        """Finds special tokens that are spelled out in a text; None if there are none."""
+        return self._special_pattern
+
+    def encode_literally(self, text: str) -> list[int]:
+        """Token ids of `text`, in which special tokens are letters like any others."""
+        return self._literal.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def _literal(self) -> Any:
+        literal = type(self._fast).from_str(self._fast.to_str())
+        literal.encode_special_tokens = True
+        return literal
+
     def min_tokens(self, text: str) -> int:
         """A lower bound of the number of tokens of `text`, without tokenising it."""
         if self._longest_token is None:
@@ -98,9 +128,17 @@ class Tokenizer:
         """Text of `ids`; ids without a token give none, invalid UTF-8 gives U+FFFD."""
         return decode(self._token_bytes, ids, self.special_ids if skip_special_tokens else ())
 
-    def detokenizer(self, skip_special_tokens: bool = True) -> IncrementalDetokenizer:
-        """A decoder of one token stream, equal to `decode` of the whole."""
-        skip = self.special_ids if skip_special_tokens else ()
+    def detokenizer(
+        self, skip_special_tokens: bool = True, shown: Iterable[str] = ()
+    ) -> IncrementalDetokenizer:
+        """A decoder of one token stream, equal to `decode` of the whole.
+
+        Args:
+            skip_special_tokens: leaves special tokens out of the text.
+            shown: those that are not left out; what is no token does not matter.
+        """
+        skip = self.special_ids if skip_special_tokens else frozenset()
+        skip -= {self._fast.token_to_id(token) for token in shown}
         return IncrementalDetokenizer(self._token_bytes, skip)
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -119,6 +157,13 @@ class Tokenizer:
     def token_string(self, token_id: int) -> str | None:
         """The token as the vocabulary spells it, or None for an id without a token."""
         return self._fast.id_to_token(token_id)
+
+    @property
+    def chat_template(self) -> str:
+        """Source of the chat template that requests with tools get; empty if there is none."""
+        if not self.has_chat_template:
+            return ""
+        return self._hf.get_chat_template(tools=[{}])
 
     @property
     def has_chat_template(self) -> bool:
@@ -178,11 +223,7 @@ def _reserved_variables() -> frozenset[str]:
     return frozenset(arguments) | {"messages"}
 
 
-def _read_eos_token_ids(folder: Path, default: int | None) -> tuple[int, ...]:
-    path = folder / "generation_config.json"
-    declared: Any = None
-    if path.is_file():
-        declared = json.loads(path.read_text()).get("eos_token_id")
+def _eos_token_ids(path: Path, declared: Any, default: int | None) -> tuple[int, ...]:
     if declared is None:
         declared = default
     ids = [] if declared is None else declared if isinstance(declared, list) else [declared]

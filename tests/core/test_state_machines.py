@@ -7,17 +7,13 @@ tokens, each delivered once, or because it was aborted, or with an error; and no
 
 from __future__ import annotations
 
-import dataclasses
-
 import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from pshare_jax.core import messages as m
 from pshare_jax.core.arrivals import TRANSFER_SECONDS
-from pshare_jax.core.messages import DISPATCHER, FinishReason
-from tests.core.scripted import INVOKED_BY, PAGE, Host, Reply, Setting
+from tests.core.scripted import Host, Setting
 
 LONGEST = 32
 """Tokens of a prompt and its reply together; each pool holds one such sequence."""

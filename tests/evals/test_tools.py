@@ -9,8 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pshare_jax.errors import DataError
-from pshare_jax.evals.tool_calls import Call, CallSyntaxError, parse_calls, tool_calls_text
 from pshare_jax.evals.tools import check_reference, grade
+from pshare_jax.frontend.tool_calls.syntax import (
+    Call,
+    CallSyntaxError,
+    parse_calls,
+    tool_calls_text,
+)
 
 WEATHER = Call("weather", {"city": "Oslo", "days": 3})
 JSON = '{"name": "weather", "arguments": {"city": "Oslo", "days": 3}}'

@@ -211,10 +211,15 @@ class TestTokenIds:
         assert [i for c in chunks for i in c["choices"][0]["token_ids"]] == ids
         assert "".join(c["choices"][0]["text"] for c in chunks) == "naïve 🙂 hello"
 
-    def test_a_chat_has_none(self, client):
-        answer = client.chat(return_token_ids=True)
-        assert answer.status == 400
-        assert "return_token_ids" in answer.error["message"]
+    def test_a_chat_has_them_too(self, client):
+        body = client.chat(return_token_ids=True).json
+        expected = [*client.engine.tokenizer.encode("hello world"), 2]
+        assert body["choices"][0]["token_ids"] == expected
+        assert body["prompt_token_ids"] == list(client.engine.submitted[-1].prompt_token_ids)
+        first, *chunks, _ = client.chat(return_token_ids=True, stream=True).events
+        assert first["prompt_token_ids"] == body["prompt_token_ids"]
+        assert [i for c in chunks for i in c["choices"][0]["token_ids"]] == expected
+        assert not any("prompt_token_ids" in chunk for chunk in chunks)
 
 
 class TestLogprobs:

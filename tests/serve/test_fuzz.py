@@ -6,7 +6,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pshare_jax.serve.protocol import ChatRequest, CompletionRequest
+from pshare_jax.frontend.messages_api import MessagesRequest
+from pshare_jax.frontend.requests import ChatRequest, CompletionRequest
+from pshare_jax.frontend.responses_api import ResponsesRequest
 from tests.serve.fake import fake_engine
 from tests.serve.server import running_server
 
@@ -77,6 +79,71 @@ def test_completions_never_fail(server, body):
 @given(body=bodies(ChatRequest, messages=messages | values))
 def test_chat_never_fails(server, body):
     check(server, "/v1/chat/completions", body)
+
+
+blocks = st.lists(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "type": st.sampled_from(
+                ["text", "input_text", "tool_use", "tool_result", "thinking", "function_call",
+                 "function_call_output", "reasoning", "message"]
+            ) | values,
+            **{
+                name: st.text(max_size=4) | values
+                for name in ("text", "id", "name", "input", "content", "thinking", "arguments",
+                             "call_id", "tool_use_id", "output", "role", "summary")
+            },
+        },
+    ),
+    max_size=3,
+)  # fmt: skip
+odd_tools = st.lists(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "type": st.sampled_from(["function", "custom", "web_search"]) | values,
+            "name": st.text(max_size=4) | values,
+            "parameters": values,
+            "input_schema": values,
+            "description": values,
+            "function": st.fixed_dictionaries({"name": st.text(max_size=4)}) | values,
+        },
+    ),
+    max_size=2,
+)
+
+
+@quick
+@given(body=bodies(ChatRequest, messages=messages, tools=odd_tools))
+def test_tools_never_fail(server, body):
+    check(server, "/v1/chat/completions", body)
+
+
+@quick
+@given(body=bodies(ResponsesRequest, input=st.text(max_size=5) | blocks | values, tools=odd_tools))
+def test_responses_never_fail(server, body):
+    answer = server.post("/v1/responses", json.dumps(body).encode("utf-8", "surrogatepass"))
+    assert answer.status == 200 or 400 <= answer.status < 500, (body, answer.body)
+
+
+turns = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "assistant"]), "content": st.text(max_size=5) | blocks}
+    ),
+    min_size=1,
+    max_size=3,
+)
+
+
+@quick
+@given(body=bodies(MessagesRequest, messages=turns, max_tokens=st.integers(1, 9), tools=odd_tools))
+def test_messages_never_fail(server, body):
+    for path in ("/v1/messages", "/v1/messages/count_tokens"):
+        answer = server.post(path, json.dumps(body).encode("utf-8", "surrogatepass"))
+        assert answer.status == 200 or 400 <= answer.status < 500, (body, answer.body)
+        if answer.status != 200:
+            assert answer.json["error"]["type"] in ("invalid_request_error", "not_found_error")
 
 
 @quick

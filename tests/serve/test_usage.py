@@ -2,8 +2,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pshare_jax.core.messages import PromptUsage, RequestOutput
-from pshare_jax.serve.params import OutputParams
-from pshare_jax.serve.sequence import SequenceOutput
+from pshare_jax.frontend.output import SequenceOutput
+from pshare_jax.frontend.params import OutputParams
 from pshare_jax.serve.usage import total_usage
 from tests.serve.fake import MODELS, fake_config, fake_engine
 from tests.serve.server import running_server

@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from pshare_jax.core.messages import FinishReason, PromptUsage, RequestOutput, TokenLogprobs
-from pshare_jax.serve.params import OutputParams
+from pshare_jax.frontend.params import OutputParams
 from pshare_jax.text.detokenizer import StopMatcher
 from pshare_jax.text.tokenizer import Tokenizer
 
@@ -48,7 +48,7 @@ class SequenceOutput:
     """
 
     def __init__(self, tokenizer: Tokenizer, params: OutputParams):
-        self._detokenizer = tokenizer.detokenizer(params.skip_special_tokens)
+        self._detokenizer = tokenizer.detokenizer(params.skip_special_tokens, params.shown_specials)
         self._eos_token_ids = tokenizer.eos_token_ids
         self._matcher = StopMatcher(params.stop, params.include_stop)
         self._include_stop = params.include_stop
@@ -88,9 +88,8 @@ class SequenceOutput:
         """What has become safe to show since the last call."""
         text = "".join(self._text)
         self._text.clear()
-        everything = self.finish_reason is not None or self._released == self._decoded
-        if self._matcher.matched is not None:
-            everything = False
+        # A token without text waits for the text after it: a stop string may yet cut there.
+        everything = self.finish_reason is not None and self._matcher.matched is None
         tokens = []
         while self._scored and (everything or self._scored[0].offset < self._released):
             tokens.append(self._scored.popleft())

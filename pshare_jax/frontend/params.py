@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import msgspec
 
 from pshare_jax.core.messages import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
-from pshare_jax.errors import RequestError
-from pshare_jax.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest
+from pshare_jax.errors import CheckpointError, RequestError
+from pshare_jax.frontend.requests import ChatRequest, CompletionRequest, GenerationRequest
 from pshare_jax.text.detokenizer import MAX_STOP_STRINGS
 
 MAX_SAMPLES = 128
@@ -20,15 +24,28 @@ GREEDY_BELOW = 1e-4
 
 @dataclass(frozen=True)
 class Limits:
-    """What the served models allow: number of token ids, and most tokens of a sequence."""
+    """What the served models and the operator allow.
+
+    Args:
+        vocab_size: number of token ids.
+        max_model_len: most tokens of prompt and completion.
+        max_n: most samples of a prompt.
+        max_prompts: most prompts of a request.
+    """
 
     vocab_size: int
     max_model_len: int
+    max_n: int = MAX_SAMPLES
+    max_prompts: int = 256
 
 
 @dataclass(frozen=True)
 class OutputParams:
-    """How tokens become the text of an answer."""
+    """How tokens become the text of an answer.
+
+    `usage_so_far` puts the usage into every chunk of a stream, `include_usage` into a last one.
+    `shown_specials` are special tokens that `skip_special_tokens` spares.
+    """
 
     n: int
     stream: bool
@@ -39,56 +56,97 @@ class OutputParams:
     logprobs: int | None
     echo: bool = False
     token_ids: bool = False
+    usage_so_far: bool = False
+    shown_specials: tuple[str, ...] = ()
 
 
-def output_params(body: CompletionRequest | ChatRequest) -> OutputParams:
+def output_params(
+    body: CompletionRequest | ChatRequest,
+    max_n: int = MAX_SAMPLES,
+    shown_specials: tuple[str, ...] = (),
+) -> OutputParams:
     """Checks and collects everything that concerns the answer.
 
     Raises:
         RequestError: a value out of range, or a combination that cannot be served.
     """
-    n = 1 if body.n is None else _bounded("n", body.n, 1, MAX_SAMPLES)
+    n = 1 if body.n is None else _bounded("n", body.n, 1, max_n)
     stream = bool(body.stream)
-    if body.stream_options is not None and not stream:
+    options = body.stream_options
+    if options is not None and not stream:
         raise RequestError("stream_options needs stream: true", param="stream_options")
     if isinstance(body, ChatRequest):
         _check_chat(body)
-        echo, token_ids, logprobs = False, False, _chat_logprobs(body)
+        echo, logprobs = False, _chat_logprobs(body)
     else:
-        echo, token_ids = bool(body.echo), bool(body.return_token_ids)
-        logprobs = body.logprobs
+        echo, logprobs = bool(body.echo), body.logprobs
         _check_completion(body, n)
     if logprobs is not None:
         param = "top_logprobs" if isinstance(body, ChatRequest) else "logprobs"
-        _bounded(param, logprobs, 0, MAX_LOGPROBS)
+        logprobs = _bounded(param, logprobs, 0, MAX_LOGPROBS)
     return OutputParams(
         n=n,
         stream=stream,
-        include_usage=body.stream_options is not None and bool(body.stream_options.include_usage),
+        include_usage=options is not None and bool(options.include_usage),
         stop=_stop_strings(body.stop),
         include_stop=bool(body.include_stop_str_in_output),
         skip_special_tokens=body.skip_special_tokens is not False,
         logprobs=logprobs,
         echo=echo,
-        token_ids=token_ids,
+        token_ids=bool(body.return_token_ids),
+        shown_specials=shown_specials,
+        usage_so_far=options is not None and bool(options.continuous_usage_stats),
     )
 
 
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """What counts where a request says nothing: OpenAI's values, or those of a model's makers."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+def sampling_defaults(generation_config: Mapping[str, Any]) -> SamplingDefaults:
+    """The defaults of a checkpoint's `generation_config.json`.
+
+    Raises:
+        CheckpointError: a value that cannot be sampled with.
+    """
+    names = inspect.signature(SamplingDefaults).parameters
+    given = {n: generation_config[n] for n in names if generation_config.get(n) is not None}
+    try:
+        body = msgspec.convert({"model": "", **given}, GenerationRequest)
+        params = sampling_params(body, Limits(2**31, 1), 1, None)
+    except (msgspec.ValidationError, RequestError) as error:
+        raise CheckpointError(
+            f"generation_config.json: {error}; server.generation_config: none ignores it"
+        ) from error
+    return SamplingDefaults(**{name: getattr(params, name) for name in names})
+
+
 def sampling_params(
-    body: GenerationRequest, limits: Limits, max_tokens: int, logprobs: int | None
+    body: GenerationRequest,
+    limits: Limits,
+    max_tokens: int,
+    logprobs: int | None,
+    defaults: SamplingDefaults | None = None,
 ) -> SamplingParams:
     """Checks and collects everything that concerns the choice of tokens.
 
     Raises:
         RequestError: a value out of range.
     """
-    temperature = _float("temperature", body.temperature, 1.0, 0.0, 100.0)
-    top_k = 0 if body.top_k is None else _bounded("top_k", body.top_k, -1, 2**63 - 1)
-    top_p = _float("top_p", body.top_p, 1.0, 0.0, 1.0)
+    defaults = defaults or SamplingDefaults()
+    temperature = _float("temperature", body.temperature, defaults.temperature, 0.0, 100.0)
+    top_k = defaults.top_k if body.top_k is None else _bounded("top_k", body.top_k, -1, 2**63 - 1)
+    top_p = _float("top_p", body.top_p, defaults.top_p, 0.0, 1.0)
     if top_p == 0.0:
         raise RequestError("top_p must be above 0 and at most 1, got 0", param="top_p")
-    if body.seed is not None:
-        _bounded("seed", body.seed, -(2**63), 2**63 - 1)
+    seed = None if body.seed is None else _bounded("seed", body.seed, -(2**63), 2**63 - 1)
     if body.cache_salt is not None and len(body.cache_salt) > MAX_SALT_CHARS:
         raise RequestError(
             f"cache_salt must have at most {MAX_SALT_CHARS} characters", param="cache_salt"
@@ -98,9 +156,15 @@ def sampling_params(
         temperature=0.0 if temperature < GREEDY_BELOW else temperature,
         top_k=min(max(top_k, 0), limits.vocab_size),
         top_p=top_p,
-        min_p=_float("min_p", body.min_p, 0.0, 0.0, 1.0),
-        seed=sample_seed(body.seed, 0),
-        repetition_penalty=_float("repetition_penalty", body.repetition_penalty, 1.0, 0.01, 100.0),
+        min_p=_float("min_p", body.min_p, defaults.min_p, 0.0, 1.0),
+        seed=sample_seed(seed, 0),
+        repetition_penalty=_float(
+            "repetition_penalty",
+            body.repetition_penalty,
+            defaults.repetition_penalty,
+            0.01,
+            100.0,
+        ),
         presence_penalty=_float("presence_penalty", body.presence_penalty, 0.0, -2.0, 2.0),
         frequency_penalty=_float("frequency_penalty", body.frequency_penalty, 0.0, -2.0, 2.0),
         logit_bias=_logit_bias(body.logit_bias or {}, limits.vocab_size),
@@ -115,19 +179,27 @@ def sample_seed(seed: int | None, index: int) -> int | None:
     return None if seed is None else (seed + index) % 2**32
 
 
+_FIELDS = tuple(inspect.signature(SamplingParams).parameters)
+
+
+def with_changes(params: SamplingParams, **changes: Any) -> SamplingParams:
+    """A copy of `params` with some fields changed."""
+    return SamplingParams(**{name: getattr(params, name) for name in _FIELDS} | changes)
+
+
 def check_token_ids(ids: Sequence[int], vocab_size: int, param: str) -> None:
     """Raises RequestError if an id is not one of the model's."""
-    for token_id in ids:
+    for token_id in (min(ids, default=0), max(ids, default=0)):
         if not 0 <= token_id < vocab_size:
             raise RequestError(
-                f"{param}: token id {token_id} is out of range; the model has ids 0 to "
+                f"{param}: token id {_brief(token_id)} is out of range; the model has ids 0 to "
                 f"{vocab_size - 1}",
                 param=param,
             )
 
 
 def resolve_max_tokens(
-    given: int | None, default: int | None, prompt_len: int, limits: Limits, param: str
+    given: float | None, default: int | None, prompt_len: int, limits: Limits, param: str
 ) -> int:
     """Most tokens to generate after a prompt of `prompt_len` tokens.
 
@@ -138,18 +210,21 @@ def resolve_max_tokens(
     """
     room = limits.max_model_len - prompt_len
     if given is not None and given < 1:
-        raise RequestError(f"max_tokens must be at least 1, got {given}", param="max_tokens")
-    wanted = given if given is not None else 1
+        raise RequestError(
+            f"max_tokens must be at least 1, got {_brief(int(given))}", param="max_tokens"
+        )
+    wanted = int(given) if given is not None else 1
     if wanted > room:
         raise RequestError(
             f"This model's maximum context length is {limits.max_model_len} tokens. However, you "
-            f"requested {prompt_len + wanted} tokens ({prompt_len} in the {param}, {wanted} in "
-            f"the completion). Please reduce the length of the {param} or completion.",
+            f"requested {_brief(prompt_len + wanted)} tokens ({prompt_len} in the {param}, "
+            f"{_brief(wanted)} in the completion). Please reduce the length of the {param} or "
+            "completion.",
             param=param,
             code="context_length_exceeded",
         )
     if given is not None:
-        return given
+        return wanted
     return room if default is None else min(default, room)
 
 
@@ -178,22 +253,29 @@ def _check_chat(body: ChatRequest) -> None:
             "tool_choice must be 'none' or 'auto': tool calls cannot be forced",
             param="tool_choice",
         )
+    if body.function_call not in (None, "none", "auto"):
+        raise RequestError(
+            "function_call must be 'none' or 'auto': calls cannot be forced", param="function_call"
+        )
+    if body.functions and body.tools:
+        raise RequestError("give tools or functions, not both", param="functions")
     if body.modalities not in (None, ["text"]):
         raise RequestError("modalities must be ['text']", param="modalities")
 
 
 def _chat_logprobs(body: ChatRequest) -> int | None:
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
-    return (body.top_logprobs or 0) if body.logprobs else None
+    return int(body.top_logprobs or 0) if body.logprobs else None
 
 
-def _bounded(name: str, value: int, low: int, high: int) -> int:
-    if not low <= value <= high:
+def _bounded(name: str, value: float, low: int, high: int) -> int:
+    whole = int(value)
+    if not low <= whole <= high:
         raise RequestError(
-            f"{name} must be between {low} and {high}, got {_brief(value)}", param=name
+            f"{name} must be between {low} and {high}, got {_brief(whole)}", param=name
         )
-    return value
+    return whole
 
 
 def _float(name: str, value: float | None, default: float, low: float, high: float) -> float:
@@ -205,8 +287,10 @@ def _float(name: str, value: float | None, default: float, low: float, high: flo
 
 
 def _brief(value: int) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else f"a number of {len(text)} digits"
+    if abs(value) < 10**40:
+        return str(value)
+    # Python refuses to write thousands of digits.
+    return f"a number of {int(value.bit_length() * 0.30103) + 1} digits"
 
 
 def _stop_strings(stop: str | list[str] | None) -> tuple[str, ...]:

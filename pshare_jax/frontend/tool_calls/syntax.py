@@ -1,4 +1,4 @@
-"""From a model's text to the function calls in it. Nothing is executed."""
+"""From a whole text to the function calls in it, in any of the usual forms. Nothing is executed."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _parse_part(text: str) -> list[Call]:
     try:
         if text[0] in "{[" and (values := _json_values(text)) is not None:
             return [_json_call(value) for value in values]
-        return _python_calls(text)
+        return python_calls(text)
     except (RecursionError, MemoryError) as error:
         raise CallSyntaxError("the answer is nested too deeply") from error
 
@@ -95,7 +95,12 @@ def _json_call(value: Any) -> Call:
     return Call(name, arguments)
 
 
-def _python_calls(text: str) -> list[Call]:
+def python_calls(text: str) -> list[Call]:
+    """The calls of `f(a=1)` or `[f(a=1), g(b="x")]`.
+
+    Raises:
+        CallSyntaxError: it is no such text, or a call has arguments without names.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of invalid escape sequences in the model's text

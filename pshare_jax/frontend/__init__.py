@@ -1,0 +1,1 @@
+"""Requests to prompts, tokens to answers: chat, tools, grammars, checks. Knows no HTTP."""

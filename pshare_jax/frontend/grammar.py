@@ -1,0 +1,268 @@
+"""Which tokens may come next, for an answer that has to follow a grammar.
+
+Grammars are compiled by llguidance (https://github.com/guidance-ai/llguidance), on the host. It
+builds its automata while it is asked for masks, so to compile is cheap and a mask takes tens of
+microseconds; both let other threads run.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from numpy.typing import NDArray
+
+from pshare_jax.errors import PshareError, RequestError
+from pshare_jax.frontend.grammar_spec import GrammarLimits, GrammarSpec
+from pshare_jax.text.tokenizer import Tokenizer
+
+# Models fall into endless white space where any is allowed: one space, or a new line with its
+# indentation, is what JSON is written with.
+_WHITESPACE = r"[ ]?|\n[ ]{0,16}"
+_JSON_OPTIONS = {
+    "whitespace_pattern": _WHITESPACE,
+    "item_separator": ",",
+    "key_separator": ":",
+    # Keywords that are not implemented are errors, never ignored.
+    "lenient": False,
+    "coerce_one_of": False,
+}
+_SILENT = 0
+
+
+class GrammarError(PshareError):
+    """A token that the grammar forbids, or a grammar that became too complex on the way."""
+
+
+class GrammarCompiler:
+    """Compiles grammars for one tokenizer, and keeps those that were used last.
+
+    May be used from several threads.
+
+    Args:
+        tokenizer: the base's tokenizer, which all models share.
+        limits: how much of a grammar is taken.
+        cache_entries: how many compiled grammars are kept.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        limits: GrammarLimits | None = None,
+        cache_entries: int = 128,
+    ):
+        self.limits = limits or GrammarLimits()
+        self._cache_entries = cache_entries
+        self._cache: OrderedDict[GrammarSpec, LLMatcher] = OrderedDict()
+        self._lock = threading.Lock()
+        self._tokenizer = LLTokenizer(
+            TokenizerWrapper(_Vocabulary(tokenizer)), eos_token=list(tokenizer.eos_token_ids)
+        )
+        self._parser_limits = LLParserLimits(
+            max_grammar_size=self.limits.max_symbols,
+            max_lexer_states=self.limits.max_lexer_states,
+            initial_lexer_fuel=self.limits.compile_fuel,
+            step_lexer_fuel=self.limits.step_fuel,
+            verbose_errors=False,
+        )
+
+    def compile(self, spec: GrammarSpec, param: str) -> GrammarState:
+        """The start of an answer that follows `spec`.
+
+        Takes up to `limits.compile_seconds` for a grammar that is not kept.
+
+        Raises:
+            RequestError: the grammar is not valid, uses what is not supported (which is named), or
+                is too complex; `param` is the field that it came from.
+        """
+        with self._lock:
+            if spec in self._cache:
+                self._cache.move_to_end(spec)
+                return GrammarState(self._cache[spec].deep_copy())
+        matcher = self._compile(spec, param)
+        with self._lock:
+            self._cache[spec] = matcher
+            while len(self._cache) > self._cache_entries:
+                self._cache.popitem(last=False)
+        return GrammarState(matcher.deep_copy())
+
+    @property
+    def cached(self) -> int:
+        """How many compiled grammars are kept now."""
+        return len(self._cache)
+
+    def _compile(self, spec: GrammarSpec, param: str) -> LLMatcher:
+        start = time.monotonic()
+        matcher = LLMatcher(
+            self._tokenizer, _source(spec), log_level=_SILENT, limits=self._parser_limits
+        )
+        if not matcher.is_error():
+            # The first mask builds what a complex expression needs most of.
+            probe = matcher.deep_copy()
+            mask = np.frombuffer(probe.compute_bitmask(), np.uint8)
+            if not probe.is_error() and not mask.any():
+                raise RequestError(f"{param}: no text follows this grammar", param=param)
+            matcher = matcher if not probe.is_error() else probe
+        if matcher.is_error():
+            raise RequestError(
+                f"{param}: the grammar cannot be used: {_reason(matcher)}",
+                param=param,
+                code="unsupported_grammar",
+            )
+        seconds = time.monotonic() - start
+        if seconds > self.limits.compile_seconds:
+            raise RequestError(
+                f"{param}: the grammar took {seconds:.1f} s to compile; at most "
+                f"{self.limits.compile_seconds:g} s are given",
+                param=param,
+                code="unsupported_grammar",
+            )
+        return matcher
+
+
+class GrammarState:
+    """How far one answer has come in its grammar. Belongs to one thread at a time."""
+
+    def __init__(self, matcher: LLMatcher):
+        self._matcher = matcher
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing but an end token may follow."""
+        return self._matcher.is_stopped()
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answer may end here."""
+        return self._matcher.is_accepting()
+
+    def fill(self, mask: NDArray[np.uint32]) -> None:
+        """Writes which tokens may come next.
+
+        Args:
+            mask: `[words]` uint32, one bit at least for each id of the tokenizer; bit i % 32 of
+                word i // 32 is that of token i. Models have ids without tokens: these never may.
+
+        Raises:
+            GrammarError: the grammar became too complex.
+        """
+        words = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
+        self._check()
+        # There may be a word too many, of ids that no token has.
+        count = min(len(words), len(mask))
+        mask[:count] = words[:count]
+        mask[count:] = 0
+
+    def forced(self) -> tuple[int, ...]:
+        """Tokens that must come next, because the grammar leaves one text only; often none."""
+        if self.finished:
+            return ()
+        return tuple(self._matcher.compute_ff_tokens())
+
+    def accept(self, *token_ids: int) -> None:
+        """Goes on by tokens; an end token must be the last.
+
+        Raises:
+            GrammarError: the grammar forbids one of them.
+        """
+        for token_id in token_ids:
+            if not self._matcher.consume_token(token_id):
+                raise GrammarError(
+                    f"the grammar forbids token {token_id}: {_reason(self._matcher)}"
+                )
+
+    def rollback(self, count: int) -> None:
+        """Takes the last `count` tokens back.
+
+        Raises:
+            GrammarError: there were not so many.
+        """
+        if count and not self._matcher.rollback(count):
+            raise GrammarError(f"{count} tokens cannot be taken back: {_reason(self._matcher)}")
+
+    def copy(self) -> GrammarState:
+        """Another answer that has come as far."""
+        return GrammarState(self._matcher.deep_copy())
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise GrammarError(f"the grammar became too complex: {_reason(self._matcher)}")
+
+
+class _Vocabulary:
+    """The tokenizer as llguidance wants it: what each token stands for, by this package's table."""
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer):
+        if not tokenizer.eos_token_ids:
+            raise PshareError("a grammar needs a tokenizer with an end token")
+        self._tokenizer = tokenizer
+        self.eos_token_id = tokenizer.eos_token_ids[0]
+        self.tokens: Sequence[bytes] = [
+            tokenizer.token_bytes(token_id) for token_id in range(tokenizer.vocab_size)
+        ]
+        special = tokenizer.special_ids | {*tokenizer.eos_token_ids}
+        self.special_token_ids = sorted(special)
+        self._ids = {
+            token: token_id
+            for token_id, token in enumerate(self.tokens)
+            if token and token_id not in special
+        }
+        self._longest = max(map(len, self._ids), default=1)
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        """Token ids of `text`: the tokenizer's, if they stand for it, else the longest ones.
+
+        SentencePiece writes a space before a text, which would not be the text that is forced.
+        """
+        data = text if isinstance(text, bytes) else text.encode()
+        ids = self._tokenizer.encode(data.decode(errors="replace"), add_special_tokens=False)
+        if b"".join(self.tokens[token_id] for token_id in ids) == data:
+            return ids
+        return self._longest_first(data)
+
+    def _longest_first(self, data: bytes) -> list[int]:
+        ids, start = [], 0
+        while start < len(data):
+            for end in range(min(len(data), start + self._longest), start, -1):
+                if (token_id := self._ids.get(data[start:end])) is not None:
+                    ids.append(token_id)
+                    start = end
+                    break
+            else:
+                start += 1  # no token has this byte: llguidance forces nothing then
+        return ids
+
+
+def _source(spec: GrammarSpec) -> str:
+    match spec.kind:
+        case "json_object":
+            return LLMatcher.grammar_from_json_schema(
+                {"type": "object"},
+                overrides=_JSON_OPTIONS,  # type: ignore[arg-type]
+            )
+        case "json_schema":
+            return LLMatcher.grammar_from_json_schema(
+                spec.source,
+                overrides=_JSON_OPTIONS,  # type: ignore[arg-type]
+            )
+        case "regex":
+            return LLMatcher.grammar_from_regex(spec.source)
+        case "choice":
+            texts = json.loads(spec.source)
+            choices = " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
+            return LLMatcher.grammar_from_lark(f"start: {choices}")
+        case "lark":
+            return LLMatcher.grammar_from_lark(spec.source)
+
+
+def _reason(matcher: LLMatcher) -> str:
+    """The matcher's message, without the dump of its state that follows."""
+    text = matcher.get_error().partition("<")[0].strip()
+    return " ".join(text.split())[:500] or "it has ended"

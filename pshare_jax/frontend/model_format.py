@@ -1,0 +1,80 @@
+"""How one served model writes thoughts and calls: as configured, or as its chat template says."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from pshare_jax.config import ModelEntry
+from pshare_jax.frontend.answers import AnswerReader
+from pshare_jax.frontend.reasoning import CLOSING, OPENING, ReasoningSplitter
+from pshare_jax.frontend.tool_calls import detect, parser_named
+from pshare_jax.frontend.tool_calls.parser import ToolParser
+from pshare_jax.frontend.tool_prompt import ToolPrompt
+
+log = logging.getLogger(__name__)
+
+_TOOLS = re.compile(r"\btools\b")
+
+
+@dataclass(frozen=True)
+class ModelFormat:
+    """What is special about one model's prompts and answers.
+
+    Args:
+        parser: finds calls in answers; None when they are handed on as text.
+        tool_prompt: how the model is told of its tools.
+        reasoning: whether thoughts are split off.
+    """
+
+    parser: type[ToolParser] | None = None
+    tool_prompt: ToolPrompt = "template"
+    reasoning: bool = False
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """Special tokens that must not be left out of an answer's text."""
+        tags = (OPENING, CLOSING) if self.reasoning else ()
+        return tags + (self.parser.markers if self.parser is not None else ())
+
+    def reader(
+        self, names: Collection[str], in_reasoning: bool = False, one_call: bool = False
+    ) -> AnswerReader:
+        """A reader for one answer.
+
+        Args:
+            names: the functions that may be called; with none, calls are not looked for.
+            in_reasoning: whether the prompt has opened the thoughts.
+            one_call: whether all calls but the first are dropped.
+        """
+        return AnswerReader(
+            ReasoningSplitter(in_reasoning) if self.reasoning else None,
+            self.parser(names) if self.parser is not None and names else None,
+            one_call,
+        )
+
+
+def model_format(entry: ModelEntry, chat_template: str) -> ModelFormat:
+    """What the configuration says of a model, or its chat template where that says `auto`.
+
+    Raises:
+        ConfigError: no parser of the configured name.
+    """
+    knows_tools = bool(_TOOLS.search(chat_template))
+    name = entry.tool_parser
+    if name == "auto":
+        name = detect(chat_template) if knows_tools else "hermes"
+        if name is None:
+            log.warning(
+                "model %s: the chat template's format of tool calls is not known; calls are handed "
+                "on as text. Name a parser: models[].tool_parser",
+                entry.name,
+            )
+    parser = None if name in (None, "none") else parser_named(name)
+    prompt: ToolPrompt = "template"
+    if not knows_tools:
+        prompt = "pythonic" if name == "pythonic" else "hermes"
+    reasoning = entry.reasoning == "on" or (entry.reasoning == "auto" and OPENING in chat_template)
+    return ModelFormat(parser, prompt, reasoning)

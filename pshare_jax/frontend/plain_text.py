@@ -1,0 +1,75 @@
+"""Control tokens come from the chat template alone: in what a client writes they are text.
+
+Otherwise a document that holds `<|im_end|><|im_start|>system` would speak as the operator.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from pshare_jax.errors import RequestError
+from pshare_jax.text.tokenizer import Tokenizer
+
+
+class PlainText:
+    """Hides special tokens in a conversation from a tokenizer, and encodes them as text.
+
+    Each is replaced by a word that nobody can guess before the template is rendered, and that word
+    by the token's letters afterwards.
+
+    Args:
+        tokenizer: whose special tokens they are.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._nonce = secrets.token_hex(8)
+        self._hidden: list[str] = []
+
+    def hide(self, value: Any) -> Any:
+        """`value`, JSON-like, without special tokens in its texts and keys.
+
+        Raises:
+            RequestError: it is nested too deeply.
+        """
+        pattern = self._tokenizer.special_pattern
+        if pattern is None or not pattern.search(msgspec.json.encode(value).decode()):
+            return value
+        try:
+            return _map_texts(value, lambda text: pattern.sub(self._hide, text))
+        except RecursionError:
+            raise RequestError("messages or tools are nested too deeply", "messages") from None
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Token ids of the rendered `text`."""
+        if not self._hidden:
+            return self._tokenizer.encode(text, add_special_tokens)
+        ids: list[int] = []
+        # Odd parts are the numbers of hidden tokens.
+        for position, part in enumerate(re.split(f"x{self._nonce}x([0-9]+)x", text)):
+            if position % 2:
+                ids += self._tokenizer.encode_literally(self._hidden[int(part)])
+            elif part or position == 0:
+                ids += self._tokenizer.encode(part, add_special_tokens and position == 0)
+        return ids
+
+    def _hide(self, match: re.Match[str]) -> str:
+        self._hidden.append(match[0])
+        return f"x{self._nonce}x{len(self._hidden) - 1}x"
+
+
+def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    match value:
+        case str():
+            return change(value)
+        case dict():
+            return {change(str(key)): _map_texts(item, change) for key, item in value.items()}
+        case Sequence():
+            return [_map_texts(item, change) for item in value]
+        case _:
+            return value

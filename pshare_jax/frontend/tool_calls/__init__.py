@@ -1,0 +1,54 @@
+"""Function calls in a model's text: parsers by name, for streams and for whole answers."""
+
+from __future__ import annotations
+
+from pshare_jax.errors import ConfigError
+from pshare_jax.frontend.tool_calls.json_blocks import Hermes, Llama3Json, Mistral
+from pshare_jax.frontend.tool_calls.parser import ToolParser
+from pshare_jax.frontend.tool_calls.pythonic import Pythonic
+
+_PARSERS: dict[str, type[ToolParser]] = {
+    "hermes": Hermes,
+    "llama3_json": Llama3Json,
+    "mistral": Mistral,
+    "pythonic": Pythonic,
+}
+# What a chat template that has tools tells the model to write, and the parser of that.
+_SIGNS = (
+    ("[TOOL_CALLS]", "mistral"),
+    ("<tool_call>", "hermes"),
+    ("func_name1(", "pythonic"),
+    ("<|python_tag|>", "llama3_json"),
+    ('"parameters": dictionary', "llama3_json"),
+)
+# A format of its own, whose opening tag looks like Hermes'.
+_XML_SIGN = "<function="
+
+
+def register(name: str, parser: type[ToolParser]) -> None:
+    """Adds a parser, which configurations may then name.
+
+    Raises:
+        ConfigError: the name is taken by another.
+    """
+    if _PARSERS.setdefault(name, parser) is not parser:
+        raise ConfigError(f"tool parser {name!r} is registered already")
+
+
+def parser_named(name: str) -> type[ToolParser]:
+    """The parser of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in _PARSERS:
+        raise ConfigError(f"no tool parser {name!r}; there are {', '.join(sorted(_PARSERS))}")
+    return _PARSERS[name]
+
+
+def detect(chat_template: str) -> str | None:
+    """The name of the parser for what a chat template asks a model to write; None if it says
+    nothing that is known."""
+    if _XML_SIGN in chat_template:
+        return None
+    return next((name for sign, name in _SIGNS if sign in chat_template), None)

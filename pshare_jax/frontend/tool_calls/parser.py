@@ -1,0 +1,101 @@
+"""What every parser of tool calls is: text goes in as it is generated, parts come out."""
+
+from __future__ import annotations
+
+import secrets
+import string
+from abc import ABC, abstractmethod
+from collections.abc import Collection
+
+from pshare_jax.frontend.tool_calls.parts import CallArguments, CallStart, Part, Text
+
+
+class ToolParser(ABC):
+    """Splits the text of one answer into text and calls.
+
+    The parts add up to the same however the text is cut into pieces, and text that turns out to be
+    no call comes out unchanged. White space around calls is dropped.
+
+    Args:
+        names: the functions that may be called.
+
+    Attributes:
+        markers: special tokens that the format consists of, which the text must show.
+    """
+
+    markers: tuple[str, ...] = ()
+
+    def __init__(self, names: Collection[str]):
+        self.names = frozenset(names)
+        self._buffer = ""
+        self._ended = False
+        self._calls = 0
+        self._parts: list[Part] = []
+
+    def push(self, text: str) -> list[Part]:
+        """The parts that are certain after `text`."""
+        self._buffer += text
+        while self._step():
+            pass
+        parts, self._parts = self._parts, []
+        return parts
+
+    def finish(self) -> list[Part]:
+        """The rest, when the text has ended."""
+        self._ended = True
+        return self.push("")
+
+    @classmethod
+    def new_call_id(cls) -> str:
+        """An id for a call, as clients and chat templates of the family expect it."""
+        return f"call_{secrets.token_hex(12)}"
+
+    @abstractmethod
+    def _step(self) -> bool:
+        """Takes something off the buffer; False when more text is needed."""
+
+    def _take(self, count: int) -> str:
+        taken, self._buffer = self._buffer[:count], self._buffer[count:]
+        return taken
+
+    def _say(self, text: str) -> None:
+        if text:
+            self._parts.append(Text(text))
+
+    def _start(self, name: str) -> None:
+        self._parts.append(CallStart(self._calls, name))
+        self._calls += 1
+
+    def _argue(self, text: str) -> None:
+        if text:
+            self._parts.append(CallArguments(self._calls - 1, text))
+
+    def _say_until(self, tag: str) -> bool:
+        """Says the text before `tag` and drops the tag; whether it was there.
+
+        What may yet become the tag, and white space that may stand before it, is held back.
+        """
+        found = self._buffer.find(tag)
+        if found >= 0:
+            self._say(self._take(found).rstrip())
+            self._take(len(tag))
+            return True
+        if self._ended:
+            self._say(self._take(len(self._buffer)))
+            return False
+        certain = len(self._buffer) - begun(self._buffer, tag)
+        self._say(self._take(len(self._buffer[:certain].rstrip())))
+        return False
+
+
+def begun(text: str, tag: str) -> int:
+    """Length of the longest end of `text` that is a proper beginning of `tag`."""
+    for length in range(min(len(text), len(tag) - 1), 0, -1):
+        if tag.startswith(text[-length:]):
+            return length
+    return 0
+
+
+def random_alphanumeric(length: int) -> str:
+    """A random text of letters and digits."""
+    return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(length))

@@ -1,0 +1,116 @@
+"""A chat that has been checked and tokenised, whichever API it came by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pshare_jax.core.messages import SamplingParams
+from pshare_jax.errors import RequestError
+from pshare_jax.frontend.answers import AnswerReader
+from pshare_jax.frontend.chat import Prompt, TemplateOptions, chat_prompt, usable_tools
+from pshare_jax.frontend.params import (
+    OutputParams,
+    output_params,
+    resolve_max_tokens,
+    sampling_params,
+    with_changes,
+)
+from pshare_jax.frontend.requests import ChatRequest
+from pshare_jax.frontend.tool_calls.parser import ToolParser
+from pshare_jax.serve.formats import Format
+from pshare_jax.serve.generate import Job
+from pshare_jax.serve.service import Service
+
+
+@dataclass(frozen=True)
+class ChatPlan:
+    """What is to be generated, and how its text is to be read.
+
+    Args:
+        body: the request.
+        prompt: what the model reads.
+        sampling: how tokens are chosen.
+        output: how they become text.
+        new_reader: makes the reader of one sample.
+        new_call_id: makes the id of a call.
+    """
+
+    body: ChatRequest
+    prompt: Prompt
+    sampling: SamplingParams
+    output: OutputParams
+    new_reader: Callable[[], AnswerReader]
+    new_call_id: Callable[[], str]
+
+    def job(self, spelling: Format, arrival: float) -> Job:
+        """The job whose answer is written as `spelling` says; `arrival` as in `Job`."""
+        return Job(
+            model=self.body.model,
+            prompts=[self.prompt],
+            sampling=[self.sampling],
+            output=self.output,
+            cache_salt=self.body.cache_salt or "",
+            format=spelling,
+            arrival=arrival,
+        )
+
+
+async def plan_chat(service: Service, body: ChatRequest, clip: bool = False) -> ChatPlan:
+    """Checks and tokenises a chat.
+
+    Args:
+        service: whose models are asked.
+        body: the request; its model is served.
+        clip: whether more `max_tokens` than fit are as many as fit.
+
+    Raises:
+        RequestError: what cannot be served.
+    """
+    model = service.formats[body.model]
+    output = output_params(body, service.limits.max_n, model.markers)
+    sampling = sampling_params(body, service.limits, 1, output.logprobs, service.sampling_defaults)
+    tools = usable_tools(body)
+    prompt = await chat_prompt_of(service, body)
+    wanted, room = _max_tokens(body), service.limits.max_model_len - len(prompt.token_ids)
+    if clip and wanted is not None and wanted > room:
+        wanted = None
+    max_tokens = resolve_max_tokens(wanted, None, len(prompt.token_ids), service.limits, "messages")
+    names = [tool["function"]["name"] for tool in tools]
+    one_call = bool(body.functions) or body.parallel_tool_calls is False
+    return ChatPlan(
+        body,
+        prompt,
+        with_changes(sampling, max_tokens=max_tokens),
+        output,
+        lambda: model.reader(names, prompt.in_reasoning, one_call),
+        (model.parser or ToolParser).new_call_id,
+    )
+
+
+async def chat_prompt_of(service: Service, body: ChatRequest) -> Prompt:
+    """The prompt of a chat, rendered and tokenised beside the event loop.
+
+    Raises:
+        RequestError: what cannot be rendered, or is too long.
+    """
+    options = TemplateOptions(
+        body.add_generation_prompt is not False,
+        body.chat_template_kwargs,
+        bool(body.add_special_tokens),
+        body.truncate_prompt_tokens,
+        service.formats[body.model].tool_prompt,
+        service.config.special_tokens_in_text,
+    )
+    return await service.offload.run(
+        chat_prompt, service.tokenizer, service.limits, body.messages, usable_tools(body), options
+    )
+
+
+def _max_tokens(body: ChatRequest) -> float | None:
+    old, new = body.max_tokens, body.max_completion_tokens
+    if old is not None and new is not None and old != new:
+        raise RequestError(
+            "max_tokens and max_completion_tokens differ; give one", param="max_completion_tokens"
+        )
+    return old if new is None else new

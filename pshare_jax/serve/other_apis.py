@@ -1,0 +1,74 @@
+"""OpenAI's Responses and Anthropic's Messages: other spellings of a chat."""
+
+from __future__ import annotations
+
+import time
+
+from aiohttp import web
+
+from pshare_jax.frontend import messages_api, responses_api
+from pshare_jax.frontend.messages_api import CountTokensRequest, MessagesRequest
+from pshare_jax.frontend.responses_api import ResponsesRequest
+from pshare_jax.serve.chat_plan import chat_prompt_of, plan_chat
+from pshare_jax.serve.errors import ApiError
+from pshare_jax.serve.formats import heading
+from pshare_jax.serve.generate import respond
+from pshare_jax.serve.info import json_response
+from pshare_jax.serve.messages_format import MessagesFormat
+from pshare_jax.serve.parsing import read_request
+from pshare_jax.serve.responses_format import ResponsesFormat
+from pshare_jax.serve.service import SERVICE, WARNINGS
+
+
+async def responses(request: web.Request) -> web.StreamResponse:
+    """`POST /v1/responses`."""
+    arrival = time.monotonic()
+    service = request.app[SERVICE]
+    service.require_serving()
+    body = await read_request(request, ResponsesRequest)
+    service.model(body.model)
+    _say_ignored_tools(request, body)
+    plan = await plan_chat(service, responses_api.as_chat(body))
+    spelling = ResponsesFormat(
+        heading("resp", body.model),
+        body,
+        plan.new_reader(),
+        plan.new_call_id,
+        service.tokenizer,
+    )
+    return await respond(request, service, plan.job(spelling, arrival))
+
+
+def _say_ignored_tools(request: web.Request, body: ResponsesRequest) -> None:
+    """Agents list tools that OpenAI's servers run, and do without where there are none."""
+    kinds = {str(t.get("type"))[:60] for t in body.tools or () if not responses_api.is_function(t)}
+    if not kinds:
+        return
+    if request.app[SERVICE].config.strict:
+        raise ApiError(400, f"tools of type {', '.join(sorted(kinds))} are not run", param="tools")
+    warning = f"tools ignored: {ascii(', '.join(sorted(kinds)))[1:-1]}"
+    before = request.get(WARNINGS)
+    request[WARNINGS] = warning if before is None else f"{before}; {warning}"
+    request.app[SERVICE].warn_once(warning)
+
+
+async def messages(request: web.Request) -> web.StreamResponse:
+    """`POST /v1/messages`."""
+    arrival = time.monotonic()
+    service = request.app[SERVICE]
+    service.require_serving()
+    body = await read_request(request, MessagesRequest)
+    service.model(body.model)
+    # Clients have to name a number, and name that of larger models.
+    plan = await plan_chat(service, messages_api.as_chat(body), clip=True)
+    spelling = MessagesFormat(heading("msg", body.model), plan.new_reader(), plan.new_call_id)
+    return await respond(request, service, plan.job(spelling, arrival))
+
+
+async def count_tokens(request: web.Request) -> web.Response:
+    """`POST /v1/messages/count_tokens`."""
+    service = request.app[SERVICE]
+    body = await read_request(request, CountTokensRequest)
+    service.model(body.model)
+    prompt = await chat_prompt_of(service, messages_api.as_chat(body))
+    return json_response({"input_tokens": len(prompt.token_ids)})

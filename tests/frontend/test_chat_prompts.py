@@ -1,0 +1,111 @@
+"""Prompts with tools: through a template that knows them, and through one that does not."""
+
+import json
+
+import msgspec
+import pytest
+
+from pshare_jax.config import ModelEntry
+from pshare_jax.errors import ConfigError
+from pshare_jax.frontend.chat import TemplateOptions, chat_prompt
+from pshare_jax.frontend.model_format import ModelFormat, model_format
+from pshare_jax.frontend.params import Limits
+from pshare_jax.frontend.requests import ChatMessage
+from pshare_jax.frontend.tool_calls.json_blocks import Hermes
+from pshare_jax.frontend.tool_calls.pythonic import Pythonic
+from pshare_jax.text.tokenizer import Tokenizer
+from tests.text.tiny import write_byte_level
+
+PLAIN = (
+    "{% for m in messages %}{{ '[' + m.role + ']' + m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
+)
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look",
+        "description": "Looks up a word. Slowly.",
+        "parameters": {
+            "type": "object",
+            "properties": {"word": {"type": "string"}, "deep": {"type": "boolean"}},
+            "required": ["word"],
+        },
+    },
+}
+CALL = {"function": {"name": "look", "arguments": '{"word": "a"}'}, "id": "1"}
+HISTORY = [
+    {"role": "user", "content": "q"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "content": "found", "tool_call_id": "1"},
+]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return Tokenizer.load(write_byte_level(tmp_path_factory.mktemp("plain"), PLAIN))
+
+
+def rendered(tokenizer: Tokenizer, messages: list, tools: list, tool_prompt: str) -> str:
+    prompt = chat_prompt(
+        tokenizer,
+        Limits(1000, 10_000),
+        msgspec.convert(messages, list[ChatMessage]),
+        tools,
+        TemplateOptions(tool_prompt=tool_prompt),  # type: ignore[arg-type]
+    )
+    return tokenizer.decode(prompt.token_ids, skip_special_tokens=False)
+
+
+def test_hermes_describes_tools_in_a_system_message(plain):
+    text = rendered(plain, HISTORY[:1], [TOOL], "hermes")
+    assert text.startswith("[system]# Tools")
+    assert f"<tools>\n{json.dumps(TOOL)}\n</tools>" in text
+    assert text.endswith("</tool_call>[user]q[assistant]")
+
+
+def test_a_system_message_is_kept(plain):
+    messages = [{"role": "system", "content": "Be kind."}, *HISTORY[:1]]
+    text = rendered(plain, messages, [TOOL], "hermes")
+    assert text.startswith("[system]Be kind.\n\n# Tools")
+
+
+def test_calls_and_results_of_the_past_are_shown(plain):
+    text = rendered(plain, HISTORY, [], "hermes")
+    assert text == (
+        '[user]q[assistant]<tool_call>\n{"name": "look", "arguments": {"word": "a"}}\n</tool_call>'
+        "[user]<tool_response>\nfound\n</tool_response>[assistant]"
+    )
+
+
+def test_pythonic_asks_as_the_tools_module_has_learned(plain):
+    text = rendered(plain, HISTORY[:1], [TOOL], "pythonic")
+    signature = "look(word: string, deep: boolean = ...): Looks up a word."
+    assert text == f"[user]{signature}\n\nq\nAnswer with one function call.[assistant]"
+    # A question that is asked so already, as in the evaluations' items, stays as it is.
+    again = [{"role": "user", "content": f"{signature}\n\nq\nAnswer with one function call."}]
+    assert rendered(plain, again, [TOOL], "pythonic") == text
+    assert rendered(plain, HISTORY[1:], [], "pythonic") == (
+        "[assistant]look(word='a')[user]found[assistant]"
+    )
+
+
+@pytest.mark.parametrize(
+    ("entry", "template", "expected"),
+    [
+        ({}, PLAIN, ModelFormat(Hermes, "hermes")),
+        ({"tool_parser": "pythonic"}, PLAIN, ModelFormat(Pythonic, "pythonic")),
+        ({"tool_parser": "none"}, PLAIN, ModelFormat(None, "hermes")),
+        ({}, "{{ tools }} <tool_call> <think>", ModelFormat(Hermes, "template", True)),
+        ({"reasoning": "off"}, "{{ tools }} <tool_call> <think>", ModelFormat(Hermes)),
+        ({"reasoning": "on"}, PLAIN, ModelFormat(Hermes, "hermes", True)),
+        ({}, "{{ tools }}", ModelFormat(None)),
+        ({"tool_parser": "hermes"}, "{{ tools }}", ModelFormat(Hermes)),
+    ],
+)
+def test_a_models_format_is_configured_or_detected(entry, template, expected):
+    assert model_format(ModelEntry("m", **entry), template) == expected
+
+
+def test_an_unknown_parser_is_a_configuration_error():
+    with pytest.raises(ConfigError, match="no tool parser 'nope'"):
+        model_format(ModelEntry("m", tool_parser="nope"), PLAIN)

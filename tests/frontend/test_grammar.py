@@ -1,0 +1,431 @@
+"""Random answers under grammars: whatever is sampled, every finished answer follows its grammar."""
+
+import json
+import random
+import re
+import time
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as HfTokenizer
+from tokenizers.trainers import BpeTrainer
+
+from pshare_jax.errors import RequestError
+from pshare_jax.frontend import grammar, grammar_spec, tool_prompt
+from pshare_jax.frontend.grammar import GrammarCompiler, GrammarError, GrammarState
+from pshare_jax.frontend.grammar_spec import (
+    GrammarLimits,
+    GrammarSpec,
+    from_response_format,
+    from_structured_outputs,
+)
+from pshare_jax.text.tokenizer import Tokenizer
+from tests.text.tiny import write_byte_level, write_sentencepiece
+
+STRUCTURAL = set(b'"{}[]:,0123456789 truefalsn')
+MAX_TOKENS = 400
+CHOICES = ["yes", 'n"o', "a\\b", "x\ny", "é🙂", "/re/", "yes!"]
+
+
+def write_larger(folder) -> None:
+    """A BPE of 4,000 tokens that has learned code and JSON, with tokens that span its syntax."""
+    backend = HfTokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    modules = (grammar, grammar_spec, tool_prompt, json, re)
+    texts = [Path(str(module.__file__)).read_text() for module in modules]
+    rng = random.Random(1)
+    texts += [json.dumps({f"k{i}": [rng.random(), None, "é\n"]}, indent=2) for i in range(200)]
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    backend.train_from_iterator(
+        texts,
+        BpeTrainer(
+            vocab_size=4000,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            special_tokens=special,
+            show_progress=False,
+        ),
+    )
+    backend.add_tokens([AddedToken('"}', normalized=False), AddedToken('": "', normalized=False)])
+    backend.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
+
+
+@pytest.fixture(scope="module", params=["tiny", "larger", "sentencepiece"])
+def tokenizer(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "tiny":
+        write_byte_level(folder)
+    elif request.param == "larger":
+        write_larger(folder)
+    else:
+        write_sentencepiece(folder)
+    return Tokenizer.load(folder)
+
+
+@pytest.fixture(scope="module")
+def compiler(tokenizer):
+    return GrammarCompiler(tokenizer)
+
+
+def allowed(state: GrammarState, size: int) -> np.ndarray:
+    mask = np.full((size + 31) // 32 + 3, 0xFFFFFFFF, np.uint32)
+    state.fill(mask)
+    exact = np.zeros((size + 31) // 32, np.uint32)
+    state.fill(exact)
+    assert (exact == mask[: len(exact)]).all()
+    bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
+    assert not bits[size:].any()
+    return np.flatnonzero(bits)
+
+
+def sample(tokenizer, state: GrammarState, rng: random.Random, use_forced: bool) -> str | None:
+    """The text of a random answer; None if it had not ended after `MAX_TOKENS` tokens.
+
+    Tokens of JSON's syntax are likelier, as a model's would be: else hardly a text ever ends.
+    """
+    weights = np.array(
+        [
+            0 if i in tokenizer.eos_token_ids else 30 if set(token) <= STRUCTURAL else 1
+            for i, token in enumerate(map(tokenizer.token_bytes, range(tokenizer.vocab_size)))
+        ]
+    )
+    ids: list[int] = []
+    while len(ids) < MAX_TOKENS:
+        if use_forced and (forced := state.forced()):
+            for token_id in forced:
+                assert token_id in allowed(state, tokenizer.vocab_size)
+                state.accept(token_id)
+            ids += forced
+        choices = allowed(state, tokenizer.vocab_size)
+        assert len(choices)
+        ends = [token_id for token_id in tokenizer.eos_token_ids if token_id in choices]
+        assert bool(ends) == state.complete
+        if ends and rng.random() < 0.5:
+            state.accept(ends[0])
+            assert state.finished
+            return tokenizer.decode(ids, skip_special_tokens=False)
+        if len(ends) == len(choices):
+            continue
+        token_id = int(rng.choices(choices, weights[choices])[0])
+        assert token_id not in tokenizer.special_ids
+        state.accept(token_id)
+        ids.append(token_id)
+    return None
+
+
+def random_schema(rng: random.Random, depth: int = 3) -> dict:
+    """A schema of the keywords that are supported, with bounds so that answers end."""
+    simple = [
+        lambda: {"type": "integer", "minimum": rng.randint(-99, 0), "maximum": rng.randint(1, 999)},
+        lambda: {"type": "number", "minimum": 0, "exclusiveMaximum": 10},
+        lambda: {"type": "boolean"},
+        lambda: {"type": "null"},
+        lambda: {"type": "string", "maxLength": rng.randint(0, 6)},
+        lambda: {"type": "string", "minLength": 2, "maxLength": 4},
+        lambda: {"type": "string", "pattern": rng.choice(["^[a-c]{1,3}$", "^x?[0-9]{2}$"])},
+        lambda: {"type": "string", "format": rng.choice(["date", "time", "ipv4", "uuid"])},
+        lambda: {"enum": rng.sample(["a", 'q"', "é\n", 5, None, True, [1], {"k": "v"}], 3)},
+        lambda: {"const": rng.choice(["fixed", 1, {"a": [1, 2]}])},
+        lambda: {"type": ["integer", "null"], "maximum": 50, "minimum": 0},
+    ]
+    if depth == 0:
+        return rng.choice(simple)()
+
+    def inner() -> dict:
+        return random_schema(rng, depth - 1)
+
+    def an_object() -> dict:
+        names = rng.sample(["a", "b", "long name", 'q"', "é"], rng.randint(1, 4))
+        return {
+            "type": "object",
+            "properties": {name: inner() for name in names},
+            "required": rng.sample(names, rng.randint(0, len(names))),
+            "additionalProperties": False,
+        }
+
+    nested = [
+        an_object,
+        an_object,
+        lambda: {"type": "array", "items": inner(), "minItems": 1, "maxItems": 3},
+        lambda: {"type": "array", "prefixItems": [inner(), inner()], "items": False, "minItems": 2},
+        lambda: {"anyOf": [inner(), inner()]},
+    ]
+    return rng.choice(nested)()
+
+
+def test_every_finished_answer_validates(tokenizer, compiler):
+    rng = random.Random(7)
+    finished = 0
+    for number in range(80):
+        schema = random_schema(rng)
+        if number % 5 == 0:  # references count from the root
+            ref = {"$ref": "#/$defs/x"}
+            schema = {"$defs": {"x": schema}, "type": "array", "maxItems": 2, "items": ref}
+        spec = GrammarSpec("json_schema", json.dumps(schema))
+        state = compiler.compile(spec, "schema")
+        text = sample(tokenizer, state, rng, use_forced=bool(number % 2))
+        if text is not None:
+            finished += 1
+            value = json.loads(text)
+            jsonschema.validate(
+                value, schema, format_checker=jsonschema.FormatChecker(["date", "ipv4"])
+            )
+            assert re.search(r"\s{35}", re.sub(r'"[^"]*"', "", text)) is None
+    assert finished > 65
+
+
+@pytest.mark.parametrize(
+    ("spec", "check"),
+    [
+        (GrammarSpec("json_object"), lambda text: isinstance(json.loads(text), dict)),
+        (GrammarSpec("regex", "(ab|c[0-9]){2}é?"), re.compile("(ab|c[0-9]){2}é?").fullmatch),
+        (
+            GrammarSpec(
+                "choice", json.dumps(["yes", 'n"o', "a\\b", "x\ny", "é🙂", "/re/", "yes!"])
+            ),
+            lambda text: text in ["yes", 'n"o', "a\\b", "x\ny", "é🙂", "/re/", "yes!"],
+        ),
+        (
+            GrammarSpec("lark", 'start: "(" start? ")"'),
+            lambda text: re.fullmatch(r"(\(+)(\)+)", text) and text.count("(") == text.count(")"),
+        ),
+    ],
+    ids=lambda value: getattr(value, "kind", ""),
+)
+def test_other_grammars(tokenizer, compiler, spec, check):
+    rng = random.Random(3)
+    texts = [
+        sample(tokenizer, compiler.compile(spec, "g"), rng, use_forced=bool(number % 2))
+        for number in range(30)
+    ]
+    texts = [text for text in texts if text is not None]
+    assert len(texts) > 10
+    assert all(check(text) for text in texts), texts
+
+
+def test_each_choice_can_be_reached(tokenizer, compiler):
+    texts = CHOICES
+    for text in texts:
+        state = compiler.compile(GrammarSpec("choice", json.dumps(texts)), "choice")
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        if b"".join(map(tokenizer.token_bytes, ids)) != text.encode():
+            continue  # SentencePiece writes a space before a text, which is none of the choices
+        state.accept(*ids)
+        assert state.complete
+
+
+class TestState:
+    @pytest.fixture
+    def state(self, compiler):
+        schema = {
+            "type": "object",
+            "properties": {"name": {"const": "hi"}, "n": {"enum": [1, 2]}},
+            "required": ["name", "n"],
+            "additionalProperties": False,
+        }
+        return compiler.compile(GrammarSpec("json_schema", json.dumps(schema)), "schema")
+
+    def test_forced_tokens_are_where_one_text_is_left(self, tokenizer, compiler):
+        state = compiler.compile(GrammarSpec("regex", "hello hello [ab]"), "regex")
+        forced = state.forced()
+        state.accept(*forced)
+        text = tokenizer.decode(forced, skip_special_tokens=False)
+        assert "hello hello ".startswith(text)
+        assert text
+        one = compiler.compile(GrammarSpec("choice", '["h"]'), "choice")
+        one.accept(*one.forced())
+        assert one.finished
+        assert one.forced() == ()
+        assert set(allowed(one, tokenizer.vocab_size)) == set(tokenizer.eos_token_ids)
+
+    def test_a_forbidden_token_is_an_error(self, tokenizer, state):
+        forbidden = next(
+            i for i in range(tokenizer.vocab_size)
+            if i not in allowed(state, tokenizer.vocab_size) and tokenizer.token_bytes(i)
+        )  # fmt: skip
+        with pytest.raises(GrammarError, match=f"forbids token {forbidden}:"):
+            state.accept(forbidden)
+
+    def test_an_end_token_ends_only_what_is_complete(self, tokenizer, state):
+        with pytest.raises(GrammarError):
+            state.accept(tokenizer.eos_token_ids[0])
+
+    def test_tokens_can_be_taken_back(self, tokenizer, state):
+        before = allowed(state, tokenizer.vocab_size).tolist()
+        rng = random.Random(0)
+        count = 0
+        for _ in range(4):
+            choices = allowed(state, tokenizer.vocab_size)
+            state.accept(int(rng.choice(choices)))
+            count += 1
+        state.rollback(count)
+        assert allowed(state, tokenizer.vocab_size).tolist() == before
+        with pytest.raises(GrammarError, match="cannot be taken back"):
+            state.rollback(5)
+
+    def test_copies_and_compilations_go_their_own_ways(self, tokenizer, compiler, state):
+        copy = state.copy()
+        copy.accept(int(allowed(copy, tokenizer.vocab_size)[0]))
+        again = state.copy()
+        assert allowed(again, tokenizer.vocab_size).tolist() == (
+            allowed(state, tokenizer.vocab_size).tolist()
+        )
+
+
+UNSUPPORTED = [
+    ({"not": {"type": "string"}}, '"not"'),
+    ({"type": "array", "uniqueItems": True}, '"uniqueItems"'),
+    ({"type": "array", "contains": {"type": "integer"}}, '"contains"'),
+    ({"type": "object", "propertyNames": {"pattern": "a"}}, '"propertyNames"'),
+    ({"if": {"type": "string"}, "then": {}}, '"if"'),
+    ({"type": "object", "dependentRequired": {"a": ["b"]}}, '"dependentRequired"'),
+    ({"properties": {"a": {"properties": {"b": {"not": {}}}}}}, '"not"'),
+    ({"type": "string", "format": "telephone"}, "telephone"),
+    ({"type": "string", "pattern": "(?=a)b"}, "look-around"),
+    ({"$ref": "#/nowhere"}, "/nowhere"),
+    ({"$ref": "https://example.com/schema.json"}, "example.com"),
+    ({"type": "frob"}, "frob"),
+    ({"enum": []}, "schema"),
+]
+
+
+@pytest.mark.parametrize(("schema", "named"), UNSUPPORTED, ids=lambda v: str(v)[:40])
+def test_what_is_not_supported_is_named(compiler, schema, named):
+    spec = GrammarSpec("json_schema", json.dumps(schema))
+    with pytest.raises(RequestError) as caught:
+        compiler.compile(spec, "response_format")
+    assert caught.value.param == "response_format"
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        GrammarSpec("regex", "a(b"),
+        GrammarSpec("lark", "start: foo"),
+        GrammarSpec("lark", "nonsense"),
+    ],
+    ids=lambda spec: spec.source,
+)
+def test_broken_and_hostile_grammars_are_refused(compiler, spec):
+    start = time.monotonic()
+    with pytest.raises(RequestError, match="g: the grammar cannot be used"):
+        compiler.compile(spec, "g")
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["(a{1000}){1000}", "((a|b){500}c{500}){500}", "([a-z]{1,500}x){1,500}", "(.*a){20}.{500}"],
+)
+def test_hostile_grammars_cost_little_or_are_refused(tokenizer, compiler, source):
+    slowest, start = 0.0, time.monotonic()
+    try:
+        state = compiler.compile(GrammarSpec("regex", source), "g")
+        for step in range(200):
+            choices = allowed(state, tokenizer.vocab_size)
+            state.accept(int(choices[step * 7919 % len(choices)]))
+            slowest, start = max(slowest, time.monotonic() - start), time.monotonic()
+    except (RequestError, GrammarError):
+        slowest = max(slowest, time.monotonic() - start)
+    assert slowest < 0.5
+
+
+def test_a_slow_grammar_is_refused(tokenizer):
+    slow = GrammarCompiler(tokenizer, GrammarLimits(compile_seconds=0.0))
+    with pytest.raises(RequestError, match="s to compile; at most 0 s are given"):
+        slow.compile(GrammarSpec("json_object"), "g")
+
+
+def test_a_large_grammar_is_refused(tokenizer):
+    small = GrammarCompiler(tokenizer, GrammarLimits(max_symbols=50))
+    names = {f"p{i}": {"type": "integer"} for i in range(100)}
+    spec = GrammarSpec("json_schema", json.dumps({"type": "object", "properties": names}))
+    with pytest.raises(RequestError, match="grammar size"):
+        small.compile(spec, "g")
+
+
+def test_the_cache_is_bounded(tokenizer):
+    compiler = GrammarCompiler(tokenizer, cache_entries=3)
+    for number in [0, 1, 2, 0, 3]:
+        compiler.compile(GrammarSpec("choice", json.dumps([f"h{number}"])), "choice")
+    assert compiler.cached == 3
+    assert [json.loads(spec.source)[0] for spec in compiler._cache] == ["h2", "h0", "h3"]
+
+
+class TestSpecs:
+    LIMITS = GrammarLimits(max_chars=200, max_depth=5, max_nodes=20, max_choices=3)
+
+    def test_response_formats(self):
+        read = from_response_format
+        assert read(None, self.LIMITS) is None
+        assert read({"type": "text"}, self.LIMITS) is None
+        assert read({"type": "json_object"}, self.LIMITS) == GrammarSpec("json_object")
+        schema = {"type": "object", "properties": {"b": {}, "a": {}}}
+        given = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+        assert read(given, self.LIMITS) == GrammarSpec("json_schema", json.dumps(schema))
+
+    def test_structured_outputs(self):
+        read = from_structured_outputs
+        assert read(None, self.LIMITS) is None
+        assert read({"json": None, "regex": None}, self.LIMITS) is None
+        schema = '{"type": "integer"}'
+        assert read({"json": schema}, self.LIMITS) == GrammarSpec("json_schema", schema)
+        assert read({"json": json.loads(schema)}, self.LIMITS) == GrammarSpec("json_schema", schema)
+        assert read({"json": True}, self.LIMITS) == GrammarSpec("json_schema", "{}")
+        assert read({"regex": "a+"}, self.LIMITS) == GrammarSpec("regex", "a+")
+        assert read({"choice": ["a", "b"]}, self.LIMITS) == GrammarSpec("choice", '["a", "b"]')
+        assert read({"grammar": "start: A"}, self.LIMITS) == GrammarSpec("lark", "start: A")
+        assert read({"json_object": True}, self.LIMITS) == GrammarSpec("json_object")
+
+    @pytest.mark.parametrize(
+        ("value", "message"),
+        [
+            ({"type": "xml"}, "must be text, json_object or json_schema, got 'xml'"),
+            ({"type": "json_schema"}, "schema is missing"),
+            ({"type": "json_schema", "json_schema": {"schema": 5}}, "must be an object"),
+        ],
+    )
+    def test_bad_response_formats(self, value, message):
+        with pytest.raises(RequestError, match=message) as caught:
+            from_response_format(value, self.LIMITS)
+        assert str(caught.value.param).startswith("response_format.")
+
+    @pytest.mark.parametrize(
+        ("value", "param", "message"),
+        [
+            ({"json": {}, "regex": "a"}, "structured_outputs", "must hold one of"),
+            ({"structural_tag": "x"}, "structured_outputs.structural_tag", "not served"),
+            ({"json": "{"}, "structured_outputs.json", "is not JSON"),
+            ({"json": "[" * 100}, "structured_outputs.json", "is not JSON"),
+            ({"json": "[]"}, "structured_outputs.json", "must be an object"),
+            ({"json": {"a": {"b": {"c": {"d": {"e": 1}}}}}}, "structured_outputs.json", "5 deep"),
+            ({"json": {"enum": [1] * 30}}, "structured_outputs.json", "more than 20 values"),
+            ({"json": {"const": "x" * 300}}, "structured_outputs.json", "at most 200 are taken"),
+            ({"json": {"x-guidance": {}}}, "structured_outputs.json", "x-guidance"),
+            ({"regex": "a" * 201}, "structured_outputs.regex", "has 201 characters"),
+            ({"regex": ["a"]}, "structured_outputs.regex", "must be a text"),
+            ({"regex": "\ud800"}, "structured_outputs.regex", "not valid Unicode"),
+            ({"choice": []}, "structured_outputs.choice", "1 to 3 texts"),
+            ({"choice": ["a"] * 4}, "structured_outputs.choice", "1 to 3 texts"),
+            ({"choice": ["a", 5]}, "structured_outputs.choice", "a list of texts"),
+            ({"choice": [""]}, "structured_outputs.choice", "a list of texts"),
+        ],
+    )
+    def test_bad_structured_outputs(self, value, param, message):
+        with pytest.raises(RequestError, match=message) as caught:
+            from_structured_outputs(value, self.LIMITS)
+        assert caught.value.param == param
+
+    def test_a_deep_schema_needs_no_stack(self):
+        schema: dict = {}
+        for _ in range(100_000):
+            schema = {"items": schema}
+        with pytest.raises(RequestError, match="nested more than 64 deep"):
+            from_structured_outputs({"json": schema}, GrammarLimits())

@@ -1,0 +1,165 @@
+"""Whatever one client sends, the others are answered meanwhile."""
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from pshare_jax.serve.bodies import check_items
+from pshare_jax.serve.errors import ApiError
+from tests.serve.fake import fake_config, fake_engine
+from tests.serve.server import Client, eventually, running_server
+from tests.serve.test_completions import script
+
+# What the loop may take at most: client, engine and server share an interpreter here, so that
+# another 50 ms are the client's own.
+SECONDS = 0.1
+
+
+@pytest.fixture(scope="module")
+def server(tokenizer):
+    with running_server(fake_engine(tokenizer, fake_config(max_model_len=2048))) as client:
+        yield client
+
+
+def least_delay(client: Client, send: Callable[[], Any]) -> float:
+    """The longest that `/health` took to answer while `send` ran, in seconds.
+
+    The least of three times: this machine may have been busy otherwise, a held loop is held always.
+    """
+    return min(longest_delay(client, send) for _ in range(3))
+
+
+def longest_delay(client: Client, send: Callable[[], Any]) -> float:
+    seconds: list[float] = []
+    done = threading.Event()
+
+    def probe() -> None:
+        while not done.is_set():
+            start = time.monotonic()
+            assert client.get("/health").status == 200
+            seconds.append(time.monotonic() - start)
+
+    thread = threading.Thread(target=probe)
+    thread.start()
+    try:
+        send()
+    finally:
+        done.set()
+        thread.join()
+    return max(seconds)
+
+
+def values(prompt: list) -> bytes:
+    return json.dumps({"model": "planner", "prompt": prompt}, separators=(",", ":")).encode()
+
+
+HOSTILE = {
+    "texts": ("/v1/completions", values(["a"] * 900_000)),
+    "lists": ("/v1/completions", values([[1]] * 900_000)),
+    "ids": ("/v1/completions", values([1] * 1_900_000)),
+    "ids of prompts": ("/v1/completions", values([[1] * 100_000] * 15)),
+    "detokenize": (
+        "/detokenize",
+        json.dumps({"tokens": [10] * 1_300_000}, separators=(",", ":")).encode(),
+    ),
+    "messages": (
+        "/v1/chat/completions",
+        json.dumps(
+            {"model": "planner", "messages": [{"role": "user", "content": "x"}] * 90_000}
+        ).encode(),
+    ),
+    "unknown": (
+        "/v1/completions",
+        json.dumps({"model": "planner", "prompt": "x", "surprise": [{}] * 900_000}).encode(),
+    ),
+    "quotes": ("/v1/completions", b'{"model": "planner", "prompt": "' + b'\\"' * 2_000_000),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_body_is_refused_at_once_and_holds_nobody_up(server, name):
+    path, body = HOSTILE[name]
+
+    def send() -> None:
+        answer = server.post(path, body)
+        assert answer.status == 400, answer.body[:300]
+
+    assert least_delay(server, send) < SECONDS
+
+
+def test_a_long_text_is_tokenised_beside_the_loop(server):
+    body = {"prompt": "the quick brown fox " * 150_000, "return_token_strs": True}
+
+    def send() -> None:
+        # Not decoded: that would hold this interpreter for longer than the server does.
+        assert len(server.post("/tokenize", body).body) > 1_000_000
+
+    assert least_delay(server, send) < SECONDS
+
+
+def test_a_long_chat_is_rendered_beside_the_loop(server):
+    messages = [{"role": "user", "content": "hello " * 200}] * 2000
+
+    def send() -> None:
+        answer = server.post("/v1/chat/completions", {"model": "planner", "messages": messages})
+        assert answer.status == 400
+        assert answer.error["code"] == "context_length_exceeded"
+
+    assert least_delay(server, send) < SECONDS
+
+
+def test_a_long_answer_is_written_beside_the_loop(tokenizer):
+    engine = fake_engine(tokenizer, fake_config(max_model_len=2048))
+    engine.tokens_per_event = 8
+    script(engine, "x", end=False)
+    with running_server(engine) as client:
+
+        def send() -> None:
+            answer = client.complete(n=8, max_tokens=2000, logprobs=20, stop=["y" * 1000] * 16)
+            # Not decoded: that would hold this interpreter for longer than the server does.
+            assert answer.body.count(b'"finish_reason":"length"') == 8
+            assert b'"completion_tokens":16000' in answer.body
+
+        assert least_delay(client, send) < SECONDS
+
+
+def test_limits_are_the_operators(tokenizer):
+    config = fake_config(max_n=2, max_prompts=3, max_body_items=1000)
+    with running_server(fake_engine(tokenizer, config)) as client:
+        assert client.complete(n=2).status == 200
+        assert "between 1 and 2, got 3" in client.complete(n=3).error["message"]
+        assert client.complete(["a"] * 3).status == 200
+        assert "takes 3 a request" in client.complete(["a"] * 4).error["message"]
+        error = client.complete(["a"] * 2000).error
+        assert error["code"] == "too_many_items"
+        assert "the server reads 1000" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "items"),
+    [
+        (b'["a", "b"]', 3),
+        (b'["\\"", "\\\\", "[[[[{{{{"]', 4),
+        (b'{"a": {"b": []}}', 5),
+        (b"[" + b",".join([b"1"] * 33) + b"]", 3),
+        (b'["' + b"," * 1000 + b'"]', 2),
+        (b'"' + b'"' * 1000, 500),
+    ],
+)
+def test_what_a_body_holds_is_counted_undecoded(body, items):
+    padded = body + b" " * 100
+    check_items(padded, items)
+    with pytest.raises(ApiError, match="the request body holds"):
+        check_items(padded, items - 1)
+
+
+def test_the_lag_is_a_metric(server):
+    assert server.metric("pshare_event_loop_lag_seconds_count") > 0
+    assert server.metric("pshare_event_loop_max_lag_seconds") >= 0
+    loop = server.server.service._bridge._loop
+    loop.call_soon_threadsafe(time.sleep, 0.3)
+    eventually(lambda: server.metric("pshare_event_loop_max_lag_seconds") > 0.2)
