@@ -164,14 +164,9 @@ class Orchestrator:
 
     @property
     def dead(self) -> str | None:
-        """Why some model cannot be served any more, if so."""
-        if DISPATCHER in self._failed:
-            return self._failed[DISPATCHER]
-        prefill = [w.name for w in self.workers.prefill if w.name not in self._failed]
-        for spec in self._specs.values():
-            hosts = [name for name in spec.decode_workers if name not in self._failed]
-            if not prefill or not hosts:
-                return "; ".join(f"{name}: {why}" for name, why in self._failed.items())
+        """Why no model can be served any more, if so."""
+        if self._failed and not any(map(self._is_served, self._specs)):
+            return self._why()
         return None
 
     def start(self) -> None:
@@ -202,6 +197,8 @@ class Orchestrator:
             raise EngineDeadError("the engine is not running")
         if request.model not in self._specs:
             raise UnknownModelError(f"model {request.model!r} is not served", "model")
+        if self._failed and not self._is_served(request.model):
+            raise EngineDeadError(f"model {request.model} has no worker left: {self._why()}")
         check_request(request, self.model_config.vocab_size, self.config.max_model_len)
         params = request.params
         ends = set(params.stop_token_ids)
@@ -263,6 +260,16 @@ class Orchestrator:
                 name: seconds for t in self._threads for name, seconds in t.busy_seconds.items()
             },
         )
+
+    def _is_served(self, model: str) -> bool:
+        """Whether there are workers left that can cover prompts and generate for a model."""
+        hosts = self._specs[model].decode_workers
+        alive = [worker.name for worker in self.workers.prefill if worker.name not in self._failed]
+        able = [name for name in hosts if name not in self._failed]
+        return bool(alive and able) and DISPATCHER not in self._failed
+
+    def _why(self) -> str:
+        return "; ".join(f"{name}: {why}" for name, why in self._failed.items())
 
     def _running(self) -> Counter[str]:
         counts: Counter[str] = Counter()

@@ -179,14 +179,6 @@ def sample_seed(seed: int | None, index: int) -> int | None:
     return None if seed is None else (seed + index) % 2**32
 
 
-_FIELDS = tuple(inspect.signature(SamplingParams).parameters)
-
-
-def with_changes(params: SamplingParams, **changes: Any) -> SamplingParams:
-    """A copy of `params` with some fields changed."""
-    return SamplingParams(**{name: getattr(params, name) for name in _FIELDS} | changes)
-
-
 def check_token_ids(ids: Sequence[int], vocab_size: int, param: str) -> None:
     """Raises RequestError if an id is not one of the model's."""
     for token_id in (min(ids, default=0), max(ids, default=0)):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
+
 from pshare_jax.core.messages import SamplingParams
 from pshare_jax.errors import RequestError
 from pshare_jax.frontend.answers import AnswerReader
@@ -14,7 +16,6 @@ from pshare_jax.frontend.params import (
     output_params,
     resolve_max_tokens,
     sampling_params,
-    with_changes,
 )
 from pshare_jax.frontend.requests import ChatRequest
 from pshare_jax.frontend.tool_calls.parser import ToolParser
@@ -81,7 +82,7 @@ async def plan_chat(service: Service, body: ChatRequest, clip: bool = False) -> 
     return ChatPlan(
         body,
         prompt,
-        with_changes(sampling, max_tokens=max_tokens),
+        msgspec.structs.replace(sampling, max_tokens=max_tokens),
         output,
         lambda: model.reader(names, prompt.in_reasoning, one_call),
         (model.parser or ToolParser).new_call_id,

@@ -100,6 +100,11 @@ class Engine(Submitter, Protocol):
         """Why nothing can be served any more, if so."""
         ...
 
+    @property
+    def failed_workers(self) -> Mapping[str, str]:
+        """Workers that have failed, and why; others may go on."""
+        ...
+
     def start(self) -> None:
         """Compiles everything and starts the threads; returns when ready."""
         ...

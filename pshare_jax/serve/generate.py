@@ -8,12 +8,13 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
+import msgspec
 from aiohttp import web
 
 from pshare_jax.core.messages import FinishReason, Request, SamplingParams
 from pshare_jax.frontend.chat import Prompt
 from pshare_jax.frontend.output import SequenceOutput
-from pshare_jax.frontend.params import OutputParams, sample_seed, with_changes
+from pshare_jax.frontend.params import OutputParams, sample_seed
 from pshare_jax.serve.errors import ApiError, as_api_error
 from pshare_jax.serve.events import Event, Generation
 from pshare_jax.serve.formats import Event as StreamEvent
@@ -54,7 +55,7 @@ class Job:
                 id=f"{self.format.heading.id}-{index * n + sample}",
                 model=self.model,
                 prompt_token_ids=prompt.token_ids,
-                params=with_changes(params, seed=sample_seed(params.seed, sample)),
+                params=msgspec.structs.replace(params, seed=sample_seed(params.seed, sample)),
                 cache_salt=self.cache_salt,
             )
             for index, (prompt, params) in enumerate(zip(self.prompts, self.sampling, strict=True))

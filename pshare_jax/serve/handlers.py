@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import msgspec
 from aiohttp import web
 
 from pshare_jax.frontend.chat import completion_prompts
@@ -11,7 +12,6 @@ from pshare_jax.frontend.params import (
     output_params,
     resolve_max_tokens,
     sampling_params,
-    with_changes,
 )
 from pshare_jax.frontend.requests import ChatRequest, CompletionRequest
 from pshare_jax.serve.chat_format import ChatFormat
@@ -39,7 +39,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
         _is_large(body), completion_prompts, body, service.tokenizer, service.limits
     )
     sampling = [
-        with_changes(
+        msgspec.structs.replace(
             template,
             max_tokens=resolve_max_tokens(
                 body.max_tokens,

@@ -102,11 +102,13 @@ async def detokenize(request: web.Request) -> web.Response:
 
 
 async def health(request: web.Request) -> web.Response:
-    """`GET /health`: 503 once the engine has failed."""
+    """`GET /health`: 503 once nothing can be served; names the workers that have failed."""
     service = request.app[SERVICE]
-    dead = service.engine.dead
-    answer = {"status": service.state} if dead is None else {"status": "dead", "reason": dead}
-    return json_response(answer, 200 if dead is None else 503)
+    if (dead := service.engine.dead) is not None:
+        return json_response({"status": "dead", "reason": dead}, 503)
+    if failed := dict(service.engine.failed_workers):
+        return json_response({"status": "degraded", "failed_workers": failed})
+    return json_response({"status": service.state})
 
 
 async def ready(request: web.Request) -> web.Response:

@@ -105,6 +105,7 @@ class _EngineCollector(Collector):
         yield self._pages(stats)
         yield self._busy_seconds(stats)
         yield self._decode_pages(stats)
+        yield self._failed_transfers(stats)
 
     def _by_model(
         self,
@@ -144,6 +145,16 @@ class _EngineCollector(Collector):
         )
         for name, seconds in stats.busy_seconds.items():
             family.add_metric([name], seconds)
+        return family
+
+    def _failed_transfers(self, stats: EngineStats) -> Metric:
+        family = CounterMetricFamily(
+            "pshare_failed_transfers",
+            "Transfers of pages that did not come, or were not what was asked for.",
+            labels=["engine"],
+        )
+        for name, count in stats.failed_transfers.items():
+            family.add_metric([name], count)
         return family
 
     def _decode_pages(self, stats: EngineStats) -> Metric:

@@ -61,6 +61,7 @@ class FakeOrchestrator:
     submit_error: Exception | None = None
     ready: bool = False
     dead: str | None = None
+    failed_workers: dict[str, str] = field(default_factory=dict)
     submitted: list[Request] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
 

@@ -45,6 +45,17 @@ def test_while_warming_up_the_server_is_healthy_but_not_ready(tokenizer):
         assert state(client) == (200, 200, 200)
 
 
+def test_a_worker_that_has_failed_is_named_while_others_go_on(client):
+    client.engine.failed_workers["decode1"] = "RuntimeError: out of memory"
+    answer = client.get("/health")
+    assert answer.status == 200
+    assert answer.json == {
+        "status": "degraded",
+        "failed_workers": {"decode1": "RuntimeError: out of memory"},
+    }
+    assert client.complete().status == 200
+
+
 def test_a_dead_engine_fails_its_requests_and_the_health_check(client):
     client.engine.gate.clear()
     with client.raw_request("/v1/completions", {"model": "planner", "prompt": "x"}) as sock:
