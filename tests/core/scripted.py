@@ -63,7 +63,9 @@ def model_specs(decode_workers: Sequence[str]) -> dict[str, ModelSpec]:
         spec("lora", "lora", LastTokens(1), "base", 0),
         spec("alora", "lora", Invocation(INVOKED_BY), "base", 1),
         spec("full", "full", LastTokens(5), "full"),
-        ModelSpec("isolated", "full", "isolated", LastTokens(2), "own", "own", "isolated", -1, last),
+        ModelSpec(
+            "isolated", "full", "isolated", LastTokens(2), "own", "own", "isolated", -1, last
+        ),
     ]
     return {spec.name: spec for spec in specs}
 
@@ -259,7 +261,7 @@ class Host:
             self.deliver_all()
         return progress
 
-    def drain(self, *, rounds: int = 3000) -> None:
+    def drain(self, *, rounds: int = 600) -> None:
         """Lets all requests end, in a fair order and a bounded number of rounds."""
         idle = 0
         for _ in range(rounds):

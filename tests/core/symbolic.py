@@ -333,5 +333,7 @@ class SymbolicDecode:
                 known[position + 1 :] = [sampled]
             tokens.append(known[first + 1 :])
         wanted = [self._slots[row.slot][0].params.logprobs is not None for row in step.rows]
-        logprobs = [[TokenLogprobs(-float(t)) for t in row] for row in tokens] if any(wanted) else []
+        logprobs = (
+            [[TokenLogprobs(-float(t)) for t in row] for row in tokens] if any(wanted) else []
+        )
         return DecodeResult(plan.number, tokens, logprobs)

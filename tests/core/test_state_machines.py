@@ -7,17 +7,20 @@ tokens, each delivered once, or because it was aborted, or with an error; and no
 
 from __future__ import annotations
 
-import dataclasses
-
 import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
-from pshare_jax.core import messages as m
 from pshare_jax.core.arrivals import TRANSFER_SECONDS
-from pshare_jax.core.messages import DISPATCHER, FinishReason
-from tests.core.scripted import INVOKED_BY, PAGE, Host, Reply, Setting
+from tests.core.scripted import Host, Setting
 
 LONGEST = 32
 """Tokens of a prompt and its reply together; each pool holds one such sequence."""
@@ -154,13 +157,11 @@ def machine(setting: Setting) -> type[Machine]:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_whatever_happens_every_request_ends_once_and_nothing_is_held(name: str) -> None:
-    from hypothesis.stateful import run_state_machine_as_test
-
     run_state_machine_as_test(
         machine(SETTINGS[name]),
         settings=settings(
             max_examples=60,
-            stateful_step_count=40,
+            stateful_step_count=80,
             deadline=None,
             derandomize=True,
             suppress_health_check=list(HealthCheck),
