@@ -51,7 +51,7 @@ INVOKED_BY = (7, 7)
 
 
 def model_specs(decode_workers: Sequence[str]) -> dict[str, ModelSpec]:
-    """One model of every kind; `elsewhere` is hosted by the last decode worker alone."""
+    """One model of every kind; `isolated` is hosted by the last decode worker alone."""
 
     def spec(name: str, kind: Any, rule: SplitRule, group: str, adapter: int = -1) -> ModelSpec:
         hosts = tuple(decode_workers)
