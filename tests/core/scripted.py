@@ -51,7 +51,7 @@ INVOKED_BY = (7, 7)
 
 
 def model_specs(decode_workers: Sequence[str]) -> dict[str, ModelSpec]:
-    """One model of every kind; `elsewhere` is hosted by the last decode worker alone."""
+    """One model of every kind; `isolated` is hosted by the last decode worker alone."""
 
     def spec(name: str, kind: Any, rule: SplitRule, group: str, adapter: int = -1) -> ModelSpec:
         hosts = tuple(decode_workers)
@@ -261,7 +261,7 @@ class Host:
             self.deliver_all()
         return progress
 
-    def drain(self, *, rounds: int = 3000) -> None:
+    def drain(self, *, rounds: int = 600) -> None:
         """Lets all requests end, in a fair order and a bounded number of rounds."""
         idle = 0
         for _ in range(rounds):

@@ -10,7 +10,14 @@ from __future__ import annotations
 import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from pshare_jax.core.arrivals import TRANSFER_SECONDS
 from tests.core.scripted import Host, Setting
@@ -150,13 +157,11 @@ def machine(setting: Setting) -> type[Machine]:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_whatever_happens_every_request_ends_once_and_nothing_is_held(name: str) -> None:
-    from hypothesis.stateful import run_state_machine_as_test
-
     run_state_machine_as_test(
         machine(SETTINGS[name]),
         settings=settings(
             max_examples=60,
-            stateful_step_count=40,
+            stateful_step_count=80,
             deadline=None,
             derandomize=True,
             suppress_health_check=list(HealthCheck),
