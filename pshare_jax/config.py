@@ -119,7 +119,8 @@ class ServerConfig:
         max_prompts: most prompts of one completion request.
         max_body_items: most texts, lists and objects of one request body; a number counts for a
             sixteenth of one.
-        worker_threads: threads that read large bodies, render chat templates and tokenise.
+        worker_threads: threads that read large bodies, render chat templates and tokenise; as many
+            again do so for small requests, which wait for no large ones.
         ping_seconds: a stream that has nothing to say for so long gets an SSE comment; 0 is never.
         cors_origins: origins whose pages may call the API from a browser; `*` is every one.
     """

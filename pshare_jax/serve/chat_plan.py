@@ -57,12 +57,15 @@ class ChatPlan:
         )
 
 
-async def plan_chat(service: Service, body: ChatRequest, clip: bool = False) -> ChatPlan:
+async def plan_chat(
+    service: Service, body: ChatRequest, large: bool, clip: bool = False
+) -> ChatPlan:
     """Checks and tokenises a chat.
 
     Args:
         service: whose models are asked.
         body: the request; its model is served.
+        large: whether it may take its time.
         clip: whether more `max_tokens` than fit are as many as fit.
 
     Raises:
@@ -72,7 +75,7 @@ async def plan_chat(service: Service, body: ChatRequest, clip: bool = False) -> 
     output = output_params(body, service.limits.max_n, model.markers)
     sampling = sampling_params(body, service.limits, 1, output.logprobs, service.sampling_defaults)
     tools = usable_tools(body)
-    prompt = await chat_prompt_of(service, body)
+    prompt = await chat_prompt_of(service, body, large)
     wanted, room = _max_tokens(body), service.limits.max_model_len - len(prompt.token_ids)
     if clip and wanted is not None and wanted > room:
         wanted = None
@@ -89,8 +92,8 @@ async def plan_chat(service: Service, body: ChatRequest, clip: bool = False) -> 
     )
 
 
-async def chat_prompt_of(service: Service, body: ChatRequest) -> Prompt:
-    """The prompt of a chat, rendered and tokenised beside the event loop.
+async def chat_prompt_of(service: Service, body: ChatRequest, large: bool) -> Prompt:
+    """The prompt of a chat, rendered and tokenised beside the event loop; `large` as above.
 
     Raises:
         RequestError: what cannot be rendered, or is too long.
@@ -104,7 +107,13 @@ async def chat_prompt_of(service: Service, body: ChatRequest) -> Prompt:
         service.config.special_tokens_in_text,
     )
     return await service.offload.run(
-        chat_prompt, service.tokenizer, service.limits, body.messages, usable_tools(body), options
+        large,
+        chat_prompt,
+        service.tokenizer,
+        service.limits,
+        body.messages,
+        usable_tools(body),
+        options,
     )
 
 

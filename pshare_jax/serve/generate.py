@@ -133,14 +133,15 @@ async def respond(request: web.Request, service: Service, job: Job) -> web.Strea
         PshareError, ApiError, GenerationError: nothing was sent yet, and this is why.
         ConnectionError: the client has gone.
     """
-    requests = job.requests()
-    if len(requests) > service.max_sequences:
+    count = len(job.prompts) * job.output.n
+    if count > service.max_sequences:
         raise ApiError(
             400,
-            f"{len(job.prompts)} prompts with n = {job.output.n} are {len(requests)} sequences; "
+            f"{len(job.prompts)} prompts with n = {job.output.n} are {count} sequences; "
             f"the server holds {service.max_sequences}",
             param="n",
         )
+    requests = job.requests()
     request.setdefault(REQUEST_ID, job.format.heading.id)
     async with service.generation(requests) as generation:
         with Run(service, job, generation) as run:
@@ -151,7 +152,10 @@ async def _answer(request: web.Request, service: Service, job: Job, run: Run) ->
     if not job.output.stream:
         async for _ in run.progress():
             pass
-        body = await service.offload.run_if(run.is_long, _whole, job, run)
+        if run.is_long:
+            body = await service.offload.run(False, _whole, job, run)
+        else:
+            body = _whole(job, run)
         return web.Response(body=body, content_type="application/json")
     stream = EventStream(request, service.config.write_timeout_seconds, job.format.named_events)
     await stream.open()

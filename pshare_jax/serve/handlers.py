@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import msgspec
 from aiohttp import web
 
-from pshare_jax.frontend.chat import completion_prompts
+from pshare_jax.frontend.chat import Prompt, completion_prompts
 from pshare_jax.frontend.params import (
     output_params,
     resolve_max_tokens,
@@ -18,9 +19,10 @@ from pshare_jax.serve.chat_format import ChatFormat
 from pshare_jax.serve.chat_plan import plan_chat
 from pshare_jax.serve.formats import CompletionFormat, heading
 from pshare_jax.serve.generate import Job, respond
-from pshare_jax.serve.offload import INLINE_BYTES
+from pshare_jax.serve.offload import is_large
 from pshare_jax.serve.parsing import read_request
 from pshare_jax.serve.service import SERVICE
+from pshare_jax.text.tokenizer import Tokenizer
 
 DEFAULT_COMPLETION_TOKENS = 16
 
@@ -35,8 +37,9 @@ async def completions(request: web.Request) -> web.StreamResponse:
     output = output_params(body, service.limits.max_n)
     # Checked before the work of tokenising, for one token; each prompt then gets its own number.
     template = sampling_params(body, service.limits, 1, output.logprobs, service.sampling_defaults)
+    large = is_large(request)
     prompts = await service.offload.run_if(
-        _is_large(body), completion_prompts, body, service.tokenizer, service.limits
+        large, completion_prompts, body, service.tokenizer, service.limits
     )
     sampling = [
         msgspec.structs.replace(
@@ -53,12 +56,9 @@ async def completions(request: web.Request) -> web.StreamResponse:
     ]
     echoes = [""] * (len(prompts) * output.n)
     if output.echo:
-        texts = [
-            service.tokenizer.decode(prompt.token_ids, output.skip_special_tokens)
-            if prompt.text is None
-            else prompt.text
-            for prompt in prompts
-        ]
+        texts = await service.offload.run_if(
+            large, _prompt_texts, prompts, service.tokenizer, output.skip_special_tokens
+        )
         echoes = [text for text in texts for _ in range(output.n)]
     job = Job(
         model=body.model,
@@ -80,6 +80,17 @@ async def completions(request: web.Request) -> web.StreamResponse:
     return await respond(request, service, job)
 
 
+def _prompt_texts(
+    prompts: Sequence[Prompt], tokenizer: Tokenizer, skip_special_tokens: bool
+) -> list[str]:
+    return [
+        tokenizer.decode(prompt.token_ids, skip_special_tokens)
+        if prompt.text is None
+        else prompt.text
+        for prompt in prompts
+    ]
+
+
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     """`POST /v1/chat/completions`."""
     arrival = time.monotonic()
@@ -87,7 +98,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     service.require_serving()
     body = await read_request(request, ChatRequest)
     service.model(body.model)
-    plan = await plan_chat(service, body)
+    plan = await plan_chat(service, body, is_large(request))
     chat_format = ChatFormat(
         heading("chatcmpl", body.model, plan.output.include_usage),
         service.tokenizer,
@@ -98,8 +109,3 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
         legacy=bool(body.functions),
     )
     return await respond(request, service, plan.job(chat_format, arrival))
-
-
-def _is_large(body: CompletionRequest) -> bool:
-    """Whether its prompts take their time to be tokenised."""
-    return not isinstance(body.prompt, str) or len(body.prompt) > INLINE_BYTES

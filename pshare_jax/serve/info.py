@@ -12,12 +12,10 @@ from pshare_jax.frontend.chat import TemplateOptions, chat_prompt, encode
 from pshare_jax.frontend.params import Limits, check_token_ids
 from pshare_jax.frontend.requests import DetokenizeRequest, TokenizeRequest
 from pshare_jax.serve.engine_api import ModelInfo
-from pshare_jax.serve.offload import INLINE_BYTES
+from pshare_jax.serve.offload import is_large
 from pshare_jax.serve.parsing import read_request
 from pshare_jax.serve.protocol import DetokenizeResponse, ModelCard, ModelList, TokenizeResponse
 from pshare_jax.serve.service import SERVICE, Service
-
-INLINE_TOKENS = 4096
 
 
 def json_response(value: object, status: int = 200) -> web.Response:
@@ -47,8 +45,10 @@ async def tokenize(request: web.Request) -> web.Response:
         service.model(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("give either prompt or messages", param="prompt")
-    small = body.prompt is not None and len(body.prompt) <= INLINE_BYTES
-    answer = await service.offload.run_if(not small, _tokenize, service, body)
+    if body.prompt is not None:
+        answer = await service.offload.run_if(is_large(request), _tokenize, service, body)
+    else:
+        answer = await service.offload.run(is_large(request), _tokenize, service, body)
     return web.Response(body=answer, content_type="application/json")
 
 
@@ -96,7 +96,7 @@ async def detokenize(request: web.Request) -> web.Response:
         )
     check_token_ids(body.tokens, service.limits.vocab_size, "tokens")
     text = await service.offload.run_if(
-        len(body.tokens) > INLINE_TOKENS, service.tokenizer.decode, body.tokens, False
+        is_large(request), service.tokenizer.decode, body.tokens, False
     )
     return json_response(DetokenizeResponse(text))
 
@@ -120,7 +120,7 @@ async def ready(request: web.Request) -> web.Response:
 async def metrics(request: web.Request) -> web.Response:
     """`GET /metrics`."""
     service = request.app[SERVICE]
-    body = await service.offload.run(service.metrics.render)
+    body = await service.offload.run(False, service.metrics.render)
     return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_PLAIN_1_0_0})
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
+from aiohttp import web
+
 from pshare_jax.errors import QueueFullError
 
 P = ParamSpec("P")
@@ -14,45 +16,67 @@ T = TypeVar("T")
 
 # What is smaller is done at once: a thread costs a tenth of a millisecond.
 INLINE_BYTES = 16 * 1024
-
-
 # Each may hold a body of some megabytes.
 MAX_WAITING = 512
 
 
 class Offload:
-    """A bounded pool of threads. Tasks wait for their turn in the order they come."""
+    """Threads for work of requests. Tasks wait for their turn in the order they come.
+
+    Work of large requests has threads of its own, so that those who send them wait for each other,
+    and nobody else for them.
+    """
 
     def __init__(self, threads: int):
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="serve")
-        self._tasks = 0
+        self._small = _Pool(threads, "small")
+        self._large = _Pool(threads, "large")
 
-    async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """`work(*args, **kwargs)`, in a thread. A caller that is cancelled leaves a task that has
-        begun to its end.
+    async def run(self, large: bool, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """`work(*args, **kwargs)`, in a thread for `large` work or for small.
+
+        A caller that is cancelled leaves a task that has begun to its end.
 
         Raises:
             QueueFullError: too many wait.
         """
-        if self._tasks >= MAX_WAITING:
-            raise QueueFullError(f"{self._tasks} requests wait to be read; try again later")
-        self._tasks += 1
-        loop = asyncio.get_running_loop()
-        future = loop.run_in_executor(self._pool, lambda: work(*args, **kwargs))
-        future.add_done_callback(self._forget)
-        return await future
-
-    def _forget(self, _: object) -> None:
-        self._tasks -= 1
+        pool = self._large if large else self._small
+        return await pool.run(lambda: work(*args, **kwargs))
 
     async def run_if(
         self, large: bool, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         """`work(*args, **kwargs)`: in a thread if it is `large`, else at once."""
         if large:
-            return await self.run(work, *args, **kwargs)
+            return await self.run(True, work, *args, **kwargs)
         return work(*args, **kwargs)
 
     def close(self) -> None:
         """Drops what has not begun."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._small.close()
+        self._large.close()
+
+
+class _Pool:
+    def __init__(self, threads: int, name: str):
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix=f"serve-{name}")
+        self._tasks = 0
+
+    async def run(self, work: Callable[[], T]) -> T:
+        if self._tasks >= MAX_WAITING:
+            raise QueueFullError(f"{self._tasks} requests wait to be read; try again later")
+        self._tasks += 1
+        future = asyncio.get_running_loop().run_in_executor(self._threads, work)
+        future.add_done_callback(self._forget)
+        return await future
+
+    def _forget(self, _: object) -> None:
+        self._tasks -= 1
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def is_large(request: web.Request) -> bool:
+    """Whether a request's body is large, or of unknown size."""
+    length = request.content_length
+    return length is None or length > INLINE_BYTES or "Content-Encoding" in request.headers

@@ -15,6 +15,7 @@ from pshare_jax.serve.formats import heading
 from pshare_jax.serve.generate import respond
 from pshare_jax.serve.info import json_response
 from pshare_jax.serve.messages_format import MessagesFormat
+from pshare_jax.serve.offload import is_large
 from pshare_jax.serve.parsing import read_request
 from pshare_jax.serve.responses_format import ResponsesFormat
 from pshare_jax.serve.service import SERVICE, WARNINGS
@@ -28,7 +29,9 @@ async def responses(request: web.Request) -> web.StreamResponse:
     body = await read_request(request, ResponsesRequest)
     service.model(body.model)
     _say_ignored_tools(request, body)
-    plan = await plan_chat(service, responses_api.as_chat(body))
+    large = is_large(request)
+    chat = await service.offload.run_if(large, responses_api.as_chat, body)
+    plan = await plan_chat(service, chat, large)
     spelling = ResponsesFormat(
         heading("resp", body.model),
         body,
@@ -59,8 +62,10 @@ async def messages(request: web.Request) -> web.StreamResponse:
     service.require_serving()
     body = await read_request(request, MessagesRequest)
     service.model(body.model)
+    large = is_large(request)
+    chat = await service.offload.run_if(large, messages_api.as_chat, body)
     # Clients have to name a number, and name that of larger models.
-    plan = await plan_chat(service, messages_api.as_chat(body), clip=True)
+    plan = await plan_chat(service, chat, large, clip=True)
     spelling = MessagesFormat(heading("msg", body.model), plan.new_reader(), plan.new_call_id)
     return await respond(request, service, plan.job(spelling, arrival))
 
@@ -70,5 +75,7 @@ async def count_tokens(request: web.Request) -> web.Response:
     service = request.app[SERVICE]
     body = await read_request(request, CountTokensRequest)
     service.model(body.model)
-    prompt = await chat_prompt_of(service, messages_api.as_chat(body))
+    large = is_large(request)
+    chat = await service.offload.run_if(large, messages_api.as_chat, body)
+    prompt = await chat_prompt_of(service, chat, large)
     return json_response({"input_tokens": len(prompt.token_ids)})

@@ -14,7 +14,7 @@ from aiohttp import web
 from pshare_jax.frontend.requests import UNSERVED, StreamOptions
 from pshare_jax.serve.bodies import check_headers, check_items, decompress, read_body, strip_bom
 from pshare_jax.serve.errors import ApiError
-from pshare_jax.serve.offload import INLINE_BYTES
+from pshare_jax.serve.offload import is_large
 from pshare_jax.serve.service import SERVICE, WARNINGS
 
 log = logging.getLogger(__name__)
@@ -54,8 +54,7 @@ async def read_request(request: web.Request, kind: type[T]) -> T:
         check_items(text, config.max_body_items)
         return parse(strip_bom(text), kind)
 
-    compressed = encoding not in ("", "identity")
-    parsed = await service.offload.run_if(compressed or len(body) > INLINE_BYTES, work)
+    parsed = await service.offload.run_if(is_large(request), work)
     if parsed.unknown:
         names = ", ".join(name[:60] for name in parsed.unknown[:_SHOWN_FIELDS])
         if config.strict:

@@ -61,15 +61,18 @@ class Completion(Struct):
     object: str = "text_completion"
 
 
-class TopLogprob(Struct):
-    """One of the most likely tokens at a position."""
+class TopLogprob(Struct, gc=False):
+    """One of the most likely tokens at a position.
+
+    Not garbage-collected: an answer may hold a hundred thousand, and they form no cycles.
+    """
 
     token: str
     logprob: float
     bytes: list[int]
 
 
-class TokenLogprob(Struct):
+class TokenLogprob(Struct, gc=False):
     """The chosen token at a position, and the most likely ones."""
 
     token: str

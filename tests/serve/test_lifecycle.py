@@ -18,7 +18,7 @@ from pshare_jax.config import ServerConfig
 from pshare_jax.errors import ConfigError
 from pshare_jax.serve.__main__ import main
 from pshare_jax.serve.lifecycle import bind, url_of
-from tests.serve.fake import fake_engine
+from tests.serve.fake import fake_config, fake_engine
 from tests.serve.server import SECONDS, eventually, running_server
 from tests.text.tiny import write_byte_level
 
@@ -325,3 +325,14 @@ class TestCommandLine:
     def test_port_0_picks_a_free_one(self):
         with bind(ServerConfig(port=0)) as sock:
             assert url_of(sock) == f"http://127.0.0.1:{sock.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("name", ["max_n", "max_prompts", "max_body_items", "worker_threads"])
+def test_limits_of_nothing_are_refused(name):
+    with pytest.raises(ConfigError, match=f"server.{name} must be at least 1, got 0"):
+        bind(fake_config(**{name: 0}).server)
+
+
+def test_pings_in_the_past_are_refused():
+    with pytest.raises(ConfigError, match="ping_seconds must not be negative"):
+        bind(fake_config(ping_seconds=-1).server)
