@@ -34,11 +34,12 @@ from pshare_jax.runtime.steps import StepSpec
 
 @dataclass(frozen=True)
 class Workers:
-    """All workers of an engine, and what the router is told of them."""
+    """All workers of an engine, what the router is told of them, and where pages are on offer."""
 
     prefill: list[PrefillWorker[PrefillExecutor]]
     decode: list[DecodeWorker[DecodeExecutor]]
     one_pool: bool
+    exchange: Exchange
 
     def threads(self, one_processor: bool) -> list[tuple[str, list[Worker]]]:
         """Which workers share a thread, since they share what computes."""
@@ -127,10 +128,10 @@ class Assembly:
         """All workers on their meshes, weights loaded, nothing compiled."""
         if meshes.one_pool:
             pairs = [self._pair(i, mesh) for i, mesh in enumerate(meshes.decode)]
-            return Workers([p for p, _ in pairs], [d for _, d in pairs], one_pool=True)
+            return Workers([p for p, _ in pairs], [d for _, d in pairs], True, self._exchange)
         decode = [self._decode(i, mesh) for i, mesh in enumerate(meshes.decode)]
         prefill = [self._prefill(i, mesh) for i, mesh in enumerate(meshes.prefill)]
-        return Workers(prefill, decode, one_pool=False)
+        return Workers(prefill, decode, False, self._exchange)
 
     def _prefill(self, index: int, mesh: Mesh) -> PrefillWorker[PrefillExecutor]:
         name = f"prefill{index}"

@@ -314,6 +314,7 @@ class Orchestrator:
 
     def _worker_failed(self, worker: str, reason: str) -> None:
         self._failed[worker] = reason
+        self.workers.exchange.drop_worker(worker)
         self._control.post(lambda: self._dispatcher.lose_worker(worker, reason))
 
     def _dispatcher_failed(self, reason: str) -> None:
