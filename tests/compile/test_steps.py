@@ -5,7 +5,7 @@ import pytest
 from pshare_jax.bench.accelerators import ACCELERATORS
 from pshare_jax.bench.compile import compile_program
 from pshare_jax.bench.compile_models import MODELS
-from pshare_jax.bench.compile_programs import Sizes, step_programs
+from pshare_jax.bench.compile_programs import Sizes, one_chip_programs, step_programs
 
 # Tensor parallelism over four, two and one devices, and the model that fills the smallest of them.
 CASES = [
@@ -37,3 +37,28 @@ def test_steps_compile_fit_and_keep_the_pool_in_place(name, model):
         assert decode.least_bytes < decode.hbm_bytes < 1.3 * decode.least_bytes
     # The decode mesh holds its whole batch at full context beside the weights.
     assert compiled["decode step"].largest_pool_tokens > sizes.batch * sizes.context / 2
+
+
+@pytest.mark.compile
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("name", "sequences"), [("v6e:2x4", 20), ("h100", 100)])
+def test_one_chip_serves_an_8b_base_with_lora_modules(name, sequences):
+    """One pool and one set of weights: the pool still holds so many sequences at full context."""
+    accelerator, config, sizes = ACCELERATORS[name], MODELS["Llama-3.1-8B"], Sizes()
+    compiled = {
+        program.name: compile_program(accelerator, program, config.num_layers)
+        for program in one_chip_programs(accelerator, config, sizes)
+    }
+    assert tuple(compiled) == ("prefill chunk", "decode step", SHARED_STEP)
+    for step, result in compiled.items():
+        assert result.pool_in_place, step
+        assert result.total_bytes < accelerator.memory, step
+        assert result.largest_pool_tokens > sequences * sizes.context, step
+
+
+@pytest.mark.compile
+def test_an_8b_base_in_bfloat16_is_larger_than_a_v5e_chip():
+    accelerator, config = ACCELERATORS["v5e:2x4"], MODELS["Llama-3.1-8B"]
+    chunk = next(one_chip_programs(accelerator, config, Sizes()))
+    # 15.0 GiB of weights leave 0.7 GiB, which is less than 32 sequences' first pages and a step.
+    assert chunk.weight_bytes > 0.95 * accelerator.memory
