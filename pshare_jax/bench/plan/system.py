@@ -174,9 +174,7 @@ class _Server:
         self._orders = itertools.count()
         self._transfers = itertools.count()
         names = [f"{prefix}decode{i}" for i in range(len(spec.decode))]
-        self._models = {
-            name: model for name, model in ((str(m), self._model(m, names)) for m in spec.models)
-        }
+        self._models = {str(model): self._model(model, names) for model in spec.models}
 
         def parts(name: str, engine: EngineSpec) -> tuple[Processor, CostModel, PageCache]:
             processor = processors.setdefault(engine.processor, Processor())
