@@ -35,6 +35,7 @@ class WorkerThread:
         workers: who is hosted.
         send: carries messages to parts that are elsewhere.
         on_failure: called with a worker's name and the reason when it has failed.
+        clock: seconds, from any start.
 
     Attributes:
         busy_seconds: time spent in pieces of work, by worker; written by the thread alone.
@@ -46,6 +47,7 @@ class WorkerThread:
         workers: Sequence[Worker],
         send: Send,
         on_failure: Callable[[str, str], None],
+        clock: Callable[[], float] = time.monotonic,
     ):
         self.name = name
         self.workers = list(workers)
@@ -53,6 +55,7 @@ class WorkerThread:
         self._alive = {worker.name: worker for worker in workers}
         self._send = send
         self._on_failure = on_failure
+        self._clock = clock
         self._turns = FairTurns()
         self._last: Worker | None = None
         self._inbox: list[tuple[str, Message]] = []
@@ -79,6 +82,23 @@ class WorkerThread:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
+    def turn(self) -> bool:
+        """Takes in what has come and does one piece of work; what the thread does again and again.
+
+        Called from elsewhere only where the thread is not started: time then is the caller's.
+
+        Returns:
+            Whether it got on; otherwise there is nothing to do until something is heard.
+        """
+        with self._condition:
+            inbox, self._inbox = self._inbox, []
+        for to, message in inbox:
+            self._receive(to, message)
+        self._flush()
+        progress = self._work()
+        # Planning alone may have something to say, such as that a prompt was all cached.
+        return self._flush() or progress
+
     def _run(self) -> None:
         for worker in self.workers:
             self._guard(worker, worker.setup)
@@ -89,13 +109,7 @@ class WorkerThread:
                     self._condition.wait(self._patience())
                 if self._stopping:
                     break
-                inbox, self._inbox = self._inbox, []
-            for to, message in inbox:
-                self._receive(to, message)
-            self._flush()
-            progress = self._work()
-            # Planning alone may have something to say, such as that a prompt was all cached.
-            idle = not (self._flush() or progress)
+            idle = not self.turn()
         self._guard(self._last, self._drain)
 
     def _patience(self) -> float | None:
@@ -146,16 +160,16 @@ class WorkerThread:
         return bool(progress) or worker.name not in self._alive
 
     def _piece(self, worker: Worker) -> bool:
-        piece = worker.plan(time.monotonic())
+        piece = worker.plan(self._clock())
         if piece is None:
             return False
         if self._last is not worker:
             # One computes at a time.
             self._guard(self._last, self._drain)
             self._last = worker
-        started = time.perf_counter()
+        started = self._clock()
         progress = piece()
-        seconds = time.perf_counter() - started
+        seconds = self._clock() - started
         if progress:
             self.busy_seconds[worker.name] += seconds
             self._turns.worked(worker.share, seconds)

@@ -38,6 +38,9 @@ class FairTurns:
 
     def worked(self, member: Share, seconds: float) -> None:
         """A piece of work of a member took so long."""
+        # It may have worked out of turn, without having been asked in order.
+        if member.idle:
+            member.virtual_seconds = max(member.virtual_seconds, self._now)
         self._now = max(self._now, member.virtual_seconds)
         member.idle = False
         member.virtual_seconds += seconds / member.weight

@@ -1,16 +1,12 @@
-"""Virtual time: events in order, processors on which threads take turns, threads as generators."""
+"""Virtual time: events in order, and processors that compute one thing at a time."""
 
 from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable, Generator
-
-from pshare_jax.core.fairness import FairQueue, Share
+from collections.abc import Callable
 
 Action = Callable[[], None]
-Work = Generator[float, None, bool]
-"""One piece of a thread's work: yields seconds of computation, returns whether it got on."""
 
 
 class Clock:
@@ -25,10 +21,6 @@ class Clock:
         """Runs `action` at `time`; actions of one time run in the order in which they were set."""
         heapq.heappush(self._events, (max(time, self.now), next(self._count), action))
 
-    def soon(self, action: Action) -> None:
-        """Runs `action` now, after what runs at present."""
-        self.at(self.now, action)
-
     def run(self) -> None:
         """Until nothing more will happen."""
         while self._events:
@@ -37,84 +29,21 @@ class Clock:
 
 
 class Processor:
-    """What computes for one or several threads, which take turns as the engine's do."""
-
-    def __init__(self, clock: Clock):
-        self._clock = clock
-        self._queue: FairQueue[Share] = FairQueue()
-        self._calls: dict[Share, Action] = {}
-
-    def take(self, share: Share, call: Action) -> bool:
-        """Whether it is the share's turn at once; if not, `call` runs when it is."""
-        if self._queue.take(share):
-            return True
-        self._calls[share] = call
-        return False
-
-    def end(self, share: Share, seconds: float, *, more: bool) -> bool:
-        """Ends a piece of work; whether the share's thread may go on, see `FairQueue.end`."""
-        following = self._queue.end(share, seconds, more=more)
-        if following is not None and following is not share:
-            self._clock.soon(self._calls.pop(following))
-        return following is share
-
-
-class Thread:
-    """A thread that works while there is work and it is its turn, sleeps when there is none.
-
-    Subclasses implement `work` as the engine's threads do.
-
-    Args:
-        clock: the time.
-        processor: what computes its work.
-        weight: its share of the processor.
+    """What computes for the workers of one host: at once what it is given, in order.
 
     Attributes:
-        busy_seconds: time in which it computed.
+        now: the time that the host has come to.
     """
 
-    def __init__(self, clock: Clock, processor: Processor, weight: float = 1.0):
-        self.busy_seconds = 0.0
-        self._clock = clock
-        self._processor = processor
-        self._share = Share(weight)
-        self._notified = False
-        self._asleep = True
-        self._program = self._loop()
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._free = 0.0
 
-    def work(self) -> Work:
-        """One bounded piece of work."""
-        raise NotImplementedError
+    def compute(self, seconds: float) -> float:
+        """Begins work after what was begun before; when it will be done."""
+        self._free = max(self._free, self.now) + seconds
+        return self._free
 
-    def notify(self) -> None:
-        """Wakes the thread: there may be work."""
-        self._notified = True
-        if self._asleep:
-            self._asleep = False
-            self._clock.soon(self._resume)
-
-    def _loop(self) -> Generator[float | None, None, None]:
-        """Yields seconds of computation, or None to be resumed by somebody else."""
-        while True:
-            if not self._processor.take(self._share, self._resume):
-                yield None
-            progress = yield from self._take_turn()
-            if not progress and not self._notified:
-                self._asleep = True
-                yield None
-
-    def _take_turn(self) -> Work:
-        """Works as long as it is its turn; False when there was nothing to do."""
-        while True:
-            self._notified = False
-            before = self.busy_seconds
-            progress = yield from self.work()
-            seconds = self.busy_seconds - before
-            if not self._processor.end(self._share, seconds, more=progress):
-                return progress
-
-    def _resume(self) -> None:
-        seconds = next(self._program)
-        if seconds is not None:
-            self.busy_seconds += seconds
-            self._clock.at(self._clock.now + seconds, self._resume)
+    def wait(self, time: float) -> None:
+        """The host does nothing until `time`."""
+        self.now = max(self.now, time)

@@ -15,11 +15,11 @@ from pshare_jax.models.config import ModelConfig
 class CostModel(Protocol):
     """Seconds that one engine's processor takes, alone."""
 
-    def chunk(self, bucket: int, tokens: int, start: int) -> float:
+    def chunk(self, bucket: int, tokens: int, start: float) -> float:
         """A prefill chunk of `tokens` tokens from position `start` on, padded to `bucket`."""
         ...
 
-    def replay(self, bucket: int, tokens: int, start: int) -> float:
+    def replay(self, bucket: int, tokens: int, start: float) -> float:
         """The same on the decode side."""
         ...
 
@@ -70,11 +70,11 @@ class TableCosts:
     token_seconds: float = 0.0
     padded: bool = True
 
-    def chunk(self, bucket: int, tokens: int, start: int) -> float:
+    def chunk(self, bucket: int, tokens: int, start: float) -> float:
         """See CostModel."""
         return at_size(self.chunks, bucket if self.padded else tokens)(start + (tokens + 1) / 2)
 
-    def replay(self, bucket: int, tokens: int, start: int) -> float:
+    def replay(self, bucket: int, tokens: int, start: float) -> float:
         """See CostModel."""
         return self.chunk(bucket, tokens, start)
 
@@ -160,14 +160,14 @@ class Roofline:
     page_size: int = 64
     adapter_bytes: float = 0.0
 
-    def chunk(self, bucket: int, tokens: int, start: int) -> float:
+    def chunk(self, bucket: int, tokens: int, start: float) -> float:
         """See CostModel."""
         seen = bucket * (start + (tokens + 1) / 2)
         operations = 2 * body_parameters(self.model) * bucket + self._attention(seen)
         read = 2 * body_parameters(self.model) + kv_bytes(self.model) * (start + tokens)
         return self._seconds(operations, read, bucket)
 
-    def replay(self, bucket: int, tokens: int, start: int) -> float:
+    def replay(self, bucket: int, tokens: int, start: float) -> float:
         """See CostModel."""
         return self.chunk(bucket, tokens, start)
 

@@ -14,8 +14,8 @@ from pshare_jax.bench.plan.costs import (
     lora_bytes,
     weight_bytes,
 )
-from pshare_jax.bench.plan.decode import DecodeSettings
 from pshare_jax.bench.plan.system import EngineSpec, ServerSpec, SystemSpec
+from pshare_jax.config import DecodeConfig
 from pshare_jax.models.config import ModelConfig
 
 Modules = Literal["full", "lora"]
@@ -284,8 +284,10 @@ def _server(machine: Machine, layout: Layout, models: list[int], first: int) -> 
         one_group=layout.modules == "lora",
         page_size=engines.page_size,
         chunk_buckets=engines.chunk_buckets,
-        settings=DecodeSettings(
-            engines.max_num_seqs, engines.batch_buckets, engines.replay_buckets
+        settings=DecodeConfig(
+            max_num_seqs=engines.max_num_seqs,
+            batch_buckets=engines.batch_buckets,
+            replay_buckets=engines.replay_buckets,
         ),
         prefill=prefill,
         decode=decode,

@@ -10,8 +10,7 @@ from typing import Any
 from pshare_jax.bench.agents_load import CallRecord, Load, SessionRecord, arrivals
 from pshare_jax.bench.agents_stats import summary
 from pshare_jax.bench.agents_workload import Workload
-from pshare_jax.bench.plan.requests import SimRequest
-from pshare_jax.bench.plan.system import System, SystemSpec
+from pshare_jax.bench.plan.system import SimCall, System, SystemSpec
 
 
 class SimPlayer:
@@ -84,29 +83,29 @@ class _Session:
         after = self._system.spec.call_seconds / 2
 
         def finished() -> None:
-            self._clock.at(self._clock.now + after, partial(self._called, request))
+            self._clock.at(self._clock.now + after, partial(self._called, call))
 
-        request = self._system.submit(self._number, model, self._context, tokens, finished)
+        call = self._system.submit(self._number, model, self._context, tokens, finished)
 
-    def _called(self, request: SimRequest) -> None:
+    def _called(self, call: SimCall) -> None:
         after = self._system.spec.call_seconds / 2
         self._calls.append(
             CallRecord(
-                model=str(request.model),
-                prompt=request.prompt,
-                generated=request.max_tokens,
+                model=str(call.model),
+                prompt=call.prompt,
+                generated=call.max_tokens,
                 asked=self._asked,
-                arrivals=[time + after for time in request.arrivals],
+                arrivals=[time + after for time in call.arrivals],
                 end=self._clock.now,
-                cached=request.own + request.shared,
-                shared=request.shared,
+                cached=call.cached,
+                shared=call.shared,
             )
         )
         self._running -= 1
         if self._running:
             return
         step = self._steps.popleft()
-        self._context += len(step.models) * request.max_tokens + step.observed
+        self._context += len(step.models) * call.max_tokens + step.observed
         self._asked = self._clock.now
         self.step()
 
@@ -138,17 +137,19 @@ def simulate(spec: SystemSpec, workload: Workload, load: Load, warmup: int = 0) 
             "prefill_busy": work["prefill_s"] / seconds / len(system.prefill),
             "decode_busy": work["decode_s"] / seconds / len(system.decode),
             "sequences_per_step": figures["generated_tokens"] / steps if steps else 0.0,
-            "peak_prefill_pages": max(engine.pool.peak_pages for engine in system.prefill),
-            "peak_decode_pages": max(engine.pool.peak_pages for engine in system.decode),
+            "peak_prefill_pages": max(w.executor.peak_pages for w in system.prefill),
+            "peak_decode_pages": max(w.executor.peak_pages for w in system.decode),
         }
     }
 
 
 def _work(system: System) -> dict[str, float]:
+    prefill = [worker.executor for worker in system.prefill]
+    decode = [worker.executor for worker in system.decode]
     return {
-        "prefill_s": sum(engine.busy_seconds for engine in system.prefill),
-        "decode_s": sum(engine.busy_seconds for engine in system.decode),
-        "computed_tokens": sum(engine.computed_tokens for engine in system.prefill),
-        "decode_steps": sum(engine.steps for engine in system.decode),
-        "preemptions": sum(engine.preemptions for engine in system.decode),
+        "prefill_s": sum(executor.seconds for executor in prefill),
+        "decode_s": sum(executor.seconds for executor in decode),
+        "computed_tokens": sum(executor.computed_tokens for executor in prefill),
+        "decode_steps": sum(executor.steps for executor in decode),
+        "preemptions": sum(w.core.stats.preemptions.total() for w in system.decode),
     }

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pshare_jax.bench.plan.costs import CostModel
-from pshare_jax.bench.plan.decode import DecodeSettings
 from pshare_jax.bench.plan.system import EngineSpec, ServerSpec
 from pshare_jax.config import ServeConfig, load_serve_config
 from pshare_jax.errors import ConfigError
@@ -64,20 +63,13 @@ def server_spec(config: ServeConfig, models: int, costs: CostModel, processor: i
     longest = -(-config.max_model_len // config.page_size)
     default = DEFAULT_POOL_SEQUENCES * longest + 1
     prefill, decode = config.prefill, config.decode
-    settings = DecodeSettings(
-        decode.max_num_seqs,
-        decode.batch_buckets,
-        decode.replay_buckets,
-        decode.steps_per_dispatch,
-        decode.group_quantum,
-    )
     return ServerSpec(
         models=range(models),
         shared=kinds == {"shared"},
         one_group=is_lora(config),
         page_size=config.page_size,
         chunk_buckets=prefill.chunk_buckets,
-        settings=settings,
+        settings=decode,
         prefill=[EngineSpec(costs, prefill.num_pages or default, processor)] * prefill.engines,
         decode=[
             EngineSpec(

@@ -1,18 +1,28 @@
-"""Servers in virtual time: their engines, and which model is asked where."""
+"""Servers in virtual time: the engine's cores and hosts, with executors that compute nothing."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from pshare_jax.bench.plan.chains import ChainPool
 from pshare_jax.bench.plan.clock import Clock, Processor
 from pshare_jax.bench.plan.costs import CostModel
-from pshare_jax.bench.plan.decode import DecodeSettings, SimDecode
-from pshare_jax.bench.plan.prefill import SimPrefill
-from pshare_jax.bench.plan.requests import SimRequest
-from pshare_jax.bench.plan.router import SimRouter
+from pshare_jax.bench.plan.executors import CostDecode, CostPrefill
+from pshare_jax.cluster.thread import WorkerThread
+from pshare_jax.cluster.worker import DecodeWorker, PrefillWorker, Worker
+from pshare_jax.config import DecodeConfig
+from pshare_jax.core.decode import DecodeCore
+from pshare_jax.core.dispatcher import Dispatcher
+from pshare_jax.core.messages import DISPATCHER, Message, Outbox, Request, SamplingParams
+from pshare_jax.core.models import ModelSpec
+from pshare_jax.core.pages.page_cache import PageCache
+from pshare_jax.core.prefill import PrefillCore
+from pshare_jax.core.router import Router, WorkerInfo
+from pshare_jax.core.split_rule import LastTokens
+
+_ANY_BYTES = 1
+"""Of a page that is moved; what a handoff takes is told by the costs."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +59,7 @@ class ServerSpec:
     one_group: bool
     page_size: int
     chunk_buckets: Sequence[int]
-    settings: DecodeSettings
+    settings: DecodeConfig
     prefill: Sequence[EngineSpec]
     decode: Sequence[EngineSpec]
     tail: int = 1
@@ -68,6 +78,25 @@ class SystemSpec:
     call_seconds: float = 0.0
 
 
+@dataclass(eq=False)
+class SimCall:
+    """A call of a model.
+
+    Attributes:
+        arrivals: when each generated token came.
+        cached: prompt tokens whose KV was there.
+        shared: of these, those that were computed for another model.
+    """
+
+    model: int
+    prompt: int
+    max_tokens: int
+    on_finish: Callable[[], None]
+    arrivals: list[float] = field(default_factory=list)
+    cached: int = 0
+    shared: int = 0
+
+
 class System:
     """The servers of a specification, idle, at time 0."""
 
@@ -75,97 +104,208 @@ class System:
         self.spec = spec
         self.clock = Clock()
         processors: dict[int, Processor] = {}
-
-        def processor(number: int) -> Processor:
-            if number not in processors:
-                processors[number] = Processor(self.clock)
-            return processors[number]
-
-        orders = itertools.count()
-        self.servers = [_Server(self.clock, s, processor, orders) for s in spec.servers]
-        self._of_model = {model: s for s in self.servers for model in s.spec.models}
+        self._servers = [
+            _Server(self.clock, server, f"server{i}.", processors)
+            for i, server in enumerate(spec.servers)
+        ]
+        self._of_model = {model: s for s in self._servers for model in s.spec.models}
+        hosts = [
+            _Host(self.clock, processor, workers, self._carry)
+            for processor, workers in self._hosted(processors.values())
+        ]
+        self._host_of = {worker.name: host for host in hosts for worker in host.workers}
+        self._server_of = {w.name: s for s in self._servers for w in s.workers}
 
     def submit(
         self, session: int, model: int, prompt: int, tokens: int, on_finish: Callable[[], None]
-    ) -> SimRequest:
+    ) -> SimCall:
         """Asks a model for `tokens` tokens after a session's first `prompt` tokens."""
-        return self._of_model[model].submit(session, model, prompt, tokens, on_finish)
+        call = SimCall(model, prompt, tokens, on_finish)
+        server = self._of_model[model]
+        server.submit(session, call)
+        self._deliver(server)
+        return call
 
     @property
-    def prefill(self) -> list[SimPrefill]:
-        """All prefill engines."""
-        return [engine for server in self.servers for engine in server.prefill]
+    def prefill(self) -> list[PrefillWorker[CostPrefill]]:
+        """All prefill workers."""
+        return [worker for server in self._servers for worker in server.prefill]
 
     @property
-    def decode(self) -> list[SimDecode]:
-        """All decode engines."""
-        return [engine for server in self.servers for engine in server.decode]
+    def decode(self) -> list[DecodeWorker[CostDecode]]:
+        """All decode workers."""
+        return [worker for server in self._servers for worker in server.decode]
+
+    def _hosted(self, processors: Iterable[Processor]) -> Iterator[tuple[Processor, list[Worker]]]:
+        """Workers by what computes for them; first those that decode, as in an engine."""
+        for processor in processors:
+            decode = [w for s in self._servers for w in s.decode if s.computes(w) is processor]
+            prefill = [w for s in self._servers for w in s.prefill if s.computes(w) is processor]
+            yield processor, [*decode, *prefill]
+
+    def _carry(self, messages: Sequence[tuple[str, str, Message]]) -> None:
+        """Carries messages of one moment: from whom, to whom, what."""
+        heard: dict[int, _Server] = {}
+        for source, to, message in messages:
+            if to == DISPATCHER:
+                server = self._server_of[source]
+                server.dispatcher.receive(source, message)  # type: ignore[arg-type]
+                heard[id(server)] = server
+            else:
+                self._host_of[to].post(to, message)
+        for server in heard.values():
+            self._deliver(server)
+
+    def _deliver(self, server: _Server) -> None:
+        for to, message in server.deliver():
+            self._host_of[to].post(to, message)
 
 
-@dataclass(eq=False)
 class _Server:
-    clock: Clock
-    spec: ServerSpec
-    processor: Callable[[int], Processor]
-    orders: itertools.count[int]
-    prefill: list[SimPrefill] = field(init=False)
-    decode: list[SimDecode] = field(init=False)
+    """The cores of one server, and their executors."""
 
-    def __post_init__(self) -> None:
-        spec = self.spec
+    def __init__(
+        self, clock: Clock, spec: ServerSpec, prefix: str, processors: dict[int, Processor]
+    ):
+        self.spec = spec
+        self._clock = clock
+        self._processors: dict[str, Processor] = {}
+        self._calls: dict[str, SimCall] = {}
+        self._orders = itertools.count()
+        self._transfers = itertools.count()
+        names = [f"{prefix}decode{i}" for i in range(len(spec.decode))]
+        self._models = {str(model): self._model(model, names) for model in spec.models}
+
+        def parts(name: str, engine: EngineSpec) -> tuple[Processor, CostModel, PageCache]:
+            processor = processors.setdefault(engine.processor, Processor())
+            self._processors[name] = processor
+            return processor, engine.costs, PageCache(engine.num_pages, spec.page_size)
+
         self.decode = [
-            SimDecode(
-                self.clock,
-                self.processor(engine.processor),
-                engine.costs,
-                ChainPool(engine.num_pages, spec.page_size),
-                spec.settings,
-                self._route,
-                self._notify_prefill,
-            )
-            for engine in spec.decode
+            self._decode(name, *parts(name, engine))
+            for name, engine in zip(names, spec.decode, strict=True)
         ]
         self.prefill = [
-            SimPrefill(
-                self.clock,
-                self.processor(engine.processor),
-                engine.costs,
-                ChainPool(engine.num_pages, spec.page_size),
-                spec.chunk_buckets,
-                self.decode,
-            )
-            for engine in spec.prefill
+            self._prefill(name, *parts(name, engine))
+            for name, engine in ((f"{prefix}prefill{i}", e) for i, e in enumerate(spec.prefill))
         ]
-        self._router = SimRouter(self.prefill, [engine.pool for engine in self.decode])
-        self._hosts: Mapping[int, list[int]] = {
-            model: [i for i, e in enumerate(spec.decode) if not e.models or model in e.models]
-            for model in spec.models
-        }
+        router = Router([_info(w) for w in self.prefill], [_info(w) for w in self.decode])
+        self.dispatcher = Dispatcher(self._models, router, spec.page_size)
 
-    def submit(
-        self, session: int, model: int, prompt: int, tokens: int, on_finish: Callable[[], None]
-    ) -> SimRequest:
-        def finish() -> None:
-            self._router.forget(request)
-            on_finish()
+    @property
+    def workers(self) -> list[Worker]:
+        return [*self.decode, *self.prefill]
 
-        request = SimRequest(
-            order=next(self.orders),
-            model=model,
-            group=0 if self.spec.one_group else model,
-            chain=(session, None if self.spec.shared else model),
-            prompt=prompt,
-            max_tokens=tokens,
-            on_finish=finish,
-            tail=self.spec.tail,
+    def computes(self, worker: Worker) -> Processor:
+        """What computes for a worker."""
+        return self._processors[worker.name]
+
+    def submit(self, session: int, call: SimCall) -> None:
+        """Gives the dispatcher a call."""
+        order = next(self._orders)
+        params = SamplingParams(max_tokens=call.max_tokens)
+        request = Request(str(order), str(call.model), (session,) * call.prompt, params)
+        self._calls[request.id] = call
+        self.dispatcher.submit(request, order=order, seed=0, end_token_ids=frozenset())
+
+    def deliver(self) -> Outbox:
+        """Tells calls what has come of them; what the dispatcher has to say to workers."""
+        dispatcher = self.dispatcher
+        outputs, dispatcher.outputs = dispatcher.outputs, []
+        for output in outputs:
+            if output.error is not None:
+                raise RuntimeError(f"the simulation has lost a call: {output.error}")
+            call = self._calls[output.request_id]
+            call.arrivals += [self._clock.now] * len(output.token_ids)
+            if usage := output.usage:
+                call.cached, call.shared = usage.cached_tokens, usage.shared_tokens
+            if output.finish_reason is not None:
+                del self._calls[output.request_id]
+                call.on_finish()
+        messages, dispatcher.outbox = dispatcher.outbox, []
+        return messages
+
+    def _model(self, model: int, decode: Sequence[str]) -> ModelSpec:
+        spec, own = self.spec, "base" if self.spec.shared else f"isolated/{model}"
+        hosts = zip(decode, spec.decode, strict=True)
+        return ModelSpec(
+            name=str(model),
+            kind="lora" if spec.one_group else "full",
+            sharing="shared" if spec.shared else "isolated",
+            split_rule=LastTokens(spec.tail),
+            prefill_weights=own,
+            namespace=own,
+            group="lora" if spec.one_group else str(model),
+            decode_workers=tuple(n for n, e in hosts if not e.models or model in e.models),
         )
-        self._route(request)
-        return request
 
-    def _route(self, request: SimRequest) -> None:
-        self._router.route(request, self._hosts[request.model])
-        self.prefill[request.prefill_engine].submit(request)
+    def _prefill(
+        self, name: str, processor: Processor, costs: CostModel, cache: PageCache
+    ) -> PrefillWorker[CostPrefill]:
+        core = PrefillCore(name, cache, self._models, self.spec.chunk_buckets)
+        return PrefillWorker(core, CostPrefill(processor, costs, cache))
 
-    def _notify_prefill(self) -> None:
-        for engine in self.prefill:
-            engine.notify()
+    def _decode(
+        self, name: str, processor: Processor, costs: CostModel, cache: PageCache
+    ) -> DecodeWorker[CostDecode]:
+        core = DecodeCore(
+            name,
+            cache,
+            self._models,
+            self.spec.settings,
+            _ANY_BYTES,
+            transfer_ids=self._transfers,
+        )
+        return DecodeWorker(core, CostDecode(processor, costs, cache))
+
+
+def _info(worker: Worker) -> WorkerInfo:
+    return WorkerInfo(worker.name, worker.cache.num_usable, worker.cache.page_size)
+
+
+class _Host:
+    """Gives workers of one processor their turns as the engine's threads do, in virtual time."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        processor: Processor,
+        workers: Sequence[Worker],
+        carry: Callable[[Sequence[tuple[str, str, Message]]], None],
+    ):
+        self.workers = workers
+        self._clock = clock
+        self._processor = processor
+        self._carry = carry
+        self._said: dict[float, list[tuple[str, str, Message]]] = {}
+        self._idle = True
+        self._thread = WorkerThread("host", workers, self._send, _failed, lambda: processor.now)
+
+    def post(self, to: str, message: Message) -> None:
+        """Gives a worker a message, now."""
+        self._thread.post(to, message)
+        if self._idle:
+            self._idle = False
+            self._clock.at(self._clock.now, self._turn)
+
+    def _turn(self) -> None:
+        self._processor.wait(self._clock.now)
+        if self._thread.turn():
+            self._clock.at(self._processor.now, self._turn)
+        else:
+            self._idle = True
+
+    def _send(self, source: str, to: str, message: Message) -> None:
+        """Messages of one moment go together."""
+        now = self._processor.now
+        if now not in self._said:
+            self._said[now] = []
+            self._clock.at(now, self._carry_said)
+        self._said[now].append((source, to, message))
+
+    def _carry_said(self) -> None:
+        self._carry(self._said.pop(self._clock.now))
+
+
+def _failed(worker: str, reason: str) -> None:
+    raise RuntimeError(f"{worker} of the simulation has failed: {reason}")

@@ -11,13 +11,10 @@ from pshare_jax.bench.agents_load import Load
 from pshare_jax.bench.agents_workload import Workload
 from pshare_jax.bench.limits import g_max, isolated_prefill_tokens, rho, shared_prefill_tokens
 from pshare_jax.bench.plan.bounds import bound, decode_seconds, prefill_seconds
-from pshare_jax.bench.plan.clock import Clock, Processor, Thread
 from pshare_jax.bench.plan.costs import Line, TableCosts
-from pshare_jax.bench.plan.decode import DecodeSettings
 from pshare_jax.bench.plan.play import SimPlayer, simulate
-from pshare_jax.bench.plan.router import COMPUTE_WEIGHT
 from pshare_jax.bench.plan.system import EngineSpec, ServerSpec, System, SystemSpec
-from pshare_jax.engine import router
+from pshare_jax.config import DecodeConfig
 
 CHUNKS, BATCHES = [32, 128], [1, 4, 16]
 COSTS = TableCosts(
@@ -51,7 +48,7 @@ def spec(
         one_group=one_group,
         page_size=16,
         chunk_buckets=CHUNKS,
-        settings=DecodeSettings(16, BATCHES, [32]),
+        settings=DecodeConfig(max_num_seqs=16, batch_buckets=BATCHES, replay_buckets=[32]),
         prefill=side(engines[0], pages[0]),
         decode=side(engines[1], pages[1]),
     )
@@ -185,8 +182,8 @@ def test_nothing_is_lost_or_held_at_the_end(pattern, shared, prefill, decode, en
         assert call.cached is not None
         assert call.cached < call.prompt
     for engine in (*system.prefill, *system.decode):
-        assert engine.pool.num_used == 0
-        assert engine.pool.peak_pages <= engine.pool.num_usable
+        engine.cache.check(idle=True)
+        assert engine.executor.peak_pages <= engine.cache.num_usable
 
 
 def test_poisson_arrivals_wait_for_a_slot():
@@ -195,35 +192,6 @@ def test_poisson_arrivals_wait_for_a_slot():
     assert found["sessions"] == relaxed["sessions"] == 40
     assert found["session_s"]["p95"] > 3 * relaxed["session_s"]["p95"]
     assert relaxed["sessions_per_s"] == pytest.approx(0.5, rel=0.3)
-
-
-class Busy(Thread):
-    """Counts pieces of work of a fixed length."""
-
-    def __init__(self, clock: Clock, processor: Processor, weight: float, piece: float, most: int):
-        super().__init__(clock, processor, weight)
-        self.piece, self.most, self.ends = piece, most, []
-
-    def work(self):
-        if len(self.ends) == self.most:
-            return False
-        yield self.piece
-        self.ends.append(self._clock.now)
-        return True
-
-
-def test_threads_take_turns_on_a_processor_by_weight():
-    clock = Clock()
-    processor = Processor(clock)
-    threads = [Busy(clock, processor, 3.0, 0.3, 10), Busy(clock, processor, 1.0, 0.01, 200)]
-    for thread in threads:
-        thread.notify()
-    clock.run()
-    # One at a time: the last end is the sum of all work. A chunk of 0.3 s counts 0.1 s: ten steps.
-    assert max(threads[0].ends[-1], threads[1].ends[-1]) == pytest.approx(10 * 0.3 + 200 * 0.01)
-    assert [thread.busy_seconds for thread in threads] == pytest.approx([3.0, 2.0])
-    between = sum(threads[0].ends[3] < end < threads[0].ends[7] for end in threads[1].ends)
-    assert 36 <= between <= 44
 
 
 def test_a_quantum_lets_rows_of_a_model_gather():
@@ -240,7 +208,3 @@ def replace_quantum(system: SystemSpec, quantum: int) -> SystemSpec:
     [server] = system.servers
     settings = replace(server.settings, group_quantum=quantum)
     return replace(system, servers=[replace(server, settings=settings)])
-
-
-def test_the_routers_weights_are_the_engines():
-    assert COMPUTE_WEIGHT == router.COMPUTE_WEIGHT
