@@ -110,7 +110,7 @@ class WorkerThread:
                 if self._stopping:
                     break
             idle = not self.turn()
-        self._guard(self._last, self._drain)
+        self._drain()
 
     def _patience(self) -> float | None:
         waits = [worker.patience for worker in self._alive.values()]
@@ -160,24 +160,31 @@ class WorkerThread:
         return bool(progress) or worker.name not in self._alive
 
     def _piece(self, worker: Worker) -> bool:
+        urgent = worker.urgent
         piece = worker.plan(self._clock())
         if piece is None:
             return False
-        if self._last is not worker:
-            # One computes at a time.
-            self._guard(self._last, self._drain)
+        if not urgent and self._last is not worker:
+            # One computes at a time; what only moves pages need not wait for that.
+            self._drain()
             self._last = worker
+        return self._timed(worker, piece)
+
+    def _drain(self) -> None:
+        """Finishes what the last worker has begun, in its time."""
+        last = self._last
+        if last is not None and last.name in self._alive and last.has_begun:
+            self._guard(last, lambda: self._timed(last, last.drain))
+
+    def _timed(self, worker: Worker, piece: Callable[[], bool | None]) -> bool:
         started = self._clock()
         progress = piece()
         seconds = self._clock() - started
-        if progress:
-            self.busy_seconds[worker.name] += seconds
-            self._turns.worked(worker.share, seconds)
-        return progress
-
-    def _drain(self) -> None:
-        if self._last is not None:
-            self._last.drain()
+        if progress is False:
+            return False
+        self.busy_seconds[worker.name] += seconds
+        self._turns.worked(worker.share, seconds)
+        return True
 
     def _guard(self, worker: Worker | None, action: Callable[[], bool | None]) -> bool | None:
         """Does something on behalf of a worker, which has failed if that raises."""

@@ -90,6 +90,11 @@ class Worker(Protocol):
         """The next piece of work, to be called at once, or None. It says whether it got on."""
         ...
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether the device still computes something for it."""
+        ...
+
     def drain(self) -> None:
         """Finishes what the device still computes."""
         ...
@@ -147,8 +152,13 @@ class PrefillWorker(Generic[P]):
         plan = self._schedule()
         return None if plan is None else lambda: self._run(plan)
 
-    def drain(self) -> None:
+    @property
+    def has_begun(self) -> bool:
         """See Worker. A chunk is waited for at once."""
+        return False
+
+    def drain(self) -> None:
+        """See Worker."""
 
     def release_all(self) -> None:
         """See Worker."""
@@ -206,6 +216,11 @@ class DecodeWorker(Generic[D]):
         if plan is not None:
             return lambda: self._run(plan)
         return self._finish if self.executor.num_dispatched else None
+
+    @property
+    def has_begun(self) -> bool:
+        """See Worker."""
+        return self.executor.num_dispatched > 0
 
     def drain(self) -> None:
         """See Worker."""

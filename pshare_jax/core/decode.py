@@ -198,25 +198,33 @@ class DecodeCore:
             self._fetch_failed(transfer, "the transfer took too long")
         self.starved = None
         self._enter()
+        arrivals = self._arrivals
+        if arrivals.pulls:
+            # Alone, so that those who wait for the pages do not wait for a step as well.
+            return self._plan()
         self._start_rows()
         replay = self._catch_up()
         step = self._next_step()
-        arrivals = self._arrivals
-        if not (
-            replay
-            or step
-            or self._admits
-            or arrivals.pulls
-            or arrivals.cancelled
-            or arrivals.is_pulling
-        ):
+        if not (replay or step or self._admits or arrivals.cancelled or arrivals.is_pulling):
             self._publish()
             return None
+        plan = self._plan(self._admits, replay, step)
+        self._admits = []
+        return plan
+
+    def _plan(
+        self,
+        admits: list[Admit] | None = None,
+        replay: Replay | None = None,
+        step: Step | None = None,
+    ) -> DecodePlan:
+        """A plan of these and of the transfers that are to begin and to end."""
+        arrivals = self._arrivals
         self._number += 1
         plan = DecodePlan(
-            self._number, arrivals.cancelled, arrivals.pulls, self._admits, replay, step
+            self._number, arrivals.cancelled, arrivals.pulls, admits or [], replay, step
         )
-        arrivals.cancelled, arrivals.pulls, self._admits = [], [], []
+        arrivals.cancelled, arrivals.pulls = [], []
         self._publish()
         return plan
 

@@ -90,6 +90,7 @@ class PrefillCore:
         cache: the pages; shared with a decode core where both use one pool.
         models: the served models by name.
         chunk_buckets: compiled chunk lengths, in tokens; the largest holds at least one page.
+        pads: whether rows of a call are computed though nothing is in them.
 
     Attributes:
         outbox: messages to others; who carries them empties it.
@@ -103,6 +104,8 @@ class PrefillCore:
         cache: PageCache,
         models: Mapping[str, ModelSpec],
         chunk_buckets: Sequence_[int],
+        *,
+        pads: bool = True,
     ):
         self.name = name
         self.cache = cache
@@ -110,6 +113,7 @@ class PrefillCore:
         self.stats = PrefillStats()
         self.reserve = 0
         self._models = models
+        self._pads = pads
         self._buckets = sorted(chunk_buckets)
         self._budget = self._buckets[-1]
         self._waiting: list[PrefillTask] = []
@@ -337,28 +341,31 @@ class PrefillCore:
         The first is the policy's choice. Others join while there is room in the program's rows, if
         their prompts then are covered and the same weights compute them.
         """
-        batch: list[PrefillTask] = []
-        while self._active and not batch:
-            first = next_prefill(self._active, self._turn)
-            self._turn += 1
-            if self._plan(first, self._budget, copies):
-                batch.append(first)
-        if not batch:
+        first = self._first(copies)
+        if first is None or first.planned is None:
             return []
-        first = batch[0]
-        length = first.planned - first.filled if first.planned is not None else 0
-        rows, bucket = self._widest(length)
+        rows, bucket = self._widest(first.planned - first.filled)
         weights = self._models[first.sequence.model].prefill_weights
-        for task in sorted(self._active, key=lambda task: task.order):
-            if len(batch) == rows:
-                break
-            if task is first or task.remaining > bucket:
-                continue
-            if self._models[task.sequence.model].prefill_weights != weights:
-                continue
-            if self._plan(task, bucket, copies):
-                batch.append(task)
-        return batch
+        others = [
+            task
+            for task in sorted(self._active, key=lambda task: task.order)
+            if task is not first
+            and task.remaining <= bucket
+            and self._models[task.sequence.model].prefill_weights == weights
+        ]
+        # Rows that are computed though nothing is in them had better be few.
+        if self._pads and 2 * (1 + len(others)) <= rows:
+            return [first]
+        return [first, *(t for t in others[: rows - 1] if self._plan(t, bucket, copies))]
+
+    def _first(self, copies: list[tuple[int, int]]) -> PrefillTask | None:
+        """The task whose turn it is, its next chunk planned."""
+        while self._active:
+            task = next_prefill(self._active, self._turn)
+            self._turn += 1
+            if self._plan(task, self._budget, copies):
+                return task
+        return None
 
     def _widest(self, length: int) -> tuple[int, int]:
         bucket = bucket_for(length, self._buckets)

@@ -136,7 +136,7 @@ class Assembly:
     def _prefill(self, index: int, mesh: Mesh) -> PrefillWorker[PrefillExecutor]:
         name = f"prefill{index}"
         programs, pool, cache = self._pool(mesh, self._sizes.prefill)
-        core = self._prefill_core(name, cache)
+        core = self._prefill_core(name, cache, pads=not programs.spec.packed)
         end = DevicePut(name, programs, pool, self._exchange)
         executor = PrefillExecutor(programs, pool, self._loader.prefill(mesh), end)
         return PrefillWorker(core, executor)
@@ -156,7 +156,7 @@ class Assembly:
         names = f"prefill{index}", f"decode{index}"
         programs, pool, cache = self._pool(mesh, self._sizes.shared)
         cores = OnePool(
-            self._prefill_core(names[0], cache),
+            self._prefill_core(names[0], cache, pads=not programs.spec.packed),
             self._decode_core(names[1], cache, 0, owns_cache=False),
         )
         end = SamePool(names[0], programs, pool, self._exchange)
@@ -180,8 +180,8 @@ class Assembly:
         pool = PagePool(self._layout, num_pages, programs.pool_sharding)
         return programs, pool, PageCache(num_pages, self._layout.page_size)
 
-    def _prefill_core(self, name: str, cache: PageCache) -> PrefillCore:
-        return PrefillCore(name, cache, self._models, self._config.prefill.chunk_buckets)
+    def _prefill_core(self, name: str, cache: PageCache, *, pads: bool) -> PrefillCore:
+        return PrefillCore(name, cache, self._models, self._config.prefill.chunk_buckets, pads=pads)
 
     def _decode_core(
         self, name: str, cache: PageCache, bytes_per_page: int, *, owns_cache: bool

@@ -15,6 +15,11 @@ from pshare_jax.models.config import ModelConfig
 class CostModel(Protocol):
     """Seconds that one engine's processor takes, alone."""
 
+    @property
+    def padded(self) -> bool:
+        """Whether padding is computed, so that a step's size is that of its bucket."""
+        ...
+
     def chunk(self, bucket: int, tokens: int, start: float) -> float:
         """A prefill chunk of `tokens` tokens from position `start` on, padded to `bucket`."""
         ...
@@ -159,6 +164,11 @@ class Roofline:
     devices: int = 1
     page_size: int = 64
     adapter_bytes: float = 0.0
+
+    @property
+    def padded(self) -> bool:
+        """See CostModel."""
+        return True
 
     def chunk(self, bucket: int, tokens: int, start: float) -> float:
         """See CostModel."""

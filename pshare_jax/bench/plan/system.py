@@ -242,7 +242,7 @@ class _Server:
     def _prefill(
         self, name: str, processor: Processor, costs: CostModel, cache: PageCache
     ) -> PrefillWorker[CostPrefill]:
-        core = PrefillCore(name, cache, self._models, self.spec.chunk_buckets)
+        core = PrefillCore(name, cache, self._models, self.spec.chunk_buckets, pads=costs.padded)
         return PrefillWorker(core, CostPrefill(processor, costs, cache))
 
     def _decode(

@@ -100,6 +100,7 @@ def test_saturated_processors_reach_g_max():
     flat = TableCosts(
         {32: Line(0.008, 0), 128: Line(0.032, 0)},
         {size: Line(0.001 * size, 0) for size in range(1, 17)},
+        padded=False,
     )
     few = replace(REACT, prompt=225, generated=8, observed=24)  # prompts grow by whole chunks
     figures = [
