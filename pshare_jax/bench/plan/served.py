@@ -27,7 +27,7 @@ def load_server(file: str, args: Sequence[str]) -> ServeConfig:
 
 
 def is_lora(config: ServeConfig) -> bool:
-    """Whether the models are LoRA modules, which decode in one batch.
+    """Whether the models are LoRA modules or the base, which decode in one batch.
 
     Raises:
         ConfigError: some are and some are not, which the simulation does not know; or a checkpoint
@@ -41,7 +41,7 @@ def is_lora(config: ServeConfig) -> bool:
 
 def _kind(checkpoint: str) -> str:
     if checkpoint == "identity":
-        return "full"
+        return "lora"
     about = Path(checkpoint) / "pshare.json"
     if not about.is_file():
         raise ConfigError(f"models: there is no {about}, which says whether it is a LoRA module")
