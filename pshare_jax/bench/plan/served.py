@@ -27,21 +27,31 @@ def load_server(file: str, args: Sequence[str]) -> ServeConfig:
 
 
 def is_lora(config: ServeConfig) -> bool:
-    """Whether the models are LoRA modules or the base, which decode in one batch.
+    """Whether there are LoRA modules, whose steps take longer.
 
     Raises:
-        ConfigError: some are and some are not, which the simulation does not know; or a checkpoint
+        ConfigError: there are full ones too, which the simulation does not know; or a checkpoint
             is not there.
     """
     kinds = {_kind(entry.checkpoint) for entry in config.models}
-    if len(kinds) > 1:
-        raise ConfigError(f"models: all full or all LoRA can be simulated, not {sorted(kinds)}")
-    return kinds == {"lora"}
+    if "full" in kinds and len(kinds) > 1:
+        raise ConfigError(
+            f"models: all full, or none, can be simulated, not {', '.join(sorted(kinds))}"
+        )
+    return "lora" in kinds
+
+
+def is_one_group(config: ServeConfig) -> bool:
+    """Whether all models decode in one batch, as LoRA modules and the base do.
+
+    Raises as `is_lora`.
+    """
+    return is_lora(config) or all(entry.checkpoint == "identity" for entry in config.models)
 
 
 def _kind(checkpoint: str) -> str:
     if checkpoint == "identity":
-        return "lora"
+        return "identity"
     about = Path(checkpoint) / "pshare.json"
     if not about.is_file():
         raise ConfigError(f"models: there is no {about}, which says whether it is a LoRA module")
@@ -66,7 +76,7 @@ def server_spec(config: ServeConfig, models: int, costs: CostModel, processor: i
     return ServerSpec(
         models=range(models),
         shared=kinds == {"shared"},
-        one_group=is_lora(config),
+        one_group=is_one_group(config),
         page_size=config.page_size,
         chunk_buckets=prefill.chunk_buckets,
         settings=decode,

@@ -269,17 +269,23 @@ def test_validation_needs_servers_and_costs(tmp_path, capsys):
 
 def test_kinds_of_modules_come_from_their_checkpoints(tmp_path):
     config = served.load_server(str(measured(tmp_path, "shared")), [])
-    assert not served.is_lora(config)
-    lora = tmp_path / "lora"
-    lora.mkdir()
-    (lora / "pshare.json").write_text(json.dumps({"certificate": {"kind": "lora"}}))
+    assert (served.is_lora(config), served.is_one_group(config)) == (False, True)
+    lora, full = tmp_path / "lora", tmp_path / "full"
+    for folder in (lora, full):
+        folder.mkdir()
+        about = {"certificate": {"kind": folder.name}}
+        (folder / "pshare.json").write_text(json.dumps(about))
     entries = [replace(entry, checkpoint=str(lora)) for entry in config.models]
+    own = [replace(entry, checkpoint=str(full)) for entry in config.models]
     assert served.is_lora(replace(config, models=entries))
+    assert served.is_lora(replace(config, models=[entries[0], config.models[1]]))
+    apart = replace(config, models=own)
+    assert (served.is_lora(apart), served.is_one_group(apart)) == (False, False)
     missing = replace(config.models[0], checkpoint=str(tmp_path / "none"))
     with pytest.raises(ConfigError, match=r"there is no .*none/pshare\.json"):
         served.is_lora(replace(config, models=[missing]))
-    with pytest.raises(ConfigError, match="all full or all LoRA"):
-        served.is_lora(replace(config, models=[entries[0], config.models[1]]))
+    with pytest.raises(ConfigError, match="all full, or none, .* not full, lora"):
+        served.is_lora(replace(config, models=[entries[0], own[1]]))
     assert served.DEFAULT_POOL_SEQUENCES == DEFAULT_POOL_SEQUENCES
 
 
