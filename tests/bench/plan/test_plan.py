@@ -284,7 +284,7 @@ def test_kinds_of_modules_come_from_their_checkpoints(tmp_path):
     missing = replace(config.models[0], checkpoint=str(tmp_path / "none"))
     with pytest.raises(ConfigError, match=r"there is no .*none/pshare\.json"):
         served.is_lora(replace(config, models=[missing]))
-    with pytest.raises(ConfigError, match="all full, or none, .* not full, lora"):
+    with pytest.raises(ConfigError, match=r"all full, or none, .* not full, lora"):
         served.is_lora(replace(config, models=[entries[0], own[1]]))
     assert served.DEFAULT_POOL_SEQUENCES == DEFAULT_POOL_SEQUENCES
 
