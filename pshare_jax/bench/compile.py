@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from pshare_jax.bench import shared_prefix
+from pshare_jax.bench import compile_report, shared_prefix
 from pshare_jax.bench.accelerators import ACCELERATORS, Accelerator, prepare
 from pshare_jax.bench.compile_kernels import KERNEL_CASES, kernel_program
 from pshare_jax.bench.compile_models import MODELS
@@ -216,7 +216,7 @@ def outcomes(options: CompileOptions) -> Iterator[Outcome]:
                     yield _outcome(accelerator, model, program, config.num_layers)
             if options.serving and model in options.one_chip:
                 for program in one_chip_programs(accelerator, config, options.sizes):
-                    alone = replace(accelerator, name=f"{name}, one chip")
+                    alone = replace(accelerator, name=name + compile_report.ONE_CHIP)
                     yield _outcome(alone, model, program, config.num_layers)
             if options.training:
                 for program in training_programs(accelerator, config, options.sizes):

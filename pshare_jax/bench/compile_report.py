@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from pshare_jax.bench import shared_prefix
 from pshare_jax.bench.accelerators import ACCELERATORS
+from pshare_jax.bench.compile_programs import Sizes
+from pshare_jax.core.buckets import TRANSFER_BUCKETS
+
+ONE_CHIP = ", one chip"
+"""Ends the machine's name in rows of one of its chips alone."""
 
 _COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")
 
@@ -27,7 +33,7 @@ checks the kernels' numbers there; on one with an NVIDIA GPU, `-m gpu --platform
 _STEPS = """\
 Prefill chunk: {chunk} tokens, the last of a prompt of {context}. Decode step: {batch} rows at
 position {context}; the executable for shared contexts is another, for rows that all have the same
-context. Handoff: the largest transfer of the engine, pages of {page_size} tokens. **One chip**:
+context. Handoff: {transfer_pages} pages of {page_size} tokens. **One chip**:
 prefill and decode over one pool, one set of weights, {lora_modules} LoRA modules of rank
 {lora_rank}. All in bfloat16; bytes are of one device.
 
@@ -95,6 +101,8 @@ def merged(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def markdown(result: dict[str, Any]) -> str:
     """docs/accelerators.md."""
     sizes = result["options"]["sizes"]
+    # Results that are older than the engine's present limit say how many pages they moved.
+    transfer = sizes.get("transfer", max(TRANSFER_BUCKETS))
     outcomes = result["outcomes"]
     parts = [
         "# Accelerators\n",
@@ -109,7 +117,7 @@ def markdown(result: dict[str, Any]) -> str:
             for a in ACCELERATORS.values()
         ),
         "\n## Steps\n",
-        _STEPS.format(**sizes),
+        _STEPS.format(**asdict(Sizes()) | sizes, transfer_pages=transfer),
     ]
     parts += _by_model([o for o in outcomes if not o.get("mesh")], _STEP_HEADER, _step_row)
     if training := [o for o in outcomes if o.get("mesh")]:
@@ -176,7 +184,7 @@ def _step_row(outcome: dict[str, Any]) -> str:
     head = f"| {outcome['accelerator']} | {outcome['program']} "
     if (c := outcome["compiled"]) is None:
         return f"{head}| {outcome['error']} |" + " |" * 10
-    memory = ACCELERATORS[outcome["accelerator"]].memory
+    memory = ACCELERATORS[outcome["accelerator"].removesuffix(ONE_CHIP)].memory
     ratio = "-"
     if c["accessed_bytes"] and c["weight_bytes"]:
         ratio = f"{c['accessed_bytes'] / c['least_bytes']:.2f}"

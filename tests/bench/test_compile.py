@@ -57,6 +57,13 @@ def test_a_step_that_compiles():
     assert cells in report(STEP).splitlines()
 
 
+def test_one_chip_of_a_machine_has_rows_of_its_own():
+    alone = replace(STEP, accelerator="v6e:2x4" + compile_report.ONE_CHIP)
+    text = report(STEP, alone)
+    assert "| v6e:2x4, one chip | decode step | 4.0 GiB | 8.0 GiB | 3 MiB | 38 % | yes |" in text
+    assert "Handoff: 16 pages of 32 tokens" in text
+
+
 def test_figures_that_are_missing_are_dashes_or_say_why():
     compiled = replace(
         COMPILED,
