@@ -14,7 +14,6 @@ from __future__ import annotations
 import itertools
 import secrets
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 
 from pshare_jax.config import DecodeConfig
 from pshare_jax.core import messages as m
@@ -23,7 +22,6 @@ from pshare_jax.core.arrivals import Arrival, Arrivals
 from pshare_jax.core.buckets import bucket_for
 from pshare_jax.core.messages import (
     DISPATCHER,
-    FinishReason,
     Message,
     Outbox,
     PromptUsage,
@@ -33,6 +31,7 @@ from pshare_jax.core.messages import (
 from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.plans import Admit, DecodePlan, DecodeResult, Landed, Replay, Step, StepRow
+from pshare_jax.core.rows import DecodeRow
 from pshare_jax.core.scheduling import GroupTurns, next_batch, preemption_victim, steps_for
 from pshare_jax.core.stats import DecodeStats
 
@@ -41,59 +40,6 @@ POLL_SECONDS = 0.0005
 
 DEADLINE_SECONDS = 0.5
 """Between two looks at the deadlines of transfers."""
-
-
-@dataclass(eq=False)
-class DecodeRow:
-    """A sequence that runs: `num_kv` positions of it have KV in `pages`, or will have once the
-    plans under way are done; `planned` tokens of it are under way."""
-
-    sequence: Sequence
-    slot: int
-    pages: list[int]
-    num_kv: int
-    output: list[int] = field(default_factory=list)
-    planned: int = 0
-    last_step: int = -1
-
-    @property
-    def order(self) -> int:
-        """Arrival order."""
-        return self.sequence.order
-
-    @property
-    def started(self) -> bool:
-        """Whether a token of it has been generated, here or before it was preempted."""
-        return len(self.output) + self.planned > 0
-
-    @property
-    def num_behind(self) -> int:
-        """Known tokens without KV; the last of them is fed to the step that samples."""
-        return len(self.sequence.prompt) + len(self.output) + self.planned - self.num_kv
-
-    @property
-    def remaining(self) -> int:
-        """Tokens that may still be planned."""
-        return self.sequence.params.max_tokens - len(self.output) - self.planned
-
-    def known_tokens(self, start: int, stop: int) -> tuple[int, ...]:
-        """Known tokens at positions start..stop-1."""
-        prompt, n = self.sequence.prompt, len(self.sequence.prompt)
-        if start >= n:
-            return tuple(self.output[start - n : stop - n])
-        return (*prompt[start:stop], *self.output[: max(stop - n, 0)])
-
-    def accept(self, tokens: list[int]) -> tuple[list[int], FinishReason | None]:
-        """Takes in generated tokens, up to the first that ends the sequence, and why it did."""
-        accepted: list[int] = []
-        for token in tokens:
-            accepted.append(token)
-            self.output.append(token)
-            if token in self.sequence.end_token_ids:
-                return accepted, FinishReason.STOP
-            if len(self.output) >= self.sequence.params.max_tokens:
-                return accepted, FinishReason.LENGTH
-        return accepted, None
 
 
 class DecodeCore:

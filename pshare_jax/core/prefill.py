@@ -10,18 +10,16 @@ Chunks of several prompts are computed in one call: see `chunk_shapes`.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Sequence_
-from dataclasses import dataclass, field
 
 from pshare_jax.core import messages as m
 from pshare_jax.core.buckets import bucket_for
-from pshare_jax.core.messages import DISPATCHER, Message, Outbox, PromptUsage, Sequence
+from pshare_jax.core.messages import DISPATCHER, Message, Outbox
 from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.pages.page_cache import PageCache
-from pshare_jax.core.pages.prefix_index import Node
 from pshare_jax.core.plans import Chunk, Offer, PrefillPlan, PrefillResult
+from pshare_jax.core.prefill_task import PrefillTask, PromptPages
 from pshare_jax.core.scheduling import next_prefill
 from pshare_jax.core.stats import PrefillStats
 
@@ -39,47 +37,6 @@ def chunk_shapes(chunk_buckets: Sequence_[int]) -> list[tuple[int, int]]:
     shapes = {(1, bucket) for bucket in chunk_buckets}
     shapes |= {(largest // bucket, bucket) for bucket in chunk_buckets}
     return sorted(shapes)
-
-
-@dataclass(eq=False)
-class PrefillTask:
-    """A sequence here: its pages in order of position, and how far they are filled.
-
-    `reused` counts the prompt tokens found in the index by the model that had them computed. `node`
-    is the page that the planned chunk extends, `copied_origins` belong to the tokens of a copied
-    page. `planned` is where the chunk ends that is being computed.
-    """
-
-    sequence: Sequence
-    pages: list[int] = field(default_factory=list)
-    node: Node | None = None
-    copied_origins: list[str] = field(default_factory=list)
-    filled: int = 0
-    computed: int = 0
-    planned: int | None = None
-    tries: int = 0
-    reused: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def order(self) -> int:
-        """Arrival order."""
-        return self.sequence.order
-
-    @property
-    def remaining(self) -> int:
-        """Prompt tokens still to be covered."""
-        return self.sequence.covered - self.filled
-
-    def usage(self) -> PromptUsage:
-        """Where this prompt's KV came from."""
-        own = self.reused[self.sequence.model]
-        cached = self.reused.total()
-        return PromptUsage(
-            prompt_tokens=len(self.sequence.prompt),
-            computed_tokens=self.computed,
-            cached_tokens=cached,
-            shared_tokens=cached - own,
-        )
 
 
 class PrefillCore:
@@ -112,6 +69,7 @@ class PrefillCore:
         self.outbox: Outbox = []
         self.stats = PrefillStats()
         self.reserve = 0
+        self._pages = PromptPages(cache)
         self._models = models
         self._pads = pads
         self._buckets = sorted(chunk_buckets)
@@ -317,7 +275,7 @@ class PrefillCore:
             self._waiting.remove(task)
             task.pages = [node.page for node in matched] + fresh
             for node in matched:
-                self._account(task, node, len(node.tokens))
+                task.account(node, len(node.tokens))
             if task.remaining:
                 self._active.append(task)
                 coming.update(self._uncomputed(task))
@@ -379,7 +337,7 @@ class PrefillCore:
 
     def _plan(self, task: PrefillTask, budget: int, copies: list[tuple[int, int]]) -> bool:
         """Decides where the next chunk of a task ends; False when the index holds all the rest."""
-        self._reuse(task, copies)
+        self._pages.reuse(task, copies)
         if task.remaining == 0:
             self._active.remove(task)
             self._cover(task)
@@ -388,55 +346,6 @@ class PrefillCore:
         end = task.filled + budget
         task.planned = covered if end >= covered else end - end % page_size
         return True
-
-    def _reuse(self, task: PrefillTask, copies: list[tuple[int, int]]) -> None:
-        """Moves `task.filled` on over everything the index holds."""
-        sequence, page_size = task.sequence, self.cache.page_size
-        task.node, task.copied_origins = None, []
-        while task.remaining:
-            number = task.filled // page_size
-            start = number * page_size
-            block = sequence.prompt[start : min(start + page_size, sequence.covered)]
-            if number < len(sequence.keys):
-                key = sequence.keys[number : number + 1]
-                if found := self.cache.match(key, block):
-                    self._replace_page(task, number, found[0].page)
-                    self._account(task, found[0], page_size)
-                    continue
-            self._reuse_part(task, number, block, copies)
-            return
-
-    def _reuse_part(
-        self,
-        task: PrefillTask,
-        number: int,
-        block: tuple[int, ...],
-        copies: list[tuple[int, int]],
-    ) -> None:
-        """Uses the page that starts with most of `block`: as it is, extended, or copied."""
-        child = self.cache.best_child(task.sequence.parent_key(number), block)
-        if child is None or child[1] == 0:
-            return
-        node, length = child
-        whole = length == len(block)
-        extend = node.key is None and length == len(node.tokens) and not node.extending
-        if whole or extend:
-            self.cache.retain(node)
-            self._replace_page(task, number, node.page)
-            if not whole:
-                task.node, node.extending = node, True
-        else:
-            copies.append((node.page, task.pages[number]))
-            task.copied_origins = node.origins[:length]
-        self._account(task, node, length)
-
-    def _replace_page(self, task: PrefillTask, number: int, page: int) -> None:
-        self.cache.release([task.pages[number]])
-        task.pages = [*task.pages[:number], page, *task.pages[number + 1 :]]
-
-    def _account(self, task: PrefillTask, node: Node, length: int) -> None:
-        task.reused.update(node.origins[:length])
-        task.filled += length
 
     def _computed(self, task: PrefillTask, error: str | None) -> None:
         """The planned chunk of a task has been computed, or has failed."""
@@ -447,7 +356,7 @@ class PrefillCore:
         if error is not None:
             self._failed(task, error)
             return
-        self._index(task, end)
+        self._pages.index(task, end)
         task.computed += end - task.filled
         task.filled = end
         if task.remaining == 0:
@@ -464,31 +373,6 @@ class PrefillCore:
             self._wait(PrefillTask(task.sequence, tries=task.tries + 1))
         else:
             self._send(DISPATCHER, m.Failed(task.sequence.id, f"{self.name}: {error}"))
-
-    def _index(self, task: PrefillTask, end: int) -> None:
-        """Enters the pages that hold positions task.filled .. end-1 into the index."""
-        sequence, page_size = task.sequence, self.cache.page_size
-        first = task.filled // page_size
-        parent = self.cache.node_of(task.pages[first - 1]) if first else None
-        for number in range(first, -(-end // page_size)):
-            tokens = sequence.prompt[number * page_size : min((number + 1) * page_size, end)]
-            key = sequence.keys[number] if len(tokens) == page_size else None
-            node = task.node if number == first else None
-            if node is None:
-                copied = task.copied_origins if number == first else []
-                node = Node(
-                    parent=parent,
-                    parent_key=sequence.parent_key(number),
-                    page=task.pages[number],
-                    tokens=tokens,
-                    origins=[*copied, *[sequence.model] * (len(tokens) - len(copied))],
-                    key=key,
-                )
-                self.cache.insert(node)
-            else:
-                origins = [sequence.model] * (len(tokens) - len(node.tokens))
-                self.cache.extend(node, tokens, origins, key)
-            parent = node
 
     def held_ids(self) -> set[int]:
         """Sequences whose pages are held here, in any state."""

@@ -1,0 +1,137 @@
+"""A prompt that is being covered, and how its pages are found, extended, copied and indexed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from pshare_jax.core.messages import PromptUsage, Sequence
+from pshare_jax.core.pages.page_cache import PageCache
+from pshare_jax.core.pages.prefix_index import Node
+
+
+@dataclass(eq=False)
+class PrefillTask:
+    """A sequence here: its pages in order of position, and how far they are filled.
+
+    `reused` counts the prompt tokens found in the index by the model that had them computed. `node`
+    is the page that the planned chunk extends, `copied_origins` belong to the tokens of a copied
+    page. `planned` is where the chunk ends that is being computed.
+    """
+
+    sequence: Sequence
+    pages: list[int] = field(default_factory=list)
+    node: Node | None = None
+    copied_origins: list[str] = field(default_factory=list)
+    filled: int = 0
+    computed: int = 0
+    planned: int | None = None
+    tries: int = 0
+    reused: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def order(self) -> int:
+        """Arrival order."""
+        return self.sequence.order
+
+    @property
+    def remaining(self) -> int:
+        """Prompt tokens still to be covered."""
+        return self.sequence.covered - self.filled
+
+    def account(self, node: Node, length: int) -> None:
+        """Counts the first tokens of an indexed page as found."""
+        self.reused.update(node.origins[:length])
+        self.filled += length
+
+    def usage(self) -> PromptUsage:
+        """Where this prompt's KV came from."""
+        own = self.reused[self.sequence.model]
+        cached = self.reused.total()
+        return PromptUsage(
+            prompt_tokens=len(self.sequence.prompt),
+            computed_tokens=self.computed,
+            cached_tokens=cached,
+            shared_tokens=cached - own,
+        )
+
+
+class PromptPages:
+    """What the prefix index gives to prompts, and what it gets from them.
+
+    Args:
+        cache: the pages.
+    """
+
+    def __init__(self, cache: PageCache):
+        self._cache = cache
+
+    def reuse(self, task: PrefillTask, copies: list[tuple[int, int]]) -> None:
+        """Moves `task.filled` on over everything the index holds."""
+        sequence, page_size = task.sequence, self._cache.page_size
+        task.node, task.copied_origins = None, []
+        while task.remaining:
+            number = task.filled // page_size
+            start = number * page_size
+            block = sequence.prompt[start : min(start + page_size, sequence.covered)]
+            if number < len(sequence.keys):
+                key = sequence.keys[number : number + 1]
+                if found := self._cache.match(key, block):
+                    self._replace_page(task, number, found[0].page)
+                    task.account(found[0], page_size)
+                    continue
+            self._reuse_part(task, number, block, copies)
+            return
+
+    def _reuse_part(
+        self,
+        task: PrefillTask,
+        number: int,
+        block: tuple[int, ...],
+        copies: list[tuple[int, int]],
+    ) -> None:
+        """Uses the page that starts with most of `block`: as it is, extended, or copied."""
+        child = self._cache.best_child(task.sequence.parent_key(number), block)
+        if child is None or child[1] == 0:
+            return
+        node, length = child
+        whole = length == len(block)
+        extend = node.key is None and length == len(node.tokens) and not node.extending
+        if whole or extend:
+            self._cache.retain(node)
+            self._replace_page(task, number, node.page)
+            if not whole:
+                task.node, node.extending = node, True
+        else:
+            copies.append((node.page, task.pages[number]))
+            task.copied_origins = node.origins[:length]
+        task.account(node, length)
+
+    def _replace_page(self, task: PrefillTask, number: int, page: int) -> None:
+        self._cache.release([task.pages[number]])
+        task.pages = [*task.pages[:number], page, *task.pages[number + 1 :]]
+
+    def index(self, task: PrefillTask, end: int) -> None:
+        """Enters the pages that hold positions task.filled .. end-1 into the index."""
+        sequence, page_size = task.sequence, self._cache.page_size
+        first = task.filled // page_size
+        parent = self._cache.node_of(task.pages[first - 1]) if first else None
+        for number in range(first, -(-end // page_size)):
+            tokens = sequence.prompt[number * page_size : min((number + 1) * page_size, end)]
+            key = sequence.keys[number] if len(tokens) == page_size else None
+            node = task.node if number == first else None
+            if node is None:
+                copied = task.copied_origins if number == first else []
+                node = Node(
+                    parent=parent,
+                    parent_key=sequence.parent_key(number),
+                    page=task.pages[number],
+                    tokens=tokens,
+                    origins=[*copied, *[sequence.model] * (len(tokens) - len(copied))],
+                    key=key,
+                )
+                self._cache.insert(node)
+            else:
+                origins = [sequence.model] * (len(tokens) - len(node.tokens))
+                self._cache.extend(node, tokens, origins, key)
+            parent = node
