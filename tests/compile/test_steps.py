@@ -60,5 +60,5 @@ def test_one_chip_serves_an_8b_base_with_lora_modules(name, sequences):
 def test_an_8b_base_in_bfloat16_is_larger_than_a_v5e_chip():
     accelerator, config = ACCELERATORS["v5e:2x4"], MODELS["Llama-3.1-8B"]
     chunk = next(one_chip_programs(accelerator, config, Sizes()))
-    # 15.0 GiB of weights leave 0.7 GiB, which is less than 32 sequences' first pages and a step.
+    # With the adapters 15.3 GiB of 15.75: a decode step leaves a pool of 2,900 tokens.
     assert chunk.weight_bytes > 0.95 * accelerator.memory
