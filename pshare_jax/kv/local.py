@@ -9,6 +9,7 @@ copied.
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import jax
@@ -98,13 +99,15 @@ def describe(layout: PageLayout, keys: list[bytes], checksums: list[int]) -> lis
 
 @dataclass
 class _Arriving:
+    """A transfer that was accepted: its pages as they lie here, and checksums of each piece."""
+
     pull: Pull
-    staged: list[jax.Array]
+    offer: _OnOffer
     checksums: list[jax.Array]
 
 
-class DevicePut:
-    """An end that moves pages between meshes of one process.
+class _End(ABC):
+    """What the ends have in common: accounts of what is on offer, and of what was accepted.
 
     Args:
         worker: whose end it is.
@@ -120,6 +123,60 @@ class DevicePut:
         self._exchange = exchange
         self._arriving: dict[int, _Arriving] = {}
 
+    @property
+    def num_arriving(self) -> int:
+        """Transfers that were accepted and have not ended."""
+        return len(self._arriving)
+
+    def accept(self, pull: Pull) -> None:
+        """See `Connector.accept`."""
+        offer = self._exchange.take(pull.transfer)
+        check_descriptors(pull, page_descriptor(self._programs.layout))
+        where = f"transfer {pull.transfer}"
+        if offer.worker != pull.source:
+            raise TransferError(f"{where}: {offer.worker} offers it, not {pull.source}")
+        if not len(offer.pages) == len(pull.keys) == len(pull.targets):
+            raise TransferError(
+                f"{where}: {len(offer.pages)} pages are on offer for {len(pull.keys)} keys and "
+                f"{len(pull.targets)} places"
+            )
+        self._arriving[pull.transfer] = self._begin(pull, offer)
+
+    def poll(self, transfer: int) -> TransferState:
+        """See `Connector.poll`."""
+        checksums = self._get(transfer).checksums
+        there = all(array.is_ready() for array in checksums)  # pyright: ignore[reportAttributeAccessIssue]
+        return TransferState.READY if there else TransferState.ARRIVING
+
+    def commit(self, transfer: int) -> None:
+        """See `Connector.commit`."""
+        arriving = self._get(transfer)
+        del self._arriving[transfer]
+        self._write(arriving)
+
+    def abort(self, transfer: int) -> None:
+        """See `Connector.abort`."""
+        self._exchange.drop(transfer)
+        self._arriving.pop(transfer, None)
+
+    @abstractmethod
+    def _begin(self, pull: Pull, offer: _OnOffer) -> _Arriving:
+        """Begins to bring what is on offer, which has been checked."""
+
+    @abstractmethod
+    def _write(self, arriving: _Arriving) -> None:
+        """Writes what has come into the pool, or raises a TransferError."""
+
+    def _get(self, transfer: int) -> _Arriving:
+        arriving = self._arriving.get(transfer)
+        if arriving is None:
+            raise TransferError(f"transfer {transfer} was not accepted, or has ended")
+        return arriving
+
+
+class DevicePut(_End):
+    """An end that moves pages between meshes of one process. Arguments as of `_End`."""
+
     def offer(self, offer: Offer) -> list[PageDescriptor]:
         """See `Connector.offer`."""
         staged, checksums, start = [], [], 0
@@ -133,61 +190,17 @@ class DevicePut:
         values = [int(v) for length, sums in checksums for v in np.asarray(sums)[:length]]
         return describe(self._programs.layout, offer.keys, values)
 
-    def accept(self, pull: Pull) -> None:
-        """See `Connector.accept`."""
-        offer = self._exchange.take(pull.transfer)
-        check_descriptors(pull, page_descriptor(self._programs.layout))
-        if len(offer.pages) != len(pull.targets):
-            raise TransferError(
-                f"transfer {pull.transfer}: {len(offer.pages)} pages are on offer for "
-                f"{len(pull.targets)} places"
-            )
+    def _begin(self, pull: Pull, offer: _OnOffer) -> _Arriving:
         staged = [jax.device_put(piece, self._programs.staging) for piece in offer.staged]
         checksums = [self._programs.checksum(piece) for piece in staged]
-        self._arriving[pull.transfer] = _Arriving(pull, staged, checksums)
+        return _Arriving(pull, _OnOffer(offer.worker, staged, offer.pages), checksums)
 
-    def poll(self, transfer: int) -> TransferState:
-        """See `Connector.poll`."""
-        checksums = self._get(transfer).checksums
-        there = all(array.is_ready() for array in checksums)  # pyright: ignore[reportAttributeAccessIssue]
-        return TransferState.READY if there else TransferState.ARRIVING
-
-    def commit(self, transfer: int) -> None:
-        """See `Connector.commit`."""
-        arriving = self._get(transfer)
-        del self._arriving[transfer]
-        pull, start = arriving.pull, 0
-        for piece, sums in zip(arriving.staged, arriving.checksums, strict=True):
-            bucket = piece.shape[1]
-            descriptors = pull.descriptors[start : start + bucket]
-            for i, (found, said) in enumerate(zip(np.asarray(sums), descriptors, strict=False)):
-                if int(found) != said.checksum:
-                    raise TransferError(
-                        f"transfer {transfer}, page {start + i}: its checksum is {int(found):08x}, "
-                        f"but {said.checksum:08x} was offered"
-                    )
-            start += len(descriptors)
-        self._store(pull.targets, arriving.staged)
-
-    def abort(self, transfer: int) -> None:
-        """See `Connector.abort`."""
-        self._exchange.drop(transfer)
-        self._arriving.pop(transfer, None)
-
-    def _gather(self, indices: np.ndarray) -> jax.Array:
-        return self._pool.read(lambda pages: self._programs.gather(pages, indices))
-
-    def _get(self, transfer: int) -> _Arriving:
-        arriving = self._arriving.get(transfer)
-        if arriving is None:
-            raise TransferError(f"transfer {transfer} was not accepted, or has ended")
-        return arriving
-
-    def _store(self, targets: list[int], staged: list[jax.Array]) -> None:
+    def _write(self, arriving: _Arriving) -> None:
+        _check_contents(arriving)
         start = 0
-        for piece in staged:
+        for piece in arriving.offer.staged:
             bucket = piece.shape[1]
-            indices = _padded(targets[start : start + bucket], bucket)
+            indices = _padded(arriving.pull.targets[start : start + bucket], bucket)
             start += bucket
 
             def scatter(
@@ -197,42 +210,28 @@ class DevicePut:
 
             self._pool.update(scatter)
 
+    def _gather(self, indices: np.ndarray) -> jax.Array:
+        return self._pool.read(lambda pages: self._programs.gather(pages, indices))
 
-class SamePool:
-    """Both ends, where prefill and decode use one pool. Arguments as of `DevicePut`."""
 
-    def __init__(self, worker: str, programs: Programs, pool: PagePool, exchange: Exchange):
-        self._worker = worker
-        self._programs = programs
-        self._pool = pool
-        self._exchange = exchange
-        self._arriving: dict[int, tuple[Pull, list[int]]] = {}
+class SamePool(_End):
+    """Both ends, where prefill and decode use one pool. Arguments as of `_End`."""
 
     def offer(self, offer: Offer) -> list[PageDescriptor]:
         """See `Connector.offer`. Contents stay where they are, so nothing is summed up."""
         self._exchange.put(offer.transfer, _OnOffer(self._worker, [], offer.pages))
         return describe(self._programs.layout, offer.keys, [0] * len(offer.pages))
 
-    def accept(self, pull: Pull) -> None:
-        """See `Connector.accept`."""
-        offer = self._exchange.take(pull.transfer)
-        check_descriptors(pull, page_descriptor(self._programs.layout))
-        if offer.worker != pull.source:
+    def _begin(self, pull: Pull, offer: _OnOffer) -> _Arriving:
+        if offer.worker != self._worker:
             raise TransferError(
-                f"transfer {pull.transfer}: {offer.worker} offers it, not {pull.source}"
+                f"transfer {pull.transfer}: the pages of {offer.worker} are in another pool than "
+                f"those of {self._worker}"
             )
-        self._arriving[pull.transfer] = (pull, offer.pages)
+        return _Arriving(pull, offer, [])
 
-    def poll(self, transfer: int) -> TransferState:
-        """See `Connector.poll`."""
-        self._get(transfer)
-        return TransferState.READY
-
-    def commit(self, transfer: int) -> None:
-        """See `Connector.commit`."""
-        pull, sources = self._get(transfer)
-        del self._arriving[transfer]
-        for source, target in zip(sources, pull.targets, strict=True):
+    def _write(self, arriving: _Arriving) -> None:
+        for source, target in zip(arriving.offer.pages, arriving.pull.targets, strict=True):
             src, dst = _padded([source], 1), _padded([target], 1)
 
             def copy(
@@ -242,16 +241,22 @@ class SamePool:
 
             self._pool.update(copy)
 
-    def abort(self, transfer: int) -> None:
-        """See `Connector.abort`."""
-        self._exchange.drop(transfer)
-        self._arriving.pop(transfer, None)
 
-    def _get(self, transfer: int) -> tuple[Pull, list[int]]:
-        arriving = self._arriving.get(transfer)
-        if arriving is None:
-            raise TransferError(f"transfer {transfer} was not accepted, or has ended")
-        return arriving
+def _check_contents(arriving: _Arriving) -> None:
+    """Checks that what has come is what was offered; waits for it.
+
+    Raises:
+        TransferError: names the first page that is different.
+    """
+    sums = [int(s) for piece in arriving.checksums for s in np.asarray(piece)]
+    pull = arriving.pull
+    # Only the last piece is padded, so pages are numbered as they lie.
+    for number, (found, said) in enumerate(zip(sums, pull.descriptors, strict=False)):
+        if found != said.checksum:
+            raise TransferError(
+                f"transfer {pull.transfer}, page {number}: its checksum is {found:08x}, but "
+                f"{said.checksum:08x} was offered"
+            )
 
 
 def _padded(pages: list[int], bucket: int) -> np.ndarray:
