@@ -30,6 +30,7 @@ class FairTurns:
 
     def order(self, members: Iterable[Share]) -> list[Share]:
         """All members: first who has had least, among those that had no work as if just come."""
+        members = list(members)
         # Time that a member had no use for is not made up for.
         for member in members:
             if member.idle:
