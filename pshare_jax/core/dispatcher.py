@@ -212,7 +212,7 @@ class Dispatcher:
 
     def _retry(self, live: _Live, reason: str) -> None:
         live.lost += 1
-        if live.lost < MAX_LOST_ATTEMPTS:
+        if live.aborted or live.lost < MAX_LOST_ATTEMPTS:
             self._attempt(live)
         else:
             self._finish(live, FinishReason.ERROR, f"tried {live.lost} times; {reason}")

@@ -120,7 +120,7 @@ def test_rule_10_no_wrong_page(
     client: Client, models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half of all transfers fail in some way, while models of every kind run."""
-    monkeypatch.setattr(arrivals, "TRANSFER_SECONDS", 0.1)
+    monkeypatch.setattr(arrivals, "TRANSFER_SECONDS", 0.5)
     rng = np.random.default_rng(10)
     seen: Counter[bytes] = Counter()
 
@@ -165,7 +165,7 @@ def test_a_transfer_that_always_fails_ends_its_request(
     client: Client, models: Models, monkeypatch: pytest.MonkeyPatch, fault: str, cause: str
 ) -> None:
     """After a bounded number of tries, with the cause; others are served meanwhile."""
-    monkeypatch.setattr(arrivals, "TRANSFER_SECONDS", 0.1)
+    monkeypatch.setattr(arrivals, "TRANSFER_SECONDS", 0.5)
     rng = np.random.default_rng(11)
     bad, good = rng.integers(0, 256, (2, 21)).tolist()
     keys = block_keys(root_key(client.engine._specs["full"].namespace, fault), bad[:20], PAGE)

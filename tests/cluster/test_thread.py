@@ -1,0 +1,263 @@
+"""Threads that host workers: turns, messages, ends of workers. No jax, no pools."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from pshare_jax.cluster.thread import DispatcherThread, WorkerThread
+from pshare_jax.core.fairness import Share
+from pshare_jax.core.messages import Abort, Message, Outbox
+from pshare_jax.core.pages.page_cache import PageCache
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.001)
+
+
+class FakeWorker:
+    """Has as many pieces of work as it is told to, and writes down what happens in `log`."""
+
+    patience = None
+
+    def __init__(self, name: str, log: list[str], *, weight: float = 1.0, pieces: int = 0):
+        self.name = name
+        self.share = Share(weight)
+        self.outbox: Outbox = []
+        self.cache = PageCache(4, 2)
+        self.log = log
+        self.pieces = pieces
+        self.seconds = 0.0
+        self.urgent = False
+        self.has_begun = False
+        self.received: list[Message] = []
+        self.on_piece: Callable[[], None] = lambda: None
+        self.plans = 0
+        self.released = False
+        self.threads: set[int] = set()
+
+    def setup(self) -> None:
+        self.threads.add(threading.get_ident())
+
+    def receive(self, message: Message) -> None:
+        self.received.append(message)
+        self.log.append(f"{self.name} hears")
+
+    def plan(self, now: float) -> Callable[[], bool] | None:
+        self.plans += 1
+        if not self.pieces:
+            return None
+        self.pieces -= 1
+        return self.work
+
+    def work(self) -> bool:
+        self.threads.add(threading.get_ident())
+        self.urgent = False
+        self.has_begun = True
+        self.log.append(self.name)
+        time.sleep(self.seconds)
+        self.on_piece()
+        return True
+
+    def drain(self) -> None:
+        self.log.append(f"{self.name} drained")
+        self.has_begun = False
+
+    def release_all(self) -> None:
+        self.released = True
+
+
+class Hosted:
+    """A thread over workers; `sent` and `failures` are what it has told others."""
+
+    def __init__(self, *workers: FakeWorker):
+        self.sent: list[tuple[str, str, Message]] = []
+        self.failures: list[tuple[str, str]] = []
+        self.thread = WorkerThread(
+            "host",
+            workers,
+            lambda *message: self.sent.append(message),
+            lambda *failure: self.failures.append(failure),
+        )
+
+
+@contextmanager
+def running(*workers: FakeWorker) -> Iterator[Hosted]:
+    hosted = Hosted(*workers)
+    hosted.thread.start()
+    try:
+        yield hosted
+    finally:
+        hosted.thread.stop()
+
+
+def test_works_while_there_is_work_and_then_sleeps() -> None:
+    worker = FakeWorker("a", [], pieces=3)
+    with running(worker) as hosted:
+        wait_until(lambda: worker.log.count("a") == 3)
+        wait_until(lambda: worker.plans == 4)
+        time.sleep(0.02)
+        assert worker.plans == 4, "it sleeps"
+        worker.pieces = 1
+        hosted.thread.post("a", Abort(1))
+        wait_until(lambda: worker.log.count("a") == 4)
+    assert worker.received == [Abort(1)]
+    assert len(worker.threads) == 1
+    assert threading.get_ident() not in worker.threads
+
+
+def test_a_message_that_comes_during_planning_is_not_lost() -> None:
+    worker = FakeWorker("a", [])
+    with running(worker) as hosted:
+        plain = worker.plan
+
+        def plan(now: float) -> Callable[[], bool] | None:
+            if worker.plans < 50:
+                hosted.thread.post("a", Abort(worker.plans))
+            return plain(now)
+
+        worker.plan = plan  # type: ignore[method-assign]
+        hosted.thread.post("a", Abort(-1))
+        wait_until(lambda: worker.plans >= 50)
+        wait_until(lambda: len(worker.received) >= 50)
+
+
+def test_stop_wakes_a_sleeper_and_is_idempotent() -> None:
+    hosted = Hosted(FakeWorker("a", []))
+    hosted.thread.stop()
+    hosted = Hosted(worker := FakeWorker("a", []))
+    hosted.thread.start()
+    wait_until(lambda: worker.plans)
+    hosted.thread.stop()
+    hosted.thread.stop()
+    assert worker.plans == 1
+
+
+def test_time_is_shared_by_weight_and_one_computes_at_a_time() -> None:
+    log: list[str] = []
+    prefill = FakeWorker("p", log, weight=3.0, pieces=40)
+    decode = FakeWorker("d", log, weight=1.0, pieces=400)
+    prefill.seconds, decode.seconds = 0.009, 0.001
+    with running(decode, prefill):
+        wait_until(lambda: log.count("p") >= 20)
+        part = list(log)
+    # A chunk of 9 ms counts 3: three steps of 1 ms, and what the clock adds to them.
+    assert 1.5 <= part.count("d") / part.count("p") <= 4.5
+    # Whoever has begun something is drained before the other computes.
+    computed = [entry for entry in part if "hears" not in entry]
+    for before, after in itertools.pairwise(computed):
+        if before in ("p", "d") and after in ("p", "d"):
+            assert before == after
+
+
+def test_what_only_moves_pages_goes_first_and_drains_nobody() -> None:
+    log: list[str] = []
+    busy, other = FakeWorker("busy", log, pieces=3), FakeWorker("other", log)
+    hosted = Hosted(busy, other)
+    thread = hosted.thread
+    assert thread.turn()
+    other.urgent, other.pieces = True, 1
+    other.share.virtual_seconds = 1e9
+    assert thread.turn()
+    assert log == ["busy", "other"]
+
+
+def test_messages_between_workers_here_come_before_others_hear_of_anything() -> None:
+    log: list[str] = []
+    first, second = FakeWorker("first", log, pieces=1), FakeWorker("second", log)
+
+    def say() -> None:
+        first.outbox += [("elsewhere", Abort(1)), ("second", Abort(2))]
+
+    first.on_piece = say
+    hosted = Hosted(first, second)
+    second_receive = second.receive
+
+    def receive(message: Message) -> None:
+        assert hosted.sent == []
+        second_receive(message)
+        second.outbox.append(("elsewhere", Abort(3)))
+
+    second.receive = receive  # type: ignore[method-assign]
+    hosted.thread.turn()
+    assert second.received == [Abort(2)]
+    assert hosted.sent == [("first", "elsewhere", Abort(1)), ("second", "elsewhere", Abort(3))]
+
+
+def broken() -> None:
+    raise ValueError("broken")
+
+
+def test_a_worker_that_raises_fails_alone() -> None:
+    log: list[str] = []
+    bad, good = FakeWorker("bad", log, pieces=5), FakeWorker("good", log, pieces=5)
+    bad.on_piece = broken
+    with running(bad, good) as hosted:
+        wait_until(lambda: log.count("good") == 5)
+        hosted.thread.post("bad", Abort(1))
+        hosted.thread.post("good", Abort(2))
+        wait_until(lambda: good.received)
+    assert hosted.failures == [("bad", "ValueError: broken")]
+    assert bad.received == []
+    assert (bad.released, good.released) == (True, False)
+    assert log.count("bad") == 1
+
+
+def test_workers_of_one_pool_fail_together() -> None:
+    log: list[str] = []
+    bad, partner, good = (FakeWorker(name, log, pieces=3) for name in ("bad", "partner", "good"))
+    partner.cache = bad.cache
+    bad.on_piece = broken
+    with running(bad, partner, good) as hosted:
+        wait_until(lambda: log.count("good") == 3)
+    assert sorted(name for name, _ in hosted.failures) == ["bad", "partner"]
+
+
+@pytest.mark.parametrize("where", ["receive", "plan", "drain", "setup"])
+def test_wherever_it_raises_it_is_that_worker_s_failure(where: str) -> None:
+    log: list[str] = []
+    bad, good = FakeWorker("bad", log, pieces=2), FakeWorker("good", log, pieces=9)
+
+    def fail(*args: Any) -> Any:
+        broken()
+
+    setattr(bad, where, fail)
+    with running(bad, good) as hosted:
+        hosted.thread.post("bad", Abort(1))
+        wait_until(lambda: hosted.failures)
+        wait_until(lambda: log.count("good") == 9)
+    assert hosted.failures == [("bad", "ValueError: broken")]
+
+
+def test_busy_seconds_count_pieces_that_made_progress() -> None:
+    worker, idle = FakeWorker("a", [], pieces=3), FakeWorker("b", [])
+    worker.seconds = 0.01
+    with running(worker, idle) as hosted:
+        wait_until(lambda: worker.log.count("a") == 3)
+    assert hosted.thread.busy_seconds["a"] >= 0.03
+    assert hosted.thread.busy_seconds["b"] == 0.0
+
+
+def test_the_dispatcher_runs_actions_in_order_and_survives_one_that_raises() -> None:
+    done: list[Any] = []
+    failures: list[str] = []
+    thread = DispatcherThread(lambda: done.append("after"), failures.append)
+    thread.post(lambda: done.append(1))
+    thread.post(broken)
+    thread.post(lambda: done.append(2))
+    thread.start()
+    wait_until(lambda: 2 in done and done[-1] == "after")
+    thread.post(lambda: done.append(3))
+    thread.stop()
+    thread.stop()
+    assert [entry for entry in done if entry != "after"] == [1, 2, 3]
+    assert failures == ["dispatcher: ValueError: broken"]
