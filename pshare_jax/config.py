@@ -19,6 +19,7 @@ SharedPrefix = Literal["auto", "on", "off"]
 ConnectorName = Literal["auto", "device_put", "same-mesh"]
 Reasoning = Literal["auto", "on", "off"]
 GenerationConfig = Literal["auto", "none"]
+MetricsAccess = Literal["auto", "public", "key", "admin"]
 T = TypeVar("T")
 
 
@@ -108,7 +109,13 @@ class ServerConfig:
         drain_seconds: how long SIGTERM waits for running requests.
         read_timeout_seconds: how long a client may take to send its request.
         write_timeout_seconds: how long a streaming client may leave its data unread.
-        api_key: when set, requests must carry it as a bearer token.
+        api_key: when set, requests must carry it as a bearer token. Not on the command line, which
+            all users of the machine can read: in the file, or in the environment as
+            `PSHARE_API_KEY`.
+        api_keys_file: YAML or JSON file of several keys with their limits, see docs/serving.md; the
+            environment's `PSHARE_API_KEYS` holds the same text. SIGHUP reads both again.
+        metrics: who may read `/metrics`: all (`public`), who has a `key`, or an `admin` key;
+            `auto` is `admin` where there are several keys, which should not learn of each other.
         strict: refuses fields that are not known; otherwise they are ignored, with a log line and a
             `Warnings` header.
         generation_config: `auto` takes temperature, top-p and the like, where a request says
@@ -132,6 +139,8 @@ class ServerConfig:
     read_timeout_seconds: float = 30.0
     write_timeout_seconds: float = 60.0
     api_key: str = ""
+    api_keys_file: str = ""
+    metrics: MetricsAccess = "auto"
     strict: bool = False
     generation_config: GenerationConfig = "auto"
     special_tokens_in_text: bool = False

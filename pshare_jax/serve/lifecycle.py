@@ -16,6 +16,7 @@ from aiohttp import web
 
 from pshare_jax.config import ServerConfig
 from pshare_jax.errors import ConfigError
+from pshare_jax.serve.api_keys import load_keys
 from pshare_jax.serve.app import build_app
 from pshare_jax.serve.engine_api import Engine
 from pshare_jax.serve.http_errors import JsonRunner
@@ -32,7 +33,7 @@ def bind(config: ServerConfig) -> socket.socket:
     """A socket bound to the configured address; it does not listen yet.
 
     Raises:
-        ConfigError: the address cannot be had.
+        ConfigError: the address cannot be had, or another setting cannot be used.
     """
     if not 0 <= config.port <= 65535:
         raise ConfigError(f"server.port must be between 0 and 65535, got {config.port}")
@@ -41,6 +42,7 @@ def bind(config: ServerConfig) -> socket.socket:
             raise ConfigError(f"server.{name} must be at least 1, got {value}")
     if config.ping_seconds < 0:
         raise ConfigError(f"server.ping_seconds must not be negative, got {config.ping_seconds}")
+    load_keys(config)
     sock = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -169,6 +171,7 @@ async def serve(engine: Engine, sock: socket.socket, on_ready: Callable[[str], N
     """
     stop = StopSignal()
     server = HttpServer(engine)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, server.service.access.reload)
     await server.start(sock)
     log.info("listening on %s, warming up", url_of(sock))
     warm_up = WarmUp(engine)

@@ -13,6 +13,7 @@ from pshare_jax.core.messages import Request
 from pshare_jax.errors import EngineDeadError, UnknownModelError
 from pshare_jax.frontend.model_format import ModelFormat, model_format
 from pshare_jax.frontend.params import Limits, SamplingDefaults, sampling_defaults
+from pshare_jax.serve.access import Access
 from pshare_jax.serve.engine_api import Engine, ModelInfo
 from pshare_jax.serve.errors import ApiError, GenerationError
 from pshare_jax.serve.events import EventBridge, Generation
@@ -47,7 +48,8 @@ class Service:
         self.offload = Offload(self.config.worker_threads)
         template = self.tokenizer.chat_template
         self.formats = {entry.name: model_format(entry, template) for entry in engine.config.models}
-        self.metrics = Metrics(engine.models, engine.stats)
+        self.access = Access(self.config)
+        self.metrics = Metrics(engine.models, engine.stats, self.access)
         self.draining = False
         self._loop_lag = LoopLag(self.metrics)
         self._warned: set[str] = set()
