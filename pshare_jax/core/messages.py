@@ -146,6 +146,7 @@ class Sequence(msgspec.Struct, frozen=True, kw_only=True):
         num_uncached: prompt tokens that the router expects to be computed.
         prefill_worker: who covers the prompt.
         decode_worker: who generates.
+        owner: whose it is, for fair shares.
     """
 
     id: int
@@ -164,6 +165,7 @@ class Sequence(msgspec.Struct, frozen=True, kw_only=True):
     num_uncached: int = 0
     prefill_worker: str = ""
     decode_worker: str = ""
+    owner: Owner = Owner()
 
     @property
     def num_tokens(self) -> int:
