@@ -21,7 +21,7 @@ from pshare_jax.errors import BenchmarkError
 from pshare_jax.serve.process import running_server
 
 _PATH = "/v1/completions"
-_VOCAB = 1000
+_VOCAB = 250
 """Token ids of prompts are below it: every tokenizer has them."""
 
 Body = dict[str, Any]
@@ -33,6 +33,7 @@ class StarveOptions:
 
     Args:
         serve: arguments of the server that is started, its configuration first.
+        checkout: folder of other code that the server is to run, an older one for comparison.
         url: of a server that runs already, instead.
         floods: which; all by default.
         model: that is asked.
@@ -50,6 +51,7 @@ class StarveOptions:
     """
 
     serve: list[str] = field(default_factory=lambda: ["--config=configs/serve/smollm2-135m.yaml"])
+    checkout: str | None = None
     url: str | None = None
     floods: list[str] = field(default_factory=lambda: list(FLOODS))
     model: str = "base"
@@ -84,7 +86,7 @@ def run(options: StarveOptions) -> dict[str, Any]:
     with ExitStack() as stack:
         url = options.url
         if url is None:
-            url = stack.enter_context(running_server(options.serve))
+            url = stack.enter_context(running_server(options.serve, checkout=options.checkout))
         measured = asyncio.run(_measure(options, url))
     return {"options": asdict(options), "machine": describe(), **measured}
 
