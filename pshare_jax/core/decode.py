@@ -242,7 +242,7 @@ class DecodeCore:
         for covered, room in self._queue.enter(self._holdings, self.make_room):
             self._arrive(covered, room)
         if self._queue and self.admission.num_inside == 0:
-            order = self._queue.next(self._holdings()).sequence.order
+            order = self._queue.oldest.sequence.order
             younger = [one for one in self.elsewhere if one.sequence.order > order]
             self._starve(max(younger, key=lambda one: one.sequence.order, default=None))
         self._stuck = self._changes, self.cache.num_available
