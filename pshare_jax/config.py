@@ -19,6 +19,8 @@ SharedPrefix = Literal["auto", "on", "off"]
 ConnectorName = Literal["auto", "device_put", "same-mesh"]
 Reasoning = Literal["auto", "on", "off"]
 GenerationConfig = Literal["auto", "none"]
+AccessLogFormat = Literal["text", "json", "off"]
+MetricsAccess = Literal["public", "key", "off"]
 T = TypeVar("T")
 
 
@@ -123,6 +125,16 @@ class ServerConfig:
             again do so for small requests, which wait for no large ones.
         ping_seconds: a stream that has nothing to say for so long gets an SSE comment; 0 is never.
         cors_origins: origins whose pages may call the API from a browser; `*` is every one.
+        tls_cert: PEM file of the server's certificate and those above it; with `tls_key` the server
+            speaks HTTPS.
+        tls_key: PEM file of its private key, without a password.
+        access_log: one line a request on standard error: `text`, or `json` with request id, model,
+            tokens and time to first token; never prompts or answers.
+        metrics: whether `/metrics` answers everybody (`public`), only who has a key (`key`), or
+            nobody (`off`).
+        server_header: what the `Server` header of answers says; empty sends none.
+        otlp_traces_endpoint: URL that traces are sent to, `http://collector:4318/v1/traces`; needs
+            the extra `otel`.
     """
 
     host: str = "127.0.0.1"
@@ -141,6 +153,12 @@ class ServerConfig:
     worker_threads: int = 2
     ping_seconds: float = 15.0
     cors_origins: list[str] = field(default_factory=list)
+    tls_cert: str = ""
+    tls_key: str = ""
+    access_log: AccessLogFormat = "text"
+    metrics: MetricsAccess = "public"
+    server_header: str = ""
+    otlp_traces_endpoint: str = ""
 
 
 @dataclass(frozen=True)

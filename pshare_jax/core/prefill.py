@@ -278,6 +278,7 @@ class PrefillCore:
                 task.account(node, len(node.tokens))
             if task.remaining:
                 self._active.append(task)
+                self._send(DISPATCHER, m.Pending(sequence.id, task.remaining))
                 coming.update(self._uncomputed(task))
             else:
                 self._cover(task)
