@@ -37,6 +37,8 @@ class JsonErrors(RequestHandler):
         Raises:
             ConnectionError: an answer has begun already.
         """
+        if isinstance(exc, ConnectionError):
+            raise exc  # the client has gone: nobody is left to be told
         if status >= 500:
             log.error("a bug while handling a request", exc_info=exc)
         else:
