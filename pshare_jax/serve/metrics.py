@@ -208,6 +208,12 @@ class Metrics:
             buckets=_LAG_SECONDS,
             registry=self._registry,
         )
+        self.own_loop_lag = Histogram(
+            "pshare_event_loop_own_lag_seconds",
+            "The part of its lag that the event loop's own work made, in processor time.",
+            buckets=_LAG_SECONDS,
+            registry=self._registry,
+        )
         self.max_loop_lag = Gauge(
             "pshare_event_loop_max_lag_seconds",
             "The greatest of the last minute or two.",

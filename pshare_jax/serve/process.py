@@ -22,6 +22,19 @@ def running_server(args: Sequence[str], ready_seconds: float = 600.0) -> Iterato
     """Runs `python -m pshare_jax.serve ARGS` on a free port of 127.0.0.1; gives its URL once ready.
 
     Raises:
+        EngineDeadError: see `server_process`.
+    """
+    with server_process(args, ready_seconds) as (url, _):
+        yield url
+
+
+@contextmanager
+def server_process(
+    args: Sequence[str], ready_seconds: float = 600.0
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """The same, and the process.
+
+    Raises:
         EngineDeadError: it ended, or was not ready in time; with the end of its log.
     """
     command = [sys.executable, "-m", "pshare_jax.serve", "--port=0", *args]
@@ -30,7 +43,7 @@ def running_server(args: Sequence[str], ready_seconds: float = 600.0) -> Iterato
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process,
     ):
         try:
-            yield _wait_until_ready(process, log, ready_seconds)
+            yield _wait_until_ready(process, log, ready_seconds), process
         finally:
             _end(process)
 
