@@ -52,7 +52,8 @@ def run(options: SoakOptions, progress: Progress = lambda done, total: None) -> 
 
 async def _soak(options: SoakOptions, url: str, pid: int, progress: Progress) -> dict[str, Any]:
     timeout = aiohttp.ClientTimeout(total=300)
-    connector = aiohttp.TCPConnector(limit=0)
+    # A connection that is kept open is an open file of the server.
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(url, timeout=timeout, connector=connector) as session:
         watch = Watch(session, pid)
         try:
