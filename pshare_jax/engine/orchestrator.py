@@ -286,12 +286,15 @@ class Orchestrator:
         return counts
 
     def _take(self, request: Request, order: int, seed: int, ends: frozenset[int]) -> None:
-        self._dispatcher.submit(request, order=order, seed=seed, end_token_ids=ends)
+        self._dispatcher.submit(
+            request, order=order, seed=seed, end_token_ids=ends, now=time.monotonic()
+        )
 
     def _carry(self, source: str, to: str, message: Message) -> None:
         """Carries a worker's message; in that worker's thread."""
         if to == DISPATCHER:
-            self._control.post(lambda: self._dispatcher.receive(source, message))  # type: ignore[arg-type]
+            now = time.monotonic()
+            self._control.post(lambda: self._dispatcher.receive(source, message, now))  # type: ignore[arg-type]
         else:
             self._thread_of[to].post(to, message)
 

@@ -27,7 +27,7 @@ KEY = web.RequestKey("key", ApiKey)
 """Who asks; `ANONYMOUS` where no keys are configured."""
 
 # What probes ask has no secrets, and they have no keys.
-_PUBLIC_PATHS = frozenset({"/health", "/ready", "/version"})
+_PUBLIC_PATHS = frozenset({"/health", "/ready", "/version", "/openapi.json"})
 _METRICS_PATH = "/metrics"
 
 

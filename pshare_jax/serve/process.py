@@ -30,6 +30,19 @@ def running_server(
         checkout: folder of the code that is run, and in which it runs, if it is not this code.
 
     Raises:
+        EngineDeadError: see `server_process`.
+    """
+    with server_process(args, ready_seconds, checkout) as (url, _):
+        yield url
+
+
+@contextmanager
+def server_process(
+    args: Sequence[str], ready_seconds: float = 600.0, checkout: str | None = None
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """The same, and the process.
+
+    Raises:
         EngineDeadError: it ended, or was not ready in time; with the end of its log.
     """
     command = [sys.executable, "-m", "pshare_jax.serve", "--port=0", *args]
@@ -41,7 +54,7 @@ def running_server(
         ) as process,
     ):
         try:
-            yield _wait_until_ready(process, log, ready_seconds)
+            yield _wait_until_ready(process, log, ready_seconds), process
         finally:
             _end(process)
 
