@@ -18,13 +18,22 @@ LOG_LINES = 15
 
 
 @contextmanager
-def running_server(args: Sequence[str], ready_seconds: float = 600.0) -> Iterator[str]:
-    """Runs `python -m pshare_jax.serve ARGS` on a free port of 127.0.0.1; gives its URL once ready.
+def running_server(
+    args: Sequence[str],
+    ready_seconds: float = 600.0,
+    program: Sequence[str] = (sys.executable, "-m", "pshare_jax.serve"),
+) -> Iterator[str]:
+    """Runs a server on a free port of 127.0.0.1; gives its URL once it is ready.
+
+    Args:
+        args: its command line.
+        ready_seconds: how long it may take to be ready.
+        program: what takes that command line.
 
     Raises:
         EngineDeadError: it ended, or was not ready in time; with the end of its log.
     """
-    command = [sys.executable, "-m", "pshare_jax.serve", "--port=0", *args]
+    command = [*program, "--port=0", *args]
     with (
         tempfile.TemporaryFile(mode="w+") as log,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process,
