@@ -91,7 +91,7 @@ $(BASE)-%/pshare.json: modules/smollm2-135m/%/adapter_model.safetensors | $(BASE
 	@touch $@
 
 .venv/.test: pyproject.toml | .venv/.python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,clients]'
 	@touch $@ .venv/.run
 
 .venv/.bench: pyproject.toml | .venv/.run
