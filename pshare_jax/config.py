@@ -123,6 +123,8 @@ class ServerConfig:
             again do so for small requests, which wait for no large ones.
         ping_seconds: a stream that has nothing to say for so long gets an SSE comment; 0 is never.
         cors_origins: origins whose pages may call the API from a browser; `*` is every one.
+        ui: whether there is a page at `/ui` that shows what is shared, to whoever has the key. It
+            tells which models work on how many tokens, never what the tokens are.
     """
 
     host: str = "127.0.0.1"
@@ -141,6 +143,7 @@ class ServerConfig:
     worker_threads: int = 2
     ping_seconds: float = 15.0
     cors_origins: list[str] = field(default_factory=list)
+    ui: bool = True
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import uuid
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from pshare_jax.serve import cors, handlers, info, other_apis
+from pshare_jax.serve import cors, handlers, info, other_apis, ui
 from pshare_jax.serve.bodies import body_too_large
 from pshare_jax.serve.engine_api import Engine
 from pshare_jax.serve.errors import ApiError, as_api_error
@@ -22,7 +22,7 @@ from pshare_jax.serve.sse import WriteTimeout
 log = logging.getLogger(__name__)
 
 # What probes and scrapers ask has no secrets, and they have no keys.
-_PUBLIC_PATHS = frozenset({"/health", "/ready", "/metrics", "/version"})
+_PUBLIC_PATHS = frozenset({"/health", "/ready", "/metrics", "/version"}) | ui.PUBLIC_PATHS
 _ANTHROPIC_PATH = "/v1/messages"
 # What may come back in a header and a log: no spaces, no control characters, of bounded length.
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
@@ -59,6 +59,8 @@ def build_app(engine: Engine) -> web.Application:
     }.items():
         for spelling in (f"{path}/", path):
             app.router.add_get(spelling, handler)
+    if service.config.ui:
+        ui.add_routes(app)
     return app
 
 
