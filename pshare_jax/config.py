@@ -140,6 +140,8 @@ class ServerConfig:
         server_header: what the `Server` header of answers says; empty sends none.
         otlp_traces_endpoint: URL that traces are sent to, `http://collector:4318/v1/traces`; needs
             the extra `otel`.
+        ui: whether there is a page at `/ui` that shows what is shared, to whoever has the key. It
+            tells which models work on how many tokens, never what the tokens are.
     """
 
     host: str = "127.0.0.1"
@@ -165,6 +167,7 @@ class ServerConfig:
     access_log: AccessLogFormat = "text"
     server_header: str = ""
     otlp_traces_endpoint: str = ""
+    ui: bool = True
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from pshare_jax.convert.manifest import TOKENIZER_FOLDER
 from pshare_jax.core.dispatcher import Dispatcher
 from pshare_jax.core.messages import DISPATCHER, Message, ModelKind, Request, RequestOutput
 from pshare_jax.core.pages.page_cache import PageCache
+from pshare_jax.core.pages.sharing_map import SharingMap, sharing_map
 from pshare_jax.core.router import Router
 from pshare_jax.core.stats import EngineStats, PoolStats
 from pshare_jax.engine.assembly import Assembly
@@ -268,6 +269,10 @@ class Orchestrator:
                 name: seconds for t in self._threads for name, seconds in t.busy_seconds.items()
             },
         )
+
+    def sharing_map(self) -> SharingMap:
+        """What the pools hold, who computed it and who reads it now: see `core.pages`."""
+        return sharing_map(self.caches, {w.name: w.core.readers() for w in self.workers.decode})
 
     def _is_served(self, model: str) -> bool:
         """Whether there are workers left that can cover prompts and generate for a model."""

@@ -11,8 +11,8 @@ import uuid
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from pshare_jax.serve import cors, handlers, info, openapi, other_apis
-from pshare_jax.serve.access import ACCESS, authorize, limit_requests, rate_headers
+from pshare_jax.serve import cors, handlers, info, openapi, other_apis, ui
+from pshare_jax.serve.access import ACCESS, PUBLIC_PATHS, authorize, limit_requests, rate_headers
 from pshare_jax.serve.bodies import body_too_large
 from pshare_jax.serve.engine_api import Engine
 from pshare_jax.serve.errors import ApiError, as_api_error
@@ -22,6 +22,7 @@ from pshare_jax.serve.sse import WriteTimeout
 
 log = logging.getLogger(__name__)
 
+_PUBLIC_PATHS = frozenset({"/health", "/ready", "/version", "/openapi.json"})
 _METRICS_PATH = "/metrics"
 _ANTHROPIC_PATH = "/v1/messages"
 _POST = {
@@ -63,6 +64,7 @@ def build_app(engine: Engine) -> web.Application:
     )
     app[SERVICE] = service
     app[ACCESS] = service.access
+    app[PUBLIC_PATHS] = _PUBLIC_PATHS | ui.PUBLIC_PATHS
     app.on_response_prepare.append(_add_headers)
     app.on_cleanup.append(_close)
     for path, handler in _POST.items():
@@ -73,6 +75,8 @@ def build_app(engine: Engine) -> web.Application:
             continue
         for spelling in (f"{path}/", path):
             app.router.add_get(spelling, handler)
+    if service.config.ui:
+        ui.add_routes(app)
     return app
 
 
