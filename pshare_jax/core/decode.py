@@ -122,6 +122,10 @@ class DecodeCore:
             counts[row.sequence.model] = counts.get(row.sequence.model, 0) + 1
         return counts
 
+    def readers(self) -> list[tuple[str, list[int]]]:
+        """The model and the pages of each sequence that `running` counts."""
+        return [(row.sequence.model, row.pages) for row in tuple(self._rows.values())]
+
     def held_ids(self) -> set[int]:
         """Sequences that are known here, in any state."""
         return self._queue.ids() | self.inside_ids()

@@ -108,12 +108,31 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
     top: tuple[tuple[int, float], ...] = ()
 
 
+class RequestTimes(msgspec.Struct):
+    """When the dispatcher heard what of a request, in seconds of its host's monotonic clock.
+
+    Only the first attempt's: a request that is routed again keeps them.
+
+    Args:
+        submitted: it was taken.
+        prefill: a prefill worker had begun with its prompt.
+        covered: all of the prompt's KV was there, computed or found.
+        started: a decode worker had its pages and a slot.
+    """
+
+    submitted: float
+    prefill: float | None = None
+    covered: float | None = None
+    started: float | None = None
+
+
 class RequestOutput(msgspec.Struct, frozen=True):
     """One event of a request.
 
     Token events carry `token_ids` (one or more, with one `logprobs` entry each when asked for).
-    The first event carries `usage`. The last event carries `finish_reason`; the stop token that
-    ended the sequence is its last token id and `stop_token` names it. `error` goes with ERROR.
+    The first event carries `usage` and `times`, the last one `times`, too, and `finish_reason`; the
+    stop token that ended the sequence is its last token id and `stop_token` names it. `error` goes
+    with ERROR.
     """
 
     request_id: str
@@ -123,6 +142,7 @@ class RequestOutput(msgspec.Struct, frozen=True):
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
     error: str | None = None
+    times: RequestTimes | None = None
 
 
 class Sequence(msgspec.Struct, frozen=True, kw_only=True):

@@ -248,6 +248,7 @@ class PrefillCore:
         for task in self.queue.enter(self._active, self._held.values()):
             if task.remaining:
                 self._active.append(task)
+                self._send(DISPATCHER, m.Pending(task.sequence.id, task.remaining))
             else:
                 self._cover(task)
 

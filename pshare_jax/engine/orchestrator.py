@@ -22,6 +22,7 @@ from pshare_jax.convert.manifest import TOKENIZER_FOLDER
 from pshare_jax.core.dispatcher import Dispatcher
 from pshare_jax.core.messages import DISPATCHER, Message, ModelKind, Request, RequestOutput
 from pshare_jax.core.pages.page_cache import PageCache
+from pshare_jax.core.pages.sharing_map import SharingMap, sharing_map
 from pshare_jax.core.router import Router
 from pshare_jax.core.stats import EngineStats, PoolStats
 from pshare_jax.engine.assembly import Assembly
@@ -269,6 +270,10 @@ class Orchestrator:
             },
         )
 
+    def sharing_map(self) -> SharingMap:
+        """What the pools hold, who computed it and who reads it now: see `core.pages`."""
+        return sharing_map(self.caches, {w.name: w.core.readers() for w in self.workers.decode})
+
     def _is_served(self, model: str) -> bool:
         """Whether there are workers left that can cover prompts and generate for a model."""
         hosts = self._specs[model].decode_workers
@@ -286,12 +291,15 @@ class Orchestrator:
         return counts
 
     def _take(self, request: Request, order: int, seed: int, ends: frozenset[int]) -> None:
-        self._dispatcher.submit(request, order=order, seed=seed, end_token_ids=ends)
+        self._dispatcher.submit(
+            request, order=order, seed=seed, end_token_ids=ends, now=time.monotonic()
+        )
 
     def _carry(self, source: str, to: str, message: Message) -> None:
         """Carries a worker's message; in that worker's thread."""
         if to == DISPATCHER:
-            self._control.post(lambda: self._dispatcher.receive(source, message))  # type: ignore[arg-type]
+            now = time.monotonic()
+            self._control.post(lambda: self._dispatcher.receive(source, message, now))  # type: ignore[arg-type]
         else:
             self._thread_of[to].post(to, message)
 

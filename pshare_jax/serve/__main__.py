@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from pshare_jax.config import ServeConfig, load_config
 from pshare_jax.errors import ConfigError, PshareError
+from pshare_jax.serve.logs import open_standard_streams, say, set_up
 
 _DESCRIPTION = (
     "Serves decode modules over one shared prefill module with OpenAI's HTTP API. Every key of the "
@@ -25,20 +26,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _refuse_secrets(args)
         config = load_config(ServeConfig, args, prog="pshare_jax.serve", description=_DESCRIPTION)
-        logging.basicConfig(
-            level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-        )
+        open_standard_streams()
+        set_up()
         # At INFO it lists the platforms that this machine does not have.
         logging.getLogger("jax").setLevel(logging.WARNING)
         # Imported late: jax takes seconds, which --help and a typing error need not wait for.
-        from pshare_jax.engine.orchestrator import Orchestrator
         from pshare_jax.serve.lifecycle import bind, serve
 
         with bind(config.server) as sock:
+            from pshare_jax.engine.orchestrator import Orchestrator
+
             engine = Orchestrator.from_config(config)
             return asyncio.run(serve(engine, sock, _announce))
     except PshareError as error:
-        print(f"pshare_jax.serve: {error}", file=sys.stderr)
+        say(f"pshare_jax.serve: {error}", sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -59,7 +60,7 @@ def _refuse_secrets(args: Sequence[str]) -> None:
 
 
 def _announce(url: str) -> None:
-    print(f"pshare_jax: ready at {url}", flush=True)
+    say(f"pshare_jax: ready at {url}", sys.stdout)
 
 
 if __name__ == "__main__":

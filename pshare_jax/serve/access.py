@@ -26,8 +26,9 @@ log = logging.getLogger(__name__)
 KEY = web.RequestKey("key", ApiKey)
 """Who asks; `ANONYMOUS` where no keys are configured."""
 
-# What probes ask has no secrets, and they have no keys.
-_PUBLIC_PATHS = frozenset({"/health", "/ready", "/version"})
+PUBLIC_PATHS = web.AppKey("public_paths", frozenset[str])
+"""What needs no key: it has no secrets, and probes have no keys."""
+
 _METRICS_PATH = "/metrics"
 
 
@@ -74,10 +75,15 @@ class Access(Collector):
 
     @property
     def metrics_access(self) -> str:
-        """Who may read `/metrics`: `public`, `key` or `admin`."""
+        """Who may read `/metrics`: `public`, `key`, `admin`, or nobody (`off`)."""
         if self._config.metrics != "auto":
             return self._config.metrics
-        return "admin" if len(self._ring.keys) > 1 else "public"
+        return "admin" if self.has_tenants else "public"
+
+    @property
+    def has_tenants(self) -> bool:
+        """Whether there are several keys, which should not learn of each other."""
+        return len(self._ring.keys) > 1
 
     def collect(self) -> Iterable[Metric]:
         """Metrics by the name of the key; there are as many as keys are configured."""
@@ -128,7 +134,10 @@ async def authorize(request: web.Request, handler: Handler) -> web.StreamRespons
     """
     access, path = request.app[ACCESS], request.path.rstrip("/")
     needs = access.metrics_access if path == _METRICS_PATH else "key"
-    if path in _PUBLIC_PATHS or needs == "public":
+    if path in request.app[PUBLIC_PATHS] or needs in (
+        "public",
+        "off",
+    ):  # off: there is nothing there
         return await handler(request)
     key = access.find(_token(request))
     if key is None:
@@ -164,6 +173,18 @@ def admin_only(handler: Handler) -> Handler:
     @functools.wraps(handler)
     async def checked(request: web.Request) -> web.StreamResponse:
         _require_admin(request[KEY])
+        return await handler(request)
+
+    return checked
+
+
+def tells_of_all(handler: Handler) -> Handler:
+    """A handler that tells of everybody's requests: of several keys only admin keys may call it."""
+
+    @functools.wraps(handler)
+    async def checked(request: web.Request) -> web.StreamResponse:
+        if request.app[ACCESS].has_tenants:
+            _require_admin(request[KEY])
         return await handler(request)
 
     return checked

@@ -7,15 +7,17 @@ import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 from aiohttp import web
 
-from pshare_jax.core.messages import FinishReason, Owner, Request, SamplingParams
+from pshare_jax.core.messages import FinishReason, Owner, Request, RequestTimes, SamplingParams
 from pshare_jax.frontend.chat import Prompt
 from pshare_jax.frontend.output import SequenceOutput
 from pshare_jax.frontend.params import OutputParams, sample_seed
 from pshare_jax.serve.access import KEY
+from pshare_jax.serve.access_log import REPORT
 from pshare_jax.serve.api_keys import ApiKey
 from pshare_jax.serve.errors import ApiError, as_api_error
 from pshare_jax.serve.events import Event, Generation
@@ -131,6 +133,24 @@ class Run:
         lengths = [len(prompt.token_ids) for prompt in self._job.prompts]
         return total_usage(self.sequences, self._job.output.n, lengths)
 
+    def facts(self) -> dict[str, Any]:
+        """What the access log says of the job so far; `ttft_seconds` is its first token's time."""
+        usage = self.usage()
+        firsts = [t.first_token for t in self._timers if t.first_token is not None]
+        return {
+            "model": self._job.model,
+            "stream": bool(self._job.output.stream),
+            "prompt_tokens": usage.prompt_tokens,
+            "cached_tokens": usage.prompt_tokens_details.cached_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "ttft_seconds": round(min(firsts), 6) if firsts else None,
+            "finish_reasons": sorted({_reason(s) for s in self.sequences}),
+        }
+
+    def times(self) -> list[tuple[RequestTimes, float]]:
+        """When each sequence that has ended came to which stage, and when it ended."""
+        return [timer.stages for timer in self._timers if timer.stages is not None]
+
     def _feed(self, event: Event) -> None:
         sequence, timer = self.sequences[event.index], self._timers[event.index]
         if sequence.finish_reason is not None:
@@ -144,6 +164,10 @@ class Run:
             raise self._service.failure(sequence.error)
         # A stop string is found here; the engine would go on.
         self._generation.abort(event.index)
+
+
+def _reason(sequence: SequenceOutput) -> str:
+    return (sequence.finish_reason or FinishReason.ABORT).value
 
 
 async def respond(request: web.Request, service: Service, job: Job) -> web.StreamResponse:
@@ -168,6 +192,7 @@ async def respond(request: web.Request, service: Service, job: Job) -> web.Strea
         async with service.generation(requests) as generation:
             with Run(service, job, generation) as run:
                 charge.started = True
+                request[REPORT] = run
                 try:
                     return await _answer(request, service, job, run)
                 finally:
