@@ -12,6 +12,7 @@ from pshare_jax.core.messages import (
     PromptUsage,
     Request,
     RequestOutput,
+    RequestTimes,
     TokenLogprobs,
 )
 from pshare_jax.core.pages.sharing_map import MapContext, MapPage, SharingMap
@@ -41,6 +42,7 @@ class Running:
     sink: Callable[[RequestOutput], None]
     script: list[int]
     usage: PromptUsage
+    times: RequestTimes
     sent: int = 0
 
 
@@ -114,7 +116,9 @@ class FakeOrchestrator:
             assert request.id not in self._running
             self.submitted.append(request)
             usage = self._prefill(request)
-            self._running[request.id] = Running(request, sink, self.script(request), usage)
+            self._running[request.id] = Running(
+                request, sink, self.script(request), usage, _times(time.monotonic())
+            )
             self._lock.notify_all()
 
     def abort(self, request_id: str) -> None:
@@ -139,6 +143,7 @@ class FakeOrchestrator:
                 running=dict(running),
                 waiting={"coder": 2},
                 decode_pages={("decode0", "read"): 8, ("decode0", "saved"): 5},
+                failed_transfers={"decode0": 0},
                 busy_seconds={"prefill0": 1.5, "decode0": 2.5},
                 pools={
                     "prefill0": PoolStats(total=99, free=90, used=2, shared=1, cached=7),
@@ -224,6 +229,7 @@ class FakeOrchestrator:
             usage=running.usage if running.sent == len(token_ids) else None,
             finish_reason=reason,
             stop_token=stop_token,
+            times=running.times,
         )
         if reason is None:
             running.sink(output)
@@ -258,6 +264,11 @@ class FakeOrchestrator:
                 RequestOutput(running.request.id, finish_reason=FinishReason.ERROR, error=reason),
             )
         self._running.clear()
+
+
+def _times(now: float) -> RequestTimes:
+    """A queue of 1 s, a prefill of 2 s and a handoff of 3 s, though nothing takes its time here."""
+    return RequestTimes(now - 6, now - 5, now - 3, now)
 
 
 def fake_config(max_model_len: int = 256, max_queue: int = 64, **server) -> ServeConfig:

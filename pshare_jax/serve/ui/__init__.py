@@ -8,6 +8,7 @@ from importlib import resources
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from pshare_jax.serve.access import tells_of_all
 from pshare_jax.serve.service import SERVICE
 from pshare_jax.serve.sse import EventStream
 
@@ -57,6 +58,7 @@ def _serve(body: bytes, content_type: str) -> Handler:
     return handler
 
 
+@tells_of_all
 async def events(request: web.Request) -> web.StreamResponse:
     """`GET /ui/events`: what the engine is doing, as long as the client listens."""
     service = request.app[SERVICE]
