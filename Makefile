@@ -64,7 +64,7 @@ soak: .venv/.run $(MODULES)
 
 # Versions and hashes of all that a server needs, for Linux on x86-64; on the oldest Python we support.
 lock: .venv/.lock
-	$(BIN)/python -m piptools compile --quiet --upgrade --generate-hashes --strip-extras \
+	CUSTOM_COMPILE_COMMAND='make lock' $(BIN)/python -m piptools compile --quiet --upgrade --generate-hashes --strip-extras \
 	  --no-annotate --no-emit-index-url --no-emit-trusted-host --no-emit-find-links \
 	  --extra=otel --extra=sandbox --output-file=requirements.lock pyproject.toml
 
