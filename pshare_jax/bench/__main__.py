@@ -28,6 +28,7 @@ from pshare_jax.bench import (
     shared_prefix,
     soak,
     soak_options,
+    starve,
     training,
     turns,
 )
@@ -93,6 +94,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Appended turns of many sessions, computed together or one prompt a call."
     )
     turns_parser.add_class_arguments(turns.TurnsOptions)
+    starve_parser = jsonargparse.ArgumentParser(
+        description="How long a small request takes while others flood the server."
+    )
+    starve_parser.add_class_arguments(starve.StarveOptions)
     soak_parser = jsonargparse.ArgumentParser(
         description="Mixed traffic for a while: does anything grow, or go wrong?"
     )
@@ -102,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     report_parser.add_class_arguments(ReportOptions)
     measured = (micro_parser, compile_parser, agents_parser, plan_parser, train_parser)
-    for command in (*measured, turns_parser, soak_parser):
+    for command in (*measured, turns_parser, starve_parser, soak_parser):
         command.add_argument("--json", type=str | None, default=None, help="file for the figures")
     commands = parser.add_subcommands(dest="command")
     commands.add_subcommand("micro", micro_parser)
@@ -111,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_subcommand("plan", plan_parser)
     commands.add_subcommand("train", train_parser)
     commands.add_subcommand("turns", turns_parser)
-    commands.add_subcommand("soak", soak_parser)
+    commands.add_subcommand("starve", starve_parser)
     commands.add_subcommand("report", report_parser)
     benches = {
         "micro": _micro,
@@ -120,6 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "plan": _plan,
         "train": _train,
         "turns": _turns,
+        "starve": _starve,
         "soak": _soak,
     }
     draws = {"agents": agents_plots.draw, "plan": plan_plots.draw}
@@ -192,6 +198,12 @@ def _agents(options: dict[str, Any], _: Keep) -> dict[str, Any]:
 def _turns(options: dict[str, Any], _: Keep) -> dict[str, Any]:
     result = turns.run(turns.TurnsOptions(**options))
     print("\n".join([*turns.lines(result), "", machine.one_line(result["machine"])]))
+    return result
+
+
+def _starve(options: dict[str, Any], _: Keep) -> dict[str, Any]:
+    result = starve.run(starve.StarveOptions(**options))
+    print("\n".join([*starve.lines(result), "", machine.one_line(result["machine"])]))
     return result
 
 

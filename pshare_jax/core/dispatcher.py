@@ -213,6 +213,7 @@ class Dispatcher:
             params=request.params,
             seed=live.seed,
             end_token_ids=live.end_token_ids,
+            owner=request.owner,
         )
         try:
             sequence = self._router.route(sequence, self._models[request.model].decode_workers)

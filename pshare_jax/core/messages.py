@@ -47,6 +47,23 @@ class SamplingParams(msgspec.Struct, frozen=True):
     ignore_eos: bool = False
 
 
+class Owner(msgspec.Struct, frozen=True):
+    """Whose a sequence is, for fair shares.
+
+    Args:
+        key: name of the client; clients share what there is by their weights.
+        weight: share of the client, relative to others that want something.
+        request: what the client has asked for at once; a client's share is divided among its
+            requests, whatever their number of sequences. Empty is a request of its own.
+        priority: among a client's requests; lower is earlier.
+    """
+
+    key: str = ""
+    weight: float = 1.0
+    request: str = ""
+    priority: int = 0
+
+
 class Request(msgspec.Struct, frozen=True):
     """One sequence to be generated: `prompt_token_ids` by `model`.
 
@@ -58,6 +75,7 @@ class Request(msgspec.Struct, frozen=True):
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams = msgspec.field(default_factory=SamplingParams)
     cache_salt: str = ""
+    owner: Owner = Owner()
 
 
 class FinishReason(StrEnum):
@@ -148,6 +166,7 @@ class Sequence(msgspec.Struct, frozen=True, kw_only=True):
         num_uncached: prompt tokens that the router expects to be computed.
         prefill_worker: who covers the prompt.
         decode_worker: who generates.
+        owner: whose it is, for fair shares.
     """
 
     id: int
@@ -166,6 +185,7 @@ class Sequence(msgspec.Struct, frozen=True, kw_only=True):
     num_uncached: int = 0
     prefill_worker: str = ""
     decode_worker: str = ""
+    owner: Owner = Owner()
 
     @property
     def num_tokens(self) -> int:

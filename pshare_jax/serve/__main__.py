@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from pshare_jax.config import ServeConfig, load_config
-from pshare_jax.errors import PshareError
+from pshare_jax.errors import ConfigError, PshareError
 from pshare_jax.serve.logs import open_standard_streams, say, set_up
 
 _DESCRIPTION = (
@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the server; returns the exit code: 2 for a configuration that cannot be served."""
     args = [_expand(arg) for arg in (sys.argv[1:] if argv is None else argv)]
     try:
+        _refuse_secrets(args)
         config = load_config(ServeConfig, args, prog="pshare_jax.serve", description=_DESCRIPTION)
         open_standard_streams()
         set_up()
@@ -47,6 +48,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _expand(arg: str) -> str:
     flag, equals, value = arg.partition("=")
     return _SHORT_FLAGS.get(flag, flag) + equals + value
+
+
+def _refuse_secrets(args: Sequence[str]) -> None:
+    if any(arg.partition("=")[0] == "--server.api_key" for arg in args):
+        raise ConfigError(
+            "--server.api_key: every user of this machine can read command lines; put the key into "
+            "the configuration file, into the environment as PSHARE_API_KEY, or into a file that "
+            "server.api_keys_file names"
+        )
 
 
 def _announce(url: str) -> None:

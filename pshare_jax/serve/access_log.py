@@ -14,6 +14,7 @@ from aiohttp.web_log import AccessLogger
 
 from pshare_jax.config import AccessLogFormat
 from pshare_jax.core.messages import RequestTimes
+from pshare_jax.serve.access import KEY
 from pshare_jax.serve.http_errors import LoggedError
 from pshare_jax.serve.logs import ACCESS_LOGGER, BARE
 
@@ -34,9 +35,6 @@ class Report(Protocol):
 
 
 REPORT = web.RequestKey("report", Report)
-
-KEY_NAME = web.RequestKey("key_name", str)
-"""The name, never the secret, of the API key that a request came with."""
 
 
 class TextLines(AccessLogger):
@@ -60,7 +58,7 @@ class JsonLines(AbstractAccessLogger):
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "request_id": response.headers.get("X-Request-Id"),
             "remote": request.remote,
-            "key": request.get(KEY_NAME),
+            "key": key.name if (key := request.get(KEY)) and key.name else None,
             "method": request.method,
             "path": request.path[:_MAX_PATH],
             "status": response.status,

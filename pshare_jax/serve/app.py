@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 import logging
 import re
@@ -12,7 +11,8 @@ import uuid
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from pshare_jax.serve import cors, handlers, info, openapi, other_apis
+from pshare_jax.serve import cors, handlers, info, openapi, other_apis, ui
+from pshare_jax.serve.access import ACCESS, PUBLIC_PATHS, authorize, limit_requests, rate_headers
 from pshare_jax.serve.bodies import body_too_large
 from pshare_jax.serve.engine_api import Engine
 from pshare_jax.serve.errors import ApiError, as_api_error
@@ -22,7 +22,6 @@ from pshare_jax.serve.sse import WriteTimeout
 
 log = logging.getLogger(__name__)
 
-# What probes and scrapers ask has no secrets, and they have no keys.
 _PUBLIC_PATHS = frozenset({"/health", "/ready", "/version", "/openapi.json"})
 _METRICS_PATH = "/metrics"
 _ANTHROPIC_PATH = "/v1/messages"
@@ -53,9 +52,19 @@ def build_app(engine: Engine) -> web.Application:
     service = Service(engine)
     app = web.Application(
         client_max_size=service.config.max_body_bytes,
-        middlewares=[_trace, _take_request_id, _finish_in_time, _errors_as_json, _cors, _authorize],
+        middlewares=[
+            _trace,
+            _take_request_id,
+            _finish_in_time,
+            _errors_as_json,
+            _cors,
+            authorize,
+            limit_requests,
+        ],
     )
     app[SERVICE] = service
+    app[ACCESS] = service.access
+    app[PUBLIC_PATHS] = _PUBLIC_PATHS | ui.PUBLIC_PATHS
     app.on_response_prepare.append(_add_headers)
     app.on_cleanup.append(_close)
     for path, handler in _POST.items():
@@ -66,6 +75,8 @@ def build_app(engine: Engine) -> web.Application:
             continue
         for spelling in (f"{path}/", path):
             app.router.add_get(spelling, handler)
+    if service.config.ui:
+        ui.add_routes(app)
     return app
 
 
@@ -93,6 +104,7 @@ async def _add_headers(request: web.Request, response: web.StreamResponse) -> No
     response.headers["X-Request-Id"] = request.get(REQUEST_ID) or new_request_id()
     if warning := request.get(WARNINGS):
         response.headers["Warnings"] = warning
+    response.headers.update(rate_headers(request))
     config = request.app[SERVICE].config
     if config.server_header:
         response.headers["Server"] = config.server_header
@@ -151,30 +163,4 @@ async def _cors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """A preflight carries no key, so it is answered before one is asked for."""
     if cors.is_preflight(request) and request.app[SERVICE].config.cors_origins:
         return cors.preflight(request)
-    return await handler(request)
-
-
-def _is_public(path: str, metrics: str) -> bool:
-    return path in _PUBLIC_PATHS or (path == _METRICS_PATH and metrics != "key")
-
-
-@web.middleware
-async def _authorize(request: web.Request, handler: Handler) -> web.StreamResponse:
-    config = request.app[SERVICE].config
-    key = config.api_key
-    if key and not _is_public(request.path.rstrip("/"), config.metrics):
-        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-        if "Authorization" not in request.headers and "x-api-key" in request.headers:
-            scheme, given = "bearer", request.headers["x-api-key"]  # Anthropic's way
-        # Bytes: compare_digest refuses text outside ASCII, and headers may hold any.
-        same = hmac.compare_digest(
-            given.strip().encode(errors="surrogateescape"), key.encode(errors="surrogateescape")
-        )
-        if scheme.lower() != "bearer" or not same:
-            raise ApiError(
-                401,
-                "missing or wrong API key; send 'Authorization: Bearer KEY' or 'x-api-key: KEY'",
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
     return await handler(request)

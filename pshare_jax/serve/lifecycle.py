@@ -17,6 +17,7 @@ from aiohttp import web
 from pshare_jax.config import ServerConfig
 from pshare_jax.errors import ConfigError
 from pshare_jax.serve.access_log import access_log_options
+from pshare_jax.serve.api_keys import load_keys
 from pshare_jax.serve.app import build_app
 from pshare_jax.serve.engine_api import Engine
 from pshare_jax.serve.http_errors import JsonRunner
@@ -36,7 +37,7 @@ def bind(config: ServerConfig) -> socket.socket:
     Who connects before `HttpServer.start` waits.
 
     Raises:
-        ConfigError: the address cannot be had, or a limit or a file of TLS cannot be used.
+        ConfigError: the address cannot be had, or a limit, keys or a file of TLS cannot be used.
     """
     if not 0 <= config.port <= 65535:
         raise ConfigError(f"server.port must be between 0 and 65535, got {config.port}")
@@ -45,6 +46,7 @@ def bind(config: ServerConfig) -> socket.socket:
             raise ConfigError(f"server.{name} must be at least 1, got {value}")
     if config.ping_seconds < 0:
         raise ConfigError(f"server.ping_seconds must not be negative, got {config.ping_seconds}")
+    load_keys(config)
     tls_context(config)
     sock = None
     try:
@@ -178,6 +180,7 @@ async def serve(engine: Engine, sock: socket.socket, on_ready: Callable[[str], N
     """
     stop = StopSignal()
     server = HttpServer(engine)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, server.service.access.reload)
     await server.start(sock)
     url = url_of(sock, "https" if engine.config.server.tls_cert else "http")
     log.info("listening on %s, warming up", url)

@@ -174,12 +174,14 @@ class Metrics:
     Args:
         models: names of the served models; each has its series from the start.
         stats: takes a snapshot of the engine.
+        others: collectors of what is counted elsewhere.
     """
 
-    def __init__(self, models: Iterable[str], stats: Callable[[], EngineStats]):
+    def __init__(self, models: Iterable[str], stats: Callable[[], EngineStats], *others: Collector):
         names = list(models)
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(names, stats))
+        for collector in (_EngineCollector(names, stats), *others):
+            self._registry.register(collector)
         histogram = self._histogram
         self.first_token = histogram("time_to_first_token_seconds", "Arrival to token 1.", _SECONDS)
         self.inter_token = histogram(

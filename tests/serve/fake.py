@@ -15,6 +15,7 @@ from pshare_jax.core.messages import (
     RequestTimes,
     TokenLogprobs,
 )
+from pshare_jax.core.pages.sharing_map import MapContext, MapPage, SharingMap
 from pshare_jax.core.stats import EngineStats, PoolStats
 from pshare_jax.errors import EngineDeadError, QueueFullError, UnknownModelError
 from pshare_jax.models.config import ModelConfig
@@ -150,6 +151,17 @@ class FakeOrchestrator:
                     "decode1": PoolStats(total=50, free=40, used=5, shared=0, cached=5),
                 },
             )
+
+    def sharing_map(self) -> SharingMap:
+        """A page for each model that has been asked, which it computed, and reads while it runs."""
+        with self._lock:
+            running = {run.request.model for run in self._running.values()}
+            asked = sorted({request.model for request in self.submitted})
+        pages = [
+            MapPage(PAGE_SIZE, [(name, PAGE_SIZE)], [name] if name in running else [], ["p"], False)
+            for name in asked
+        ]
+        return SharingMap(PAGE_SIZE, [MapContext("c", "", 0, pages)] if pages else [])
 
     @property
     def running_ids(self) -> list[str]:

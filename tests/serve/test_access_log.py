@@ -36,7 +36,7 @@ def test_a_line_says_what_a_request_cost(json_server, caplog):
     assert line == {
         "request_id": "abc",
         "remote": "127.0.0.1",
-        "key": None,
+        "key": "default",
         "method": "POST",
         "path": "/v1/completions",
         "status": 200,

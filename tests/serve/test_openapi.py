@@ -12,7 +12,7 @@ from tests.serve.server import running_server
 
 
 async def test_every_route_is_described_and_nothing_else(tokenizer):
-    app = build_app(fake_engine(tokenizer))
+    app = build_app(fake_engine(tokenizer, fake_config(ui=False)))  # a page is no API
     app.freeze()
     served = set()
     for resource in app.router.resources():
