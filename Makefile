@@ -73,11 +73,11 @@ soak: .venv/.run $(MODULES)
 	$(BIN)/python -m pshare_jax.bench soak --config=$(CONFIG) --minutes=$(SOAK_MINUTES) \
 	  --json=soak.json
 
-# Versions and hashes of all that a server needs, for Linux on x86-64; on the oldest Python we support.
+# Versions and hashes of all that `pshare` needs; made by the oldest Python that we support.
 lock: .venv/.lock
-	$(BIN)/python -m piptools compile --quiet --upgrade --generate-hashes --strip-extras \
+	CUSTOM_COMPILE_COMMAND='make lock' $(BIN)/python -m piptools compile --quiet --upgrade --generate-hashes --strip-extras \
 	  --no-annotate --no-emit-index-url --no-emit-trusted-host --no-emit-find-links \
-	  --extra=otel --extra=sandbox --output-file=requirements.lock pyproject.toml
+	  $(patsubst %,--extra=%,train convert eval otel sandbox) --output-file=requirements.lock pyproject.toml
 
 audit: .venv/.lock
 	$(BIN)/python .ci/audit.py

@@ -206,7 +206,7 @@ class Metrics:
         )
         self.loop_lag = Histogram(
             "pshare_event_loop_lag_seconds",
-            "How late the event loop woke up, looked at 20 times a second.",
+            "How late the event loop woke up, looked at 50 times a second.",
             buckets=_LAG_SECONDS,
             registry=self._registry,
         )
