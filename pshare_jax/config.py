@@ -117,6 +117,8 @@ class ServerConfig:
             such; else they are text, and only the chat template writes control tokens.
         max_n: most samples (`n`) of one prompt.
         max_prompts: most prompts of one completion request.
+        max_scored_tokens: most prompt tokens of one request whose own log-probabilities are asked
+            for (`echo` with `logprobs`, `prompt_logprobs`); each costs a decode step's row.
         max_body_items: most texts, lists and objects of one request body; a number counts for a
             sixteenth of one.
         worker_threads: threads that read large bodies, render chat templates and tokenise; as many
@@ -137,6 +139,7 @@ class ServerConfig:
     special_tokens_in_text: bool = False
     max_n: int = 128
     max_prompts: int = 256
+    max_scored_tokens: int = 16_384
     max_body_items: int = 50_000
     worker_threads: int = 2
     ping_seconds: float = 15.0

@@ -106,10 +106,11 @@ class DecodeCore:
         return DEADLINE_SECONDS if self._arrivals.waits else None
 
     def running(self) -> dict[str, int]:
-        """Sequences that have a slot and all their pages, by model."""
+        """Sequences that have a slot and all their pages, by model; probes are not counted."""
         counts: dict[str, int] = {}
         for row in tuple(self._rows.values()):
-            counts[row.sequence.model] = counts.get(row.sequence.model, 0) + 1
+            if not row.sequence.probe:
+                counts[row.sequence.model] = counts.get(row.sequence.model, 0) + 1
         return counts
 
     def held_ids(self) -> set[int]:
@@ -363,7 +364,8 @@ class DecodeCore:
 
     def _accept(self, row: DecodeRow, tokens: list[int], logprobs: list[TokenLogprobs]) -> None:
         accepted, reason = row.accept(tokens)
-        self.stats.generation_tokens[row.sequence.model] += len(accepted)
+        if not row.sequence.probe:
+            self.stats.generation_tokens[row.sequence.model] += len(accepted)
         if reason is not None:
             self._remove(row)
         entries = tuple(logprobs[: len(accepted)])

@@ -199,6 +199,7 @@ class Dispatcher:
             params=request.params,
             seed=live.seed,
             end_token_ids=live.end_token_ids,
+            probe=request.probe,
         )
         try:
             sequence = self._router.route(sequence, self._models[request.model].decode_workers)
@@ -247,7 +248,10 @@ class Dispatcher:
         self._end(live, reason)
         self.outputs.append(
             RequestOutput(
-                request_id=live.request.id, usage=live.usage, finish_reason=reason, error=error
+                request_id=live.request.id,
+                usage=self._first_usage(live),
+                finish_reason=reason,
+                error=error,
             )
         )
 
@@ -260,4 +264,5 @@ class Dispatcher:
     def _end(self, live: _Live, reason: FinishReason) -> None:
         self._leave(live)
         del self._live[live.request.id]
-        self.stats.ended(live.request.model, reason, len(live.request.prompt_token_ids))
+        if not live.request.probe:
+            self.stats.ended(live.request.model, reason, len(live.request.prompt_token_ids))

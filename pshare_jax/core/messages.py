@@ -29,7 +29,9 @@ class SamplingParams(msgspec.Struct, frozen=True):
     and `min_p` 0 are off; equal scores are kept or dropped together. `logprobs` asks for the
     log-probability (of the unmodified distribution, natural log) of the chosen token and of that
     many most likely ones; None asks for none. `stop_token_ids` come on top of the model's own end
-    tokens, which `ignore_eos` turns off.
+    tokens, which `ignore_eos` turns off. `prompt_logprobs` asks for the log-probability of each
+    prompt token and of that many most likely ones in its place (`core/prompt_scores.py`);
+    `max_tokens` may be 0.
     """
 
     max_tokens: int = 16
@@ -45,12 +47,14 @@ class SamplingParams(msgspec.Struct, frozen=True):
     logprobs: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    prompt_logprobs: int | None = None
 
 
 class Request(msgspec.Struct, frozen=True):
     """One sequence to be generated: `prompt_token_ids` by `model`.
 
-    Requests with different `cache_salt` never share pages.
+    Requests with different `cache_salt` never share pages. A `probe` is part of another request's
+    work, which counters do not count.
     """
 
     id: str
@@ -58,6 +62,7 @@ class Request(msgspec.Struct, frozen=True):
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams = msgspec.field(default_factory=SamplingParams)
     cache_salt: str = ""
+    probe: bool = False
 
 
 class FinishReason(StrEnum):
@@ -96,6 +101,8 @@ class RequestOutput(msgspec.Struct, frozen=True):
     Token events carry `token_ids` (one or more, with one `logprobs` entry each when asked for).
     The first event carries `usage`. The last event carries `finish_reason`; the stop token that
     ended the sequence is its last token id and `stop_token` names it. `error` goes with ERROR.
+    `prompt_logprobs`, when asked for, come once, before any token: an entry for each prompt token,
+    None for the first.
     """
 
     request_id: str
@@ -105,6 +112,7 @@ class RequestOutput(msgspec.Struct, frozen=True):
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
     error: str | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
 
 
 class Sequence(msgspec.Struct, frozen=True, kw_only=True):
@@ -128,6 +136,7 @@ class Sequence(msgspec.Struct, frozen=True, kw_only=True):
         num_uncached: prompt tokens that the router expects to be computed.
         prefill_worker: who covers the prompt.
         decode_worker: who generates.
+        probe: whether counters leave it out, see `Request`.
     """
 
     id: int
@@ -146,6 +155,7 @@ class Sequence(msgspec.Struct, frozen=True, kw_only=True):
     num_uncached: int = 0
     prefill_worker: str = ""
     decode_worker: str = ""
+    probe: bool = False
 
     @property
     def num_tokens(self) -> int:

@@ -289,7 +289,8 @@ class PrefillCore:
         """All is there: it is held until the decode worker has it."""
         sequence, usage = task.sequence, task.usage()
         self._held[sequence.id] = task
-        self.stats.prefilled(sequence.model, usage)
+        if not sequence.probe:
+            self.stats.prefilled(sequence.model, usage)
         self._send(DISPATCHER, m.Pending(sequence.id, 0))
         self._send(sequence.decode_worker, m.Covered(sequence, usage))
 

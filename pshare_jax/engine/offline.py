@@ -34,7 +34,8 @@ class Completion:
     """What a model generated for one prompt.
 
     `token_ids` include the end token, if one ended it; `text` contains neither it nor the stop
-    string. `logprobs` has an entry for each token when they were asked for.
+    string. `logprobs` has an entry for each token when they were asked for, `prompt_logprobs` one
+    for each prompt token, None for the first.
     """
 
     text: str
@@ -42,6 +43,7 @@ class Completion:
     finish_reason: FinishReason
     usage: PromptUsage
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
 
 
 class _Collector:
@@ -53,6 +55,7 @@ class _Collector:
         self._text: list[str] = []
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
+        self._prompt_logprobs: list[TokenLogprobs | None] = []
         self._usage: PromptUsage | None = None
         self._reason: FinishReason | None = None
 
@@ -66,6 +69,7 @@ class _Collector:
         if event.error is not None:
             raise EngineDeadError(event.error)
         self._usage = event.usage or self._usage
+        self._prompt_logprobs += event.prompt_logprobs or ()
         for i, token in enumerate(event.token_ids):
             self._tokens.append(token)
             self._logprobs += event.logprobs[i : i + 1]
@@ -82,7 +86,12 @@ class _Collector:
         assert self._reason is not None
         assert self._usage is not None
         return Completion(
-            "".join(self._text), self._tokens, self._reason, self._usage, self._logprobs
+            "".join(self._text),
+            self._tokens,
+            self._reason,
+            self._usage,
+            self._logprobs,
+            self._prompt_logprobs,
         )
 
 

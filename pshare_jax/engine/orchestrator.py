@@ -16,11 +16,12 @@ from typing import Any, TypeVar
 import jax
 
 from pshare_jax.cluster.thread import DispatcherThread, WorkerThread
-from pshare_jax.config import ServeConfig, Sharing
+from pshare_jax.config import DecodeConfig, ServeConfig, Sharing
 from pshare_jax.convert.manifest import TOKENIZER_FOLDER
 from pshare_jax.core.dispatcher import Dispatcher
 from pshare_jax.core.messages import DISPATCHER, Message, ModelKind, Request, RequestOutput
 from pshare_jax.core.pages.page_cache import PageCache
+from pshare_jax.core.prompt_scores import PromptScorer, is_scored
 from pshare_jax.core.router import Router
 from pshare_jax.core.stats import EngineStats, PoolStats
 from pshare_jax.engine.assembly import Assembly
@@ -125,6 +126,9 @@ class Orchestrator:
         self._live: dict[str, _Live] = {}
         self._lock = threading.Lock()
         self._order = itertools.count()
+        self._scorer = PromptScorer(
+            self._dispatcher, _max_probes(config.decode), lambda: next(self._order)
+        )
         self._compiles_at_start = 0
 
     @classmethod
@@ -217,14 +221,14 @@ class Orchestrator:
 
     def abort(self, request_id: str) -> None:
         """Ends a request; its last event says ABORT. Unknown ids are ignored."""
-        self._control.post(lambda: self._dispatcher.abort(request_id))
+        self._control.post(lambda: self._abort(request_id))
 
     def stop(self) -> None:
         """Ends the threads; requests that still run get an ERROR event."""
         self.ready = False
         for thread in self._threads:
             thread.stop()
-        self._control.post(lambda: self._dispatcher.fail_all("the engine was stopped"))
+        self._control.post(lambda: self._fail_all("the engine was stopped"))
         self._control.stop()
         for thread in self._threads:
             for worker in thread.workers:
@@ -278,7 +282,20 @@ class Orchestrator:
         return counts
 
     def _take(self, request: Request, order: int, seed: int, ends: frozenset[int]) -> None:
-        self._dispatcher.submit(request, order=order, seed=seed, end_token_ids=ends)
+        to = self._scorer if is_scored(request.params) else self._dispatcher
+        to.submit(request, order=order, seed=seed, end_token_ids=ends)
+
+    def _abort(self, request_id: str) -> None:
+        outputs = self._scorer.abort(request_id)
+        if outputs is None:
+            self._dispatcher.abort(request_id)
+        for output in outputs or ():
+            self._emit(output)
+
+    def _fail_all(self, error: str) -> None:
+        for output in self._scorer.fail_all(error):
+            self._emit(output)
+        self._dispatcher.fail_all(error)
 
     def _carry(self, source: str, to: str, message: Message) -> None:
         """Carries a worker's message; in that worker's thread."""
@@ -296,7 +313,8 @@ class Orchestrator:
             for to, message in messages:
                 self._thread_of[to].post(to, message)
             for output in outputs:
-                self._emit(output)
+                for heard in self._scorer.take(output):
+                    self._emit(heard)
 
     def _emit(self, output: RequestOutput) -> None:
         with self._lock:
@@ -310,7 +328,7 @@ class Orchestrator:
         except Exception:
             # The dispatcher serves others too.
             logger.exception("the sink of request %s has failed", output.request_id)
-            self._dispatcher.abort(output.request_id)
+            self._abort(output.request_id)
 
     def _worker_failed(self, worker: str, reason: str) -> None:
         self._failed[worker] = reason
@@ -319,7 +337,12 @@ class Orchestrator:
 
     def _dispatcher_failed(self, reason: str) -> None:
         self._failed[DISPATCHER] = reason
-        self._dispatcher.fail_all(f"the engine has failed: {reason}")
+        self._fail_all(f"the engine has failed: {reason}")
+
+
+def _max_probes(decode: DecodeConfig) -> int:
+    """Probes at a time: half of what the decode workers batch, so that others find room."""
+    return max(min(decode.max_num_seqs, max(decode.batch_buckets)) // 2, 1) * decode.engines
 
 
 def _sum(counters: Iterable[Mapping[K, int]]) -> dict[K, int]:

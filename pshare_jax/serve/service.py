@@ -38,6 +38,7 @@ class Service:
             engine.config.max_model_len,
             self.config.max_n,
             self.config.max_prompts,
+            self.config.max_scored_tokens,
         )
         self.sampling_defaults = SamplingDefaults()
         if self.config.generation_config == "auto":

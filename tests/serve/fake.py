@@ -192,6 +192,14 @@ class FakeOrchestrator:
 
     def _step(self, running: Running) -> None:
         request, params = running.request, running.request.params
+        if params.prompt_logprobs is not None and not running.sent:
+            scores = self._logprobs(list(request.prompt_token_ids[1:]), params.prompt_logprobs)
+            running.sink(RequestOutput(request.id, prompt_logprobs=(None, *scores)))
+        if params.max_tokens == 0:
+            del self._running[request.id]
+            end = RequestOutput(request.id, usage=running.usage, finish_reason=FinishReason.LENGTH)
+            self._finish(running, end)
+            return
         stops = set(params.stop_token_ids)
         if not params.ignore_eos:
             stops.update(self.tokenizer.eos_token_ids)
