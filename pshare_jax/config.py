@@ -84,6 +84,12 @@ class DecodeConfig:
             once for all of them. `auto` does on TPUs and GPUs, for batches where that saves a
             quarter of the pages or more; `on` wherever a page is saved and the kernels can. Each
             batch bucket from 2 up is then compiled twice.
+        max_loras: LoRA modules that there is room for, those of the configuration and those that
+            are loaded while the server runs, until their last request has ended. 0 is as many as
+            are configured. Each takes part in every step, used or not.
+        max_lora_rank: greatest rank of a LoRA module, where `max_loras` makes room.
+        max_full: full modules that there may be, likewise; each that is loaded takes the memory of
+            its weights. 0 is as many as are configured.
     """
 
     engines: int = 1
@@ -95,6 +101,9 @@ class DecodeConfig:
     steps_per_dispatch: int = 1
     group_quantum: int = 32
     shared_prefix: SharedPrefix = "auto"
+    max_loras: int = 0
+    max_lora_rank: int = 16
+    max_full: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,6 +134,9 @@ class ServerConfig:
             again do so for small requests, which wait for no large ones.
         ping_seconds: a stream that has nothing to say for so long gets an SSE comment; 0 is never.
         cors_origins: origins whose pages may call the API from a browser; `*` is every one.
+        adapter_root: folder below which decode modules may be loaded while the server runs; empty
+            turns that off.
+        allow_runtime_loading: whether that is allowed to everybody where there is no API key.
     """
 
     host: str = "127.0.0.1"
@@ -144,6 +156,8 @@ class ServerConfig:
     worker_threads: int = 2
     ping_seconds: float = 15.0
     cors_origins: list[str] = field(default_factory=list)
+    adapter_root: str = ""
+    allow_runtime_loading: bool = False
 
 
 @dataclass(frozen=True)

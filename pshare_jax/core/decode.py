@@ -80,7 +80,7 @@ class DecodeCore:
         self.youngest_elsewhere: int | None = None
         self.starved: int | None = None
         self.admission = Admission(cache, config.max_num_seqs)
-        self._models = models
+        self._models = dict(models)
         self._config = config
         self._bytes_per_page = bytes_per_page
         self._owns_cache = owns_cache
@@ -135,6 +135,10 @@ class DecodeCore:
                 self._fetch_failed(transfer, reason)
             case m.Abort(id):
                 self._abort(id)
+            case m.ModelAdded(spec):
+                self._models[spec.name] = spec
+            case m.ModelRemoved(model):
+                self._models.pop(model, None)
             case _:
                 raise TypeError(f"{self.name}: {type(message).__name__} is not for decode workers")
         self._enter()

@@ -12,13 +12,13 @@ from typing import Literal
 
 import msgspec
 
+from pshare_jax.core.models import ModelSpec
+
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
 
 DISPATCHER = "dispatcher"
 """Name of the part that routes requests; workers are `prefill0`, `decode0`, ..."""
-
-ModelKind = Literal["identity", "full", "lora"]
 
 
 class SamplingParams(msgspec.Struct, frozen=True):
@@ -122,7 +122,7 @@ class Sequence(msgspec.Struct, frozen=True, kw_only=True):
         id: of this attempt; a request that is routed again gets a new one, so that what an old
             worker still says of it is recognised as stale.
         order: arrival order of the request; the smaller, the older.
-        model: its name.
+        model: id of the model, see `ModelSpec`.
         prompt: token ids.
         output: tokens that earlier attempts have generated and delivered.
         covered: the first positions of the prompt, which the prefill module covers.
@@ -251,6 +251,24 @@ class Release(msgspec.Struct, frozen=True, tag=True):
     id: int
 
 
+class ModelAdded(msgspec.Struct, frozen=True, tag=True):
+    """To every worker: a model, under an id of its own; its weights are where they are needed."""
+
+    spec: ModelSpec
+
+
+class ModelRemoved(msgspec.Struct, frozen=True, tag=True):
+    """To every worker: no sequence of that model is left or will come."""
+
+    model: str
+
+
+class WeightsFreed(msgspec.Struct, frozen=True, tag=True):
+    """To a decode worker: no model is left of that group; its weights are not needed any more."""
+
+    group: str
+
+
 # Worker -> dispatcher.
 
 
@@ -308,7 +326,19 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     error: str
 
 
-ToWorker = Prefill | Abort | Covered | Withdrawn | Fetch | Offered | NotOffered | Release
+ToWorker = (
+    Prefill
+    | Abort
+    | Covered
+    | Withdrawn
+    | Fetch
+    | Offered
+    | NotOffered
+    | Release
+    | ModelAdded
+    | ModelRemoved
+    | WeightsFreed
+)
 ToDispatcher = Pending | IndexChanged | Started | Tokens | Returned | Dropped | Failed
 Message = ToWorker | ToDispatcher
 

@@ -70,7 +70,7 @@ class PrefillCore:
         self.stats = PrefillStats()
         self.reserve = 0
         self._pages = PromptPages(cache)
-        self._models = models
+        self._models = dict(models)
         self._pads = pads
         self._buckets = sorted(chunk_buckets)
         self._budget = self._buckets[-1]
@@ -98,6 +98,10 @@ class PrefillCore:
                 self._fetch(message)
             case m.Release(id):
                 self._release(id)
+            case m.ModelAdded(spec):
+                self._models[spec.name] = spec
+            case m.ModelRemoved(model):
+                self._models.pop(model, None)
             case _:
                 raise TypeError(f"{self.name}: {type(message).__name__} is not for prefill workers")
 

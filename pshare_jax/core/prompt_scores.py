@@ -27,6 +27,7 @@ from pshare_jax.core.messages import (
     SamplingParams,
     TokenLogprobs,
 )
+from pshare_jax.core.models import ModelSpec
 
 FORCING_BIAS = 1e9
 """Makes a token the most likely one whatever the logits, in float32 too."""
@@ -57,12 +58,13 @@ def probe_of(request: Request, position: int, id: str) -> Request:
 class _Scored:
     """A request that is being scored.
 
-    `answer` is the id of the request that generates its answer, `held` what that has given so far,
-    `unasked` the positions without a probe. `live` are the ids of all that has not ended; when none
-    is left, `end` is delivered if it is set.
+    `model` is what its model was when it came. `answer` is the id of the request that generates its
+    answer, `held` what that has given so far, `unasked` the positions without a probe. `live` are
+    the ids of all that has not ended; when none is left, `end` is delivered if it is set.
     """
 
     request: Request
+    model: ModelSpec | None
     answer: str
     scores: list[TokenLogprobs | None]
     unasked: list[int] = field(default_factory=list)
@@ -102,7 +104,8 @@ class PromptScorer:
         self, request: Request, *, order: int, seed: int, end_token_ids: frozenset[int]
     ) -> None:
         """Takes a request for which `is_scored` holds; otherwise as `Dispatcher.submit`."""
-        scored = _Scored(request, self._new_id(), [None] * len(request.prompt_token_ids))
+        model = self._dispatcher.hold(request.model)
+        scored = _Scored(request, model, self._new_id(), [None] * len(request.prompt_token_ids))
         self._requests[request.id] = scored
         params = msgspec.structs.replace(
             request.params, max_tokens=max(request.params.max_tokens, 1), prompt_logprobs=None
@@ -113,6 +116,7 @@ class PromptScorer:
             order=order,
             seed=seed,
             end_token_ids=end_token_ids,
+            model=model,
         )
 
     def abort(self, request_id: str) -> list[RequestOutput] | None:
@@ -223,6 +227,7 @@ class PromptScorer:
                 order=self._next_order(),
                 seed=0,
                 end_token_ids=frozenset(),
+                model=scored.model,
             )
 
     def _cancel(self, scored: _Scored, end: RequestOutput) -> None:
@@ -241,4 +246,6 @@ class PromptScorer:
         if scored.end is None and not (scored.delivered and not scored.held):
             return []
         del self._requests[id]
+        if scored.model is not None:
+            self._dispatcher.release(scored.model)
         return [] if scored.end is None else [scored.end]

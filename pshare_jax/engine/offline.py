@@ -202,6 +202,25 @@ class Engine:
         params = {"max_tokens": room, **params}
         return self.generate(model, [prompt], stop=stop, **params)[0]
 
+    def load_module(self, name: str, folder: str | Path, *, replace: bool = False) -> None:
+        """Serves the decode module in `folder` under `name` from now on.
+
+        There must be room for it: `decode.max_loras`, `decode.max_full`. With `replace` it takes
+        the place of a module of that name.
+
+        Raises:
+            RequestError, CheckpointError, ConfigError: see `Orchestrator.load_module`.
+        """
+        self._orchestrator.load_module(name, folder, replace=replace)
+
+    def unload_module(self, name: str) -> None:
+        """Serves a decode module no more; what runs goes on to its end.
+
+        Raises:
+            RequestError: see `Orchestrator.unload_module`.
+        """
+        self._orchestrator.unload_module(name)
+
     def close(self) -> None:
         """Ends the engine's threads."""
         self._orchestrator.stop()

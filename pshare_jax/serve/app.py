@@ -11,7 +11,7 @@ import uuid
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from pshare_jax.serve import cors, handlers, info, other_apis
+from pshare_jax.serve import admin, cors, handlers, info, other_apis
 from pshare_jax.serve.bodies import body_too_large
 from pshare_jax.serve.engine_api import Engine
 from pshare_jax.serve.errors import ApiError, as_api_error
@@ -44,6 +44,8 @@ def build_app(engine: Engine) -> web.Application:
         "/v1/responses": other_apis.responses,
         "/v1/messages": other_apis.messages,
         "/v1/messages/count_tokens": other_apis.count_tokens,
+        "/v1/load_lora_adapter": admin.load_adapter,
+        "/v1/unload_lora_adapter": admin.unload_adapter,
         "/tokenize": info.tokenize,
         "/detokenize": info.detokenize,
     }.items():

@@ -30,6 +30,9 @@ class FakeDispatcher:
         self.submitted.append(request)
         self.orders.append(order)
 
+    def hold(self, model: str) -> None:
+        return None
+
     def abort(self, id: str) -> None:
         self.aborted.append(id)
 
