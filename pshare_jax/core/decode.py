@@ -90,6 +90,7 @@ class DecodeCore:
         self._rows: dict[int, DecodeRow] = {}
         self._admits: list[Admit] = []
         self._group_turns = GroupTurns(config.group_quantum)
+        self._steps_under_way = 0
         self._tick = 0
         self._number = 0
 
@@ -191,6 +192,7 @@ class DecodeCore:
         """Takes in what came of a plan; results come in the order of plans."""
         if plan.step is None:
             return
+        self._steps_under_way -= 1
         self.stats.attended(result.plain_pages, result.saved_pages)
         for i, planned in enumerate(plan.step.rows):
             row = self._rows.get(planned.id)
@@ -337,11 +339,14 @@ class DecodeCore:
             if row.num_behind == 1 and row.remaining > 0:
                 group = self._models[row.sequence.model].group
                 ready.setdefault(group, []).append(row)
+        if self._steps_under_way and self._group_turns.is_over(ready):
+            return None
         for group in self._group_turns.order(ready):
             rows = next_batch(ready[group], max(self._config.batch_buckets))
             step = self._step(group, rows)
             if step is not None:
                 self._group_turns.stepped(group, ready)
+                self._steps_under_way += 1
                 return step
         return None
 

@@ -77,6 +77,14 @@ class GroupTurns:
         self._tick = 0
         self._last_step: dict[str, int] = {}
 
+    def is_over(self, ready: Mapping[str, Sequence[DecodeWork]]) -> bool:
+        """Whether one of several groups is to be chosen for a turn, by what is ready.
+
+        That had better wait for the results of steps under way, whose rows come back with more.
+        """
+        others = ready.keys() - {self._group}
+        return self._quantum > 1 and bool(others) and not self._goes_on(ready)
+
     def order(self, ready: Mapping[str, Sequence[DecodeWork]]) -> list[str]:
         """The groups of `ready`, by their rows, in the order in which they should get a step."""
         waiting = sorted(ready, key=lambda group: self._last_step.get(group, -1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -18,16 +19,26 @@ LOG_LINES = 15
 
 
 @contextmanager
-def running_server(args: Sequence[str], ready_seconds: float = 600.0) -> Iterator[str]:
+def running_server(
+    args: Sequence[str], ready_seconds: float = 600.0, checkout: str | None = None
+) -> Iterator[str]:
     """Runs `python -m pshare_jax.serve ARGS` on a free port of 127.0.0.1; gives its URL once ready.
+
+    Args:
+        args: its flags.
+        ready_seconds: after which it is given up.
+        checkout: folder of the code that is run, and in which it runs, if it is not this code.
 
     Raises:
         EngineDeadError: it ended, or was not ready in time; with the end of its log.
     """
     command = [sys.executable, "-m", "pshare_jax.serve", "--port=0", *args]
+    there = None if checkout is None else os.environ | {"PYTHONPATH": os.path.abspath(checkout)}
     with (
         tempfile.TemporaryFile(mode="w+") as log,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=checkout, env=there
+        ) as process,
     ):
         try:
             yield _wait_until_ready(process, log, ready_seconds)

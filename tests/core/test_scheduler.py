@@ -63,6 +63,19 @@ def test_the_group_with_most_rows_is_next_but_none_starves() -> None:
     assert steps(turns, ready, 48) == "ccccaaaabbbbcccc" * 3
 
 
+def test_a_turn_is_over_where_another_group_may_be_chosen() -> None:
+    turns = GroupTurns(2)
+    both, one = {"a": [OLD], "b": [OLD]}, {"a": [OLD]}
+    assert turns.is_over(both)  # nobody has the turn yet
+    assert steps(turns, both, 1) == "a"
+    assert not turns.is_over(both)
+    assert turns.is_over({"b": [OLD]})
+    assert steps(turns, both, 1) == "a"
+    assert turns.is_over(both)
+    assert not turns.is_over(one)  # there is nobody to choose from
+    assert not GroupTurns(1).is_over(both)  # whoever has waited longest is known at once
+
+
 def test_new_rows_get_every_second_step_at_most() -> None:
     turns = GroupTurns(4)
     ready = {"a": [OLD], "b": [OLD], "c": [OLD]}
