@@ -36,6 +36,7 @@ class Engine:
     def __init__(self, orchestrator: Orchestrator):
         self._orchestrator = orchestrator
         self._ids = itertools.count()
+        self._formats: dict[str, ModelFormat] = {}
         orchestrator.start()
 
     @classmethod
@@ -185,9 +186,11 @@ class Engine:
 
     def _format(self, model: str) -> ModelFormat:
         """How a model writes calls and thoughts."""
-        entries = {entry.name: entry for entry in self._orchestrator.config.models}
-        entry = entries.get(model, ModelEntry(model))
-        return model_format(entry, self._orchestrator.tokenizer.chat_template)
+        if model not in self._formats:
+            entries = {entry.name: entry for entry in self._orchestrator.config.models}
+            template = self._orchestrator.tokenizer.chat_template
+            self._formats[model] = model_format(entries.get(model, ModelEntry(model)), template)
+        return self._formats[model]
 
     def load_module(self, name: str, folder: str | Path, *, replace: bool = False) -> None:
         """Serves the decode module in `folder` under `name` from now on.

@@ -109,12 +109,11 @@ def test_bodies(client, body):
 
 
 class TestWhoMay:
-    BODY = {"lora_name": "new", "lora_path": "coder"}
-
     def ask(self, tokenizer, key="", **server):
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         with running_server(fake_engine(tokenizer, fake_config(**server))) as client:
-            answers = [client.post(path, self.BODY, **headers) for path in (LOAD, UNLOAD)]
+            body = {"lora_name": "new", "lora_path": "coder"}
+            answers = [client.post(path, body, **headers) for path in (LOAD, UNLOAD)]
             assert answers[0].status == answers[1].status
             return answers[0]
 
