@@ -50,6 +50,23 @@ class SamplingParams(msgspec.Struct, frozen=True):
     prompt_logprobs: int | None = None
 
 
+class Owner(msgspec.Struct, frozen=True):
+    """Whose a sequence is, for fair shares.
+
+    Args:
+        key: name of the client; clients share what there is by their weights.
+        weight: share of the client, relative to others that want something.
+        request: what the client has asked for at once; a client's share is divided among its
+            requests, whatever their number of sequences. Empty is a request of its own.
+        priority: among a client's requests; lower is earlier.
+    """
+
+    key: str = ""
+    weight: float = 1.0
+    request: str = ""
+    priority: int = 0
+
+
 class Request(msgspec.Struct, frozen=True):
     """One sequence to be generated: `prompt_token_ids` by `model`.
 
@@ -63,6 +80,7 @@ class Request(msgspec.Struct, frozen=True):
     params: SamplingParams = msgspec.field(default_factory=SamplingParams)
     cache_salt: str = ""
     probe: bool = False
+    owner: Owner = Owner()
 
 
 class FinishReason(StrEnum):
@@ -95,14 +113,32 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
     top: tuple[tuple[int, float], ...] = ()
 
 
+class RequestTimes(msgspec.Struct):
+    """When the dispatcher heard what of a request, in seconds of its host's monotonic clock.
+
+    Only the first attempt's: a request that is routed again keeps them.
+
+    Args:
+        submitted: it was taken.
+        prefill: a prefill worker had begun with its prompt.
+        covered: all of the prompt's KV was there, computed or found.
+        started: a decode worker had its pages and a slot.
+    """
+
+    submitted: float
+    prefill: float | None = None
+    covered: float | None = None
+    started: float | None = None
+
+
 class RequestOutput(msgspec.Struct, frozen=True):
     """One event of a request.
 
     Token events carry `token_ids` (one or more, with one `logprobs` entry each when asked for).
-    The first event carries `usage`. The last event carries `finish_reason`; the stop token that
-    ended the sequence is its last token id and `stop_token` names it. `error` goes with ERROR.
-    `prompt_logprobs`, when asked for, come once, before any token: an entry for each prompt token,
-    None for the first.
+    The first event carries `usage` and `times`, the last one `times`, too, and `finish_reason`; the
+    stop token that ended the sequence is its last token id and `stop_token` names it. `error` goes
+    with ERROR. `prompt_logprobs`, when asked for, come once, before any token: an entry for each
+    prompt token, None for the first.
     """
 
     request_id: str
@@ -113,6 +149,7 @@ class RequestOutput(msgspec.Struct, frozen=True):
     stop_token: int | None = None
     error: str | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    times: RequestTimes | None = None
 
 
 class Sequence(msgspec.Struct, frozen=True, kw_only=True):
@@ -137,6 +174,7 @@ class Sequence(msgspec.Struct, frozen=True, kw_only=True):
         prefill_worker: who covers the prompt.
         decode_worker: who generates.
         probe: whether counters leave it out, see `Request`.
+        owner: whose it is, for fair shares.
     """
 
     id: int
@@ -156,6 +194,7 @@ class Sequence(msgspec.Struct, frozen=True, kw_only=True):
     prefill_worker: str = ""
     decode_worker: str = ""
     probe: bool = False
+    owner: Owner = Owner()
 
     @property
     def num_tokens(self) -> int:

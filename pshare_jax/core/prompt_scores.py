@@ -24,6 +24,7 @@ from pshare_jax.core.messages import (
     PromptUsage,
     Request,
     RequestOutput,
+    RequestTimes,
     SamplingParams,
     TokenLogprobs,
 )
@@ -51,7 +52,9 @@ def probe_of(request: Request, position: int, id: str) -> Request:
         logprobs=request.params.prompt_logprobs,
         ignore_eos=True,
     )
-    return Request(id, request.model, prompt[:position], params, request.cache_salt, probe=True)
+    return msgspec.structs.replace(
+        request, id=id, prompt_token_ids=prompt[:position], params=params, probe=True
+    )
 
 
 @dataclass(eq=False)
@@ -71,6 +74,7 @@ class _Scored:
     held: list[RequestOutput] = field(default_factory=list)
     live: set[str] = field(default_factory=set)
     usage: PromptUsage | None = None
+    times: RequestTimes | None = None
     begun: bool = False
     delivered: bool = False
     end: RequestOutput | None = None
@@ -101,7 +105,13 @@ class PromptScorer:
         return len(self._probes)
 
     def submit(
-        self, request: Request, *, order: int, seed: int, end_token_ids: frozenset[int]
+        self,
+        request: Request,
+        *,
+        order: int,
+        seed: int,
+        end_token_ids: frozenset[int],
+        now: float = 0.0,
     ) -> None:
         """Takes a request for which `is_scored` holds; otherwise as `Dispatcher.submit`."""
         model = self._dispatcher.hold(request.model)
@@ -117,6 +127,7 @@ class PromptScorer:
             seed=seed,
             end_token_ids=end_token_ids,
             model=model,
+            now=now,
         )
 
     def abort(self, request_id: str) -> list[RequestOutput] | None:
@@ -166,6 +177,7 @@ class PromptScorer:
     def _answered(self, scored: _Scored, output: RequestOutput) -> list[RequestOutput]:
         """Takes an event of the answer in."""
         scored.usage = output.usage or scored.usage
+        scored.times = output.times or scored.times
         if scored.end is not None:
             return []
         if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
@@ -204,7 +216,11 @@ class PromptScorer:
         if params.max_tokens == 0:
             # The one token of the answer was a way to have the prompt covered.
             scored.end = RequestOutput(
-                id, usage=scored.usage, finish_reason=FinishReason.LENGTH, prompt_logprobs=scores
+                id,
+                usage=scored.usage,
+                finish_reason=FinishReason.LENGTH,
+                prompt_logprobs=scores,
+                times=scored.times,
             )
             return []
         if not scored.delivered:

@@ -14,7 +14,15 @@ from msgspec import Struct
 Ignored = Any
 Whole = int | float
 
-_WHOLE = ("n", "max_tokens", "seed", "top_k", "truncate_prompt_tokens", "prompt_logprobs")
+_WHOLE = (
+    "n",
+    "max_tokens",
+    "seed",
+    "top_k",
+    "truncate_prompt_tokens",
+    "prompt_logprobs",
+    "priority",
+)
 
 # Fields of OpenAI's and vLLM's APIs that would change the answer, and are not served: to ignore
 # them would be to lie. Each may still be null, empty, false or 0.
@@ -69,6 +77,7 @@ class GenerationRequest(Struct, kw_only=True):
     return_token_ids: bool | None = None
     prompt_logprobs: Whole | None = None
     cache_salt: str | None = None
+    priority: Whole | None = None
     user: Ignored = None
     metadata: Ignored = None
     store: Ignored = None

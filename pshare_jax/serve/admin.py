@@ -9,6 +9,7 @@ from aiohttp import web
 from msgspec import Struct
 
 from pshare_jax.errors import CheckpointError, ConfigError
+from pshare_jax.serve.access import KEY
 from pshare_jax.serve.adapter_paths import adapter_folder
 from pshare_jax.serve.errors import ApiError
 from pshare_jax.serve.parsing import read_request
@@ -68,14 +69,13 @@ def _admitted(request: web.Request) -> Service:
         ApiError: 403, says what forbids it.
     """
     service = request.app[SERVICE]
-    config, key = service.config, request.get("key")
+    config = service.config
     if not config.adapter_root:
         raise _forbidden("loading is off: server.adapter_root names no folder")
-    if key is not None and not getattr(key, "admin", False):
-        raise _forbidden("this needs the API key of an administrator")
-    if key is None and not config.api_key and not config.allow_runtime_loading:
+    if not (request[KEY].admin or config.allow_runtime_loading):
         raise _forbidden(
-            "loading needs an API key, or server.allow_runtime_loading: true where there is none"
+            "loading needs an admin key (server.api_keys_file), or server.allow_runtime_loading: "
+            "true, which lets everybody who may ask"
         )
     service.require_serving()
     return service

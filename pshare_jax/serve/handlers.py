@@ -12,6 +12,7 @@ from pshare_jax.frontend.chat import Prompt, completion_prompts
 from pshare_jax.frontend.params import (
     check_scored,
     output_params,
+    request_priority,
     resolve_max_tokens,
     sampling_params,
 )
@@ -77,6 +78,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
             [prompt.token_ids for prompt in prompts for _ in range(output.n)],
         ),
         arrival=arrival,
+        priority=request_priority(body),
     )
     return await respond(request, service, job)
 

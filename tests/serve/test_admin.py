@@ -8,6 +8,7 @@ from pshare_jax.errors import CertificateError, ConfigError, RequestError
 from tests.serve.fake import fake_config, fake_engine
 from tests.serve.server import running_server
 
+KEYS = "{keys: [{name: boss, key: boss-key-1, admin: true}, {name: team, key: team-key-1}]}"
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 
 
@@ -127,6 +128,12 @@ class TestWhoMay:
         assert answer.status == 403
         assert "allow_runtime_loading" in answer.error["message"]
 
-    def test_who_has_the_key(self, tokenizer, root):
-        assert self.ask(tokenizer, "k", adapter_root=str(root), api_key="k").status == 200
-        assert self.ask(tokenizer, "no", adapter_root=str(root), api_key="k").status == 401
+    def test_an_admin_key(self, tokenizer, root, tmp_path):
+        path = tmp_path / "keys.yaml"
+        path.write_text(KEYS)
+        server = {"adapter_root": str(root), "api_keys_file": str(path)}
+        assert self.ask(tokenizer, "boss-key-1", **server).status == 200
+        assert self.ask(tokenizer, "team-key-1", **server).status == 403
+        assert self.ask(tokenizer, "nobody", **server).status == 401
+        everybody = {**server, "allow_runtime_loading": True}
+        assert self.ask(tokenizer, "team-key-1", **everybody).status == 200
