@@ -268,6 +268,8 @@ class Orchestrator:
         decode = {w.name: w.core.stats for w in self.workers.decode}
         requests = self._dispatcher.stats
         total = self._served.total
+        # Those that were unloaded may still run.
+        names = {**dict.fromkeys(self.models), **live, **running}
         return EngineStats(
             prefill_tokens=total(stats.prefill_tokens for stats in prefill.values()),
             prompt_tokens=dict(requests.prompt_tokens),
@@ -283,8 +285,8 @@ class Orchestrator:
             },
             compiles=compile_count() - self._compiles_at_start if self.ready else 0,
             finished=dict(requests.finished),
-            running={name: running[name] for name in self.models},
-            waiting={name: max(live[name] - running[name], 0) for name in self.models},
+            running={name: running[name] for name in names},
+            waiting={name: max(live[name] - running[name], 0) for name in names},
             pools={name: _pool_stats(cache) for name, cache in self.caches.items()},
             busy_seconds={
                 name: seconds for t in self._threads for name, seconds in t.busy_seconds.items()

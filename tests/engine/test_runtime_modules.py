@@ -187,6 +187,7 @@ def test_unloading_lets_what_runs_end(client: Client) -> None:
         wait_until(lambda: client.engine.stats().running["lora"] == 1)
         client.engine.unload_module("lora")
         assert "lora" not in client.engine.models
+        assert client.engine.stats().running["lora"] == 1
         with pytest.raises(UnknownModelError, match="'lora' is not served"):
             client.submit("lora", PROMPT)
         assert places(client) == 1
