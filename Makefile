@@ -8,12 +8,15 @@ MODULES := $(patsubst %,$(BASE)-%/pshare.json,family tools code)
 AGENTS := $(BIN)/python -m pshare_jax.bench agents
 BENCHES := react reflexion models
 BENCHES_VLLM := vllm vllm-long
+# Tests that compile little or nothing; the state machines take a minute of their own.
+QUICK := tests/core tests/frontend tests/package tests/serve tests/sharding tests/text \
+  --ignore=tests/core/test_state_machines.py
 # Whatever has been measured, in this order.
 REPORT = $(BIN)/python -m pshare_jax.bench report --results="[$$(for result in \
   $(patsubst %,docs/results/agents-%.json,$(BENCHES) $(BENCHES_VLLM)); do \
   if [ -f $$result ]; then echo $$result; fi; done | paste -sd,)]"
 
-.PHONY: demo serve bench bench-vllm modules results test test-compile attack soak lock audit lint format clean
+.PHONY: demo serve bench bench-vllm modules results test quick test-browser test-compile attack soak lock audit lint format clean
 
 demo: .venv/.run $(MODULES)
 	$(BIN)/python -m pshare_jax.demo
@@ -48,6 +51,14 @@ modules: .venv/.study $(BASE)/pshare.json
 # Compiling for JAX is mostly work of one thread: two processes use two cores better than one does.
 test: .venv/.test
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# What compiles little: the inner loop.
+quick: .venv/.test
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(QUICK)
+
+# The page at /ui in a real browser; SCREENSHOTS=docs makes the picture of docs/ui.md.
+test-browser: .venv/.browser
+	$(BIN)/python -m pytest tests/browser -m browser
 
 test-compile: .venv-compile/.ready
 	.venv-compile/bin/python -m pytest tests/compile -m compile
@@ -108,6 +119,10 @@ $(BASE)-%/pshare.json: modules/smollm2-135m/%/adapter_model.safetensors | $(BASE
 .venv/.test: pyproject.toml | .venv/.python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,clients]'
 	@touch $@ .venv/.run
+
+.venv/.browser: pyproject.toml | .venv/.test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,clients,browser]'
+	@touch $@
 
 .venv/.lock: pyproject.toml | .venv/.run
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[lock]'
