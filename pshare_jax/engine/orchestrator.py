@@ -18,6 +18,7 @@ import jax
 from pshare_jax.cluster.thread import DispatcherThread, WorkerThread
 from pshare_jax.config import ServeConfig, Sharing
 from pshare_jax.convert.manifest import TOKENIZER_FOLDER
+from pshare_jax.core.constraints import GrammarSpec
 from pshare_jax.core.dispatcher import Dispatcher
 from pshare_jax.core.messages import DISPATCHER, Message, ModelKind, Request, RequestOutput
 from pshare_jax.core.pages.page_cache import PageCache
@@ -35,10 +36,17 @@ from pshare_jax.engine.loader import (
     checkpoint_sources,
     model_specs,
 )
-from pshare_jax.errors import EngineDeadError, QueueFullError, RequestError, UnknownModelError
+from pshare_jax.errors import (
+    EngineDeadError,
+    PshareError,
+    QueueFullError,
+    RequestError,
+    UnknownModelError,
+)
 from pshare_jax.kernels.backends import backend_for
 from pshare_jax.runtime.compiles import compile_count
 from pshare_jax.runtime.layout import PageLayout
+from pshare_jax.text.grammar import GrammarCompiler
 from pshare_jax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -64,6 +72,7 @@ class ModelInfo:
 class _Live:
     model: str
     sink: Sink
+    grammar: GrammarSpec | None
 
 
 class Orchestrator:
@@ -93,6 +102,9 @@ class Orchestrator:
         self.model_config = base.config
         self.ready = False
         self._tokenizer = tokenizer
+        self.grammars: GrammarCompiler | None = None
+        if tokenizer is not None and tokenizer.eos_token_ids:
+            self.grammars = GrammarCompiler(tokenizer)
         layout = PageLayout.of(base.config, config.page_size, compute_dtype(config))
         sizes = check_config(config, base.config, layout)
         meshes = place(config)
@@ -111,7 +123,9 @@ class Orchestrator:
         }
         backend = backend_for(config.kernel_backend, jax.default_backend())
         loader = WeightLoader(base, sources, backend)
-        assembly = Assembly(config, base.config, layout, sizes, backend, loader, self._specs)
+        assembly = Assembly(
+            config, base.config, layout, sizes, backend, loader, self._specs, self.grammars
+        )
         self.workers = assembly.build(meshes)
         self._threads = [
             WorkerThread(name, workers, self._carry, self._worker_failed)
@@ -202,17 +216,15 @@ class Orchestrator:
         check_request(request, self.model_config.vocab_size, self.config.max_model_len)
         params = request.params
         ends = set(params.stop_token_ids)
-        if not params.ignore_eos and self._tokenizer is not None:
+        if self._tokenizer is not None and not (params.ignore_eos and params.grammar is None):
             ends |= set(self._tokenizer.eos_token_ids)
         seed = (secrets.randbits(32) if params.seed is None else params.seed) % 2**32
-        with self._lock:
-            if request.id in self._live:
-                raise RequestError(f"request id {request.id!r} is already running")
-            num_waiting = len(self._live) - sum(self._running().values())
-            if num_waiting >= self.config.max_queue:
-                raise QueueFullError(f"{num_waiting} requests are waiting; try again later")
-            self._live[request.id] = _Live(request.model, sink)
-            order = next(self._order)
+        self._hold(params.grammar)
+        try:
+            order = self._register(request, sink)
+        except PshareError:
+            self._release(params.grammar)
+            raise
         self._control.post(lambda: self._take(request, order, seed, frozenset(ends)))
 
     def abort(self, request_id: str) -> None:
@@ -242,6 +254,7 @@ class Orchestrator:
             prefill_tokens=_sum(stats.prefill_tokens for stats in prefill.values()),
             prompt_tokens=dict(requests.prompt_tokens),
             generation_tokens=_sum(stats.generation_tokens for stats in decode.values()),
+            forced_tokens=_sum(stats.forced_tokens for stats in decode.values()),
             handoff_bytes=_sum(stats.handoff_bytes for stats in decode.values()),
             handoff_pages=_sum(stats.handoff_pages for stats in decode.values()),
             failed_transfers={name: stats.failed_transfers for name, stats in decode.items()},
@@ -260,6 +273,38 @@ class Orchestrator:
                 name: seconds for t in self._threads for name, seconds in t.busy_seconds.items()
             },
         )
+
+    def _hold(self, grammar: GrammarSpec | None) -> None:
+        """Has the grammar of a request compiled and kept; callers who must not wait did so before.
+
+        Raises:
+            RequestError: it cannot be used.
+        """
+        if grammar is None:
+            return
+        if self.grammars is None:
+            raise RequestError("a grammar needs a tokenizer with an end token", "grammar")
+        self.grammars.hold(grammar, "grammar")
+
+    def _release(self, grammar: GrammarSpec | None) -> None:
+        if grammar is not None and self.grammars is not None:
+            self.grammars.release(grammar)
+
+    def _register(self, request: Request, sink: Sink) -> int:
+        """Counts a request among the living; its place in the order of arrival.
+
+        Raises:
+            RequestError: its id is taken.
+            QueueFullError: too many requests are waiting.
+        """
+        with self._lock:
+            if request.id in self._live:
+                raise RequestError(f"request id {request.id!r} is already running")
+            num_waiting = len(self._live) - sum(self._running().values())
+            if num_waiting >= self.config.max_queue:
+                raise QueueFullError(f"{num_waiting} requests are waiting; try again later")
+            self._live[request.id] = _Live(request.model, sink, request.params.grammar)
+            return next(self._order)
 
     def _is_served(self, model: str) -> bool:
         """Whether there are workers left that can cover prompts and generate for a model."""
@@ -303,6 +348,7 @@ class Orchestrator:
             live = self._live.get(output.request_id)
             if output.finish_reason is not None:
                 self._live.pop(output.request_id, None)
+                self._release(None if live is None else live.grammar)
         if live is None:
             return
         try:
