@@ -26,7 +26,7 @@ from pshare_jax.text.tokenizer import Tokenizer
 # Models fall into endless white space where any is allowed: one space, or a new line with its
 # indentation, is what JSON is written with.
 _WHITESPACE = r"[ ]?|\n[ ]{0,16}"
-_JSON_OPTIONS = {
+JSON_OPTIONS = {
     "whitespace_pattern": _WHITESPACE,
     "item_separator": ",",
     "key_separator": ":",
@@ -34,6 +34,8 @@ _JSON_OPTIONS = {
     "lenient": False,
     "coerce_one_of": False,
 }
+"""How JSON is to be written, and read from schemas; llguidance's options."""
+
 _SILENT = 0
 
 
@@ -124,6 +126,10 @@ class GrammarCompiler:
             self._cache[spec] = matcher
             self._forget()
         return GrammarState(matcher.deep_copy(), self._words)
+
+    def has(self, spec: GrammarSpec) -> bool:
+        """Whether `compile` would take no time."""
+        return spec in self._cache
 
     def hold(self, spec: GrammarSpec, param: str) -> None:
         """Keeps `spec` compiled until it is released as often.
@@ -341,12 +347,12 @@ def _source(spec: GrammarSpec) -> str:
         case "json_object":
             return LLMatcher.grammar_from_json_schema(
                 {"type": "object"},
-                overrides=_JSON_OPTIONS,  # type: ignore[arg-type]
+                overrides=JSON_OPTIONS,  # type: ignore[arg-type]
             )
         case "json_schema":
             return LLMatcher.grammar_from_json_schema(
                 spec.source,
-                overrides=_JSON_OPTIONS,  # type: ignore[arg-type]
+                overrides=JSON_OPTIONS,  # type: ignore[arg-type]
             )
         case "regex":
             return LLMatcher.grammar_from_regex(spec.source)

@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 
 from pshare_jax.config import DecodeConfig, ServeConfig
-from pshare_jax.core.constraints import GrammarSpec, Thoughts
+from pshare_jax.core.constraints import GrammarSpec
 from pshare_jax.core.messages import FinishReason
 from pshare_jax.engine.orchestrator import Orchestrator
-from pshare_jax.errors import RequestError
 from pshare_jax.text.tokenizer import Tokenizer
 from tests.engine.harness import Client, Models, lora_module, serve_config
 from tests.helpers import tiny_config

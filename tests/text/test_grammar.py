@@ -15,8 +15,8 @@ from tokenizers.trainers import BpeTrainer
 
 from pshare_jax.core.constraints import GrammarSpec
 from pshare_jax.errors import RequestError
-from pshare_jax.frontend import grammar_spec, tool_prompt
-from pshare_jax.text import grammar
+from pshare_jax.frontend import tool_prompt
+from pshare_jax.text import grammar, grammar_spec
 from pshare_jax.text.grammar import GrammarCompiler, GrammarError, GrammarLimits, GrammarState
 from pshare_jax.text.tokenizer import Tokenizer
 from tests.text.tiny import write_byte_level, write_sentencepiece

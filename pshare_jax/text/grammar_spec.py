@@ -89,12 +89,13 @@ def _schema_text(schema: Any, limits: GrammarLimits, where: str) -> str:
         schema = {} if schema else {"enum": []}
     if not isinstance(schema, Mapping):
         raise RequestError(f"{where} must be an object", param=where)
-    _check_size(schema, limits, where)
+    check_schema(schema, limits, where)
     return _bounded(json.dumps(schema, ensure_ascii=False), limits, where)
 
 
-def _check_size(schema: Mapping[str, Any], limits: GrammarLimits, where: str) -> None:
-    """Walks without recursion, which a deep schema would exhaust."""
+def check_schema(schema: Mapping[str, Any], limits: GrammarLimits, where: str) -> None:
+    """Raises RequestError for a schema that is too large. Walks without recursion, which a deep one
+    would exhaust."""
     stack: list[tuple[Any, int]] = [(schema, 1)]
     nodes = 0
     while stack:
