@@ -41,20 +41,12 @@ def asked_grammar(body: GenerationRequest, limits: GrammarLimits) -> AskedGramma
     Raises:
         RequestError: it is malformed or too large, or there are two.
     """
-    structured: dict[str, Mapping[str, Any] | None] = {
-        "structured_outputs": body.structured_outputs
+    specs = {
+        "response_format": from_response_format(body.response_format, limits),
+        "structured_outputs": from_structured_outputs(body.structured_outputs, limits),
+        **{old: _guided(body, old, limits) for old in _GUIDED},
     }
-    for old, new in _GUIDED.items():
-        value = getattr(body, old)
-        structured[old] = None if value is None else {new: value}
-    found = [
-        AskedGrammar(spec, param)
-        for param, value in structured.items()
-        if (spec := from_structured_outputs(value, limits, param)) is not None
-    ]
-    spec = from_response_format(body.response_format, limits)
-    if spec is not None:
-        found.append(AskedGrammar(spec, "response_format"))
+    found = [AskedGrammar(spec, param) for param, spec in specs.items() if spec is not None]
     if len(found) > 1:
         raise RequestError(
             f"give one of {found[0].param} and {found[1].param}, not both", param=found[1].param
@@ -133,6 +125,16 @@ def bad_word_ids(
         if len(spaced) == len(plain) and spaced[0] != plain[0]:
             found.append(spaced)
     return tuple(found)
+
+
+def _guided(body: GenerationRequest, old: str, limits: GrammarLimits) -> GrammarSpec | None:
+    value, new = getattr(body, old), _GUIDED[old]
+    if value is None:
+        return None
+    try:
+        return from_structured_outputs({new: value}, limits, old)
+    except RequestError as error:
+        raise RequestError(str(error).replace(f"{old}.{new}", old), param=old) from None
 
 
 def _forced(

@@ -171,9 +171,7 @@ def sampling_params(
         logprobs=logprobs,
         stop_token_ids=_stop_token_ids(body.stop_token_ids or [], limits.vocab_size),
         ignore_eos=bool(body.ignore_eos),
-        min_tokens=0
-        if body.min_tokens is None
-        else _bounded("min_tokens", body.min_tokens, 0, 2**31),
+        min_tokens=_bounded("min_tokens", body.min_tokens or 0, 0, 2**31),
         allowed_token_ids=_allowed_token_ids(body.allowed_token_ids, limits.vocab_size),
     )
 

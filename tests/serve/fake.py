@@ -17,6 +17,7 @@ from pshare_jax.core.messages import (
 from pshare_jax.core.stats import EngineStats, PoolStats
 from pshare_jax.errors import EngineDeadError, QueueFullError, UnknownModelError
 from pshare_jax.models.config import ModelConfig
+from pshare_jax.text.grammar import GrammarCompiler
 from pshare_jax.text.tokenizer import Tokenizer
 
 MODELS = {"planner": "shared", "coder": "shared", "team/critic": "isolated"}
@@ -68,6 +69,7 @@ class FakeOrchestrator:
     def __post_init__(self):
         self.model_config = ModelConfig("llama", self.tokenizer.vocab_size + 8, 8, 8, 1, 1, 1, 8)
         self.models = {name: FakeModelInfo(name, sharing) for name, sharing in MODELS.items()}
+        self.grammars = GrammarCompiler(self.tokenizer) if self.tokenizer.eos_token_ids else None
         self._lock = threading.Condition()
         self._running: dict[str, Running] = {}
         self._index: dict[tuple, str] = {}
@@ -154,7 +156,7 @@ class FakeOrchestrator:
     def _prefill(self, request: Request) -> PromptUsage:
         """Whole pages before the tail are found by the hash chain of what comes before them."""
         covered = request.prompt_token_ids[:-TAIL]
-        namespace = request.model if MODELS[request.model] == "isolated" else "base"
+        namespace = request.model if MODELS.get(request.model) == "isolated" else "base"
         sources: Counter = Counter()
         hit = True
         for end in range(PAGE_SIZE, len(covered) + 1, PAGE_SIZE):

@@ -81,15 +81,17 @@ def _several(style: str, one_call: bool, token_id: Callable[[str], int | None]) 
             return '"[" call "]"' if one_call else '"[" call (", " call)* "]"'
         case _:
             raise RequestError(
-                f"calls in the format {style!r} cannot be forced; only hermes, llama3_json, mistral "
-                "and pythonic can",
+                f"calls in the format {style!r} cannot be forced; only those of hermes, "
+                "llama3_json, mistral and pythonic can",
                 param="tool_choice",
             )
 
 
 def _parameters(function: Mapping[str, Any], limits: GrammarLimits, where: str) -> dict[str, Any]:
     """The schema of a call's arguments; what it does not name is not written."""
-    schema = dict(function.get("parameters") or {"type": "object", "properties": {}})
+    schema: dict[str, Any] = dict(
+        function.get("parameters") or {"type": "object", "properties": {}}
+    )
     check_schema(schema, limits, where)
     closed = ("additionalProperties", "patternProperties", "anyOf", "oneOf", "allOf", "$ref")
     if not any(name in schema for name in closed):
