@@ -119,7 +119,6 @@ class _Dispatched:
 
     `known` and `masks` are what was known of its rows: slots may have others by its end. `later`
     are its input and logits until its tokens are chosen, `tokens` what it gave once that was read.
-    `overtaken` are rows, by their number, whose token was told with the step before.
     """
 
     plan: DecodePlan
@@ -129,7 +128,6 @@ class _Dispatched:
     reads: SharedRuns
     sampled: Sampled
     later: tuple[DecodeInput, jax.Array] | None
-    overtaken: dict[int, int] = field(default_factory=dict)
     tokens: list[list[int]] | None = None
     failed: dict[int, str] = field(default_factory=dict)
 
@@ -303,8 +301,9 @@ class DecodeExecutor:
             self._read(earlier)
         inputs, logits = step.later
         mask = self._masks.fill(step.masks, step.step.bucket)
-        for row, token_id in step.overtaken.items():
-            mask[row] = only(self.programs.spec.config.vocab_size, token_id)
+        for row, state in enumerate(step.masks):
+            if state is not None and (told := _told(step, row, state)) is not None:
+                mask[row] = only(self.programs.spec.config.vocab_size, told)
         self._history, step.sampled = self.programs.choose(
             self._history,
             logits,
@@ -322,35 +321,34 @@ class DecodeExecutor:
             array = np.asarray(step.sampled.tokens)[: step.step.count, : len(step.step.rows)]
             tokens: list[list[int]] = array.T.tolist()
             for row, mask in enumerate(step.masks):
-                if row in step.overtaken:
-                    tokens[row] = []
-                elif mask is not None:
-                    tokens[row] += self._follow(step, row, mask, tokens[row])
+                if mask is not None:
+                    overtaken = _told(step, row, mask) is not None
+                    tokens[row] = [] if overtaken else self._follow(step, row, mask, tokens[row])
             step.tokens = tokens
         return step.tokens
 
-    def _follow(
-        self, step: _Dispatched, row: int, mask: RowMask, tokens: list[int]
-    ) -> Sequence[int]:
-        """Takes the tokens of a row in.
+    def _follow(self, step: _Dispatched, row: int, mask: RowMask, tokens: list[int]) -> list[int]:
+        """Takes the tokens of a row in; gives them with those that must follow, if it is worth it.
 
-        Returns:
-            What must follow, and is told with them without more steps.
+        These need no steps. One that is under way already will be overtaken.
         """
         for token_id in tokens:
             mask.accept(token_id)
         if mask.error is not None:
             step.failed[row] = mask.error
-            return ()
+            return tokens
         forced = mask.jump
         if forced:
-            for later in self._dispatched:
-                if later.later is not None and mask in later.masks:
-                    later.overtaken[later.masks.index(mask)] = forced[0]
             for token_id in forced:
                 mask.accept(token_id)
             self._write(step.known[row], mask.tokens)
-        return forced
+        return [*tokens, *forced]
+
+
+def _told(step: _Dispatched, row: int, mask: RowMask) -> int | None:
+    """The token that a row would get from a step, if it was told with an earlier one already."""
+    position = step.step.rows[row].start + 1
+    return mask.tokens[position] if position < len(mask.tokens) else None
 
 
 def _logprobs(done: _Dispatched) -> list[list[TokenLogprobs]]:
