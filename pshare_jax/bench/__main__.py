@@ -23,6 +23,7 @@ from pshare_jax.bench import (
     agents_report,
     compile_report,
     machine,
+    masks,
     micro,
     micro_report,
     shared_prefix,
@@ -91,12 +92,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Appended turns of many sessions, computed together or one prompt a call."
     )
     turns_parser.add_class_arguments(turns.TurnsOptions)
+    masks_parser = jsonargparse.ArgumentParser(
+        description="Decode steps whose tokens follow a grammar, beside free ones."
+    )
+    masks_parser.add_class_arguments(masks.MasksOptions)
     report_parser = jsonargparse.ArgumentParser(
         description="Writes results of `bench agents` into a document, with plots beside them."
     )
     report_parser.add_class_arguments(ReportOptions)
     measured = (micro_parser, compile_parser, agents_parser, plan_parser, train_parser)
-    for command in (*measured, turns_parser):
+    for command in (*measured, turns_parser, masks_parser):
         command.add_argument("--json", type=str | None, default=None, help="file for the figures")
     commands = parser.add_subcommands(dest="command")
     commands.add_subcommand("micro", micro_parser)
@@ -105,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_subcommand("plan", plan_parser)
     commands.add_subcommand("train", train_parser)
     commands.add_subcommand("turns", turns_parser)
+    commands.add_subcommand("masks", masks_parser)
     commands.add_subcommand("report", report_parser)
     benches = {
         "micro": _micro,
@@ -113,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "plan": _plan,
         "train": _train,
         "turns": _turns,
+        "masks": _masks,
     }
     draws = {"agents": agents_plots.draw, "plan": plan_plots.draw}
     try:
@@ -182,6 +189,12 @@ def _agents(options: dict[str, Any], _: Keep) -> dict[str, Any]:
 def _turns(options: dict[str, Any], _: Keep) -> dict[str, Any]:
     result = turns.run(turns.TurnsOptions(**options))
     print("\n".join([*turns.lines(result), "", machine.one_line(result["machine"])]))
+    return result
+
+
+def _masks(options: dict[str, Any], _: Keep) -> dict[str, Any]:
+    result = masks.run(masks.MasksOptions(**options))
+    print("\n".join([*masks.lines(result), "", machine.one_line(result["machine"])]))
     return result
 
 

@@ -23,7 +23,10 @@ from pshare_jax.core.messages import (
 )
 from pshare_jax.engine.orchestrator import Orchestrator
 from pshare_jax.errors import EngineDeadError, QueueFullError, RequestError
+from pshare_jax.text.bad_words import bad_word_ids
 from pshare_jax.text.detokenizer import StopMatcher
+from pshare_jax.text.grammar import GrammarLimits
+from pshare_jax.text.grammar_spec import from_response_format, from_structured_outputs
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -127,6 +130,9 @@ class Engine:
         sampling: SamplingParams | None = None,
         cache_salt: str = "",
         on_completion: Callable[[int, Completion], None] | None = None,
+        response_format: Mapping[str, Any] | None = None,
+        structured_outputs: Mapping[str, Any] | None = None,
+        bad_words: Sequence[str] = (),
         **params: Any,
     ) -> list[Completion]:
         """Completes prompts, all of them at once.
@@ -139,6 +145,9 @@ class Engine:
             cache_salt: prompts of different salts share no KV.
             on_completion: called with the index of a prompt and its completion as soon as it is
                 there, in the caller's thread; the next one waits until it returns.
+            response_format: OpenAI's: `{"type": "json_object"}`, or `json_schema` with a schema.
+            structured_outputs: vLLM's: one of `json`, `regex`, `choice`, `grammar`.
+            bad_words: texts that must not be generated.
             params: fields of SamplingParams, on top of `sampling`.
 
         Raises:
@@ -148,6 +157,7 @@ class Engine:
         many = _as_prompts(prompts)
         params = {"temperature": 0.0, **params} if sampling is None else params
         sampling = msgspec.structs.replace(sampling or SamplingParams(), **params)
+        sampling = self._restricted(sampling, response_format, structured_outputs, bad_words)
         events: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
         requests = [
             Request(f"offline-{next(self._ids)}", model, self._encode(prompt), sampling, cache_salt)
@@ -185,7 +195,7 @@ class Engine:
             model: name of a served model.
             messages: `{"role": ..., "content": ...}` dicts.
             stop: strings that end the answer.
-            params: fields of SamplingParams; `max_tokens` defaults to what fits.
+            params: what else `generate` takes; `max_tokens` defaults to what fits.
         """
         text = self._orchestrator.tokenizer.apply_chat_template(messages)
         prompt = self._orchestrator.tokenizer.encode(text, add_special_tokens=False)
@@ -207,6 +217,27 @@ class Engine:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _restricted(
+        self,
+        sampling: SamplingParams,
+        response_format: Mapping[str, Any] | None,
+        structured_outputs: Mapping[str, Any] | None,
+        bad_words: Sequence[str],
+    ) -> SamplingParams:
+        fields: dict[str, Any] = {}
+        if bad_words:
+            encode = self._orchestrator.tokenizer.encode
+            fields["bad_words"] = bad_word_ids(bad_words, lambda text: encode(text, False))
+        if response_format and structured_outputs:
+            raise RequestError("give response_format or structured_outputs", "response_format")
+        if response_format or structured_outputs:
+            grammars = self._orchestrator.grammars
+            limits = GrammarLimits() if grammars is None else grammars.limits
+            fields["grammar"] = from_structured_outputs(
+                structured_outputs, limits
+            ) or from_response_format(response_format, limits)
+        return msgspec.structs.replace(sampling, **fields)
 
     def _encode(self, prompt: Prompt) -> tuple[int, ...]:
         if isinstance(prompt, str):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,26 +105,6 @@ def thoughts_before(
             param=grammar.param,
         )
     return Thoughts(opening, closing, prompt.in_reasoning)
-
-
-def bad_word_ids(
-    words: Sequence[str] | None, encode: Callable[[str], list[int]]
-) -> tuple[tuple[int, ...], ...]:
-    """The token ids of words that must not come, each as it is and after a space, as in vLLM.
-
-    Raises:
-        RequestError: a word without tokens.
-    """
-    found: list[tuple[int, ...]] = []
-    for word in words or ():
-        plain = tuple(encode(word))
-        if not plain:
-            raise RequestError("bad_words must hold no empty word", param="bad_words")
-        found.append(plain)
-        spaced = tuple(encode(" " + word.lstrip()))
-        if len(spaced) == len(plain) and spaced[0] != plain[0]:
-            found.append(spaced)
-    return tuple(found)
 
 
 def _guided(body: GenerationRequest, old: str, limits: GrammarLimits) -> GrammarSpec | None:

@@ -6,9 +6,10 @@ import msgspec
 
 from pshare_jax.core.messages import SamplingParams
 from pshare_jax.errors import RequestError
-from pshare_jax.frontend.constraints import AskedGrammar, bad_word_ids
+from pshare_jax.frontend.constraints import AskedGrammar
 from pshare_jax.frontend.requests import GenerationRequest
 from pshare_jax.serve.service import Service
+from pshare_jax.text.bad_words import bad_word_ids
 
 
 async def restricted(
