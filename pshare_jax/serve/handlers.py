@@ -12,6 +12,7 @@ from pshare_jax.frontend.chat import Prompt, completion_prompts
 from pshare_jax.frontend.constraints import asked_grammar
 from pshare_jax.frontend.params import (
     output_params,
+    request_priority,
     resolve_max_tokens,
     sampling_params,
 )
@@ -80,6 +81,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
             else None,
         ),
         arrival=arrival,
+        priority=request_priority(body),
     )
     return await respond(request, service, job)
 

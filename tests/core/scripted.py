@@ -22,6 +22,7 @@ from pshare_jax.core.messages import (
     DISPATCHER,
     FinishReason,
     Message,
+    Owner,
     PromptUsage,
     Request,
     RequestOutput,
@@ -47,6 +48,7 @@ from tests.core.symbolic import (
 )
 
 PAGE = 4
+NOBODY = Owner()
 INVOKED_BY = (7, 7)
 """Tokens from which on the model `alora` reads a prompt itself."""
 
@@ -186,6 +188,7 @@ class Host:
         end_after: int | None = None,
         logprobs: int | None = None,
         grammar: bool = False,
+        owner: Owner = NOBODY,
     ) -> Reply:
         """Submits a request; its token number `end_after` will be an end token.
 
@@ -203,7 +206,7 @@ class Host:
             logprobs=logprobs,
             grammar=GrammarSpec("json_object") if grammar else None,
         )
-        request = Request(f"r{len(self.replies)}", model, tuple(prompt), params, salt)
+        request = Request(f"r{len(self.replies)}", model, tuple(prompt), params, salt, owner)
         reply = self.replies[request.id] = Reply(request, expected)
         order = len(self.replies)
         self.dispatcher.submit(request, order=order, seed=0, end_token_ids=ends)
