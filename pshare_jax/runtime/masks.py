@@ -131,10 +131,10 @@ class RowMask:
             mask &= _without(self._vocab_size, (*self._end_ids, *self._admit.end_token_ids))
         elif self._thoughts is not None:
             _set(mask, self._thoughts.opening)
-        if self._num_output < params.min_tokens:
-            self._narrow(mask, _without(self._vocab_size, self._admit.end_token_ids))
         if self._allowed is not None:
             self._narrow(mask, self._allowed)
+        if self._num_output < params.min_tokens:
+            self._narrow(mask, _without(self._vocab_size, self._admit.end_token_ids))
         if params.bad_words:
             self._narrow(mask, _without(self._vocab_size, self._bad_next()))
 

@@ -15,5 +15,6 @@ def test_table():
         "options": {"context": 32, "batch": 8},
         "rates": {"greedy": {FREE: rate, MASKED: {**rate, "median": 857.0}}},
         "cost": {"greedy": cost},
+        "least_cost": {"greedy": 1.04},
     }
-    assert lines(result)[2:] == ["| greedy | 900 | 857 | 1.05 (1.00 - 1.10) times |"]
+    assert lines(result)[2:] == ["| greedy | 900 | 857 | 1.05 (1.00 - 1.10) times | 1.04 |"]

@@ -11,9 +11,10 @@ import jsonschema
 import pytest
 
 from pshare_jax.config import DecodeConfig, ServeConfig
-from pshare_jax.core.constraints import GrammarSpec
+from pshare_jax.core.constraints import GrammarSpec, Thoughts
 from pshare_jax.core.messages import FinishReason
 from pshare_jax.engine.orchestrator import Orchestrator
+from pshare_jax.errors import RequestError
 from pshare_jax.text.tokenizer import Tokenizer
 from tests.engine.harness import Client, Models, lora_module, serve_config
 from tests.helpers import tiny_config
@@ -144,3 +145,82 @@ def test_what_has_no_choice_is_not_sampled(client: Client, tokenizer: Tokenizer)
     with_logprobs = client.generate("full", PROMPT, 100, grammar=spec, logprobs=3)
     assert with_logprobs.tokens == reply.tokens
     assert len(with_logprobs.logprobs) == len(reply.tokens)
+
+
+def test_a_lost_worker_changes_nothing(models: Models, tokenizer: Tokenizer) -> None:
+    """What it held is taken up by another one, grammar and all."""
+    config = serve_config(
+        decode=DecodeConfig(
+            engines=2, batch_buckets=[4], max_num_seqs=8, replay_buckets=[4], num_pages=28
+        )
+    )
+    params = {"grammar": LETTERS, "temperature": 1.0}
+    for client in started(models, tokenizer, config):
+        alone = [client.generate("full", PROMPT, 45, seed=i, **params).tokens for i in range(4)]
+        executor = client.engine.workers.decode[0].executor
+
+        def lose() -> Any:
+            raise RuntimeError("the device is gone")
+
+        executor.finish = lose  # type: ignore[method-assign]
+        replies = [client.submit("full", PROMPT, 45, seed=i, **params) for i in range(4)]
+        assert [reply.wait().tokens for reply in replies] == alone
+        assert list(client.engine.failed_workers) == ["decode0"]
+
+
+def test_restrictions_without_a_grammar(client: Client, tokenizer: Tokenizer) -> None:
+    free = client.generate("full", PROMPT, 12).tokens
+    changed = client.generate("full", PROMPT, 12, bad_words=((free[0],), (free[3],))).tokens
+    assert {free[0], free[3]}.isdisjoint(changed)
+    some = client.generate("full", PROMPT, 12, temperature=2.0, allowed_token_ids=(8, 9)).tokens
+    assert set(some) == {8, 9}
+    stopped = client.generate("full", PROMPT, 12, stop_token_ids=(free[2],))
+    assert (stopped.reason, stopped.tokens) == (FinishReason.STOP, free[:3])
+    held = client.generate("full", PROMPT, 12, stop_token_ids=(free[2],), min_tokens=6)
+    assert len(held.tokens) >= 6
+    assert free[2] not in held.tokens[:6]
+
+
+def test_log_probabilities_are_those_without_the_mask(client: Client) -> None:
+    """As in vLLM: of the model's own distribution, whatever was left out."""
+    free = client.generate("full", PROMPT, 1, logprobs=5)
+    other = free.logprobs[0].top[1]
+    masked = client.generate("full", PROMPT, 1, logprobs=5, allowed_token_ids=(other[0],))
+    assert masked.tokens == [other[0]]
+    assert masked.logprobs[0].logprob == pytest.approx(other[1], abs=1e-5)
+    assert masked.logprobs[0].top == pytest.approx(free.logprobs[0].top, abs=1e-5)
+
+
+def test_thoughts_are_free_and_the_answer_is_not(client: Client, tokenizer: Tokenizer) -> None:
+    close = tokenizer.encode("z")[0]
+    thoughts = Thoughts(tokenizer.encode("y")[0], close, True)
+    reply = client.generate(
+        "full",
+        PROMPT,
+        60,
+        temperature=1.0,
+        seed=1,
+        grammar=LETTERS,
+        thoughts=thoughts,
+        logit_bias={close: 8.0},
+    )
+    answer = tokenizer.decode(reply.tokens[reply.tokens.index(close) + 1 :])
+    assert re.fullmatch("[a-d]{0,40}", answer)
+    assert len(answer) > 5
+
+
+@pytest.mark.parametrize(
+    ("params", "param"),
+    [
+        ({"min_tokens": 9}, "min_tokens"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"allowed_token_ids": (10_000,)}, "allowed_token_ids"),
+        ({"bad_words": ((),)}, "bad_words"),
+        ({"bad_words": ((1, -1),)}, "bad_words"),
+        ({"grammar": GrammarSpec("regex", "a(b")}, "grammar"),
+    ],
+)
+def test_what_is_refused(client: Client, params: dict[str, Any], param: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        client.submit("full", PROMPT, 8, **params)
+    assert caught.value.param == param

@@ -78,7 +78,7 @@ def _several(style: str, one_call: bool, token_id: Callable[[str], int | None]) 
             tag = _text("[TOOL_CALLS]") if opening is None else f"<[{opening}]>"
             return f'{tag} "[" call "]"' if one_call else f'{tag} "[" call (", " call)* "]"'
         case "pythonic":
-            return '"[" call "]"' if one_call else '"[" call (", " call)* "]"'
+            return 'call | "[" call "]"' if one_call else 'call | "[" call (", " call)* "]"'
         case _:
             raise RequestError(
                 f"calls in the format {style!r} cannot be forced; only those of hermes, "
