@@ -345,13 +345,14 @@ class DecodeCore:
     def _catch_up(self) -> Replay | None:
         """One chunk of the KV that some row lacks before it can sample."""
         behind = [row for row in self._rows.values() if row.num_replayed > 0]
-        if not behind:
-            return None
-        row = min(behind, key=lambda row: (row.last_step, row.order))
+        for row in sorted(behind, key=lambda row: (row.last_step, row.order)):
+            count = min(row.num_replayed, max(self._config.replay_buckets))
+            if self._is_running(row) and self._ensure_pages(row, count):
+                return self._replay(row, count)
+        return None
+
+    def _replay(self, row: DecodeRow, count: int) -> Replay:
         buckets = self._config.replay_buckets
-        count = min(row.num_replayed, max(buckets))
-        if not self._ensure_pages(row, count) or not self._is_running(row):
-            return None
         start, end = row.num_kv, row.num_kv + count
         row.num_kv = end
         self._tick += 1

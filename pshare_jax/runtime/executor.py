@@ -191,6 +191,9 @@ class DecodeExecutor:
         Returns:
             Transfers that have ended.
         """
+        for earlier in tuple(self._dispatched):
+            # Its tokens are fed to the next one, and its slots may get others.
+            self._choose(earlier)
         for transfer in plan.cancelled:
             self.connector.abort(transfer)
             if transfer in self._pulling:
@@ -201,9 +204,6 @@ class DecodeExecutor:
         if plan.replay is not None:
             self._replay(plan.replay)
         if plan.step is not None:
-            for earlier in tuple(self._dispatched):
-                # Its tokens are fed to this one.
-                self._choose(earlier)
             self._dispatched.append(self._step(plan, plan.step))
             self._choose(self._dispatched[0])
         return landed

@@ -86,9 +86,11 @@ class RowMask:
 
     @property
     def jump(self) -> list[int]:
-        """Tokens that must follow, if they are worth a chunk of their own."""
-        worthwhile = len(self._pending) >= LEAST_JUMP and self._admit.params.logprobs is None
-        return list(self._pending) if worthwhile and not self._over else []
+        """Tokens that must follow, as many as there may be, if they are worth a chunk."""
+        params = self._admit.params
+        forced = self._pending[: params.max_tokens - self._num_output]
+        worthwhile = len(forced) >= LEAST_JUMP and params.logprobs is None
+        return forced if worthwhile and not self._over else []
 
     @property
     def matcher(self) -> GrammarState | None:

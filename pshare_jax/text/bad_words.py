@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 
 from pshare_jax.errors import RequestError
 
+MAX_BAD_WORDS = 256
+"""Each is looked for in every step."""
+
 
 def bad_word_ids(
     words: Sequence[str] | None, encode: Callable[[str], Sequence[int]]
@@ -17,8 +20,12 @@ def bad_word_ids(
         encode: token ids of a text, without special tokens around it.
 
     Raises:
-        RequestError: a word without tokens.
+        RequestError: a word without tokens, or too many words.
     """
+    if words is not None and len(words) > MAX_BAD_WORDS:
+        raise RequestError(
+            f"bad_words may hold at most {MAX_BAD_WORDS} words, got {len(words)}", param="bad_words"
+        )
     found: list[tuple[int, ...]] = []
     for word in words or ():
         plain = tuple(encode(word))

@@ -170,9 +170,11 @@ class GrammarCompiler:
             self._tokenizer, _source(spec), log_level=_SILENT, limits=self._parser_limits
         )
         if not matcher.is_error():
-            # The first mask builds what a complex expression needs most of.
+            # The first mask builds what a complex expression needs most of; a text that is forced
+            # without end is an error too.
             probe = matcher.deep_copy()
             mask = np.frombuffer(probe.compute_bitmask(), np.uint8)
+            probe.compute_ff_tokens()
             if not probe.is_error() and not mask.any():
                 raise RequestError(f"{param}: no text follows this grammar", param=param)
             matcher = matcher if not probe.is_error() else probe

@@ -110,6 +110,10 @@ def test_a_forced_text_is_spelled_as_the_tokenizer_does(masks: Masks, tokenizer:
     ids = tokenizer.encode(text)
     forced = one.jump
     assert forced == ids[: len(forced)]
+    params = SamplingParams(max_tokens=LEAST_JUMP + 1, grammar=one._admit.params.grammar)
+    short = masks.admit(Admit(0, 0, (*PROMPT, forced[0]), 3, params, 0))
+    assert short is not None
+    assert short.jump == forced[1 : LEAST_JUMP + 1], "no more than there may be"
     assert len(forced) >= LEAST_JUMP
     for token in forced:
         assert allowed(masks, one) == [{token}]

@@ -24,7 +24,7 @@ def masked_answers(engine: FakeOrchestrator) -> Callable[[Request], list[int]]:
     masks = Masks(size, engine.grammars)
     weights = np.array(
         [
-            200 if i in tokenizer.eos_token_ids else 30 if token and set(token) <= LIKELY else 1
+            30 if i in tokenizer.eos_token_ids else 30 if token and set(token) <= LIKELY else 1
             for i, token in enumerate(map(tokenizer.token_bytes, range(size)))
         ]
     )

@@ -141,6 +141,7 @@ BAD_FIELDS = [
     (BOTH, {"min_tokens": -1}, 400, "min_tokens", "between 0 and"),
     (BOTH, {"allowed_token_ids": []}, 400, "allowed_token_ids", "must not be empty"),
     (BOTH, {"allowed_token_ids": [5000]}, 400, "allowed_token_ids", "out of range"),
+    (BOTH, {"bad_words": ["x"] * 257}, 400, "bad_words", "at most 256 words, got 257"),
     (BOTH, {"bad_words": ["x", ""]}, 400, "bad_words", "no empty word"),
     (BOTH, {"guided_json": 5}, 400, "guided_json", "got 'int'"),
     (BOTH, {"guided_choice": []}, 400, "guided_choice", "1 to 1000 texts"),

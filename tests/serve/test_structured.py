@@ -31,7 +31,7 @@ JSON_SCHEMA = {"type": "json_schema", "json_schema": {"name": "weather", "schema
 PARAMETERS = {**SCHEMA, "additionalProperties": True}
 TOOLS = [
     {"type": "function", "function": {"name": "get_weather", "parameters": SCHEMA}},
-    {"type": "function", "function": {"name": "noop"}},
+    {"type": "function", "function": {"name": "halt"}},
 ]
 STYLES = ("hermes", "llama3_json", "mistral", "pythonic")
 THINKING = CHAT_TEMPLATE + "{# <think> #}"
@@ -195,20 +195,23 @@ def calls(answer):
 @pytest.mark.parametrize("style", STYLES)
 def test_forced_calls(server, style):
     """In the form that the model was trained on, with arguments that its schema allows."""
-    counts = set()
-    for seed in range(6):
-        made = calls(chat(server, style, tools=TOOLS, tool_choice="required", seed=seed))
+    counts, names = set(), set()
+    for seed in range(8):
+        many = {"tools": TOOLS, "tool_choice": "required", "max_tokens": 1500}
+        made = calls(chat(server, style, seed=seed, **many))
         counts.add(len(made))
         for name, arguments in made:
-            if name == "noop":
+            names.add(name)
+            if name == "halt":
                 assert arguments == {}
             else:
                 jsonschema.validate(arguments, SCHEMA)
-        named = {"type": "function", "function": {"name": "noop"}}
+        named = {"type": "function", "function": {"name": "halt"}}
         one = chat(
             server, style, tools=TOOLS, tool_choice=named, parallel_tool_calls=False, seed=seed
         )
-        assert calls(one) == [("noop", {})]
+        assert calls(one) == [("halt", {})]
+    assert names == {"get_weather", "halt"}
     assert max(counts) > 1 or style == "llama3_json"
 
 
@@ -288,7 +291,7 @@ def test_a_json_answer_or_a_call(server):
 
 
 def test_anthropic_tool_choice(server):
-    tools = [{"name": "get_weather", "input_schema": SCHEMA}, {"name": "noop", "input_schema": {}}]
+    tools = [{"name": "get_weather", "input_schema": SCHEMA}, {"name": "halt", "input_schema": {}}]
     ask = {"model": "hermes", "max_tokens": 300, "messages": [{"role": "user", "content": "x"}]}
     with anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0) as api:
         any_of = api.messages.create(**ask, tools=tools, tool_choice={"type": "any"})

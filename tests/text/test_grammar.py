@@ -258,6 +258,7 @@ def test_what_is_not_supported_is_named(compiler, schema, named):
         GrammarSpec("regex", "a(b"),
         GrammarSpec("lark", "start: foo"),
         GrammarSpec("lark", "nonsense"),
+        GrammarSpec("lark", 'start: "a" start'),
     ],
     ids=lambda spec: spec.source,
 )

@@ -118,7 +118,8 @@ def _python_call(name: str, schema: Mapping[str, Any], rules: Rules, prefix: str
     optional = [key for key in properties if key not in required]
     for number, key in enumerate([*required, *optional]):
         rule = f"{prefix}_a{number}"
-        rules[rule] = f"{_text(key + '=')} {_python_value(properties[key], rules, rule)}"
+        value = _python_value(properties[key], rules, f"{rule}_v")
+        rules[rule] = f"{_text(key + '=')} {value}"
     names = [f"{prefix}_a{number}" for number in range(len(properties))]
     return f'{_text(name + "(")} {_listed(names, len(required))} ")"'
 
