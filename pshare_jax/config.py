@@ -19,6 +19,7 @@ SharedPrefix = Literal["auto", "on", "off"]
 ConnectorName = Literal["auto", "device_put", "same-mesh"]
 Reasoning = Literal["auto", "on", "off"]
 GenerationConfig = Literal["auto", "none"]
+ReplyKV = Literal["off", "ahead", "while-decoding"]
 T = TypeVar("T")
 
 
@@ -98,6 +99,19 @@ class DecodeConfig:
 
 
 @dataclass(frozen=True)
+class SessionsConfig:
+    """What is done for calls to come.
+
+    Args:
+        max_ttl_seconds: for which a request may ask its pages to be kept; longer ones are cut.
+        pinned_share: of each pool's pages, that may be kept so.
+    """
+
+    max_ttl_seconds: float = 3600.0
+    pinned_share: float = 0.5
+
+
+@dataclass(frozen=True)
 class ServerConfig:
     """The HTTP side.
 
@@ -117,6 +131,7 @@ class ServerConfig:
             such; else they are text, and only the chat template writes control tokens.
         max_n: most samples (`n`) of one prompt.
         max_prompts: most prompts of one completion request.
+        max_fanout: most models of one fan-out request.
         max_body_items: most texts, lists and objects of one request body; a number counts for a
             sixteenth of one.
         worker_threads: threads that read large bodies, render chat templates and tokenise; as many
@@ -137,6 +152,7 @@ class ServerConfig:
     special_tokens_in_text: bool = False
     max_n: int = 128
     max_prompts: int = 256
+    max_fanout: int = 16
     max_body_items: int = 50_000
     worker_threads: int = 2
     ping_seconds: float = 15.0
@@ -162,8 +178,12 @@ class ServeConfig:
             meshes of their own; with `same-mesh` both work on one mesh over one pool, of the larger
             of the two configured sizes, and nothing is copied. `auto` is `device_put` where there
             are devices enough for it.
+        reply_kv: `ahead` has the prefill module cover a reply once it has ended, while nothing else
+            is to be done, so that the next call computes only what was appended. `off` leaves it to
+            that call. `while-decoding` is not implemented.
         prefill: the prefill side.
         decode: the decode side.
+        sessions: what is done for calls to come.
         server: the HTTP side.
     """
 
@@ -176,8 +196,10 @@ class ServeConfig:
     compilation_cache_dir: str = "~/.cache/pshare_jax/xla"
     kernel_backend: str = "auto"
     connector: ConnectorName = "auto"
+    reply_kv: ReplyKV = "ahead"
     prefill: PrefillConfig = field(default_factory=PrefillConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
+    sessions: SessionsConfig = field(default_factory=SessionsConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
 
 

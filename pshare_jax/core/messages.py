@@ -47,10 +47,25 @@ class SamplingParams(msgspec.Struct, frozen=True):
     ignore_eos: bool = False
 
 
+class Session(msgspec.Struct, frozen=True):
+    """What a client says about the calls to come; hints, which change no token.
+
+    Args:
+        id: calls of one id (and one salt) stay with the same workers; empty is no session.
+        ttl: seconds for which the pages should outlive the call.
+        next_models: names of the models that will be asked next.
+    """
+
+    id: str = ""
+    ttl: float = 0.0
+    next_models: tuple[str, ...] = ()
+
+
 class Request(msgspec.Struct, frozen=True):
     """One sequence to be generated: `prompt_token_ids` by `model`.
 
-    Requests with different `cache_salt` never share pages.
+    Requests with different `cache_salt` never share pages. `goes_on` says that the next prompt will
+    probably begin with this one and its reply, see `core.sessions`.
     """
 
     id: str
@@ -58,6 +73,8 @@ class Request(msgspec.Struct, frozen=True):
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams = msgspec.field(default_factory=SamplingParams)
     cache_salt: str = ""
+    session: Session = msgspec.field(default_factory=Session)
+    goes_on: bool = True
 
 
 class FinishReason(StrEnum):
@@ -128,6 +145,7 @@ class Sequence(msgspec.Struct, frozen=True, kw_only=True):
         num_uncached: prompt tokens that the router expects to be computed.
         prefill_worker: who covers the prompt.
         decode_worker: who generates.
+        ttl: seconds for which its pages should outlive it.
     """
 
     id: int
@@ -146,6 +164,7 @@ class Sequence(msgspec.Struct, frozen=True, kw_only=True):
     num_uncached: int = 0
     prefill_worker: str = ""
     decode_worker: str = ""
+    ttl: float = 0.0
 
     @property
     def num_tokens(self) -> int:
@@ -241,6 +260,20 @@ class Release(msgspec.Struct, frozen=True, tag=True):
     id: int
 
 
+class Replied(msgspec.Struct, frozen=True, tag=True):
+    """To a prefill worker: a reply has ended, and the next prompt probably begins with it.
+
+    Args:
+        sequence: of the prompt and the reply together, all covered; its pages are pinned for `ttl`.
+        known: leading full pages that were covered for the prompt.
+        ahead: whether the rest is to be covered when nothing else is to be done.
+    """
+
+    sequence: Sequence
+    known: int
+    ahead: bool
+
+
 # Worker -> dispatcher.
 
 
@@ -298,7 +331,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     error: str
 
 
-ToWorker = Prefill | Abort | Covered | Withdrawn | Fetch | Offered | NotOffered | Release
+ToWorker = Prefill | Abort | Covered | Withdrawn | Fetch | Offered | NotOffered | Release | Replied
 ToDispatcher = Pending | IndexChanged | Started | Tokens | Returned | Dropped | Failed
 Message = ToWorker | ToDispatcher
 

@@ -5,7 +5,8 @@ then plans one chunk. Chunks end at page boundaries but for a prompt's last one,
 turns every page is either complete or the end of some finished prompt. That end is extended in
 place by a prompt that goes on from exactly there, and copied by one that branches off within it.
 
-Chunks of several prompts are computed in one call: see `chunk_shapes`.
+Chunks of several prompts are computed in one call: see `chunk_shapes`. When there is nothing else
+to do, replies are covered that the next prompts will begin with: see `reply_prefill`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.plans import Chunk, Offer, PrefillPlan, PrefillResult
 from pshare_jax.core.prefill_task import PrefillTask, PromptPages
+from pshare_jax.core.reply_prefill import ReplyPrefill
 from pshare_jax.core.scheduling import next_prefill
 from pshare_jax.core.stats import PrefillStats
 
@@ -81,6 +83,7 @@ class PrefillCore:
         self._offer_of: dict[int, int] = {}
         self._withdrawn: list[int] = []
         self._turn = 0
+        self._replies = ReplyPrefill(cache, models, self._buckets, self.stats)
 
     @property
     def urgent(self) -> bool:
@@ -98,14 +101,18 @@ class PrefillCore:
                 self._fetch(message)
             case m.Release(id):
                 self._release(id)
+            case m.Replied():
+                self._replies.hear(message)
             case _:
                 raise TypeError(f"{self.name}: {type(message).__name__} is not for prefill workers")
 
-    def schedule(self) -> PrefillPlan | None:
-        """The next piece of work, or None.
+    def schedule(self, now: float = 0.0) -> PrefillPlan | None:
+        """The next piece of work, or None; `now` is in seconds, from any start.
 
         Pages that somebody waits for come alone, so that they do not wait for a chunk.
         """
+        self.cache.tick(now)
+        self._replies.pin_heard()
         withdrawn, self._withdrawn = self._withdrawn, []
         if self._offers:
             offers, self._offers = self._offers, []
@@ -135,8 +142,19 @@ class PrefillCore:
             chunks=chunks,
         )
 
+    def schedule_ahead(self) -> PrefillPlan | None:
+        """A chunk of a reply that nobody asks for yet; None while anybody waits for anything."""
+        if self._waiting or self._active or self._held or self._offers:
+            return None
+        plan = self._replies.plan()
+        self._publish()
+        return plan
+
     def apply(self, plan: PrefillPlan, result: PrefillResult) -> None:
         """Takes in what came of a plan."""
+        if self._replies.apply(plan, result):
+            self._publish()
+            return
         for offer in plan.offers:
             transfer = offer.transfer
             if transfer in result.offered:
@@ -193,6 +211,7 @@ class PrefillCore:
         self._active.clear()
         self._held.clear()
         self._offers.clear()
+        self._replies.clear()
         self.outbox.clear()
 
     def _is_offered(self, task: PrefillTask) -> bool:
@@ -289,7 +308,7 @@ class PrefillCore:
         """All is there: it is held until the decode worker has it."""
         sequence, usage = task.sequence, task.usage()
         self._held[sequence.id] = task
-        self.stats.prefilled(sequence.model, usage)
+        self.stats.prefilled(sequence.model, usage, task.foreseen)
         self._send(DISPATCHER, m.Pending(sequence.id, 0))
         self._send(sequence.decode_worker, m.Covered(sequence, usage))
 

@@ -16,7 +16,8 @@ class PrefillTask:
 
     `reused` counts the prompt tokens found in the index by the model that had them computed. `node`
     is the page that the planned chunk extends, `copied_origins` belong to the tokens of a copied
-    page. `planned` is where the chunk ends that is being computed.
+    page. `planned` is where the chunk ends that is being computed. A task that runs `ahead` covers
+    a reply that nobody asks for yet; `foreseen` are the found tokens that such a task had computed.
     """
 
     sequence: Sequence
@@ -28,6 +29,8 @@ class PrefillTask:
     planned: int | None = None
     tries: int = 0
     reused: Counter[str] = field(default_factory=Counter)
+    ahead: bool = False
+    foreseen: int = 0
 
     @property
     def order(self) -> int:
@@ -43,6 +46,8 @@ class PrefillTask:
         """Counts the first tokens of an indexed page as found."""
         self.reused.update(node.origins[:length])
         self.filled += length
+        if node.ahead and not self.ahead:
+            self.foreseen += node.use(length)
 
     def usage(self) -> PromptUsage:
         """Where this prompt's KV came from."""
@@ -134,4 +139,7 @@ class PromptPages:
             else:
                 origins = [sequence.model] * (len(tokens) - len(node.tokens))
                 self._cache.extend(node, tokens, origins, key)
+            if task.ahead:
+                start = max(task.filled - number * page_size, 0)
+                node.ahead.update(range(start, len(tokens)))
             parent = node

@@ -22,6 +22,7 @@ from pshare_jax.core.dispatcher import Dispatcher
 from pshare_jax.core.messages import DISPATCHER, Message, ModelKind, Request, RequestOutput
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.router import Router
+from pshare_jax.core.sessions import SessionPolicy
 from pshare_jax.core.stats import EngineStats, PoolStats
 from pshare_jax.engine.assembly import Assembly
 from pshare_jax.engine.checks import check_request
@@ -119,7 +120,8 @@ class Orchestrator:
         ]
         self._thread_of = {w.name: thread for thread in self._threads for w in thread.workers}
         router = Router(self.workers.prefill_info(), self.workers.decode_info())
-        self._dispatcher = Dispatcher(self._specs, router, config.page_size)
+        policy = SessionPolicy(config.reply_kv == "ahead", config.sessions.max_ttl_seconds)
+        self._dispatcher = Dispatcher(self._specs, router, config.page_size, policy)
         self._control = DispatcherThread(self._deliver, self._dispatcher_failed)
         self._failed: dict[str, str] = {}
         self._live: dict[str, _Live] = {}
@@ -215,9 +217,13 @@ class Orchestrator:
             order = next(self._order)
         self._control.post(lambda: self._take(request, order, seed, frozenset(ends)))
 
-    def abort(self, request_id: str) -> None:
-        """Ends a request; its last event says ABORT. Unknown ids are ignored."""
-        self._control.post(lambda: self._dispatcher.abort(request_id))
+    def abort(self, request_id: str, *, complete: bool = False) -> None:
+        """Ends a request; its last event says ABORT. Unknown ids are ignored.
+
+        A reply that is `complete` was cut where it was to end, and the next prompt may go on from
+        it.
+        """
+        self._control.post(lambda: self._dispatcher.abort(request_id, complete=complete))
 
     def stop(self) -> None:
         """Ends the threads; requests that still run get an ERROR event."""
@@ -240,6 +246,8 @@ class Orchestrator:
         requests = self._dispatcher.stats
         return EngineStats(
             prefill_tokens=_sum(stats.prefill_tokens for stats in prefill.values()),
+            ahead_tokens=_sum(stats.ahead_tokens for stats in prefill.values()),
+            foreseen_tokens=_sum(stats.foreseen_tokens for stats in prefill.values()),
             prompt_tokens=dict(requests.prompt_tokens),
             generation_tokens=_sum(stats.generation_tokens for stats in decode.values()),
             handoff_bytes=_sum(stats.handoff_bytes for stats in decode.values()),

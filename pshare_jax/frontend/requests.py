@@ -41,7 +41,19 @@ class StreamOptions(Struct):
     include_obfuscation: Ignored = None
 
 
-class GenerationRequest(Struct, kw_only=True):
+class SessionHints(Struct, kw_only=True):
+    """What a client may say about calls to come; no answer depends on it.
+
+    `session_id` (or the header `X-Session-Id`) keeps calls together, `ttl` is for how many seconds
+    their KV should be kept, `next_models` names who will be asked next.
+    """
+
+    session_id: str | None = None
+    ttl: float | None = None
+    next_models: list[str] | None = None
+
+
+class GenerationRequest(SessionHints, kw_only=True):
     """What both generation endpoints understand, vLLM's additions included."""
 
     model: str

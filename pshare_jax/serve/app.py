@@ -11,7 +11,7 @@ import uuid
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from pshare_jax.serve import cors, handlers, info, other_apis
+from pshare_jax.serve import cors, fanout, handlers, info, other_apis
 from pshare_jax.serve.bodies import body_too_large
 from pshare_jax.serve.engine_api import Engine
 from pshare_jax.serve.errors import ApiError, as_api_error
@@ -41,6 +41,7 @@ def build_app(engine: Engine) -> web.Application:
     for path, handler in {
         "/v1/completions": handlers.completions,
         "/v1/chat/completions": handlers.chat_completions,
+        "/v1/fanout": fanout.fan_out,
         "/v1/responses": other_apis.responses,
         "/v1/messages": other_apis.messages,
         "/v1/messages/count_tokens": other_apis.count_tokens,

@@ -54,6 +54,7 @@ class ChatPlan:
             cache_salt=self.body.cache_salt or "",
             format=spelling,
             arrival=arrival,
+            hints=self.body,
         )
 
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import msgspec
 from aiohttp import web
 
-from pshare_jax.core.messages import FinishReason, Request, SamplingParams
+from pshare_jax.core.messages import FinishReason, Request, SamplingParams, Session
 from pshare_jax.frontend.chat import Prompt
 from pshare_jax.frontend.output import SequenceOutput
 from pshare_jax.frontend.params import OutputParams, sample_seed
+from pshare_jax.frontend.requests import SessionHints
 from pshare_jax.serve.errors import ApiError, as_api_error
 from pshare_jax.serve.events import Event, Generation
 from pshare_jax.serve.formats import Event as StreamEvent
@@ -22,6 +23,7 @@ from pshare_jax.serve.formats import Format, encode_answer, with_usage
 from pshare_jax.serve.metrics import SequenceTimer
 from pshare_jax.serve.protocol import Usage
 from pshare_jax.serve.service import REQUEST_ID, Service
+from pshare_jax.serve.sessions import session_of
 from pshare_jax.serve.sse import EventStream
 from pshare_jax.serve.turns import Turn
 from pshare_jax.serve.usage import total_usage
@@ -37,6 +39,7 @@ class Job:
     """A checked request: what to generate, and how to answer.
 
     Choice i is sample `i % n` of prompt `i // n`. `arrival` is in seconds of `time.monotonic`.
+    `hints` are what the client says of calls to come.
     """
 
     model: str
@@ -46,9 +49,13 @@ class Job:
     cache_salt: str
     format: Format
     arrival: float
+    hints: SessionHints
 
-    def requests(self) -> list[Request]:
-        """One engine request for each choice; sample i has the seed `seed + i`."""
+    def requests(self, session: Session) -> list[Request]:
+        """One engine request for each choice; sample i has the seed `seed + i`.
+
+        Of several samples nobody can say which one the next prompt goes on from.
+        """
         n = self.output.n
         return [
             Request(
@@ -57,6 +64,8 @@ class Job:
                 prompt_token_ids=prompt.token_ids,
                 params=msgspec.structs.replace(params, seed=sample_seed(params.seed, sample)),
                 cache_salt=self.cache_salt,
+                session=session,
+                goes_on=n == 1,
             )
             for index, (prompt, params) in enumerate(zip(self.prompts, self.sampling, strict=True))
             for sample in range(n)
@@ -123,7 +132,7 @@ class Run:
         if sequence.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
             raise self._service.failure(sequence.error)
         # A stop string is found here; the engine would go on.
-        self._generation.abort(event.index)
+        self._generation.abort(event.index, complete=True)
 
 
 async def respond(request: web.Request, service: Service, job: Job) -> web.StreamResponse:
@@ -133,19 +142,27 @@ async def respond(request: web.Request, service: Service, job: Job) -> web.Strea
         PshareError, ApiError, GenerationError: nothing was sent yet, and this is why.
         ConnectionError: the client has gone.
     """
-    count = len(job.prompts) * job.output.n
-    if count > service.max_sequences:
-        raise ApiError(
-            400,
-            f"{len(job.prompts)} prompts with n = {job.output.n} are {count} sequences; "
-            f"the server holds {service.max_sequences}",
-            param="n",
-        )
-    requests = job.requests()
+    check_count(service, [job])
+    requests = job.requests(session_of(request, service, job.hints))
     request.setdefault(REQUEST_ID, job.format.heading.id)
     async with service.generation(requests) as generation:
         with Run(service, job, generation) as run:
             return await _answer(request, service, job, run)
+
+
+def check_count(service: Service, jobs: Sequence[Job]) -> None:
+    """Raises ApiError (400) for jobs of more sequences than the engine can hold together."""
+    counts = [len(job.prompts) * job.output.n for job in jobs]
+    if sum(counts) <= service.max_sequences:
+        return
+    what = f"{len(jobs[0].prompts)} prompts with n = {jobs[0].output.n}"
+    if len(jobs) > 1:
+        what = f"{len(jobs)} models with n = {jobs[0].output.n}"
+    raise ApiError(
+        400,
+        f"{what} are {sum(counts)} sequences; the server holds {service.max_sequences}",
+        param="n",
+    )
 
 
 async def _answer(request: web.Request, service: Service, job: Job, run: Run) -> web.StreamResponse:
@@ -160,18 +177,28 @@ async def _answer(request: web.Request, service: Service, job: Job, run: Run) ->
     stream = EventStream(request, service.config.write_timeout_seconds, job.format.named_events)
     await stream.open()
     try:
-        await _stream(stream, job, run, service.config.ping_seconds or None)
+        await write_stream(stream, job, run, service.config.ping_seconds or None)
     except (asyncio.CancelledError, ConnectionError):
         raise
     except Exception as error:  # the status is sent: what is left is an event that says so
-        api_error = as_api_error(error)
-        if api_error is None:
-            log.exception("a bug while streaming %s", job.format.heading.id)
-            api_error = ApiError(500, "internal error")
-        for event in job.format.failure(api_error):
-            stream.add(event)
-        await stream.flush()
+        await write_failure(stream, job, told(error, job))
     return stream.response
+
+
+def told(error: Exception, job: Job) -> ApiError:
+    """What the client is told; a bug is logged."""
+    api_error = as_api_error(error)
+    if api_error is None:
+        log.error("a bug while answering %s", job.format.heading.id, exc_info=error)
+        api_error = ApiError(500, "internal error")
+    return api_error
+
+
+async def write_failure(stream: EventStream, job: Job, error: ApiError) -> None:
+    """Says in a stream that a job has failed, and why."""
+    for event in job.format.failure(error):
+        stream.add(event)
+    await stream.flush()
 
 
 def _whole(job: Job, run: Run) -> bytes:
@@ -179,7 +206,8 @@ def _whole(job: Job, run: Run) -> bytes:
     return encode_answer(job.format.answer(pieces, run.sequences, run.usage()))
 
 
-async def _stream(stream: EventStream, job: Job, run: Run, ping_seconds: float | None) -> None:
+async def write_stream(stream: EventStream, job: Job, run: Run, ping_seconds: float | None) -> None:
+    """Writes a job's answer piece by piece; others may write to the stream meanwhile."""
     opened: set[int] = set()
     turn = Turn()
     async for indices in run.progress(ping_seconds):

@@ -76,6 +76,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
             else None,
         ),
         arrival=arrival,
+        hints=body,
     )
     return await respond(request, service, job)
 

@@ -36,7 +36,7 @@ def bind(config: ServerConfig) -> socket.socket:
     """
     if not 0 <= config.port <= 65535:
         raise ConfigError(f"server.port must be between 0 and 65535, got {config.port}")
-    for name in ("max_n", "max_prompts", "max_body_items", "worker_threads"):
+    for name in ("max_n", "max_prompts", "max_fanout", "max_body_items", "worker_threads"):
         if (value := getattr(config, name)) < 1:
             raise ConfigError(f"server.{name} must be at least 1, got {value}")
     if config.ping_seconds < 0:

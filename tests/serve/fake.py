@@ -64,6 +64,7 @@ class FakeOrchestrator:
     failed_workers: dict[str, str] = field(default_factory=dict)
     submitted: list[Request] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
+    completed: list[str] = field(default_factory=list)
 
     def __post_init__(self):
         self.model_config = ModelConfig("llama", self.tokenizer.vocab_size + 8, 8, 8, 1, 1, 1, 8)
@@ -116,8 +117,9 @@ class FakeOrchestrator:
             self._running[request.id] = Running(request, sink, self.script(request), usage)
             self._lock.notify_all()
 
-    def abort(self, request_id: str) -> None:
+    def abort(self, request_id: str, *, complete: bool = False) -> None:
         with self._lock:
+            self.completed += [request_id] * complete
             self.aborted.append(request_id)
             if running := self._running.pop(request_id, None):
                 self._finish(running, RequestOutput(request_id, finish_reason=FinishReason.ABORT))
@@ -128,6 +130,8 @@ class FakeOrchestrator:
             counts = self._counts
             return EngineStats(
                 prefill_tokens=dict(counts["prefill"]),
+                ahead_tokens={"coder": 7},
+                foreseen_tokens={"planner": 5},
                 prompt_tokens=dict(counts["prompt"]),
                 generation_tokens=dict(counts["generation"]),
                 handoff_bytes=dict(counts["bytes"]),
