@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jsonargparse
+import yaml
 
 from pshare_jax.errors import ConfigError
 
@@ -201,6 +203,42 @@ class ServeConfig:
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     sessions: SessionsConfig = field(default_factory=SessionsConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML in which `on` and `off` are words, 1e-3 is a number, and dates are text."""
+
+
+_RESOLVED_ANEW = {
+    "tag:yaml.org,2002:bool",
+    "tag:yaml.org,2002:float",
+    "tag:yaml.org,2002:timestamp",
+}
+_Yaml.yaml_implicit_resolvers = {
+    first: [(tag, regex) for tag, regex in resolvers if tag not in _RESOLVED_ANEW]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"(?i)^(?:true|false|yes|no)$"), list("tTfFyYnN")
+)
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$"
+        r"|^[-+]?\.(?i:inf)$|^\.(?i:nan)$"
+    ),
+    list("-+.0123456789"),
+)
+
+
+def _load_yaml(text: str) -> Any:
+    value = yaml.load(text, Loader=_Yaml)
+    # What a flag means by `{a, b}` or `a:` is text.
+    is_text = isinstance(value, dict) and value and all(v is None for v in value.values())
+    return text if is_text else value
+
+
+jsonargparse.set_loader("yaml", _load_yaml, exceptions=(yaml.YAMLError,))
 
 
 def build_parser(cls: type, prog: str, description: str) -> jsonargparse.ArgumentParser:

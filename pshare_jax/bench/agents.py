@@ -95,8 +95,10 @@ class AgentsOptions:
     timeout: float = 600.0
 
     def __post_init__(self) -> None:
-        if not (self.urls or self.shared or self.isolated or self.vllm):
-            raise ConfigError("name servers: --urls, --shared, --isolated or --vllm.python")
+        if not (self.urls or self.configs or self.vllm):
+            raise ConfigError(
+                "name servers: --urls, --shared, --isolated, --variants or --vllm.python"
+            )
         if taken := {SHARED, ISOLATED, SERVERS, VLLM} & self.variants.keys():
             raise ConfigError(f"variants: the name {min(taken)!r} has a meaning of its own")
         for name in ("sessions", "rounds"):
