@@ -16,8 +16,10 @@ class PrefillTask:
 
     `reused` counts the prompt tokens found in the index by the model that had them computed. `node`
     is the page that the planned chunk extends, `copied_origins` belong to the tokens of a copied
-    page. `planned` is where the chunk ends that is being computed. A task that runs `ahead` covers
-    a reply that nobody asks for yet; `foreseen` are the found tokens that such a task had computed.
+    page. `planned` is where the chunk ends that is being computed. While it waited, smaller ones
+    that went past it took `passed` pages. For one that is `favoured` others were made to give way.
+    A task that runs `ahead` covers a reply that nobody asks for yet; `foreseen` are the found
+    tokens that such a task had computed.
     """
 
     sequence: Sequence
@@ -28,6 +30,8 @@ class PrefillTask:
     computed: int = 0
     planned: int | None = None
     tries: int = 0
+    passed: int = 0
+    favoured: bool = False
     reused: Counter[str] = field(default_factory=Counter)
     ahead: bool = False
     foreseen: int = 0

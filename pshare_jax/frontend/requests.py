@@ -79,6 +79,7 @@ class GenerationRequest(SessionHints, kw_only=True):
     truncate_prompt_tokens: Whole | None = None
     return_token_ids: bool | None = None
     cache_salt: str | None = None
+    priority: Whole | None = None
     user: Ignored = None
     metadata: Ignored = None
     store: Ignored = None
@@ -90,7 +91,7 @@ class GenerationRequest(SessionHints, kw_only=True):
     spaces_between_special_tokens: Ignored = None
 
     def __post_init__(self) -> None:
-        for name in ("n", "max_tokens", "seed", "top_k", "truncate_prompt_tokens"):
+        for name in ("n", "max_tokens", "seed", "top_k", "truncate_prompt_tokens", "priority"):
             make_whole(self, name)
 
 
@@ -193,6 +194,17 @@ class ChatRequest(GenerationRequest, kw_only=True):
         super().__post_init__()
         make_whole(self, "max_completion_tokens")
         make_whole(self, "top_logprobs")
+
+
+class FanoutRequest(ChatRequest, kw_only=True):
+    """`POST /v1/fanout`: a chat for several models."""
+
+    model: list[str]  # type: ignore[reportIncompatibleVariableOverride]
+
+    def of(self, model: str) -> ChatRequest:
+        """The chat for one of the models."""
+        fields = {name: getattr(self, name) for name in ChatRequest.__struct_fields__}
+        return ChatRequest(**{**fields, "model": model})
 
 
 class TokenizeRequest(Struct, kw_only=True):

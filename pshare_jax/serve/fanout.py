@@ -8,21 +8,33 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
 from aiohttp import web
+from msgspec import structs
 
-from pshare_jax.core.messages import Session
+from pshare_jax.core.messages import RequestTimes, Session
 from pshare_jax.errors import RequestError
-from pshare_jax.frontend.requests import ChatRequest
+from pshare_jax.frontend.requests import ChatRequest, FanoutRequest
+from pshare_jax.serve.access import KEY
+from pshare_jax.serve.access_log import REPORT
 from pshare_jax.serve.chat_format import ChatFormat
 from pshare_jax.serve.chat_plan import plan_chat
 from pshare_jax.serve.errors import ApiError, as_api_error
 from pshare_jax.serve.formats import DONE, Event, Heading, encode_answer, heading
-from pshare_jax.serve.generate import Job, Run, check_count, told, write_failure, write_stream
+from pshare_jax.serve.generate import (
+    Job,
+    Run,
+    check_count,
+    generating,
+    told,
+    write_failure,
+    write_stream,
+)
 from pshare_jax.serve.offload import is_large
 from pshare_jax.serve.parsing import read_request
 from pshare_jax.serve.protocol import FanoutAnswer, PromptTokensDetails, Usage
@@ -31,17 +43,6 @@ from pshare_jax.serve.sessions import session_of
 from pshare_jax.serve.sse import EventStream
 
 T = TypeVar("T")
-
-
-class FanoutRequest(ChatRequest, kw_only=True):
-    """`POST /v1/fanout`: a chat for several models."""
-
-    model: list[str]  # type: ignore[reportIncompatibleVariableOverride]
-
-    def of(self, model: str) -> ChatRequest:
-        """The chat for one of the models."""
-        fields = {name: getattr(self, name) for name in ChatRequest.__struct_fields__}
-        return ChatRequest(**{**fields, "model": model})
 
 
 class _BranchFormat(ChatFormat):
@@ -64,6 +65,45 @@ class _Branch:
     plan: Job | ApiError
 
 
+class _Fan:
+    """The jobs of one request while they run, and what the access log says of them."""
+
+    def __init__(self, request: web.Request, session: Session, id: str):
+        self._service = request.app[SERVICE]
+        self._key = request[KEY]
+        self._session = session
+        self._id = id
+        self._runs: list[Run] = []
+
+    @asynccontextmanager
+    async def generating(self, job: Job) -> AsyncIterator[Run]:
+        """One of the jobs while it runs; to the engine all of them are one request."""
+        requests = [
+            structs.replace(request, owner=structs.replace(request.owner, request=self._id))
+            for request in job.requests(self._key, self._session)
+        ]
+        async with generating(self._service, self._key, job, requests) as run:
+            self._runs.append(run)
+            yield run
+
+    def facts(self) -> dict[str, Any]:
+        """What the access log says: names and sums."""
+        facts = [run.facts() for run in self._runs]
+        firsts = [f["ttft_seconds"] for f in facts if f["ttft_seconds"] is not None]
+        sums = ("prompt_tokens", "cached_tokens", "completion_tokens")
+        return {
+            "model": ", ".join(f["model"] for f in facts),
+            "stream": any(f["stream"] for f in facts),
+            **{name: sum(f[name] for f in facts) for name in sums},
+            "ttft_seconds": min(firsts, default=None),
+            "finish_reasons": sorted({reason for f in facts for reason in f["finish_reasons"]}),
+        }
+
+    def times(self) -> list[tuple[RequestTimes, float]]:
+        """When each sequence that has ended came to which stage, and when it ended."""
+        return [stages for run in self._runs for stages in run.times()]
+
+
 async def fan_out(request: web.Request) -> web.StreamResponse:
     """`POST /v1/fanout`."""
     arrival = time.monotonic()
@@ -81,9 +121,10 @@ async def fan_out(request: web.Request) -> web.StreamResponse:
     check_count(service, jobs)
     head = heading("fanout", "", jobs[0].output.include_usage)
     request.setdefault(REQUEST_ID, head.id)
+    fan = request[REPORT] = _Fan(request, session, head.id)
     if jobs[0].output.stream:
-        return await _stream(request, service, session, branches, head)
-    parts = await _all(_whole(service, session, branch) for branch in branches)
+        return await _stream(request, fan, branches, head)
+    parts = await _all(_whole(fan, branch) for branch in branches)
     usage = _total([usage for _, usage in parts])
     answer = FanoutAnswer(head.id, "fanout", head.created, [part for part, _ in parts], usage)
     return web.Response(body=msgspec.json.encode(answer), content_type="application/json")
@@ -136,36 +177,30 @@ async def _all(parts: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _whole(
-    service: Service, session: Session, branch: _Branch
-) -> tuple[msgspec.Raw, Usage | None]:
+async def _whole(fan: _Fan, branch: _Branch) -> tuple[msgspec.Raw, Usage | None]:
     """One model's answer, or an object that says why there is none."""
     job = branch.plan
     if isinstance(job, ApiError):
         return _raw(_labelled(branch.model, job)), None
     try:
-        async with service.generation(job.requests(session)) as generation:
-            with Run(service, job, generation) as run:
-                async for _ in run.progress():
-                    pass
-                pieces = [sequence.take() for sequence in run.sequences]
-                usage = run.usage()
-                answer = job.format.answer(pieces, run.sequences, usage)
-                return msgspec.Raw(encode_answer(answer)), usage
+        async with fan.generating(job) as run:
+            async for _ in run.progress():
+                pass
+            pieces = [sequence.take() for sequence in run.sequences]
+            usage = run.usage()
+            answer = job.format.answer(pieces, run.sequences, usage)
+            return msgspec.Raw(encode_answer(answer)), usage
     except Exception as error:
         return _raw(_labelled(branch.model, told(error, job))), None
 
 
 async def _stream(
-    request: web.Request,
-    service: Service,
-    session: Session,
-    branches: Sequence[_Branch],
-    head: Heading,
+    request: web.Request, fan: _Fan, branches: Sequence[_Branch], head: Heading
 ) -> web.StreamResponse:
-    stream = EventStream(request, service.config.write_timeout_seconds)
+    config = request.app[SERVICE].config
+    stream, ping_seconds = EventStream(request, config.write_timeout_seconds), config.ping_seconds
     await stream.open()
-    usages = await _all(_branch_stream(service, session, branch, stream) for branch in branches)
+    usages = await _all(_branch_stream(fan, branch, stream, ping_seconds) for branch in branches)
     if head.stream_usage:
         stream.add(FanoutAnswer(head.id, "fanout.usage", head.created, [], _total(usages)))
     stream.add(DONE)
@@ -174,17 +209,16 @@ async def _stream(
 
 
 async def _branch_stream(
-    service: Service, session: Session, branch: _Branch, stream: EventStream
+    fan: _Fan, branch: _Branch, stream: EventStream, ping_seconds: float
 ) -> Usage | None:
     job = branch.plan
     if isinstance(job, ApiError):
         stream.add(_labelled(branch.model, job))
         return None
     try:
-        async with service.generation(job.requests(session)) as generation:
-            with Run(service, job, generation) as run:
-                await write_stream(stream, job, run, service.config.ping_seconds or None)
-                return run.usage()
+        async with fan.generating(job) as run:
+            await write_stream(stream, job, run, ping_seconds or None)
+            return run.usage()
     except ConnectionError:
         raise
     except Exception as error:

@@ -21,6 +21,7 @@ from pshare_jax.core.messages import (
     DISPATCHER,
     FinishReason,
     Message,
+    Owner,
     PromptUsage,
     Request,
     RequestOutput,
@@ -50,6 +51,7 @@ from tests.core.symbolic import (
 PAGE = 4
 MAX_TTL = 30.0
 """Seconds for which pages may be pinned."""
+NOBODY = Owner()
 INVOKED_BY = (7, 7)
 """Tokens from which on the model `alora` reads a prompt itself."""
 
@@ -192,6 +194,7 @@ class Host:
         salt: str = "",
         end_after: int | None = None,
         logprobs: int | None = None,
+        owner: Owner = NOBODY,
         session: Session | None = None,
         goes_on: bool = True,
     ) -> Reply:
@@ -210,6 +213,7 @@ class Host:
             tuple(prompt),
             params,
             salt,
+            owner,
             session or Session(),
             goes_on,
         )
@@ -297,10 +301,13 @@ class Host:
             return True
         return sum(map(self.work_ahead, self.alive)) > 0
 
-    def drain(self) -> None:
-        """Lets all requests end, in a fair order and a bounded number of rounds."""
-        idle, rounds = 0, max(600, 6 * len(self.live))
-        for _ in range(rounds):
+    def drain(self, *, rounds: int = 600) -> None:
+        """Lets all requests end, in a fair order and a bounded number of rounds.
+
+        Each of many may have a few rounds of its own.
+        """
+        idle = 0
+        for _ in range(max(rounds, 6 * len(self.live))):
             idle = 0 if self.round() else idle + 1
             self.check()
             if idle:

@@ -20,13 +20,22 @@ from hypothesis.stateful import (
 )
 
 from pshare_jax.core.arrivals import TRANSFER_SECONDS
-from pshare_jax.core.messages import Session
+from pshare_jax.core.messages import Owner, Session
 from tests.core.scripted import MAX_TTL, Host, Setting
 
 LONGEST = 32
 """Tokens of a prompt and its reply together; each pool holds one such sequence."""
 
 MODELS = ["identity", "lora", "alora", "full", "isolated"]
+
+OWNERS = st.builds(
+    Owner,
+    key=st.sampled_from(["", "a", "b"]),
+    weight=st.sampled_from([0.1, 1.0, 3.0]),
+    request=st.sampled_from(["", "many", "few"]),
+    priority=st.integers(-1, 1),
+)
+"""Clients, which change their weights as they go, and requests of many sequences."""
 
 SETTINGS = {
     "one of each": Setting(),
@@ -77,6 +86,7 @@ class Machine(RuleBasedStateMachine):
         count: int,
         salted: int,
         end: int,
+        owner: Owner,
         session: Session,
     ) -> None:
         self.host.submit(
@@ -86,6 +96,7 @@ class Machine(RuleBasedStateMachine):
             salt="tenant" if salted == 0 else "",
             end_after=end if end < count else None,
             logprobs=1 if end % 2 else None,
+            owner=owner,
             session=session,
             goes_on=end != 3,
         )
@@ -96,6 +107,8 @@ class Machine(RuleBasedStateMachine):
         count=st.integers(1, 8),
         salted=st.integers(0, 3),
         end=st.integers(0, 16),
+        owner=OWNERS,
+        samples=st.sampled_from([1, 1, 1, 9]),
         session=st.sampled_from(SESSIONS),
     )
     def ask(
@@ -105,10 +118,12 @@ class Machine(RuleBasedStateMachine):
         count: int,
         salted: int,
         end: int,
+        owner: Owner,
+        samples: int,
         session: Session,
     ) -> None:
-        for model in models:
-            self._submit(prompt, model, count, salted, end, session)
+        for model in models * samples:
+            self._submit(prompt, model, count, salted, end, owner, session)
 
     @precondition(lambda self: self.host.replies)
     @rule(
@@ -118,6 +133,7 @@ class Machine(RuleBasedStateMachine):
         model=st.sampled_from(MODELS),
         count=st.integers(1, 8),
         end=st.integers(0, 16),
+        owner=OWNERS,
         session=st.sampled_from(SESSIONS),
     )
     def go_on(
@@ -128,13 +144,14 @@ class Machine(RuleBasedStateMachine):
         model: str,
         count: int,
         end: int,
+        owner: Owner,
         session: Session,
     ) -> None:
         """A session's next turn, or one that branches off."""
         before = data.draw(st.sampled_from(list(self.host.replies.values())))
         known = [*before.request.prompt_token_ids, *before.tokens]
         known = known[: max(len(known) - cut, 1)]
-        self._submit([*known, *more], model, count, 1, end, session)
+        self._submit([*known, *more], model, count, 1, end, owner, session)
 
     @precondition(lambda self: self.host.live)
     @rule(data=st.data(), complete=st.booleans())
