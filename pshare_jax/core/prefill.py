@@ -75,7 +75,7 @@ class PrefillCore:
         self.queue = PrefillQueue(cache)
         self._clock = FairClock()
         self._pages = PromptPages(cache)
-        self._models = models
+        self._models = dict(models)
         self._pads = pads
         self._buckets = sorted(chunk_buckets)
         self._budget = self._buckets[-1]
@@ -85,7 +85,7 @@ class PrefillCore:
         self._offer_of: dict[int, int] = {}
         self._withdrawn: list[int] = []
         self._turn = 0
-        self._replies = ReplyPrefill(cache, models, self._buckets, self.stats)
+        self._replies = ReplyPrefill(cache, self._models, self._buckets, self.stats)
 
     @property
     def urgent(self) -> bool:
@@ -105,6 +105,10 @@ class PrefillCore:
                 self._release(id)
             case m.Replied():
                 self._replies.hear(message)
+            case m.ModelAdded(spec):
+                self._models[spec.name] = spec
+            case m.ModelRemoved(model):
+                self._models.pop(model, None)
             case _:
                 raise TypeError(f"{self.name}: {type(message).__name__} is not for prefill workers")
 
@@ -275,7 +279,8 @@ class PrefillCore:
         """All is there: it is held until the decode worker has it."""
         sequence, usage = task.sequence, task.usage()
         self._held[sequence.id] = task
-        self.stats.prefilled(sequence.model, usage, task.foreseen)
+        if not sequence.probe:
+            self.stats.prefilled(sequence.model, usage, task.foreseen)
         self._send(DISPATCHER, m.Pending(sequence.id, 0))
         self._send(sequence.decode_worker, m.Covered(sequence, usage))
 

@@ -122,9 +122,12 @@ class ReplyPrefill:
     def _begin(self, reply: Replied, copies: list[tuple[int, int]]) -> PrefillTask | None:
         """A task with pages for its next chunk; None when all is there, or not worth it.
 
-        That is when the context itself has been evicted, or when there are no pages to be had.
+        That is when the model has gone, when the context itself has been evicted, or when there are
+        no pages to be had.
         """
         sequence, cache = reply.sequence, self._cache
+        if sequence.model not in self._models:
+            return None
         matched = cache.match(sequence.keys, sequence.prompt)
         pages = [node.page for node in matched]
         missing = -(-sequence.covered // cache.page_size) - len(matched)

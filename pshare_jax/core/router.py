@@ -100,6 +100,11 @@ class Router:
         self._assigned: dict[int, tuple[str, str, int]] = {}
         self._sessions = SessionTable()
 
+    @property
+    def workers(self) -> list[str]:
+        """Names of the workers that are alive."""
+        return [*self._prefill, *self._decode]
+
     def route(
         self,
         sequence: Sequence,

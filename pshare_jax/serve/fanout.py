@@ -186,9 +186,8 @@ async def _whole(fan: _Fan, branch: _Branch) -> tuple[msgspec.Raw, Usage | None]
         async with fan.generating(job) as run:
             async for _ in run.progress():
                 pass
-            pieces = [sequence.take() for sequence in run.sequences]
-            usage = run.usage()
-            answer = job.format.answer(pieces, run.sequences, usage)
+            chosen, usage = run.chosen(), run.usage()
+            answer = job.format.answer([s.take() for s in chosen], chosen, usage)
             return msgspec.Raw(encode_answer(answer)), usage
     except Exception as error:
         return _raw(_labelled(branch.model, told(error, job))), None

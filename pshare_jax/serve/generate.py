@@ -50,8 +50,8 @@ LONG_ANSWER = 1000
 class Job:
     """A checked request: what to generate, and how to answer.
 
-    Choice i is sample `i % n` of prompt `i // n`. `arrival` is in seconds of `time.monotonic`.
-    `hints` are what the client says of calls to come.
+    Sequence i is sample `i % best_of` of prompt `i // best_of`. `arrival` is in seconds of
+    `time.monotonic`. `hints` are what the client says of calls to come.
     """
 
     model: str
@@ -71,31 +71,43 @@ class Job:
 
     @property
     def most_generated(self) -> int:
-        """Tokens that all choices together may have."""
-        return self.output.n * sum(params.max_tokens for params in self.sampling)
+        """Tokens that all samples together may have."""
+        return self.output.best_of * sum(params.max_tokens for params in self.sampling)
 
     def requests(self, key: ApiKey, session: Session) -> list[Request]:
-        """One engine request for each choice; sample i has the seed `seed + i`.
+        """One engine request for each sequence; sample i has the seed `seed + i`.
 
-        Of several samples nobody can say which one the next prompt goes on from.
+        The first sample of a prompt brings its scores, if they are asked for. Of several samples
+        nobody can say which one the next prompt goes on from.
         """
-        n = self.output.n
+        samples = self.output.best_of
         owner = Owner(key.name, key.weight, self.format.heading.id, self.priority)
         salt = key.cache_salt(self.cache_salt)
         return [
             Request(
-                id=f"{self.format.heading.id}-{index * n + sample}",
+                id=f"{self.format.heading.id}-{index * samples + sample}",
                 model=self.model,
                 prompt_token_ids=prompt.token_ids,
-                params=msgspec.structs.replace(params, seed=sample_seed(params.seed, sample)),
+                params=self._params(params, sample),
                 cache_salt=salt,
                 owner=owner,
                 session=session,
-                goes_on=n == 1,
+                goes_on=samples == 1,
             )
             for index, (prompt, params) in enumerate(zip(self.prompts, self.sampling, strict=True))
-            for sample in range(n)
+            for sample in range(samples)
         ]
+
+    def _params(self, params: SamplingParams, sample: int) -> SamplingParams:
+        logprobs = params.logprobs
+        if self.output.best_of > self.output.n and logprobs is None:
+            logprobs = 0  # they are ranked by these
+        return msgspec.structs.replace(
+            params,
+            seed=sample_seed(params.seed, sample),
+            logprobs=logprobs,
+            prompt_logprobs=None if sample else self.output.prompt_scores,
+        )
 
 
 class Run:
@@ -105,7 +117,7 @@ class Run:
         self._service = service
         self._job = job
         self._generation = generation
-        prompts = [prompt for prompt in job.prompts for _ in range(job.output.n)]
+        prompts = [prompt for prompt in job.prompts for _ in range(job.output.best_of)]
         self.sequences = [SequenceOutput(service.tokenizer, job.output) for _ in prompts]
         self._timers: list[SequenceTimer] = [
             service.metrics.timer(job.model, job.arrival, len(prompt.token_ids))
@@ -143,12 +155,28 @@ class Run:
     @property
     def is_long(self) -> bool:
         """Whether it takes its time to write the answer."""
-        return self.completion_tokens * (1 + (self._job.output.logprobs or 0)) > LONG_ANSWER
+        output = self._job.output
+        scores = sum(len(sequence.prompt_logprobs or ()) for sequence in self.sequences)
+        listed = self.completion_tokens * (1 + (output.logprobs or 0))
+        return listed + scores * (1 + (output.prompt_scores or 0)) > LONG_ANSWER
 
     def usage(self) -> Usage:
         """Tokens of the whole job."""
         lengths = [len(prompt.token_ids) for prompt in self._job.prompts]
-        return total_usage(self.sequences, self._job.output.n, lengths)
+        return total_usage(self.sequences, self._job.output.best_of, lengths)
+
+    def chosen(self) -> list[SequenceOutput]:
+        """The sequences that are answered: of each prompt the `n` likeliest, best first."""
+        n, samples = self._job.output.n, self._job.output.best_of
+        chosen: list[SequenceOutput] = []
+        for start in range(0, len(self.sequences), samples):
+            candidates = self.sequences[start : start + samples]
+            for sequence in candidates:
+                sequence.prompt_logprobs = candidates[0].prompt_logprobs
+            if samples > n:
+                candidates = sorted(candidates, key=lambda s: s.mean_logprob, reverse=True)
+            chosen += candidates[:n]
+        return chosen
 
     def facts(self) -> dict[str, Any]:
         """What the access log says of the job so far; `ttft_seconds` is its first token's time."""
@@ -224,16 +252,18 @@ async def generating(
 
 def check_count(service: Service, jobs: Sequence[Job]) -> None:
     """Raises ApiError (400) for jobs of more sequences than the engine can hold together."""
-    counts = [len(job.prompts) * job.output.n for job in jobs]
-    if sum(counts) <= service.max_sequences:
+    output = jobs[0].output
+    samples = output.best_of
+    count = sum(len(job.prompts) for job in jobs) * samples
+    if count <= service.max_sequences:
         return
-    what = f"{len(jobs[0].prompts)} prompts with n = {jobs[0].output.n}"
-    if len(jobs) > 1:
-        what = f"{len(jobs)} models with n = {jobs[0].output.n}"
+    name = "n" if samples == output.n else "best_of"
+    what = f"{len(jobs[0].prompts)} prompts" if len(jobs) == 1 else f"{len(jobs)} models"
     raise ApiError(
         400,
-        f"{what} are {sum(counts)} sequences; the server holds {service.max_sequences}",
-        param="n",
+        f"{what} with {name} = {samples} are {count} sequences; "
+        f"the server holds {service.max_sequences}",
+        param=name,
     )
 
 
@@ -274,8 +304,9 @@ async def write_failure(stream: EventStream, job: Job, error: ApiError) -> None:
 
 
 def _whole(job: Job, run: Run) -> bytes:
-    pieces = [sequence.take() for sequence in run.sequences]
-    return encode_answer(job.format.answer(pieces, run.sequences, run.usage()))
+    chosen = run.chosen()
+    pieces = [sequence.take() for sequence in chosen]
+    return encode_answer(job.format.answer(pieces, chosen, run.usage()))
 
 
 async def write_stream(stream: EventStream, job: Job, run: Run, ping_seconds: float | None) -> None:

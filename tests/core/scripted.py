@@ -213,9 +213,9 @@ class Host:
             tuple(prompt),
             params,
             salt,
-            owner,
-            session or Session(),
-            goes_on,
+            owner=owner,
+            session=session or Session(),
+            goes_on=goes_on,
         )
         reply = self.replies[request.id] = Reply(request, expected)
         order = len(self.replies)
@@ -301,13 +301,10 @@ class Host:
             return True
         return sum(map(self.work_ahead, self.alive)) > 0
 
-    def drain(self, *, rounds: int = 600) -> None:
-        """Lets all requests end, in a fair order and a bounded number of rounds.
-
-        Each of many may have a few rounds of its own.
-        """
+    def drain(self) -> None:
+        """Lets all requests end, in a fair order and a bounded number of rounds."""
         idle = 0
-        for _ in range(max(rounds, 6 * len(self.live))):
+        for _ in range(600 + 10 * len(self.live)):
             idle = 0 if self.round() else idle + 1
             self.check()
             if idle:
