@@ -159,6 +159,7 @@ class DecodeCore:
 
     def schedule(self, now: float = 0.0) -> DecodePlan | None:
         """The next piece of work, or None; `now` is in seconds, from any start."""
+        self.cache.tick(now)
         for transfer in self._arrivals.expired(now):
             self._fetch_failed(transfer, "the transfer took too long")
         self.starved = None
@@ -345,6 +346,7 @@ class DecodeCore:
         del self._rows[row.sequence.id]
         self._changes += 1
         self._admits = [admit for admit in self._admits if admit.id != row.sequence.id]
+        self.cache.pin(row.pages, self.cache.now + row.sequence.ttl)
         self.admission.leave(row.slot, row.pages)
 
     def _catch_up(self) -> Replay | None:

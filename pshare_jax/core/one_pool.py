@@ -26,7 +26,7 @@ class OnePool:
         self.prefill = prefill
         self.decode = decode
 
-    def schedule_prefill(self) -> PrefillPlan | None:
+    def schedule_prefill(self, now: float) -> PrefillPlan | None:
         """The prefill core's next plan; it leaves a page for each sequence that runs.
 
         A sequence whose client, model or request has nothing gets the pages of one that runs, if
@@ -34,10 +34,10 @@ class OnePool:
         """
         queue = self.prefill.queue
         queue.reserve = self.decode.admission.num_inside
-        plan = self.prefill.schedule()
+        plan = self.prefill.schedule(now)
         if queue.wanting is not None and self.decode.make_room(queue.wanting):
             queue.favour()
-            return plan or self.prefill.schedule()
+            return plan or self.prefill.schedule(now)
         return plan
 
     def schedule_decode(self, now: float) -> DecodePlan | None:

@@ -128,7 +128,7 @@ class Engine:
                 collector.add(event)
                 if collector.done and not was_done:
                     if event.finish_reason is None:
-                        self._orchestrator.abort(event.request_id)
+                        self._orchestrator.abort(event.request_id, complete=True)
                     if on_completion is not None:
                         on_completion(indices[event.request_id], collector.completion())
                 running -= event.finish_reason is not None

@@ -19,6 +19,7 @@ from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.prefill import PrefillCore
 from pshare_jax.core.router import Router, WorkerInfo
+from pshare_jax.core.sessions import SessionPolicy
 from pshare_jax.core.split_rule import LastTokens
 
 _ANY_BYTES = 1
@@ -52,6 +53,7 @@ class ServerSpec:
         prefill: its prefill engines.
         decode: its decode engines.
         tail: prompt tokens that decode modules read themselves.
+        reply_ahead: whether replies are covered before anybody asks.
     """
 
     models: Sequence[int]
@@ -63,6 +65,7 @@ class ServerSpec:
     prefill: Sequence[EngineSpec]
     decode: Sequence[EngineSpec]
     tail: int = 1
+    reply_ahead: bool = False
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,8 @@ class _Server:
             for name, engine in ((f"{prefix}prefill{i}", e) for i, e in enumerate(spec.prefill))
         ]
         router = Router([_info(w) for w in self.prefill], [_info(w) for w in self.decode])
-        self.dispatcher = Dispatcher(self._models, router, spec.page_size)
+        policy = SessionPolicy(spec.reply_ahead)
+        self.dispatcher = Dispatcher(self._models, router, spec.page_size, policy)
 
     @property
     def workers(self) -> list[Worker]:
