@@ -211,6 +211,12 @@ class DecodeCore:
             row = self._rows.get(planned.id)
             if row is not None and row.slot == planned.slot:
                 row.planned -= plan.step.count
+                if i in result.failed:
+                    self._remove(row)
+                    self._send(DISPATCHER, m.Failed(planned.id, result.failed[i]))
+                    continue
+                forced = max(len(result.tokens[i]) - plan.step.count, 0)
+                self.stats.forced_tokens[row.sequence.model] += forced
                 self._accept(row, result.tokens[i], result.logprobs[i] if result.logprobs else [])
         self._enter()
         self._publish()
@@ -251,7 +257,7 @@ class DecodeCore:
         for covered, room in self._queue.enter(self._holdings, self.make_room):
             self._arrive(covered, room)
         if self._queue and self.admission.num_inside == 0:
-            order = self._queue.next(self._holdings()).sequence.order
+            order = self._queue.oldest.sequence.order
             younger = [one for one in self.elsewhere if one.sequence.order > order]
             self._starve(max(younger, key=lambda one: one.sequence.order, default=None))
         self._stuck = self._changes, self.cache.num_available
@@ -301,6 +307,7 @@ class DecodeCore:
                     len(sequence.prompt),
                     sequence.params,
                     sequence.seed,
+                    sequence.end_token_ids,
                 )
             )
             self._rows[sequence.id] = DecodeRow(
@@ -342,13 +349,16 @@ class DecodeCore:
 
     def _catch_up(self) -> Replay | None:
         """One chunk of the KV that some row lacks before it can sample."""
-        behind = [row for row in self._rows.values() if row.num_behind > 1]
-        if not behind:
-            return None
-        row = min(behind, key=lambda row: (row.last_step, row.order))
+        behind = [row for row in self._rows.values() if row.num_replayed > 0]
+        for row in sorted(behind, key=lambda row: (row.last_step, row.order)):
+            count = min(row.num_replayed, max(self._config.replay_buckets))
+            if self._is_running(row) and self._ensure_pages(row, count):
+                return self._replay(row, count)
+        return None
+
+    def _replay(self, row: DecodeRow, count: int) -> Replay:
         buckets = self._config.replay_buckets
-        known = len(row.sequence.prompt) + len(row.output)
-        start, end = row.num_kv, min(row.num_kv + max(buckets), known - 1)
+        start, end = row.num_kv, row.num_kv + count
         row.num_kv = end
         self._tick += 1
         row.last_step = self._tick
@@ -383,7 +393,9 @@ class DecodeCore:
 
     def _step(self, group: str, rows: list[DecodeRow]) -> Step | None:
         """None when no row could get the page it needs."""
-        count = steps_for([row.remaining for row in rows], self._config.steps_per_dispatch)
+        masked = any(row.sequence.params.masked for row in rows)
+        limit = 1 if masked else self._config.steps_per_dispatch
+        count = steps_for([row.remaining for row in rows], limit)
         batch = [row for row in rows if self._is_running(row) and self._ensure_pages(row, count)]
         # A row may have been preempted for the sake of one that came after it in the batch.
         batch = [row for row in batch if self._is_running(row)]
@@ -403,6 +415,8 @@ class DecodeCore:
         return self._rows.get(row.sequence.id) is row
 
     def _accept(self, row: DecodeRow, tokens: list[int], logprobs: list[TokenLogprobs]) -> None:
+        if not tokens:
+            return
         accepted, reason = row.accept(tokens)
         if not row.sequence.probe:
             self.stats.generation_tokens[row.sequence.model] += len(accepted)
