@@ -171,8 +171,8 @@ class ServerConfig:
         server_header: what the `Server` header of answers says; empty sends none.
         otlp_traces_endpoint: URL that traces are sent to, `http://collector:4318/v1/traces`; needs
             the extra `otel`.
-        ui: whether there is a page at `/ui` that shows what is shared, to whoever has the key. It
-            tells which models work on how many tokens, never what the tokens are.
+        ui: whether there is a page at `/ui`, with a playground. It shows what is shared: which
+            models work on how many tokens; of several keys to admin keys alone.
     """
 
     host: str = "127.0.0.1"

@@ -12,6 +12,7 @@ from typing import Literal
 
 import msgspec
 
+from pshare_jax.core.constraints import GrammarSpec, Thoughts
 from pshare_jax.core.models import ModelSpec
 
 MAX_LOGPROBS = 20
@@ -24,14 +25,19 @@ DISPATCHER = "dispatcher"
 class SamplingParams(msgspec.Struct, frozen=True):
     """How the next token is chosen; the defaults are OpenAI's and vLLM's.
 
-    Order on the device: repetition, presence and frequency penalties, logit bias, temperature,
-    min-p, top-k, top-p. `temperature` 0 (or less than 1e-5) is greedy; `top_k` 0 and `top_p` 1
-    and `min_p` 0 are off; equal scores are kept or dropped together. `logprobs` asks for the
-    log-probability (of the unmodified distribution, natural log) of the chosen token and of that
-    many most likely ones; None asks for none. `stop_token_ids` come on top of the model's own end
-    tokens, which `ignore_eos` turns off. `prompt_logprobs` asks for the log-probability of each
-    prompt token and of that many most likely ones in its place (`core/prompt_scores.py`);
-    `max_tokens` may be 0.
+    Order on the device: masks, repetition, presence and frequency penalties, logit bias,
+    temperature, min-p, top-k, top-p. `temperature` 0 (or less than 1e-5) is greedy; `top_k` 0,
+    `top_p` 1 and `min_p` 0 are off; equal scores are kept or dropped together. `logprobs` asks for
+    the log-probability (of the unmodified distribution, natural log) of the chosen token and of
+    that many most likely ones; None asks for none. `stop_token_ids` come on top of the model's own
+    end tokens, which `ignore_eos` turns off unless there is a grammar. `prompt_logprobs` asks for
+    the log-probability of each prompt token and of that many most likely ones in its place
+    (`core/prompt_scores.py`); `max_tokens` may be 0.
+
+    Masks leave out tokens: what does not follow `grammar`, once the `thoughts` before it have
+    ended; what is not in `allowed_token_ids`, unless those are empty; the last token of each of
+    `bad_words` (token ids) where the answer ends with those before it; and what would end an answer
+    of less than `min_tokens`. A mask that would leave nothing gives way, a grammar never does.
     """
 
     max_tokens: int = 16
@@ -48,6 +54,17 @@ class SamplingParams(msgspec.Struct, frozen=True):
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     prompt_logprobs: int | None = None
+    grammar: GrammarSpec | None = None
+    thoughts: Thoughts | None = None
+    min_tokens: int = 0
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def masked(self) -> bool:
+        """Whether which tokens may come next depends on those that came."""
+        limited = self.allowed_token_ids or self.bad_words or self.min_tokens > 0
+        return self.grammar is not None or bool(limited)
 
 
 class Session(msgspec.Struct, frozen=True):

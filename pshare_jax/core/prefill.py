@@ -24,7 +24,7 @@ from pshare_jax.core.prefill_queue import PrefillQueue
 from pshare_jax.core.prefill_task import PrefillTask, PromptPages
 from pshare_jax.core.reply_prefill import ReplyPrefill
 from pshare_jax.core.scheduling import next_prefill
-from pshare_jax.core.shares import FairClock
+from pshare_jax.core.shares import FairClock, in_turn
 from pshare_jax.core.stats import PrefillStats
 
 MAX_TRIES = 2
@@ -185,7 +185,7 @@ class PrefillCore:
         Sequences `inside` the decode worker have their pages from there too, and keep them.
         """
         tasks = (*self._active, *self._held.values())
-        return [task for task in tasks if task.sequence.id not in inside]
+        return [task for task in tasks if task.pages and task.sequence.id not in inside]
 
     def give_way(self, task: PrefillTask) -> bool:
         """Takes the pages of one of `holders`, unless they are in use at this moment.
@@ -297,7 +297,7 @@ class PrefillCore:
         weights = self._models[first.sequence.model].prefill_weights
         others = [
             task
-            for task in sorted(self._active, key=lambda task: task.order)
+            for task in self._active
             if task is not first
             and task.remaining <= bucket
             and self._models[task.sequence.model].prefill_weights == weights
@@ -305,6 +305,7 @@ class PrefillCore:
         # Rows that are computed though nothing is in them had better be few.
         if self._pads and 2 * (1 + len(others)) <= rows:
             return [first]
+        others = in_turn(first.sequence, others)
         return [first, *(t for t in others[: rows - 1] if self._plan(t, bucket, copies))]
 
     def _first(self, copies: list[tuple[int, int]]) -> PrefillTask | None:

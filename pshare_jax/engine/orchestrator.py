@@ -18,6 +18,7 @@ import jax
 from pshare_jax.cluster.thread import DispatcherThread, WorkerThread
 from pshare_jax.config import DecodeConfig, ServeConfig
 from pshare_jax.convert.manifest import TOKENIZER_FOLDER
+from pshare_jax.core.constraints import GrammarSpec
 from pshare_jax.core.dispatcher import Dispatcher
 from pshare_jax.core.messages import DISPATCHER, Message, Request, RequestOutput
 from pshare_jax.core.pages.page_cache import PageCache
@@ -41,10 +42,17 @@ from pshare_jax.engine.loader import (
 from pshare_jax.engine.modules import Modules
 from pshare_jax.engine.queue_room import QueueRoom
 from pshare_jax.engine.served import ModelInfo, ServedModels, free_retired
-from pshare_jax.errors import EngineDeadError, QueueFullError, RequestError, UnknownModelError
+from pshare_jax.errors import (
+    EngineDeadError,
+    PshareError,
+    QueueFullError,
+    RequestError,
+    UnknownModelError,
+)
 from pshare_jax.kernels.backends import backend_for
 from pshare_jax.runtime.compiles import compile_count
 from pshare_jax.runtime.layout import PageLayout
+from pshare_jax.text.grammar import GrammarCompiler
 from pshare_jax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -56,6 +64,7 @@ Sink = Callable[[RequestOutput], None]
 class _Live:
     model: str
     sink: Sink
+    grammar: GrammarSpec | None
 
 
 class Orchestrator:
@@ -85,6 +94,9 @@ class Orchestrator:
         self.model_config = base.config
         self.ready = False
         self._tokenizer = tokenizer
+        self.grammars: GrammarCompiler | None = None
+        if tokenizer is not None and tokenizer.eos_token_ids:
+            self.grammars = GrammarCompiler(tokenizer)
         layout = PageLayout.of(base.config, config.page_size, compute_dtype(config))
         sizes = check_config(config, base.config, layout)
         meshes = place(config)
@@ -92,7 +104,9 @@ class Orchestrator:
         self._served = ServedModels(config, base, sources, specs)
         backend = backend_for(config.kernel_backend, jax.default_backend())
         loader = WeightLoader(base, sources, backend, config.decode, compute_dtype(config))
-        assembly = Assembly(config, base.config, layout, sizes, backend, loader, specs)
+        assembly = Assembly(
+            config, base.config, layout, sizes, backend, loader, specs, self.grammars
+        )
         self.workers = assembly.build(meshes)
         loader.built()
         executors = {worker.name: worker.executor for worker in self.workers.decode}
@@ -193,22 +207,15 @@ class Orchestrator:
         check_request(request, self.model_config.vocab_size, self.config.max_model_len)
         params = request.params
         ends = set(params.stop_token_ids)
-        if not params.ignore_eos and self._tokenizer is not None:
+        if self._tokenizer is not None and not (params.ignore_eos and params.grammar is None):
             ends |= set(self._tokenizer.eos_token_ids)
         seed = (secrets.randbits(32) if params.seed is None else params.seed) % 2**32
-        with self._lock:
-            if request.id in self._live:
-                raise RequestError(f"request id {request.id!r} is already running")
-            num_waiting = len(self._live) - sum(self._running().values())
-            if self._room.is_full(request.owner, num_waiting):
-                seconds = self._room.retry_after(time.monotonic())
-                raise QueueFullError(
-                    f"{num_waiting} requests are waiting; try again in {math.ceil(seconds)} s",
-                    seconds,
-                )
-            self._room.add(request.id, request.owner)
-            self._live[request.id] = _Live(request.model, sink)
-            order = next(self._order)
+        self._hold(params.grammar)
+        try:
+            order = self._register(request, sink)
+        except PshareError:
+            self._release(params.grammar)
+            raise
         self._control.post(lambda: self._take(request, order, seed, frozenset(ends)))
 
     def abort(self, request_id: str, *, complete: bool = False) -> None:
@@ -282,6 +289,7 @@ class Orchestrator:
             foreseen_tokens=total(stats.foreseen_tokens for stats in prefill.values()),
             prompt_tokens=dict(requests.prompt_tokens),
             generation_tokens=total(stats.generation_tokens for stats in decode.values()),
+            forced_tokens=total(stats.forced_tokens for stats in decode.values()),
             handoff_bytes=total(stats.handoff_bytes for stats in decode.values()),
             handoff_pages=total(stats.handoff_pages for stats in decode.values()),
             failed_transfers={name: stats.failed_transfers for name, stats in decode.items()},
@@ -300,6 +308,43 @@ class Orchestrator:
                 name: seconds for t in self._threads for name, seconds in t.busy_seconds.items()
             },
         )
+
+    def _hold(self, grammar: GrammarSpec | None) -> None:
+        """Has the grammar of a request compiled and kept; callers who must not wait did so before.
+
+        Raises:
+            RequestError: it cannot be used.
+        """
+        if grammar is None:
+            return
+        if self.grammars is None:
+            raise RequestError("a grammar needs a tokenizer with an end token", "grammar")
+        self.grammars.hold(grammar, "grammar")
+
+    def _release(self, grammar: GrammarSpec | None) -> None:
+        if grammar is not None and self.grammars is not None:
+            self.grammars.release(grammar)
+
+    def _register(self, request: Request, sink: Sink) -> int:
+        """Counts a request among the living; its place in the order of arrival.
+
+        Raises:
+            RequestError: its id is taken.
+            QueueFullError: too many requests are waiting.
+        """
+        with self._lock:
+            if request.id in self._live:
+                raise RequestError(f"request id {request.id!r} is already running")
+            num_waiting = len(self._live) - sum(self._running().values())
+            if self._room.is_full(request.owner, num_waiting):
+                seconds = self._room.retry_after(time.monotonic())
+                raise QueueFullError(
+                    f"{num_waiting} requests are waiting; try again in {math.ceil(seconds)} s",
+                    seconds,
+                )
+            self._room.add(request.id, request.owner)
+            self._live[request.id] = _Live(request.model, sink, request.params.grammar)
+            return next(self._order)
 
     def _check_running(self) -> None:
         if self.dead is not None:
@@ -374,6 +419,7 @@ class Orchestrator:
             if output.finish_reason is not None:
                 self._room.ended(output.request_id)
                 self._live.pop(output.request_id, None)
+                self._release(None if live is None else live.grammar)
         if live is None:
             return
         try:

@@ -97,14 +97,21 @@ def as_chat(body: CountTokensRequest) -> ChatRequest:
     return chat
 
 
-def _tool_choice(choice: Mapping[str, Any]) -> str:
-    kind = choice.get("type", "auto")
-    if kind not in ("auto", "none"):
-        raise RequestError(
-            "tool_choice must be of type 'auto' or 'none': tool calls cannot be forced",
-            param="tool_choice",
-        )
-    return kind
+def _tool_choice(choice: Mapping[str, Any]) -> str | dict[str, Any]:
+    match choice.get("type", "auto"):
+        case "auto" | "none" as kind:
+            return kind
+        case "any":
+            return "required"
+        case "tool":
+            return {
+                "type": "function",
+                "function": {"name": _string(choice, "name", "tool_choice")},
+            }
+        case _:
+            raise RequestError(
+                "tool_choice must be of type auto, any, tool or none", param="tool_choice"
+            )
 
 
 def _tool(tool: Mapping[str, Any], where: str) -> dict[str, Any]:

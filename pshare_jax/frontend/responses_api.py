@@ -84,6 +84,7 @@ def as_chat(body: ResponsesRequest) -> ChatRequest:
         messages=messages,
         tools=[_tool(tool) for tool in body.tools or () if is_function(tool)],
         tool_choice=body.tool_choice,
+        response_format=_response_format(body),
         parallel_tool_calls=body.parallel_tool_calls,
         max_tokens=body.max_output_tokens,
         temperature=body.temperature,
@@ -109,13 +110,22 @@ def _check(body: ResponsesRequest) -> None:
                 f"{name} is not served: nothing is stored; send the whole conversation as input",
                 param=name,
             )
-    wanted = ((body.text or {}).get("format") or {}).get("type", "text")
-    if wanted != "text":
-        raise RequestError(
-            f"text.format {str(wanted)[:100]!r} is not served; only 'text' is", param="text.format"
-        )
     if body.top_logprobs:
         raise RequestError("top_logprobs is not served here; use a chat", param="top_logprobs")
+
+
+def _response_format(body: ResponsesRequest) -> dict[str, Any] | None:
+    """`text.format` in the chat's form, which nests."""
+    given = (body.text or {}).get("format")
+    if given is None:
+        return None
+    if not isinstance(given, Mapping):
+        raise RequestError("text.format must be an object", param="text.format")
+    if given.get("type") != "json_schema":
+        return dict(given)
+    if "schema" not in given:
+        raise RequestError("text.format.schema is missing", param="text.format.schema")
+    return {"type": "json_schema", "json_schema": dict(given)}
 
 
 def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pshare_jax.core.messages import Request, RequestOutput
 from pshare_jax.core.pages.sharing_map import SharingMap
 from pshare_jax.core.stats import EngineStats
 from pshare_jax.models.config import ModelConfig
+from pshare_jax.text.grammar import GrammarCompiler
 from pshare_jax.text.tokenizer import Tokenizer
 
 Sink = Callable[[RequestOutput], None]
@@ -88,6 +89,11 @@ class Engine(Submitter, Protocol):
     @property
     def tokenizer(self) -> Tokenizer:
         """The base's tokenizer."""
+        ...
+
+    @property
+    def grammars(self) -> GrammarCompiler | None:
+        """Compiles grammars; None without an end token."""
         ...
 
     @property

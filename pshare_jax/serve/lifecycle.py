@@ -173,6 +173,7 @@ class StopSignal:
     def _handle(self, number: int) -> None:
         if self.received.is_set():
             log.warning("second signal: ending at once")
+            logging.shutdown()
             os._exit(128 + number)
         log.info("%s: draining", signal.Signals(number).name)
         self.received.set()

@@ -45,6 +45,11 @@ _COUNTERS: tuple[_ModelMetric, ...] = (
         lambda stats, model: stats.generation_tokens.get(model, 0),
     ),
     (
+        "pshare_forced_tokens",
+        "Generated tokens for which a grammar left no choice, and no step was taken.",
+        lambda stats, model: stats.forced_tokens.get(model, 0),
+    ),
+    (
         "vllm:num_preemptions",
         "Sequences that lost their pages and were replayed.",
         lambda stats, model: stats.preemptions.get(model, 0),

@@ -15,6 +15,7 @@ from typing import Any
 from pshare_jax.cluster.worker import DecodeWorker, PrefillWorker
 from pshare_jax.config import DecodeConfig
 from pshare_jax.core import messages as m
+from pshare_jax.core.constraints import GrammarSpec
 from pshare_jax.core.decode import DecodeCore
 from pshare_jax.core.dispatcher import Dispatcher
 from pshare_jax.core.messages import (
@@ -195,19 +196,27 @@ class Host:
         salt: str = "",
         end_after: int | None = None,
         logprobs: int | None = None,
+        grammar: bool = False,
         owner: Owner = NOBODY,
         session: Session | None = None,
         goes_on: bool = True,
     ) -> Reply:
-        """Submits a request; its token number `end_after` will be an end token."""
+        """Submits a request; its token number `end_after` will be an end token.
+
+        With a grammar some tokens are forced by those before.
+        """
         spec = self.models[model]
         split = spec.split_rule.split(prompt)
         writer = prefill_writer(spec.prefill_weights, root_key(spec.namespace, salt))
         reader = module(spec.group, spec.adapter if split.invoked else -1)
-        expected = oracle(writer, reader, prompt, split.covered, max_tokens)
+        expected = oracle(writer, reader, prompt, split.covered, max_tokens, (), grammar)
         ends = frozenset(expected[end_after : end_after + 1] if end_after is not None else ())
-        expected = oracle(writer, reader, prompt, split.covered, max_tokens, ends)
-        params = SamplingParams(max_tokens=max_tokens, logprobs=logprobs)
+        expected = oracle(writer, reader, prompt, split.covered, max_tokens, ends, grammar)
+        params = SamplingParams(
+            max_tokens=max_tokens,
+            logprobs=logprobs,
+            grammar=GrammarSpec("json_object") if grammar else None,
+        )
         request = Request(
             f"r{len(self.replies)}",
             model,

@@ -102,6 +102,7 @@ class Machine(RuleBasedStateMachine):
             salt="tenant" if salted == 0 else "",
             end_after=end if end < count else None,
             logprobs=1 if end % 2 else None,
+            grammar=end % 3 == 0,
             owner=owner,
             session=session,
             goes_on=end != 3,

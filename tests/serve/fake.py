@@ -20,6 +20,7 @@ from pshare_jax.core.pages.sharing_map import MapContext, MapPage, SharingMap
 from pshare_jax.core.stats import EngineStats, PoolStats
 from pshare_jax.errors import EngineDeadError, QueueFullError, UnknownModelError
 from pshare_jax.models.config import ModelConfig
+from pshare_jax.text.grammar import GrammarCompiler
 from pshare_jax.text.tokenizer import Tokenizer
 
 MODELS = {"planner": "shared", "coder": "shared", "team/critic": "isolated"}
@@ -75,6 +76,7 @@ class FakeOrchestrator:
     def __post_init__(self):
         self.model_config = ModelConfig("llama", self.tokenizer.vocab_size + 8, 8, 8, 1, 1, 1, 8)
         self.models = {name: FakeModelInfo(name, sharing) for name, sharing in MODELS.items()}
+        self.grammars = GrammarCompiler(self.tokenizer) if self.tokenizer.eos_token_ids else None
         self._lock = threading.Condition()
         self._running: dict[str, Running] = {}
         self._index: dict[tuple, str] = {}
