@@ -130,6 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_subcommand("masks", masks_parser)
     commands.add_subcommand("loading", loading_parser)
     commands.add_subcommand("starve", starve_parser)
+    commands.add_subcommand("soak", soak_parser)
     commands.add_subcommand("report", report_parser)
     benches = {
         "micro": _micro,

@@ -66,6 +66,7 @@ class DecodeCore:
         elsewhere: what holds pages of this pool in a prefill core, and could give way there.
         crowded: whether anything holds pages in a prefill core of the same pool.
         starved: which of `elsewhere` is to give way now.
+        short: arrival order of a row that waits for pages, after the last plan.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class DecodeCore:
         self.elsewhere: Sequence_[HasSequence] = ()
         self.crowded = False
         self.starved: HasSequence | None = None
+        self.short: int | None = None
         self.admission = Admission(cache, config.max_num_seqs)
         self._models = dict(models)
         self._config = config
@@ -159,9 +161,10 @@ class DecodeCore:
 
     def schedule(self, now: float = 0.0) -> DecodePlan | None:
         """The next piece of work, or None; `now` is in seconds, from any start."""
+        self.cache.tick(now)
         for transfer in self._arrivals.expired(now):
             self._fetch_failed(transfer, "the transfer took too long")
-        self.starved = None
+        self.starved, self.short = None, None
         self._enter()
         arrivals = self._arrivals
         if arrivals.pulls:
@@ -345,6 +348,7 @@ class DecodeCore:
         del self._rows[row.sequence.id]
         self._changes += 1
         self._admits = [admit for admit in self._admits if admit.id != row.sequence.id]
+        self.cache.pin(row.pages, self.cache.now + row.sequence.ttl)
         self.admission.leave(row.slot, row.pages)
 
     def _catch_up(self) -> Replay | None:
@@ -439,6 +443,7 @@ class DecodeCore:
                 return self._yield(row)
             if not isinstance(victim, DecodeRow):
                 self._starve(victim)
+                self.short = row.order
                 return False
             self._preempt(victim)
         return True
@@ -460,6 +465,8 @@ class DecodeCore:
         is_alone = len(self._rows) == 1 and not self.crowded
         if not is_alone and not arriving:
             self._preempt(row)
+        else:
+            self.short = row.order
         return False
 
     def _preempt(self, row: DecodeRow) -> None:

@@ -67,6 +67,20 @@ class SamplingParams(msgspec.Struct, frozen=True):
         return self.grammar is not None or bool(limited)
 
 
+class Session(msgspec.Struct, frozen=True):
+    """What a client says about the calls to come; hints, which change no token.
+
+    Args:
+        id: calls of one id (and one salt) stay with the same workers; empty is no session.
+        ttl: seconds for which the pages should outlive the call.
+        next_models: names of the models that will be asked next.
+    """
+
+    id: str = ""
+    ttl: float = 0.0
+    next_models: tuple[str, ...] = ()
+
+
 class Owner(msgspec.Struct, frozen=True):
     """Whose a sequence is, for fair shares.
 
@@ -88,7 +102,8 @@ class Request(msgspec.Struct, frozen=True):
     """One sequence to be generated: `prompt_token_ids` by `model`.
 
     Requests with different `cache_salt` never share pages. A `probe` is part of another request's
-    work, which counters do not count.
+    work, which counters do not count. `goes_on` says that the next prompt will probably begin with
+    this one and its reply, see `core.sessions`.
     """
 
     id: str
@@ -98,6 +113,8 @@ class Request(msgspec.Struct, frozen=True):
     cache_salt: str = ""
     probe: bool = False
     owner: Owner = Owner()
+    session: Session = Session()
+    goes_on: bool = True
 
 
 class FinishReason(StrEnum):
@@ -192,6 +209,7 @@ class Sequence(msgspec.Struct, frozen=True, kw_only=True):
         decode_worker: who generates.
         probe: whether counters leave it out, see `Request`.
         owner: whose it is, for fair shares.
+        ttl: seconds for which its pages should outlive it.
     """
 
     id: int
@@ -212,6 +230,7 @@ class Sequence(msgspec.Struct, frozen=True, kw_only=True):
     decode_worker: str = ""
     probe: bool = False
     owner: Owner = Owner()
+    ttl: float = 0.0
 
     @property
     def num_tokens(self) -> int:
@@ -307,6 +326,20 @@ class Release(msgspec.Struct, frozen=True, tag=True):
     id: int
 
 
+class Replied(msgspec.Struct, frozen=True, tag=True):
+    """To a prefill worker: a reply has ended, and the next prompt probably begins with it.
+
+    Args:
+        sequence: of the prompt and the reply together, all covered; its pages are pinned for `ttl`.
+        known: leading full pages that were covered for the prompt.
+        ahead: whether the rest is to be covered when nothing else is to be done.
+    """
+
+    sequence: Sequence
+    known: int
+    ahead: bool
+
+
 class ModelAdded(msgspec.Struct, frozen=True, tag=True):
     """To every worker: a model, under an id of its own; its weights are where they are needed."""
 
@@ -391,6 +424,7 @@ ToWorker = (
     | Offered
     | NotOffered
     | Release
+    | Replied
     | ModelAdded
     | ModelRemoved
     | WeightsFreed

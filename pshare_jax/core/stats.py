@@ -14,13 +14,20 @@ PageRead = Literal["read", "saved"]
 
 
 class PrefillStats:
-    """What a prefill core has done, by model: prompt tokens by who computed their KV."""
+    """What a prefill core has done, by model: prompt tokens by who computed their KV.
+
+    `ahead_tokens` are those of replies that were covered before anybody asked, `foreseen_tokens`
+    prompt tokens that were found for that reason, each once.
+    """
 
     def __init__(self) -> None:
         self.prefill_tokens: Counter[tuple[str, TokenSource]] = Counter()
+        self.ahead_tokens: Counter[str] = Counter()
+        self.foreseen_tokens: Counter[str] = Counter()
 
-    def prefilled(self, model: str, usage: PromptUsage) -> None:
-        """A prompt's KV is complete in the pool."""
+    def prefilled(self, model: str, usage: PromptUsage, foreseen: int = 0) -> None:
+        """A prompt's KV is complete in the pool; `foreseen` of its tokens were computed ahead."""
+        self.foreseen_tokens[model] += foreseen
         own = usage.cached_tokens - usage.shared_tokens
         self.prefill_tokens[model, "computed"] += usage.computed_tokens
         self.prefill_tokens[model, "same_model"] += own
@@ -92,9 +99,12 @@ class EngineStats:
     worker's name: `prefill0`, `decode0`, ... `decode_pages`, by worker and "read" or "saved", are
     the KV pages that decode dispatches read, counted once a dispatch, and those that they did not
     read again since rows share them; they are counted where `decode.shared_prefix` is in force.
+    `ahead_tokens` and `foreseen_tokens` are those of `PrefillStats`.
     """
 
     prefill_tokens: Mapping[tuple[str, TokenSource], int] = field(default_factory=dict)
+    ahead_tokens: Mapping[str, int] = field(default_factory=dict)
+    foreseen_tokens: Mapping[str, int] = field(default_factory=dict)
     prompt_tokens: Mapping[str, int] = field(default_factory=dict)
     generation_tokens: Mapping[str, int] = field(default_factory=dict)
     forced_tokens: Mapping[str, int] = field(default_factory=dict)

@@ -186,7 +186,8 @@ class Assembly:
             self._config.decode,
         )
         pool = PagePool(self._layout, num_pages, programs.pool_sharding)
-        return programs, pool, PageCache(num_pages, self._layout.page_size)
+        share = self._config.sessions.pinned_share
+        return programs, pool, PageCache(num_pages, self._layout.page_size, share)
 
     def _prefill_core(self, name: str, cache: PageCache, *, pads: bool) -> PrefillCore:
         return PrefillCore(name, cache, self._models, self._config.prefill.chunk_buckets, pads=pads)

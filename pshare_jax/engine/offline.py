@@ -128,7 +128,7 @@ class Engine:
                 collector.add(event)
                 if collector.done and not was_done:
                     if event.finish_reason is None:
-                        self._orchestrator.abort(event.request_id)
+                        self._orchestrator.abort(event.request_id, complete=True)
                     if on_completion is not None:
                         on_completion(indices[event.request_id], collector.completion())
                 running -= event.finish_reason is not None
@@ -200,15 +200,19 @@ class Engine:
             self._formats[model] = model_format(entries.get(model, ModelEntry(model)), template)
         return self._formats[model]
 
-    def load_module(self, name: str, folder: str | Path, *, replace: bool = False) -> None:
+    def load_module(
+        self, name: str, folder: str | Path, *, replace: bool = False, tool_parser: str = "auto"
+    ) -> None:
         """Serves the decode module in `folder` under `name` from now on.
 
         There must be room for it: `decode.max_loras`, `decode.max_full`. With `replace` it takes
-        the place of a module of that name.
+        the place of a module of that name. `tool_parser` is as in `config.ModelEntry`.
 
         Raises:
             RequestError, CheckpointError, ConfigError: see `Orchestrator.load_module`.
         """
+        entry = ModelEntry(name, str(folder), tool_parser=tool_parser)
+        self._formats[name] = model_format(entry, self._orchestrator.tokenizer.chat_template)
         self._orchestrator.load_module(name, folder, replace=replace)
 
     def unload_module(self, name: str) -> None:

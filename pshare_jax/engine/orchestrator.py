@@ -25,6 +25,7 @@ from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.pages.sharing_map import SharingMap, sharing_map
 from pshare_jax.core.prompt_scores import PromptScorer, is_scored
 from pshare_jax.core.router import Router
+from pshare_jax.core.sessions import SessionPolicy
 from pshare_jax.core.stats import EngineStats, PoolStats
 from pshare_jax.engine.assembly import Assembly
 from pshare_jax.engine.checks import check_request
@@ -116,7 +117,8 @@ class Orchestrator:
         ]
         self._thread_of = {w.name: thread for thread in self._threads for w in thread.workers}
         router = Router(self.workers.prefill_info(), self.workers.decode_info())
-        self._dispatcher = Dispatcher(specs, router, config.page_size)
+        policy = SessionPolicy(config.reply_kv == "ahead", config.sessions.max_ttl_seconds)
+        self._dispatcher = Dispatcher(specs, router, config.page_size, policy)
         self._control = DispatcherThread(self._deliver, self._dispatcher_failed)
         self._failed: dict[str, str] = {}
         self._live: dict[str, _Live] = {}
@@ -216,9 +218,13 @@ class Orchestrator:
             raise
         self._control.post(lambda: self._take(request, order, seed, frozenset(ends)))
 
-    def abort(self, request_id: str) -> None:
-        """Ends a request; its last event says ABORT. Unknown ids are ignored."""
-        self._control.post(lambda: self._abort(request_id))
+    def abort(self, request_id: str, *, complete: bool = False) -> None:
+        """Ends a request; its last event says ABORT. Unknown ids are ignored.
+
+        A reply that is `complete` was cut where it was to end, and the next prompt may go on from
+        it.
+        """
+        self._control.post(lambda: self._abort(request_id, complete))
 
     def load_module(
         self, name: str, folder: str | Path | ModelSource, *, replace: bool = False
@@ -279,6 +285,8 @@ class Orchestrator:
         names = {**dict.fromkeys(self.models), **live, **running}
         return EngineStats(
             prefill_tokens=total(stats.prefill_tokens for stats in prefill.values()),
+            ahead_tokens=total(stats.ahead_tokens for stats in prefill.values()),
+            foreseen_tokens=total(stats.foreseen_tokens for stats in prefill.values()),
             prompt_tokens=dict(requests.prompt_tokens),
             generation_tokens=total(stats.generation_tokens for stats in decode.values()),
             forced_tokens=total(stats.forced_tokens for stats in decode.values()),
@@ -367,10 +375,10 @@ class Orchestrator:
         now = time.monotonic()
         to.submit(request, order=order, seed=seed, end_token_ids=ends, now=now)
 
-    def _abort(self, request_id: str) -> None:
+    def _abort(self, request_id: str, complete: bool = False) -> None:
         outputs = self._scorer.abort(request_id)
         if outputs is None:
-            self._dispatcher.abort(request_id)
+            self._dispatcher.abort(request_id, complete=complete)
         for output in outputs or ():
             self._emit(output)
 

@@ -54,6 +54,9 @@ class MessagesRequest(CountTokensRequest, kw_only=True):
     top_p: float | None = None
     top_k: Whole | None = None
     cache_salt: str | None = None
+    session_id: str | None = None
+    ttl: float | None = None
+    next_models: list[str] | None = None
     metadata: Ignored = None
     service_tier: Ignored = None
     container: Ignored = None
@@ -90,6 +93,7 @@ def as_chat(body: CountTokensRequest) -> ChatRequest:
         chat.max_tokens, chat.stream = body.max_tokens, body.stream
         chat.temperature, chat.top_p, chat.top_k = body.temperature, body.top_p, body.top_k
         chat.stop, chat.cache_salt = body.stop_sequences, body.cache_salt
+        chat.session_id, chat.ttl, chat.next_models = body.session_id, body.ttl, body.next_models
     return chat
 
 

@@ -43,7 +43,19 @@ class StreamOptions(Struct):
     include_obfuscation: Ignored = None
 
 
-class GenerationRequest(Struct, kw_only=True):
+class SessionHints(Struct, kw_only=True):
+    """What a client may say about calls to come; no answer depends on it.
+
+    `session_id` (or the header `X-Session-Id`) keeps calls together, `ttl` is for how many seconds
+    their KV should be kept, `next_models` names who will be asked next.
+    """
+
+    session_id: str | None = None
+    ttl: float | None = None
+    next_models: list[str] | None = None
+
+
+class GenerationRequest(SessionHints, kw_only=True):
     """What both generation endpoints understand, vLLM's additions included."""
 
     model: str
@@ -187,6 +199,17 @@ class ChatRequest(GenerationRequest, kw_only=True):
         super().__post_init__()
         make_whole(self, "max_completion_tokens")
         make_whole(self, "top_logprobs")
+
+
+class FanoutRequest(ChatRequest, kw_only=True):
+    """`POST /v1/fanout`: a chat for several models."""
+
+    model: list[str]  # type: ignore[reportIncompatibleVariableOverride]
+
+    def of(self, model: str) -> ChatRequest:
+        """The chat for one of the models."""
+        fields = {name: getattr(self, name) for name in ChatRequest.__struct_fields__}
+        return ChatRequest(**{**fields, "model": model})
 
 
 class TokenizeRequest(Struct, kw_only=True):

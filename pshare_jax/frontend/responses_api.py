@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
-from msgspec import Struct
 
 from pshare_jax.errors import RequestError
 from pshare_jax.frontend.requests import (
     ChatMessage,
     ChatRequest,
     Ignored,
+    SessionHints,
     StreamOptions,
     ToolCall,
     ToolFunction,
@@ -26,7 +26,7 @@ from pshare_jax.frontend.requests import (
 _TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 
 
-class ResponsesRequest(Struct, kw_only=True):
+class ResponsesRequest(SessionHints, kw_only=True):
     """`POST /v1/responses`."""
 
     model: str
@@ -92,6 +92,9 @@ def as_chat(body: ResponsesRequest) -> ChatRequest:
         stream=body.stream,
         cache_salt=body.cache_salt,
         chat_template_kwargs=body.chat_template_kwargs,
+        session_id=body.session_id,
+        ttl=body.ttl,
+        next_models=body.next_models,
     )
 
 

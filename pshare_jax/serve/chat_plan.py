@@ -60,6 +60,7 @@ class ChatPlan:
             cache_salt=self.body.cache_salt or "",
             format=spelling,
             arrival=arrival,
+            hints=self.body,
             priority=self.priority,
         )
 

@@ -65,8 +65,11 @@ class Submitter(Protocol):
         """
         ...
 
-    def abort(self, request_id: str) -> None:
-        """Ends a sequence; unknown and ended ones are ignored."""
+    def abort(self, request_id: str, *, complete: bool = False) -> None:
+        """Ends a sequence; unknown and ended ones are ignored.
+
+        A reply that is `complete` was cut where it was to end.
+        """
         ...
 
 

@@ -82,6 +82,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
             [prompt.token_ids for prompt in prompts for _ in range(output.n)],
         ),
         arrival=arrival,
+        hints=body,
         priority=request_priority(body),
     )
     return await respond(request, service, job)

@@ -55,6 +55,16 @@ _COUNTERS: tuple[_ModelMetric, ...] = (
         lambda stats, model: stats.preemptions.get(model, 0),
     ),
     (
+        "pshare_reply_prefill_tokens",
+        "Tokens of replies that were covered before anybody asked, by who wrote the reply.",
+        lambda stats, model: stats.ahead_tokens.get(model, 0),
+    ),
+    (
+        "pshare_reply_prefill_used_tokens",
+        "Of these, tokens that a prompt began with, by whom it asked; each counts once.",
+        lambda stats, model: stats.foreseen_tokens.get(model, 0),
+    ),
+    (
         "pshare_handoff_bytes",
         "Bytes of KV moved from prefill pools to decode pools.",
         lambda stats, model: stats.handoff_bytes.get(model, 0),

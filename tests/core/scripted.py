@@ -27,6 +27,7 @@ from pshare_jax.core.messages import (
     Request,
     RequestOutput,
     SamplingParams,
+    Session,
     TokenLogprobs,
 )
 from pshare_jax.core.models import ModelSpec
@@ -35,6 +36,7 @@ from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.pages.prefix_index import PageState, root_key
 from pshare_jax.core.prefill import PrefillCore
 from pshare_jax.core.router import Router, WorkerInfo
+from pshare_jax.core.sessions import SessionPolicy
 from pshare_jax.core.split_rule import Invocation, LastTokens, SplitRule
 from tests.core.symbolic import (
     Link,
@@ -48,6 +50,8 @@ from tests.core.symbolic import (
 )
 
 PAGE = 4
+MAX_TTL = 30.0
+"""Seconds for which pages may be pinned."""
 NOBODY = Owner()
 INVOKED_BY = (7, 7)
 """Tokens from which on the model `alora` reads a prompt itself."""
@@ -75,7 +79,8 @@ def model_specs(decode_workers: Sequence[str]) -> dict[str, ModelSpec]:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a host is made of. `wire` sends messages through their encoding."""
+    """What a host is made of. `wire` sends messages through their encoding, `reply_ahead` covers
+    replies before anybody asks."""
 
     prefill: int = 1
     decode: int = 1
@@ -86,6 +91,8 @@ class Setting:
     steps_per_dispatch: int = 1
     max_num_seqs: int = 4
     wire: bool = True
+    reply_ahead: bool = False
+    pinned_share: float = 0.5
 
 
 @dataclass
@@ -161,7 +168,8 @@ class Host:
         self.router = Router(
             [self._info(name) for name in self.prefill], [self._info(name) for name in self.decode]
         )
-        self.dispatcher = Dispatcher(self.models, self.router, PAGE)
+        policy = SessionPolicy(setting.reply_ahead, max_ttl=MAX_TTL)
+        self.dispatcher = Dispatcher(self.models, self.router, PAGE, policy)
 
     @property
     def alive(self) -> list[str]:
@@ -189,6 +197,8 @@ class Host:
         logprobs: int | None = None,
         grammar: bool = False,
         owner: Owner = NOBODY,
+        session: Session | None = None,
+        goes_on: bool = True,
     ) -> Reply:
         """Submits a request; its token number `end_after` will be an end token.
 
@@ -206,17 +216,26 @@ class Host:
             logprobs=logprobs,
             grammar=GrammarSpec("json_object") if grammar else None,
         )
-        request = Request(f"r{len(self.replies)}", model, tuple(prompt), params, salt, owner)
+        request = Request(
+            f"r{len(self.replies)}",
+            model,
+            tuple(prompt),
+            params,
+            salt,
+            owner=owner,
+            session=session or Session(),
+            goes_on=goes_on,
+        )
         reply = self.replies[request.id] = Reply(request, expected)
         order = len(self.replies)
         self.dispatcher.submit(request, order=order, seed=0, end_token_ids=ends)
         self._collect_dispatcher()
         return reply
 
-    def abort(self, reply: Reply) -> None:
-        """A client has gone."""
+    def abort(self, reply: Reply, *, complete: bool = False) -> None:
+        """A client has gone, or has got all that it wanted."""
         reply.aborted = True
-        self.dispatcher.abort(reply.request.id)
+        self.dispatcher.abort(reply.request.id, complete=complete)
         self._collect_dispatcher()
 
     def deliver(self, source: str, to: str) -> None:
@@ -249,6 +268,22 @@ class Host:
         progress = piece() if piece is not None else False
         return self._collect(name) or progress
 
+    def work_ahead(self, name: str) -> bool:
+        """A piece of what nobody waits for, which leaves nothing held; says whether there was any.
+
+        As in a thread, nothing of the kind is done where anybody waits; cores have to bear it.
+        """
+        worker = self.prefill.get(name) or self.decode[name]
+        held = worker.cache.counts().used
+        piece = worker.plan_ahead()
+        if piece is None:
+            return False
+        assert worker.at_rest
+        assert piece()
+        assert worker.cache.counts().used == held
+        self._collect(name)
+        return True
+
     def kill(self, name: str) -> None:
         """A worker has failed, and with it the one that uses the same pool."""
         for victim in [name, self._partner.get(name)]:
@@ -271,7 +306,9 @@ class Host:
         for name in self.alive:
             progress = self.work(name) or progress
             self.deliver_all()
-        return progress
+        if progress:
+            return True
+        return sum(map(self.work_ahead, self.alive)) > 0
 
     def drain(self) -> None:
         """Lets all requests end, in a fair order and a bounded number of rounds."""
@@ -319,7 +356,7 @@ class Host:
         for i in range(setting.decode):
             name = f"decode{i}"
             pool = SymbolicPool(setting.decode_pages, PAGE)
-            cache = PageCache(setting.decode_pages, PAGE)
+            cache = PageCache(setting.decode_pages, PAGE, setting.pinned_share)
             core = DecodeCore(
                 name,
                 cache,
@@ -338,7 +375,7 @@ class Host:
         for i in range(0 if setting.one_pool else setting.prefill):
             name = f"prefill{i}"
             pool = SymbolicPool(setting.prefill_pages, PAGE)
-            cache = PageCache(setting.prefill_pages, PAGE)
+            cache = PageCache(setting.prefill_pages, PAGE, setting.pinned_share)
             core = PrefillCore(name, cache, self.models, [4, 8])
             end = SymbolicConnector(name, pool, self.link)
             self.prefill[name] = PrefillWorker(core, self._prefill_executor(end))
@@ -364,7 +401,7 @@ class Host:
     def _receive(self, to: str, message: Any) -> None:
         if to in self.dead:
             return
-        if isinstance(message, m.Prefill):
+        if isinstance(message, m.Prefill | m.Replied):
             self._roots[message.sequence.id] = message.sequence.root
         (self.prefill.get(to) or self.decode[to]).receive(message)
 

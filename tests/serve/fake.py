@@ -69,6 +69,7 @@ class FakeOrchestrator:
     failed_workers: dict[str, str] = field(default_factory=dict)
     submitted: list[Request] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
+    completed: list[str] = field(default_factory=list)
     loaded: list[tuple[str, Path, bool]] = field(default_factory=list)
     load_error: Exception | None = None
 
@@ -126,8 +127,9 @@ class FakeOrchestrator:
             )
             self._lock.notify_all()
 
-    def abort(self, request_id: str) -> None:
+    def abort(self, request_id: str, *, complete: bool = False) -> None:
         with self._lock:
+            self.completed += [request_id] * complete
             self.aborted.append(request_id)
             if running := self._running.pop(request_id, None):
                 self._finish(running, RequestOutput(request_id, finish_reason=FinishReason.ABORT))
@@ -138,6 +140,8 @@ class FakeOrchestrator:
             counts = self._counts
             return EngineStats(
                 prefill_tokens=dict(counts["prefill"]),
+                ahead_tokens={"coder": 7},
+                foreseen_tokens={"planner": 5},
                 prompt_tokens=dict(counts["prompt"]),
                 generation_tokens=dict(counts["generation"]),
                 handoff_bytes=dict(counts["bytes"]),

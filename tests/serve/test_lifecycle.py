@@ -375,7 +375,9 @@ class TestCommandLine:
             assert url_of(sock) == f"http://127.0.0.1:{sock.getsockname()[1]}"
 
 
-@pytest.mark.parametrize("name", ["max_n", "max_prompts", "max_body_items", "worker_threads"])
+@pytest.mark.parametrize(
+    "name", ["max_n", "max_prompts", "max_fanout", "max_body_items", "worker_threads"]
+)
 def test_limits_of_nothing_are_refused(name):
     with pytest.raises(ConfigError, match=f"server.{name} must be at least 1, got 0"):
         bind(fake_config(**{name: 0}).server)
