@@ -174,7 +174,8 @@ class GrammarCompiler:
             # without end is an error too.
             probe = matcher.deep_copy()
             mask = np.frombuffer(probe.compute_bitmask(), np.uint8)
-            probe.compute_ff_tokens()
+            if forced := probe.compute_ff_tokens():
+                probe.consume_token(forced[0])
             if not probe.is_error() and not mask.any():
                 raise RequestError(f"{param}: no text follows this grammar", param=param)
             matcher = matcher if not probe.is_error() else probe
