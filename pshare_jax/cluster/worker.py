@@ -115,7 +115,7 @@ class PrefillWorker(Generic[P]):
         self,
         core: PrefillCore,
         executor: P,
-        schedule: Callable[[], PrefillPlan | None] | None = None,
+        schedule: Callable[[float], PrefillPlan | None] | None = None,
     ):
         self.name = core.name
         self.core = core
@@ -137,7 +137,7 @@ class PrefillWorker(Generic[P]):
     @property
     def patience(self) -> float | None:
         """See Worker."""
-        return None
+        return self.core.patience
 
     def setup(self) -> None:
         """See Worker."""
@@ -149,7 +149,7 @@ class PrefillWorker(Generic[P]):
 
     def plan(self, now: float) -> Callable[[], bool] | None:
         """See Worker."""
-        plan = self._schedule()
+        plan = self._schedule(now)
         return None if plan is None else lambda: self._run(plan)
 
     @property

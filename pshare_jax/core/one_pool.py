@@ -26,10 +26,10 @@ class OnePool:
         self.prefill = prefill
         self.decode = decode
 
-    def schedule_prefill(self) -> PrefillPlan | None:
+    def schedule_prefill(self, now: float = 0.0) -> PrefillPlan | None:
         """The prefill core's next plan; it leaves a page for each sequence that runs."""
         self.prefill.reserve = self.decode.admission.num_inside
-        return self.prefill.schedule()
+        return self.prefill.schedule(now)
 
     def schedule_decode(self, now: float) -> DecodePlan | None:
         """The decode core's next plan; what it lacks is taken from younger prompts."""

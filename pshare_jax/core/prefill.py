@@ -18,10 +18,14 @@ from pshare_jax.core.buckets import bucket_for
 from pshare_jax.core.messages import DISPATCHER, Message, Outbox
 from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.pages.page_cache import PageCache
-from pshare_jax.core.plans import Chunk, Offer, PrefillPlan, PrefillResult
+from pshare_jax.core.plans import Chunk, Offer, PrefillPlan, PrefillResult, StorePlan
 from pshare_jax.core.prefill_task import PrefillTask, PromptPages
 from pshare_jax.core.scheduling import next_prefill
 from pshare_jax.core.stats import PrefillStats
+from pshare_jax.core.store_client import StoreClient
+
+STORE_SECONDS = 0.01
+"""Between two looks at the deadlines of what was asked of the KV store."""
 
 MAX_TRIES = 2
 """Calls in which a chunk may fail before its request does."""
@@ -53,6 +57,7 @@ class PrefillCore:
         outbox: messages to others; who carries them empties it.
         stats: what has been done.
         reserve: pages that are left for running sequences where the pool is shared.
+        store: its side of the KV store, if there is one.
     """
 
     def __init__(
@@ -69,6 +74,7 @@ class PrefillCore:
         self.outbox: Outbox = []
         self.stats = PrefillStats()
         self.reserve = 0
+        self.store: StoreClient | None = None
         self._pages = PromptPages(cache)
         self._models = models
         self._pads = pads
@@ -85,24 +91,31 @@ class PrefillCore:
     @property
     def urgent(self) -> bool:
         """Whether somebody waits for pages that are there."""
-        return bool(self._offers)
+        return bool(self._offers) or (self.store is not None and self.store.urgent)
+
+    @property
+    def patience(self) -> float | None:
+        """Seconds after which `schedule` should be called again though nothing was heard."""
+        return STORE_SECONDS if self.store is not None and self.store.waits else None
 
     def receive(self, message: Message) -> None:
         """Takes a message in."""
         match message:
             case m.Prefill(sequence):
-                self._wait(PrefillTask(sequence))
+                self._enter(PrefillTask(sequence))
             case m.Abort(id, decode_worker):
                 self._abort(id, decode_worker)
             case m.Fetch():
                 self._fetch(message)
             case m.Release(id):
                 self._release(id)
+            case m.Looked() | m.Loaded() | m.Stored() if self.store is not None:
+                self._hear(self.store, message)
             case _:
                 raise TypeError(f"{self.name}: {type(message).__name__} is not for prefill workers")
 
-    def schedule(self) -> PrefillPlan | None:
-        """The next piece of work, or None.
+    def schedule(self, now: float = 0.0) -> PrefillPlan | None:
+        """The next piece of work, or None; `now` is in seconds, from any start.
 
         Pages that somebody waits for come alone, so that they do not wait for a chunk.
         """
@@ -110,12 +123,15 @@ class PrefillCore:
         if self._offers:
             offers, self._offers = self._offers, []
             return PrefillPlan(offers=offers, withdrawn=withdrawn)
+        store = self._store_plan(now)
+        if store is not None and not store.saves:
+            return PrefillPlan(withdrawn=withdrawn, store=store)
         self._start_waiting()
         copies: list[tuple[int, int]] = []
         batch = self._batch(copies)
         self._publish()
         if not batch:
-            return PrefillPlan(withdrawn=withdrawn) if withdrawn else None
+            return PrefillPlan(withdrawn=withdrawn, store=store) if withdrawn or store else None
         rows, bucket = self._shape(batch)
         chunks = [
             Chunk(
@@ -133,6 +149,7 @@ class PrefillCore:
             weights=weights,
             shape=(rows, bucket),
             chunks=chunks,
+            store=store,
         )
 
     def apply(self, plan: PrefillPlan, result: PrefillResult) -> None:
@@ -144,6 +161,8 @@ class PrefillCore:
             else:
                 reason = result.not_offered.get(transfer, "the pages were not put on offer")
                 self._send(offer.target, m.NotOffered(transfer, reason))
+        if plan.store is not None and self.store is not None:
+            self.store.landed(plan.store)
         planned = {chunk.id for chunk in plan.chunks}
         for task in tuple(self._active):
             if task.sequence.id in planned and task.planned is not None:
@@ -153,8 +172,10 @@ class PrefillCore:
     @property
     def youngest_holder(self) -> int | None:
         """Arrival order of the youngest sequence that holds pages here."""
-        holders = (*self._active, *self._held.values())
-        return max((task.order for task in holders), default=None)
+        orders = [task.order for task in (*self._active, *self._held.values())]
+        if self.store is not None and self.store.youngest is not None:
+            orders.append(self.store.youngest)
+        return max(orders, default=None)
 
     def give_way(self, order: int, inside: Collection[int] = ()) -> int | None:
         """Takes the pages of the youngest task that is younger than `order`; it will start anew.
@@ -165,6 +186,8 @@ class PrefillCore:
         Returns:
             The id of its sequence, or None when there was none.
         """
+        if self.store is not None and (id := self.store.give_way(order)) is not None:
+            return id
         younger = [
             task
             for task in (*self._active, *self._held.values())
@@ -189,6 +212,8 @@ class PrefillCore:
         """Gives all pages back, of sequences that nobody will end."""
         for task in (*self._waiting, *self._active, *self._held.values()):
             self.cache.release(task.pages)
+        if self.store is not None:
+            self.store.release_all()
         self._waiting.clear()
         self._active.clear()
         self._held.clear()
@@ -205,6 +230,32 @@ class PrefillCore:
         self._waiting.append(task)
         self._waiting.sort(key=lambda task: task.order)
 
+    def _enter(self, task: PrefillTask) -> None:
+        """A prompt has come: what the pool does not hold of it is looked for in the store."""
+        if self.store is None or not self.store.ask(task):
+            self._wait(task)
+
+    def _hear(self, store: StoreClient, message: m.FromStore) -> None:
+        match message:
+            case m.Looked():
+                computing = {key for task in self._active for key in self._uncomputed(task)}
+                queue = sum(task.remaining for task in (*self._waiting, *self._active))
+                task = store.looked(message, computing, queue, self.reserve)
+                if task is not None:
+                    self._wait(task)
+            case m.Loaded():
+                store.loaded(message)
+            case m.Stored():
+                store.stored(message)
+
+    def _store_plan(self, now: float) -> StorePlan | None:
+        if self.store is None:
+            return None
+        for task in self.store.expired(now):
+            self._wait(task)
+        # Before pages are given away: what is to be written is copied before it is overwritten.
+        return self.store.work(saves=not self.store.urgent)
+
     def _publish(self) -> None:
         added, removed = self.cache.changes()
         if added or removed:
@@ -220,6 +271,9 @@ class PrefillCore:
                     self.cache.release(task.pages)
                     self._send(DISPATCHER, m.Dropped(id))
                     return
+        if self.store is not None and self.store.abort(id) is not None:
+            self._send(DISPATCHER, m.Dropped(id))
+            return
         # It has gone on, and whoever has it now will give its pages back.
         if decode_worker:
             self._send(decode_worker, m.Abort(id))
@@ -249,6 +303,8 @@ class PrefillCore:
         for transfer in [t for t, owner in self._offer_of.items() if owner == id]:
             del self._offer_of[transfer]
             self._withdrawn.append(transfer)
+        if self.store is not None:
+            self.store.released(task)
         self.cache.release(task.pages)
 
     def _start_waiting(self) -> None:
@@ -258,6 +314,8 @@ class PrefillCore:
         take pages that it will not need.
         """
         coming = {key for task in self._active for key in self._uncomputed(task)}
+        if self.store is not None:
+            coming |= self.store.arriving()
         for task in tuple(self._waiting):
             sequence = task.sequence
             if not coming.isdisjoint(sequence.chain):
@@ -377,4 +435,5 @@ class PrefillCore:
     def held_ids(self) -> set[int]:
         """Sequences whose pages are held here, in any state."""
         tasks = (*self._waiting, *self._active, *self._held.values())
-        return {task.sequence.id for task in tasks}
+        looked_for = self.store.ids() if self.store is not None else set()
+        return {task.sequence.id for task in tasks} | looked_for

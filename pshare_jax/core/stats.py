@@ -27,6 +27,17 @@ class PrefillStats:
         self.prefill_tokens[model, "other_model"] += usage.shared_tokens
 
 
+class StoreStats:
+    """What a prefill core has asked of the KV store: prompts looked for, tokens fetched, pages not
+    fetched since computing them was cheaper or there was no room, and what came too late."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+        self.fetched_tokens = 0
+        self.declined = 0
+        self.late = 0
+
+
 class DecodeStats:
     """What a decode core has done, by model; `pages` are KV pages read and not read again,
     `failed_transfers` those whose pages did not come or were not what was asked for."""

@@ -1,0 +1,389 @@
+"""A prefill core's side of the KV store: what is looked for, fetched, and written behind.
+
+A prompt that the pool does not hold is looked for first. For the pages that the store has, prices
+decide how many of them are fetched: nobody waits for a fetch that costs more than computing. A run
+of pages that is fetched is in the index, arriving, and comes in pieces; prompts that need one of
+its pages wait until it has landed or failed. What does not come in time, or is not what was asked
+for, is computed. Pages that a prompt has let go are written to the store, as far as it keeps up:
+they may be evicted from the pool at any time meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+
+from pshare_jax.core import messages as m
+from pshare_jax.core.pages.page_cache import PageCache
+from pshare_jax.core.pages.prefix_index import Node, PageState
+from pshare_jax.core.plans import Commit, Load, Look, Save, StorePlan
+from pshare_jax.core.prefill_task import PrefillTask
+from pshare_jax.core.prices import Prices
+from pshare_jax.core.stats import StoreStats
+
+PIECE_PAGES = 16
+"""Pages of a piece of a run, and of one call that copies pages for being written."""
+
+MAX_LOADS = 4
+"""Pieces that are being fetched at once: so many lie in the host's memory."""
+
+MAX_SAVES = 64
+"""Pages that are being written; others are not begun meanwhile."""
+
+MAX_REMEMBERED = 2**16
+"""Keys that are known to be in the store, and pages that could be written."""
+
+LEAST_SECONDS = 0.02
+"""What an answer of the store is waited for at least."""
+
+SLACK = 4.0
+"""A fetch may take so many times what it should, or as long as computing would."""
+
+
+@dataclass(eq=False)
+class _Looking:
+    """A prompt that is looked for; `seconds` is how long its answer is worth waiting for."""
+
+    task: PrefillTask
+    first: int
+    seconds: float
+    deadline: float | None = None
+
+
+@dataclass(eq=False)
+class _Piece:
+    """Pages that are fetched together: nodes by page number within the sequence."""
+
+    transfer: int
+    nodes: list[Node]
+    load: Load
+    loaded: bool = False
+
+
+@dataclass(eq=False)
+class _Run:
+    """Pages that are fetched for one prompt; all of them, and those before them, are referenced."""
+
+    id: int
+    order: int
+    pages: list[int]
+    seconds: float
+    pieces: dict[int, _Piece] = field(default_factory=dict)
+    deadline: float | None = None
+
+
+class StoreClient:
+    """What a prefill core knows of the store.
+
+    Args:
+        cache: the core's pages.
+        prices: what computing and fetching cost.
+        transfer_ids: never used twice.
+
+    Attributes:
+        stats: what has been done.
+    """
+
+    def __init__(self, cache: PageCache, prices: Prices, transfer_ids: Iterator[int]):
+        self.stats = StoreStats()
+        self._cache = cache
+        self._prices = prices
+        self._ids = transfer_ids
+        self._looking: dict[int, _Looking] = {}
+        self._runs: dict[int, _Run] = {}
+        self._run_of: dict[int, _Run] = {}
+        self._looks: list[Look] = []
+        self._queued: list[Load] = []
+        self._num_loading = 0
+        self._commits: list[Commit] = []
+        self._dropped: list[int] = []
+        self._known: OrderedDict[bytes, None] = OrderedDict()
+        self._candidates: OrderedDict[bytes, tuple[Node, tuple[int, ...]]] = OrderedDict()
+        self._touched: list[bytes] = []
+        self._saving: set[bytes] = set()
+
+    @property
+    def urgent(self) -> bool:
+        """Whether there is something to do that needs no computation and that others wait for."""
+        can_load = self._queued and self._num_loading < MAX_LOADS
+        return bool(self._looks or self._commits or self._dropped or can_load)
+
+    @property
+    def waits(self) -> bool:
+        """Whether an answer is waited for, so that deadlines count."""
+        return bool(self._looking or self._runs)
+
+    @property
+    def youngest(self) -> int | None:
+        """Arrival order of the youngest sequence for which pages are fetched."""
+        return max((run.order for run in self._runs.values()), default=None)
+
+    def ids(self) -> set[int]:
+        """Sequences that are looked for."""
+        return set(self._looking)
+
+    def arriving(self) -> set[bytes]:
+        """Chain keys of the pages that are being fetched."""
+        return {key for piece in self._pieces() for key in piece.load.keys}
+
+    def ask(self, task: PrefillTask) -> bool:
+        """Looks for what the pool does not hold of a prompt; False where that is not worth it.
+
+        The task is kept here until there is an answer.
+        """
+        sequence = task.sequence
+        first = self._cache.matched_tokens(sequence.keys, sequence.prompt)
+        seconds = self._prices.compute(first, sequence.covered)
+        if seconds <= min(self._prices.call.values()) + min(self._prices.page.values()):
+            return False
+        self._looking[sequence.id] = _Looking(task, first // self._cache.page_size, seconds)
+        keys = self._chain(task)[first // self._cache.page_size :]
+        self._looks.append(Look(sequence.id, keys))
+        self.stats.looks += 1
+        return True
+
+    def looked(
+        self, answer: m.Looked, computing: set[bytes], queue: int, reserve: int
+    ) -> PrefillTask | None:
+        """An answer has come: begins to fetch what had better be fetched.
+
+        Args:
+            answer: where the first pages are that the store has.
+            computing: chain keys of pages that are about to be computed.
+            queue: tokens that wait to be computed before this prompt.
+            reserve: pages that must be left over.
+
+        Returns:
+            The prompt, which goes on to wait for its turn; None if it is gone.
+        """
+        looking = self._looking.pop(answer.id, None)
+        if looking is None:
+            return None
+        task, chain = looking.task, self._chain(looking.task)
+        for key in chain[looking.first : looking.first + len(answer.places)]:
+            self._know(key)
+        matched = self._cache.match(task.sequence.keys, task.sequence.prompt)
+        places = answer.places[max(len(matched) - looking.first, 0) :]
+        number = len(matched)
+        keys = chain[number : number + len(places)]
+        stale = number < looking.first or not computing.isdisjoint(keys)
+        count = 0 if stale else self._count(task, number, places, queue)
+        count = min(count, self._cache.num_available - reserve)
+        fresh = self._cache.allocate(count) if count > 0 else None
+        if fresh is None:
+            self._cache.release(node.page for node in matched)
+            self.stats.declined += len(places)
+        else:
+            self._begin(task, matched, fresh, places[:count])
+        return task
+
+    def loaded(self, answer: m.Loaded) -> None:
+        """A piece lies in the host's memory, or could not be had."""
+        self._num_loading -= 1
+        run = self._run_of.get(answer.transfer)
+        if run is None:
+            return
+        piece = run.pieces[answer.transfer]
+        if answer.error is not None:
+            self._know_not(piece.load.keys)
+            self._piece_failed(run, piece)
+        else:
+            piece.loaded = True
+            self._commits.append(Commit(piece.transfer, [node.page for node in piece.nodes]))
+
+    def landed(self, plan: StorePlan) -> None:
+        """What a plan said has been done: its pieces are in the pool."""
+        for commit in plan.commits:
+            run = self._run_of.pop(commit.transfer, None)
+            if run is None:
+                continue
+            piece = run.pieces.pop(commit.transfer)
+            for node in piece.nodes:
+                # One whose predecessor has failed is not in the index any more.
+                if node.state is PageState.ARRIVING:
+                    node.state, node.filler = PageState.READY, None
+                    self.stats.fetched_tokens += len(node.tokens)
+            self._ended(run)
+
+    def stored(self, answer: m.Stored) -> None:
+        """Pages have been written, or were not; others turned out to be gone."""
+        self._saving.difference_update(answer.done)
+        for key in answer.kept:
+            self._know(key)
+        self._know_not(answer.gone)
+
+    def released(self, task: PrefillTask) -> None:
+        """A prompt lets its pages go: they may be written, unless the store has them already."""
+        sequence, page_size = task.sequence, self._cache.page_size
+        for number, key in enumerate(self._chain(task)):
+            if key in self._known:
+                self._touched.append(key)
+                continue
+            node = self._cache.node_of(task.pages[number])
+            start = number * page_size
+            tokens = sequence.prompt[start : min(start + page_size, sequence.covered)]
+            if node is not None and key not in self._saving:
+                self._candidates[key] = node, tokens
+        while len(self._candidates) > MAX_REMEMBERED:
+            self._candidates.popitem(last=False)
+
+    def work(self, *, saves: bool) -> StorePlan | None:
+        """What is to be done next, or None; with `saves` also what nobody waits for."""
+        room = MAX_LOADS - self._num_loading
+        loads, self._queued = self._queued[:room], self._queued[room:]
+        self._num_loading += len(loads)
+        plan = StorePlan(
+            looks=self._looks,
+            loads=loads,
+            commits=self._commits,
+            dropped=self._dropped,
+            saves=self._next_saves() if saves else [],
+            touched=self._touched if saves else [],
+        )
+        self._looks, self._commits, self._dropped = [], [], []
+        if saves:
+            self._touched = []
+        return plan if plan != StorePlan() else None
+
+    def expired(self, now: float) -> list[PrefillTask]:
+        """Prompts that have waited long enough for an answer; late runs end, too."""
+        for run in tuple(self._runs.values()):
+            if run.deadline is None:
+                run.deadline = now + run.seconds
+            elif now >= run.deadline:
+                self.stats.late += len(run.pieces)
+                self._cancel(run)
+        late: list[PrefillTask] = []
+        for id, looking in tuple(self._looking.items()):
+            if looking.deadline is None:
+                looking.deadline = now + max(looking.seconds, LEAST_SECONDS)
+            elif now >= looking.deadline:
+                del self._looking[id]
+                self.stats.late += 1
+                late.append(looking.task)
+        return late
+
+    def abort(self, id: int) -> PrefillTask | None:
+        """Takes out a prompt that is looked for. A run goes on: others may need its pages."""
+        looking = self._looking.pop(id, None)
+        return None if looking is None else looking.task
+
+    def give_way(self, order: int) -> int | None:
+        """Ends the run of the youngest sequence younger than `order`; its id, or None."""
+        younger = [run for run in self._runs.values() if run.order > order]
+        if not younger:
+            return None
+        run = max(younger, key=lambda run: run.order)
+        self._cancel(run)
+        return run.id
+
+    def release_all(self) -> None:
+        """Gives all pages back."""
+        for run in tuple(self._runs.values()):
+            self._cancel(run)
+        self._looking.clear()
+
+    def _pieces(self) -> Iterator[_Piece]:
+        for run in self._runs.values():
+            yield from run.pieces.values()
+
+    def _count(self, task: PrefillTask, number: int, places: list[int], queue: int) -> int:
+        sequence, page_size = task.sequence, self._cache.page_size
+        ends = [min((number + i + 1) * page_size, sequence.covered) for i in range(len(places))]
+        ahead = sum(self._prices.fetch(piece.load.places) for piece in self._pieces())
+        return self._prices.pages_to_fetch(
+            places,
+            ends,
+            number * page_size,
+            sequence.covered,
+            queue * self._prices.token,
+            ahead,
+        )
+
+    def _begin(
+        self, task: PrefillTask, matched: list[Node], fresh: list[int], places: list[int]
+    ) -> None:
+        sequence, page_size = task.sequence, self._cache.page_size
+        number, parent = len(matched), matched[-1] if matched else None
+        pages = [*(node.page for node in matched), *fresh]
+        end = min((number + len(fresh)) * page_size, sequence.covered)
+        computing = self._prices.compute(number * page_size, end)
+        seconds = max(computing, SLACK * self._prices.fetch(places), LEAST_SECONDS)
+        run = _Run(sequence.id, sequence.order, pages, seconds)
+        chain = self._chain(task)
+        for first in range(number, len(pages), PIECE_PAGES):
+            transfer, nodes = next(self._ids), []
+            for at in range(first, min(first + PIECE_PAGES, len(pages))):
+                tokens = sequence.prompt[at * page_size : min((at + 1) * page_size, end)]
+                parent = Node(
+                    parent=parent,
+                    parent_key=sequence.parent_key(at),
+                    page=pages[at],
+                    tokens=tokens,
+                    # Who had it computed is not known; it is not counted as another's.
+                    origins=[sequence.model] * len(tokens),
+                    key=sequence.keys[at] if at < len(sequence.keys) else None,
+                    state=PageState.ARRIVING,
+                    filler=sequence.id,
+                )
+                self._cache.insert(parent)
+                nodes.append(parent)
+            load = Load(
+                transfer,
+                chain[first : first + len(nodes)],
+                [node.tokens for node in nodes],
+                places[first - number : first - number + len(nodes)],
+            )
+            run.pieces[transfer] = _Piece(transfer, nodes, load)
+            self._run_of[transfer] = run
+            self._queued.append(load)
+        self._runs[id(run)] = run
+
+    def _piece_failed(self, run: _Run, piece: _Piece) -> None:
+        """Takes a piece out of the index, with all that follows it."""
+        del run.pieces[piece.transfer]
+        self._run_of.pop(piece.transfer, None)
+        # From the end: what follows leaves before what it follows.
+        for node in reversed(piece.nodes):
+            if node.state is PageState.ARRIVING:
+                self._cache.forget(node)
+        self._ended(run)
+
+    def _cancel(self, run: _Run) -> None:
+        for piece in reversed(list(run.pieces.values())):
+            self._dropped.append(piece.transfer)
+            self._queued = [load for load in self._queued if load.transfer != piece.transfer]
+            self._commits = [c for c in self._commits if c.transfer != piece.transfer]
+            self._piece_failed(run, piece)
+
+    def _ended(self, run: _Run) -> None:
+        if not run.pieces and self._runs.pop(id(run), None) is not None:
+            self._cache.release(run.pages)
+
+    def _next_saves(self) -> list[Save]:
+        """Pages to be copied out of the pool now; those that were evicted are left out."""
+        saves: list[Save] = []
+        while self._candidates and len(saves) < PIECE_PAGES and len(self._saving) < MAX_SAVES:
+            key, (node, tokens) = self._candidates.popitem(last=False)
+            held = self._cache.node_of(node.page) is node and node.state is PageState.READY
+            if held and node.tokens[: len(tokens)] == tokens:
+                saves.append(Save(key, node.page, tokens))
+                self._saving.add(key)
+        return saves
+
+    def _know(self, key: bytes) -> None:
+        self._known[key] = None
+        self._known.move_to_end(key)
+        if len(self._known) > MAX_REMEMBERED:
+            self._known.popitem(last=False)
+
+    def _know_not(self, keys: Collection[bytes]) -> None:
+        for key in keys:
+            self._known.pop(key, None)
+
+    def _chain(self, task: PrefillTask) -> list[bytes]:
+        """Keys of all pages of a prompt, the last one included if it is partly filled."""
+        sequence = task.sequence
+        whole = len(sequence.keys) * self._cache.page_size == sequence.covered
+        return sequence.keys if whole else sequence.chain
