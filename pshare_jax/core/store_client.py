@@ -48,7 +48,7 @@ class _Looking:
     task: PrefillTask
     first: int
     seconds: float
-    deadline: float | None = None
+    since: float | None = None
 
 
 @dataclass(eq=False)
@@ -70,7 +70,7 @@ class _Run:
     pages: list[int]
     seconds: float
     pieces: dict[int, _Piece] = field(default_factory=dict)
-    deadline: float | None = None
+    since: float | None = None
 
 
 class StoreClient:
@@ -102,6 +102,7 @@ class StoreClient:
         self._candidates: OrderedDict[bytes, tuple[Node, tuple[int, ...]]] = OrderedDict()
         self._touched: list[bytes] = []
         self._saving: set[bytes] = set()
+        self._now = 0.0
 
     @property
     def urgent(self) -> bool:
@@ -160,6 +161,7 @@ class StoreClient:
         looking = self._looking.pop(answer.id, None)
         if looking is None:
             return None
+        self._waited(looking)
         task, chain = looking.task, self._chain(looking.task)
         for key in chain[looking.first : looking.first + len(answer.places)]:
             self._know(key)
@@ -183,6 +185,9 @@ class StoreClient:
         self._num_loading -= 1
         run = self._run_of.get(answer.transfer)
         if run is None:
+            # Nobody wants it any more, but it lies there.
+            if answer.error is None:
+                self._dropped.append(answer.transfer)
             return
         piece = run.pieces[answer.transfer]
         if answer.error is not None:
@@ -248,18 +253,20 @@ class StoreClient:
 
     def expired(self, now: float) -> list[PrefillTask]:
         """Prompts that have waited long enough for an answer; late runs end, too."""
+        self._now = now
         for run in tuple(self._runs.values()):
-            if run.deadline is None:
-                run.deadline = now + run.seconds
-            elif now >= run.deadline:
+            if run.since is None:
+                run.since = now
+            elif now >= run.since + run.seconds:
                 self.stats.late += len(run.pieces)
                 self._cancel(run)
         late: list[PrefillTask] = []
         for id, looking in tuple(self._looking.items()):
-            if looking.deadline is None:
-                looking.deadline = now + max(looking.seconds, LEAST_SECONDS)
-            elif now >= looking.deadline:
+            if looking.since is None:
+                looking.since = now
+            elif now >= looking.since + max(looking.seconds, LEAST_SECONDS):
                 del self._looking[id]
+                self._waited(looking)
                 self.stats.late += 1
                 late.append(looking.task)
         return late
@@ -359,7 +366,12 @@ class StoreClient:
 
     def _ended(self, run: _Run) -> None:
         if not run.pieces and self._runs.pop(id(run), None) is not None:
+            self._waited(run)
             self._cache.release(run.pages)
+
+    def _waited(self, what: _Looking | _Run) -> None:
+        if what.since is not None:
+            self.stats.stall_seconds += self._now - what.since
 
     def _next_saves(self) -> list[Save]:
         """Pages to be copied out of the pool now; those that were evicted are left out."""

@@ -167,7 +167,7 @@ class Pool:
             OSError: the medium does not give it.
         """
         wanted = -(-pin.length // BLOCK) * BLOCK
-        memory = memoryview(buffer.bytes)[:wanted]
+        memory = buffer.bytes[:wanted].data
         got = os.preadv(self._file.records, [memory], self._offset(pin.slot))
         return buffer.bytes[: min(got, pin.length)]
 
@@ -224,7 +224,7 @@ class Pool:
             OSError: the medium does not take it.
         """
         wanted = -(-length // BLOCK) * BLOCK
-        memory = memoryview(buffer.bytes)[:wanted]
+        memory = buffer.bytes[:wanted].data
         done = os.pwritev(self._file.records, [memory], self._offset(reservation.slot))
         if done != wanted:
             raise OSError(f"{self._file.path}: {done} of {wanted} bytes were written")
@@ -253,6 +253,14 @@ class Pool:
             same = books.generation[slot] == reservation.generation
             if same and books.state[slot] == WRITING:
                 books.drop(slot)
+
+    def drop(self, keys: Sequence[bytes]) -> None:
+        """Takes records out that nobody reads."""
+        with self._locked() as books:
+            for key in keys:
+                slot = books.find(key)
+                if slot is not None and books.state[slot] == READY and not books.pinned(slot):
+                    books.drop(slot)
 
     def counts(self) -> dict[str, int]:
         """Slots by state (`free`, `writing`, `ready`), and how many are pinned."""

@@ -22,9 +22,7 @@ def request(slots: int, *, direct: bool = False, shape: tuple[int, ...] = SHAPE)
     wanted = PoolRequest(shape, "float32", page_bytes, 1 << 40, ("raw",), lambda: None, direct)
     spec = PoolRequest(shape, "float32", page_bytes, 1 << 20, ("raw",), lambda: None).spec("raw")
     size = Regions(type(spec)(shape, "float32", "raw", slots, spec.slot_bytes)).size
-    return PoolRequest(
-        wanted.shape, "float32", page_bytes, size, ("raw",), lambda: None, direct
-    )
+    return PoolRequest(wanted.shape, "float32", page_bytes, size, ("raw",), lambda: None, direct)
 
 
 def open_pool(folder: Path, slots: int = 8, *, direct: bool = False) -> Pool:
