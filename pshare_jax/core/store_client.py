@@ -37,6 +37,9 @@ MAX_REMEMBERED = 2**16
 LEAST_SECONDS = 0.02
 """What an answer of the store is waited for at least."""
 
+MAX_LATE = 4
+"""Answers that may be overdue; while there are more nothing is looked for."""
+
 SLACK = 4.0
 """A fetch may take so many times what it should, or as long as computing would."""
 
@@ -93,6 +96,7 @@ class StoreClient:
         self._looking: dict[int, _Looking] = {}
         self._runs: dict[int, _Run] = {}
         self._run_of: dict[int, _Run] = {}
+        self._overdue: set[int] = set()
         self._looks: list[Look] = []
         self._queued: list[Load] = []
         self._num_loading = 0
@@ -134,6 +138,8 @@ class StoreClient:
         The task is kept here until there is an answer.
         """
         sequence = task.sequence
+        if len(self._overdue) >= MAX_LATE:
+            return False
         first = self._cache.matched_tokens(sequence.keys, sequence.prompt)
         seconds = self._prices.compute(first, sequence.covered)
         if seconds <= min(self._prices.call.values()) + min(self._prices.page.values()):
@@ -160,6 +166,7 @@ class StoreClient:
         """
         looking = self._looking.pop(answer.id, None)
         if looking is None:
+            self._overdue.discard(answer.id)
             return None
         self._waited(looking)
         task, chain = looking.task, self._chain(looking.task)
@@ -266,6 +273,7 @@ class StoreClient:
                 looking.since = now
             elif now >= looking.since + max(looking.seconds, LEAST_SECONDS):
                 del self._looking[id]
+                self._overdue.add(id)
                 self._waited(looking)
                 self.stats.late += 1
                 late.append(looking.task)

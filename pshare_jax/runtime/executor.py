@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,9 +21,9 @@ from pshare_jax.core.plans import (
     PrefillResult,
     Replay,
     Step,
-    StorePlan,
 )
 from pshare_jax.core.shared_runs import SharedRuns
+from pshare_jax.core.store_end import StoreEnd
 from pshare_jax.kernels.decoder_layer.packing import PackedAdapters
 from pshare_jax.models.weights import Weights
 from pshare_jax.runtime.host_arrays import host_array, padded
@@ -38,15 +38,6 @@ class GroupWeights:
 
     weights: Weights
     adapters: Weights | PackedAdapters | None = None
-
-
-class StoreEnd(Protocol):
-    """A worker's end of the KV store; all belongs to the thread that owns the worker's pool."""
-
-    def run(self, plan: StorePlan) -> None:
-        """Writes what has been fetched into the pool, copies what is to be stored, and hands the
-        rest to others, whose answers come as messages."""
-        ...
 
 
 class PrefillExecutor:

@@ -34,6 +34,7 @@ from pshare_jax.core.pages.prefix_index import PageState, root_key
 from pshare_jax.core.prefill import PrefillCore
 from pshare_jax.core.router import Router, WorkerInfo
 from pshare_jax.core.split_rule import Invocation, LastTokens, SplitRule
+from pshare_jax.core.store_client import StoreClient
 from tests.core.symbolic import (
     Link,
     SymbolicConnector,
@@ -44,6 +45,7 @@ from tests.core.symbolic import (
     oracle,
     prefill_writer,
 )
+from tests.core.symbolic_store import PRICES, SymbolicStore, SymbolicStoreEnd
 
 PAGE = 4
 INVOKED_BY = (7, 7)
@@ -72,7 +74,8 @@ def model_specs(decode_workers: Sequence[str]) -> dict[str, ModelSpec]:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a host is made of. `wire` sends messages through their encoding."""
+    """What a host is made of. `wire` sends messages through their encoding; with a `store` prefill
+    workers write pages to it and fetch them."""
 
     prefill: int = 1
     decode: int = 1
@@ -83,6 +86,7 @@ class Setting:
     steps_per_dispatch: int = 1
     max_num_seqs: int = 4
     wire: bool = True
+    store: bool = False
 
 
 @dataclass
@@ -139,6 +143,7 @@ class Host:
         self.now = 0.0
         self.replies: dict[str, Reply] = {}
         self.link = Link()
+        self.store = SymbolicStore()
         self.queues: dict[tuple[str, str], deque[bytes | Message | None]] = {}
         self.dead: set[str] = set()
         self.config = DecodeConfig(
@@ -290,6 +295,12 @@ class Host:
         for worker in (*self.prefill.values(), *self.decode.values()):
             worker.cache.check(idle=True)
             assert worker.core.held_ids() == set()
+        for name, worker in self.prefill.items():
+            client, end = worker.core.store, worker.executor.store
+            if client is not None and name not in self.dead:
+                assert client.waits is False
+                assert isinstance(end, SymbolicStoreEnd)
+                assert end.staged == {}
         for worker in self.decode.values():
             assert worker.name in self.dead or worker.core.admission.num_inside == 0
             assert worker.name in self.dead or worker.executor.connector.arriving == {}
@@ -330,6 +341,14 @@ class Host:
             core = PrefillCore(name, cache, self.models, [4, 8])
             end = SymbolicConnector(name, pool, self.link)
             self.prefill[name] = PrefillWorker(core, self._prefill_executor(end))
+        for name, worker in self.prefill.items():
+            if setting.store:
+                worker.core.store = StoreClient(worker.cache, PRICES, self._transfer_ids)
+                worker.executor.store = SymbolicStoreEnd(
+                    worker.executor.pool,
+                    self.store,
+                    lambda message, name=name: self._post("store", name, message),
+                )
 
     def _pair(self, index: int, decode: DecodeCore, end: SymbolicConnector) -> Any:
         """A prefill worker over a decode core's pool; returns how the decode core is scheduled."""
