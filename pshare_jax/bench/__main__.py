@@ -21,6 +21,7 @@ from pshare_jax.bench import (
     agents_markdown,
     agents_plots,
     agents_report,
+    codec,
     compile_report,
     machine,
     micro,
@@ -91,12 +92,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Appended turns of many sessions, computed together or one prompt a call."
     )
     turns_parser.add_class_arguments(turns.TurnsOptions)
+    codec_parser = jsonargparse.ArgumentParser(
+        description="Lossless compression of KV: how far, how fast, and on which links it pays."
+    )
+    codec_parser.add_class_arguments(codec.CodecOptions)
     report_parser = jsonargparse.ArgumentParser(
         description="Writes results of `bench agents` into a document, with plots beside them."
     )
     report_parser.add_class_arguments(ReportOptions)
     measured = (micro_parser, compile_parser, agents_parser, plan_parser, train_parser)
-    for command in (*measured, turns_parser):
+    for command in (*measured, turns_parser, codec_parser):
         command.add_argument("--json", type=str | None, default=None, help="file for the figures")
     commands = parser.add_subcommands(dest="command")
     commands.add_subcommand("micro", micro_parser)
@@ -105,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_subcommand("plan", plan_parser)
     commands.add_subcommand("train", train_parser)
     commands.add_subcommand("turns", turns_parser)
+    commands.add_subcommand("codec", codec_parser)
     commands.add_subcommand("report", report_parser)
     benches = {
         "micro": _micro,
@@ -113,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "plan": _plan,
         "train": _train,
         "turns": _turns,
+        "codec": _codec,
     }
     draws = {"agents": agents_plots.draw, "plan": plan_plots.draw}
     try:
@@ -182,6 +189,13 @@ def _agents(options: dict[str, Any], _: Keep) -> dict[str, Any]:
 def _turns(options: dict[str, Any], _: Keep) -> dict[str, Any]:
     result = turns.run(turns.TurnsOptions(**options))
     print("\n".join([*turns.lines(result), "", machine.one_line(result["machine"])]))
+    return result
+
+
+def _codec(options: dict[str, Any], _: Keep) -> dict[str, Any]:
+    result = codec.run(codec.CodecOptions(**options))
+    result["machine"] = machine.describe()
+    print("\n".join([*codec.lines(result), "", machine.one_line(result["machine"])]))
     return result
 
 

@@ -9,7 +9,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from types import ModuleType
 
@@ -21,12 +21,10 @@ from pshare_jax.cluster.worker import PrefillWorker
 from pshare_jax.config import KvStoreConfig
 from pshare_jax.core import messages as m
 from pshare_jax.core import plans, prefill, router, scheduling, split_rule
-from pshare_jax.core.buckets import TRANSFER_BUCKETS, pieces
-from pshare_jax.core.plans import Chunk, PrefillPlan
 from pshare_jax.core.prices import Prices
 from pshare_jax.core.stats import TierStats
 from pshare_jax.core.store_client import StoreClient
-from pshare_jax.engine.loader import BASE
+from pshare_jax.engine.prompt_pages import chunk_plan, prompt_pages
 from pshare_jax.errors import ConfigError
 from pshare_jax.kernels.kv_codec.codebook import Codebook, calibrate, supported
 from pshare_jax.kernels.kv_codec.reference import encode
@@ -179,7 +177,7 @@ class EngineStore:
         """A codebook for the base's KV; None where pages had better be stored as they are."""
         if codec == "raw":
             return None
-        sample = self._sample()
+        sample = prompt_pages(self._workers[0], self._tokens).view(np.uint16)
         half = max(len(sample) // 2, 1)
         book = calibrate(codec, sample[:half])
         # What it was not calibrated on; one page only if there is no more.
@@ -193,33 +191,6 @@ class EngineStore:
         if must or (ratio >= PAYING_RATIO and escapes < ESCAPES):
             return calibrate(codec, sample)
         return None
-
-    def _sample(self) -> np.ndarray:
-        """`[n, *shape]` uint16, the bits of the base's KV of a text."""
-        executor, layout = self._workers[0].executor, self._layout
-        bucket = max(executor.programs.chunk_buckets)
-        count = len(self._tokens) // layout.page_size
-        pages = list(range(1, layout.pages_for(len(self._tokens)) + 1))
-        executor.pool.own()
-        for start in range(0, len(self._tokens), bucket):
-            executor.compute(self._plan(pages, start, self._tokens[start : start + bucket]))
-        staged = [
-            np.asarray(self._gather(pages[first : first + length], padded))[:, :length]
-            for first, length, padded in _cut(count)
-        ]
-        executor.pool.disown()
-        pages_first = np.moveaxis(np.concatenate(staged, axis=1), 1, 0)
-        return np.ascontiguousarray(pages_first).view(np.uint16)
-
-    def _plan(self, pages: list[int], start: int, tokens: tuple[int, ...]) -> PrefillPlan:
-        bucket = max(self._workers[0].executor.programs.chunk_buckets)
-        return PrefillPlan(weights=BASE, shape=(1, bucket), chunks=[Chunk(0, pages, start, tokens)])
-
-    def _gather(self, pages: list[int], padded: int) -> jax.Array:
-        executor = self._workers[0].executor
-        indices = np.zeros(padded, np.int32)
-        indices[: len(pages)] = pages
-        return executor.pool.read(lambda arrays: executor.programs.gather(arrays, indices))
 
     def _measure(self, tiers: Sequence[Tier]) -> Prices:
         """Prices of computing and of fetching on this machine, as it is now."""
@@ -247,7 +218,7 @@ class EngineStore:
         pages = list(range(1, self._layout.pages_for(last + length) + 1))
 
         def seconds(start: int) -> float:
-            plan = self._plan(pages, start, tokens)
+            plan = chunk_plan(executor, pages, start, tokens)
             return min(_timed(lambda: executor.compute(plan)) for _ in range(_REPEATS))
 
         near = seconds(0)
@@ -313,14 +284,6 @@ def _calibration_tokens(worker: Worker, tokenizer: Tokenizer | None) -> tuple[in
         return tuple(tokenizer.encode(text)[:room])
     vocabulary = programs.spec.config.vocab_size
     return tuple(byte % vocabulary for byte in text.encode()[:room])
-
-
-def _cut(count: int) -> Iterator[tuple[int, int, int]]:
-    """First, length and padded length of the calls that move so many pages."""
-    first = 0
-    for length, padded in pieces(count, TRANSFER_BUCKETS):
-        yield first, length, padded
-        first += length
 
 
 def _place(tier: Tier) -> int:

@@ -288,7 +288,18 @@ class Host:
             (self.prefill.get(name) or self.decode[name]).cache.check()
         for name, worker in self.decode.items():
             if name not in self.dead:
-                check_fillers(worker.core)
+                check_fillers(worker.core, self._fetched(self._partner.get(name)))
+
+    def _fetched(self, prefill: str | None) -> dict[int, int]:
+        """Pages that a prefill core fetches from the store, by who wants them."""
+        client = self.prefill[prefill].core.store if prefill is not None else None
+        runs = client._runs.values() if client is not None else ()
+        return {
+            node.page: run.id
+            for run in runs
+            for piece in run.pieces.values()
+            for node in piece.nodes
+        }
 
     def check_idle(self) -> None:
         """Asserts that nothing is held, offered, pulled or remembered of requests."""
@@ -404,8 +415,11 @@ class Host:
             self.queues.setdefault((source, to), deque()).append(data)
 
 
-def check_fillers(core: DecodeCore) -> None:
-    """Asserts that each page that somebody waits for has one who brings it, by a live transfer."""
+def check_fillers(core: DecodeCore, fetched: dict[int, int]) -> None:
+    """Asserts that each page that somebody waits for has one who brings it, by a live transfer.
+
+    `fetched` are those that a prefill core of the same pool brings from the store.
+    """
     arrivals = core._arrivals
     fillers: dict[int, int] = {}
     for arrival in arrivals._arrivals.values():
@@ -421,7 +435,8 @@ def check_fillers(core: DecodeCore) -> None:
             assert node.state is PageState.READY or node.page in fillers, "nobody fills a page"
     for node in core.cache._index._by_page.values():
         if node.state is PageState.ARRIVING:
-            assert fillers.get(node.page) == node.filler, "an arriving page has no filler"
+            filler = fillers.get(node.page, fetched.get(node.page))
+            assert filler == node.filler, "an arriving page has no filler"
 
 
 def _numbers(arrivals: Any, transfers: set[int]) -> Iterator[int]:

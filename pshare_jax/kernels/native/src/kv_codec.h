@@ -238,10 +238,14 @@ inline void decode_group(uint16_t* x, const Codes<kPlanes>& codes, const uint8_t
 // Calls `group(values, first value's number)` for all groups of a page, in order.
 template <int kPlanes, class Value, class Group>
 bool for_groups(Value* x, const CodedPage& page, Codes<kPlanes>& codes, Group group) {
-  for (long layer = 0, n = 0; layer < page.layers; layer++) {
-    for (long i = 0; i < page.values; i += kGroup, n += kGroup, codes.next()) {
-      if (i % page.block == 0) codes.enter(n / page.block);
-      if (!group(x + layer * page.stride + i, n)) return false;
+  long n = 0, block = 0;
+  for (long layer = 0; layer < page.layers; layer++) {
+    Value* at = x + layer * page.stride;
+    for (long left = page.values / page.block; left > 0; left--) {
+      codes.enter(block++);
+      for (long i = 0; i < page.block; i += kGroup, n += kGroup, at += kGroup, codes.next()) {
+        if (!group(at, n)) return false;
+      }
     }
   }
   return true;
