@@ -13,7 +13,7 @@ REPORT = $(BIN)/python -m pshare_jax.bench report --results="[$$(for result in \
   $(patsubst %,docs/results/agents-%.json,$(BENCHES) $(BENCHES_VLLM)); do \
   if [ -f $$result ]; then echo $$result; fi; done | paste -sd,)]"
 
-.PHONY: demo serve bench bench-vllm modules results test test-compile attack lint format clean
+.PHONY: demo serve bench bench-vllm modules results test test-compile attack chaos lint format clean
 
 demo: .venv/.run $(MODULES)
 	$(BIN)/python -m pshare_jax.demo
@@ -55,6 +55,10 @@ test-compile: .venv-compile/.ready
 # The random attacks of the tests, a hundred times as many.
 attack: .venv/.test
 	ATTACK_SEEDS=300 $(BIN)/python -m pytest tests/attack
+
+# The members of a store's pool are killed at random for ten minutes.
+chaos: .venv/.test
+	CHAOS_SECONDS=600 $(BIN)/python -m pytest tests/attack/test_kv_store.py
 
 lint: .venv/.test
 	$(BIN)/ruff check .

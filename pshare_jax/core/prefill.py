@@ -246,7 +246,7 @@ class PrefillCore:
             case m.Loaded():
                 store.loaded(message)
             case m.Stored():
-                store.stored(message)
+                store.behind.stored(message)
 
     def _store_plan(self, now: float) -> StorePlan | None:
         if self.store is None:
@@ -304,7 +304,7 @@ class PrefillCore:
             del self._offer_of[transfer]
             self._withdrawn.append(transfer)
         if self.store is not None:
-            self.store.released(task)
+            self.store.behind.released(task)
         self.cache.release(task.pages)
 
     def _start_waiting(self) -> None:

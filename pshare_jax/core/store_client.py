@@ -4,35 +4,28 @@ A prompt that the pool does not hold is looked for first. For the pages that the
 decide how many of them are fetched: nobody waits for a fetch that costs more than computing. A run
 of pages that is fetched is in the index, arriving, and comes in pieces; prompts that need one of
 its pages wait until it has landed or failed. What does not come in time, or is not what was asked
-for, is computed. Pages that a prompt has let go are written to the store, as far as it keeps up:
-they may be evicted from the pool at any time meanwhile.
+for, is computed.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from pshare_jax.core import messages as m
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.pages.prefix_index import Node, PageState
-from pshare_jax.core.plans import Commit, Load, Look, Save, StorePlan
+from pshare_jax.core.plans import Commit, Load, Look, StorePlan
 from pshare_jax.core.prefill_task import PrefillTask
 from pshare_jax.core.prices import Prices
 from pshare_jax.core.stats import StoreStats
+from pshare_jax.core.write_behind import WriteBehind, page_keys
 
 PIECE_PAGES = 16
 """Pages of a piece of a run, and of one call that copies pages for being written."""
 
 MAX_LOADS = 4
 """Pieces that are being fetched at once: so many lie in the host's memory."""
-
-MAX_SAVES = 64
-"""Pages that are being written; others are not begun meanwhile."""
-
-MAX_REMEMBERED = 2**16
-"""Keys that are known to be in the store, and pages that could be written."""
 
 LEAST_SECONDS = 0.02
 """What an answer of the store is waited for at least."""
@@ -86,10 +79,12 @@ class StoreClient:
 
     Attributes:
         stats: what has been done.
+        behind: what is written.
     """
 
     def __init__(self, cache: PageCache, prices: Prices, transfer_ids: Iterator[int]):
         self.stats = StoreStats()
+        self.behind = WriteBehind(cache)
         self._cache = cache
         self._prices = prices
         self._ids = transfer_ids
@@ -102,10 +97,6 @@ class StoreClient:
         self._num_loading = 0
         self._commits: list[Commit] = []
         self._dropped: list[int] = []
-        self._known: OrderedDict[bytes, None] = OrderedDict()
-        self._candidates: OrderedDict[bytes, tuple[Node, tuple[int, ...]]] = OrderedDict()
-        self._touched: list[bytes] = []
-        self._saving: set[bytes] = set()
         self._now = 0.0
 
     @property
@@ -137,15 +128,18 @@ class StoreClient:
 
         The task is kept here until there is an answer.
         """
-        sequence = task.sequence
+        sequence, page_size = task.sequence, self._cache.page_size
         if len(self._overdue) >= MAX_LATE:
             return False
         first = self._cache.matched_tokens(sequence.keys, sequence.prompt)
-        seconds = self._prices.compute(first, sequence.covered)
+        block = sequence.prompt[first : min(first + page_size, sequence.covered)]
+        part = self._cache.best_child(sequence.parent_key(first // page_size), block)
+        filled = first + (part[1] if part else 0)
+        seconds = self._prices.compute(filled, sequence.covered)
         if seconds <= min(self._prices.call.values()) + min(self._prices.page.values()):
             return False
-        self._looking[sequence.id] = _Looking(task, first // self._cache.page_size, seconds)
-        keys = self._chain(task)[first // self._cache.page_size :]
+        self._looking[sequence.id] = _Looking(task, first // page_size, seconds)
+        keys = page_keys(task.sequence, self._cache.page_size)[first // page_size :]
         self._looks.append(Look(sequence.id, keys))
         self.stats.looks += 1
         return True
@@ -169,9 +163,8 @@ class StoreClient:
             self._overdue.discard(answer.id)
             return None
         self._waited(looking)
-        task, chain = looking.task, self._chain(looking.task)
-        for key in chain[looking.first : looking.first + len(answer.places)]:
-            self._know(key)
+        task, chain = looking.task, page_keys(looking.task.sequence, self._cache.page_size)
+        self.behind.know(chain[looking.first : looking.first + len(answer.places)])
         matched = self._cache.match(task.sequence.keys, task.sequence.prompt)
         places = answer.places[max(len(matched) - looking.first, 0) :]
         number = len(matched)
@@ -198,7 +191,7 @@ class StoreClient:
             return
         piece = run.pieces[answer.transfer]
         if answer.error is not None:
-            self._know_not(piece.load.keys)
+            self.behind.know_not(piece.load.keys)
             self._piece_failed(run, piece)
         else:
             piece.loaded = True
@@ -218,28 +211,6 @@ class StoreClient:
                     self.stats.fetched_tokens += len(node.tokens)
             self._ended(run)
 
-    def stored(self, answer: m.Stored) -> None:
-        """Pages have been written, or were not; others turned out to be gone."""
-        self._saving.difference_update(answer.done)
-        for key in answer.kept:
-            self._know(key)
-        self._know_not(answer.gone)
-
-    def released(self, task: PrefillTask) -> None:
-        """A prompt lets its pages go: they may be written, unless the store has them already."""
-        sequence, page_size = task.sequence, self._cache.page_size
-        for number, key in enumerate(self._chain(task)):
-            if key in self._known:
-                self._touched.append(key)
-                continue
-            node = self._cache.node_of(task.pages[number])
-            start = number * page_size
-            tokens = sequence.prompt[start : min(start + page_size, sequence.covered)]
-            if node is not None and key not in self._saving:
-                self._candidates[key] = node, tokens
-        while len(self._candidates) > MAX_REMEMBERED:
-            self._candidates.popitem(last=False)
-
     def work(self, *, saves: bool) -> StorePlan | None:
         """What is to be done next, or None; with `saves` also what nobody waits for."""
         room = MAX_LOADS - self._num_loading
@@ -250,12 +221,10 @@ class StoreClient:
             loads=loads,
             commits=self._commits,
             dropped=self._dropped,
-            saves=self._next_saves() if saves else [],
-            touched=self._touched if saves else [],
+            saves=self.behind.next_saves(PIECE_PAGES) if saves else [],
+            touched=self.behind.take_touched() if saves else [],
         )
         self._looks, self._commits, self._dropped = [], [], []
-        if saves:
-            self._touched = []
         return plan if plan != StorePlan() else None
 
     def expired(self, now: float) -> list[PrefillTask]:
@@ -326,7 +295,7 @@ class StoreClient:
         computing = self._prices.compute(number * page_size, end)
         seconds = max(computing, SLACK * self._prices.fetch(places), LEAST_SECONDS)
         run = _Run(sequence.id, sequence.order, pages, seconds)
-        chain = self._chain(task)
+        chain = page_keys(task.sequence, self._cache.page_size)
         for first in range(number, len(pages), PIECE_PAGES):
             transfer, nodes = next(self._ids), []
             for at in range(first, min(first + PIECE_PAGES, len(pages))):
@@ -380,30 +349,3 @@ class StoreClient:
     def _waited(self, what: _Looking | _Run) -> None:
         if what.since is not None:
             self.stats.stall_seconds += self._now - what.since
-
-    def _next_saves(self) -> list[Save]:
-        """Pages to be copied out of the pool now; those that were evicted are left out."""
-        saves: list[Save] = []
-        while self._candidates and len(saves) < PIECE_PAGES and len(self._saving) < MAX_SAVES:
-            key, (node, tokens) = self._candidates.popitem(last=False)
-            held = self._cache.node_of(node.page) is node and node.state is PageState.READY
-            if held and node.tokens[: len(tokens)] == tokens:
-                saves.append(Save(key, node.page, tokens))
-                self._saving.add(key)
-        return saves
-
-    def _know(self, key: bytes) -> None:
-        self._known[key] = None
-        self._known.move_to_end(key)
-        if len(self._known) > MAX_REMEMBERED:
-            self._known.popitem(last=False)
-
-    def _know_not(self, keys: Collection[bytes]) -> None:
-        for key in keys:
-            self._known.pop(key, None)
-
-    def _chain(self, task: PrefillTask) -> list[bytes]:
-        """Keys of all pages of a prompt, the last one included if it is partly filled."""
-        sequence = task.sequence
-        whole = len(sequence.keys) * self._cache.page_size == sequence.covered
-        return sequence.keys if whole else sequence.chain

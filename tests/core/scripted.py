@@ -294,12 +294,8 @@ class Host:
         """Pages that a prefill core fetches from the store, by who wants them."""
         client = self.prefill[prefill].core.store if prefill is not None else None
         runs = client._runs.values() if client is not None else ()
-        return {
-            node.page: run.id
-            for run in runs
-            for piece in run.pieces.values()
-            for node in piece.nodes
-        }
+        pieces = [(run.id, piece) for run in runs for piece in run.pieces.values()]
+        return {node.page: id for id, piece in pieces for node in piece.nodes}
 
     def check_idle(self) -> None:
         """Asserts that nothing is held, offered, pulled or remembered of requests."""

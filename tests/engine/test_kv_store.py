@@ -74,8 +74,7 @@ def settle(client: Client) -> None:
     for worker in client.engine.workers.prefill:
         store = worker.core.store
         assert store is not None
-        wait_until(lambda store=store: not store._candidates and not store._saving)
-        wait_until(lambda store=store: not store._touched and not store.waits)
+        wait_until(lambda store=store: store.behind.idle and not store.waits)
 
 
 @contextmanager
