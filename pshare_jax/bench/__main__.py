@@ -26,6 +26,7 @@ from pshare_jax.bench import (
     machine,
     micro,
     micro_report,
+    restart,
     shared_prefix,
     training,
     turns,
@@ -96,12 +97,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Lossless compression of KV: how far, how fast, and on which links it pays."
     )
     codec_parser.add_class_arguments(codec.CodecOptions)
+    restart_parser = jsonargparse.ArgumentParser(
+        description="The first token over a known context after a restart, with a store and without."
+    )
+    restart_parser.add_class_arguments(restart.RestartOptions)
     report_parser = jsonargparse.ArgumentParser(
         description="Writes results of `bench agents` into a document, with plots beside them."
     )
     report_parser.add_class_arguments(ReportOptions)
     measured = (micro_parser, compile_parser, agents_parser, plan_parser, train_parser)
-    for command in (*measured, turns_parser, codec_parser):
+    for command in (*measured, turns_parser, codec_parser, restart_parser):
         command.add_argument("--json", type=str | None, default=None, help="file for the figures")
     commands = parser.add_subcommands(dest="command")
     commands.add_subcommand("micro", micro_parser)
@@ -111,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_subcommand("train", train_parser)
     commands.add_subcommand("turns", turns_parser)
     commands.add_subcommand("codec", codec_parser)
+    commands.add_subcommand("restart", restart_parser)
     commands.add_subcommand("report", report_parser)
     benches = {
         "micro": _micro,
@@ -120,6 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train": _train,
         "turns": _turns,
         "codec": _codec,
+        "restart": _restart,
     }
     draws = {"agents": agents_plots.draw, "plan": plan_plots.draw}
     try:
@@ -196,6 +203,13 @@ def _codec(options: dict[str, Any], _: Keep) -> dict[str, Any]:
     result = codec.run(codec.CodecOptions(**options))
     result["machine"] = machine.describe()
     print("\n".join([*codec.lines(result), "", machine.one_line(result["machine"])]))
+    return result
+
+
+def _restart(options: dict[str, Any], _: Keep) -> dict[str, Any]:
+    result = restart.run(restart.RestartOptions(**options))
+    result["machine"] = machine.describe()
+    print("\n".join([*restart.lines(result), "", machine.one_line(result["machine"])]))
     return result
 
 

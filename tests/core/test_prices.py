@@ -26,7 +26,7 @@ def test_computing_grows_with_the_square_of_the_position():
 
 def test_a_call_is_paid_once_a_tier():
     assert PRICES.fetch([SHARED] * 4) == pytest.approx(0.002 + 0.004)
-    assert PRICES.fetch([SHARED, DISK, SHARED]) == pytest.approx(0.022 + 0.032)
+    assert PRICES.fetch([SHARED, DISK, SHARED]) == pytest.approx(0.022 + 0.052)
 
 
 def test_what_is_cheaper_is_fetched():
