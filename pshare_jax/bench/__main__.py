@@ -28,6 +28,9 @@ from pshare_jax.bench import (
     micro_report,
     restart,
     shared_prefix,
+    soak,
+    soak_options,
+    starve,
     training,
     turns,
 )
@@ -98,15 +101,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     codec_parser.add_class_arguments(codec.CodecOptions)
     restart_parser = jsonargparse.ArgumentParser(
-        description="The first token over a known context after a restart, with a store and without."
+        description="First tokens over a known context after a restart, with a store and without."
     )
     restart_parser.add_class_arguments(restart.RestartOptions)
+    starve_parser = jsonargparse.ArgumentParser(
+        description="How long a small request takes while others flood the server."
+    )
+    starve_parser.add_class_arguments(starve.StarveOptions)
+    soak_parser = jsonargparse.ArgumentParser(
+        description="Mixed traffic for a while: does anything grow, or go wrong?"
+    )
+    soak_parser.add_class_arguments(soak_options.SoakOptions)
     report_parser = jsonargparse.ArgumentParser(
         description="Writes results of `bench agents` into a document, with plots beside them."
     )
     report_parser.add_class_arguments(ReportOptions)
     measured = (micro_parser, compile_parser, agents_parser, plan_parser, train_parser)
-    for command in (*measured, turns_parser, codec_parser, restart_parser):
+    for command in (
+        *measured,
+        turns_parser,
+        starve_parser,
+        soak_parser,
+        codec_parser,
+        restart_parser,
+    ):
         command.add_argument("--json", type=str | None, default=None, help="file for the figures")
     commands = parser.add_subcommands(dest="command")
     commands.add_subcommand("micro", micro_parser)
@@ -117,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_subcommand("turns", turns_parser)
     commands.add_subcommand("codec", codec_parser)
     commands.add_subcommand("restart", restart_parser)
+    commands.add_subcommand("starve", starve_parser)
     commands.add_subcommand("report", report_parser)
     benches = {
         "micro": _micro,
@@ -127,6 +146,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "turns": _turns,
         "codec": _codec,
         "restart": _restart,
+        "starve": _starve,
+        "soak": _soak,
     }
     draws = {"agents": agents_plots.draw, "plan": plan_plots.draw}
     try:
@@ -146,6 +167,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = benches[arguments.command](options, keep)
         # The figures first: plots can be drawn again.
         keep(result)
+        if arguments.command == "soak" and not all(v["kept"] for v in result["verdicts"].values()):
+            return 1
         if plots is not None:
             draws[arguments.command](result, Path(plots))
     except PshareError as error:
@@ -210,6 +233,27 @@ def _restart(options: dict[str, Any], _: Keep) -> dict[str, Any]:
     result = restart.run(restart.RestartOptions(**options))
     result["machine"] = machine.describe()
     print("\n".join([*restart.lines(result), "", machine.one_line(result["machine"])]))
+    return result
+
+
+def _starve(options: dict[str, Any], _: Keep) -> dict[str, Any]:
+    result = starve.run(starve.StarveOptions(**options))
+    print("\n".join([*starve.lines(result), "", machine.one_line(result["machine"])]))
+    return result
+
+
+def _soak(options: dict[str, Any], _: Keep) -> dict[str, Any]:
+    with _bar("seconds") as progress:
+        result = soak.run(soak_options.SoakOptions(**options), progress)
+    result["machine"] = machine.describe()
+    table = Table("", "found", "bound", "kept")
+    for name, verdict in result["verdicts"].items():
+        table.add_row(name, verdict["found"], verdict["bound"], "yes" if verdict["kept"] else "NO")
+    requests = (
+        f"{kind}: " + ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())
+        for kind, outcomes in sorted(result["requests"].items())
+    )
+    _print(table, *requests, *result["faults"][:10], machine.one_line(result["machine"]))
     return result
 
 

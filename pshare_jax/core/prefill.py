@@ -19,8 +19,10 @@ from pshare_jax.core.messages import DISPATCHER, Message, Outbox
 from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.plans import Chunk, Offer, PrefillPlan, PrefillResult, StorePlan
+from pshare_jax.core.prefill_queue import PrefillQueue
 from pshare_jax.core.prefill_task import PrefillTask, PromptPages
 from pshare_jax.core.scheduling import next_prefill
+from pshare_jax.core.shares import FairClock, HasSequence
 from pshare_jax.core.stats import PrefillStats
 from pshare_jax.core.store_client import StoreClient
 
@@ -56,7 +58,7 @@ class PrefillCore:
     Attributes:
         outbox: messages to others; who carries them empties it.
         stats: what has been done.
-        reserve: pages that are left for running sequences where the pool is shared.
+        queue: tasks that wait for pages.
         store: its side of the KV store, if there is one.
     """
 
@@ -73,14 +75,14 @@ class PrefillCore:
         self.cache = cache
         self.outbox: Outbox = []
         self.stats = PrefillStats()
-        self.reserve = 0
+        self.queue = PrefillQueue(cache)
         self.store: StoreClient | None = None
+        self._clock = FairClock()
         self._pages = PromptPages(cache)
         self._models = models
         self._pads = pads
         self._buckets = sorted(chunk_buckets)
         self._budget = self._buckets[-1]
-        self._waiting: list[PrefillTask] = []
         self._active: list[PrefillTask] = []
         self._held: dict[int, PrefillTask] = {}
         self._offers: list[Offer] = []
@@ -170,51 +172,44 @@ class PrefillCore:
         self._publish()
 
     @property
-    def youngest_holder(self) -> int | None:
-        """Arrival order of the youngest sequence that holds pages here."""
-        orders = [task.order for task in (*self._active, *self._held.values())]
-        if self.store is not None and self.store.youngest is not None:
-            orders.append(self.store.youngest)
-        return max(orders, default=None)
+    def holds_pages(self) -> bool:
+        """Whether any sequence holds pages here."""
+        return bool(self._active or self._held or (self.store and self.store.runs))
 
-    def give_way(self, order: int, inside: Collection[int] = ()) -> int | None:
-        """Takes the pages of the youngest task that is younger than `order`; it will start anew.
+    def holders(self, inside: Collection[int]) -> list[HasSequence]:
+        """Tasks that hold pages and can start anew, and runs that are fetched for tasks.
 
-        What it has computed stays in the index as long as there is room. Sequences `inside` the
-        decode worker have their pages from there too, and stay.
-
-        Returns:
-            The id of its sequence, or None when there was none.
+        Sequences `inside` the decode worker have their pages from there too, and keep them.
         """
-        if self.store is not None and (id := self.store.give_way(order)) is not None:
-            return id
-        younger = [
-            task
-            for task in (*self._active, *self._held.values())
-            if task.order > order
-            and task.planned is None
-            and not self._is_offered(task)
-            and task.sequence.id not in inside
-        ]
-        if not younger:
-            return None
-        task = max(younger, key=lambda task: task.order)
+        tasks = (*self._active, *self._held.values())
+        runs = self.store.runs if self.store is not None else ()
+        return [*(task for task in tasks if task.sequence.id not in inside), *runs]
+
+    def give_way(self, task: HasSequence) -> bool:
+        """Takes the pages of one of `holders`, unless they are in use at this moment.
+
+        What it has computed stays in the index as long as there is room.
+        """
+        if not isinstance(task, PrefillTask):
+            return self.store is not None and self.store.give_way(task)
+        if task.planned is not None or self._is_offered(task):
+            return False
         if task in self._active:
             self._active.remove(task)
         else:
             del self._held[task.sequence.id]
             self._send(task.sequence.decode_worker, m.Withdrawn(task.sequence.id))
         self.cache.release(task.pages)
-        self._wait(PrefillTask(task.sequence))
-        return task.sequence.id
+        self.queue.add(PrefillTask(task.sequence))
+        return True
 
     def release_all(self) -> None:
         """Gives all pages back, of sequences that nobody will end."""
-        for task in (*self._waiting, *self._active, *self._held.values()):
+        for task in (*self.queue.tasks, *self._active, *self._held.values()):
             self.cache.release(task.pages)
         if self.store is not None:
             self.store.release_all()
-        self._waiting.clear()
+        self.queue.tasks.clear()
         self._active.clear()
         self._held.clear()
         self._offers.clear()
@@ -226,23 +221,19 @@ class PrefillCore:
     def _send(self, to: str, message: Message) -> None:
         self.outbox.append((to, message))
 
-    def _wait(self, task: PrefillTask) -> None:
-        self._waiting.append(task)
-        self._waiting.sort(key=lambda task: task.order)
-
     def _enter(self, task: PrefillTask) -> None:
         """A prompt has come: what the pool does not hold of it is looked for in the store."""
         if self.store is None or not self.store.ask(task):
-            self._wait(task)
+            self.queue.add(task)
 
     def _hear(self, store: StoreClient, message: m.FromStore) -> None:
         match message:
             case m.Looked():
                 computing = {key for task in self._active for key in self._uncomputed(task)}
-                queue = sum(task.remaining for task in (*self._waiting, *self._active))
-                task = store.looked(message, computing, queue, self.reserve)
+                queue = sum(task.remaining for task in (*self.queue.tasks, *self._active))
+                task = store.looked(message, computing, queue, self.queue.reserve)
                 if task is not None:
-                    self._wait(task)
+                    self.queue.add(task)
             case m.Loaded():
                 store.loaded(message)
             case m.Stored():
@@ -252,9 +243,12 @@ class PrefillCore:
         if self.store is None:
             return None
         for task in self.store.expired(now):
-            self._wait(task)
+            self.queue.add(task)
         # Before pages are given away: what is to be written is copied before it is overwritten.
         return self.store.work(saves=not self.store.urgent)
+
+    def _uncomputed(self, task: PrefillTask) -> list[bytes]:
+        return task.sequence.chain[task.filled // self.cache.page_size :]
 
     def _publish(self) -> None:
         added, removed = self.cache.changes()
@@ -262,7 +256,7 @@ class PrefillCore:
             self._send(DISPATCHER, m.IndexChanged(added, removed))
 
     def _abort(self, id: int, decode_worker: str) -> None:
-        for tasks in (self._waiting, self._active):
+        for tasks in (self.queue.tasks, self._active):
             for task in tasks:
                 if task.sequence.id == id:
                     tasks.remove(task)
@@ -308,40 +302,14 @@ class PrefillCore:
         self.cache.release(task.pages)
 
     def _start_waiting(self) -> None:
-        """Gives pages to waiting tasks, oldest first, as long as there are enough.
-
-        A task whose next page is about to be computed for another one waits for that, rather than
-        take pages that it will not need.
-        """
-        coming = {key for task in self._active for key in self._uncomputed(task)}
-        if self.store is not None:
-            coming |= self.store.arriving()
-        for task in tuple(self._waiting):
-            sequence = task.sequence
-            if not coming.isdisjoint(sequence.chain):
-                continue
-            available = self.cache.num_available
-            matched = self.cache.match(sequence.keys, sequence.prompt)
-            needed = -(-sequence.covered // self.cache.page_size) - len(matched)
-            # Cached pages that nobody holds are taken, too.
-            takes = needed + available - self.cache.num_available
-            enough = self.cache.num_available >= needed + (self.reserve if takes else 0)
-            fresh = self.cache.allocate(needed) if enough else None
-            if fresh is None:
-                self.cache.release(node.page for node in matched)
-                return
-            self._waiting.remove(task)
-            task.pages = [node.page for node in matched] + fresh
-            for node in matched:
-                task.account(node, len(node.tokens))
+        """Gives pages to waiting tasks."""
+        arriving = self.store.arriving() if self.store is not None else ()
+        for task in self.queue.enter(self._active, self._held.values(), arriving):
             if task.remaining:
                 self._active.append(task)
-                coming.update(self._uncomputed(task))
+                self._send(DISPATCHER, m.Pending(task.sequence.id, task.remaining))
             else:
                 self._cover(task)
-
-    def _uncomputed(self, task: PrefillTask) -> list[bytes]:
-        return task.sequence.chain[task.filled // self.cache.page_size :]
 
     def _cover(self, task: PrefillTask) -> None:
         """All is there: it is held until the decode worker has it."""
@@ -376,8 +344,11 @@ class PrefillCore:
 
     def _first(self, copies: list[tuple[int, int]]) -> PrefillTask | None:
         """The task whose turn it is, its next chunk planned."""
+        self._clock.update(task.sequence for task in (*self._active, *self.queue.tasks))
         while self._active:
-            task = next_prefill(self._active, self._turn)
+            fair = self._clock.next(self._active)
+            near = [t for t in self._active if not self._clock.is_ahead(t.sequence, self._budget)]
+            task = next_prefill(near, self._turn, fair)
             self._turn += 1
             if self._plan(task, self._budget, copies):
                 return task
@@ -415,6 +386,7 @@ class PrefillCore:
             self._failed(task, error)
             return
         self._pages.index(task, end)
+        self._clock.worked(task.sequence, end - task.filled)
         task.computed += end - task.filled
         task.filled = end
         if task.remaining == 0:
@@ -428,12 +400,12 @@ class PrefillCore:
         self._active.remove(task)
         self.cache.release(task.pages)
         if task.tries + 1 < MAX_TRIES:
-            self._wait(PrefillTask(task.sequence, tries=task.tries + 1))
+            self.queue.add(PrefillTask(task.sequence, tries=task.tries + 1))
         else:
             self._send(DISPATCHER, m.Failed(task.sequence.id, f"{self.name}: {error}"))
 
     def held_ids(self) -> set[int]:
         """Sequences whose pages are held here, in any state."""
-        tasks = (*self._waiting, *self._active, *self._held.values())
+        tasks = (*self.queue.tasks, *self._active, *self._held.values())
         looked_for = self.store.ids() if self.store is not None else set()
         return {task.sequence.id for task in tasks} | looked_for

@@ -18,6 +18,7 @@ from pshare_jax.core.pages.prefix_index import Node, PageState
 from pshare_jax.core.plans import Commit, Load, Look, StorePlan
 from pshare_jax.core.prefill_task import PrefillTask
 from pshare_jax.core.prices import Prices
+from pshare_jax.core.shares import HasSequence
 from pshare_jax.core.stats import StoreStats
 from pshare_jax.core.write_behind import WriteBehind, page_keys
 
@@ -61,8 +62,7 @@ class _Piece:
 class _Run:
     """Pages that are fetched for one prompt; all of them, and those before them, are referenced."""
 
-    id: int
-    order: int
+    sequence: m.Sequence
     pages: list[int]
     seconds: float
     pieces: dict[int, _Piece] = field(default_factory=dict)
@@ -111,9 +111,9 @@ class StoreClient:
         return bool(self._looking or self._runs)
 
     @property
-    def youngest(self) -> int | None:
-        """Arrival order of the youngest sequence for which pages are fetched."""
-        return max((run.order for run in self._runs.values()), default=None)
+    def runs(self) -> list[HasSequence]:
+        """What holds pages: runs, each with the sequence that it is fetched for."""
+        return list(self._runs.values())
 
     def ids(self) -> set[int]:
         """Sequences that are looked for."""
@@ -253,14 +253,12 @@ class StoreClient:
         looking = self._looking.pop(id, None)
         return None if looking is None else looking.task
 
-    def give_way(self, order: int) -> int | None:
-        """Ends the run of the youngest sequence younger than `order`; its id, or None."""
-        younger = [run for run in self._runs.values() if run.order > order]
-        if not younger:
-            return None
-        run = max(younger, key=lambda run: run.order)
+    def give_way(self, run: HasSequence) -> bool:
+        """Ends one of `runs`; False when it has ended already."""
+        if not isinstance(run, _Run) or id(run) not in self._runs:
+            return False
         self._cancel(run)
-        return run.id
+        return True
 
     def release_all(self) -> None:
         """Gives all pages back."""
@@ -294,7 +292,7 @@ class StoreClient:
         end = min((number + len(fresh)) * page_size, sequence.covered)
         computing = self._prices.compute(number * page_size, end)
         seconds = max(computing, SLACK * self._prices.fetch(places), LEAST_SECONDS)
-        run = _Run(sequence.id, sequence.order, pages, seconds)
+        run = _Run(sequence, pages, seconds)
         chain = page_keys(task.sequence, self._cache.page_size)
         for first in range(number, len(pages), PIECE_PAGES):
             transfer, nodes = next(self._ids), []

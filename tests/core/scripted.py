@@ -21,6 +21,7 @@ from pshare_jax.core.messages import (
     DISPATCHER,
     FinishReason,
     Message,
+    Owner,
     PromptUsage,
     Request,
     RequestOutput,
@@ -48,6 +49,7 @@ from tests.core.symbolic import (
 from tests.core.symbolic_store import PRICES, SymbolicStore, SymbolicStoreEnd
 
 PAGE = 4
+NOBODY = Owner()
 INVOKED_BY = (7, 7)
 """Tokens from which on the model `alora` reads a prompt itself."""
 
@@ -189,6 +191,7 @@ class Host:
         salt: str = "",
         end_after: int | None = None,
         logprobs: int | None = None,
+        owner: Owner = NOBODY,
     ) -> Reply:
         """Submits a request; its token number `end_after` will be an end token."""
         spec = self.models[model]
@@ -199,7 +202,7 @@ class Host:
         ends = frozenset(expected[end_after : end_after + 1] if end_after is not None else ())
         expected = oracle(writer, reader, prompt, split.covered, max_tokens, ends)
         params = SamplingParams(max_tokens=max_tokens, logprobs=logprobs)
-        request = Request(f"r{len(self.replies)}", model, tuple(prompt), params, salt)
+        request = Request(f"r{len(self.replies)}", model, tuple(prompt), params, salt, owner)
         reply = self.replies[request.id] = Reply(request, expected)
         order = len(self.replies)
         self.dispatcher.submit(request, order=order, seed=0, end_token_ids=ends)
@@ -294,7 +297,7 @@ class Host:
         """Pages that a prefill core fetches from the store, by who wants them."""
         client = self.prefill[prefill].core.store if prefill is not None else None
         runs = client._runs.values() if client is not None else ()
-        pieces = [(run.id, piece) for run in runs for piece in run.pieces.values()]
+        pieces = [(run.sequence.id, piece) for run in runs for piece in run.pieces.values()]
         return {node.page: id for id, piece in pieces for node in piece.nodes}
 
     def check_idle(self) -> None:

@@ -324,5 +324,8 @@ def test_pages_that_arrive_are_not_given_to_others():
     nodes = bench.cache.match(sequence.keys, sequence.prompt)
     assert [node.state for node in nodes] == [PageState.ARRIVING] * 2
     bench.cache.release([node.page for node in nodes])
-    assert bench.core.give_way(-1) == sequence.id, "the pages of a run are given to an older one"
+    (run,) = bench.core.holders([])
+    assert (run.sequence, bench.core.holds_pages) == (sequence, True)
+    assert bench.core.give_way(run), "the pages of a run can be had by others"
+    assert not bench.core.give_way(run)
     assert bench.cache.matched_tokens(sequence.keys, sequence.prompt) == 0
