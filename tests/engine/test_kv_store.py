@@ -17,7 +17,6 @@ from jax.experimental.compilation_cache import compilation_cache
 from pshare_jax.config import DecodeConfig, KvStoreConfig, PrefillConfig, ServeConfig
 from pshare_jax.core.messages import FinishReason
 from pshare_jax.core.prices import DISK, SHARED, Prices
-from pshare_jax.engine import kv_store
 from pshare_jax.engine.kv_store import EngineStore, page_shape, store_root
 from pshare_jax.errors import ConfigError
 from pshare_jax.kv.store.file import HEADER, PoolRequest, Regions
@@ -26,6 +25,8 @@ from tests.engine.harness import PAGE, Client, Models, Reply, running, serve_con
 
 FREE = Prices(1.0, 0.0, {SHARED: 0.0, DISK: 0.0}, {SHARED: 0.0, DISK: 0.0})
 """Computing is so dear that whatever the store has is fetched."""
+
+MEASURE = EngineStore._measure
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -149,38 +150,34 @@ def test_a_restarted_engine_knows_what_it_has_computed(tmp_path: Path, models: M
         assert reply.tokens == models.expected("full", branch)
 
 
-@pytest.mark.parametrize("what", ["cache_salt", "fingerprint", "numerics"])
 def test_pages_of_others_are_not_found(
-    tmp_path: Path, models: Models, monkeypatch: pytest.MonkeyPatch, what: str
+    tmp_path: Path, models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another tenant's, another base's, and those of other versions of what computes."""
+    """Another tenant's, and another base's."""
     prompt = context(1, 60)
     with served(models, with_store(tmp_path)) as client:
         client.generate("identity", prompt)
-    params = {}
-    if what == "cache_salt":
-        params["cache_salt"] = "another"
-    elif what == "fingerprint":
-        base = replace(models.base_source, fingerprint="another base")
-        monkeypatch.setattr(Models, "base_source", base)
-        monkeypatch.setattr(models, "sources", [s for s in models.sources if not s.certificate])
-    else:
-        monkeypatch.setattr(kv_store, "version", lambda name: "another")
+        settle(client)
+        assert computed_for(client, "identity", prompt, cache_salt="another")[0] == 59
+        assert client.engine.stats().tiers["shared"].missed == {"missing": 16}
+    base = replace(models.base_source, fingerprint="another base")
+    monkeypatch.setattr(Models, "base_source", base)
+    monkeypatch.setattr(models, "sources", [s for s in models.sources if not s.certificate])
     with served(models, with_store(tmp_path)) as client:
-        computed, reply = computed_for(client, "identity", prompt, **params)
+        computed, reply = computed_for(client, "identity", prompt)
         assert computed == 59
         assert asked(client)["looks"] == 1
         assert client.engine.stats().tiers["shared"].missed == {"missing": 8}
         assert reply.tokens == models.expected("identity", prompt)
 
 
-@pytest.mark.parametrize("what", ["record", "checksum", "tokens"])
-def test_damaged_pages_are_computed_again(tmp_path: Path, models: Models, what: str) -> None:
+def test_damaged_pages_are_computed_again(tmp_path: Path, models: Models) -> None:
+    """Whether a record is not what it was, or its tokens, or its checksum."""
     prompt, config = context(1, 100), with_store(tmp_path)
     with served(models, config) as client:
         client.generate("identity", prompt)
         shape = page_shape(client.engine._layout)
-    damage(tmp_path / "pool", shape, what)
+    damage(tmp_path / "pool", shape)
     with served(models, config) as client:
         computed, reply = computed_for(client, "identity", prompt)
         assert computed == 99
@@ -191,8 +188,8 @@ def test_damaged_pages_are_computed_again(tmp_path: Path, models: Models, what: 
         assert client.engine.stats().tiers["shared"].stored == 13, "what was wrong is replaced"
 
 
-def damage(path: Path, shape: tuple[int, ...], what: str) -> None:
-    """Flips a bit of every record, of every checksum, or of the tokens of every record."""
+def damage(path: Path, shape: tuple[int, ...]) -> None:
+    """Flips a bit of every record: of its page, of its tokens, or of its checksum."""
     page_bytes = 4 * int(np.prod(shape))
     request = PoolRequest(shape, "float32", page_bytes, 4 << 20, ("raw",), lambda: None)
     spec = request.spec("raw")
@@ -201,13 +198,9 @@ def damage(path: Path, shape: tuple[int, ...], what: str) -> None:
     first, end = regions.at["headers"]
     headers = data[first:end].view(HEADER)
     records = data[regions.records :].reshape(spec.slots, spec.slot_bytes)
-    match what:
-        case "record":
-            records[:, 4 * PAGE + 1000] ^= 16
-        case "checksum":
-            headers["checksum"] ^= 1
-        case "tokens":
-            records[:, 0] ^= 1
+    records[::3, 4 * PAGE + 1000] ^= 16
+    records[1::3, 0] ^= 1
+    headers["checksum"][2::3] ^= 1
     data.flush()
 
 
@@ -247,8 +240,21 @@ def test_bfloat16_pages_are_compressed_and_come_back_bit_for_bit(
             assert (again.tokens, again.logprobs) == (reply.tokens, reply.logprobs)
 
 
-def test_a_file_that_is_cut_short_while_serving_is_left_out(tmp_path: Path, models: Models) -> None:
+def test_a_file_that_is_cut_short_while_serving_is_left_out(
+    tmp_path: Path, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prices are measured here, too."""
+    measured: list[Prices] = []
+    monkeypatch.setattr(
+        EngineStore, "_measure", lambda self, t: measured.append(MEASURE(self, t)) or FREE
+    )
     with running(models, with_store(tmp_path)) as client:
+        (prices,) = measured
+        assert 0 < prices.token < 1
+        assert prices.pair >= 0
+        assert 0 < prices.page[SHARED] < 1
+        assert 0 < prices.call[SHARED] < 1
+        assert client.engine.stats().tiers["shared"].slots["ready"] == 0, "probes are gone"
         prompt = context(1, 100)
         client.generate("identity", prompt)
         settle(client)
@@ -261,24 +267,6 @@ def test_a_file_that_is_cut_short_while_serving_is_left_out(tmp_path: Path, mode
         stats = client.engine.stats()
         assert stats.tiers["shared"].missed["io"] >= 1
         assert client.engine.failed_workers == {}
-
-
-def test_what_is_cheaper_to_compute_is_not_fetched(
-    tmp_path: Path, models: Models, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config, prompt = with_store(tmp_path), context(1, 100)
-    with served(models, config) as client:
-        client.generate("identity", prompt)
-    dear = Prices(0.001, 0.0, {SHARED: 0.0}, {SHARED: 10.0})
-    monkeypatch.setattr(EngineStore, "_measure", lambda self, tiers: dear)
-    with served(models, config) as client:
-        assert computed_for(client, "identity", prompt)[0] == 99
-        assert asked(client)["looks"] == 0
-    dear = Prices(0.001, 0.0, {SHARED: 0.0, DISK: 0.0}, {SHARED: 10.0, DISK: 0.0})
-    monkeypatch.setattr(EngineStore, "_measure", lambda self, tiers: dear)
-    with served(models, config) as client:
-        assert computed_for(client, "identity", prompt)[0] == 99
-        assert (asked(client)["looks"], asked(client)["declined"]) == (1, 13)
 
 
 def test_settings_that_cannot_be_served_are_refused_by_name(tmp_path: Path, models: Models) -> None:
