@@ -105,13 +105,19 @@ class EngineStore:
         self._layout = layout
         self._workers = workers
         self._tokens = _calibration_tokens(workers[0], tokenizer)
+        self._sample = prompt_pages(workers[0], self._tokens)
         shape, dtype = page_shape(layout), np.dtype(layout.dtype)
         tiers = [Tier("shared", self._open(config.path, config.bytes, config.codec))]
         if config.disk_path:
-            pool = self._open(config.disk_path, config.disk_bytes, config.codec, direct=True)
+            try:
+                pool = self._open(config.disk_path, config.disk_bytes, config.codec, direct=True)
+            except ConfigError:
+                tiers[0].close()
+                raise
             tiers.append(Tier("disk", pool))
         self.service = StoreService(tiers, shape, dtype, config.admission == "always")
         self.prices = self._measure(tiers)
+        del self._sample
         for tier in tiers:
             logger.info(
                 "KV store, %s: %s, %d slots of %d bytes, codec %s, %s",
@@ -177,7 +183,7 @@ class EngineStore:
         """A codebook for the base's KV; None where pages had better be stored as they are."""
         if codec == "raw":
             return None
-        sample = prompt_pages(self._workers[0], self._tokens).view(np.uint16)
+        sample = self._sample.view(np.uint16)
         half = max(len(sample) // 2, 1)
         book = calibrate(codec, sample[:half])
         # What it was not calibrated on; one page only if there is no more.
@@ -252,9 +258,9 @@ class EngineStore:
 
     def _read_seconds(self, tier: Tier) -> tuple[float, float]:
         """Of one and of several pages, from a tier into the host's memory."""
-        shape, count = page_shape(self._layout), _PROBES[1]
-        rng = np.random.default_rng(0)
-        staged = rng.normal(size=(shape[0], count, *shape[1:])).astype(self._layout.dtype)
+        count = _PROBES[1]
+        chosen_pages = self._sample[np.arange(count) % len(self._sample)]
+        staged = np.ascontiguousarray(np.moveaxis(chosen_pages, 0, 1))
         keys = [secrets.token_bytes(16) for _ in range(count)]
         buffer, tokens = tier.pool.buffer(), [(0,)] * count
         written = [tier.put(k, (0,), staged, i, buffer) for i, k in enumerate(keys)]
@@ -280,10 +286,12 @@ def _calibration_tokens(worker: Worker, tokenizer: Tokenizer | None) -> tuple[in
     )
     programs, cache = worker.executor.programs, worker.cache
     room = min(SAMPLE_TOKENS, programs.max_model_len, cache.num_usable * cache.page_size)
+    room = max(room, cache.page_size)
     if tokenizer is not None:
-        return tuple(tokenizer.encode(text)[:room])
-    vocabulary = programs.spec.config.vocab_size
-    return tuple(byte % vocabulary for byte in text.encode()[:room])
+        tokens = tokenizer.encode(text)
+    else:
+        tokens = [byte % programs.spec.config.vocab_size for byte in text.encode()]
+    return tuple((tokens * (room // len(tokens) + 1))[:room])
 
 
 def _place(tier: Tier) -> int:

@@ -253,6 +253,8 @@ class StoreService:
 
     def _touch(self, keys: Sequence[bytes]) -> list[int]:
         shared, disk = self.tiers[0], self._disk()
+        if shared not in self._usable():
+            return []
         uses = self._try(shared, lambda: shared.pool.touch(keys))
         if uses is None:
             return list(range(len(keys)))
