@@ -37,7 +37,7 @@ def encode(book: Codebook, pages: jax.Array, capacity: int) -> tuple[jax.Array, 
     planes = codes.reshape(count, -1, 1, GROUP // 8, 8)
     planes = planes >> jnp.arange(book.planes, dtype=jnp.uint8)[:, None, None] & 1
     planes = jnp.sum(planes << jnp.arange(8, dtype=jnp.uint8), axis=-1, dtype=jnp.uint8)
-    place = jnp.where(escaped, jnp.cumsum(escaped, axis=1, dtype=jnp.int32) - 1, capacity)
+    place = jnp.where(escaped, _places(escaped), capacity)
     rows = jnp.arange(count)[:, None]
     rest = jnp.zeros((count, capacity - fixed), jnp.uint8)
     rest = rest.at[rows, place].set(exponents, mode="drop")
@@ -58,10 +58,19 @@ def decode(book: Codebook, records: jax.Array, shape: tuple[int, ...]) -> jax.Ar
         exponents = codes + jnp.asarray(book.bases(shape)).reshape(-1)
     else:
         exponents = jnp.append(jnp.asarray(book.table), jnp.uint8(0))[codes]
-    place = jnp.cumsum(escaped, axis=1, dtype=jnp.int32) - 1
+    place = _places(escaped)
     rest = jnp.pad(records[:, fixed:], ((0, 0), (0, 1)))
     following = jnp.take_along_axis(rest, jnp.clip(place, 0, rest.shape[1] - 1), axis=1)
     exponents = jnp.where(escaped, following, exponents).astype(jnp.uint16)
     low = records[:, :values].astype(jnp.uint16)
     joined = exponents << 7 | low & 0x7F | (low & 0x80) << 8
     return lax.bitcast_convert_type(joined, jnp.bfloat16).reshape(count, *shape)
+
+
+def _places(escaped: jax.Array) -> jax.Array:
+    """How many of `[n, values]` are true before each: within its group, and in groups before it."""
+    groups = escaped.reshape(escaped.shape[0], -1, GROUP)
+    within = jnp.cumsum(groups, axis=2, dtype=jnp.int32)
+    counts = within[:, :, -1:]
+    before = jnp.cumsum(counts, axis=1) - counts
+    return (within - groups + before).reshape(escaped.shape)
