@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jsonargparse
+import yaml
 
 from pshare_jax.errors import ConfigError
 
@@ -21,6 +23,7 @@ KvCodec = Literal["auto", "planes", "top16", "raw"]
 Admission = Literal["second-use", "always"]
 Reasoning = Literal["auto", "on", "off"]
 GenerationConfig = Literal["auto", "none"]
+ReplyKV = Literal["off", "ahead", "while-decoding"]
 MetricsAccess = Literal["auto", "public", "key", "admin", "off"]
 AccessLogFormat = Literal["text", "json", "off"]
 T = TypeVar("T")
@@ -88,6 +91,12 @@ class DecodeConfig:
             once for all of them. `auto` does on TPUs and GPUs, for batches where that saves a
             quarter of the pages or more; `on` wherever a page is saved and the kernels can. Each
             batch bucket from 2 up is then compiled twice.
+        max_loras: LoRA modules that there is room for, those of the configuration and those that
+            are loaded while the server runs, until their last request has ended. 0 is as many as
+            are configured. Each takes part in every step, used or not.
+        max_lora_rank: greatest rank of a LoRA module, where `max_loras` makes room.
+        max_full: full modules that there may be, likewise; each that is loaded takes the memory of
+            its weights. 0 is as many as are configured.
     """
 
     engines: int = 1
@@ -99,6 +108,22 @@ class DecodeConfig:
     steps_per_dispatch: int = 1
     group_quantum: int = 32
     shared_prefix: SharedPrefix = "auto"
+    max_loras: int = 0
+    max_lora_rank: int = 16
+    max_full: int = 0
+
+
+@dataclass(frozen=True)
+class SessionsConfig:
+    """What is done for calls to come.
+
+    Args:
+        max_ttl_seconds: for which a request may ask its pages to be kept; longer ones are cut.
+        pinned_share: of each pool's pages, that may be kept so.
+    """
+
+    max_ttl_seconds: float = 3600.0
+    pinned_share: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -151,12 +176,18 @@ class ServerConfig:
             such; else they are text, and only the chat template writes control tokens.
         max_n: most samples (`n`) of one prompt.
         max_prompts: most prompts of one completion request.
+        max_fanout: most models of one fan-out request.
+        max_scored_tokens: most prompt tokens of one request whose own log-probabilities are asked
+            for (`echo` with `logprobs`, `prompt_logprobs`); each costs a decode step's row.
         max_body_items: most texts, lists and objects of one request body; a number counts for a
             sixteenth of one.
         worker_threads: threads that read large bodies, render chat templates and tokenise; as many
             again do so for small requests, which wait for no large ones.
         ping_seconds: a stream that has nothing to say for so long gets an SSE comment; 0 is never.
         cors_origins: origins whose pages may call the API from a browser; `*` is every one.
+        adapter_root: folder below which decode modules may be loaded while the server runs; empty
+            turns that off.
+        allow_runtime_loading: whether whoever may ask may do that; else it takes an admin key.
         tls_cert: PEM file of the server's certificate and those above it; with `tls_key` the server
             speaks HTTPS.
         tls_key: PEM file of its private key, without a password.
@@ -165,8 +196,8 @@ class ServerConfig:
         server_header: what the `Server` header of answers says; empty sends none.
         otlp_traces_endpoint: URL that traces are sent to, `http://collector:4318/v1/traces`; needs
             the extra `otel`.
-        ui: whether there is a page at `/ui` that shows what is shared, to whoever has the key. It
-            tells which models work on how many tokens, never what the tokens are.
+        ui: whether there is a page at `/ui`, with a playground. It shows what is shared: which
+            models work on how many tokens; of several keys to admin keys alone.
     """
 
     host: str = "127.0.0.1"
@@ -183,10 +214,14 @@ class ServerConfig:
     special_tokens_in_text: bool = False
     max_n: int = 128
     max_prompts: int = 256
+    max_fanout: int = 16
+    max_scored_tokens: int = 16_384
     max_body_items: int = 50_000
     worker_threads: int = 2
     ping_seconds: float = 15.0
     cors_origins: list[str] = field(default_factory=list)
+    adapter_root: str = ""
+    allow_runtime_loading: bool = False
     tls_cert: str = ""
     tls_key: str = ""
     access_log: AccessLogFormat = "text"
@@ -214,9 +249,13 @@ class ServeConfig:
             meshes of their own; with `same-mesh` both work on one mesh over one pool, of the larger
             of the two configured sizes, and nothing is copied. `auto` is `device_put` where there
             are devices enough for it.
+        reply_kv: `ahead` has the prefill module cover a reply once it has ended, while nothing else
+            is to be done, so that the next call computes only what was appended. `off` leaves it to
+            that call. `while-decoding` is not implemented.
         prefill: the prefill side.
         decode: the decode side.
         kv_store: pages of prompts beyond the pools, in shared memory and on disk.
+        sessions: what is done for calls to come.
         server: the HTTP side.
     """
 
@@ -229,10 +268,48 @@ class ServeConfig:
     compilation_cache_dir: str = "~/.cache/pshare_jax/xla"
     kernel_backend: str = "auto"
     connector: ConnectorName = "auto"
+    reply_kv: ReplyKV = "ahead"
     prefill: PrefillConfig = field(default_factory=PrefillConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     kv_store: KvStoreConfig = field(default_factory=KvStoreConfig)
+    sessions: SessionsConfig = field(default_factory=SessionsConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML in which `on` and `off` are words, 1e-3 is a number, and dates are text."""
+
+
+_RESOLVED_ANEW = {
+    "tag:yaml.org,2002:bool",
+    "tag:yaml.org,2002:float",
+    "tag:yaml.org,2002:timestamp",
+}
+_Yaml.yaml_implicit_resolvers = {
+    first: [(tag, regex) for tag, regex in resolvers if tag not in _RESOLVED_ANEW]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"(?i)^(?:true|false|yes|no)$"), list("tTfFyYnN")
+)
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$"
+        r"|^[-+]?\.(?i:inf)$|^\.(?i:nan)$"
+    ),
+    list("-+.0123456789"),
+)
+
+
+def _load_yaml(text: str) -> Any:
+    value = yaml.load(text, Loader=_Yaml)
+    # What a flag means by `{a, b}` or `a:` is text.
+    is_text = isinstance(value, dict) and value and all(v is None for v in value.values())
+    return text if is_text else value
+
+
+jsonargparse.set_loader("yaml", _load_yaml, exceptions=(yaml.YAMLError,))
 
 
 def build_parser(cls: type, prog: str, description: str) -> jsonargparse.ArgumentParser:

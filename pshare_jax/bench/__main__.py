@@ -23,7 +23,9 @@ from pshare_jax.bench import (
     agents_report,
     codec,
     compile_report,
+    loading,
     machine,
+    masks,
     micro,
     micro_report,
     restart,
@@ -104,6 +106,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="First tokens over a known context after a restart, with a store and without."
     )
     restart_parser.add_class_arguments(restart.RestartOptions)
+    masks_parser = jsonargparse.ArgumentParser(
+        description="Decode steps whose tokens follow a grammar, beside free ones."
+    )
+    masks_parser.add_class_arguments(masks.MasksOptions)
+    loading_parser = jsonargparse.ArgumentParser(
+        description="What streams notice of decode modules being loaded and unloaded."
+    )
+    loading_parser.add_class_arguments(loading.LoadingOptions)
     starve_parser = jsonargparse.ArgumentParser(
         description="How long a small request takes while others flood the server."
     )
@@ -117,14 +127,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     report_parser.add_class_arguments(ReportOptions)
     measured = (micro_parser, compile_parser, agents_parser, plan_parser, train_parser)
-    for command in (
-        *measured,
-        turns_parser,
-        starve_parser,
-        soak_parser,
-        codec_parser,
-        restart_parser,
-    ):
+    served = (turns_parser, loading_parser, starve_parser, soak_parser, masks_parser)
+    served += (codec_parser, restart_parser)
+    for command in (*measured, *served):
         command.add_argument("--json", type=str | None, default=None, help="file for the figures")
     commands = parser.add_subcommands(dest="command")
     commands.add_subcommand("micro", micro_parser)
@@ -135,7 +140,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_subcommand("turns", turns_parser)
     commands.add_subcommand("codec", codec_parser)
     commands.add_subcommand("restart", restart_parser)
+    commands.add_subcommand("masks", masks_parser)
+    commands.add_subcommand("loading", loading_parser)
     commands.add_subcommand("starve", starve_parser)
+    commands.add_subcommand("soak", soak_parser)
     commands.add_subcommand("report", report_parser)
     benches = {
         "micro": _micro,
@@ -146,6 +154,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "turns": _turns,
         "codec": _codec,
         "restart": _restart,
+        "masks": _masks,
+        "loading": _loading,
         "starve": _starve,
         "soak": _soak,
     }
@@ -216,6 +226,12 @@ def _agents(options: dict[str, Any], _: Keep) -> dict[str, Any]:
     return result
 
 
+def _loading(options: dict[str, Any], _: Keep) -> dict[str, Any]:
+    result = loading.run(loading.LoadingOptions(**options))
+    print("\n".join([*loading.lines(result), "", machine.one_line(result["machine"])]))
+    return result
+
+
 def _turns(options: dict[str, Any], _: Keep) -> dict[str, Any]:
     result = turns.run(turns.TurnsOptions(**options))
     print("\n".join([*turns.lines(result), "", machine.one_line(result["machine"])]))
@@ -233,6 +249,12 @@ def _restart(options: dict[str, Any], _: Keep) -> dict[str, Any]:
     result = restart.run(restart.RestartOptions(**options))
     result["machine"] = machine.describe()
     print("\n".join([*restart.lines(result), "", machine.one_line(result["machine"])]))
+    return result
+
+
+def _masks(options: dict[str, Any], _: Keep) -> dict[str, Any]:
+    result = masks.run(masks.MasksOptions(**options))
+    print("\n".join([*masks.lines(result), "", machine.one_line(result["machine"])]))
     return result
 
 

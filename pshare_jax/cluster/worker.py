@@ -7,7 +7,7 @@ from typing import Generic, Protocol, TypeVar
 
 from pshare_jax.core.decode import DecodeCore
 from pshare_jax.core.fairness import Share
-from pshare_jax.core.messages import Message, Outbox
+from pshare_jax.core.messages import Message, Outbox, WeightsFreed
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.plans import DecodePlan, DecodeResult, Landed, PrefillPlan, PrefillResult
 from pshare_jax.core.prefill import PrefillCore
@@ -34,6 +34,10 @@ class DecodeRuns(Protocol):
 
     def own(self) -> None:
         """Makes the calling thread the owner of the pool."""
+        ...
+
+    def forget(self, group: str) -> None:
+        """Drops the weights of a group of models of which none is left."""
         ...
 
     @property
@@ -88,6 +92,15 @@ class Worker(Protocol):
 
     def plan(self, now: float) -> Callable[[], bool] | None:
         """The next piece of work, to be called at once, or None. It says whether it got on."""
+        ...
+
+    def plan_ahead(self) -> Callable[[], bool] | None:
+        """A piece of work that nobody waits for, to be called at once, or None."""
+        ...
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether nobody waits for anything here."""
         ...
 
     @property
@@ -152,6 +165,16 @@ class PrefillWorker(Generic[P]):
         plan = self._schedule(now)
         return None if plan is None else lambda: self._run(plan)
 
+    def plan_ahead(self) -> Callable[[], bool] | None:
+        """See Worker."""
+        plan = self.core.schedule_ahead()
+        return None if plan is None else lambda: self._run(plan)
+
+    @property
+    def at_rest(self) -> bool:
+        """See Worker."""
+        return not self.core.held_ids()
+
     @property
     def has_begun(self) -> bool:
         """See Worker. A chunk is waited for at once."""
@@ -208,7 +231,10 @@ class DecodeWorker(Generic[D]):
 
     def receive(self, message: Message) -> None:
         """See Worker."""
-        self.core.receive(message)
+        if isinstance(message, WeightsFreed):
+            self.executor.forget(message.group)
+        else:
+            self.core.receive(message)
 
     def plan(self, now: float) -> Callable[[], bool] | None:
         """See Worker."""
@@ -216,6 +242,15 @@ class DecodeWorker(Generic[D]):
         if plan is not None:
             return lambda: self._run(plan)
         return self._finish if self.executor.num_dispatched else None
+
+    def plan_ahead(self) -> Callable[[], bool] | None:
+        """See Worker. Tokens are generated for those who wait for them alone."""
+        return None
+
+    @property
+    def at_rest(self) -> bool:
+        """See Worker."""
+        return not self.core.held_ids()
 
     @property
     def has_begun(self) -> bool:

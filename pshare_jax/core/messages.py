@@ -12,24 +12,32 @@ from typing import Literal
 
 import msgspec
 
+from pshare_jax.core.constraints import GrammarSpec, Thoughts
+from pshare_jax.core.models import ModelSpec
+
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
 
 DISPATCHER = "dispatcher"
 """Name of the part that routes requests; workers are `prefill0`, `decode0`, ..."""
 
-ModelKind = Literal["identity", "full", "lora"]
-
 
 class SamplingParams(msgspec.Struct, frozen=True):
     """How the next token is chosen; the defaults are OpenAI's and vLLM's.
 
-    Order on the device: repetition, presence and frequency penalties, logit bias, temperature,
-    min-p, top-k, top-p. `temperature` 0 (or less than 1e-5) is greedy; `top_k` 0 and `top_p` 1
-    and `min_p` 0 are off; equal scores are kept or dropped together. `logprobs` asks for the
-    log-probability (of the unmodified distribution, natural log) of the chosen token and of that
-    many most likely ones; None asks for none. `stop_token_ids` come on top of the model's own end
-    tokens, which `ignore_eos` turns off.
+    Order on the device: masks, repetition, presence and frequency penalties, logit bias,
+    temperature, min-p, top-k, top-p. `temperature` 0 (or less than 1e-5) is greedy; `top_k` 0,
+    `top_p` 1 and `min_p` 0 are off; equal scores are kept or dropped together. `logprobs` asks for
+    the log-probability (of the unmodified distribution, natural log) of the chosen token and of
+    that many most likely ones; None asks for none. `stop_token_ids` come on top of the model's own
+    end tokens, which `ignore_eos` turns off unless there is a grammar. `prompt_logprobs` asks for
+    the log-probability of each prompt token and of that many most likely ones in its place
+    (`core/prompt_scores.py`); `max_tokens` may be 0.
+
+    Masks leave out tokens: what does not follow `grammar`, once the `thoughts` before it have
+    ended; what is not in `allowed_token_ids`, unless those are empty; the last token of each of
+    `bad_words` (token ids) where the answer ends with those before it; and what would end an answer
+    of less than `min_tokens`. A mask that would leave nothing gives way, a grammar never does.
     """
 
     max_tokens: int = 16
@@ -45,6 +53,32 @@ class SamplingParams(msgspec.Struct, frozen=True):
     logprobs: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    prompt_logprobs: int | None = None
+    grammar: GrammarSpec | None = None
+    thoughts: Thoughts | None = None
+    min_tokens: int = 0
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def masked(self) -> bool:
+        """Whether which tokens may come next depends on those that came."""
+        limited = self.allowed_token_ids or self.bad_words or self.min_tokens > 0
+        return self.grammar is not None or bool(limited)
+
+
+class Session(msgspec.Struct, frozen=True):
+    """What a client says about the calls to come; hints, which change no token.
+
+    Args:
+        id: calls of one id (and one salt) stay with the same workers; empty is no session.
+        ttl: seconds for which the pages should outlive the call.
+        next_models: names of the models that will be asked next.
+    """
+
+    id: str = ""
+    ttl: float = 0.0
+    next_models: tuple[str, ...] = ()
 
 
 class Owner(msgspec.Struct, frozen=True):
@@ -67,7 +101,9 @@ class Owner(msgspec.Struct, frozen=True):
 class Request(msgspec.Struct, frozen=True):
     """One sequence to be generated: `prompt_token_ids` by `model`.
 
-    Requests with different `cache_salt` never share pages.
+    Requests with different `cache_salt` never share pages. A `probe` is part of another request's
+    work, which counters do not count. `goes_on` says that the next prompt will probably begin with
+    this one and its reply, see `core.sessions`.
     """
 
     id: str
@@ -75,7 +111,10 @@ class Request(msgspec.Struct, frozen=True):
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams = msgspec.field(default_factory=SamplingParams)
     cache_salt: str = ""
+    probe: bool = False
     owner: Owner = Owner()
+    session: Session = Session()
+    goes_on: bool = True
 
 
 class FinishReason(StrEnum):
@@ -132,7 +171,8 @@ class RequestOutput(msgspec.Struct, frozen=True):
     Token events carry `token_ids` (one or more, with one `logprobs` entry each when asked for).
     The first event carries `usage` and `times`, the last one `times`, too, and `finish_reason`; the
     stop token that ended the sequence is its last token id and `stop_token` names it. `error` goes
-    with ERROR.
+    with ERROR. `prompt_logprobs`, when asked for, come once, before any token: an entry for each
+    prompt token, None for the first.
     """
 
     request_id: str
@@ -142,6 +182,7 @@ class RequestOutput(msgspec.Struct, frozen=True):
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
     error: str | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     times: RequestTimes | None = None
 
 
@@ -152,7 +193,7 @@ class Sequence(msgspec.Struct, frozen=True, kw_only=True):
         id: of this attempt; a request that is routed again gets a new one, so that what an old
             worker still says of it is recognised as stale.
         order: arrival order of the request; the smaller, the older.
-        model: its name.
+        model: id of the model, see `ModelSpec`.
         prompt: token ids.
         output: tokens that earlier attempts have generated and delivered.
         covered: the first positions of the prompt, which the prefill module covers.
@@ -166,7 +207,9 @@ class Sequence(msgspec.Struct, frozen=True, kw_only=True):
         num_uncached: prompt tokens that the router expects to be computed.
         prefill_worker: who covers the prompt.
         decode_worker: who generates.
+        probe: whether counters leave it out, see `Request`.
         owner: whose it is, for fair shares.
+        ttl: seconds for which its pages should outlive it.
     """
 
     id: int
@@ -185,7 +228,9 @@ class Sequence(msgspec.Struct, frozen=True, kw_only=True):
     num_uncached: int = 0
     prefill_worker: str = ""
     decode_worker: str = ""
+    probe: bool = False
     owner: Owner = Owner()
+    ttl: float = 0.0
 
     @property
     def num_tokens(self) -> int:
@@ -281,6 +326,38 @@ class Release(msgspec.Struct, frozen=True, tag=True):
     id: int
 
 
+class Replied(msgspec.Struct, frozen=True, tag=True):
+    """To a prefill worker: a reply has ended, and the next prompt probably begins with it.
+
+    Args:
+        sequence: of the prompt and the reply together, all covered; its pages are pinned for `ttl`.
+        known: leading full pages that were covered for the prompt.
+        ahead: whether the rest is to be covered when nothing else is to be done.
+    """
+
+    sequence: Sequence
+    known: int
+    ahead: bool
+
+
+class ModelAdded(msgspec.Struct, frozen=True, tag=True):
+    """To every worker: a model, under an id of its own; its weights are where they are needed."""
+
+    spec: ModelSpec
+
+
+class ModelRemoved(msgspec.Struct, frozen=True, tag=True):
+    """To every worker: no sequence of that model is left or will come."""
+
+    model: str
+
+
+class WeightsFreed(msgspec.Struct, frozen=True, tag=True):
+    """To a decode worker: no model is left of that group; its weights are not needed any more."""
+
+    group: str
+
+
 # KV store -> prefill worker.
 
 
@@ -365,7 +442,20 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 
 FromStore = Looked | Loaded | Stored
-ToWorker = Prefill | Abort | Covered | Withdrawn | Fetch | Offered | NotOffered | Release
+ToWorker = (
+    Prefill
+    | Abort
+    | Covered
+    | Withdrawn
+    | Fetch
+    | Offered
+    | NotOffered
+    | Release
+    | Replied
+    | ModelAdded
+    | ModelRemoved
+    | WeightsFreed
+)
 ToDispatcher = Pending | IndexChanged | Started | Tokens | Returned | Dropped | Failed
 Message = ToWorker | FromStore | ToDispatcher
 

@@ -5,7 +5,8 @@ then plans one chunk. Chunks end at page boundaries but for a prompt's last one,
 turns every page is either complete or the end of some finished prompt. That end is extended in
 place by a prompt that goes on from exactly there, and copied by one that branches off within it.
 
-Chunks of several prompts are computed in one call: see `chunk_shapes`.
+Chunks of several prompts are computed in one call: see `chunk_shapes`. When there is nothing else
+to do, replies are covered that the next prompts will begin with: see `reply_prefill`.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.plans import Chunk, Offer, PrefillPlan, PrefillResult, StorePlan
 from pshare_jax.core.prefill_queue import PrefillQueue
 from pshare_jax.core.prefill_task import PrefillTask, PromptPages
+from pshare_jax.core.reply_prefill import ReplyPrefill
 from pshare_jax.core.scheduling import next_prefill
-from pshare_jax.core.shares import FairClock, HasSequence
+from pshare_jax.core.shares import FairClock, HasSequence, in_turn
 from pshare_jax.core.stats import PrefillStats
 from pshare_jax.core.store_client import StoreClient
 
@@ -79,7 +81,7 @@ class PrefillCore:
         self.store: StoreClient | None = None
         self._clock = FairClock()
         self._pages = PromptPages(cache)
-        self._models = models
+        self._models = dict(models)
         self._pads = pads
         self._buckets = sorted(chunk_buckets)
         self._budget = self._buckets[-1]
@@ -89,6 +91,7 @@ class PrefillCore:
         self._offer_of: dict[int, int] = {}
         self._withdrawn: list[int] = []
         self._turn = 0
+        self._replies = ReplyPrefill(cache, self._models, self._buckets, self.stats)
 
     @property
     def urgent(self) -> bool:
@@ -111,6 +114,12 @@ class PrefillCore:
                 self._fetch(message)
             case m.Release(id):
                 self._release(id)
+            case m.Replied():
+                self._replies.hear(message)
+            case m.ModelAdded(spec):
+                self._models[spec.name] = spec
+            case m.ModelRemoved(model):
+                self._models.pop(model, None)
             case m.Looked() | m.Loaded() | m.Stored() if self.store is not None:
                 self._hear(self.store, message)
             case _:
@@ -121,6 +130,8 @@ class PrefillCore:
 
         Pages that somebody waits for come alone, so that they do not wait for a chunk.
         """
+        self.cache.tick(now)
+        self._replies.pin_heard()
         withdrawn, self._withdrawn = self._withdrawn, []
         if self._offers:
             offers, self._offers = self._offers, []
@@ -154,8 +165,21 @@ class PrefillCore:
             store=store,
         )
 
+    def schedule_ahead(self) -> PrefillPlan | None:
+        """A chunk of a reply that nobody asks for yet; None while anybody waits for anything."""
+        if self.queue.tasks or self._active or self._held or self._offers:
+            return None
+        if self.store is not None and self.store.waits:
+            return None
+        plan = self._replies.plan()
+        self._publish()
+        return plan
+
     def apply(self, plan: PrefillPlan, result: PrefillResult) -> None:
         """Takes in what came of a plan."""
+        if self._replies.apply(plan, result):
+            self._publish()
+            return
         for offer in plan.offers:
             transfer = offer.transfer
             if transfer in result.offered:
@@ -183,7 +207,8 @@ class PrefillCore:
         """
         tasks = (*self._active, *self._held.values())
         runs = self.store.runs if self.store is not None else ()
-        return [*(task for task in tasks if task.sequence.id not in inside), *runs]
+        found = (task for task in tasks if task.pages and task.sequence.id not in inside)
+        return [*found, *runs]
 
     def give_way(self, task: HasSequence) -> bool:
         """Takes the pages of one of `holders`, unless they are in use at this moment.
@@ -213,6 +238,7 @@ class PrefillCore:
         self._active.clear()
         self._held.clear()
         self._offers.clear()
+        self._replies.clear()
         self.outbox.clear()
 
     def _is_offered(self, task: PrefillTask) -> bool:
@@ -315,7 +341,8 @@ class PrefillCore:
         """All is there: it is held until the decode worker has it."""
         sequence, usage = task.sequence, task.usage()
         self._held[sequence.id] = task
-        self.stats.prefilled(sequence.model, usage)
+        if not sequence.probe:
+            self.stats.prefilled(sequence.model, usage, task.foreseen)
         self._send(DISPATCHER, m.Pending(sequence.id, 0))
         self._send(sequence.decode_worker, m.Covered(sequence, usage))
 
@@ -332,7 +359,7 @@ class PrefillCore:
         weights = self._models[first.sequence.model].prefill_weights
         others = [
             task
-            for task in sorted(self._active, key=lambda task: task.order)
+            for task in self._active
             if task is not first
             and task.remaining <= bucket
             and self._models[task.sequence.model].prefill_weights == weights
@@ -340,6 +367,7 @@ class PrefillCore:
         # Rows that are computed though nothing is in them had better be few.
         if self._pads and 2 * (1 + len(others)) <= rows:
             return [first]
+        others = in_turn(first.sequence, others)
         return [first, *(t for t in others[: rows - 1] if self._plan(t, bucket, copies))]
 
     def _first(self, copies: list[tuple[int, int]]) -> PrefillTask | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 from pshare_jax.config import ServeConfig
@@ -10,6 +11,7 @@ from pshare_jax.core.messages import Request, RequestOutput
 from pshare_jax.core.pages.sharing_map import SharingMap
 from pshare_jax.core.stats import EngineStats
 from pshare_jax.models.config import ModelConfig
+from pshare_jax.text.grammar import GrammarCompiler
 from pshare_jax.text.tokenizer import Tokenizer
 
 Sink = Callable[[RequestOutput], None]
@@ -63,8 +65,11 @@ class Submitter(Protocol):
         """
         ...
 
-    def abort(self, request_id: str) -> None:
-        """Ends a sequence; unknown and ended ones are ignored."""
+    def abort(self, request_id: str, *, complete: bool = False) -> None:
+        """Ends a sequence; unknown and ended ones are ignored.
+
+        A reply that is `complete` was cut where it was to end.
+        """
         ...
 
 
@@ -84,6 +89,11 @@ class Engine(Submitter, Protocol):
     @property
     def tokenizer(self) -> Tokenizer:
         """The base's tokenizer."""
+        ...
+
+    @property
+    def grammars(self) -> GrammarCompiler | None:
+        """Compiles grammars; None without an end token."""
         ...
 
     @property
@@ -108,6 +118,26 @@ class Engine(Submitter, Protocol):
 
     def start(self) -> None:
         """Compiles everything and starts the threads; returns when ready."""
+        ...
+
+    def load_module(self, name: str, folder: Path, *, replace: bool = False) -> ModelInfo:
+        """Serves one more decode module; blocks until it does.
+
+        Raises:
+            RequestError: the name is taken, or there is no room.
+            CheckpointError, ConfigError: no decode module of this base.
+            EngineDeadError: the engine does not run.
+        """
+        ...
+
+    def unload_module(self, name: str) -> None:
+        """Takes no more requests for a decode module.
+
+        Raises:
+            UnknownModelError: no model of that name.
+            RequestError: it must stay.
+            EngineDeadError: the engine does not run.
+        """
         ...
 
     def stop(self) -> None:

@@ -6,16 +6,25 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 from aiohttp import web
 
-from pshare_jax.core.messages import FinishReason, Owner, Request, RequestTimes, SamplingParams
+from pshare_jax.core.messages import (
+    FinishReason,
+    Owner,
+    Request,
+    RequestTimes,
+    SamplingParams,
+    Session,
+)
 from pshare_jax.frontend.chat import Prompt
 from pshare_jax.frontend.output import SequenceOutput
 from pshare_jax.frontend.params import OutputParams, sample_seed
+from pshare_jax.frontend.requests import SessionHints
 from pshare_jax.serve.access import KEY
 from pshare_jax.serve.access_log import REPORT
 from pshare_jax.serve.api_keys import ApiKey
@@ -26,6 +35,7 @@ from pshare_jax.serve.formats import Format, encode_answer, with_usage
 from pshare_jax.serve.metrics import SequenceTimer
 from pshare_jax.serve.protocol import Usage
 from pshare_jax.serve.service import REQUEST_ID, Service
+from pshare_jax.serve.sessions import session_of
 from pshare_jax.serve.sse import EventStream
 from pshare_jax.serve.turns import Turn
 from pshare_jax.serve.usage import total_usage
@@ -40,7 +50,8 @@ LONG_ANSWER = 1000
 class Job:
     """A checked request: what to generate, and how to answer.
 
-    Choice i is sample `i % n` of prompt `i // n`. `arrival` is in seconds of `time.monotonic`.
+    Sequence i is sample `i % best_of` of prompt `i // best_of`. `arrival` is in seconds of
+    `time.monotonic`. `hints` are what the client says of calls to come.
     """
 
     model: str
@@ -50,6 +61,7 @@ class Job:
     cache_salt: str
     format: Format
     arrival: float
+    hints: SessionHints
     priority: int = 0
 
     @property
@@ -59,26 +71,43 @@ class Job:
 
     @property
     def most_generated(self) -> int:
-        """Tokens that all choices together may have."""
-        return self.output.n * sum(params.max_tokens for params in self.sampling)
+        """Tokens that all samples together may have."""
+        return self.output.best_of * sum(params.max_tokens for params in self.sampling)
 
-    def requests(self, key: ApiKey) -> list[Request]:
-        """One engine request for each choice; sample i has the seed `seed + i`."""
-        n = self.output.n
+    def requests(self, key: ApiKey, session: Session) -> list[Request]:
+        """One engine request for each sequence; sample i has the seed `seed + i`.
+
+        The first sample of a prompt brings its scores, if they are asked for. Of several samples
+        nobody can say which one the next prompt goes on from.
+        """
+        samples = self.output.best_of
         owner = Owner(key.name, key.weight, self.format.heading.id, self.priority)
         salt = key.cache_salt(self.cache_salt)
         return [
             Request(
-                id=f"{self.format.heading.id}-{index * n + sample}",
+                id=f"{self.format.heading.id}-{index * samples + sample}",
                 model=self.model,
                 prompt_token_ids=prompt.token_ids,
-                params=msgspec.structs.replace(params, seed=sample_seed(params.seed, sample)),
+                params=self._params(params, sample),
                 cache_salt=salt,
                 owner=owner,
+                session=session,
+                goes_on=samples == 1,
             )
             for index, (prompt, params) in enumerate(zip(self.prompts, self.sampling, strict=True))
-            for sample in range(n)
+            for sample in range(samples)
         ]
+
+    def _params(self, params: SamplingParams, sample: int) -> SamplingParams:
+        logprobs = params.logprobs
+        if self.output.best_of > self.output.n and logprobs is None:
+            logprobs = 0  # they are ranked by these
+        return msgspec.structs.replace(
+            params,
+            seed=sample_seed(params.seed, sample),
+            logprobs=logprobs,
+            prompt_logprobs=None if sample else self.output.prompt_scores,
+        )
 
 
 class Run:
@@ -88,7 +117,7 @@ class Run:
         self._service = service
         self._job = job
         self._generation = generation
-        prompts = [prompt for prompt in job.prompts for _ in range(job.output.n)]
+        prompts = [prompt for prompt in job.prompts for _ in range(job.output.best_of)]
         self.sequences = [SequenceOutput(service.tokenizer, job.output) for _ in prompts]
         self._timers: list[SequenceTimer] = [
             service.metrics.timer(job.model, job.arrival, len(prompt.token_ids))
@@ -126,12 +155,28 @@ class Run:
     @property
     def is_long(self) -> bool:
         """Whether it takes its time to write the answer."""
-        return self.completion_tokens * (1 + (self._job.output.logprobs or 0)) > LONG_ANSWER
+        output = self._job.output
+        scores = sum(len(sequence.prompt_logprobs or ()) for sequence in self.sequences)
+        listed = self.completion_tokens * (1 + (output.logprobs or 0))
+        return listed + scores * (1 + (output.prompt_scores or 0)) > LONG_ANSWER
 
     def usage(self) -> Usage:
         """Tokens of the whole job."""
         lengths = [len(prompt.token_ids) for prompt in self._job.prompts]
-        return total_usage(self.sequences, self._job.output.n, lengths)
+        return total_usage(self.sequences, self._job.output.best_of, lengths)
+
+    def chosen(self) -> list[SequenceOutput]:
+        """The sequences that are answered: of each prompt the `n` likeliest, best first."""
+        n, samples = self._job.output.n, self._job.output.best_of
+        chosen: list[SequenceOutput] = []
+        for start in range(0, len(self.sequences), samples):
+            candidates = self.sequences[start : start + samples]
+            for sequence in candidates:
+                sequence.prompt_logprobs = candidates[0].prompt_logprobs
+            if samples > n:
+                candidates = sorted(candidates, key=lambda s: s.mean_logprob, reverse=True)
+            chosen += candidates[:n]
+        return chosen
 
     def facts(self) -> dict[str, Any]:
         """What the access log says of the job so far; `ttft_seconds` is its first token's time."""
@@ -163,7 +208,7 @@ class Run:
         if sequence.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
             raise self._service.failure(sequence.error)
         # A stop string is found here; the engine would go on.
-        self._generation.abort(event.index)
+        self._generation.abort(event.index, complete=True)
 
 
 def _reason(sequence: SequenceOutput) -> str:
@@ -177,26 +222,49 @@ async def respond(request: web.Request, service: Service, job: Job) -> web.Strea
         PshareError, ApiError, GenerationError: nothing was sent yet, and this is why.
         ConnectionError: the client has gone.
     """
-    count = len(job.prompts) * job.output.n
-    if count > service.max_sequences:
-        raise ApiError(
-            400,
-            f"{len(job.prompts)} prompts with n = {job.output.n} are {count} sequences; "
-            f"the server holds {service.max_sequences}",
-            param="n",
-        )
+    check_count(service, [job])
     key = request[KEY]
-    requests = job.requests(key)
+    requests = job.requests(key, session_of(request, service, job.hints))
     request.setdefault(REQUEST_ID, job.format.heading.id)
+    async with generating(service, key, job, requests) as run:
+        request[REPORT] = run
+        return await _answer(request, service, job, run)
+
+
+@asynccontextmanager
+async def generating(
+    service: Service, key: ApiKey, job: Job, requests: Sequence[Request]
+) -> AsyncIterator[Run]:
+    """A job while its choices are generated; what it takes is charged to the key.
+
+    Raises:
+        PshareError, ApiError: it was not begun.
+    """
     with service.access.account(key).charge(job.prompt_tokens, job.most_generated) as charge:
         async with service.generation(requests) as generation:
             with Run(service, job, generation) as run:
                 charge.started = True
-                request[REPORT] = run
                 try:
-                    return await _answer(request, service, job, run)
+                    yield run
                 finally:
                     charge.generated = run.completion_tokens
+
+
+def check_count(service: Service, jobs: Sequence[Job]) -> None:
+    """Raises ApiError (400) for jobs of more sequences than the engine can hold together."""
+    output = jobs[0].output
+    samples = output.best_of
+    count = sum(len(job.prompts) for job in jobs) * samples
+    if count <= service.max_sequences:
+        return
+    name = "n" if samples == output.n else "best_of"
+    what = f"{len(jobs[0].prompts)} prompts" if len(jobs) == 1 else f"{len(jobs)} models"
+    raise ApiError(
+        400,
+        f"{what} with {name} = {samples} are {count} sequences; "
+        f"the server holds {service.max_sequences}",
+        param=name,
+    )
 
 
 async def _answer(request: web.Request, service: Service, job: Job, run: Run) -> web.StreamResponse:
@@ -211,26 +279,38 @@ async def _answer(request: web.Request, service: Service, job: Job, run: Run) ->
     stream = EventStream(request, service.config.write_timeout_seconds, job.format.named_events)
     await stream.open()
     try:
-        await _stream(stream, job, run, service.config.ping_seconds or None)
+        await write_stream(stream, job, run, service.config.ping_seconds or None)
     except (asyncio.CancelledError, ConnectionError):
         raise
     except Exception as error:  # the status is sent: what is left is an event that says so
-        api_error = as_api_error(error)
-        if api_error is None:
-            log.exception("a bug while streaming %s", job.format.heading.id)
-            api_error = ApiError(500, "internal error")
-        for event in job.format.failure(api_error):
-            stream.add(event)
-        await stream.flush()
+        await write_failure(stream, job, told(error, job))
     return stream.response
 
 
+def told(error: Exception, job: Job) -> ApiError:
+    """What the client is told; a bug is logged."""
+    api_error = as_api_error(error)
+    if api_error is None:
+        log.error("a bug while answering %s", job.format.heading.id, exc_info=error)
+        api_error = ApiError(500, "internal error")
+    return api_error
+
+
+async def write_failure(stream: EventStream, job: Job, error: ApiError) -> None:
+    """Says in a stream that a job has failed, and why."""
+    for event in job.format.failure(error):
+        stream.add(event)
+    await stream.flush()
+
+
 def _whole(job: Job, run: Run) -> bytes:
-    pieces = [sequence.take() for sequence in run.sequences]
-    return encode_answer(job.format.answer(pieces, run.sequences, run.usage()))
+    chosen = run.chosen()
+    pieces = [sequence.take() for sequence in chosen]
+    return encode_answer(job.format.answer(pieces, chosen, run.usage()))
 
 
-async def _stream(stream: EventStream, job: Job, run: Run, ping_seconds: float | None) -> None:
+async def write_stream(stream: EventStream, job: Job, run: Run, ping_seconds: float | None) -> None:
+    """Writes a job's answer piece by piece; others may write to the stream meanwhile."""
     opened: set[int] = set()
     turn = Turn()
     async for indices in run.progress(ping_seconds):

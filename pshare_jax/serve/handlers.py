@@ -9,7 +9,9 @@ import msgspec
 from aiohttp import web
 
 from pshare_jax.frontend.chat import Prompt, completion_prompts
+from pshare_jax.frontend.constraints import asked_grammar
 from pshare_jax.frontend.params import (
+    check_scored,
     output_params,
     request_priority,
     resolve_max_tokens,
@@ -22,6 +24,7 @@ from pshare_jax.serve.formats import CompletionFormat, heading
 from pshare_jax.serve.generate import Job, respond
 from pshare_jax.serve.offload import is_large
 from pshare_jax.serve.parsing import read_request
+from pshare_jax.serve.restrictions import restricted
 from pshare_jax.serve.service import SERVICE
 from pshare_jax.text.tokenizer import Tokenizer
 
@@ -42,6 +45,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     prompts = await service.offload.run_if(
         large, completion_prompts, body, service.tokenizer, service.limits
     )
+    grammar = asked_grammar(body, service.grammar_limits)
     sampling = [
         msgspec.structs.replace(
             template,
@@ -51,10 +55,13 @@ async def completions(request: web.Request) -> web.StreamResponse:
                 len(prompt.token_ids),
                 service.limits,
                 "prompt",
+                output.least_tokens,
             ),
         )
         for prompt in prompts
     ]
+    sampling = [await restricted(service, each, body, grammar) for each in sampling]
+    check_scored(output, sum(len(prompt.token_ids) for prompt in prompts), service.limits)
     echoes = [""] * (len(prompts) * output.n)
     if output.echo:
         texts = await service.offload.run_if(
@@ -70,13 +77,12 @@ async def completions(request: web.Request) -> web.StreamResponse:
         format=CompletionFormat(
             heading("cmpl", body.model, output.include_usage),
             service.tokenizer,
+            output,
             echoes,
-            output.logprobs,
-            [prompt.token_ids for prompt in prompts for _ in range(output.n)]
-            if output.token_ids
-            else None,
+            [prompt.token_ids for prompt in prompts for _ in range(output.n)],
         ),
         arrival=arrival,
+        hints=body,
         priority=request_priority(body),
     )
     return await respond(request, service, job)
@@ -109,5 +115,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
         plan.new_call_id,
         plan.prompt.token_ids if plan.output.token_ids else None,
         legacy=bool(body.functions),
+        scored_ids=plan.prompt.token_ids,
+        prompt_logprobs=plan.output.prompt_logprobs,
     )
     return await respond(request, service, plan.job(chat_format, arrival))

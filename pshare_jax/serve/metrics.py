@@ -46,9 +46,24 @@ _COUNTERS: tuple[_ModelMetric, ...] = (
         lambda stats, model: stats.generation_tokens.get(model, 0),
     ),
     (
+        "pshare_forced_tokens",
+        "Generated tokens for which a grammar left no choice, and no step was taken.",
+        lambda stats, model: stats.forced_tokens.get(model, 0),
+    ),
+    (
         "vllm:num_preemptions",
         "Sequences that lost their pages and were replayed.",
         lambda stats, model: stats.preemptions.get(model, 0),
+    ),
+    (
+        "pshare_reply_prefill_tokens",
+        "Tokens of replies that were covered before anybody asked, by who wrote the reply.",
+        lambda stats, model: stats.ahead_tokens.get(model, 0),
+    ),
+    (
+        "pshare_reply_prefill_used_tokens",
+        "Of these, tokens that a prompt began with, by whom it asked; each counts once.",
+        lambda stats, model: stats.foreseen_tokens.get(model, 0),
     ),
     (
         "pshare_handoff_bytes",
@@ -180,9 +195,9 @@ class Metrics:
     """
 
     def __init__(self, models: Iterable[str], stats: Callable[[], EngineStats], *others: Collector):
-        names = list(models)
+        self._models: list[str] = []
         self._registry = CollectorRegistry()
-        for collector in (_EngineCollector(names, stats), *others):
+        for collector in (_EngineCollector(self._models, stats), *others):
             self._registry.register(collector)
         histogram = self._histogram
         self.first_token = histogram("time_to_first_token_seconds", "Arrival to token 1.", _SECONDS)
@@ -208,7 +223,7 @@ class Metrics:
         )
         self.loop_lag = Histogram(
             "pshare_event_loop_lag_seconds",
-            "How late the event loop woke up, looked at 20 times a second.",
+            "How late the event loop woke up, looked at 50 times a second.",
             buckets=_LAG_SECONDS,
             registry=self._registry,
         )
@@ -223,11 +238,18 @@ class Metrics:
             "The greatest of the last minute or two.",
             registry=self._registry,
         )
-        for name in names:
-            for reason in FinishReason:
-                self.finished.labels(name, reason.value)
-            for family in self._histograms():
-                family.labels(name)
+        for name in models:
+            self.add_model(name)
+
+    def add_model(self, name: str) -> None:
+        """Has the series of one more model, unless they are there."""
+        if name in self._models:
+            return
+        self._models.append(name)
+        for reason in FinishReason:
+            self.finished.labels(name, reason.value)
+        for family in self._histograms():
+            family.labels(name)
 
     def register(self, collector: Collector) -> None:
         """Shows what `collector` collects, too."""

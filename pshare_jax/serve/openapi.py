@@ -16,13 +16,16 @@ from pshare_jax.frontend.requests import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    FanoutRequest,
     TokenizeRequest,
 )
 from pshare_jax.frontend.responses_api import ResponsesRequest
+from pshare_jax.serve.admin import LoadAdapter, UnloadAdapter
 from pshare_jax.serve.protocol import (
     ChatCompletion,
     Completion,
     DetokenizeResponse,
+    FanoutAnswer,
     ModelCard,
     ModelList,
     TokenizeResponse,
@@ -73,6 +76,12 @@ ENDPOINTS: dict[tuple[str, str], Endpoint] = {
     ("post", "/v1/chat/completions"): Endpoint(
         "Answers a conversation, as OpenAI's API does.", ChatCompletion, ChatRequest, streams=True
     ),
+    ("post", "/v1/fanout"): Endpoint(
+        "Answers a conversation by several models at once.",
+        FanoutAnswer,
+        FanoutRequest,
+        streams=True,
+    ),
     ("post", "/v1/responses"): Endpoint(
         "Answers a conversation, as OpenAI's Responses API does, without storing it.",
         _OBJECT,
@@ -93,6 +102,12 @@ ENDPOINTS: dict[tuple[str, str], Endpoint] = {
             "required": ["input_tokens"],
         },
         CountTokensRequest,
+    ),
+    ("post", "/v1/load_lora_adapter"): Endpoint(
+        "Serves one more decode module, LoRA or full, as vLLM's API does.", None, LoadAdapter
+    ),
+    ("post", "/v1/unload_lora_adapter"): Endpoint(
+        "Serves a decode module no more.", None, UnloadAdapter
     ),
     ("post", "/tokenize"): Endpoint("Tokenises a text.", TokenizeResponse, TokenizeRequest),
     ("post", "/detokenize"): Endpoint("The text of tokens.", DetokenizeResponse, DetokenizeRequest),

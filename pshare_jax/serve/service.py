@@ -23,6 +23,7 @@ from pshare_jax.serve.loop_lag import LoopLag
 from pshare_jax.serve.metrics import Metrics
 from pshare_jax.serve.offload import Offload
 from pshare_jax.serve.tracing import tracing_of
+from pshare_jax.text.grammar import GrammarLimits
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,9 @@ class Service:
             engine.config.max_model_len,
             self.config.max_n,
             self.config.max_prompts,
+            self.config.max_scored_tokens,
         )
+        self.grammar_limits = GrammarLimits() if engine.grammars is None else engine.grammars.limits
         self.sampling_defaults = SamplingDefaults()
         if self.config.generation_config == "auto":
             self.sampling_defaults = sampling_defaults(self.tokenizer.generation_config)

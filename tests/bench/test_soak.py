@@ -1,11 +1,16 @@
 """The soak test itself: that it finds what grows and what is wrong, and nothing else."""
 
+import asyncio
+import json
 import os
+import time
 from dataclasses import replace
 
+import aiohttp
 import pytest
 
 from pshare_jax.bench import soak, soak_load
+from pshare_jax.bench.__main__ import main
 from pshare_jax.bench.soak_options import SoakOptions
 from pshare_jax.bench.soak_watch import Sample, judge, quantile
 from pshare_jax.errors import BenchmarkError, ConfigError
@@ -99,7 +104,7 @@ def test_a_server_that_is_right(server):
     assert set(result["requests"]) <= set(soak_load._KINDS)
     assert sum(result["requests"]["probe"].values()) == result["requests"]["probe"]["equal"] > 0
     assert done[-1][1] == 3
-    assert len(result["samples"]) > 5
+    assert result["samples"]
 
 
 def test_a_server_that_answers_otherwise_under_load(server, monkeypatch):
@@ -115,6 +120,46 @@ def test_a_server_that_answers_otherwise_under_load(server, monkeypatch):
     assert "instead of" in result["faults"][0]
 
 
+class Session:
+    """A server that takes modules at run time, as far as `hot_loads` sees of it."""
+
+    def __init__(self, refused: str):
+        self.calls: list[tuple[str, dict]] = []
+        self._refused = refused
+
+    def post(self, path: str, json: dict) -> "Session":
+        self.calls.append((path, json))
+        return self
+
+    async def __aenter__(self) -> "Session":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        pass
+
+    def raise_for_status(self) -> None:
+        if self._refused in self.calls[-1][0]:
+            raise aiohttp.ClientError("403")
+
+    async def json(self) -> dict:
+        return {"choices": [{"token_ids": [1]}]}
+
+
+@pytest.mark.parametrize("refused", ["", "unload"])
+async def test_modules_are_loaded_asked_and_unloaded(monkeypatch, refused):
+    monkeypatch.setattr(soak_load, "_HOT_PAUSE_SECONDS", 0.001)
+    session = Session(refused or "nothing")
+    settings = SoakOptions(hot=["one", "two"])
+    load = soak_load.Load(session, ["base"], [], settings)  # type: ignore[arg-type]
+    await load.hot_loads(time.monotonic() + 0.01)
+    paths = [path for path, _ in session.calls[:3]]
+    assert paths == ["/v1/load_lora_adapter", "/v1/completions", "/v1/unload_lora_adapter"]
+    assert session.calls[0][1] == {"lora_name": "soak-0", "lora_path": "one"}
+    assert session.calls[1][1]["model"] == "soak-0"
+    assert set(load.outcomes["hot"]) == {"failed" if refused else "loaded"}
+    assert bool(load.faults) == bool(refused)
+
+
 def test_what_cannot_be_asked_for():
     with pytest.raises(ConfigError, match="url and pid go together"):
         SoakOptions(url="http://x")
@@ -125,3 +170,14 @@ def test_what_cannot_be_asked_for():
 def test_a_server_that_is_not_there():
     with pytest.raises(BenchmarkError, match=r"http://127.0.0.1:1: "):
         soak.run(SoakOptions(url="http://127.0.0.1:1", pid=1))
+
+
+def test_the_command_exits_with_1_for_what_is_not_kept(server, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(soak.Load, "client", lambda self, number, end: asyncio.sleep(0))
+    file = tmp_path / "soak.json"
+    arguments = [f"--url={server.url}", f"--pid={os.getpid()}", "--minutes=0.001", "--probes=1"]
+    # Nothing was compared.
+    assert main(["soak", *arguments, f"--json={file}"]) == 1
+    assert json.loads(file.read_text())["verdicts"]["answers"]["kept"] is False
+    assert "0 compared" in capsys.readouterr().out
+    assert main(["soak", "--minutes=0"]) == 2

@@ -9,6 +9,8 @@ import pytest
 
 from pshare_jax.core import messages as m
 from pshare_jax.core.messages import FinishReason, PageDescriptor, PromptUsage, SamplingParams
+from pshare_jax.core.models import ModelSpec
+from pshare_jax.core.split_rule import LastTokens
 
 SEQUENCE = m.Sequence(
     id=3,
@@ -41,6 +43,7 @@ MESSAGES: list[m.Message] = [
     m.Looked(3, [1, 1, 2]),
     m.Loaded(2**62, "its checksum is wrong"),
     m.Stored([b"a", b"b"], [b"a"], [b"c"]),
+    m.Replied(msgspec.structs.replace(SEQUENCE, ttl=0.5), 1, True),
     m.Pending(3, 7),
     m.IndexChanged([b"a"], [b"b", b"c"]),
     m.Started(3, USAGE),
@@ -49,6 +52,11 @@ MESSAGES: list[m.Message] = [
     m.Returned(3, "fetch", "corrupt"),
     m.Dropped(3),
     m.Failed(3, "out of memory"),
+    m.ModelAdded(
+        ModelSpec("a@2", "lora", "shared", LastTokens(2), "base", "print", "base", 1, ("decode0",))
+    ),
+    m.ModelRemoved("a"),
+    m.WeightsFreed("full/a"),
 ]
 
 

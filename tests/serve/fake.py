@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from pshare_jax.config import ModelEntry, ServeConfig, ServerConfig
 from pshare_jax.core.messages import (
@@ -19,6 +20,7 @@ from pshare_jax.core.pages.sharing_map import MapContext, MapPage, SharingMap
 from pshare_jax.core.stats import EngineStats, PoolStats
 from pshare_jax.errors import EngineDeadError, QueueFullError, UnknownModelError
 from pshare_jax.models.config import ModelConfig
+from pshare_jax.text.grammar import GrammarCompiler
 from pshare_jax.text.tokenizer import Tokenizer
 
 MODELS = {"planner": "shared", "coder": "shared", "team/critic": "isolated"}
@@ -67,10 +69,14 @@ class FakeOrchestrator:
     failed_workers: dict[str, str] = field(default_factory=dict)
     submitted: list[Request] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
+    completed: list[str] = field(default_factory=list)
+    loaded: list[tuple[str, Path, bool]] = field(default_factory=list)
+    load_error: Exception | None = None
 
     def __post_init__(self):
         self.model_config = ModelConfig("llama", self.tokenizer.vocab_size + 8, 8, 8, 1, 1, 1, 8)
         self.models = {name: FakeModelInfo(name, sharing) for name, sharing in MODELS.items()}
+        self.grammars = GrammarCompiler(self.tokenizer) if self.tokenizer.eos_token_ids else None
         self._lock = threading.Condition()
         self._running: dict[str, Running] = {}
         self._index: dict[tuple, str] = {}
@@ -121,8 +127,9 @@ class FakeOrchestrator:
             )
             self._lock.notify_all()
 
-    def abort(self, request_id: str) -> None:
+    def abort(self, request_id: str, *, complete: bool = False) -> None:
         with self._lock:
+            self.completed += [request_id] * complete
             self.aborted.append(request_id)
             if running := self._running.pop(request_id, None):
                 self._finish(running, RequestOutput(request_id, finish_reason=FinishReason.ABORT))
@@ -133,6 +140,8 @@ class FakeOrchestrator:
             counts = self._counts
             return EngineStats(
                 prefill_tokens=dict(counts["prefill"]),
+                ahead_tokens={"coder": 7},
+                foreseen_tokens={"planner": 5},
                 prompt_tokens=dict(counts["prompt"]),
                 generation_tokens=dict(counts["generation"]),
                 handoff_bytes=dict(counts["bytes"]),
@@ -151,6 +160,18 @@ class FakeOrchestrator:
                     "decode1": PoolStats(total=50, free=40, used=5, shared=0, cached=5),
                 },
             )
+
+    def load_module(self, name: str, folder: Path, *, replace: bool = False) -> FakeModelInfo:
+        if self.load_error is not None:
+            raise self.load_error
+        self.loaded.append((name, folder, replace))
+        self.models[name] = FakeModelInfo(name, "shared", kind="lora")
+        return self.models[name]
+
+    def unload_module(self, name: str) -> None:
+        if name not in self.models:
+            raise UnknownModelError(f"model {name!r} is not served", "lora_name")
+        del self.models[name]
 
     def sharing_map(self) -> SharingMap:
         """A page for each model that has been asked, which it computed, and reads while it runs."""
@@ -171,7 +192,8 @@ class FakeOrchestrator:
     def _prefill(self, request: Request) -> PromptUsage:
         """Whole pages before the tail are found by the hash chain of what comes before them."""
         covered = request.prompt_token_ids[:-TAIL]
-        namespace = request.model if MODELS[request.model] == "isolated" else "base"
+        isolated = self.models[request.model].sharing == "isolated"
+        namespace = request.model if isolated else "base"
         sources: Counter = Counter()
         hit = True
         for end in range(PAGE_SIZE, len(covered) + 1, PAGE_SIZE):
@@ -209,6 +231,14 @@ class FakeOrchestrator:
 
     def _step(self, running: Running) -> None:
         request, params = running.request, running.request.params
+        if params.prompt_logprobs is not None and not running.sent:
+            scores = self._logprobs(list(request.prompt_token_ids[1:]), params.prompt_logprobs)
+            running.sink(RequestOutput(request.id, prompt_logprobs=(None, *scores)))
+        if params.max_tokens == 0:
+            del self._running[request.id]
+            end = RequestOutput(request.id, usage=running.usage, finish_reason=FinishReason.LENGTH)
+            self._finish(running, end)
+            return
         stops = set(params.stop_token_ids)
         if not params.ignore_eos:
             stops.update(self.tokenizer.eos_token_ids)
