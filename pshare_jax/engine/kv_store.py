@@ -262,8 +262,8 @@ class EngineStore:
         chosen_pages = self._sample[np.arange(count) % len(self._sample)]
         staged = np.ascontiguousarray(np.moveaxis(chosen_pages, 0, 1))
         keys = [secrets.token_bytes(16) for _ in range(count)]
-        buffer, tokens = tier.pool.buffer(), [(0,)] * count
-        written = [tier.put(k, (0,), staged, i, buffer) for i, k in enumerate(keys)]
+        buffer, tokens = tier.pool.buffer(), [tuple(range(self._layout.page_size))] * count
+        written = [tier.put(k, tokens[i], staged, i, buffer) for i, k in enumerate(keys)]
 
         def seconds(number: int) -> float:
             chosen = range(number)

@@ -90,6 +90,8 @@ class Tier:
             why = "exists" if self.pool.holds([key])[0] else "full"
             self.counters.refused[why] += 1
             return why
+        if len(tokens) < self.pool.spec.page_size:
+            staged, index = _only(staged, index, len(tokens)), 0
         try:
             length = self.codec.encode(staged, index, buffer.bytes[self._head :])
             if length is None:
@@ -169,3 +171,13 @@ class Tier:
         self.counters.stored += 1
         self.counters.bytes_written += num_bytes
         self.counters.raw_bytes_written += raw_bytes
+
+
+def _only(staged: np.ndarray, index: int, num_tokens: int) -> np.ndarray:
+    """A page alone, whose slots behind its tokens repeat the last one.
+
+    What lies there is of no use, may be another's, and does not compress.
+    """
+    page = staged[:, index : index + 1].copy()
+    page[..., num_tokens:, :] = page[..., num_tokens - 1 : num_tokens, :]
+    return page

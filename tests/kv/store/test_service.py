@@ -195,10 +195,18 @@ def test_compressed_pages_come_back_and_a_restart_keeps_the_codebook(tmp_path, c
     incompressible = np.random.default_rng(0).integers(0, 65536, shape).astype(np.uint16)
     tier = compressed(tmp_path, book, shape)
     buffer = tier.pool.buffer()
+    whole = [list(range(i, i + shape[-2])) for i in range(4)]
     for i in range(4):
-        assert tier.put(key(i), tokens(i), pages, i, buffer) is None
-    assert tier.put(key(9), tokens(9), incompressible[:, None], 0, buffer) == "large"
+        assert tier.put(key(i), whole[i], pages, i, buffer) is None
+    assert tier.put(key(9), whole[0], incompressible[:, None], 0, buffer) == "large"
     assert tier.pool.counts()["writing"] == 0
+    partly = pages[:, :1].copy()
+    partly[..., 5:, :] = incompressible[:, None][..., 5:, :]
+    assert tier.put(key(8), tokens(8)[:1] * 5, partly, 0, buffer) is None, "5 tokens of the page"
+    back = np.zeros_like(partly)
+    assert tier.get([key(8)], [tokens(8)[:1] * 5], back, [0], buffer)[0] == [None]
+    assert np.array_equal(back[..., :5, :], partly[..., :5, :])
+    assert np.array_equal(back[..., 5:, :], np.repeat(back[..., 4:5, :], 27, axis=-2))
     ratio = tier.counters.raw_bytes_written / tier.counters.bytes_written
     assert ratio > {"planes": 1.4, "top16": 1.25}[codec]
     tier.close()
@@ -207,9 +215,7 @@ def test_compressed_pages_come_back_and_a_restart_keeps_the_codebook(tmp_path, c
     assert again.pool.book is not None
     assert np.array_equal(again.pool.book.table, book.table), "the pool's own, not the new one"
     back = np.zeros_like(pages)
-    reasons, _ = again.get(
-        [key(i) for i in range(4)], [tokens(i) for i in range(4)], back, range(4), buffer
-    )
+    reasons, _ = again.get([key(i) for i in range(4)], whole, back, range(4), buffer)
     assert reasons == [None] * 4
     assert np.array_equal(back, pages)
     again.close()
