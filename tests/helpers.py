@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from pshare_jax.models.config import Llama3RopeScaling, ModelConfig
+from pshare_jax.models.config import ModelConfig
+from pshare_jax.models.rope import Llama3RopeScaling
 
 _FAMILY_FIELDS: dict[str, dict[str, Any]] = {
     "llama": {

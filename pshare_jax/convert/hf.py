@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -16,7 +17,13 @@ from safetensors import SafetensorError, safe_open
 from pshare_jax.convert.files import one_line
 from pshare_jax.convert.hf_tokenizer import CONFIG_FILE, PATTERNS
 from pshare_jax.convert.manifest import read_json
-from pshare_jax.convert.names import hf_shape, hf_to_native, is_redundant, native_to_hf, to_native
+from pshare_jax.convert.names import (
+    hf_sources,
+    hf_tensors,
+    is_redundant,
+    read_native,
+    to_native,
+)
 from pshare_jax.convert.progress import Report, quiet
 from pshare_jax.convert.tensors import DTYPES, LazyTensor
 from pshare_jax.errors import CheckpointError, printable
@@ -131,30 +138,26 @@ def read_tensors(folder: Path, config: ModelConfig) -> dict[str, LazyTensor]:
             f"{folder / CONFIG_FILE}: num_hidden_layers is {config.num_layers}, but the folder has "
             f"only {len(files)} tensors"
         )
-    specs = weight_specs(config)
+    expected = hf_tensors(config)
     found: dict[str, LazyTensor] = {}
     for name, path in files.items():
-        native = hf_to_native(name, config)
-        if native is None or native not in specs:
+        if name not in expected:
             if is_redundant(name, config):
                 continue
             raise CheckpointError(
                 f"{path}: tensor {name} is unexpected in a {config.architecture} by {CONFIG_FILE}"
             )
         tensor = lazy_safetensor(path, name)
-        if tensor.shape != (expected := hf_shape(native, config)):
+        if tensor.shape != (shape := expected[name].shape):
             raise CheckpointError(
                 f"{path}: tensor {name} has shape {list(tensor.shape)}, "
-                f"but {CONFIG_FILE} needs {list(expected)}"
+                f"but {CONFIG_FILE} needs {list(shape)}"
             )
-        found[native] = tensor
-    for native in specs:
-        if native not in found:
-            raise CheckpointError(f"{folder}: tensor {native_to_hf(native, config)} is missing")
-    return {
-        native: in_native_layout(native, found[native], config, spec.shape)
-        for native, spec in specs.items()
-    }
+        found[name] = tensor
+    for name in expected:
+        if name not in found:
+            raise CheckpointError(f"{folder}: tensor {name} is missing")
+    return native_tensors(config, found)
 
 
 def with_saved_head(folder: Path, config: ModelConfig) -> ModelConfig:
@@ -190,6 +193,23 @@ def _same_values(path_a: Path, name_a: str, path_b: Path, name_b: str) -> bool:
             np.array_equal(a[rows].astype(np.float32), b[rows].astype(np.float32), equal_nan=True)
             for rows in parts
         )
+
+
+def native_tensors(config: ModelConfig, found: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Every native weight of a model whose Hugging Face tensors are `found`."""
+    tensors: dict[str, LazyTensor] = {}
+    for native, spec in weight_specs(config).items():
+        dtypes = {found[name].dtype for name in hf_sources(config)[native]}
+        dtype = dtypes.pop() if len(dtypes) == 1 else DTYPES["float32"]
+        read = functools.partial(_read_native, native, config, found, dtype)
+        tensors[native] = LazyTensor(spec.shape, dtype, read)
+    return tensors
+
+
+def _read_native(
+    native: str, config: ModelConfig, found: Mapping[str, LazyTensor], dtype: np.dtype
+) -> np.ndarray:
+    return read_native(native, config, lambda name: found[name].astype(dtype).read())
 
 
 def in_native_layout(

@@ -264,13 +264,13 @@ class WeightLoader:
         # All LoRA modules, hosted or not, so that a module's index is the same everywhere.
         modules = [self._lora(s, mesh) for s in self._sources if s.kind == "lora"]
         stacked = stack_adapters(modules)
-        if is_packed(on_mesh(self._backend, mesh.size)):
+        if is_packed(on_mesh(self._backend, mesh.size), self._base.config):
             stacked = pack_adapters(self._base.config, stacked)
         return jax.device_put(stacked, replicated(mesh))
 
     def _packed(self, weights: Weights, mesh: Mesh) -> Weights:
         """`weights` as the steps of `mesh` read them."""
-        if not is_packed(on_mesh(self._backend, mesh.size)):
+        if not is_packed(on_mesh(self._backend, mesh.size), self._base.config):
             return weights
         return pack_weights(self._base.config, weights)
 

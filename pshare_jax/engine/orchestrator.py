@@ -17,7 +17,7 @@ import jax
 
 from pshare_jax.cluster.thread import DispatcherThread, WorkerThread
 from pshare_jax.config import ServeConfig, Sharing
-from pshare_jax.convert.manifest import TOKENIZER_FOLDER
+from pshare_jax.convert.manifest import TOKENIZER_FOLDER, read_manifest
 from pshare_jax.core.dispatcher import Dispatcher
 from pshare_jax.core.messages import DISPATCHER, Message, ModelKind, Request, RequestOutput
 from pshare_jax.core.pages.page_cache import PageCache
@@ -93,7 +93,7 @@ class Orchestrator:
         self.model_config = base.config
         self.ready = False
         self._tokenizer = tokenizer
-        layout = PageLayout.of(base.config, config.page_size, compute_dtype(config))
+        layout = PageLayout.of(base.config, config.page_size, compute_dtype(config, base.config))
         sizes = check_config(config, base.config, layout)
         meshes = place(config)
         self._specs = model_specs(base, sources, len(meshes.decode))
@@ -137,7 +137,8 @@ class Orchestrator:
             CertificateError: a decode module that does not fit the base.
         """
         prepare_jax(config)
-        base, sources = checkpoint_sources(config, compute_dtype(config))
+        dtype = compute_dtype(config, read_manifest(config.base).config)
+        base, sources = checkpoint_sources(config, dtype)
         tokenizer = Tokenizer.load(Path(config.base) / TOKENIZER_FOLDER)
         return cls(config, base, sources, tokenizer)
 

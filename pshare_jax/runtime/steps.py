@@ -59,7 +59,7 @@ class StepSpec:
     @property
     def packed(self) -> bool:
         """Whether layers run as one call each, over packed weights."""
-        return is_packed(self.backend)
+        return is_packed(self.backend, self.config)
 
 
 class PagedAttention:
@@ -97,7 +97,8 @@ class PagedAttention:
             self.pages[layer],
             *self._rows,
             *groups,
-            sliding_window=self._spec.config.sliding_window,
+            sliding_window=self._spec.config.layer(layer).sliding_window,
+            soft_cap=self._spec.config.attention_soft_cap,
             mesh=self._spec.mesh,
             backend=self._spec.backend,
         )

@@ -169,7 +169,7 @@ def prepare(config: TrainConfig, reporter: Reporter) -> Job:
         base_weights = load_base(base, mesh, jnp.dtype(recipe.dtype))
         if recipe.lora is not None:
             frozen["base"] = base_weights
-        if is_packed(recipe.matmul):
+        if is_packed(recipe.matmul, base.config):
             base_weights = pack_weights(base.config, base_weights)
         used = {row for step in plan.steps for micro in step for row in micro.rows}
         used.update(range(num_train, len(rows)))

@@ -16,7 +16,7 @@ from pshare_jax.convert.gguf import GGUFFile, rope_factors, unpermute_rope_rows
 from pshare_jax.convert.orbax import load_weights
 from pshare_jax.convert.sources import open_source
 from pshare_jax.errors import CheckpointError
-from pshare_jax.models.config import Llama3RopeScaling
+from pshare_jax.models.rope import Llama3RopeScaling
 from tests.convert.helpers import (
     gguf_config,
     permute_rope_rows,
@@ -241,8 +241,12 @@ def test_an_integer_tensor_is_refused(tmp_path):
         (lambda w: w.add_expert_count(8), ("mixture of experts",)),
         (lambda w: w.add_uint16("split.count", 3), ("one of 3 parts",)),
         (
+            lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE),
+            ("rope.scaling.type is 'longrope'; supported are 'none', 'linear' and 'yarn'",),
+        ),
+        (
             lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN),
-            ("rope.scaling.type 'yarn' is not supported",),
+            ("rope.scaling.factor is missing",),
         ),
         (
             lambda w: w.add_tensor("rope_freqs.weight", np.linspace(1, 9, 8, dtype=np.float32)),

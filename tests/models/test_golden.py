@@ -15,9 +15,9 @@ from pshare_jax.convert import names
 from pshare_jax.models.attention import CausalAttention
 from pshare_jax.models.decoder import bind
 from pshare_jax.models.registry import config_from_hf
+from pshare_jax.models.weights import weight_specs
+from tests.golden import CASES, GOLDEN
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-CASES = ("llama3", "llama_tied", "mistral", "qwen2", "qwen3")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -26,11 +26,11 @@ def test_logits_equal_transformers(case):
     tensors = load_file(GOLDEN / f"{case}.safetensors")
     expected = tensors.pop("golden.logits")
     tokens = jnp.asarray(tensors.pop("golden.input_ids"), jnp.int32)
-    weights = {}
-    for name, tensor in tensors.items():
-        native = names.hf_to_native(name, config)
-        assert native is not None, name
-        weights[native] = jnp.asarray(names.to_native(native, tensor, config), jnp.float32)
+    assert set(tensors) == set(names.hf_tensors(config))
+    weights = {
+        native: jnp.asarray(names.read_native(native, config, tensors.__getitem__), jnp.float32)
+        for native in weight_specs(config)
+    }
 
     @jax.jit
     def forward(weights, tokens):

@@ -57,7 +57,7 @@ class PagedIO:
 
     def attend(self, layer, q, k, v):
         self.store(layer, k, v)
-        window = self._config.sliding_window
+        window = self._config.layer(layer).sliding_window
         return paged_attention(q, self.pages[layer], *self._rows, sliding_window=window)
 
 

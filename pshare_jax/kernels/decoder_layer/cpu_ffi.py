@@ -27,6 +27,7 @@ class LayerShape(NamedTuple):
     intermediate_size: int
     rms_norm_eps: float
     sliding_window: int | None
+    soft_cap: float | None
 
 
 def decoder_layer(
@@ -90,7 +91,7 @@ def decoder_layer(
         mlp=np.int64(shape.intermediate_size),
         eps=np.float32(shape.rms_norm_eps),
         window=np.int64(shape.sliding_window or 0),
-        soft_cap=np.float32(0),
+        soft_cap=np.float32(shape.soft_cap or 0),
         bias=layers.bias,
         qk_norm=layers.qk_norm,
         kv_only=kv_only,
