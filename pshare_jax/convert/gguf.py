@@ -22,7 +22,7 @@ from gguf import GGMLQuantizationType as QuantizationType
 from pshare_jax.convert.files import one_line
 from pshare_jax.convert.gguf_header import read_header
 from pshare_jax.convert.gguf_metadata import Metadata, stated_rope_scaling
-from pshare_jax.convert.names import hf_shape, native_to_hf, to_native
+from pshare_jax.convert.names import has_experts, hf_shape, native_to_hf, to_native
 from pshare_jax.convert.tensors import DTYPES, LazyTensor
 from pshare_jax.errors import CheckpointError, printable
 from pshare_jax.models.config import ModelConfig
@@ -130,7 +130,10 @@ class GGUFFile:
         metadata = Metadata(self, scope)
         known = self._family
         window = metadata.optional("attention.sliding_window", int, 0) or None
-        if known.name == "llama" and window is not None:
+        if known.name == "llama" and metadata.optional("expert_count", int, 0):
+            # So is Mixtral.
+            self._family = known = family("mixtral")
+        elif known.name == "llama" and window is not None:
             # Mistral is written as a llama; only the window tells them apart.
             self._family = known = family("mistral")
         if window is None:
@@ -259,7 +262,7 @@ class GGUFFile:
         tensor = self._tensors.get(name)
         if tensor is None:
             raise CheckpointError(f"{self.path}: tensor {name} is missing")
-        if tensor.shape != (expected := hf_shape(native, self.config)):
+        if tensor.shape != (expected := gguf_shape(native, self.config)):
             raise CheckpointError(
                 f"{self.path}: tensor {name} has shape {list(tensor.shape)}, "
                 f"but the model's metadata needs {list(expected)}"
@@ -277,6 +280,8 @@ class GGUFFile:
         permuted = native.endswith((".attn.q.kernel", ".attn.k.kernel"))
         if permuted and self._family.gguf_rotates_pairs:
             array = unpermute_rope_rows(array, self.config.head_dim)
+        if has_experts(native, self.config):
+            return np.stack([to_native(native, part, self.config) for part in array])
         return to_native(native, array, self.config)
 
     def _read(self, name: str, dtype: np.dtype = DTYPES["float32"]) -> np.ndarray:
@@ -298,6 +303,14 @@ class GGUFFile:
             block = raw[start : start + step]
             out[start : start + step] = gguf.dequantize(block, tensor.type)
         return out.reshape(tensor.shape)
+
+
+def gguf_shape(native: str, config: ModelConfig) -> tuple[int, ...]:
+    """The shape of a native weight in a GGUF file: all experts are one tensor."""
+    shape = hf_shape(native, config)
+    if not has_experts(native, config):
+        return shape
+    return (weight_specs(config)[native].shape[0], *shape)
 
 
 def unpermute_rope_rows(array: np.ndarray, head_dim: int) -> np.ndarray:

@@ -28,6 +28,7 @@ from pshare_jax.convert.progress import Report, quiet
 from pshare_jax.convert.tensors import DTYPES, LazyTensor
 from pshare_jax.errors import CheckpointError, printable
 from pshare_jax.models.config import ModelConfig
+from pshare_jax.models.text_part import text_names
 from pshare_jax.models.weights import weight_specs
 
 logger = logging.getLogger(__name__)
@@ -140,17 +141,18 @@ def read_tensors(folder: Path, config: ModelConfig) -> dict[str, LazyTensor]:
         )
     expected = hf_tensors(config)
     found: dict[str, LazyTensor] = {}
-    for name, path in files.items():
+    for stored, name in text_names(files).items():
+        path = files[stored]
         if name not in expected:
             if is_redundant(name, config):
                 continue
             raise CheckpointError(
-                f"{path}: tensor {name} is unexpected in a {config.architecture} by {CONFIG_FILE}"
+                f"{path}: tensor {stored} is unexpected in a {config.architecture} by {CONFIG_FILE}"
             )
-        tensor = lazy_safetensor(path, name)
+        tensor = lazy_safetensor(path, stored)
         if tensor.shape != (shape := expected[name].shape):
             raise CheckpointError(
-                f"{path}: tensor {name} has shape {list(tensor.shape)}, "
+                f"{path}: tensor {stored} has shape {list(tensor.shape)}, "
                 f"but {CONFIG_FILE} needs {list(shape)}"
             )
         found[name] = tensor
@@ -169,14 +171,16 @@ def with_saved_head(folder: Path, config: ModelConfig) -> ModelConfig:
         CheckpointError: as `read_tensors`.
     """
     files = safetensors_in(folder) if config.tie_word_embeddings else {}
-    if HEAD not in files or EMBEDDING not in files:
+    stored = {name: original for original, name in text_names(files).items()}
+    if HEAD not in stored or EMBEDDING not in stored:
         return config
-    if _same_values(files[EMBEDDING], EMBEDDING, files[HEAD], HEAD):
+    embedding, head = stored[EMBEDDING], stored[HEAD]
+    if _same_values(files[embedding], embedding, files[head], head):
         return config
     logger.warning(
         "%s: %s differs from the embedding although tie_word_embeddings is true; it is used",
-        printable(str(files[HEAD])),
-        HEAD,
+        printable(str(files[head])),
+        head,
     )
     return replace(config, tie_word_embeddings=False)
 

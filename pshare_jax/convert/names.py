@@ -101,7 +101,7 @@ def read_native(native: str, config: ModelConfig, read: Callable[[str], Any]) ->
     """
     sources = hf_sources(config)[native]
     parts = [_native_part(native, config, name, read(name)) for name in sources]
-    return np.stack(parts) if _has_experts(native, config) else parts[0]
+    return np.stack(parts) if has_experts(native, config) else parts[0]
 
 
 def _native_part(native: str, config: ModelConfig, name: str, array: Any) -> Any:
@@ -194,7 +194,8 @@ def native_to_hf(name: str, config: ModelConfig) -> str:
     return prefix + known.hf_layer[suffix]
 
 
-def _has_experts(name: str, config: ModelConfig) -> bool:
+def has_experts(name: str, config: ModelConfig) -> bool:
+    """Whether a native weight has an axis of experts."""
     return _specs(config)[name].axes[0] == "expert"
 
 

@@ -26,6 +26,7 @@ from pshare_jax.convert.tensors import DTYPES, LazyTensor
 from pshare_jax.errors import CheckpointError
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.registry import config_from_hf
+from pshare_jax.models.text_part import text_names
 from pshare_jax.models.weights import weight_specs
 
 _DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": DTYPES["bfloat16"]}
@@ -42,6 +43,7 @@ def read_folder(folder: Path) -> Source:
     stored: dict[str, LazyTensor] = {}
     for path in _weight_files(folder):
         stored |= _tensors_of(path)
+    stored = {name: stored[original] for original, name in text_names(stored).items()}
     config = config_from_hf(read_json(folder / hf_tokenizer.CONFIG_FILE))
     if _HEAD in stored:
         # A head that is there counts; one that equals the embedding gives the same logits.

@@ -68,7 +68,7 @@ def _float32(tensor: LazyTensor) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _layer(config: ModelConfig, index: int, weights: Weights, x: jax.Array) -> jax.Array:
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-    layer = make_layer("layer", weights, config, index, "xla")
+    layer = make_layer("layer", weights, config, index)
     return layer(x, rope_tables(config, positions), CausalAttention(config), None)
 
 

@@ -15,6 +15,7 @@ from flax import nnx
 from pshare_jax.kernels.matmul.api import matmul
 from pshare_jax.models.attention import AttentionIO
 from pshare_jax.models.blocks.attention import RopeTables
+from pshare_jax.models.blocks.experts import ExpertsBackend
 from pshare_jax.models.blocks.layer import DecoderLayer
 from pshare_jax.models.blocks.linear import Embedding, Projection, RMSNorm
 from pshare_jax.models.config import ModelConfig
@@ -36,11 +37,16 @@ def rope_tables(config: ModelConfig, positions: jax.Array) -> RopeTables:
 
 
 def make_layer(
-    path: str, weights: Weights, config: ModelConfig, layer: int, backend: str
+    path: str,
+    weights: Weights,
+    config: ModelConfig,
+    layer: int,
+    backend: str = "xla",
+    experts: ExpertsBackend = ExpertsBackend(),  # noqa: B008 - immutable
 ) -> DecoderLayer:
     """Layer number `layer` of a decoder, whose weights begin with `path`."""
     kind = family(config.architecture).decoder_layer or DecoderLayer
-    return kind(path, weights, config, layer, backend)
+    return kind(path, weights, config, layer, backend, experts)
 
 
 def scaled_embedding(config: ModelConfig, x: jax.Array) -> jax.Array:
@@ -66,12 +72,14 @@ class Decoder(nnx.Module):
     weights and is cheap enough for every trace.
     """
 
-    def __init__(self, config: ModelConfig, weights: Weights, backend: str = "xla"):
+    def __init__(
+        self, config: ModelConfig, weights: Weights, backend: str, experts: ExpertsBackend
+    ):
         self.config = config
         self.embed = Embedding("embed", weights, backend)
         self.layers = nnx.List(
             [
-                make_layer(f"layers.{i}", weights, config, i, backend)
+                make_layer(f"layers.{i}", weights, config, i, backend, experts)
                 for i in range(config.num_layers)
             ]
         )
@@ -140,28 +148,34 @@ class Decoder(nnx.Module):
 
 @functools.lru_cache(maxsize=16)
 def _structure(
-    config: ModelConfig, backend: str
+    config: ModelConfig, backend: str, experts: ExpertsBackend
 ) -> tuple[nnx.GraphDef[Decoder], list[tuple[tuple, str]]]:
     """The decoder without its weights, and the path and name of each weight in NNX's order."""
-    decoder = Decoder(config, abstract_weights(weight_specs(config), jnp.float32), backend)
+    decoder = Decoder(config, abstract_weights(weight_specs(config), jnp.float32), backend, experts)
     graphdef, state = nnx.split(decoder)
     paths = [path for path, _ in nnx.to_flat_state(state)]
     return graphdef, [(path, ".".join(map(str, path))) for path in paths]
 
 
-def bind(config: ModelConfig, weights: Weights, backend: str = "xla") -> Decoder:
+def bind(
+    config: ModelConfig,
+    weights: Weights,
+    backend: str = "xla",
+    experts: ExpertsBackend = ExpertsBackend(),  # noqa: B008 - immutable
+) -> Decoder:
     """A decoder over `weights`; a few milliseconds, so that functions under jit can start with it.
 
     Args:
         config: the architecture.
         weights: a full module's.
         backend: of its products, see `kernels/matmul`.
+        experts: of its experts, if it has some; by default one that has gradients.
 
     Raises:
         CheckpointError: names the first weight that is missing, unexpected or misshapen.
     """
     check_weights(config, weights)
-    graphdef, names = _structure(config, backend)
+    graphdef, names = _structure(config, backend, experts)
     state = nnx.from_flat_state([(path, nnx.Param(weights[name])) for path, name in names])
     return nnx.merge(graphdef, state)
 

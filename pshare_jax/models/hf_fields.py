@@ -152,8 +152,11 @@ def _yarn(rope: Fields, fields: Fields) -> RopeScaling:
     where = fields if fields.values.get("original_max_position_embeddings") else rope
     longest = fields.values.get("max_position_embeddings")
     original = where.positive("original_max_position_embeddings", int, longest)
-    given = rope.optional("factor", float)
-    factor = given or fields.positive("max_position_embeddings", int) / original
+    if not rope.has("factor"):
+        raise rope.fail("factor", "is missing")
+    factor = (
+        rope.optional("factor", float) or fields.positive("max_position_embeddings", int) / original
+    )
     mscale = rope.optional("mscale", float)
     mscale_all_dim = rope.optional("mscale_all_dim", float)
     stated = rope.optional("attention_factor", float)

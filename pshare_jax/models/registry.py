@@ -22,6 +22,7 @@ from pshare_jax.errors import CheckpointError
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.family import Family
 from pshare_jax.models.hf_fields import Fields
+from pshare_jax.models.text_part import WRAPPERS, text_config
 
 ENTRY_POINTS = "pshare_jax.families"
 
@@ -33,6 +34,8 @@ _BUILT_IN = {
     "gemma": "gemma",
     "gemma2": "gemma2",
     "gemma3": "gemma3",
+    "mixtral": "mixtral",
+    "qwen3_moe": "qwen3_moe",
     "phi3": "phi3",
     "smollm3": "smollm3",
     "granite": "granite",
@@ -71,6 +74,11 @@ def _entry_points() -> importlib.metadata.EntryPoints:
     return importlib.metadata.entry_points(group=ENTRY_POINTS)
 
 
+def language_model(hf: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The `config.json` of the language model in a checkpoint that may read images too."""
+    return text_config(hf, {known.model_type: known.hf_architectures[0] for known in families()})
+
+
 def family_of_hf(hf: Mapping[str, Any]) -> Family:
     """The family of a Hugging Face `config.json`.
 
@@ -83,7 +91,7 @@ def family_of_hf(hf: Mapping[str, Any]) -> Family:
     if not isinstance(name, str) or name not in by_name:
         raise CheckpointError(
             f"config.json: architectures is {reprlib.repr(names)}; supported are "
-            f"{', '.join(by_name)}"
+            f"{', '.join(by_name)}, and the text part of {', '.join(WRAPPERS)}"
         )
     return by_name[name]
 
@@ -106,6 +114,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     Raises:
         CheckpointError: names the field that is missing, of the wrong type or not supported.
     """
+    hf = language_model(hf)
     known = family_of_hf(hf)
     fields = Fields(hf)
     _check_not_quantised(fields)

@@ -26,7 +26,6 @@ from transformers import (
     Gemma3Config,
     Gemma3TextConfig,
     GemmaConfig,
-    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     LlavaConfig,
@@ -116,9 +115,6 @@ CASES: dict[str, PretrainedConfig] = {
         num_experts_per_tok=2,
         moe_intermediate_size=24,
         mlp_only_layers=[1],
-    ),
-    "gpt_oss": GptOssConfig(
-        **TINY, head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=7
     ),
     "phi3": Phi3Config(**TINY, pad_token_id=0, sliding_window=7),
     "llama_bias": LlamaConfig(**TINY, attention_bias=True, mlp_bias=True),

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -132,7 +131,7 @@ def test_sliding_windows():
         ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling.factor is missing"),
         (
             {"rope_parameters": {"rope_type": "yarn"}},
-            "original_max_position_embeddings is missing",
+            "rope_parameters.factor is missing",
         ),
         ({"rope_parameters": "default"}, "rope_parameters"),
         (

@@ -8,6 +8,7 @@ from flax import nnx
 
 from pshare_jax.models.attention import AttentionIO
 from pshare_jax.models.blocks.attention import Attention, RopeTables
+from pshare_jax.models.blocks.experts import ExpertsBackend, ExpertsMLP
 from pshare_jax.models.blocks.linear import RMSNorm
 from pshare_jax.models.blocks.mlp import MLP
 from pshare_jax.models.config import ModelConfig
@@ -24,9 +25,18 @@ class DecoderLayer(nnx.Module):
         config: the decoder's.
         layer: number of the layer.
         backend: of its products, see `kernels/matmul`.
+        experts: of its experts.
     """
 
-    def __init__(self, path: str, weights: Weights, config: ModelConfig, layer: int, backend: str):
+    def __init__(
+        self,
+        path: str,
+        weights: Weights,
+        config: ModelConfig,
+        layer: int,
+        backend: str,
+        experts: ExpertsBackend,
+    ):
         def norm(name: str, wanted: bool) -> RMSNorm | None:
             if not wanted:
                 return None
@@ -38,7 +48,9 @@ class DecoderLayer(nnx.Module):
         self.attn = Attention(f"{path}.attn", weights, config, layer, backend)
         self.attn_post_norm = norm("attn_post_norm", after)
         self.mlp_norm = norm("mlp_norm", before)
-        self.mlp = MLP(f"{path}.mlp", weights, config.activation, backend)
+        about = config.layer(layer).experts
+        self.mlp = None if about else MLP(f"{path}.mlp", weights, config.activation, backend)
+        self.experts = about and ExpertsMLP(f"{path}.experts", weights, about, experts)
         self.mlp_post_norm = norm("mlp_post_norm", after)
         self.residual_scale = config.residual_scale
 
@@ -49,7 +61,7 @@ class DecoderLayer(nnx.Module):
         attended = self.attn(_normed(self.attn_norm, x), ropes, attention, adapters)
         x = self._add(x, _normed(self.attn_post_norm, attended))
         return self._add(
-            x, _normed(self.mlp_post_norm, self.mlp(_normed(self.mlp_norm, x), adapters))
+            x, _normed(self.mlp_post_norm, self._fed(_normed(self.mlp_norm, x), adapters))
         )
 
     def kv(
@@ -57,6 +69,12 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """Keys and values alone, see `Attention.kv`."""
         return self.attn.kv(_normed(self.attn_norm, x), ropes, adapters)
+
+    def _fed(self, x: jax.Array, adapters: Adapters | None) -> jax.Array:
+        if self.mlp is not None:
+            return self.mlp(x, adapters)
+        assert self.experts is not None
+        return self.experts(x)
 
     def _add(self, x: jax.Array, update: jax.Array) -> jax.Array:
         if self.residual_scale == 1.0:
