@@ -24,9 +24,11 @@ from pshare_jax.kernels.decoder_layer.packing import (
     unpack_columns,
 )
 from pshare_jax.kernels.native.library import require_library
+from pshare_jax.models.blocks.attention import query_factor
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.decoder import rope_tables, scaled_embedding, scaled_logits
 from pshare_jax.models.registry import family
+from pshare_jax.models.rope import unrotated
 from pshare_jax.models.weights import Weights, check_weights, projection_path
 
 ALIGNMENT = 2 << 20
@@ -41,13 +43,9 @@ def unsupported(config: ModelConfig) -> str | None:
     problems = {
         "layers of its own": family(config.architecture).decoder_layer is not None,
         "experts": config.has_experts,
-        "layers without positions": any(spec.rope is None for spec in config.layer_specs),
-        f"activation {config.activation}": config.activation != "silu",
-        "norms after blocks": config.norms != "before",
+        "no norms before blocks": config.norms == "after",
         "norms over all heads": config.qk_norm and config.qk_norm_scope != "head",
         "biases of o or the feed-forward block": config.o_bias or config.mlp_bias,
-        "a query scale": config.query_scale is not None,
-        "a residual scale": config.residual_scale != 1.0,
     }
     return next((name for name, present in problems.items() if present), None)
 
@@ -82,7 +80,13 @@ def pack_weights(config: ModelConfig, weights: Weights) -> Weights:
         for all_, row in zip(rows, layer, strict=True):
             all_.set(i, row)
     vectors, matrices = (all_.on_device() for all_ in rows)
-    layers = PackedLayers(vectors, matrices, bias=config.qkv_bias, qk_norm=config.qk_norm)
+    layers = PackedLayers(
+        vectors,
+        matrices,
+        bias=config.qkv_bias,
+        qk_norm=config.qk_norm,
+        post_norms=config.norms == "both",
+    )
     embedding = weights["embed.embedding"]
     tied = config.tie_word_embeddings
     head = _pack_head(library.panel_columns, tied, embedding if tied else weights["lm_head.kernel"])
@@ -142,6 +146,8 @@ def _pack_layer(columns: int, config: ModelConfig, own: Weights) -> tuple[jax.Ar
         vectors.append(pad_columns([own[f"attn.{t}.bias"].reshape(-1) for t in qkv], columns))
     if config.qk_norm:
         vectors += norms("attn.q_norm", "attn.k_norm")
+    if config.norms == "both":
+        vectors += norms("attn_post_norm", "mlp_post_norm")
     matrices = [
         pack([matrix(target) for target in qkv], columns),
         pack([matrix("o")], columns),
@@ -244,12 +250,11 @@ class PackedDecoder:
         last = len(written) - 1
         for i, layer in enumerate(written):
             spec = config.layer(i)
-            assert spec.rope is not None  # `unsupported` says so
             x, written[i] = decoder_layer(
                 x,
                 layer,
                 rows,
-                ropes[spec.rope],
+                unrotated(config.head_dim, positions) if spec.rope is None else ropes[spec.rope],
                 i,
                 self._weights["layers"],
                 self._adapters,
@@ -260,6 +265,9 @@ class PackedDecoder:
                     config.rms_norm_eps,
                     spec.sliding_window,
                     config.attention_soft_cap,
+                    query_factor(config),
+                    config.residual_scale,
+                    config.activation == "gelu_tanh",
                 ),
                 kv_only=kv_only and i == last,
             )

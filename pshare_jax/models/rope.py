@@ -171,6 +171,12 @@ def rope_table(rope: Rope, head_dim: int, positions: jax.Array) -> RopeTable:
     return cos * rope.scaling.attention_factor, sin * rope.scaling.attention_factor
 
 
+def unrotated(head_dim: int, positions: jax.Array) -> RopeTable:
+    """The table of no rotation at all, for positions `[B, T]`."""
+    shape = (*positions.shape, 1, head_dim // 2)
+    return jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
+
+
 def apply_rope(x: jax.Array, table: RopeTable) -> jax.Array:
     """Rotates `x [B, T, heads, head_dim]` by `table`, in float32; the dtype of x is kept.
 

@@ -28,6 +28,9 @@ class LayerShape(NamedTuple):
     rms_norm_eps: float
     sliding_window: int | None
     soft_cap: float | None
+    query_factor: float
+    residual_scale: float
+    gelu: bool
 
 
 def decoder_layer(
@@ -94,6 +97,10 @@ def decoder_layer(
         soft_cap=np.float32(shape.soft_cap or 0),
         bias=layers.bias,
         qk_norm=layers.qk_norm,
+        post_norms=layers.post_norms,
+        query_factor=np.float32(shape.query_factor),
+        residual_scale=np.float32(shape.residual_scale),
+        gelu=shape.gelu,
         kv_only=kv_only,
         num_adapters=np.int64(adapters.num),
         rank=np.int64(adapters.rank),

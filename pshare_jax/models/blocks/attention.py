@@ -20,6 +20,12 @@ RopeTables = Mapping[Rope, RopeTable]
 """The tables of a forward pass, of which a layer takes its own."""
 
 
+def query_factor(config: ModelConfig) -> float:
+    """What queries are multiplied by, since `AttentionIO` divides scores by sqrt(head_dim)."""
+    scale = config.query_scale
+    return 1.0 if scale is None else scale * math.sqrt(config.head_dim)
+
+
 class Attention(nnx.Module):
     """Projections around an `AttentionIO`; with qk-norm, heads are normalised before rotation."""
 
@@ -39,9 +45,7 @@ class Attention(nnx.Module):
         self.k_norm = norm("k_norm")
         self.layer = layer
         self.rope = config.layer(layer).rope
-        # `AttentionIO` divides by sqrt(head_dim).
-        scale = config.query_scale
-        self.query_factor = 1.0 if scale is None else scale * math.sqrt(config.head_dim)
+        self.query_factor = query_factor(config)
 
     def kv(
         self, x: jax.Array, ropes: RopeTables, adapters: Adapters | None
