@@ -13,7 +13,7 @@ REPORT = $(BIN)/python -m pshare_jax.bench report --results="[$$(for result in \
   $(patsubst %,docs/results/agents-%.json,$(BENCHES) $(BENCHES_VLLM)); do \
   if [ -f $$result ]; then echo $$result; fi; done | paste -sd,)]"
 
-.PHONY: demo serve bench bench-vllm modules results test test-compile attack lint format clean
+.PHONY: demo serve bench bench-vllm modules results test test-compile attack soak lock audit lint format clean
 
 demo: .venv/.run $(MODULES)
 	$(BIN)/python -m pshare_jax.demo
@@ -52,9 +52,24 @@ test: .venv/.test
 test-compile: .venv-compile/.ready
 	.venv-compile/bin/python -m pytest tests/compile -m compile
 
-# The random attacks of the tests, a hundred times as many.
+# The random attacks of the tests, a hundred times as many: tens of thousands of requests.
 attack: .venv/.test
-	ATTACK_SEEDS=300 $(BIN)/python -m pytest tests/attack
+	ATTACK_SEEDS=300 $(BIN)/python -m pytest -o timeout=7200 tests/attack
+
+# Mixed traffic on a real server: fails when anything grows, or an answer is not the one it is alone.
+SOAK_MINUTES ?= 30
+soak: .venv/.run $(MODULES)
+	$(BIN)/python -m pshare_jax.bench soak --config=$(CONFIG) --minutes=$(SOAK_MINUTES) \
+	  --json=soak.json
+
+# Versions and hashes of all that a server needs, for Linux on x86-64; on the oldest Python we support.
+lock: .venv/.lock
+	$(BIN)/python -m piptools compile --quiet --upgrade --generate-hashes --strip-extras \
+	  --no-annotate --no-emit-index-url --no-emit-trusted-host --no-emit-find-links \
+	  --extra=otel --extra=sandbox --output-file=requirements.lock pyproject.toml
+
+audit: .venv/.lock
+	$(BIN)/python .ci/audit.py
 
 lint: .venv/.test
 	$(BIN)/ruff check .
@@ -87,12 +102,16 @@ $(BASE)-%/pshare.json: modules/smollm2-135m/%/adapter_model.safetensors | $(BASE
 	@touch $@
 
 .venv/.run: pyproject.toml | .venv/.python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[all]'
 	@touch $@
 
 .venv/.test: pyproject.toml | .venv/.python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,clients]'
 	@touch $@ .venv/.run
+
+.venv/.lock: pyproject.toml | .venv/.run
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[lock]'
+	@touch $@
 
 .venv/.bench: pyproject.toml | .venv/.run
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'

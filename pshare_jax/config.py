@@ -19,6 +19,8 @@ SharedPrefix = Literal["auto", "on", "off"]
 ConnectorName = Literal["auto", "device_put", "same-mesh"]
 Reasoning = Literal["auto", "on", "off"]
 GenerationConfig = Literal["auto", "none"]
+MetricsAccess = Literal["auto", "public", "key", "admin", "off"]
+AccessLogFormat = Literal["text", "json", "off"]
 T = TypeVar("T")
 
 
@@ -108,7 +110,14 @@ class ServerConfig:
         drain_seconds: how long SIGTERM waits for running requests.
         read_timeout_seconds: how long a client may take to send its request.
         write_timeout_seconds: how long a streaming client may leave its data unread.
-        api_key: when set, requests must carry it as a bearer token.
+        api_key: when set, requests must carry it as a bearer token. Not on the command line, which
+            all users of the machine can read: in the file, or in the environment as
+            `PSHARE_API_KEY`.
+        api_keys_file: YAML or JSON file of several keys with their limits, see docs/serving.md; the
+            environment's `PSHARE_API_KEYS` holds the same text. SIGHUP reads both again.
+        metrics: who may read `/metrics`: all (`public`), who has a `key`, or an `admin` key, or
+            nobody (`off`); `auto` is `admin` where there are several keys, which should not learn
+            of each other.
         strict: refuses fields that are not known; otherwise they are ignored, with a log line and a
             `Warnings` header.
         generation_config: `auto` takes temperature, top-p and the like, where a request says
@@ -123,6 +132,16 @@ class ServerConfig:
             again do so for small requests, which wait for no large ones.
         ping_seconds: a stream that has nothing to say for so long gets an SSE comment; 0 is never.
         cors_origins: origins whose pages may call the API from a browser; `*` is every one.
+        tls_cert: PEM file of the server's certificate and those above it; with `tls_key` the server
+            speaks HTTPS.
+        tls_key: PEM file of its private key, without a password.
+        access_log: one line a request on standard error: `text`, or `json` with request id, model,
+            tokens and time to first token; never prompts or answers.
+        server_header: what the `Server` header of answers says; empty sends none.
+        otlp_traces_endpoint: URL that traces are sent to, `http://collector:4318/v1/traces`; needs
+            the extra `otel`.
+        ui: whether there is a page at `/ui` that shows what is shared, to whoever has the key. It
+            tells which models work on how many tokens, never what the tokens are.
     """
 
     host: str = "127.0.0.1"
@@ -132,6 +151,8 @@ class ServerConfig:
     read_timeout_seconds: float = 30.0
     write_timeout_seconds: float = 60.0
     api_key: str = ""
+    api_keys_file: str = ""
+    metrics: MetricsAccess = "auto"
     strict: bool = False
     generation_config: GenerationConfig = "auto"
     special_tokens_in_text: bool = False
@@ -141,6 +162,12 @@ class ServerConfig:
     worker_threads: int = 2
     ping_seconds: float = 15.0
     cors_origins: list[str] = field(default_factory=list)
+    tls_cert: str = ""
+    tls_key: str = ""
+    access_log: AccessLogFormat = "text"
+    server_header: str = ""
+    otlp_traces_endpoint: str = ""
+    ui: bool = True
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,10 @@ class ConfigError(PshareError):
     """A configuration that cannot be served; the message names the key."""
 
 
+class MissingExtraError(PshareError):
+    """A command needs packages of an extra that is not installed; the message names the extra."""
+
+
 class DataError(PshareError):
     """Data to train or evaluate with that cannot be used; the message names file and line."""
 

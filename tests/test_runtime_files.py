@@ -1,4 +1,4 @@
-"""Caches of users without a home, and entries of the compilation cache that hold nothing."""
+"""Caches of users without a home, and entries of the compilation cache that are damaged."""
 
 from __future__ import annotations
 
@@ -100,10 +100,12 @@ def test_a_compilation_cache_that_cannot_be_written(tmp_path, caplog):
     assert "(Not a directory)" in caplog.messages[0]
 
 
-def test_entries_that_hold_nothing_are_removed(tmp_path, caplog):
+def test_entries_that_cannot_be_read_are_removed(tmp_path, caplog):
     contents = {
         "empty-cache": b"",
         "zeros-cache": bytes(100),
+        "cut-cache": zlib.compress(b"program" * 100)[:-3],
+        "flipped-cache": bytes([*zlib.compress(b"program")[:-1], 0]),
         "whole-cache": zlib.compress(b"program"),
         "zstd-cache": b"\x28\xb5\x2f\xfd....",
         "empty-atime": b"8 bytes.",
@@ -112,10 +114,10 @@ def test_entries_that_hold_nothing_are_removed(tmp_path, caplog):
     }
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-    assert clean_compilation_cache(tmp_path) == 2
+    assert clean_compilation_cache(tmp_path) == 4
     left = {path.name for path in tmp_path.iterdir()} - {"tmp"}
     assert left == {"whole-cache", "zstd-cache", "whole-atime", "other"}
-    assert caplog.messages == [f"{tmp_path}: removed 2 empty or damaged compiled programs"]
+    assert caplog.messages == [f"{tmp_path}: removed 4 empty or damaged compiled programs"]
     assert clean_compilation_cache(tmp_path) == 0
     assert clean_compilation_cache(tmp_path / "none") == 0
 
@@ -134,8 +136,22 @@ jax.jit(lambda x: x * 3 + 1)(2.0)
 """
 
 
-def test_jax_makes_the_removed_entries_again(tmp_path):
-    """It warns of an empty entry at every start, and leaves it as it is."""
+def empty(content: bytes) -> bytes:
+    return b""
+
+
+def cut(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def flip(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 8]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize("damage", [empty, cut, flip])
+def test_jax_makes_the_removed_entries_again(tmp_path, damage):
+    """It warns of a damaged entry at every start, and leaves it as it is."""
 
     def start(how: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", PROGRAM, str(tmp_path / "xla"), how]
@@ -152,9 +168,12 @@ def test_jax_makes_the_removed_entries_again(tmp_path):
     assert start("as it is").returncode == 0
     entries = sorted((tmp_path / "xla").glob("*-cache"))
     assert entries
-    for path in entries:
-        path.write_bytes(b"")
+    whole = [path.read_bytes() for path in entries]
+    damaged = [damage(content) for content in whole]
+    for path, content in zip(entries, damaged, strict=True):
+        path.write_bytes(content)
     assert "Error reading persistent compilation cache" in start("as it is").stderr
-    assert all(path.stat().st_size == 0 for path in entries)
+    assert [path.read_bytes() for path in entries] == damaged
     assert start("clean").stdout == f"{len(entries)}\n"
-    assert all(path.stat().st_size > 0 for path in entries)
+    made = [path.read_bytes() for path in entries]
+    assert all(zlib.decompress(new) for new in made)

@@ -26,6 +26,9 @@ from pshare_jax.bench import (
     micro,
     micro_report,
     shared_prefix,
+    soak,
+    soak_options,
+    starve,
     training,
     turns,
 )
@@ -91,12 +94,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Appended turns of many sessions, computed together or one prompt a call."
     )
     turns_parser.add_class_arguments(turns.TurnsOptions)
+    starve_parser = jsonargparse.ArgumentParser(
+        description="How long a small request takes while others flood the server."
+    )
+    starve_parser.add_class_arguments(starve.StarveOptions)
+    soak_parser = jsonargparse.ArgumentParser(
+        description="Mixed traffic for a while: does anything grow, or go wrong?"
+    )
+    soak_parser.add_class_arguments(soak_options.SoakOptions)
     report_parser = jsonargparse.ArgumentParser(
         description="Writes results of `bench agents` into a document, with plots beside them."
     )
     report_parser.add_class_arguments(ReportOptions)
     measured = (micro_parser, compile_parser, agents_parser, plan_parser, train_parser)
-    for command in (*measured, turns_parser):
+    for command in (*measured, turns_parser, starve_parser, soak_parser):
         command.add_argument("--json", type=str | None, default=None, help="file for the figures")
     commands = parser.add_subcommands(dest="command")
     commands.add_subcommand("micro", micro_parser)
@@ -105,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_subcommand("plan", plan_parser)
     commands.add_subcommand("train", train_parser)
     commands.add_subcommand("turns", turns_parser)
+    commands.add_subcommand("starve", starve_parser)
     commands.add_subcommand("report", report_parser)
     benches = {
         "micro": _micro,
@@ -113,6 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "plan": _plan,
         "train": _train,
         "turns": _turns,
+        "starve": _starve,
+        "soak": _soak,
     }
     draws = {"agents": agents_plots.draw, "plan": plan_plots.draw}
     try:
@@ -132,6 +146,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = benches[arguments.command](options, keep)
         # The figures first: plots can be drawn again.
         keep(result)
+        if arguments.command == "soak" and not all(v["kept"] for v in result["verdicts"].values()):
+            return 1
         if plots is not None:
             draws[arguments.command](result, Path(plots))
     except PshareError as error:
@@ -182,6 +198,27 @@ def _agents(options: dict[str, Any], _: Keep) -> dict[str, Any]:
 def _turns(options: dict[str, Any], _: Keep) -> dict[str, Any]:
     result = turns.run(turns.TurnsOptions(**options))
     print("\n".join([*turns.lines(result), "", machine.one_line(result["machine"])]))
+    return result
+
+
+def _starve(options: dict[str, Any], _: Keep) -> dict[str, Any]:
+    result = starve.run(starve.StarveOptions(**options))
+    print("\n".join([*starve.lines(result), "", machine.one_line(result["machine"])]))
+    return result
+
+
+def _soak(options: dict[str, Any], _: Keep) -> dict[str, Any]:
+    with _bar("seconds") as progress:
+        result = soak.run(soak_options.SoakOptions(**options), progress)
+    result["machine"] = machine.describe()
+    table = Table("", "found", "bound", "kept")
+    for name, verdict in result["verdicts"].items():
+        table.add_row(name, verdict["found"], verdict["bound"], "yes" if verdict["kept"] else "NO")
+    requests = (
+        f"{kind}: " + ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())
+        for kind, outcomes in sorted(result["requests"].items())
+    )
+    _print(table, *requests, *result["faults"][:10], machine.one_line(result["machine"]))
     return result
 
 

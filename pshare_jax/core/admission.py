@@ -47,18 +47,32 @@ class Admission:
         return self._num_slots - len(self._free_slots)
 
     @property
+    def num_slots(self) -> int:
+        """Sequences that may be inside at once."""
+        return self._num_slots
+
+    @property
     def has_slot(self) -> bool:
         """Whether one more sequence may be inside."""
         return bool(self._free_slots)
 
-    def reserve(self, sequence: Sequence) -> Reservation | None:
-        """A slot and pages for all known tokens, or None when there is no room now."""
+    def reserve(
+        self, sequence: Sequence, *, favoured: bool = False, most: int | None = None
+    ) -> Reservation | None:
+        """A slot and pages for all known tokens, or None when there is no room now.
+
+        Args:
+            sequence: who wants to enter.
+            favoured: whether it may take the pages that are left over for others.
+            most: fresh pages that it may take.
+        """
         if not self._free_slots:
             return None
         cache = self._cache
         shared = cache.match(sequence.keys, sequence.prompt)
         needed = -(-sequence.num_tokens // cache.page_size) - len(shared)
-        enough = cache.num_available >= needed + self.num_inside
+        spare = 0 if favoured else self.num_inside
+        enough = cache.num_available >= needed + spare and (most is None or needed <= most)
         fresh = cache.allocate(needed) if enough else None
         if fresh is None:
             cache.release(node.page for node in shared)

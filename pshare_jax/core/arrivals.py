@@ -91,6 +91,10 @@ class Arrivals:
         """Ids of the sequences that are here."""
         return set(self._arrivals)
 
+    def sequences(self) -> list[Sequence]:
+        """The sequences that are here."""
+        return [arrival.sequence for arrival in self._arrivals.values()]
+
     @property
     def waits(self) -> bool:
         """Whether any transfer is under way, so that deadlines count."""

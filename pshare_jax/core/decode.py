@@ -14,12 +14,14 @@ from __future__ import annotations
 import itertools
 import secrets
 from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Sequence_
 
 from pshare_jax.config import DecodeConfig
 from pshare_jax.core import messages as m
-from pshare_jax.core.admission import Admission
+from pshare_jax.core.admission import Admission, Reservation
 from pshare_jax.core.arrivals import Arrival, Arrivals
 from pshare_jax.core.buckets import bucket_for
+from pshare_jax.core.decode_queue import DecodeQueue
 from pshare_jax.core.messages import (
     DISPATCHER,
     Message,
@@ -32,11 +34,15 @@ from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.plans import Admit, DecodePlan, DecodeResult, Landed, Replay, Step, StepRow
 from pshare_jax.core.rows import DecodeRow
-from pshare_jax.core.scheduling import GroupTurns, next_batch, preemption_victim, steps_for
+from pshare_jax.core.scheduling import GroupTurns, next_batch, steps_for
+from pshare_jax.core.shares import HasSequence, Holdings
 from pshare_jax.core.stats import DecodeStats
 
 POLL_SECONDS = 0.0005
 """Between two looks at a transfer that is being pulled."""
+
+_HOG = 4
+"""Who has one slot of so many gives one to a client, a model or a request that has none."""
 
 DEADLINE_SECONDS = 0.5
 """Between two looks at the deadlines of transfers."""
@@ -57,9 +63,9 @@ class DecodeCore:
     Attributes:
         outbox: messages to others; who carries them empties it.
         stats: what has been done.
-        youngest_elsewhere: arrival order of the youngest sequence that holds pages of this pool in
-            a prefill core, if the pool is shared.
-        starved: arrival order of a sequence that needs pages which younger ones elsewhere hold.
+        elsewhere: what holds pages of this pool in a prefill core, and could give way there.
+        crowded: whether anything holds pages in a prefill core of the same pool.
+        starved: which of `elsewhere` is to give way now.
     """
 
     def __init__(
@@ -77,8 +83,9 @@ class DecodeCore:
         self.cache = cache
         self.outbox: Outbox = []
         self.stats = DecodeStats()
-        self.youngest_elsewhere: int | None = None
-        self.starved: int | None = None
+        self.elsewhere: Sequence_[HasSequence] = ()
+        self.crowded = False
+        self.starved: HasSequence | None = None
         self.admission = Admission(cache, config.max_num_seqs)
         self._models = models
         self._config = config
@@ -86,10 +93,13 @@ class DecodeCore:
         self._owns_cache = owns_cache
         ids = transfer_ids or (secrets.randbits(63) for _ in itertools.count())
         self._arrivals = Arrivals(name, cache, self.outbox, ids)
-        self._queue: list[m.Covered] = []
+        self._queue = DecodeQueue(self.admission, cache.page_size)
+        self._changes = 0
+        self._stuck = -1, 0
         self._rows: dict[int, DecodeRow] = {}
         self._admits: list[Admit] = []
         self._group_turns = GroupTurns(config.group_quantum)
+        self._steps_under_way = 0
         self._tick = 0
         self._number = 0
 
@@ -112,9 +122,13 @@ class DecodeCore:
             counts[row.sequence.model] = counts.get(row.sequence.model, 0) + 1
         return counts
 
+    def readers(self) -> list[tuple[str, list[int]]]:
+        """The model and the pages of each sequence that `running` counts."""
+        return [(row.sequence.model, row.pages) for row in tuple(self._rows.values())]
+
     def held_ids(self) -> set[int]:
         """Sequences that are known here, in any state."""
-        return {covered.sequence.id for covered in self._queue} | self.inside_ids()
+        return self._queue.ids() | self.inside_ids()
 
     def inside_ids(self) -> set[int]:
         """Sequences that have a slot and pages here."""
@@ -124,10 +138,9 @@ class DecodeCore:
         """Takes a message in."""
         match message:
             case m.Covered():
-                self._queue.append(message)
-                self._queue.sort(key=lambda covered: covered.sequence.order)
+                self._queue.add(message)
             case m.Withdrawn(id):
-                self._queue = [c for c in self._queue if c.sequence.id != id]
+                self._queue.remove(id)
             case m.Offered(transfer, descriptors):
                 self._arrivals.offered(transfer, descriptors)
             case m.NotOffered(transfer, reason):
@@ -136,6 +149,7 @@ class DecodeCore:
                 self._abort(id)
             case _:
                 raise TypeError(f"{self.name}: {type(message).__name__} is not for decode workers")
+        self._changes += 1
         self._enter()
 
     def schedule(self, now: float = 0.0) -> DecodePlan | None:
@@ -186,6 +200,7 @@ class DecodeCore:
         """Takes in what came of a plan; results come in the order of plans."""
         if plan.step is None:
             return
+        self._steps_under_way -= 1
         self.stats.attended(result.plain_pages, result.saved_pages)
         for i, planned in enumerate(plan.step.rows):
             row = self._rows.get(planned.id)
@@ -216,39 +231,56 @@ class DecodeCore:
         if added or removed:
             self._send(DISPATCHER, m.IndexChanged(added, removed))
 
+    def make_room(self, newcomer: Sequence) -> bool:
+        """Preempts a sequence for the sake of one that has nothing, if somebody has too much."""
+        least = self.admission.num_slots / _HOG
+        hog = self._holdings().hog(newcomer, list(self._rows.values()), least)
+        if hog is not None:
+            self._preempt(hog)
+        return hog is not None
+
     def _enter(self) -> None:
-        """Gives room to covered sequences, strictly oldest first, as long as there is any.
+        """Gives room to covered sequences, as long as there is any."""
+        if not self._queue or self._is_stuck:
+            return
+        for covered, room in self._queue.enter(self._holdings, self.make_room):
+            self._arrive(covered, room)
+        if self._queue and self.admission.num_inside == 0:
+            order = self._queue.next(self._holdings()).sequence.order
+            younger = [one for one in self.elsewhere if one.sequence.order > order]
+            self._starve(max(younger, key=lambda one: one.sequence.order, default=None))
+        self._stuck = self._changes, self.cache.num_available
 
-        So a stream of small ones cannot starve a large one.
-        """
-        while self._queue:
-            covered = self._queue[0]
-            sequence = covered.sequence
-            reservation = self.admission.reserve(sequence)
-            if reservation is None:
-                if self.admission.num_inside == 0:
-                    self._starve(sequence.order)
-                return
-            del self._queue[0]
-            moved = len(reservation.fill)
-            num_bytes = moved * self._bytes_per_page
-            if num_bytes:
-                self.stats.handed_over(sequence.model, moved, num_bytes)
-            usage = PromptUsage(
-                covered.usage.prompt_tokens,
-                covered.usage.computed_tokens,
-                covered.usage.cached_tokens,
-                covered.usage.shared_tokens,
-                num_bytes,
-            )
-            self._arrivals.add(sequence, usage, reservation)
+    @property
+    def _is_stuck(self) -> bool:
+        """Whether nothing has come free since nobody could enter."""
+        changes, available = self._stuck
+        unchanged = changes == self._changes and self.cache.num_available <= available
+        return unchanged and self.admission.num_inside > 0
 
-    def _starve(self, order: int) -> bool:
-        """Notes that pages which somebody younger holds elsewhere are needed, if that is so."""
-        if self.youngest_elsewhere is None or self.youngest_elsewhere <= order:
-            return False
-        self.starved = order if self.starved is None else min(self.starved, order)
-        return True
+    def _arrive(self, covered: m.Covered, room: Reservation) -> None:
+        sequence, moved = covered.sequence, len(room.fill)
+        num_bytes = moved * self._bytes_per_page
+        if num_bytes:
+            self.stats.handed_over(sequence.model, moved, num_bytes)
+        usage = PromptUsage(
+            covered.usage.prompt_tokens,
+            covered.usage.computed_tokens,
+            covered.usage.cached_tokens,
+            covered.usage.shared_tokens,
+            num_bytes,
+        )
+        self._arrivals.add(sequence, usage, room)
+
+    def _holdings(self) -> Holdings:
+        """Slots of each client, model and request."""
+        rows = [row.sequence for row in self._rows.values()]
+        return Holdings((sequence, 1) for sequence in (*rows, *self._arrivals.sequences()))
+
+    def _starve(self, one: HasSequence | None) -> None:
+        """Notes whose pages are needed."""
+        if one is not None and self.starved is None:
+            self.starved = one
 
     def _start_rows(self) -> None:
         for arrival in self._arrivals.complete():
@@ -283,6 +315,7 @@ class DecodeCore:
         self._send(DISPATCHER, m.Returned(arrival.sequence.id, "fetch", reason))
 
     def _release(self, arrival: Arrival) -> None:
+        self._changes += 1
         self.admission.leave(arrival.reservation.slot, arrival.reservation.pages)
         self._send(arrival.sequence.prefill_worker, m.Release(arrival.sequence.id))
 
@@ -292,13 +325,13 @@ class DecodeCore:
             self._remove(row)
         elif arrival := self._arrivals.remove(id):
             self._release(arrival)
-        elif queued := [c for c in self._queue if c.sequence.id == id]:
-            self._queue.remove(queued[0])
-            self._send(queued[0].sequence.prefill_worker, m.Release(id))
+        elif queued := self._queue.remove(id):
+            self._send(queued.sequence.prefill_worker, m.Release(id))
         self._send(DISPATCHER, m.Dropped(id))
 
     def _remove(self, row: DecodeRow) -> None:
         del self._rows[row.sequence.id]
+        self._changes += 1
         self._admits = [admit for admit in self._admits if admit.id != row.sequence.id]
         self.admission.leave(row.slot, row.pages)
 
@@ -332,11 +365,14 @@ class DecodeCore:
             if row.num_behind == 1 and row.remaining > 0:
                 group = self._models[row.sequence.model].group
                 ready.setdefault(group, []).append(row)
+        if self._steps_under_way and self._group_turns.is_over(ready):
+            return None
         for group in self._group_turns.order(ready):
             rows = next_batch(ready[group], max(self._config.batch_buckets))
             step = self._step(group, rows)
             if step is not None:
                 self._group_turns.stepped(group, ready)
+                self._steps_under_way += 1
                 return step
         return None
 
@@ -378,22 +414,30 @@ class DecodeCore:
             if fresh is not None:
                 row.pages = [*row.pages, *fresh]
                 return True
-            victim = preemption_victim(list(self._rows.values()), row)
-            if self._starve(row.order if victim is None else victim.order):
-                return False
+            victim = self._victim(row)
             if victim is None:
-                return self._yield_to_older(row)
+                return self._yield(row)
+            if not isinstance(victim, DecodeRow):
+                self._starve(victim)
+                return False
             self._preempt(victim)
         return True
 
-    def _yield_to_older(self, row: DecodeRow) -> bool:
-        """`row` is the youngest and there is no page: it gives way unless it is the only one.
+    def _victim(self, row: DecodeRow) -> HasSequence | None:
+        """Whose pages a row may take: those of another one, or of what is elsewhere."""
+        inside = [(one.sequence, 1.0) for one in self._rows.values()]
+        inside += [(sequence, 1.0) for sequence in self._arrivals.sequences()]
+        holdings = Holdings([*inside, *((one.sequence, 1.0) for one in self.elsewhere)])
+        return holdings.victim(row.sequence, [*self._rows.values(), *self.elsewhere])
 
-        With sequences still arriving it waits for them instead: they are younger. Prompts that hold
-        pages elsewhere in the pool wait for room here, so it gives way to them too.
+    def _yield(self, row: DecodeRow) -> bool:
+        """Nobody has to give way to `row`, and there is no page: so it does, unless it is alone.
+
+        With sequences still arriving it waits for them instead: they will be rows. Prompts that
+        hold pages elsewhere in the pool wait for room here, so it gives way to them too.
         """
         arriving = self.admission.num_inside > len(self._rows)
-        is_alone = len(self._rows) == 1 and self.youngest_elsewhere is None
+        is_alone = len(self._rows) == 1 and not self.crowded
         if not is_alone and not arriving:
             self._preempt(row)
         return False

@@ -18,6 +18,7 @@ from pshare_jax.core.messages import (
     PromptUsage,
     Request,
     RequestOutput,
+    RequestTimes,
     Sequence,
     ToDispatcher,
 )
@@ -43,6 +44,7 @@ class _Live:
     root: bytes
     keys: list[bytes]
     last_key: bytes
+    times: RequestTimes
     sequence: Sequence | None = None
     output: list[int] = field(default_factory=list)
     usage: PromptUsage | None = None
@@ -84,7 +86,13 @@ class Dispatcher:
         return len(self._live)
 
     def submit(
-        self, request: Request, *, order: int, seed: int, end_token_ids: frozenset[int]
+        self,
+        request: Request,
+        *,
+        order: int,
+        seed: int,
+        end_token_ids: frozenset[int],
+        now: float = 0.0,
     ) -> None:
         """Takes a request, whose id must not be in use.
 
@@ -93,6 +101,7 @@ class Dispatcher:
             order: of arrival.
             seed: of its random draws.
             end_token_ids: tokens that end it.
+            now: seconds of the host's clock.
         """
         model = self._models[request.model]
         prompt = request.prompt_token_ids
@@ -110,6 +119,7 @@ class Dispatcher:
             root,
             keys,
             block_key(keys[-1] if keys else root, rest),
+            RequestTimes(now),
         )
         self._live[request.id] = live
         self._attempt(live)
@@ -132,17 +142,19 @@ class Dispatcher:
         for live in tuple(self._live.values()):
             self._finish(live, FinishReason.ERROR, error)
 
-    def receive(self, worker: str, message: ToDispatcher) -> None:
-        """Takes in what a worker says."""
+    def receive(self, worker: str, message: ToDispatcher, now: float = 0.0) -> None:
+        """Takes in what a worker says; `now` is in seconds of the host's clock."""
         match message:
             case m.IndexChanged(added, removed):
                 self._router.index_changed(worker, added, removed)
             case m.Pending(id, tokens):
                 self._router.pending(worker, id, tokens)
+                if (live := self._attempts.get(id)) is not None:
+                    _note_prefill(live.times, tokens, now)
             case _:
                 live = self._attempts.get(message.id)
                 if live is not None:
-                    self._about(live, message)
+                    self._about(live, message, now)
 
     def lose_worker(self, worker: str, reason: str) -> None:
         """A worker has failed: what it held is computed elsewhere, or fails."""
@@ -161,11 +173,13 @@ class Dispatcher:
                 self.outbox.append((sequence.decode_worker, m.Abort(sequence.id)))
                 self._retry(live, f"{worker}: {reason}")
 
-    def _about(self, live: _Live, message: m.ToDispatcher) -> None:
+    def _about(self, live: _Live, message: m.ToDispatcher, now: float) -> None:
         match message:
             case m.Started(_, usage):
                 live.started = True
                 live.usage = live.usage or usage
+                if live.times.started is None:
+                    live.times.started = now
             case m.Tokens(_, tokens, logprobs, reason):
                 self._deliver(live, tokens, logprobs, reason)
             case m.Returned(_, cause, detail):
@@ -199,6 +213,7 @@ class Dispatcher:
             params=request.params,
             seed=live.seed,
             end_token_ids=live.end_token_ids,
+            owner=request.owner,
         )
         try:
             sequence = self._router.route(sequence, self._models[request.model].decode_workers)
@@ -230,6 +245,7 @@ class Dispatcher:
         reason: FinishReason | None,
     ) -> None:
         live.output += tokens
+        usage = self._first_usage(live)
         if reason is not None:
             self._end(live, reason)
         self.outputs.append(
@@ -237,9 +253,10 @@ class Dispatcher:
                 request_id=live.request.id,
                 token_ids=tokens,
                 logprobs=logprobs,
-                usage=self._first_usage(live),
+                usage=usage,
                 finish_reason=reason,
                 stop_token=tokens[-1] if reason is FinishReason.STOP else None,
+                times=live.times if usage is not None or reason is not None else None,
             )
         )
 
@@ -247,7 +264,11 @@ class Dispatcher:
         self._end(live, reason)
         self.outputs.append(
             RequestOutput(
-                request_id=live.request.id, usage=live.usage, finish_reason=reason, error=error
+                request_id=live.request.id,
+                usage=live.usage,
+                finish_reason=reason,
+                error=error,
+                times=live.times,
             )
         )
 
@@ -261,3 +282,10 @@ class Dispatcher:
         self._leave(live)
         del self._live[live.request.id]
         self.stats.ended(live.request.model, reason, len(live.request.prompt_token_ids))
+
+
+def _note_prefill(times: RequestTimes, tokens_left: int, now: float) -> None:
+    if times.prefill is None:
+        times.prefill = now
+    if not tokens_left and times.covered is None:
+        times.covered = now

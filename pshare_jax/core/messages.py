@@ -47,6 +47,23 @@ class SamplingParams(msgspec.Struct, frozen=True):
     ignore_eos: bool = False
 
 
+class Owner(msgspec.Struct, frozen=True):
+    """Whose a sequence is, for fair shares.
+
+    Args:
+        key: name of the client; clients share what there is by their weights.
+        weight: share of the client, relative to others that want something.
+        request: what the client has asked for at once; a client's share is divided among its
+            requests, whatever their number of sequences. Empty is a request of its own.
+        priority: among a client's requests; lower is earlier.
+    """
+
+    key: str = ""
+    weight: float = 1.0
+    request: str = ""
+    priority: int = 0
+
+
 class Request(msgspec.Struct, frozen=True):
     """One sequence to be generated: `prompt_token_ids` by `model`.
 
@@ -58,6 +75,7 @@ class Request(msgspec.Struct, frozen=True):
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams = msgspec.field(default_factory=SamplingParams)
     cache_salt: str = ""
+    owner: Owner = Owner()
 
 
 class FinishReason(StrEnum):
@@ -90,12 +108,31 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
     top: tuple[tuple[int, float], ...] = ()
 
 
+class RequestTimes(msgspec.Struct):
+    """When the dispatcher heard what of a request, in seconds of its host's monotonic clock.
+
+    Only the first attempt's: a request that is routed again keeps them.
+
+    Args:
+        submitted: it was taken.
+        prefill: a prefill worker had begun with its prompt.
+        covered: all of the prompt's KV was there, computed or found.
+        started: a decode worker had its pages and a slot.
+    """
+
+    submitted: float
+    prefill: float | None = None
+    covered: float | None = None
+    started: float | None = None
+
+
 class RequestOutput(msgspec.Struct, frozen=True):
     """One event of a request.
 
     Token events carry `token_ids` (one or more, with one `logprobs` entry each when asked for).
-    The first event carries `usage`. The last event carries `finish_reason`; the stop token that
-    ended the sequence is its last token id and `stop_token` names it. `error` goes with ERROR.
+    The first event carries `usage` and `times`, the last one `times`, too, and `finish_reason`; the
+    stop token that ended the sequence is its last token id and `stop_token` names it. `error` goes
+    with ERROR.
     """
 
     request_id: str
@@ -105,6 +142,7 @@ class RequestOutput(msgspec.Struct, frozen=True):
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
     error: str | None = None
+    times: RequestTimes | None = None
 
 
 class Sequence(msgspec.Struct, frozen=True, kw_only=True):
@@ -128,6 +166,7 @@ class Sequence(msgspec.Struct, frozen=True, kw_only=True):
         num_uncached: prompt tokens that the router expects to be computed.
         prefill_worker: who covers the prompt.
         decode_worker: who generates.
+        owner: whose it is, for fair shares.
     """
 
     id: int
@@ -146,6 +185,7 @@ class Sequence(msgspec.Struct, frozen=True, kw_only=True):
     num_uncached: int = 0
     prefill_worker: str = ""
     decode_worker: str = ""
+    owner: Owner = Owner()
 
     @property
     def num_tokens(self) -> int:

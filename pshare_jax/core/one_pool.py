@@ -27,21 +27,29 @@ class OnePool:
         self.decode = decode
 
     def schedule_prefill(self) -> PrefillPlan | None:
-        """The prefill core's next plan; it leaves a page for each sequence that runs."""
-        self.prefill.reserve = self.decode.admission.num_inside
-        return self.prefill.schedule()
+        """The prefill core's next plan; it leaves a page for each sequence that runs.
+
+        A sequence whose client, model or request has nothing gets the pages of one that runs, if
+        others have too much.
+        """
+        queue = self.prefill.queue
+        queue.reserve = self.decode.admission.num_inside
+        plan = self.prefill.schedule()
+        if queue.wanting is not None and self.decode.make_room(queue.wanting):
+            queue.favour()
+            return plan or self.prefill.schedule()
+        return plan
 
     def schedule_decode(self, now: float) -> DecodePlan | None:
-        """The decode core's next plan; what it lacks is taken from younger prompts."""
+        """The decode core's next plan; what it lacks is taken from prompts that hold pages."""
         while True:
-            self.decode.youngest_elsewhere = self.prefill.youngest_holder
+            holders = self.prefill.holders(self.decode.inside_ids())
+            self.decode.elsewhere, self.decode.crowded = holders, self.prefill.holds_pages
             plan = self.decode.schedule(now)
-            starved = self.decode.starved
-            if starved is None:
-                return plan
-            withdrawn = self.prefill.give_way(starved, self.decode.inside_ids())
-            if withdrawn is not None:
+            starved = next((task for task in holders if task is self.decode.starved), None)
+            gave = starved is not None and self.prefill.give_way(starved)
+            if starved is not None and gave:
                 # At once: with the pages that are free now it would be let in.
-                self.decode.receive(Withdrawn(withdrawn))
-            if plan is not None or withdrawn is None:
+                self.decode.receive(Withdrawn(starved.sequence.id))
+            if plan is not None or not gave:
                 return plan

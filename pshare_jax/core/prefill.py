@@ -19,8 +19,10 @@ from pshare_jax.core.messages import DISPATCHER, Message, Outbox
 from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.plans import Chunk, Offer, PrefillPlan, PrefillResult
+from pshare_jax.core.prefill_queue import PrefillQueue
 from pshare_jax.core.prefill_task import PrefillTask, PromptPages
 from pshare_jax.core.scheduling import next_prefill
+from pshare_jax.core.shares import FairClock
 from pshare_jax.core.stats import PrefillStats
 
 MAX_TRIES = 2
@@ -52,7 +54,7 @@ class PrefillCore:
     Attributes:
         outbox: messages to others; who carries them empties it.
         stats: what has been done.
-        reserve: pages that are left for running sequences where the pool is shared.
+        queue: tasks that wait for pages.
     """
 
     def __init__(
@@ -68,13 +70,13 @@ class PrefillCore:
         self.cache = cache
         self.outbox: Outbox = []
         self.stats = PrefillStats()
-        self.reserve = 0
+        self.queue = PrefillQueue(cache)
+        self._clock = FairClock()
         self._pages = PromptPages(cache)
         self._models = models
         self._pads = pads
         self._buckets = sorted(chunk_buckets)
         self._budget = self._buckets[-1]
-        self._waiting: list[PrefillTask] = []
         self._active: list[PrefillTask] = []
         self._held: dict[int, PrefillTask] = {}
         self._offers: list[Offer] = []
@@ -91,7 +93,7 @@ class PrefillCore:
         """Takes a message in."""
         match message:
             case m.Prefill(sequence):
-                self._wait(PrefillTask(sequence))
+                self.queue.add(PrefillTask(sequence))
             case m.Abort(id, decode_worker):
                 self._abort(id, decode_worker)
             case m.Fetch():
@@ -151,45 +153,39 @@ class PrefillCore:
         self._publish()
 
     @property
-    def youngest_holder(self) -> int | None:
-        """Arrival order of the youngest sequence that holds pages here."""
-        holders = (*self._active, *self._held.values())
-        return max((task.order for task in holders), default=None)
+    def holds_pages(self) -> bool:
+        """Whether any sequence holds pages here."""
+        return bool(self._active or self._held)
 
-    def give_way(self, order: int, inside: Collection[int] = ()) -> int | None:
-        """Takes the pages of the youngest task that is younger than `order`; it will start anew.
+    def holders(self, inside: Collection[int]) -> list[PrefillTask]:
+        """Tasks that hold pages and can start anew.
 
-        What it has computed stays in the index as long as there is room. Sequences `inside` the
-        decode worker have their pages from there too, and stay.
-
-        Returns:
-            The id of its sequence, or None when there was none.
+        Sequences `inside` the decode worker have their pages from there too, and keep them.
         """
-        younger = [
-            task
-            for task in (*self._active, *self._held.values())
-            if task.order > order
-            and task.planned is None
-            and not self._is_offered(task)
-            and task.sequence.id not in inside
-        ]
-        if not younger:
-            return None
-        task = max(younger, key=lambda task: task.order)
+        tasks = (*self._active, *self._held.values())
+        return [task for task in tasks if task.sequence.id not in inside]
+
+    def give_way(self, task: PrefillTask) -> bool:
+        """Takes the pages of one of `holders`, unless they are in use at this moment.
+
+        What it has computed stays in the index as long as there is room.
+        """
+        if task.planned is not None or self._is_offered(task):
+            return False
         if task in self._active:
             self._active.remove(task)
         else:
             del self._held[task.sequence.id]
             self._send(task.sequence.decode_worker, m.Withdrawn(task.sequence.id))
         self.cache.release(task.pages)
-        self._wait(PrefillTask(task.sequence))
-        return task.sequence.id
+        self.queue.add(PrefillTask(task.sequence))
+        return True
 
     def release_all(self) -> None:
         """Gives all pages back, of sequences that nobody will end."""
-        for task in (*self._waiting, *self._active, *self._held.values()):
+        for task in (*self.queue.tasks, *self._active, *self._held.values()):
             self.cache.release(task.pages)
-        self._waiting.clear()
+        self.queue.tasks.clear()
         self._active.clear()
         self._held.clear()
         self._offers.clear()
@@ -201,17 +197,13 @@ class PrefillCore:
     def _send(self, to: str, message: Message) -> None:
         self.outbox.append((to, message))
 
-    def _wait(self, task: PrefillTask) -> None:
-        self._waiting.append(task)
-        self._waiting.sort(key=lambda task: task.order)
-
     def _publish(self) -> None:
         added, removed = self.cache.changes()
         if added or removed:
             self._send(DISPATCHER, m.IndexChanged(added, removed))
 
     def _abort(self, id: int, decode_worker: str) -> None:
-        for tasks in (self._waiting, self._active):
+        for tasks in (self.queue.tasks, self._active):
             for task in tasks:
                 if task.sequence.id == id:
                     tasks.remove(task)
@@ -252,38 +244,13 @@ class PrefillCore:
         self.cache.release(task.pages)
 
     def _start_waiting(self) -> None:
-        """Gives pages to waiting tasks, oldest first, as long as there are enough.
-
-        A task whose next page is about to be computed for another one waits for that, rather than
-        take pages that it will not need.
-        """
-        coming = {key for task in self._active for key in self._uncomputed(task)}
-        for task in tuple(self._waiting):
-            sequence = task.sequence
-            if not coming.isdisjoint(sequence.chain):
-                continue
-            available = self.cache.num_available
-            matched = self.cache.match(sequence.keys, sequence.prompt)
-            needed = -(-sequence.covered // self.cache.page_size) - len(matched)
-            # Cached pages that nobody holds are taken, too.
-            takes = needed + available - self.cache.num_available
-            enough = self.cache.num_available >= needed + (self.reserve if takes else 0)
-            fresh = self.cache.allocate(needed) if enough else None
-            if fresh is None:
-                self.cache.release(node.page for node in matched)
-                return
-            self._waiting.remove(task)
-            task.pages = [node.page for node in matched] + fresh
-            for node in matched:
-                task.account(node, len(node.tokens))
+        """Gives pages to waiting tasks."""
+        for task in self.queue.enter(self._active, self._held.values()):
             if task.remaining:
                 self._active.append(task)
-                coming.update(self._uncomputed(task))
+                self._send(DISPATCHER, m.Pending(task.sequence.id, task.remaining))
             else:
                 self._cover(task)
-
-    def _uncomputed(self, task: PrefillTask) -> list[bytes]:
-        return task.sequence.chain[task.filled // self.cache.page_size :]
 
     def _cover(self, task: PrefillTask) -> None:
         """All is there: it is held until the decode worker has it."""
@@ -318,8 +285,11 @@ class PrefillCore:
 
     def _first(self, copies: list[tuple[int, int]]) -> PrefillTask | None:
         """The task whose turn it is, its next chunk planned."""
+        self._clock.update(task.sequence for task in (*self._active, *self.queue.tasks))
         while self._active:
-            task = next_prefill(self._active, self._turn)
+            fair = self._clock.next(self._active)
+            near = [t for t in self._active if not self._clock.is_ahead(t.sequence, self._budget)]
+            task = next_prefill(near, self._turn, fair)
             self._turn += 1
             if self._plan(task, self._budget, copies):
                 return task
@@ -357,6 +327,7 @@ class PrefillCore:
             self._failed(task, error)
             return
         self._pages.index(task, end)
+        self._clock.worked(task.sequence, end - task.filled)
         task.computed += end - task.filled
         task.filled = end
         if task.remaining == 0:
@@ -370,11 +341,11 @@ class PrefillCore:
         self._active.remove(task)
         self.cache.release(task.pages)
         if task.tries + 1 < MAX_TRIES:
-            self._wait(PrefillTask(task.sequence, tries=task.tries + 1))
+            self.queue.add(PrefillTask(task.sequence, tries=task.tries + 1))
         else:
             self._send(DISPATCHER, m.Failed(task.sequence.id, f"{self.name}: {error}"))
 
     def held_ids(self) -> set[int]:
         """Sequences whose pages are held here, in any state."""
-        tasks = (*self._waiting, *self._active, *self._held.values())
+        tasks = (*self.queue.tasks, *self._active, *self._held.values())
         return {task.sequence.id for task in tasks}

@@ -16,7 +16,8 @@ class PrefillTask:
 
     `reused` counts the prompt tokens found in the index by the model that had them computed. `node`
     is the page that the planned chunk extends, `copied_origins` belong to the tokens of a copied
-    page. `planned` is where the chunk ends that is being computed.
+    page. `planned` is where the chunk ends that is being computed. While it waited, smaller ones
+    that went past it took `passed` pages. For one that is `favoured` others were made to give way.
     """
 
     sequence: Sequence
@@ -27,6 +28,8 @@ class PrefillTask:
     computed: int = 0
     planned: int | None = None
     tries: int = 0
+    passed: int = 0
+    favoured: bool = False
     reused: Counter[str] = field(default_factory=Counter)
 
     @property

@@ -43,15 +43,15 @@ P = TypeVar("P", bound=PrefillWork)
 D = TypeVar("D", bound=DecodeWork)
 
 
-def next_prefill(tasks: Sequence[P], turn: int) -> P:
+def next_prefill(tasks: Sequence[P], turn: int, fair: P) -> P:
     """The task whose chunk is computed next.
 
-    Turns alternate between the oldest task, so that none starves, and the one that is done
-    soonest, so that a short prompt does not wait for a long one.
+    Turns alternate between the one whose share says so, so that none starves, and the one of
+    `tasks` that is done soonest, so that a short prompt does not wait for a long one.
     """
     if turn % 2 == 0:
-        return min(tasks, key=lambda task: task.order)
-    return min(tasks, key=lambda task: (task.remaining, task.order))
+        return fair
+    return min(tasks, key=lambda task: (task.remaining, task.order), default=fair)
 
 
 class GroupTurns:
@@ -76,6 +76,14 @@ class GroupTurns:
         self._interrupted = False
         self._tick = 0
         self._last_step: dict[str, int] = {}
+
+    def is_over(self, ready: Mapping[str, Sequence[DecodeWork]]) -> bool:
+        """Whether one of several groups is to be chosen for a turn, by what is ready.
+
+        That had better wait for the results of steps under way, whose rows come back with more.
+        """
+        others = ready.keys() - {self._group}
+        return self._quantum > 1 and bool(others) and not self._goes_on(ready)
 
     def order(self, ready: Mapping[str, Sequence[DecodeWork]]) -> list[str]:
         """The groups of `ready`, by their rows, in the order in which they should get a step."""
@@ -113,15 +121,6 @@ class GroupTurns:
 def next_batch(rows: Sequence[D], limit: int) -> list[D]:
     """At most `limit` rows: those that have waited longest, oldest first among equals."""
     return sorted(rows, key=lambda row: (row.last_step, row.order))[:limit]
-
-
-def preemption_victim(rows: Sequence[D], keep: D) -> D | None:
-    """The youngest sequence but `keep`, if it is younger than `keep`: it can wait best.
-
-    The oldest sequence is never preempted, so some sequence always gets on.
-    """
-    younger = [row for row in rows if row.order > keep.order]
-    return max(younger, key=lambda row: row.order, default=None)
 
 
 def steps_for(remaining: Sequence[int], limit: int) -> int:

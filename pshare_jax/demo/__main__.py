@@ -26,8 +26,16 @@ ISOLATED = Path("configs/serve/smollm2-135m-isolated.yaml")
 
 
 def main() -> int:
-    """Runs the demo; returns the exit code."""
+    """Runs the demo; returns the exit code: 2 outside of a checkout."""
     console = Console(highlight=False)
+    if not SHARED.is_file():
+        console.print(
+            f"demo: there is no {SHARED} here: the demo runs in a checkout of pshare_jax, where "
+            "`make demo` makes its checkpoints first",
+            markup=False,
+            soft_wrap=True,
+        )
+        return 2
     try:
         shared = _session(console, SHARED)
         isolated = _session(console, ISOLATED)

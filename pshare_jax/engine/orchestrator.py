@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import secrets
 import threading
 import time
@@ -21,6 +22,7 @@ from pshare_jax.convert.manifest import TOKENIZER_FOLDER, read_manifest
 from pshare_jax.core.dispatcher import Dispatcher
 from pshare_jax.core.messages import DISPATCHER, Message, ModelKind, Request, RequestOutput
 from pshare_jax.core.pages.page_cache import PageCache
+from pshare_jax.core.pages.sharing_map import SharingMap, sharing_map
 from pshare_jax.core.router import Router
 from pshare_jax.core.stats import EngineStats, PoolStats
 from pshare_jax.engine.assembly import Assembly
@@ -35,6 +37,7 @@ from pshare_jax.engine.loader import (
     checkpoint_sources,
     model_specs,
 )
+from pshare_jax.engine.queue_room import QueueRoom
 from pshare_jax.errors import EngineDeadError, QueueFullError, RequestError, UnknownModelError
 from pshare_jax.kernels.backends import backend_for
 from pshare_jax.runtime.compiles import compile_count
@@ -125,6 +128,7 @@ class Orchestrator:
         self._live: dict[str, _Live] = {}
         self._lock = threading.Lock()
         self._order = itertools.count()
+        self._room = QueueRoom(config.max_queue)
         self._compiles_at_start = 0
 
     @classmethod
@@ -210,8 +214,13 @@ class Orchestrator:
             if request.id in self._live:
                 raise RequestError(f"request id {request.id!r} is already running")
             num_waiting = len(self._live) - sum(self._running().values())
-            if num_waiting >= self.config.max_queue:
-                raise QueueFullError(f"{num_waiting} requests are waiting; try again later")
+            if self._room.is_full(request.owner, num_waiting):
+                seconds = self._room.retry_after(time.monotonic())
+                raise QueueFullError(
+                    f"{num_waiting} requests are waiting; try again in {math.ceil(seconds)} s",
+                    seconds,
+                )
+            self._room.add(request.id, request.owner)
             self._live[request.id] = _Live(request.model, sink)
             order = next(self._order)
         self._control.post(lambda: self._take(request, order, seed, frozenset(ends)))
@@ -262,6 +271,10 @@ class Orchestrator:
             },
         )
 
+    def sharing_map(self) -> SharingMap:
+        """What the pools hold, who computed it and who reads it now: see `core.pages`."""
+        return sharing_map(self.caches, {w.name: w.core.readers() for w in self.workers.decode})
+
     def _is_served(self, model: str) -> bool:
         """Whether there are workers left that can cover prompts and generate for a model."""
         hosts = self._specs[model].decode_workers
@@ -279,12 +292,15 @@ class Orchestrator:
         return counts
 
     def _take(self, request: Request, order: int, seed: int, ends: frozenset[int]) -> None:
-        self._dispatcher.submit(request, order=order, seed=seed, end_token_ids=ends)
+        self._dispatcher.submit(
+            request, order=order, seed=seed, end_token_ids=ends, now=time.monotonic()
+        )
 
     def _carry(self, source: str, to: str, message: Message) -> None:
         """Carries a worker's message; in that worker's thread."""
         if to == DISPATCHER:
-            self._control.post(lambda: self._dispatcher.receive(source, message))  # type: ignore[arg-type]
+            now = time.monotonic()
+            self._control.post(lambda: self._dispatcher.receive(source, message, now))  # type: ignore[arg-type]
         else:
             self._thread_of[to].post(to, message)
 
@@ -302,7 +318,10 @@ class Orchestrator:
     def _emit(self, output: RequestOutput) -> None:
         with self._lock:
             live = self._live.get(output.request_id)
+            if output.token_ids:
+                self._room.started(output.request_id, time.monotonic())
             if output.finish_reason is not None:
+                self._room.ended(output.request_id)
                 self._live.pop(output.request_id, None)
         if live is None:
             return

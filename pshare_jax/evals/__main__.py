@@ -23,6 +23,7 @@ from pshare_jax.evals.compare import compare
 from pshare_jax.evals.items import Item, file_sha256, read_items
 from pshare_jax.evals.results import check_writable, read_result, write_file, write_result
 from pshare_jax.evals.run import evaluate
+from pshare_jax.extras import require
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -106,6 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     args = _parser().parse_args(argv)
     try:
+        if args.command != "import":
+            require("eval", f"`{args.command}`")
         return {"run": _run, "compare": _compare, "import": _import}[args.command](args)
     except PshareError as error:
         print(f"pshare_jax.evals: {' '.join(str(error).split())}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import functools
 import json
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from pshare_jax.errors import EvaluationError
+from pshare_jax.evals.sandbox_filter import compiled_filter
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +84,9 @@ def run(program: Program, limits: Limits = DEFAULT_LIMITS) -> Outcome:
             fault.
     """
     token = secrets.token_hex(16)
-    job = json.dumps({"token": token, **asdict(program), **asdict(limits)}).encode()
+    rules = base64.b64encode(compiled_filter() or b"").decode()
+    told = {"token": token, "filter": rules, **asdict(program), **asdict(limits)}
+    job = json.dumps(told).encode()
     read_end, write_end = os.pipe()
     try:
         with (

@@ -31,6 +31,7 @@ _KEPT = {
 
 _DETACH = 2
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "ppc64le": 203, "s390x": 217}
+_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
 _CAPABILITY_VERSION = 0x20080522
 _DEVICES = ("null", "zero", "random", "urandom")
 _SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/nix", "/etc/ld.so.cache", "/etc/localtime")
@@ -74,6 +75,22 @@ def drop_capabilities() -> None:
     header = struct.pack("Ii", _CAPABILITY_VERSION, 0)
     if ctypes.CDLL(None).capset(header, bytes(24)):
         raise OSError("capabilities cannot be given up")
+
+
+def filter_calls(program: bytes) -> None:
+    """Has the kernel deny system calls from now on, by a compiled filter; there is no way back.
+
+    The process must have given up gaining privileges (no_new_privs) before.
+
+    Raises:
+        OSError: the kernel takes no filters, or not this one.
+    """
+    instructions = ctypes.create_string_buffer(program, len(program))
+    # struct sock_fprog: how many instructions, and where.
+    filter_ = struct.pack("HP", len(program) // 8, ctypes.addressof(instructions))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, filter_, 0, 0):
+        raise OSError(ctypes.get_errno(), "the filter of system calls is not taken")
 
 
 def _unshare(flags: int) -> bool:

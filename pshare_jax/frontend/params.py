@@ -99,6 +99,15 @@ def output_params(
     )
 
 
+def request_priority(body: CompletionRequest | ChatRequest) -> int:
+    """Among the requests of a client, lower ones are served earlier; 0 where nothing is said.
+
+    Raises:
+        RequestError: out of range.
+    """
+    return 0 if body.priority is None else _bounded("priority", body.priority, -(2**31), 2**31 - 1)
+
+
 @dataclass(frozen=True)
 class SamplingDefaults:
     """What counts where a request says nothing: OpenAI's values, or those of a model's makers."""

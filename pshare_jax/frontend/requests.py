@@ -67,6 +67,7 @@ class GenerationRequest(Struct, kw_only=True):
     truncate_prompt_tokens: Whole | None = None
     return_token_ids: bool | None = None
     cache_salt: str | None = None
+    priority: Whole | None = None
     user: Ignored = None
     metadata: Ignored = None
     store: Ignored = None
@@ -78,7 +79,7 @@ class GenerationRequest(Struct, kw_only=True):
     spaces_between_special_tokens: Ignored = None
 
     def __post_init__(self) -> None:
-        for name in ("n", "max_tokens", "seed", "top_k", "truncate_prompt_tokens"):
+        for name in ("n", "max_tokens", "seed", "top_k", "truncate_prompt_tokens", "priority"):
             make_whole(self, name)
 
 

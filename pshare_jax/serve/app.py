@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hmac
+import asyncio
 import json
 import logging
 import re
@@ -11,7 +11,8 @@ import uuid
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from pshare_jax.serve import cors, handlers, info, other_apis
+from pshare_jax.serve import cors, handlers, info, openapi, other_apis, ui
+from pshare_jax.serve.access import ACCESS, PUBLIC_PATHS, authorize, limit_requests, rate_headers
 from pshare_jax.serve.bodies import body_too_large
 from pshare_jax.serve.engine_api import Engine
 from pshare_jax.serve.errors import ApiError, as_api_error
@@ -21,9 +22,27 @@ from pshare_jax.serve.sse import WriteTimeout
 
 log = logging.getLogger(__name__)
 
-# What probes and scrapers ask has no secrets, and they have no keys.
-_PUBLIC_PATHS = frozenset({"/health", "/ready", "/metrics", "/version"})
+_PUBLIC_PATHS = frozenset({"/health", "/ready", "/version", "/openapi.json"})
+_METRICS_PATH = "/metrics"
 _ANTHROPIC_PATH = "/v1/messages"
+_POST = {
+    "/v1/completions": handlers.completions,
+    "/v1/chat/completions": handlers.chat_completions,
+    "/v1/responses": other_apis.responses,
+    "/v1/messages": other_apis.messages,
+    "/v1/messages/count_tokens": other_apis.count_tokens,
+    "/tokenize": info.tokenize,
+    "/detokenize": info.detokenize,
+}
+_GET = {
+    "/v1/models": info.list_models,
+    "/v1/models/{model:.+}": info.get_model,
+    "/health": info.health,
+    "/ready": info.ready,
+    _METRICS_PATH: info.metrics,
+    "/version": info.version,
+    "/openapi.json": openapi.describe,
+}
 # What may come back in a header and a log: no spaces, no control characters, of bounded length.
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
@@ -33,37 +52,39 @@ def build_app(engine: Engine) -> web.Application:
     service = Service(engine)
     app = web.Application(
         client_max_size=service.config.max_body_bytes,
-        middlewares=[_take_request_id, _finish_in_time, _errors_as_json, _cors, _authorize],
+        middlewares=[
+            _trace,
+            _take_request_id,
+            _finish_in_time,
+            _errors_as_json,
+            _cors,
+            authorize,
+            limit_requests,
+        ],
     )
     app[SERVICE] = service
+    app[ACCESS] = service.access
+    app[PUBLIC_PATHS] = _PUBLIC_PATHS | ui.PUBLIC_PATHS
     app.on_response_prepare.append(_add_headers)
     app.on_cleanup.append(_close)
-    for path, handler in {
-        "/v1/completions": handlers.completions,
-        "/v1/chat/completions": handlers.chat_completions,
-        "/v1/responses": other_apis.responses,
-        "/v1/messages": other_apis.messages,
-        "/v1/messages/count_tokens": other_apis.count_tokens,
-        "/tokenize": info.tokenize,
-        "/detokenize": info.detokenize,
-    }.items():
+    for path, handler in _POST.items():
         for spelling in (path, f"{path}/"):
             app.router.add_route("POST", spelling, handler, expect_handler=_expect)
-    for path, handler in {
-        "/v1/models": info.list_models,
-        "/v1/models/{model:.+}": info.get_model,
-        "/health": info.health,
-        "/ready": info.ready,
-        "/metrics": info.metrics,
-        "/version": info.version,
-    }.items():
+    for path, handler in _GET.items():
+        if path == _METRICS_PATH and service.config.metrics == "off":
+            continue
         for spelling in (f"{path}/", path):
             app.router.add_get(spelling, handler)
+    if service.config.ui:
+        ui.add_routes(app)
     return app
 
 
 async def _close(app: web.Application) -> None:
-    app[SERVICE].close()
+    service = app[SERVICE]
+    service.close()
+    if service.tracing is not None:
+        await asyncio.to_thread(service.tracing.close)
 
 
 async def _expect(request: web.Request) -> web.StreamResponse | None:
@@ -83,12 +104,24 @@ async def _add_headers(request: web.Request, response: web.StreamResponse) -> No
     response.headers["X-Request-Id"] = request.get(REQUEST_ID) or new_request_id()
     if warning := request.get(WARNINGS):
         response.headers["Warnings"] = warning
-    cors.add_headers(request, response, request.app[SERVICE].config.cors_origins)
+    response.headers.update(rate_headers(request))
+    config = request.app[SERVICE].config
+    if config.server_header:
+        response.headers["Server"] = config.server_header
+    else:
+        response.headers.popall("Server", None)
+    cors.add_headers(request, response, config.cors_origins)
 
 
 def new_request_id() -> str:
     """For a response whose request has brought none."""
     return f"req-{uuid.uuid4().hex}"
+
+
+@web.middleware
+async def _trace(request: web.Request, handler: Handler) -> web.StreamResponse:
+    tracing = request.app[SERVICE].tracing
+    return await (handler(request) if tracing is None else tracing.trace(request, handler))
 
 
 @web.middleware
@@ -130,25 +163,4 @@ async def _cors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """A preflight carries no key, so it is answered before one is asked for."""
     if cors.is_preflight(request) and request.app[SERVICE].config.cors_origins:
         return cors.preflight(request)
-    return await handler(request)
-
-
-@web.middleware
-async def _authorize(request: web.Request, handler: Handler) -> web.StreamResponse:
-    key = request.app[SERVICE].config.api_key
-    if key and request.path.rstrip("/") not in _PUBLIC_PATHS:
-        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-        if "Authorization" not in request.headers and "x-api-key" in request.headers:
-            scheme, given = "bearer", request.headers["x-api-key"]  # Anthropic's way
-        # Bytes: compare_digest refuses text outside ASCII, and headers may hold any.
-        same = hmac.compare_digest(
-            given.strip().encode(errors="surrogateescape"), key.encode(errors="surrogateescape")
-        )
-        if scheme.lower() != "bearer" or not same:
-            raise ApiError(
-                401,
-                "missing or wrong API key; send 'Authorization: Bearer KEY' or 'x-api-key: KEY'",
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
     return await handler(request)

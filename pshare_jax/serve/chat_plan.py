@@ -14,6 +14,7 @@ from pshare_jax.frontend.chat import Prompt, TemplateOptions, chat_prompt, usabl
 from pshare_jax.frontend.params import (
     OutputParams,
     output_params,
+    request_priority,
     resolve_max_tokens,
     sampling_params,
 )
@@ -35,6 +36,7 @@ class ChatPlan:
         output: how they become text.
         new_reader: makes the reader of one sample.
         new_call_id: makes the id of a call.
+        priority: among the client's requests.
     """
 
     body: ChatRequest
@@ -43,6 +45,7 @@ class ChatPlan:
     output: OutputParams
     new_reader: Callable[[], AnswerReader]
     new_call_id: Callable[[], str]
+    priority: int = 0
 
     def job(self, spelling: Format, arrival: float) -> Job:
         """The job whose answer is written as `spelling` says; `arrival` as in `Job`."""
@@ -54,6 +57,7 @@ class ChatPlan:
             cache_salt=self.body.cache_salt or "",
             format=spelling,
             arrival=arrival,
+            priority=self.priority,
         )
 
 
@@ -89,6 +93,7 @@ async def plan_chat(
         output,
         lambda: model.reader(names, prompt.in_reasoning, one_call),
         (model.parser or ToolParser).new_call_id,
+        request_priority(body),
     )
 
 

@@ -9,7 +9,12 @@ from collections.abc import Collection
 
 from aiohttp import web
 
-_EXPOSED = "X-Request-Id, Retry-After, Warnings"
+_LIMITS = [
+    f"x-ratelimit-{what}-{unit}"
+    for unit in ("requests", "tokens")
+    for what in ("limit", "remaining", "reset")
+]
+_EXPOSED = ", ".join(["X-Request-Id", "Retry-After", "Warnings", *_LIMITS])
 _METHODS = "GET, HEAD, POST, OPTIONS"
 _MAX_AGE_SECONDS = "86400"
 

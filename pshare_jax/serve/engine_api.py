@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from pshare_jax.config import ServeConfig
 from pshare_jax.core.messages import Request, RequestOutput
+from pshare_jax.core.pages.sharing_map import SharingMap
 from pshare_jax.core.stats import EngineStats
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.text.tokenizer import Tokenizer
@@ -115,4 +116,8 @@ class Engine(Submitter, Protocol):
 
     def stats(self) -> EngineStats:
         """A snapshot; cheap."""
+        ...
+
+    def sharing_map(self) -> SharingMap:
+        """Who computed and who reads the pages of the pools now; some milliseconds of work."""
         ...

@@ -17,6 +17,7 @@ from pshare_jax.errors import (
 
 _TYPES = {
     HTTPStatus.UNAUTHORIZED: "authentication_error",
+    HTTPStatus.FORBIDDEN: "permission_error",
     HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_error",
 }
 
@@ -53,9 +54,11 @@ class ApiError(Exception):
         }
         return msgspec.json.encode({"error": error})
 
-    def response(self, body: bytes | None = None) -> web.Response:
+    def response(
+        self, body: bytes | None = None, kind: type[web.Response] = web.Response
+    ) -> web.Response:
         """The whole answer; `body` is the error object in another shape than OpenAI's."""
-        response = web.Response(
+        response = kind(
             status=self.status,
             body=self.body() if body is None else body,
             content_type="application/json",

@@ -7,14 +7,18 @@ import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 from aiohttp import web
 
-from pshare_jax.core.messages import FinishReason, Request, SamplingParams
+from pshare_jax.core.messages import FinishReason, Owner, Request, RequestTimes, SamplingParams
 from pshare_jax.frontend.chat import Prompt
 from pshare_jax.frontend.output import SequenceOutput
 from pshare_jax.frontend.params import OutputParams, sample_seed
+from pshare_jax.serve.access import KEY
+from pshare_jax.serve.access_log import REPORT
+from pshare_jax.serve.api_keys import ApiKey
 from pshare_jax.serve.errors import ApiError, as_api_error
 from pshare_jax.serve.events import Event, Generation
 from pshare_jax.serve.formats import Event as StreamEvent
@@ -46,17 +50,31 @@ class Job:
     cache_salt: str
     format: Format
     arrival: float
+    priority: int = 0
 
-    def requests(self) -> list[Request]:
+    @property
+    def prompt_tokens(self) -> int:
+        """Of all prompts, each counted once."""
+        return sum(len(prompt.token_ids) for prompt in self.prompts)
+
+    @property
+    def most_generated(self) -> int:
+        """Tokens that all choices together may have."""
+        return self.output.n * sum(params.max_tokens for params in self.sampling)
+
+    def requests(self, key: ApiKey) -> list[Request]:
         """One engine request for each choice; sample i has the seed `seed + i`."""
         n = self.output.n
+        owner = Owner(key.name, key.weight, self.format.heading.id, self.priority)
+        salt = key.cache_salt(self.cache_salt)
         return [
             Request(
                 id=f"{self.format.heading.id}-{index * n + sample}",
                 model=self.model,
                 prompt_token_ids=prompt.token_ids,
                 params=msgspec.structs.replace(params, seed=sample_seed(params.seed, sample)),
-                cache_salt=self.cache_salt,
+                cache_salt=salt,
+                owner=owner,
             )
             for index, (prompt, params) in enumerate(zip(self.prompts, self.sampling, strict=True))
             for sample in range(n)
@@ -101,15 +119,37 @@ class Run:
             yield sorted({event.index for event in events})
 
     @property
+    def completion_tokens(self) -> int:
+        """Generated so far."""
+        return sum(sequence.completion_tokens for sequence in self.sequences)
+
+    @property
     def is_long(self) -> bool:
         """Whether it takes its time to write the answer."""
-        tokens = sum(sequence.completion_tokens for sequence in self.sequences)
-        return tokens * (1 + (self._job.output.logprobs or 0)) > LONG_ANSWER
+        return self.completion_tokens * (1 + (self._job.output.logprobs or 0)) > LONG_ANSWER
 
     def usage(self) -> Usage:
         """Tokens of the whole job."""
         lengths = [len(prompt.token_ids) for prompt in self._job.prompts]
         return total_usage(self.sequences, self._job.output.n, lengths)
+
+    def facts(self) -> dict[str, Any]:
+        """What the access log says of the job so far; `ttft_seconds` is its first token's time."""
+        usage = self.usage()
+        firsts = [t.first_token for t in self._timers if t.first_token is not None]
+        return {
+            "model": self._job.model,
+            "stream": bool(self._job.output.stream),
+            "prompt_tokens": usage.prompt_tokens,
+            "cached_tokens": usage.prompt_tokens_details.cached_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "ttft_seconds": round(min(firsts), 6) if firsts else None,
+            "finish_reasons": sorted({_reason(s) for s in self.sequences}),
+        }
+
+    def times(self) -> list[tuple[RequestTimes, float]]:
+        """When each sequence that has ended came to which stage, and when it ended."""
+        return [timer.stages for timer in self._timers if timer.stages is not None]
 
     def _feed(self, event: Event) -> None:
         sequence, timer = self.sequences[event.index], self._timers[event.index]
@@ -124,6 +164,10 @@ class Run:
             raise self._service.failure(sequence.error)
         # A stop string is found here; the engine would go on.
         self._generation.abort(event.index)
+
+
+def _reason(sequence: SequenceOutput) -> str:
+    return (sequence.finish_reason or FinishReason.ABORT).value
 
 
 async def respond(request: web.Request, service: Service, job: Job) -> web.StreamResponse:
@@ -141,11 +185,18 @@ async def respond(request: web.Request, service: Service, job: Job) -> web.Strea
             f"the server holds {service.max_sequences}",
             param="n",
         )
-    requests = job.requests()
+    key = request[KEY]
+    requests = job.requests(key)
     request.setdefault(REQUEST_ID, job.format.heading.id)
-    async with service.generation(requests) as generation:
-        with Run(service, job, generation) as run:
-            return await _answer(request, service, job, run)
+    with service.access.account(key).charge(job.prompt_tokens, job.most_generated) as charge:
+        async with service.generation(requests) as generation:
+            with Run(service, job, generation) as run:
+                charge.started = True
+                request[REPORT] = run
+                try:
+                    return await _answer(request, service, job, run)
+                finally:
+                    charge.generated = run.completion_tokens
 
 
 async def _answer(request: web.Request, service: Service, job: Job, run: Run) -> web.StreamResponse:

@@ -11,6 +11,7 @@ from aiohttp import web
 from pshare_jax.frontend.chat import Prompt, completion_prompts
 from pshare_jax.frontend.params import (
     output_params,
+    request_priority,
     resolve_max_tokens,
     sampling_params,
 )
@@ -76,6 +77,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
             else None,
         ),
         arrival=arrival,
+        priority=request_priority(body),
     )
     return await respond(request, service, job)
 

@@ -19,7 +19,11 @@ _TOO_LARGE = ("too many headers", "too long", "got more than")
 class JsonErrors(RequestHandler):
     """aiohttp's protocol of one connection, but for the shape of errors that it finds itself."""
 
-    __slots__ = ()
+    __slots__ = ("_server_header",)
+
+    def __init__(self, server: web.Server, server_header: str, **kwargs: Any):
+        super().__init__(server, **kwargs)
+        self._server_header = server_header
 
     def handle_error(
         self,
@@ -33,13 +37,16 @@ class JsonErrors(RequestHandler):
         Raises:
             ConnectionError: an answer has begun already.
         """
+        if isinstance(exc, ConnectionError):
+            raise exc  # the client has gone: nobody is left to be told
         if status >= 500:
             log.error("a bug while handling a request", exc_info=exc)
         else:
             log.info("not HTTP from %s: %s", request.remote, _first_line(exc, message))
         if request.writer.output_size > 0:
             raise ConnectionError("the response has begun; an error cannot be sent any more")
-        response = _api_error(status, exc, message).response()
+        response = _api_error(status, exc, message).response(kind=LoggedError)
+        response.headers["Server"] = self._server_header
         response.headers["X-Request-Id"] = f"req-{uuid.uuid4().hex}"
         return response
 
@@ -47,15 +54,24 @@ class JsonErrors(RequestHandler):
 class JsonRunner(web.AppRunner):
     """Runs an application with `JsonErrors` as the protocol of its connections."""
 
-    def __init__(self, app: web.Application, **kwargs: Any):
+    def __init__(self, app: web.Application, server_header: str = "", **kwargs: Any):
         super().__init__(app, **kwargs)
-        self._protocol_kwargs = dict(self._kwargs)
+        self._protocol_kwargs = {"server_header": server_header, **self._kwargs}
 
     async def _make_server(self) -> web.Server:
         server = await super()._make_server()
         return _JsonServer(
             server.request_handler, request_factory=server.request_factory, **self._protocol_kwargs
         )
+
+
+class LoggedError(web.Response):
+    """A response that no handler has made, nor an application's hook sees; why has been logged."""
+
+    async def _prepare_headers(self) -> None:
+        await super()._prepare_headers()
+        if not self.headers["Server"]:
+            del self.headers["Server"]
 
 
 class _JsonServer(web.Server):

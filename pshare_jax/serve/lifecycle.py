@@ -16,10 +16,13 @@ from aiohttp import web
 
 from pshare_jax.config import ServerConfig
 from pshare_jax.errors import ConfigError
+from pshare_jax.serve.access_log import access_log_options
+from pshare_jax.serve.api_keys import load_keys
 from pshare_jax.serve.app import build_app
 from pshare_jax.serve.engine_api import Engine
 from pshare_jax.serve.http_errors import JsonRunner
 from pshare_jax.serve.service import SERVICE, Service
+from pshare_jax.serve.tls import tls_context
 
 log = logging.getLogger(__name__)
 
@@ -29,10 +32,12 @@ SWITCH_SECONDS = 0.001
 
 
 def bind(config: ServerConfig) -> socket.socket:
-    """A socket bound to the configured address; it does not listen yet.
+    """A socket that listens on the configured address, so that nobody else can have it.
+
+    Who connects before `HttpServer.start` waits.
 
     Raises:
-        ConfigError: the address cannot be had.
+        ConfigError: the address cannot be had, or a limit, keys or a file of TLS cannot be used.
     """
     if not 0 <= config.port <= 65535:
         raise ConfigError(f"server.port must be between 0 and 65535, got {config.port}")
@@ -41,6 +46,8 @@ def bind(config: ServerConfig) -> socket.socket:
             raise ConfigError(f"server.{name} must be at least 1, got {value}")
     if config.ping_seconds < 0:
         raise ConfigError(f"server.ping_seconds must not be negative, got {config.ping_seconds}")
+    load_keys(config)
+    tls_context(config)
     sock = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -49,6 +56,8 @@ def bind(config: ServerConfig) -> socket.socket:
         sock = socket.socket(family, kind, protocol)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
+        # Two sockets may be bound to one address, and only one listens: the error must come now.
+        sock.listen()
     except OSError as error:
         if sock is not None:
             sock.close()
@@ -58,10 +67,10 @@ def bind(config: ServerConfig) -> socket.socket:
     return sock
 
 
-def url_of(sock: socket.socket) -> str:
+def url_of(sock: socket.socket, scheme: str = "http") -> str:
     """The URL of a bound socket, with the port it really has."""
     host, port = sock.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 class HttpServer:
@@ -74,6 +83,7 @@ class HttpServer:
     def __init__(self, engine: Engine):
         config = engine.config.server
         app = build_app(engine)
+        self._tls = tls_context(config)
         self.service: Service = app[SERVICE]
         self._runner = JsonRunner(
             app,
@@ -83,17 +93,18 @@ class HttpServer:
             handler_cancellation=True,
             # Also bounds how long a connection may take to send its headers.
             keepalive_timeout=config.read_timeout_seconds,
-            access_log_format='%a "%r" %s %b %Tf',
+            **access_log_options(config.access_log),
+            server_header=config.server_header,
             shutdown_timeout=SHUTDOWN_SECONDS,
         )
 
     async def start(self, sock: socket.socket) -> None:
-        """Listens on `sock`, a bound socket."""
+        """Answers on `sock`, which listens already."""
         # For each system call of a request the loop gives the interpreter away, and waits so long
         # to have it back from a thread that renders or detokenises.
         sys.setswitchinterval(SWITCH_SECONDS)
         await self._runner.setup()
-        await web.SockSite(self._runner, sock).start()
+        await web.SockSite(self._runner, sock, ssl_context=self._tls).start()
 
     async def close(self) -> None:
         """Ends all connections and stops listening."""
@@ -164,13 +175,15 @@ async def serve(engine: Engine, sock: socket.socket, on_ready: Callable[[str], N
 
     Args:
         engine: an engine that has not been started.
-        sock: a bound socket; it listens from now on, also while the engine warms up.
+        sock: a listening socket; it answers from now on, also while the engine warms up.
         on_ready: called with the URL once requests are taken.
     """
     stop = StopSignal()
     server = HttpServer(engine)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, server.service.access.reload)
     await server.start(sock)
-    log.info("listening on %s, warming up", url_of(sock))
+    url = url_of(sock, "https" if engine.config.server.tls_cert else "http")
+    log.info("listening on %s, warming up", url)
     warm_up = WarmUp(engine)
     stopped = asyncio.ensure_future(stop.received.wait())
     code = 0
@@ -184,7 +197,7 @@ async def serve(engine: Engine, sock: socket.socket, on_ready: Callable[[str], N
             # longer than the event loop may stand still.
             gc.collect()
             gc.freeze()
-            on_ready(url_of(sock))
+            on_ready(url)
         await stopped
         code = await _drain(server, engine, warm_up)
     stopped.cancel()

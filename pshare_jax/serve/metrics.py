@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from pshare_jax.core.messages import FinishReason, RequestOutput
+from pshare_jax.core.messages import FinishReason, RequestOutput, RequestTimes
 from pshare_jax.core.stats import EngineStats, TokenSource
 
 _SOURCES: tuple[TokenSource, ...] = ("computed", "same_model", "other_model")
@@ -174,12 +174,14 @@ class Metrics:
     Args:
         models: names of the served models; each has its series from the start.
         stats: takes a snapshot of the engine.
+        others: collectors of what is counted elsewhere.
     """
 
-    def __init__(self, models: Iterable[str], stats: Callable[[], EngineStats]):
+    def __init__(self, models: Iterable[str], stats: Callable[[], EngineStats], *others: Collector):
         names = list(models)
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(names, stats))
+        for collector in (_EngineCollector(names, stats), *others):
+            self._registry.register(collector)
         histogram = self._histogram
         self.first_token = histogram("time_to_first_token_seconds", "Arrival to token 1.", _SECONDS)
         self.inter_token = histogram(
@@ -191,6 +193,9 @@ class Metrics:
             _TOKEN_SECONDS,
         )
         self.end_to_end = histogram("e2e_request_latency_seconds", "Arrival to end.", _SECONDS)
+        self.queue = histogram("request_queue_time_seconds", "Arrival to prefill.", _SECONDS)
+        self.prefill = histogram("request_prefill_time_seconds", "Prefill to handoff.", _SECONDS)
+        self.decode = histogram("request_decode_time_seconds", "First slot to end.", _SECONDS)
         self.prompt_len = histogram("request_prompt_tokens", "Prompt lengths.", _TOKENS)
         self.completion_len = histogram("request_generation_tokens", "Answer lengths.", _TOKENS)
         self.finished = Counter(
@@ -205,6 +210,12 @@ class Metrics:
             buckets=_LAG_SECONDS,
             registry=self._registry,
         )
+        self.own_loop_lag = Histogram(
+            "pshare_event_loop_own_lag_seconds",
+            "The part of its lag that the event loop's own work made, in processor time.",
+            buckets=_LAG_SECONDS,
+            registry=self._registry,
+        )
         self.max_loop_lag = Gauge(
             "pshare_event_loop_max_lag_seconds",
             "The greatest of the last minute or two.",
@@ -216,9 +227,22 @@ class Metrics:
             for family in self._histograms():
                 family.labels(name)
 
+    def register(self, collector: Collector) -> None:
+        """Shows what `collector` collects, too."""
+        self._registry.register(collector)
+
     def timer(self, model: str, arrival: float, prompt_len: int) -> SequenceTimer:
         """Observes one sequence; `arrival` is in seconds of `time.monotonic`."""
         return SequenceTimer(self, model, arrival, prompt_len)
+
+    def stages(self, model: str, times: RequestTimes, end: float) -> None:
+        """Observes how long a sequence that was served was in the stages of the engine."""
+        if times.prefill is not None:
+            self.queue.labels(model).observe(max(0.0, times.prefill - times.submitted))
+            if times.covered is not None:
+                self.prefill.labels(model).observe(max(0.0, times.covered - times.prefill))
+        if times.started is not None:
+            self.decode.labels(model).observe(max(0.0, end - times.started))
 
     def render(self) -> bytes:
         """All metrics in Prometheus' text format."""
@@ -235,13 +259,20 @@ class Metrics:
             self.inter_token,
             self.per_token,
             self.end_to_end,
+            self.queue,
+            self.prefill,
+            self.decode,
             self.prompt_len,
             self.completion_len,
         )
 
 
 class SequenceTimer:
-    """Times one sequence. A device call's tokens share the time since the one before."""
+    """Times one sequence. A device call's tokens share the time since the one before.
+
+    Attributes:
+        stages: once it has ended: what it came to when, and when it ended.
+    """
 
     def __init__(self, metrics: Metrics, model: str, arrival: float, prompt_len: int):
         self._metrics = metrics
@@ -251,9 +282,17 @@ class SequenceTimer:
         self._inter_token = metrics.inter_token.labels(model)
         self._first: float | None = None
         self._last = arrival
+        self._times: RequestTimes | None = None
+        self.stages: tuple[RequestTimes, float] | None = None
+
+    @property
+    def first_token(self) -> float | None:
+        """Seconds from arrival to the first token."""
+        return None if self._first is None else self._first - self._arrival
 
     def tokens(self, output: RequestOutput, now: float) -> None:
-        """Observes an event with tokens, which happened at `now`."""
+        """Observes an event, which happened at `now`."""
+        self._times = output.times or self._times
         count = len(output.token_ids)
         if not count:
             return
@@ -269,6 +308,8 @@ class SequenceTimer:
     def end(self, reason: FinishReason, completion_tokens: int, now: float) -> None:
         """Observes the end: lengths, unless the engine failed, and latencies, if it was served."""
         metrics, model = self._metrics, self._model
+        if self._times is not None:
+            self.stages = (self._times, now)
         metrics.finished.labels(model, reason.value).inc()
         if reason is FinishReason.ERROR:
             return
@@ -277,6 +318,8 @@ class SequenceTimer:
         if reason is FinishReason.ABORT:
             return
         metrics.end_to_end.labels(model).observe(now - self._arrival)
+        if self._times is not None:
+            metrics.stages(model, self._times, now)
         if self._first is not None and completion_tokens > 1:
             mean = (self._last - self._first) / (completion_tokens - 1)
             metrics.per_token.labels(model).observe(mean)

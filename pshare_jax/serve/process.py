@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -12,25 +13,56 @@ from typing import IO
 
 from pshare_jax.errors import EngineDeadError
 
+SERVE = (sys.executable, "-m", "pshare_jax.serve")
 READY = "pshare_jax: ready at "
 STOP_SECONDS = 20.0
 LOG_LINES = 15
 
 
 @contextmanager
-def running_server(args: Sequence[str], ready_seconds: float = 600.0) -> Iterator[str]:
-    """Runs `python -m pshare_jax.serve ARGS` on a free port of 127.0.0.1; gives its URL once ready.
+def running_server(
+    args: Sequence[str],
+    ready_seconds: float = 600.0,
+    program: Sequence[str] = SERVE,
+    checkout: str | None = None,
+) -> Iterator[str]:
+    """Runs a server on a free port of 127.0.0.1; gives its URL once it is ready.
+
+    Args:
+        args: its flags.
+        ready_seconds: after which it is given up.
+        program: what takes the flags.
+        checkout: folder of the code that is run, and in which it runs, if it is not this code.
+
+    Raises:
+        EngineDeadError: see `server_process`.
+    """
+    with server_process(args, ready_seconds, program, checkout) as (url, _):
+        yield url
+
+
+@contextmanager
+def server_process(
+    args: Sequence[str],
+    ready_seconds: float = 600.0,
+    program: Sequence[str] = SERVE,
+    checkout: str | None = None,
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """The same, and the process.
 
     Raises:
         EngineDeadError: it ended, or was not ready in time; with the end of its log.
     """
-    command = [sys.executable, "-m", "pshare_jax.serve", "--port=0", *args]
+    command = [*program, "--port=0", *args]
+    there = None if checkout is None else os.environ | {"PYTHONPATH": os.path.abspath(checkout)}
     with (
         tempfile.TemporaryFile(mode="w+") as log,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=checkout, env=there
+        ) as process,
     ):
         try:
-            yield _wait_until_ready(process, log, ready_seconds)
+            yield _wait_until_ready(process, log, ready_seconds), process
         finally:
             _end(process)
 

@@ -13,12 +13,16 @@ from pshare_jax.core.messages import Request
 from pshare_jax.errors import EngineDeadError, UnknownModelError
 from pshare_jax.frontend.model_format import ModelFormat, model_format
 from pshare_jax.frontend.params import Limits, SamplingDefaults, sampling_defaults
+from pshare_jax.serve.access import Access
 from pshare_jax.serve.engine_api import Engine, ModelInfo
 from pshare_jax.serve.errors import ApiError, GenerationError
 from pshare_jax.serve.events import EventBridge, Generation
+from pshare_jax.serve.info_metrics import EngineInfo
+from pshare_jax.serve.live import Live
 from pshare_jax.serve.loop_lag import LoopLag
 from pshare_jax.serve.metrics import Metrics
 from pshare_jax.serve.offload import Offload
+from pshare_jax.serve.tracing import tracing_of
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +49,13 @@ class Service:
         if self.sampling_defaults != SamplingDefaults():
             log.info("defaults of the base's generation_config.json: %s", self.sampling_defaults)
         self.offload = Offload(self.config.worker_threads)
+        self.tracing = tracing_of(self.config)
         template = self.tokenizer.chat_template
         self.formats = {entry.name: model_format(entry, template) for entry in engine.config.models}
-        self.metrics = Metrics(engine.models, engine.stats)
+        self.access = Access(self.config)
+        self.metrics = Metrics(engine.models, engine.stats, self.access)
+        self.metrics.register(EngineInfo(engine))
+        self.live = Live(engine, self.offload)
         self.draining = False
         self._loop_lag = LoopLag(self.metrics)
         self._warned: set[str] = set()
@@ -117,6 +125,7 @@ class Service:
 
     def close(self) -> None:
         """Ends the threads and timers of its own; the engine is not its own."""
+        self.live.close()
         self._loop_lag.close()
         self.offload.close()
 
@@ -137,6 +146,7 @@ class Service:
     async def drain(self, seconds: float) -> bool:
         """Takes no more requests and waits for the running ones; whether all ended in time."""
         self.draining = True
+        self.live.close()
         try:
             async with asyncio.timeout(seconds):
                 await self._idle.wait()

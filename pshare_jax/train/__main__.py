@@ -14,6 +14,7 @@ from typing import Any
 
 from pshare_jax.config import load_config
 from pshare_jax.errors import PshareError
+from pshare_jax.extras import require
 from pshare_jax.train.config import TrainConfig, check_config
 
 _DESCRIPTION = (
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load_config(TrainConfig, args, "python -m pshare_jax.train", _DESCRIPTION)
         check_config(config)
+        require("train", "training")
         # Imported late: jax takes seconds, which --help and a typing error need not wait for.
         from pshare_jax.train import distributed, loop
         from pshare_jax.train.report import Reporter

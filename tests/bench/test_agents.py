@@ -184,6 +184,9 @@ def test_a_context_that_is_too_long_gives_no_figures(served, tokenizer_folder, t
         (["--urls=[http://127.0.0.1:9]", "--sessions=0"], "sessions: must be"),
         (["--urls=[http://127.0.0.1:9]", "--sessions_per_live=-1"], "sessions_per_live: must not"),
         (["--urls=[http://127.0.0.1:9]"], "tokenizer: name the folder"),
+        (["--urls=[http://127.0.0.1:9]", "--checkouts={old: x}"], "checkouts: they run the"),
+        (["--shared=a.yaml", "--checkouts={old: absent}"], "checkouts.old: there is no checkout"),
+        (["--shared=a.yaml", "--checkouts={isolated: x}"], "checkouts: the name 'isolated'"),
     ],
 )
 def test_options_that_do_not_fit(flags, message, capsys):
@@ -323,7 +326,22 @@ def test_configurations_have_room_for_every_live_session(name, monkeypatch):
 
 def test_a_benchmark_that_is_ended_stops_its_servers():
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as caught, started({}, []):
+    with pytest.raises(SystemExit) as caught, started({}, [], {}):
         signal.raise_signal(signal.SIGTERM)
     assert caught.value.code == 143
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_checkout_runs_its_own_code_in_its_folder(tmp_path):
+    package = tmp_path / "pshare_jax" / "serve"
+    package.mkdir(parents=True)
+    (tmp_path / "pshare_jax" / "__init__.py").touch()
+    (package / "__init__.py").touch()
+    (package / "__main__.py").write_text(
+        "import os, sys, time\n"
+        "print('pshare_jax: ready at', os.getcwd(), *sys.argv[1:], flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    configs = {"before": "configs/a.yaml"}
+    with started(configs, ["--x=1"], {"before": str(tmp_path)}) as addresses:
+        assert addresses == {"before": f"{tmp_path} --port=0 --config=configs/a.yaml --x=1"}

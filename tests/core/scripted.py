@@ -21,6 +21,7 @@ from pshare_jax.core.messages import (
     DISPATCHER,
     FinishReason,
     Message,
+    Owner,
     PromptUsage,
     Request,
     RequestOutput,
@@ -46,6 +47,7 @@ from tests.core.symbolic import (
 )
 
 PAGE = 4
+NOBODY = Owner()
 INVOKED_BY = (7, 7)
 """Tokens from which on the model `alora` reads a prompt itself."""
 
@@ -184,6 +186,7 @@ class Host:
         salt: str = "",
         end_after: int | None = None,
         logprobs: int | None = None,
+        owner: Owner = NOBODY,
     ) -> Reply:
         """Submits a request; its token number `end_after` will be an end token."""
         spec = self.models[model]
@@ -194,7 +197,7 @@ class Host:
         ends = frozenset(expected[end_after : end_after + 1] if end_after is not None else ())
         expected = oracle(writer, reader, prompt, split.covered, max_tokens, ends)
         params = SamplingParams(max_tokens=max_tokens, logprobs=logprobs)
-        request = Request(f"r{len(self.replies)}", model, tuple(prompt), params, salt)
+        request = Request(f"r{len(self.replies)}", model, tuple(prompt), params, salt, owner)
         reply = self.replies[request.id] = Reply(request, expected)
         order = len(self.replies)
         self.dispatcher.submit(request, order=order, seed=0, end_token_ids=ends)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 
 from pshare_jax.config import DecodeConfig
@@ -238,22 +239,88 @@ def test_no_slot_no_reservation(bench: Bench) -> None:
     assert bench.core.inside_ids() == {0, 1, 2, 4, 5, 6, 7, SLOTS}
 
 
-@pytest.mark.parametrize("leaves", [m.Abort(3), m.Withdrawn(3)])
-def test_a_refused_sequence_goes_before_younger_ones(bench: Bench, leaves: m.Message) -> None:
+@pytest.mark.parametrize("leaves", [m.Abort(1), m.Withdrawn(1)])
+def test_small_sequences_go_past_one_that_waits_for_pages_but_not_for_ever(
+    bench: Bench, leaves: m.Message
+) -> None:
     """With several prefill workers, a stream of small prompts could starve a large one."""
     bench.cover(sequence(0, [0] * 120))
-    large, small, younger = sequence(1, [1] * 121), sequence(2, [2]), sequence(3, [3] * 122)
-    bench.cover(younger, large, small)
-    assert bench.core.inside_ids() == {0}
+    bench.cover(sequence(1, [1] * 121))
+    assert bench.core.inside_ids() == {0}, "12 pages are left, and it needs 16"
+    for id in range(2, 18):
+        bench.cover(sequence(id, [id]))
+        assert bench.core.inside_ids() == {0, id}
+        bench.receive(m.Abort(id))
+    bench.cover(sequence(18, [18]))
+    assert bench.core.inside_ids() == {0}, "others have had 16 pages while it waited"
+    bench.receive(leaves)
+    assert bench.core.inside_ids() == {0, 18}
+
+
+def test_a_large_sequence_enters_before_younger_ones_of_its_size(bench: Bench) -> None:
+    bench.cover(sequence(0, [0] * 120))
+    bench.cover(sequence(3, [3] * 122), sequence(1, [1] * 121))
     bench.cover(sequence(-1, [9]))
     assert bench.core.inside_ids() == {-1, 0}, "an older one is not held up"
     for id in (0, -1):
         bench.receive(m.Abort(id))
-    assert bench.core.inside_ids() == {1, 2}
-    bench.cover(sequence(4, [4]))
-    assert bench.core.inside_ids() == {1, 2}, "the younger one is refused, so this one waits"
-    bench.receive(leaves)
-    assert bench.core.inside_ids() == {1, 2, 4}
+    assert bench.core.inside_ids() == {1}
+
+
+def owned(order: int, *, key: str = "", request: str = "", model: str = "lora") -> Sequence:
+    owner = m.Owner(key, 1.0, request)
+    made = make_sequence(order, [order % 100, 1], page_size=PAGE, model=model)
+    return msgspec.structs.replace(made, owner=owner)
+
+
+@pytest.mark.parametrize(
+    ("flood", "newcomer"),
+    [
+        ({"request": "n=128"}, {"request": "other"}),
+        ({"key": "a"}, {"key": "b"}),
+        ({"model": "lora"}, {"model": "alora"}),
+    ],
+    ids=["requests", "clients", "models"],
+)
+def test_whoever_has_nothing_gets_the_slot_of_the_youngest_of_a_flood(
+    bench: Bench, flood: dict[str, str], newcomer: dict[str, str]
+) -> None:
+    bench.run(*(owned(order, **flood) for order in range(SLOTS)))
+    bench.cover(*(owned(order, **flood) for order in range(SLOTS, 20)))
+    assert bench.core.inside_ids() == set(range(SLOTS))
+    bench.cover(owned(20, **newcomer))
+    assert bench.core.inside_ids() == {0, 1, 2, 3, 4, 5, 6, 20}
+    assert bench.returned() == [m.Returned(7, "preempted")]
+    # Its second sequence has to wait for a slot like those of the flood; it is first then.
+    bench.cover(owned(21, **newcomer))
+    bench.cover(owned(30, **flood))
+    assert bench.returned() == [m.Returned(7, "preempted")]
+    bench.receive(m.Abort(3))
+    assert bench.core.inside_ids() == {0, 1, 2, 4, 5, 6, 20, 21}
+
+
+def test_requests_of_their_own_take_turns_by_age(bench: Bench) -> None:
+    """Nobody has more than one slot, so nobody has to give way."""
+    bench.run(*(owned(order) for order in range(SLOTS)))
+    bench.cover(owned(9), owned(8))
+    assert bench.returned() == []
+    bench.receive(m.Abort(5))
+    assert bench.core.inside_ids() == {0, 1, 2, 3, 4, 6, 7, 8}
+
+
+def test_a_flood_does_not_take_the_pages_of_a_small_request(bench: Bench) -> None:
+    """The youngest of the flood gives way, although the small request is younger."""
+    flood = [owned(order, request="flood") for order in range(4)]
+    bench.run(*flood, owned(4, request="small"))
+    held = bench.cache.allocate(bench.cache.num_available)
+    assert held is not None
+    while not bench.returned():
+        bench.schedule()
+    gone = {message.id for message in bench.returned() if isinstance(message, m.Returned)}
+    assert 3 in gone
+    assert bench.core.inside_ids() == {0, 1, 2, 3, 4} - gone
+    assert bench.core.inside_ids() >= {0, 4}
+    bench.cache.release(held)
 
 
 def test_a_full_pool_of_cached_pages_has_room(bench: Bench) -> None:

@@ -10,6 +10,7 @@ from pshare_jax.core.messages import (
     PromptUsage,
     Request,
     RequestOutput,
+    RequestTimes,
     SamplingParams,
     Sequence,
     TokenLogprobs,
@@ -144,12 +145,49 @@ def test_events(desk: Desk) -> None:
     entries = (TokenLogprobs(-8.0), TokenLogprobs(-50.0))
     desk.say(m.Started(id, USAGE), m.Tokens(id, (7,)))
     desk.say(m.Tokens(id, (8, 50), entries, FinishReason.STOP))
-    assert desk.events() == [
-        RequestOutput("r0", (7,), usage=USAGE),
-        RequestOutput("r0", (8, 50), entries, finish_reason=FinishReason.STOP, stop_token=50),
-    ]
+    first, last = desk.events()
+    times = RequestTimes(0.0, started=0.0)
+    assert first == RequestOutput("r0", (7,), usage=USAGE, times=times)
+    assert last == RequestOutput(
+        "r0",
+        (8, 50),
+        entries,
+        finish_reason=FinishReason.STOP,
+        stop_token=50,
+        times=times,
+    )
     assert desk.dispatcher.stats.finished == {("identity", FinishReason.STOP): 1}
     desk.check_nothing_is_left()
+
+
+def test_the_last_event_says_when_what_was_heard(desk: Desk) -> None:
+    dispatcher = desk.dispatcher
+    id = desk.submit([1, 2, 3]).id
+    for now, message in (
+        (1.0, m.Pending(id, 2)),
+        (2.0, m.Pending(id, 1)),
+        (3.0, m.Pending(id, 0)),
+        (4.0, m.Started(id, USAGE)),
+        (5.0, m.Returned(id, "preempted")),
+    ):
+        dispatcher.receive("decode0", message, now)
+    again = desk.attempt().id
+    for now, message in (
+        (6.0, m.Pending(again, 0)),
+        (7.0, m.Started(again, USAGE)),
+        (8.0, m.Tokens(again, (8,), (), FinishReason.LENGTH)),
+    ):
+        dispatcher.receive("decode0", message, now)
+    [event] = desk.events()
+    assert event.times == RequestTimes(0.0, prefill=1.0, covered=3.0, started=4.0)
+
+
+def test_what_was_found_has_no_time_of_its_own(desk: Desk) -> None:
+    id = desk.submit([1, 2, 3]).id
+    desk.dispatcher.receive("prefill0", m.Pending(id, 0), 2.0)
+    desk.dispatcher.receive("prefill0", m.Dropped(id), 3.0)
+    [event] = desk.events()
+    assert event.times == RequestTimes(0.0, prefill=2.0, covered=2.0)
 
 
 def test_only_a_stop_token_is_named(desk: Desk) -> None:

@@ -8,7 +8,6 @@ from pshare_jax.core.scheduling import (
     GroupTurns,
     next_batch,
     next_prefill,
-    preemption_victim,
     steps_for,
 )
 
@@ -35,9 +34,10 @@ def steps(turns: GroupTurns, ready: dict[str, list[Work]], count: int) -> str:
     return taken
 
 
-def test_prefill_alternates_between_the_oldest_and_the_one_done_soonest() -> None:
+def test_prefill_alternates_between_the_fair_choice_and_the_one_done_soonest() -> None:
     tasks = [Work(3, 5), Work(1, 100), Work(2, 5)]
-    assert [next_prefill(tasks, turn).order for turn in range(4)] == [1, 2, 1, 2]
+    assert [next_prefill(tasks, turn, tasks[1]).order for turn in range(4)] == [1, 2, 1, 2]
+    assert next_prefill([], 1, tasks[0]) is tasks[0]
 
 
 def test_with_a_quantum_of_one_groups_take_steps_in_turn() -> None:
@@ -61,6 +61,19 @@ def test_the_group_with_most_rows_is_next_but_none_starves() -> None:
     assert steps(turns, ready, 12) == "aaaabbbbcccc"  # none has had a step before
     # After three quanta less a step for each, a and b come before c's rows.
     assert steps(turns, ready, 48) == "ccccaaaabbbbcccc" * 3
+
+
+def test_a_turn_is_over_where_another_group_may_be_chosen() -> None:
+    turns = GroupTurns(2)
+    both, one = {"a": [OLD], "b": [OLD]}, {"a": [OLD]}
+    assert turns.is_over(both)  # nobody has the turn yet
+    assert steps(turns, both, 1) == "a"
+    assert not turns.is_over(both)
+    assert turns.is_over({"b": [OLD]})
+    assert steps(turns, both, 1) == "a"
+    assert turns.is_over(both)
+    assert not turns.is_over(one)  # there is nobody to choose from
+    assert not GroupTurns(1).is_over(both)  # whoever has waited longest is known at once
 
 
 def test_new_rows_get_every_second_step_at_most() -> None:
@@ -91,14 +104,6 @@ def test_no_row_starves_when_a_batch_cannot_hold_all() -> None:
             last[row.order] = tick
         # Ten rows, four at a time: nobody waits for more than three others' turns.
         assert min(last.values()) >= tick - 3 or tick < 3
-
-
-def test_the_youngest_is_preempted_and_never_an_older_one() -> None:
-    rows = [Work(order) for order in (4, 2, 7, 5)]
-    assert preemption_victim(rows, rows[0]) == Work(7)
-    assert preemption_victim(rows, rows[1]) == Work(7)
-    assert preemption_victim(rows, rows[2]) is None
-    assert preemption_victim([rows[1]], rows[1]) is None
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,22 @@ from hypothesis.stateful import (
 )
 
 from pshare_jax.core.arrivals import TRANSFER_SECONDS
+from pshare_jax.core.messages import Owner
 from tests.core.scripted import Host, Setting
 
 LONGEST = 32
 """Tokens of a prompt and its reply together; each pool holds one such sequence."""
 
 MODELS = ["identity", "lora", "alora", "full", "isolated"]
+
+OWNERS = st.builds(
+    Owner,
+    key=st.sampled_from(["", "a", "b"]),
+    weight=st.sampled_from([0.1, 1.0, 3.0]),
+    request=st.sampled_from(["", "many", "few"]),
+    priority=st.integers(-1, 1),
+)
+"""Clients, which change their weights as they go, and requests of many sequences."""
 
 SETTINGS = {
     "one of each": Setting(),
@@ -52,7 +62,9 @@ class Machine(RuleBasedStateMachine):
     def start(self) -> None:
         self.host = Host(self.setting)
 
-    def _submit(self, prompt: list[int], model: str, count: int, salted: int, end: int) -> None:
+    def _submit(
+        self, prompt: list[int], model: str, count: int, salted: int, end: int, owner: Owner
+    ) -> None:
         self.host.submit(
             model,
             prompt[: LONGEST - count],
@@ -60,6 +72,7 @@ class Machine(RuleBasedStateMachine):
             salt="tenant" if salted == 0 else "",
             end_after=end if end < count else None,
             logprobs=1 if end % 2 else None,
+            owner=owner,
         )
 
     @rule(
@@ -68,10 +81,21 @@ class Machine(RuleBasedStateMachine):
         count=st.integers(1, 8),
         salted=st.integers(0, 3),
         end=st.integers(0, 16),
+        owner=OWNERS,
+        samples=st.sampled_from([1, 1, 1, 9]),
     )
-    def ask(self, prompt: list[int], models: list[str], count: int, salted: int, end: int) -> None:
-        for model in models:
-            self._submit(prompt, model, count, salted, end)
+    def ask(
+        self,
+        prompt: list[int],
+        models: list[str],
+        count: int,
+        salted: int,
+        end: int,
+        owner: Owner,
+        samples: int,
+    ) -> None:
+        for model in models * samples:
+            self._submit(prompt, model, count, salted, end, owner)
 
     @precondition(lambda self: self.host.replies)
     @rule(
@@ -81,14 +105,22 @@ class Machine(RuleBasedStateMachine):
         model=st.sampled_from(MODELS),
         count=st.integers(1, 8),
         end=st.integers(0, 16),
+        owner=OWNERS,
     )
     def go_on(
-        self, data: st.DataObject, more: list[int], cut: int, model: str, count: int, end: int
+        self,
+        data: st.DataObject,
+        more: list[int],
+        cut: int,
+        model: str,
+        count: int,
+        end: int,
+        owner: Owner,
     ) -> None:
         """A session's next turn, or one that branches off."""
         before = data.draw(st.sampled_from(list(self.host.replies.values())))
         known = [*before.request.prompt_token_ids, *before.tokens]
-        self._submit([*known[: max(len(known) - cut, 1)], *more], model, count, 1, end)
+        self._submit([*known[: max(len(known) - cut, 1)], *more], model, count, 1, end, owner)
 
     @precondition(lambda self: self.host.live)
     @rule(data=st.data())

@@ -12,8 +12,10 @@ from pshare_jax.core.messages import (
     PromptUsage,
     Request,
     RequestOutput,
+    RequestTimes,
     TokenLogprobs,
 )
+from pshare_jax.core.pages.sharing_map import MapContext, MapPage, SharingMap
 from pshare_jax.core.stats import EngineStats, PoolStats
 from pshare_jax.errors import EngineDeadError, QueueFullError, UnknownModelError
 from pshare_jax.models.config import ModelConfig
@@ -40,6 +42,7 @@ class Running:
     sink: Callable[[RequestOutput], None]
     script: list[int]
     usage: PromptUsage
+    times: RequestTimes
     sent: int = 0
 
 
@@ -113,7 +116,9 @@ class FakeOrchestrator:
             assert request.id not in self._running
             self.submitted.append(request)
             usage = self._prefill(request)
-            self._running[request.id] = Running(request, sink, self.script(request), usage)
+            self._running[request.id] = Running(
+                request, sink, self.script(request), usage, _times(time.monotonic())
+            )
             self._lock.notify_all()
 
     def abort(self, request_id: str) -> None:
@@ -138,6 +143,7 @@ class FakeOrchestrator:
                 running=dict(running),
                 waiting={"coder": 2},
                 decode_pages={("decode0", "read"): 8, ("decode0", "saved"): 5},
+                failed_transfers={"decode0": 0},
                 busy_seconds={"prefill0": 1.5, "decode0": 2.5},
                 pools={
                     "prefill0": PoolStats(total=99, free=90, used=2, shared=1, cached=7),
@@ -145,6 +151,17 @@ class FakeOrchestrator:
                     "decode1": PoolStats(total=50, free=40, used=5, shared=0, cached=5),
                 },
             )
+
+    def sharing_map(self) -> SharingMap:
+        """A page for each model that has been asked, which it computed, and reads while it runs."""
+        with self._lock:
+            running = {run.request.model for run in self._running.values()}
+            asked = sorted({request.model for request in self.submitted})
+        pages = [
+            MapPage(PAGE_SIZE, [(name, PAGE_SIZE)], [name] if name in running else [], ["p"], False)
+            for name in asked
+        ]
+        return SharingMap(PAGE_SIZE, [MapContext("c", "", 0, pages)] if pages else [])
 
     @property
     def running_ids(self) -> list[str]:
@@ -212,6 +229,7 @@ class FakeOrchestrator:
             usage=running.usage if running.sent == len(token_ids) else None,
             finish_reason=reason,
             stop_token=stop_token,
+            times=running.times,
         )
         if reason is None:
             running.sink(output)
@@ -246,6 +264,11 @@ class FakeOrchestrator:
                 RequestOutput(running.request.id, finish_reason=FinishReason.ERROR, error=reason),
             )
         self._running.clear()
+
+
+def _times(now: float) -> RequestTimes:
+    """A queue of 1 s, a prefill of 2 s and a handoff of 3 s, though nothing takes its time here."""
+    return RequestTimes(now - 6, now - 5, now - 3, now)
 
 
 def fake_config(max_model_len: int = 256, max_queue: int = 64, **server) -> ServeConfig:

@@ -1,4 +1,4 @@
-"""The server process over the fake engine: `python -m tests.serve.fake_main TOKENIZER DRAIN`.
+"""The server process over the fake engine: `python -m tests.serve.fake_main TOKENIZER DRAIN PORT`.
 
 Prints the URL once it listens and again when it is ready. A file `OPEN` in the tokenizer's folder
 lets tokens through; without a file `STARTED` there, warm-up does not end.
@@ -11,13 +11,16 @@ import time
 from pathlib import Path
 
 from pshare_jax.serve.lifecycle import bind, serve, url_of
+from pshare_jax.serve.logs import open_standard_streams, say, set_up
 from pshare_jax.text.tokenizer import Tokenizer
 from tests.serve.fake import fake_config, fake_engine
 
 
 def main() -> int:
+    open_standard_streams()
+    set_up()
     folder = Path(sys.argv[1])
-    config = fake_config(drain_seconds=float(sys.argv[2]))
+    config = fake_config(drain_seconds=float(sys.argv[2]), port=int(sys.argv[3]))
     engine = fake_engine(Tokenizer.load(folder), config)
     engine.gate.clear()
     engine.start_gate.clear()
@@ -33,8 +36,8 @@ def main() -> int:
 
     threading.Thread(target=watch, daemon=True).start()
     with bind(config.server) as sock:
-        print(url_of(sock), flush=True)
-        return asyncio.run(serve(engine, sock, lambda url: print(url, flush=True)))
+        say(url_of(sock), sys.stdout)
+        return asyncio.run(serve(engine, sock, lambda url: say(url, sys.stdout)))
 
 
 if __name__ == "__main__":

@@ -255,3 +255,32 @@ class TestCors:
         )
         assert answer.status == 405
         assert "Access-Control-Allow-Origin" not in answer.headers
+
+
+class TestWhatStrangersLearn:
+    NOTHING = (
+        b"NONSENSE\r\n\r\n",
+        b"GET /nowhere HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+    )
+
+    @pytest.mark.parametrize("data", NOTHING)
+    def test_not_what_the_server_is_made_of(self, server, data):
+        _, headers, _ = exchange(server, data)
+        assert "Server" not in headers
+
+    @pytest.mark.parametrize("data", NOTHING)
+    def test_the_header_is_a_setting(self, tokenizer, data):
+        with running_server(fake_engine(tokenizer, fake_config(server_header="x/1"))) as client:
+            _, headers, _ = exchange(client, data)
+        assert headers["Server"] == "x/1"
+
+    @pytest.mark.parametrize(
+        ("metrics", "without", "with_key"),
+        [("public", 200, 200), ("key", 401, 200), ("off", 404, 404)],
+    )
+    @pytest.mark.parametrize("path", ["/metrics", "/metrics/"])
+    def test_metrics_are_a_setting(self, tokenizer, metrics, without, with_key, path):
+        config = fake_config(metrics=metrics, api_key="k")
+        with running_server(fake_engine(tokenizer, config)) as client:
+            assert client.get(path).status == without
+            assert client.get(path, Authorization="Bearer k").status == with_key

@@ -201,7 +201,16 @@ def process(tmp_path, request):
     write_byte_level(tmp_path)
     drain = getattr(request, "param", 60.0)
     with subprocess.Popen(
-        [sys.executable, "-W", "error", "-m", "tests.serve.fake_main", str(tmp_path), str(drain)],
+        [
+            sys.executable,
+            "-W",
+            "error",
+            "-m",
+            "tests.serve.fake_main",
+            str(tmp_path),
+            str(drain),
+            "0",
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -315,12 +324,17 @@ class TestCommandLine:
 
     def test_an_address_that_is_taken(self):
         with bind(ServerConfig(port=0)) as taken:
-            taken.listen()
             port = taken.getsockname()[1]
             with pytest.raises(ConfigError, match=rf"cannot listen on 127.0.0.1:{port}"):
                 bind(ServerConfig(port=port))
         with pytest.raises(ConfigError, match=r"server\.port"):
             bind(ServerConfig(port=70_000))
+
+    def test_a_taken_address_is_said_before_anything_is_loaded(self, capsys):
+        with bind(ServerConfig(port=0)) as taken:
+            port = taken.getsockname()[1]
+            assert main(["--base=no such folder", f"--port={port}"]) == 2
+        assert f"cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
 
     def test_port_0_picks_a_free_one(self):
         with bind(ServerConfig(port=0)) as sock:

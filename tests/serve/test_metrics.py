@@ -119,3 +119,38 @@ def test_histograms_observe_each_token_once(client):
         < metric("vllm:time_to_first_token_seconds_sum", **labels)
         <= metric("vllm:e2e_request_latency_seconds_sum", **labels)
     )
+
+
+def test_what_routers_read_of_adapters_and_of_the_cache(client):
+    client.engine.models["coder"].__dict__["kind"] = "lora"
+    client.engine.models["planner"].__dict__["kind"] = "lora"
+    client.engine.gate.clear()
+    with client.raw_request("/v1/completions", {"model": "planner", "prompt": "x"}):
+        eventually(lambda: client.engine.running_ids != [])
+        assert client.metric(
+            "vllm:lora_requests_info",
+            running_lora_adapters="planner",
+            waiting_lora_adapters="coder",
+            max_lora="2",
+        )
+    client.engine.gate.set()
+    assert (
+        client.metric(
+            "vllm:cache_config_info",
+            block_size="32",
+            num_gpu_blocks="100",
+            num_prefill_blocks="99",
+            cache_dtype="auto",
+            enable_prefix_caching="True",
+        )
+        == 1
+    )
+
+
+def test_the_stages_of_the_engine_are_timed(client):
+    client.complete()
+    for stage, seconds in (("queue", 1), ("prefill", 2)):
+        name = f"vllm:request_{stage}_time_seconds"
+        assert client.metric(f"{name}_count", model_name="planner") == 1
+        assert abs(client.metric(f"{name}_sum", model_name="planner") - seconds) < 1e-6
+    assert client.metric("vllm:request_decode_time_seconds_count", model_name="planner") == 1

@@ -119,6 +119,15 @@ class PageCache:
         """The index node that holds `page`, if it is indexed."""
         return self._index.node_of(page)
 
+    @property
+    def num_indexed(self) -> int:
+        """Pages that the index holds, referenced or not."""
+        return len(self._index)
+
+    def newest_nodes(self, count: int) -> list[Node]:
+        """The pages that were indexed last, newest first. Other threads may call it."""
+        return self._index.newest(count)
+
     def counts(self) -> PageCounts:
         """Pages by state."""
         return PageCounts(

@@ -117,6 +117,11 @@ class PrefixIndex:
         """The node that holds `page`."""
         return self._by_page.get(page)
 
+    def newest(self, count: int) -> list[Node]:
+        """The pages that were indexed last, newest first."""
+        # One call of the interpreter's own code, which other threads do not interrupt.
+        return list(itertools.islice(reversed(self._by_page.values()), count))
+
     def get(self, key: bytes, tokens: Sequence[int]) -> Node | None:
         """The full page of chain key `key`, if its tokens are really `tokens`.
 

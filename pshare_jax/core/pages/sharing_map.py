@@ -1,0 +1,150 @@
+"""Which contexts the pools hold, who computed each page of them, and who reads it now.
+
+A view for people: it is made from another thread than those that own the pools, without stopping
+them. Each list is copied at once, so the map is whole, but a page may be a moment older than the
+next; it holds no token and no text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+
+import msgspec
+
+from pshare_jax.core.pages.page_cache import PageCache
+from pshare_jax.core.pages.prefix_index import Node, PageState
+
+MAX_PAGES = 2048
+"""Pages of a map at the most: of each pool, those that were indexed last."""
+
+_SECRET = secrets.token_bytes(16)
+"""Names are made with it: a page's key alone would let others test what a prompt may have been."""
+
+Reader = tuple[str, Sequence[int]]
+"""A model, and the pages of a pool that a sequence of it holds."""
+
+
+class MapPage(msgspec.Struct, array_like=True, frozen=True):
+    """One page of a context.
+
+    Args:
+        tokens: how many it holds.
+        computed_by: runs of tokens and the model whose request had them computed, in order; empty
+            where that is no longer known.
+        readers: models of running sequences that hold it, sorted.
+        pools: workers in whose pools it lies, sorted; the first of those that share one.
+        arriving: whether its contents are still on their way to a pool.
+    """
+
+    tokens: int
+    computed_by: list[tuple[str, int]]
+    readers: list[str]
+    pools: list[str]
+    arriving: bool
+
+
+class MapContext(msgspec.Struct, frozen=True):
+    """Pages that follow each other without a branch.
+
+    Args:
+        id: stays the same while its first page stays as it is.
+        parent: the context that it continues; empty for one that begins a prompt.
+        start: pages that come before it in its prompt.
+        pages: in order.
+    """
+
+    id: str
+    parent: str
+    start: int
+    pages: list[MapPage]
+
+
+class SharingMap(msgspec.Struct, frozen=True):
+    """Contexts, each after its parent; `page_size` is in tokens.
+
+    `hidden` counts indexed pages that are not shown, see `MAX_PAGES`.
+    """
+
+    page_size: int
+    contexts: list[MapContext]
+    hidden: int = 0
+
+
+class _Block:
+    """One page's contents, wherever they lie."""
+
+    __slots__ = ("arriving", "children", "key", "node", "origins", "parent_key", "pools", "readers")
+
+    def __init__(self, key: bytes, node: Node):
+        self.key = key
+        self.node = node
+        self.parent_key = node.parent_key
+        self.origins: list[str] = []
+        self.readers: set[str] = set()
+        self.pools: set[str] = set()
+        self.arriving = False
+        self.children: list[_Block] = []
+
+    def page(self) -> MapPage:
+        runs = [(name, len(list(same))) for name, same in itertools.groupby(self.origins)]
+        readers, pools = sorted(self.readers), sorted(self.pools)
+        return MapPage(len(self.node.tokens), runs, readers, pools, self.arriving)
+
+
+def sharing_map(
+    caches: Mapping[str, PageCache], readers: Mapping[str, Iterable[Reader]]
+) -> SharingMap:
+    """The contexts of all pools as one map.
+
+    Args:
+        caches: page accounts by worker; workers may share one.
+        readers: by worker, the sequences that run and the pages of its pool that they hold.
+    """
+    blocks: dict[bytes, _Block] = {}
+    pools: dict[int, dict[int, _Block]] = {}
+    hidden = 0
+    for worker, cache in caches.items():
+        if id(cache) not in pools:
+            nodes = cache.newest_nodes(MAX_PAGES)
+            hidden += max(cache.num_indexed - len(nodes), 0)
+            pools[id(cache)] = {n.page: _add(blocks, worker, n) for n in reversed(nodes)}
+        by_page = pools[id(cache)]
+        for model, pages in readers.get(worker, ()):
+            for block in filter(None, map(by_page.get, tuple(pages))):
+                block.readers.add(model)
+    page_size = next(iter(caches.values())).page_size if caches else 0
+    return SharingMap(page_size, _contexts(blocks), hidden)
+
+
+def _add(blocks: dict[bytes, _Block], worker: str, node: Node) -> _Block:
+    # A page that is not full has no key: it is the only one at its place that begins so.
+    key = node.key or node.parent_key + repr(node.tokens).encode()
+    block = blocks.setdefault(key, _Block(key, node))
+    block.pools.add(worker)
+    block.arriving |= node.state is PageState.ARRIVING
+    block.origins = block.origins or list(node.origins)
+    return block
+
+
+def _contexts(blocks: Mapping[bytes, _Block]) -> list[MapContext]:
+    """Chains without branches, each after the one that it continues."""
+    roots: list[_Block] = []
+    for block in blocks.values():
+        parent = blocks.get(block.parent_key)
+        (roots if parent is None else parent.children).append(block)
+    contexts: list[MapContext] = []
+    # Not by recursion: a context may have thousands of pages.
+    todo = [(root, "", 0) for root in reversed(roots)]
+    while todo:
+        block, parent, start = todo.pop()
+        chain = [block]
+        while len(chain[-1].children) == 1:
+            chain.append(chain[-1].children[0])
+        name = hashlib.blake2b(block.key, digest_size=8, key=_SECRET).hexdigest()
+        contexts.append(MapContext(name, parent, start, [block.page() for block in chain]))
+        end = start + len(chain)
+        todo += [(child, name, end) for child in reversed(chain[-1].children)]
+    return contexts

@@ -1,0 +1,127 @@
+"""The soak test itself: that it finds what grows and what is wrong, and nothing else."""
+
+import os
+from dataclasses import replace
+
+import pytest
+
+from pshare_jax.bench import soak, soak_load
+from pshare_jax.bench.soak_options import SoakOptions
+from pshare_jax.bench.soak_watch import Sample, judge, quantile
+from pshare_jax.errors import BenchmarkError, ConfigError
+from tests.serve.conftest import tokenizer, tokenizer_folder  # noqa: F401 (fixtures)
+from tests.serve.fake import fake_config, fake_engine
+from tests.serve.server import running_server
+
+IDLE = Sample(0, 500, 20, 30, 0, 0, 0, {0.05: 10, 5.0: 10}, {0.05: 10, 5.0: 10})
+
+
+def under_load(count: int = 9, growth: float = 0.0) -> list[Sample]:
+    lags = {0.005: 0.0, 0.05: 0.0, 5.0: 0.0}
+    return [
+        replace(
+            IDLE,
+            seconds=i,
+            rss_mib=600 + growth * i,
+            files=25,
+            pages_used=7,
+            running=3,
+            lags=dict.fromkeys(lags, 100.0 * i),
+            own_lags={0.005: 50.0 * i, 0.05: 99.0 * i, 5.0: 100.0 * i},
+        )
+        for i in range(count)
+    ]
+
+
+def failed(*, before=IDLE, samples=None, after=IDLE, compared=5, faults=()) -> list[str]:
+    verdicts = judge(before, samples or under_load(), after, compared, faults)
+    return [name for name, verdict in verdicts.items() if not verdict["kept"]]
+
+
+def test_what_stays_as_it_is_is_kept():
+    assert failed() == []
+    assert failed(samples=under_load(growth=2)) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"samples": under_load(growth=10)}, "memory"),
+        ({"after": replace(IDLE, files=24)}, "open files"),
+        ({"after": replace(IDLE, threads=31)}, "threads"),
+        ({"after": replace(IDLE, pages_used=1)}, "pages held"),
+        ({"after": replace(IDLE, compiles=1)}, "compilations"),
+        ({"faults": ["one"]}, "answers"),
+        ({"compared": 0}, "answers"),
+        (
+            {"samples": [replace(s, own_lags={0.05: 98.0 * s.seconds, 5.0: 100.0 * s.seconds})
+                         for s in under_load()]},
+            "event loop lag, its own work",
+        ),
+    ],
+)  # fmt: skip
+def test_what_grows_is_found(change, name):
+    assert failed(**change) == [name]
+
+
+def test_quantiles_are_those_of_the_time_between():
+    before, after = {0.1: 100.0, 1.0: 100.0}, {0.1: 149.0, 1.0: 200.0}
+    assert quantile(before, after, 0.49) == 0.1
+    assert quantile(before, after, 0.5) == 1.0
+    assert quantile(after, after, 0.99) == 0.0
+
+
+def options(client, **changes) -> SoakOptions:
+    defaults = {"minutes": 0.05, "probes": 6, "clients": 4, "longest_prompt": 20,
+                "longest_answer": 8, "seconds_between_samples": 0.2}  # fmt: skip
+    return SoakOptions(url=client.url, pid=os.getpid(), **{**defaults, **changes})
+
+
+@pytest.fixture(scope="module")
+def server(tokenizer):  # noqa: F811
+    config = fake_config(max_model_len=2048, max_body_items=10_000)
+    engine = fake_engine(tokenizer, config)
+    # What a real pool has, the fake one does not count down.
+    plain = engine.stats
+    engine.stats = lambda: replace(plain(), pools={}, waiting={})
+    with running_server(engine) as client:
+        yield client
+
+
+def test_a_server_that_is_right(server):
+    done = []
+    result = soak.run(options(server), lambda *now: done.append(now))
+    assert result["faults"] == []
+    kept = {name: v["kept"] for name, v in result["verdicts"].items()}
+    # Memory, files and threads are those of the tests' own process here.
+    for name in ("answers", "pages held", "compilations"):
+        assert kept[name], result["verdicts"][name]
+    assert set(result["requests"]) <= set(soak_load._KINDS)
+    assert sum(result["requests"]["probe"].values()) == result["requests"]["probe"]["equal"] > 0
+    assert done[-1][1] == 3
+    assert len(result["samples"]) > 5
+
+
+def test_a_server_that_answers_otherwise_under_load(server, monkeypatch):
+    plain = soak.Load.client
+
+    async def client(self, number: int, end: float) -> None:
+        server.engine.script = lambda request: [9, 8, 7]
+        await plain(self, number, end)
+
+    monkeypatch.setattr(soak.Load, "client", client)
+    result = soak.run(options(server, minutes=0.01))
+    assert not result["verdicts"]["answers"]["kept"]
+    assert "instead of" in result["faults"][0]
+
+
+def test_what_cannot_be_asked_for():
+    with pytest.raises(ConfigError, match="url and pid go together"):
+        SoakOptions(url="http://x")
+    with pytest.raises(ConfigError, match="must be positive"):
+        SoakOptions(minutes=0)
+
+
+def test_a_server_that_is_not_there():
+    with pytest.raises(BenchmarkError, match=r"http://127.0.0.1:1: "):
+        soak.run(SoakOptions(url="http://127.0.0.1:1", pid=1))

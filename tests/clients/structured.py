@@ -1,0 +1,136 @@
+"""What clients of frameworks ask for when an answer has to have a form, or a tool has to be called.
+
+Scripted answers: that grammars hold is for other tests. Here requests are taken, and what comes
+back is what each client makes an object of.
+"""
+
+from __future__ import annotations
+
+import agents
+import openai
+import pydantic_ai
+import pytest
+from langchain_openai import ChatOpenAI
+from pydantic import BaseModel
+from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
+from pydantic_ai.providers.openai import OpenAIProvider
+from smolagents import OpenAIServerModel, ToolCallingAgent
+
+from tests.clients.conftest import CALL
+from tests.clients.test_smolagents import get_weather
+
+
+class Person(BaseModel):
+    """Somebody."""
+
+    name: str
+    age: int
+
+
+ANNA = Person(name="Anna", age=41)
+JSON = '{"name": "Anna", "age": 41}'
+USER = [{"role": "user", "content": "who?"}]
+
+
+def call(name: str, arguments: str = JSON) -> str:
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+
+
+@pytest.fixture
+def api(base_url):
+    with openai.OpenAI(base_url=base_url, api_key="none", max_retries=0) as api:
+        yield api
+
+
+@pytest.fixture
+async def async_api(base_url):
+    async with openai.AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0) as api:
+        yield api
+
+
+def test_openai_parses_chats(api, answers):
+    answers(JSON)
+    done = api.chat.completions.parse(model="planner", messages=USER, response_format=Person)
+    assert done.choices[0].message.parsed == ANNA
+
+
+def test_openai_parses_streamed_chats(api, answers):
+    answers(JSON)
+    with api.chat.completions.stream(
+        model="planner", messages=USER, response_format=Person
+    ) as stream:
+        final = stream.get_final_completion()
+    assert final.choices[0].message.parsed == ANNA
+
+
+def test_openai_parses_responses(api, answers):
+    answers(JSON)
+    response = api.responses.parse(model="planner", input="who?", text_format=Person)
+    assert response.output_parsed == ANNA
+
+
+def test_openai_takes_any_json(api, answers):
+    answers(JSON)
+    done = api.chat.completions.create(
+        model="planner", messages=USER, response_format={"type": "json_object"}
+    )
+    assert done.choices[0].message.content == JSON
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "f"}}])
+def test_openai_forces_a_tool(api, answers, choice):
+    answers(call("f", "{}"))
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    done = api.chat.completions.create(
+        model="planner", messages=USER, tools=tools, tool_choice=choice
+    )
+    (called,) = done.choices[0].message.tool_calls
+    assert (called.function.name, called.function.arguments) == ("f", "{}")
+
+
+@pytest.mark.parametrize(
+    ("method", "text"),
+    [("json_schema", JSON), ("json_mode", JSON), ("function_calling", call("Person"))],
+)
+def test_langchain_with_structured_output(base_url, answers, method, text):
+    answers(text)
+    with openai.DefaultHttpxClient() as client:
+        model = ChatOpenAI(
+            model="planner", base_url=base_url, api_key="none", max_retries=0, http_client=client
+        )
+        assert model.with_structured_output(Person, method=method).invoke("who? JSON") == ANNA
+
+
+@pytest.mark.parametrize("kind", [agents.OpenAIChatCompletionsModel, agents.OpenAIResponsesModel])
+async def test_openai_agents_output_type(async_api, answers, kind):
+    answers(JSON)
+    model = kind(model="planner", openai_client=async_api)
+    agent = agents.Agent("who", model=model, output_type=Person)
+    assert (await agents.Runner.run(agent, "who?")).final_output == ANNA
+
+
+@pytest.mark.parametrize("kind", [OpenAIChatModel, OpenAIResponsesModel])
+@pytest.mark.parametrize(
+    ("output", "text"),
+    [
+        (pydantic_ai.NativeOutput(Person), JSON),
+        (pydantic_ai.PromptedOutput(Person), JSON),
+        (pydantic_ai.ToolOutput(Person, name="person"), call("person")),
+    ],
+    ids=["native", "prompted", "tool"],
+)
+async def test_pydantic_ai_output_type(async_api, answers, kind, output, text):
+    answers(text)
+    model = kind("planner", provider=OpenAIProvider(openai_client=async_api))
+    assert (await pydantic_ai.Agent(model, output_type=output).run("who?")).output == ANNA
+
+
+def test_a_tool_calling_agent_of_smolagents(base_url, answers):
+    """Every step of it forces a call."""
+    answers(CALL, call("final_answer", '{"answer": "sunny"}'))
+    with openai.DefaultHttpxClient() as client:
+        model = OpenAIServerModel(
+            "planner", api_base=base_url, api_key="none", client_kwargs={"http_client": client}
+        )
+        agent = ToolCallingAgent(tools=[get_weather], model=model, verbosity_level=0, max_steps=3)
+        assert agent.run("weather?") == "sunny"
