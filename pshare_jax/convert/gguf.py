@@ -206,8 +206,14 @@ class GGUFFile:
             )
 
     def _rope_scaling(self, metadata: Metadata, head_dim: int, theta: float) -> RopeScaling | None:
+        stated = stated_rope_scaling(metadata)
         if ROPE_FACTORS not in self._tensors:
-            return stated_rope_scaling(metadata)
+            return stated
+        if stated is not None:
+            raise CheckpointError(
+                f"{self.path}: tensor {ROPE_FACTORS} and rope.scaling.type {stated.rope_type!r}: "
+                "two scalings at once are not supported"
+            )
         if self._tensors[ROPE_FACTORS].shape != (head_dim // 2,):
             raise CheckpointError(
                 f"{self.path}: tensor {ROPE_FACTORS}: unknown scaling: has shape "

@@ -139,6 +139,13 @@ def read_tensors(folder: Path, config: ModelConfig) -> dict[str, LazyTensor]:
             f"{folder / CONFIG_FILE}: num_hidden_layers is {config.num_layers}, but the folder has "
             f"only {len(files)} tensors"
         )
+    # Before a table of their names is made.
+    experts = sum(spec.experts.count for spec in config.layer_specs if spec.experts)
+    if experts > len(files):
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE}: all layers have {experts} experts, but the folder has only "
+            f"{len(files)} tensors"
+        )
     expected = hf_tensors(config)
     found: dict[str, LazyTensor] = {}
     for stored, name in text_names(files).items():

@@ -59,12 +59,11 @@ def hf_tensors(config: ModelConfig) -> dict[str, HfTensor]:
     known = family(config.architecture)
     fused = {native: hf for hf, natives in known.hf_fused.items() for native in natives}
     tensors: dict[str, HfTensor] = {}
-    for native in weight_specs(config):
+    for native, spec in weight_specs(config).items():
         match = _NATIVE_LAYER.fullmatch(native)
         prefix, suffix = (f"model.layers.{match[1]}.", match[2]) if match else ("", native)
         if (pattern := known.hf_experts.get(suffix)) is not None:
-            count = weight_specs(config)[native].shape[0]
-            for expert in range(count):
+            for expert in range(spec.shape[0]):
                 name = prefix + pattern.format(expert=expert)
                 tensors[name] = HfTensor(hf_shape(native, config), (Part(native, expert),))
             continue
@@ -184,7 +183,13 @@ def native_to_hf(name: str, config: ModelConfig) -> str:
     prefix, suffix = f"model.layers.{match[1]}.", match[2]
     for native_suffix, hf_suffix in _LORA.items():
         if suffix.endswith(native_suffix):
-            kernel = known.hf_layer[suffix.removesuffix(native_suffix) + ".kernel"]
+            target = suffix.removesuffix(native_suffix) + ".kernel"
+            if any(target in natives for natives in known.hf_fused.values()):
+                raise CheckpointError(
+                    f"{name}: PEFT has no name for it: transformers' {known.name} computes several "
+                    "projections as one"
+                )
+            kernel = known.hf_layer[target]
             return prefix + kernel.removesuffix(".weight") + hf_suffix
     for hf, natives in known.hf_fused.items():
         if suffix in natives:

@@ -320,6 +320,10 @@ def test_a_malformed_index_is_named(tmp_path, index):
         ({"hidden_size": None}, ("hidden_size",)),
         ({"partial_rotary_factor": 0.5}, ("partial_rotary_factor",)),
         ({"rope_scaling": {"rope_type": "yarn"}}, ("rope_scaling.factor is missing",)),
+        (
+            {"architectures": ["MixtralForCausalLM"], "num_local_experts": 10**12},
+            ("experts, but the folder has only",),
+        ),
     ],
 )
 def test_an_unsupported_config_is_named(folder, tmp_path, change, words):

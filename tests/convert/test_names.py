@@ -58,6 +58,9 @@ def test_fused_and_grouped_tensors():
     assert hf_tensors(phi3)["model.layers.0.mlp.gate_up_proj.weight"].shape == (128, 48)
     assert native_to_hf("layers.1.attn.v.kernel", phi3).endswith("1.self_attn.qkv_proj.weight")
     # PEFT would adapt the fused projection, which is three of ours.
+    with pytest.raises(CheckpointError, match="PEFT has no name for it"):
+        native_to_hf("layers.0.attn.q.lora_a", phi3)
+    assert native_to_hf("layers.0.attn.o.lora_a", phi3).endswith("o_proj.lora_A.weight")
     assert hf_to_native("model.layers.0.self_attn.qkv_proj.lora_A.weight", phi3) is None
     mixtral = tiny_config(architecture="mixtral")
     name = "model.layers.1.block_sparse_moe.experts.3.w2.weight"

@@ -10,7 +10,6 @@ from pshare_jax.kernels.experts import grouped, reference, tiles
 from pshare_jax.kernels.experts.over_mesh import over_mesh
 
 BACKENDS = {
-    "ragged_dot": over_mesh(grouped.with_ragged_dot),
     "xla": over_mesh(tiles.experts),
     "reference": reference.experts,
     "cpu_ffi": over_mesh(tiles.experts),
@@ -19,6 +18,7 @@ BACKENDS = {
     "pallas_gpu": over_mesh(tiles.experts),
     "pallas_tpu_interpret": over_mesh(grouped.with_interpreted_megablox),
     "pallas_gpu_interpret": over_mesh(tiles.experts),
+    "ragged_dot": over_mesh(grouped.with_ragged_dot),
 }
 """`ragged_dot` is XLA's own grouped product, which alone has gradients: the one for training."""
 

@@ -113,7 +113,7 @@ class Gemma2(Gemma):
         spec = config.layer(0)
         types = pattern(2, config.num_layers)
         assert spec.rope is not None
-        return with_layers(config, layers_of_types(types, spec.sliding_window, spec.rope))
+        return with_layers(config, layers_of_types(types, spec.sliding_window or 4096, spec.rope))
 
 
 def pattern(every: int, count: int) -> list[str]:

@@ -41,10 +41,13 @@ class Qwen3Moe(Qwen3):
         )
         dense = fields.get("mlp_only_layers", list, [])
         step = fields.positive("decoder_sparse_step", int, 1)
-        return [
+        specs = [
             replace(spec, experts=experts if i not in dense and (i + 1) % step == 0 else None)
             for i, spec in enumerate(super().layers(fields, config))
         ]
+        if not any(spec.experts for spec in specs):
+            raise fields.fail("mlp_only_layers", "leaves no layer with experts")
+        return specs
 
     def to_hf(self, config: ModelConfig) -> dict[str, Any]:
         """Dense layers one by one."""
