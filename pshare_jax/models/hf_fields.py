@@ -148,12 +148,12 @@ def _dynamic(rope: Fields, fields: Fields) -> None:
 
 
 def _yarn(rope: Fields, fields: Fields) -> RopeScaling:
+    if not rope.has("factor"):
+        raise rope.fail("factor", "is missing")
     # One beside the rope parameters comes first, as in transformers.
     where = fields if fields.values.get("original_max_position_embeddings") else rope
     longest = fields.values.get("max_position_embeddings")
     original = where.positive("original_max_position_embeddings", int, longest)
-    if not rope.has("factor"):
-        raise rope.fail("factor", "is missing")
     factor = (
         rope.optional("factor", float) or fields.positive("max_position_embeddings", int) / original
     )

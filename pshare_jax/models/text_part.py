@@ -6,8 +6,11 @@ image. It is exported as what it is, a model of text.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from pshare_jax.errors import CheckpointError
 
 WRAPPERS = (
     "Gemma3ForConditionalGeneration",
@@ -32,19 +35,26 @@ def text_config(hf: Mapping[str, Any], architectures: Mapping[str, str]) -> Mapp
     Args:
         hf: a parsed `config.json`.
         architectures: transformers' class of a language model by its `model_type`.
+
+    Raises:
+        CheckpointError: a language model that is not among them.
     """
     names, text = hf.get("architectures"), hf.get("text_config")
     name = names[0] if isinstance(names, list) and names else None
     if name not in WRAPPERS or not isinstance(text, Mapping):
         return hf
     kind = text.get("model_type")
-    of_text = architectures.get(kind) if isinstance(kind, str) else None
+    if not isinstance(kind, str) or kind not in architectures:
+        raise CheckpointError(
+            f"config.json: text_config.model_type of a {name} is {reprlib.repr(kind)}; supported "
+            f"are {', '.join(architectures)}"
+        )
     outer = ("tie_word_embeddings", "quantization_config", "dtype", "torch_dtype", "eos_token_id")
     return {
         **text,
         # What the whole says of these counts for the part.
         **{field: hf[field] for field in outer if hf.get(field) is not None},
-        "architectures": [of_text or f"a {kind} within {name}"],
+        "architectures": [architectures[kind]],
     }
 
 

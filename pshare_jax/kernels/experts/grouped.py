@@ -42,11 +42,15 @@ def sort_by_expert(chosen: jax.Array, num_experts: int) -> Sorted:
     return Sorted((order // chosen.shape[1]).astype(jnp.int32), flat[order], place, sizes)
 
 
-def combine(rows: jax.Array, weights: jax.Array, place: jax.Array) -> jax.Array:
-    """Weighted sums `[N, embed]` float32 of rows `[R, embed]` for `weights [N, k]`."""
+def combine(
+    rows: jax.Array, weights: jax.Array, place: jax.Array, is_expert: jax.Array
+) -> jax.Array:
+    """Weighted sums `[N, embed]` float32 of rows `[R, embed]` for `weights [N, k]`.
+
+    Choices that `is_expert [N, k]` calls none count nothing, whatever their rows hold.
+    """
     taken = rows[place].reshape(*weights.shape, -1).astype(jnp.float32)
-    # Rows of no expert are undefined, and 0 * NaN is NaN.
-    taken = jnp.where(weights[..., None] != 0, taken, 0)
+    taken = jnp.where(is_expert[..., None], taken, 0)
     return jnp.sum(taken * weights[..., None], axis=1)
 
 
@@ -63,7 +67,7 @@ def _experts(
     inputs = x[rows.token]
     hidden = jax.nn.silu(product(inputs, gate, rows.sizes)) * product(inputs, up, rows.sizes)
     outputs = product(hidden.astype(x.dtype), down, rows.sizes)
-    return combine(outputs, weights, rows.place)
+    return combine(outputs, weights, rows.place, chosen < gate.shape[0])
 
 
 def _ragged_dot(rows: jax.Array, kernels: jax.Array, sizes: jax.Array) -> jax.Array:

@@ -54,4 +54,5 @@ def experts(
         return lax.dynamic_update_slice(out, outputs, (i * tile, jnp.int32(0)))
 
     out = lax.fori_loop(0, ends[-1], compute, jnp.zeros((slots, x.shape[1]), jnp.float32))
-    return combine(out, weights, jnp.minimum(slot, slots - 1)[rows.place])
+    place = jnp.minimum(slot, slots - 1)[rows.place]
+    return combine(out, weights, place, chosen < num_experts)
