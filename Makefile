@@ -8,12 +8,15 @@ MODULES := $(patsubst %,$(BASE)-%/pshare.json,family tools code)
 AGENTS := $(BIN)/python -m pshare_jax.bench agents
 BENCHES := react reflexion models
 BENCHES_VLLM := vllm vllm-long
+# Tests that compile little or nothing; the state machines take a minute of their own.
+QUICK := tests/core tests/frontend tests/package tests/serve tests/sharding tests/text \
+  --ignore=tests/core/test_state_machines.py
 # Whatever has been measured, in this order.
 REPORT = $(BIN)/python -m pshare_jax.bench report --results="[$$(for result in \
   $(patsubst %,docs/results/agents-%.json,$(BENCHES) $(BENCHES_VLLM)); do \
   if [ -f $$result ]; then echo $$result; fi; done | paste -sd,)]"
 
-.PHONY: demo serve bench bench-vllm modules results test test-compile attack soak lock audit lint format clean
+.PHONY: demo serve bench bench-vllm modules results test quick test-browser test-compile attack soak lock audit lint format clean
 
 demo: .venv/.run $(MODULES)
 	$(BIN)/python -m pshare_jax.demo
@@ -49,6 +52,14 @@ modules: .venv/.study $(BASE)/pshare.json
 test: .venv/.test
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
+# What compiles little: the inner loop.
+quick: .venv/.test
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(QUICK)
+
+# The page at /ui in a real browser; SCREENSHOTS=docs makes the picture of docs/ui.md.
+test-browser: .venv/.browser
+	$(BIN)/python -m pytest tests/browser -m browser
+
 test-compile: .venv-compile/.ready
 	.venv-compile/bin/python -m pytest tests/compile -m compile
 
@@ -62,11 +73,11 @@ soak: .venv/.run $(MODULES)
 	$(BIN)/python -m pshare_jax.bench soak --config=$(CONFIG) --minutes=$(SOAK_MINUTES) \
 	  --json=soak.json
 
-# Versions and hashes of all that a server needs, for Linux on x86-64; on the oldest Python we support.
+# Versions and hashes of all that `pshare` needs; made by the oldest Python that we support.
 lock: .venv/.lock
-	$(BIN)/python -m piptools compile --quiet --upgrade --generate-hashes --strip-extras \
+	CUSTOM_COMPILE_COMMAND='make lock' $(BIN)/python -m piptools compile --quiet --upgrade --generate-hashes --strip-extras \
 	  --no-annotate --no-emit-index-url --no-emit-trusted-host --no-emit-find-links \
-	  --extra=otel --extra=sandbox --output-file=requirements.lock pyproject.toml
+	  $(patsubst %,--extra=%,train convert eval otel sandbox) --output-file=requirements.lock pyproject.toml
 
 audit: .venv/.lock
 	$(BIN)/python .ci/audit.py
@@ -108,6 +119,10 @@ $(BASE)-%/pshare.json: modules/smollm2-135m/%/adapter_model.safetensors | $(BASE
 .venv/.test: pyproject.toml | .venv/.python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,clients]'
 	@touch $@ .venv/.run
+
+.venv/.browser: pyproject.toml | .venv/.test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,clients,browser]'
+	@touch $@
 
 .venv/.lock: pyproject.toml | .venv/.run
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[lock]'

@@ -86,6 +86,12 @@ class DecodeConfig:
             once for all of them. `auto` does on TPUs and GPUs, for batches where that saves a
             quarter of the pages or more; `on` wherever a page is saved and the kernels can. Each
             batch bucket from 2 up is then compiled twice.
+        max_loras: LoRA modules that there is room for, those of the configuration and those that
+            are loaded while the server runs, until their last request has ended. 0 is as many as
+            are configured. Each takes part in every step, used or not.
+        max_lora_rank: greatest rank of a LoRA module, where `max_loras` makes room.
+        max_full: full modules that there may be, likewise; each that is loaded takes the memory of
+            its weights. 0 is as many as are configured.
     """
 
     engines: int = 1
@@ -97,6 +103,9 @@ class DecodeConfig:
     steps_per_dispatch: int = 1
     group_quantum: int = 32
     shared_prefix: SharedPrefix = "auto"
+    max_loras: int = 0
+    max_lora_rank: int = 16
+    max_full: int = 0
 
 
 @dataclass(frozen=True)
@@ -126,12 +135,17 @@ class ServerConfig:
             such; else they are text, and only the chat template writes control tokens.
         max_n: most samples (`n`) of one prompt.
         max_prompts: most prompts of one completion request.
+        max_scored_tokens: most prompt tokens of one request whose own log-probabilities are asked
+            for (`echo` with `logprobs`, `prompt_logprobs`); each costs a decode step's row.
         max_body_items: most texts, lists and objects of one request body; a number counts for a
             sixteenth of one.
         worker_threads: threads that read large bodies, render chat templates and tokenise; as many
             again do so for small requests, which wait for no large ones.
         ping_seconds: a stream that has nothing to say for so long gets an SSE comment; 0 is never.
         cors_origins: origins whose pages may call the API from a browser; `*` is every one.
+        adapter_root: folder below which decode modules may be loaded while the server runs; empty
+            turns that off.
+        allow_runtime_loading: whether whoever may ask may do that; else it takes an admin key.
         tls_cert: PEM file of the server's certificate and those above it; with `tls_key` the server
             speaks HTTPS.
         tls_key: PEM file of its private key, without a password.
@@ -158,10 +172,13 @@ class ServerConfig:
     special_tokens_in_text: bool = False
     max_n: int = 128
     max_prompts: int = 256
+    max_scored_tokens: int = 16_384
     max_body_items: int = 50_000
     worker_threads: int = 2
     ping_seconds: float = 15.0
     cors_origins: list[str] = field(default_factory=list)
+    adapter_root: str = ""
+    allow_runtime_loading: bool = False
     tls_cert: str = ""
     tls_key: str = ""
     access_log: AccessLogFormat = "text"

@@ -11,6 +11,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 LOCK = (ROOT / "requirements.lock").read_text()
+LOCKED = ("train", "convert", "eval", "otel", "sandbox")
 audit = runpy.run_path(str(ROOT / ".ci/audit.py"))
 
 
@@ -23,7 +24,8 @@ def test_every_requirement_is_locked_to_a_version_that_will_do():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     pins = locked()
-    for text in (*project["dependencies"], *extras["otel"], *extras["sandbox"]):
+    named = [text for extra in LOCKED for text in extras[extra]]
+    for text in (*project["dependencies"], *named):
         requirement = Requirement(text)
         version = pins[requirement.name.lower().replace("_", "-")]
         assert requirement.specifier.contains(version, prereleases=True), text

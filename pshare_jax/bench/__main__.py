@@ -22,6 +22,7 @@ from pshare_jax.bench import (
     agents_plots,
     agents_report,
     compile_report,
+    loading,
     machine,
     micro,
     micro_report,
@@ -94,6 +95,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Appended turns of many sessions, computed together or one prompt a call."
     )
     turns_parser.add_class_arguments(turns.TurnsOptions)
+    loading_parser = jsonargparse.ArgumentParser(
+        description="What streams notice of decode modules being loaded and unloaded."
+    )
+    loading_parser.add_class_arguments(loading.LoadingOptions)
     starve_parser = jsonargparse.ArgumentParser(
         description="How long a small request takes while others flood the server."
     )
@@ -107,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     report_parser.add_class_arguments(ReportOptions)
     measured = (micro_parser, compile_parser, agents_parser, plan_parser, train_parser)
-    for command in (*measured, turns_parser, starve_parser, soak_parser):
+    for command in (*measured, turns_parser, loading_parser, starve_parser, soak_parser):
         command.add_argument("--json", type=str | None, default=None, help="file for the figures")
     commands = parser.add_subcommands(dest="command")
     commands.add_subcommand("micro", micro_parser)
@@ -116,6 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_subcommand("plan", plan_parser)
     commands.add_subcommand("train", train_parser)
     commands.add_subcommand("turns", turns_parser)
+    commands.add_subcommand("loading", loading_parser)
     commands.add_subcommand("starve", starve_parser)
     commands.add_subcommand("report", report_parser)
     benches = {
@@ -125,6 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "plan": _plan,
         "train": _train,
         "turns": _turns,
+        "loading": _loading,
         "starve": _starve,
         "soak": _soak,
     }
@@ -192,6 +199,12 @@ def _agents(options: dict[str, Any], _: Keep) -> dict[str, Any]:
         *agents_report.lines(result),
         machine.one_line(result["machine"]),
     )
+    return result
+
+
+def _loading(options: dict[str, Any], _: Keep) -> dict[str, Any]:
+    result = loading.run(loading.LoadingOptions(**options))
+    print("\n".join([*loading.lines(result), "", machine.one_line(result["machine"])]))
     return result
 
 

@@ -97,6 +97,8 @@ async def _under_load(
     async with asyncio.TaskGroup() as group:
         for number in range(options.clients):
             group.create_task(load.client(number, end))
+        if options.hot:
+            group.create_task(load.hot_loads(end))
         while (now := time.monotonic()) < end:
             sample = await watch.sample(now - begin)
             # Lags and growth while caches fill are not what is asked for.
@@ -104,6 +106,7 @@ async def _under_load(
                 samples.append(sample)
             progress(int(now - begin), int(seconds))
             await asyncio.sleep(min(options.seconds_between_samples, max(0.0, end - now)))
+        samples.append(await watch.sample(seconds))
     return load, samples
 
 

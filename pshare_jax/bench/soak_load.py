@@ -39,6 +39,7 @@ _MAX_FAULTS = 50
 # How often each kind of request is chosen.
 _KINDS = {"probe": 8, "session": 4, "drop": 4, "slow": 2, "samples": 2, "nonsense": 3}
 _SLOW_SECONDS = 0.03
+_HOT_PAUSE_SECONDS = 1.0
 _HEADERS = {"Content-Type": "application/json"}
 
 
@@ -113,6 +114,28 @@ class Load:
                 outcome = "failed"
                 self._fault(f"{kind}: {type(error).__name__}: {str(error)[:200]}")
             self.outcomes[kind][outcome] += 1
+
+    async def hot_loads(self, end: float) -> None:
+        """Loads modules, asks each once and unloads it, until `end`."""
+        rng = random.Random(f"hot {self._options.seed}")
+        while time.monotonic() < end:
+            for number, folder in enumerate(self._options.hot):
+                name = f"soak-{number}"
+                try:
+                    await self._say("load", {"lora_name": name, "lora_path": folder})
+                    await _whole(self._session, {**self._body(rng), "model": name})
+                    await self._say("unload", {"lora_name": name})
+                    outcome = "loaded"
+                except (aiohttp.ClientError, TimeoutError, ValueError, KeyError) as error:
+                    outcome = "failed"
+                    self._fault(f"hot: {folder}: {type(error).__name__}: {str(error)[:200]}")
+                self.outcomes["hot"][outcome] += 1
+            await asyncio.sleep(_HOT_PAUSE_SECONDS)
+
+    async def _say(self, what: str, body: dict[str, Any]) -> None:
+        path = f"/v1/{what}_lora_adapter"
+        async with self._session.post(path, json=body) as response:
+            response.raise_for_status()
 
     def _fault(self, text: str) -> None:
         if len(self.faults) < _MAX_FAULTS:
@@ -204,7 +227,8 @@ def _text(rng: random.Random, words: int) -> str:
 
 
 async def _whole(session: aiohttp.ClientSession, body: dict[str, Any]) -> list[int]:
-    async with session.post("/v1/completions", json=body) as response:
+    asked = {**body, "return_token_ids": True}
+    async with session.post("/v1/completions", json=asked) as response:
         response.raise_for_status()
         return (await response.json())["choices"][0]["token_ids"]
 

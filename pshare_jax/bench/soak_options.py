@@ -19,6 +19,8 @@ class SoakOptions:
         probes: different requests whose answers are recorded and compared.
         longest_prompt: words of the longest prompt.
         longest_answer: most tokens of an answer.
+        hot: module folders that are loaded, asked and unloaded all the time, as the server finds
+            them below its `server.adapter_root`; it must permit that to everybody.
         seconds_between_samples: how often the server is looked at.
         seed: of the traffic.
         url: a server that runs already; with `pid`, its process on this machine.
@@ -32,6 +34,7 @@ class SoakOptions:
     probes: int = 24
     longest_prompt: int = 400
     longest_answer: int = 48
+    hot: list[str] = field(default_factory=list)
     seconds_between_samples: float = 2.0
     seed: int = 0
     url: str = ""

@@ -7,7 +7,7 @@ from typing import Generic, Protocol, TypeVar
 
 from pshare_jax.core.decode import DecodeCore
 from pshare_jax.core.fairness import Share
-from pshare_jax.core.messages import Message, Outbox
+from pshare_jax.core.messages import Message, Outbox, WeightsFreed
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.plans import DecodePlan, DecodeResult, Landed, PrefillPlan, PrefillResult
 from pshare_jax.core.prefill import PrefillCore
@@ -34,6 +34,10 @@ class DecodeRuns(Protocol):
 
     def own(self) -> None:
         """Makes the calling thread the owner of the pool."""
+        ...
+
+    def forget(self, group: str) -> None:
+        """Drops the weights of a group of models of which none is left."""
         ...
 
     @property
@@ -208,7 +212,10 @@ class DecodeWorker(Generic[D]):
 
     def receive(self, message: Message) -> None:
         """See Worker."""
-        self.core.receive(message)
+        if isinstance(message, WeightsFreed):
+            self.executor.forget(message.group)
+        else:
+            self.core.receive(message)
 
     def plan(self, now: float) -> Callable[[], bool] | None:
         """See Worker."""

@@ -87,7 +87,7 @@ class DecodeCore:
         self.crowded = False
         self.starved: HasSequence | None = None
         self.admission = Admission(cache, config.max_num_seqs)
-        self._models = models
+        self._models = dict(models)
         self._config = config
         self._bytes_per_page = bytes_per_page
         self._owns_cache = owns_cache
@@ -116,10 +116,11 @@ class DecodeCore:
         return DEADLINE_SECONDS if self._arrivals.waits else None
 
     def running(self) -> dict[str, int]:
-        """Sequences that have a slot and all their pages, by model."""
+        """Sequences that have a slot and all their pages, by model; probes are not counted."""
         counts: dict[str, int] = {}
         for row in tuple(self._rows.values()):
-            counts[row.sequence.model] = counts.get(row.sequence.model, 0) + 1
+            if not row.sequence.probe:
+                counts[row.sequence.model] = counts.get(row.sequence.model, 0) + 1
         return counts
 
     def readers(self) -> list[tuple[str, list[int]]]:
@@ -147,6 +148,10 @@ class DecodeCore:
                 self._fetch_failed(transfer, reason)
             case m.Abort(id):
                 self._abort(id)
+            case m.ModelAdded(spec):
+                self._models[spec.name] = spec
+            case m.ModelRemoved(model):
+                self._models.pop(model, None)
             case _:
                 raise TypeError(f"{self.name}: {type(message).__name__} is not for decode workers")
         self._changes += 1
@@ -246,7 +251,7 @@ class DecodeCore:
         for covered, room in self._queue.enter(self._holdings, self.make_room):
             self._arrive(covered, room)
         if self._queue and self.admission.num_inside == 0:
-            order = self._queue.next(self._holdings()).sequence.order
+            order = self._queue.oldest.sequence.order
             younger = [one for one in self.elsewhere if one.sequence.order > order]
             self._starve(max(younger, key=lambda one: one.sequence.order, default=None))
         self._stuck = self._changes, self.cache.num_available
@@ -399,7 +404,8 @@ class DecodeCore:
 
     def _accept(self, row: DecodeRow, tokens: list[int], logprobs: list[TokenLogprobs]) -> None:
         accepted, reason = row.accept(tokens)
-        self.stats.generation_tokens[row.sequence.model] += len(accepted)
+        if not row.sequence.probe:
+            self.stats.generation_tokens[row.sequence.model] += len(accepted)
         if reason is not None:
             self._remove(row)
         entries = tuple(logprobs[: len(accepted)])

@@ -49,9 +49,10 @@ class DecodeQueue:
         for id in tuple(self._waiting):
             self.remove(id)
 
-    def next(self, holdings: Holdings) -> Covered:
-        """Whose turn it is; somebody must wait."""
-        return holdings.next(self._waiting.values())
+    @property
+    def oldest(self) -> Covered:
+        """Who has waited longest; somebody must wait."""
+        return min(self._waiting.values(), key=lambda covered: covered.sequence.order)
 
     def enter(
         self, holdings: Callable[[], Holdings], make_room: Callable[[Sequence], bool]
@@ -63,12 +64,16 @@ class DecodeQueue:
             make_room: has somebody give way to a sequence, if that is fair, and says whether.
         """
         while self._waiting:
-            covered = self.next(holdings())
+            covered = holdings().next(self._waiting.values())
             id = covered.sequence.id
             if (room := self._reserve(covered)) is not None:
                 yield covered, room
             elif self._admission.num_inside == 0:
-                return
+                # Nobody inside will make room: others have to, who are younger than the oldest.
+                covered = self.oldest
+                if (room := self._reserve(covered)) is None:
+                    return
+                yield covered, room
             # Once for a sequence, so that it does not take from others again and again.
             elif id not in self._favoured and make_room(covered.sequence):
                 self._favoured.add(id)

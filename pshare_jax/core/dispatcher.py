@@ -8,6 +8,7 @@ earlier ones have delivered.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -36,6 +37,7 @@ class _Live:
     """A request that has not ended: what was delivered of it, and the present attempt."""
 
     request: Request
+    model: ModelSpec
     order: int
     seed: int
     end_token_ids: frozenset[int]
@@ -66,13 +68,18 @@ class Dispatcher:
         outbox: messages to workers; who carries them empties it.
         outputs: events of requests, in order; who delivers them empties it.
         stats: what has become of requests.
+        retired: models that have gone, and of which no request is left; who frees what they had
+            empties it.
     """
 
     def __init__(self, models: Mapping[str, ModelSpec], router: Router, page_size: int):
         self.outbox: Outbox = []
         self.outputs: list[RequestOutput] = []
         self.stats = DispatcherStats()
-        self._models = models
+        self.retired: list[ModelSpec] = []
+        self._models = dict(models)
+        self._users: Counter[str] = Counter()
+        self._leaving: dict[str, ModelSpec] = {}
         self._router = router
         self._page_size = page_size
         self._live: dict[str, _Live] = {}
@@ -85,6 +92,31 @@ class Dispatcher:
         """Requests that have not ended."""
         return len(self._live)
 
+    def set_model(self, name: str, spec: ModelSpec) -> None:
+        """Serves a model under `name` from now on; requests to what had that name go on with it."""
+        self.remove_model(name)
+        self._models[name] = spec
+        self.outbox += [(worker, m.ModelAdded(spec)) for worker in self._router.workers]
+
+    def remove_model(self, name: str) -> None:
+        """Serves nothing under `name` any more, once the requests that it has have ended."""
+        spec = self._models.pop(name, None)
+        if spec is not None:
+            self._leaving[spec.name] = spec
+            self._retire(spec)
+
+    def hold(self, name: str) -> ModelSpec | None:
+        """What is served under `name`; it stays until `release`. None if there is nothing."""
+        spec = self._models.get(name)
+        if spec is not None:
+            self._users[spec.name] += 1
+        return spec
+
+    def release(self, spec: ModelSpec) -> None:
+        """The counterpart of `hold`."""
+        self._users[spec.name] -= 1
+        self._retire(spec)
+
     def submit(
         self,
         request: Request,
@@ -92,6 +124,7 @@ class Dispatcher:
         order: int,
         seed: int,
         end_token_ids: frozenset[int],
+        model: ModelSpec | None = None,
         now: float = 0.0,
     ) -> None:
         """Takes a request, whose id must not be in use.
@@ -101,9 +134,17 @@ class Dispatcher:
             order: of arrival.
             seed: of its random draws.
             end_token_ids: tokens that end it.
+            model: one that is held; None is what the request's model is at present.
             now: seconds of the host's clock.
         """
-        model = self._models[request.model]
+        model = self._models.get(request.model) if model is None else model
+        if model is None:
+            error = f"model {request.model} was unloaded"
+            self.outputs.append(
+                RequestOutput(request.id, finish_reason=FinishReason.ERROR, error=error)
+            )
+            return
+        self._users[model.name] += 1
         prompt = request.prompt_token_ids
         split = model.split_rule.split(prompt)
         root = root_key(model.namespace, request.cache_salt)
@@ -111,6 +152,7 @@ class Dispatcher:
         rest = prompt[len(keys) * self._page_size : split.covered]
         live = _Live(
             request,
+            model,
             order,
             seed,
             end_token_ids,
@@ -202,7 +244,7 @@ class Dispatcher:
         sequence = Sequence(
             id=next(self._ids),
             order=live.order,
-            model=request.model,
+            model=live.model.name,
             prompt=request.prompt_token_ids,
             output=tuple(live.output),
             covered=live.covered,
@@ -213,10 +255,11 @@ class Dispatcher:
             params=request.params,
             seed=live.seed,
             end_token_ids=live.end_token_ids,
+            probe=request.probe,
             owner=request.owner,
         )
         try:
-            sequence = self._router.route(sequence, self._models[request.model].decode_workers)
+            sequence = self._router.route(sequence, live.model.decode_workers)
         except NoWorkerError as error:
             causes = "; ".join(f"{name}: {why}" for name, why in self._lost_workers.items())
             self._finish(live, FinishReason.ERROR, f"{error} ({causes})")
@@ -261,11 +304,12 @@ class Dispatcher:
         )
 
     def _finish(self, live: _Live, reason: FinishReason, error: str | None = None) -> None:
+        usage = self._first_usage(live)
         self._end(live, reason)
         self.outputs.append(
             RequestOutput(
                 request_id=live.request.id,
-                usage=live.usage,
+                usage=usage,
                 finish_reason=reason,
                 error=error,
                 times=live.times,
@@ -281,7 +325,17 @@ class Dispatcher:
     def _end(self, live: _Live, reason: FinishReason) -> None:
         self._leave(live)
         del self._live[live.request.id]
-        self.stats.ended(live.request.model, reason, len(live.request.prompt_token_ids))
+        self.release(live.model)
+        if not live.request.probe:
+            self.stats.ended(live.request.model, reason, len(live.request.prompt_token_ids))
+
+    def _retire(self, spec: ModelSpec) -> None:
+        """Lets a model go that has been removed, if nobody is left who uses it."""
+        if self._users[spec.name] or spec.name not in self._leaving:
+            return
+        del self._leaving[spec.name], self._users[spec.name]
+        self.outbox += [(worker, m.ModelRemoved(spec.name)) for worker in self._router.workers]
+        self.retired.append(spec)
 
 
 def _note_prefill(times: RequestTimes, tokens_left: int, now: float) -> None:

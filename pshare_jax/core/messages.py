@@ -12,13 +12,13 @@ from typing import Literal
 
 import msgspec
 
+from pshare_jax.core.models import ModelSpec
+
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
 
 DISPATCHER = "dispatcher"
 """Name of the part that routes requests; workers are `prefill0`, `decode0`, ..."""
-
-ModelKind = Literal["identity", "full", "lora"]
 
 
 class SamplingParams(msgspec.Struct, frozen=True):
@@ -29,7 +29,9 @@ class SamplingParams(msgspec.Struct, frozen=True):
     and `min_p` 0 are off; equal scores are kept or dropped together. `logprobs` asks for the
     log-probability (of the unmodified distribution, natural log) of the chosen token and of that
     many most likely ones; None asks for none. `stop_token_ids` come on top of the model's own end
-    tokens, which `ignore_eos` turns off.
+    tokens, which `ignore_eos` turns off. `prompt_logprobs` asks for the log-probability of each
+    prompt token and of that many most likely ones in its place (`core/prompt_scores.py`);
+    `max_tokens` may be 0.
     """
 
     max_tokens: int = 16
@@ -45,6 +47,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
     logprobs: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    prompt_logprobs: int | None = None
 
 
 class Owner(msgspec.Struct, frozen=True):
@@ -67,7 +70,8 @@ class Owner(msgspec.Struct, frozen=True):
 class Request(msgspec.Struct, frozen=True):
     """One sequence to be generated: `prompt_token_ids` by `model`.
 
-    Requests with different `cache_salt` never share pages.
+    Requests with different `cache_salt` never share pages. A `probe` is part of another request's
+    work, which counters do not count.
     """
 
     id: str
@@ -75,6 +79,7 @@ class Request(msgspec.Struct, frozen=True):
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams = msgspec.field(default_factory=SamplingParams)
     cache_salt: str = ""
+    probe: bool = False
     owner: Owner = Owner()
 
 
@@ -132,7 +137,8 @@ class RequestOutput(msgspec.Struct, frozen=True):
     Token events carry `token_ids` (one or more, with one `logprobs` entry each when asked for).
     The first event carries `usage` and `times`, the last one `times`, too, and `finish_reason`; the
     stop token that ended the sequence is its last token id and `stop_token` names it. `error` goes
-    with ERROR.
+    with ERROR. `prompt_logprobs`, when asked for, come once, before any token: an entry for each
+    prompt token, None for the first.
     """
 
     request_id: str
@@ -142,6 +148,7 @@ class RequestOutput(msgspec.Struct, frozen=True):
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
     error: str | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     times: RequestTimes | None = None
 
 
@@ -152,7 +159,7 @@ class Sequence(msgspec.Struct, frozen=True, kw_only=True):
         id: of this attempt; a request that is routed again gets a new one, so that what an old
             worker still says of it is recognised as stale.
         order: arrival order of the request; the smaller, the older.
-        model: its name.
+        model: id of the model, see `ModelSpec`.
         prompt: token ids.
         output: tokens that earlier attempts have generated and delivered.
         covered: the first positions of the prompt, which the prefill module covers.
@@ -166,6 +173,7 @@ class Sequence(msgspec.Struct, frozen=True, kw_only=True):
         num_uncached: prompt tokens that the router expects to be computed.
         prefill_worker: who covers the prompt.
         decode_worker: who generates.
+        probe: whether counters leave it out, see `Request`.
         owner: whose it is, for fair shares.
     """
 
@@ -185,6 +193,7 @@ class Sequence(msgspec.Struct, frozen=True, kw_only=True):
     num_uncached: int = 0
     prefill_worker: str = ""
     decode_worker: str = ""
+    probe: bool = False
     owner: Owner = Owner()
 
     @property
@@ -281,6 +290,24 @@ class Release(msgspec.Struct, frozen=True, tag=True):
     id: int
 
 
+class ModelAdded(msgspec.Struct, frozen=True, tag=True):
+    """To every worker: a model, under an id of its own; its weights are where they are needed."""
+
+    spec: ModelSpec
+
+
+class ModelRemoved(msgspec.Struct, frozen=True, tag=True):
+    """To every worker: no sequence of that model is left or will come."""
+
+    model: str
+
+
+class WeightsFreed(msgspec.Struct, frozen=True, tag=True):
+    """To a decode worker: no model is left of that group; its weights are not needed any more."""
+
+    group: str
+
+
 # Worker -> dispatcher.
 
 
@@ -338,7 +365,19 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     error: str
 
 
-ToWorker = Prefill | Abort | Covered | Withdrawn | Fetch | Offered | NotOffered | Release
+ToWorker = (
+    Prefill
+    | Abort
+    | Covered
+    | Withdrawn
+    | Fetch
+    | Offered
+    | NotOffered
+    | Release
+    | ModelAdded
+    | ModelRemoved
+    | WeightsFreed
+)
 ToDispatcher = Pending | IndexChanged | Started | Tokens | Returned | Dropped | Failed
 Message = ToWorker | ToDispatcher
 

@@ -6,9 +6,9 @@ from typing import Literal
 
 import msgspec
 
-from pshare_jax.core.messages import ModelKind
 from pshare_jax.core.split_rule import SplitRule
 
+ModelKind = Literal["identity", "full", "lora"]
 Sharing = Literal["shared", "isolated"]
 
 
@@ -16,7 +16,8 @@ class ModelSpec(msgspec.Struct, frozen=True):
     """A served model.
 
     Args:
-        name: what clients ask for.
+        name: its id in the engine, never used again for other weights. It is the name that clients
+            ask for, unless something else has gone by that name before.
         kind: what its decode module is.
         sharing: whether it reads the base's KV or prefills with its own weights.
         split_rule: which of a prompt's tokens the decode module reads itself.

@@ -73,7 +73,7 @@ class PrefillCore:
         self.queue = PrefillQueue(cache)
         self._clock = FairClock()
         self._pages = PromptPages(cache)
-        self._models = models
+        self._models = dict(models)
         self._pads = pads
         self._buckets = sorted(chunk_buckets)
         self._budget = self._buckets[-1]
@@ -100,6 +100,10 @@ class PrefillCore:
                 self._fetch(message)
             case m.Release(id):
                 self._release(id)
+            case m.ModelAdded(spec):
+                self._models[spec.name] = spec
+            case m.ModelRemoved(model):
+                self._models.pop(model, None)
             case _:
                 raise TypeError(f"{self.name}: {type(message).__name__} is not for prefill workers")
 
@@ -256,7 +260,8 @@ class PrefillCore:
         """All is there: it is held until the decode worker has it."""
         sequence, usage = task.sequence, task.usage()
         self._held[sequence.id] = task
-        self.stats.prefilled(sequence.model, usage)
+        if not sequence.probe:
+            self.stats.prefilled(sequence.model, usage)
         self._send(DISPATCHER, m.Pending(sequence.id, 0))
         self._send(sequence.decode_worker, m.Covered(sequence, usage))
 

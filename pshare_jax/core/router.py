@@ -89,6 +89,11 @@ class Router:
         self._decode = {info.name: _Worker(info) for info in decode}
         self._assigned: dict[int, tuple[str, str, int]] = {}
 
+    @property
+    def workers(self) -> list[str]:
+        """Names of the workers that are alive."""
+        return [*self._prefill, *self._decode]
+
     def route(self, sequence: Sequence, decode_workers: Iterable[str]) -> Sequence:
         """The sequence with its workers and `num_uncached`.
 

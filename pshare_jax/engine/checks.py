@@ -20,8 +20,8 @@ def check_request(request: Request, vocab_size: int, max_model_len: int) -> None
     if min(prompt) < 0 or max(prompt) >= vocab_size:
         wrong = next(t for t in prompt if not 0 <= t < vocab_size)
         raise RequestError(f"token id {wrong} is out of range 0..{vocab_size - 1}", "prompt")
-    if params.max_tokens < 1:
-        raise RequestError(f"max_tokens must be at least 1, is {params.max_tokens}", "max_tokens")
+    if params.max_tokens < 0:
+        raise RequestError(f"max_tokens must be at least 0, is {params.max_tokens}", "max_tokens")
     total = len(prompt) + params.max_tokens
     if total > max_model_len:
         raise RequestError(
@@ -38,8 +38,10 @@ def check_request(request: Request, vocab_size: int, max_model_len: int) -> None
         )
     if not all(map(math.isfinite, params.logit_bias.values())):
         raise RequestError("logit_bias: every bias must be a finite number", "logit_bias")
-    if params.logprobs is not None and not 0 <= params.logprobs <= min(MAX_LOGPROBS, vocab_size):
-        raise RequestError(f"logprobs must be 0..{MAX_LOGPROBS}", "logprobs")
+    for name in ("logprobs", "prompt_logprobs"):
+        count = getattr(params, name)
+        if count is not None and not 0 <= count <= min(MAX_LOGPROBS, vocab_size):
+            raise RequestError(f"{name} must be 0..{MAX_LOGPROBS}", name)
     values = {
         "temperature": (params.temperature, 0.0, 100.0),
         "top_p": (params.top_p, 0.0, 1.0),

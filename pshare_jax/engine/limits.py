@@ -63,6 +63,10 @@ def check_config(config: ServeConfig, model: ModelConfig, layout: PageLayout) ->
         raise ConfigError(
             "decode: max_num_seqs, steps_per_dispatch and group_quantum must be at least 1"
         )
+    if min(decode.max_loras, decode.max_full) < 0 or decode.max_lora_rank < 1:
+        raise ConfigError(
+            "decode: max_loras and max_full must not be negative, max_lora_rank at least 1"
+        )
     _check_backend(config)
     longest = layout.pages_for(config.max_model_len)
     return PoolSizes(

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, Sharding
 
-from pshare_jax.config import ModelEntry, ServeConfig, Sharing
+from pshare_jax.config import DecodeConfig, ModelEntry, ServeConfig, Sharing
 from pshare_jax.convert.manifest import Manifest
 from pshare_jax.convert.orbax import load_weights
 from pshare_jax.convert.seals import open_checkpoint
-from pshare_jax.core.messages import ModelKind
-from pshare_jax.core.models import ModelSpec
+from pshare_jax.core.models import ModelKind, ModelSpec
 from pshare_jax.core.split_rule import LAST_TOKEN, SplitRule
+from pshare_jax.engine.adapter_stack import AdapterStack, check_room
 from pshare_jax.engine.host_memory import return_freed_memory
 from pshare_jax.errors import CheckpointError, ConfigError
 from pshare_jax.kernels.backends import on_mesh
@@ -41,6 +42,9 @@ LoadTensors = Callable[[Mapping[str, Sharding]], Weights]
 BASE = "base"
 """Name of the base's weights, and of the group of models that decode with them: the base itself
 (adapter -1) and all LoRA modules."""
+
+SPARE = "spare"
+"""Name of weights that no model has: the base's, in the place of a full module's."""
 
 T = TypeVar("T")
 
@@ -85,16 +89,17 @@ def checkpoint_sources(config: ServeConfig, dtype: Any) -> tuple[BaseSource, lis
     if manifest.kind != "prefill":
         raise ConfigError(f"base: {config.base} is a decode module; name a prefill checkpoint")
 
-    def loader(source: Manifest) -> LoadTensors:
-        return lambda shardings: load_weights(source, dtype=dtype, shardings=shardings)
-
-    base = BaseSource(manifest.config, manifest.fingerprint, loader(manifest), manifest.former)
-    return base, [_model_source(entry, base, loader) for entry in config.models]
+    load = _loader(manifest, dtype)
+    base = BaseSource(manifest.config, manifest.fingerprint, load, manifest.former)
+    return base, [model_source(entry, base, dtype) for entry in config.models]
 
 
-def _model_source(
-    entry: ModelEntry, base: BaseSource, loader: Callable[[Manifest], LoadTensors]
-) -> ModelSource:
+def model_source(entry: ModelEntry, base: BaseSource, dtype: Any) -> ModelSource:
+    """The source of one served model; reads its manifest only.
+
+    Raises:
+        ConfigError, CheckpointError, CertificateError: as `checkpoint_sources`.
+    """
     engines = tuple(entry.decode_engines)
     if entry.checkpoint == "identity":
         return ModelSource(entry.name, "identity", entry.sharing, base.load, None, engines)
@@ -111,10 +116,14 @@ def _model_source(
         entry.name,
         manifest.certificate.kind,
         entry.sharing,
-        loader(manifest),
+        _loader(manifest, dtype),
         manifest.certificate,
         engines,
     )
+
+
+def _loader(manifest: Manifest, dtype: Any) -> LoadTensors:
+    return lambda shardings: load_weights(manifest, dtype=dtype, shardings=shardings)
 
 
 def model_specs(
@@ -154,6 +163,32 @@ def model_specs(
     return table
 
 
+def loaded_spec(
+    source: ModelSource, base: BaseSource, id: str, group: str, adapter: int, engines: int
+) -> ModelSpec:
+    """The engines' view of a module that is loaded while they run, on all of them.
+
+    Args:
+        source: the module; it shares the base's KV.
+        base: the prefill module.
+        id: see `ModelSpec.name`.
+        group: of its weights, `BASE` for a LoRA module.
+        adapter: index of a LoRA module; -1 for a full one.
+        engines: number of decode engines.
+    """
+    return ModelSpec(
+        name=id,
+        kind=source.kind,
+        sharing=source.sharing,
+        split_rule=source.split_rule,
+        prefill_weights=BASE,
+        namespace=base.fingerprint,
+        group=group,
+        adapter=adapter,
+        decode_workers=tuple(f"decode{e}" for e in range(engines)),
+    )
+
+
 def _namespace(source: ModelSource, fingerprint: str) -> str:
     """Names the KV that a model reads: by the weights that write it, where they are its own.
 
@@ -188,12 +223,33 @@ class WeightLoader:
         base: the prefill module.
         sources: the served models.
         backend: the kernel backend; see `models.packed.is_packed`.
+        room: for modules that are loaded later.
+        dtype: of weights.
+
+    Raises:
+        ConfigError: the served models are more than there is room for.
     """
 
-    def __init__(self, base: BaseSource, sources: list[ModelSource], backend: str):
+    def __init__(
+        self,
+        base: BaseSource,
+        sources: list[ModelSource],
+        backend: str,
+        room: DecodeConfig | None = None,
+        dtype: Any = jnp.float32,
+    ):
         self._base = base
         self._sources = sources
         self._backend = backend
+        self._room = room or DecodeConfig()
+        self.stack: AdapterStack | None = None
+        if self._room.max_loras:
+            self.stack = AdapterStack(
+                base.config, self._room.max_loras, self._room.max_lora_rank, dtype
+            )
+        certificates = [source.certificate for source in sources]
+        ranks = [c.lora_rank for c in certificates if c is not None and c.lora_rank is not None]
+        check_room([source.kind for source in sources], ranks, self._room)
         self._made: dict[tuple[str, Mesh], Any] = {}
 
     def prefill(self, mesh: Mesh) -> dict[str, Weights]:
@@ -228,12 +284,47 @@ class WeightLoader:
             if source.kind == "full"
         }
         kinds = {source.kind for source in hosted}
-        if kinds & {"identity", "lora"}:
+        if kinds & {"identity", "lora"} or self.stack is not None:
             adapters = None
-            if "lora" in kinds:
+            if "lora" in kinds or self.stack is not None:
                 adapters = self._once("adapters", mesh, lambda: self._adapters(mesh))
             groups[BASE] = GroupWeights(self._base_weights(mesh), adapters)
+        if self._room.max_full and "full" not in kinds:
+            # So that what a full module needs is compiled.
+            groups[SPARE] = GroupWeights(self._base_weights(mesh))
         return groups
+
+    def built(self) -> None:
+        """All meshes have what they need: what they give up later need not be kept here."""
+        self._made.clear()
+
+    def full_on(self, source: ModelSource, meshes: Sequence[Mesh]) -> list[GroupWeights]:
+        """A full module's weights on each of the decode meshes, loaded now."""
+        return [GroupWeights(weights) for weights in self._on_each(meshes, source)]
+
+    def _on_each(self, meshes: Sequence[Mesh], source: ModelSource) -> list[Weights]:
+        made: list[Weights] = []
+        for number, mesh in enumerate(meshes):
+            twin = next((i for i in range(number) if same_memory(meshes[i], mesh)), None)
+            if twin is None:
+                made.append(jax.block_until_ready(self._full(source.load, mesh)))
+            else:
+                made.append(alias_on(made[twin], meshes[twin], mesh))
+        return made
+
+    def adapters_on(
+        self, stacked: Weights, meshes: Sequence[Mesh]
+    ) -> list[Weights | PackedAdapters]:
+        """Stacked adapters on each of the decode meshes."""
+        return [jax.block_until_ready(self._placed(stacked, mesh)) for mesh in meshes]
+
+    def lora_factors(self, source: ModelSource, mesh: Mesh) -> LoraModule:
+        """A LoRA module's factors, read now.
+
+        Raises:
+            CheckpointError: the certificate lacks what a LoRA module has.
+        """
+        return self._lora(source, mesh)
 
     def _once(self, name: str, mesh: Mesh, make: Callable[[], T]) -> T:
         """What `make` gives for `mesh`, unless that is in the mesh's memory already."""
@@ -263,9 +354,17 @@ class WeightLoader:
     def _adapters(self, mesh: Mesh) -> Weights | PackedAdapters:
         # All LoRA modules, hosted or not, so that a module's index is the same everywhere.
         modules = [self._lora(s, mesh) for s in self._sources if s.kind == "lora"]
-        stacked = stack_adapters(modules)
+        if self.stack is None:
+            return self._placed(stack_adapters(modules), mesh)
+        for slot, module in enumerate(modules):
+            self.stack.put(slot, module)
+        return self._placed(self.stack.weights(), mesh)
+
+    def _placed(self, stacked: Weights, mesh: Mesh) -> Weights | PackedAdapters:
+        """Stacked adapters as the steps of `mesh` read them."""
         if is_packed(on_mesh(self._backend, mesh.size), self._base.config):
-            stacked = pack_adapters(self._base.config, stacked)
+            packed = pack_adapters(self._base.config, stacked)
+            return jax.device_put(packed, replicated(mesh))
         return jax.device_put(stacked, replicated(mesh))
 
     def _packed(self, weights: Weights, mesh: Mesh) -> Weights:

@@ -62,14 +62,7 @@ class Monolithic:
                 invocation in the prompt, the prefill module answers.
             end_token_ids: generation ends with one of these.
         """
-        dtype = prefill_weights["embed.embedding"].dtype
-        cache = init_cache(self._config, 1, self._max_len, dtype)
-        split = (LastTokens(tail) if isinstance(tail, int) else tail).split(prompt)
-        own_weights = decode_weights if split.invoked else prefill_weights
-        logits = jnp.zeros(self._config.vocab_size)
-        for position, token in enumerate(prompt):
-            weights = prefill_weights if position < split.covered else own_weights
-            logits, cache = self._step(weights, cache, np.int32(token), np.int32(position))
+        own_weights, logits, cache = self._read(prefill_weights, decode_weights, prompt, tail)
         output: list[int] = []
         while len(output) < max_tokens:
             token = int(jnp.argmax(logits))
@@ -79,3 +72,42 @@ class Monolithic:
             position = np.int32(len(prompt) + len(output) - 1)
             logits, cache = self._step(own_weights, cache, np.int32(token), position)
         return output
+
+    def prompt_logprobs(
+        self,
+        prefill_weights: Weights,
+        decode_weights: Weights,
+        prompt: Sequence[int],
+        *,
+        tail: int | SplitRule = 1,
+    ) -> np.ndarray:
+        """What each token of `prompt` is worth as the next one after those before it.
+
+        Each position is read anew, as a prompt of its own. Arguments as for `generate`.
+
+        Returns:
+            `[len(prompt), vocab]` float32 log-probabilities (natural log); row 0 is nan.
+        """
+        rows = [np.full(self._config.vocab_size, np.nan, np.float32)]
+        for end in range(1, len(prompt)):
+            _, logits, _ = self._read(prefill_weights, decode_weights, prompt[:end], tail)
+            rows.append(np.asarray(jax.nn.log_softmax(logits)))
+        return np.stack(rows)
+
+    def _read(
+        self,
+        prefill_weights: Weights,
+        decode_weights: Weights,
+        prompt: Sequence[int],
+        tail: int | SplitRule,
+    ) -> tuple[Weights, jax.Array, list[KV]]:
+        """Reads a prompt: the weights that answer, the logits after it, and its KV."""
+        dtype = prefill_weights["embed.embedding"].dtype
+        cache = init_cache(self._config, 1, self._max_len, dtype)
+        split = (LastTokens(tail) if isinstance(tail, int) else tail).split(prompt)
+        own_weights = decode_weights if split.invoked else prefill_weights
+        logits = jnp.zeros(self._config.vocab_size)
+        for position, token in enumerate(prompt):
+            weights = prefill_weights if position < split.covered else own_weights
+            logits, cache = self._step(weights, cache, np.int32(token), np.int32(position))
+        return own_weights, logits, cache

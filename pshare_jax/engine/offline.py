@@ -2,88 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import queue
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import msgspec
 
-from pshare_jax.config import ServeConfig, load_serve_config
-from pshare_jax.core.messages import (
-    FinishReason,
-    PromptUsage,
-    Request,
-    RequestOutput,
-    SamplingParams,
-    TokenLogprobs,
-)
+from pshare_jax.config import ModelEntry, ServeConfig, load_serve_config
+from pshare_jax.core.messages import Request, RequestOutput, SamplingParams
+from pshare_jax.engine.completion import ChatAnswer, Collector, Completion, ToolCall
 from pshare_jax.engine.orchestrator import Orchestrator
-from pshare_jax.errors import EngineDeadError, QueueFullError, RequestError
-from pshare_jax.text.detokenizer import StopMatcher
+from pshare_jax.errors import QueueFullError, RequestError
+from pshare_jax.frontend.answers import joined
+from pshare_jax.frontend.chat import TemplateOptions, chat_messages, chat_prompt
+from pshare_jax.frontend.model_format import ModelFormat, model_format
+from pshare_jax.frontend.params import Limits
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What a model generated for one prompt.
-
-    `token_ids` include the end token, if one ended it; `text` contains neither it nor the stop
-    string. `logprobs` has an entry for each token when they were asked for.
-    """
-
-    text: str
-    token_ids: list[int]
-    finish_reason: FinishReason
-    usage: PromptUsage
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-
-
-class _Collector:
-    """Gathers one request's events and looks for stop strings."""
-
-    def __init__(self, engine: Orchestrator, stop: Sequence[str]):
-        self._detokenizer = engine.tokenizer.detokenizer()
-        self._matcher = StopMatcher(stop)
-        self._text: list[str] = []
-        self._tokens: list[int] = []
-        self._logprobs: list[TokenLogprobs] = []
-        self._usage: PromptUsage | None = None
-        self._reason: FinishReason | None = None
-
-    @property
-    def done(self) -> bool:
-        return self._reason is not None
-
-    def add(self, event: RequestOutput) -> None:
-        if self.done:
-            return
-        if event.error is not None:
-            raise EngineDeadError(event.error)
-        self._usage = event.usage or self._usage
-        for i, token in enumerate(event.token_ids):
-            self._tokens.append(token)
-            self._logprobs += event.logprobs[i : i + 1]
-            self._text.append(self._matcher.push(self._detokenizer.push(token)))
-            if self._matcher.matched is not None:
-                self._reason = FinishReason.STOP
-                return
-        if event.finish_reason is not None:
-            self._text.append(self._matcher.push(self._detokenizer.finish()))
-            self._text.append(self._matcher.finish())
-            self._reason = event.finish_reason
-
-    def completion(self) -> Completion:
-        assert self._reason is not None
-        assert self._usage is not None
-        return Completion(
-            "".join(self._text), self._tokens, self._reason, self._usage, self._logprobs
-        )
 
 
 class Engine:
@@ -96,6 +36,7 @@ class Engine:
     def __init__(self, orchestrator: Orchestrator):
         self._orchestrator = orchestrator
         self._ids = itertools.count()
+        self._formats: dict[str, ModelFormat] = {}
         orchestrator.start()
 
     @classmethod
@@ -145,6 +86,22 @@ class Engine:
             RequestError: a prompt or parameter that can never be served.
             EngineDeadError: the engine has failed.
         """
+        return self._generate(
+            model, prompts, stop, sampling, cache_salt, on_completion, params, shown=()
+        )
+
+    def _generate(
+        self,
+        model: str,
+        prompts: Prompt | Sequence[Prompt],
+        stop: Sequence[str],
+        sampling: SamplingParams | None,
+        cache_salt: str,
+        on_completion: Callable[[int, Completion], None] | None,
+        params: dict[str, Any],
+        shown: tuple[str, ...],
+    ) -> list[Completion]:
+        """As `generate`; `shown` are special tokens that are part of the text."""
         many = _as_prompts(prompts)
         params = {"temperature": 0.0, **params} if sampling is None else params
         sampling = msgspec.structs.replace(sampling or SamplingParams(), **params)
@@ -153,7 +110,8 @@ class Engine:
             Request(f"offline-{next(self._ids)}", model, self._encode(prompt), sampling, cache_salt)
             for prompt in many
         ]
-        collectors = {request.id: _Collector(self._orchestrator, stop) for request in requests}
+        tokenizer = self._orchestrator.tokenizer
+        collectors = {request.id: Collector(tokenizer, stop, shown) for request in requests}
         indices = {request.id: index for index, request in enumerate(requests)}
         waiting = list(reversed(requests))
         running = 0
@@ -177,21 +135,81 @@ class Engine:
         return [collectors[request.id].completion() for request in requests]
 
     def chat(
-        self, model: str, messages: Sequence[Message], *, stop: Sequence[str] = (), **params: Any
-    ) -> Completion:
-        """Answers a conversation, rendered with the base's chat template.
+        self,
+        model: str,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        stop: Sequence[str] = (),
+        cache_salt: str = "",
+        template_options: TemplateOptions | None = None,
+        **params: Any,
+    ) -> ChatAnswer:
+        """Answers a conversation; prompt and answer are written and read as the server does.
 
         Args:
             model: name of a served model.
-            messages: `{"role": ..., "content": ...}` dicts.
+            messages: in OpenAI's form: `{"role": ..., "content": ...}`, calls of tools and their
+                results included.
+            tools: functions that the model may call, in OpenAI's form.
             stop: strings that end the answer.
-            params: fields of SamplingParams; `max_tokens` defaults to what fits.
+            cache_salt: conversations of different salts share no KV.
+            template_options: how messages become a prompt.
+            params: fields of SamplingParams; greedy unless they say otherwise, `max_tokens`
+                defaults to what fits.
+
+        Raises:
+            RequestError: messages, tools or parameters that can never be served.
+            EngineDeadError: the engine has failed.
         """
-        text = self._orchestrator.tokenizer.apply_chat_template(messages)
-        prompt = self._orchestrator.tokenizer.encode(text, add_special_tokens=False)
-        room = max(self._orchestrator.config.max_model_len - len(prompt), 1)
-        params = {"max_tokens": room, **params}
-        return self.generate(model, [prompt], stop=stop, **params)[0]
+        engine = self._orchestrator
+        limits = Limits(engine.model_config.vocab_size, engine.config.max_model_len)
+        style = self._format(model)
+        options = template_options or TemplateOptions()
+        options = dataclasses.replace(options, tool_prompt=style.tool_prompt)
+        conversation = chat_messages(messages)
+        prompt = chat_prompt(engine.tokenizer, limits, conversation, tools, options)
+        params = {"max_tokens": max(limits.max_model_len - len(prompt.token_ids), 1), **params}
+        [completion] = self._generate(
+            model, [prompt.token_ids], stop, None, cache_salt, None, params, style.markers
+        )
+        names = [tool["function"]["name"] for tool in tools]
+        reader = style.reader(names, prompt.in_reasoning)
+        parts = reader.push(completion.text) + reader.finish()
+        reasoning, content, calls = joined(parts)
+        return ChatAnswer(
+            **vars(completion),
+            content=content,
+            reasoning=reasoning,
+            tool_calls=[ToolCall(name, arguments) for name, arguments in calls],
+        )
+
+    def _format(self, model: str) -> ModelFormat:
+        """How a model writes calls and thoughts."""
+        if model not in self._formats:
+            entries = {entry.name: entry for entry in self._orchestrator.config.models}
+            template = self._orchestrator.tokenizer.chat_template
+            self._formats[model] = model_format(entries.get(model, ModelEntry(model)), template)
+        return self._formats[model]
+
+    def load_module(self, name: str, folder: str | Path, *, replace: bool = False) -> None:
+        """Serves the decode module in `folder` under `name` from now on.
+
+        There must be room for it: `decode.max_loras`, `decode.max_full`. With `replace` it takes
+        the place of a module of that name.
+
+        Raises:
+            RequestError, CheckpointError, ConfigError: see `Orchestrator.load_module`.
+        """
+        self._orchestrator.load_module(name, folder, replace=replace)
+
+    def unload_module(self, name: str) -> None:
+        """Serves a decode module no more; what runs goes on to its end.
+
+        Raises:
+            RequestError: see `Orchestrator.unload_module`.
+        """
+        self._orchestrator.unload_module(name)
 
     def close(self) -> None:
         """Ends the engine's threads."""

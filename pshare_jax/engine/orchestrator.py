@@ -9,20 +9,20 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 import jax
 
 from pshare_jax.cluster.thread import DispatcherThread, WorkerThread
-from pshare_jax.config import ServeConfig, Sharing
+from pshare_jax.config import DecodeConfig, ServeConfig
 from pshare_jax.convert.manifest import TOKENIZER_FOLDER, read_manifest
 from pshare_jax.core.dispatcher import Dispatcher
-from pshare_jax.core.messages import DISPATCHER, Message, ModelKind, Request, RequestOutput
+from pshare_jax.core.messages import DISPATCHER, Message, Request, RequestOutput
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.pages.sharing_map import SharingMap, sharing_map
+from pshare_jax.core.prompt_scores import PromptScorer, is_scored
 from pshare_jax.core.router import Router
 from pshare_jax.core.stats import EngineStats, PoolStats
 from pshare_jax.engine.assembly import Assembly
@@ -37,7 +37,9 @@ from pshare_jax.engine.loader import (
     checkpoint_sources,
     model_specs,
 )
+from pshare_jax.engine.modules import Modules
 from pshare_jax.engine.queue_room import QueueRoom
+from pshare_jax.engine.served import ModelInfo, ServedModels, free_retired
 from pshare_jax.errors import EngineDeadError, QueueFullError, RequestError, UnknownModelError
 from pshare_jax.kernels.backends import backend_for
 from pshare_jax.runtime.compiles import compile_count
@@ -47,20 +49,6 @@ from pshare_jax.text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 Sink = Callable[[RequestOutput], None]
-K = TypeVar("K")
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """A served model as clients see it; `tail` is the split rule as its certificate states it,
-    `created` is in Unix seconds."""
-
-    name: str
-    parent: str
-    sharing: Sharing
-    kind: ModelKind
-    tail: int | dict[str, Any]
-    created: int
 
 
 @dataclass(frozen=True)
@@ -99,35 +87,30 @@ class Orchestrator:
         layout = PageLayout.of(base.config, config.page_size, compute_dtype(config, base.config))
         sizes = check_config(config, base.config, layout)
         meshes = place(config)
-        self._specs = model_specs(base, sources, len(meshes.decode))
-        created, parent = int(time.time()), Path(config.base).name
-        self.models = {
-            source.name: ModelInfo(
-                source.name,
-                parent,
-                source.sharing,
-                source.kind,
-                source.split_rule.to_json(),
-                created,
-            )
-            for source in sources
-        }
+        specs = model_specs(base, sources, len(meshes.decode))
+        self._served = ServedModels(config, base, sources, specs)
         backend = backend_for(config.kernel_backend, jax.default_backend())
-        loader = WeightLoader(base, sources, backend)
-        assembly = Assembly(config, base.config, layout, sizes, backend, loader, self._specs)
+        loader = WeightLoader(base, sources, backend, config.decode, layout.dtype)
+        assembly = Assembly(config, base.config, layout, sizes, backend, loader, specs)
         self.workers = assembly.build(meshes)
+        loader.built()
+        executors = {worker.name: worker.executor for worker in self.workers.decode}
+        self._modules = Modules(base, loader, executors, config.decode.max_full, sources, specs)
         self._threads = [
             WorkerThread(name, workers, self._carry, self._worker_failed)
             for name, workers in self.workers.threads(meshes.one_processor)
         ]
         self._thread_of = {w.name: thread for thread in self._threads for w in thread.workers}
         router = Router(self.workers.prefill_info(), self.workers.decode_info())
-        self._dispatcher = Dispatcher(self._specs, router, config.page_size)
+        self._dispatcher = Dispatcher(specs, router, config.page_size)
         self._control = DispatcherThread(self._deliver, self._dispatcher_failed)
         self._failed: dict[str, str] = {}
         self._live: dict[str, _Live] = {}
         self._lock = threading.Lock()
         self._order = itertools.count()
+        self._scorer = PromptScorer(
+            self._dispatcher, _max_probes(config.decode), lambda: next(self._order)
+        )
         self._room = QueueRoom(config.max_queue)
         self._compiles_at_start = 0
 
@@ -158,6 +141,11 @@ class Orchestrator:
         return self._tokenizer
 
     @property
+    def models(self) -> dict[str, ModelInfo]:
+        """The served models by name."""
+        return self._served.infos
+
+    @property
     def caches(self) -> dict[str, PageCache]:
         """Page accounts by worker name (`prefill0`, `decode0`, ...)."""
         return {w.name: w.cache for w in (*self.workers.prefill, *self.workers.decode)}
@@ -170,7 +158,7 @@ class Orchestrator:
     @property
     def dead(self) -> str | None:
         """Why no model can be served any more, if so."""
-        if self._failed and not any(map(self._is_served, self._specs)):
+        if self._failed and not any(map(self._is_served, self._served.specs)):
             return self._why()
         return None
 
@@ -196,11 +184,8 @@ class Orchestrator:
             QueueFullError: too many requests are waiting.
             EngineDeadError: the engine has failed, or is not started.
         """
-        if self.dead is not None:
-            raise EngineDeadError(f"the engine has failed: {self.dead}")
-        if not self.ready:
-            raise EngineDeadError("the engine is not running")
-        if request.model not in self._specs:
+        self._check_running()
+        if request.model not in self._served.specs:
             raise UnknownModelError(f"model {request.model!r} is not served", "model")
         if self._failed and not self._is_served(request.model):
             raise EngineDeadError(f"model {request.model} has no worker left: {self._why()}")
@@ -227,14 +212,49 @@ class Orchestrator:
 
     def abort(self, request_id: str) -> None:
         """Ends a request; its last event says ABORT. Unknown ids are ignored."""
-        self._control.post(lambda: self._dispatcher.abort(request_id))
+        self._control.post(lambda: self._abort(request_id))
+
+    def load_module(
+        self, name: str, folder: str | Path | ModelSource, *, replace: bool = False
+    ) -> ModelInfo:
+        """Serves one more decode module; compiles nothing, and others go on meanwhile.
+
+        Blocks while it is loaded; from any thread. With `replace` it takes the place of a module of
+        that name, with which requests that run go on. See `ServedModels.load`.
+
+        Raises:
+            EngineDeadError: the engine does not run.
+            RequestError: the name is taken, or there is no room.
+            CheckpointError, CertificateError, ConfigError: no decode module of this base.
+        """
+        self._check_running()
+        return self._served.load(
+            name,
+            folder,
+            self._modules,
+            lambda name, spec: self._control.post(lambda: self._dispatcher.set_model(name, spec)),
+            replace=replace,
+        )
+
+    def unload_module(self, name: str) -> None:
+        """Takes no more requests for a decode module; those that run end with it.
+
+        Raises:
+            EngineDeadError: the engine does not run.
+            UnknownModelError: no model of that name.
+            RequestError: the base, or an isolated module.
+        """
+        self._check_running()
+        self._served.unload(
+            name, lambda name: self._control.post(lambda: self._dispatcher.remove_model(name))
+        )
 
     def stop(self) -> None:
         """Ends the threads; requests that still run get an ERROR event."""
         self.ready = False
         for thread in self._threads:
             thread.stop()
-        self._control.post(lambda: self._dispatcher.fail_all("the engine was stopped"))
+        self._control.post(lambda: self._fail_all("the engine was stopped"))
         self._control.stop()
         for thread in self._threads:
             for worker in thread.workers:
@@ -248,14 +268,17 @@ class Orchestrator:
         prefill = {w.name: w.core.stats for w in self.workers.prefill}
         decode = {w.name: w.core.stats for w in self.workers.decode}
         requests = self._dispatcher.stats
+        total = self._served.total
+        # Those that were unloaded may still run.
+        names = {**dict.fromkeys(self.models), **live, **running}
         return EngineStats(
-            prefill_tokens=_sum(stats.prefill_tokens for stats in prefill.values()),
+            prefill_tokens=total(stats.prefill_tokens for stats in prefill.values()),
             prompt_tokens=dict(requests.prompt_tokens),
-            generation_tokens=_sum(stats.generation_tokens for stats in decode.values()),
-            handoff_bytes=_sum(stats.handoff_bytes for stats in decode.values()),
-            handoff_pages=_sum(stats.handoff_pages for stats in decode.values()),
+            generation_tokens=total(stats.generation_tokens for stats in decode.values()),
+            handoff_bytes=total(stats.handoff_bytes for stats in decode.values()),
+            handoff_pages=total(stats.handoff_pages for stats in decode.values()),
             failed_transfers={name: stats.failed_transfers for name, stats in decode.items()},
-            preemptions=_sum(stats.preemptions for stats in decode.values()),
+            preemptions=total(stats.preemptions for stats in decode.values()),
             decode_pages={
                 (name, kind): count
                 for name, stats in decode.items()
@@ -263,13 +286,19 @@ class Orchestrator:
             },
             compiles=compile_count() - self._compiles_at_start if self.ready else 0,
             finished=dict(requests.finished),
-            running={name: running[name] for name in self.models},
-            waiting={name: max(live[name] - running[name], 0) for name in self.models},
+            running={name: running[name] for name in names},
+            waiting={name: max(live[name] - running[name], 0) for name in names},
             pools={name: _pool_stats(cache) for name, cache in self.caches.items()},
             busy_seconds={
                 name: seconds for t in self._threads for name, seconds in t.busy_seconds.items()
             },
         )
+
+    def _check_running(self) -> None:
+        if self.dead is not None:
+            raise EngineDeadError(f"the engine has failed: {self.dead}")
+        if not self.ready:
+            raise EngineDeadError("the engine is not running")
 
     def sharing_map(self) -> SharingMap:
         """What the pools hold, who computed it and who reads it now: see `core.pages`."""
@@ -277,7 +306,8 @@ class Orchestrator:
 
     def _is_served(self, model: str) -> bool:
         """Whether there are workers left that can cover prompts and generate for a model."""
-        hosts = self._specs[model].decode_workers
+        spec = self._served.specs.get(model)
+        hosts = spec.decode_workers if spec is not None else ()
         alive = [worker.name for worker in self.workers.prefill if worker.name not in self._failed]
         able = [name for name in hosts if name not in self._failed]
         return bool(alive and able) and DISPATCHER not in self._failed
@@ -286,15 +316,24 @@ class Orchestrator:
         return "; ".join(f"{name}: {why}" for name, why in self._failed.items())
 
     def _running(self) -> Counter[str]:
-        counts: Counter[str] = Counter()
-        for worker in self.workers.decode:
-            counts.update(worker.core.running())
-        return counts
+        return Counter(self._served.total(w.core.running() for w in self.workers.decode))
 
     def _take(self, request: Request, order: int, seed: int, ends: frozenset[int]) -> None:
-        self._dispatcher.submit(
-            request, order=order, seed=seed, end_token_ids=ends, now=time.monotonic()
-        )
+        to = self._scorer if is_scored(request.params) else self._dispatcher
+        now = time.monotonic()
+        to.submit(request, order=order, seed=seed, end_token_ids=ends, now=now)
+
+    def _abort(self, request_id: str) -> None:
+        outputs = self._scorer.abort(request_id)
+        if outputs is None:
+            self._dispatcher.abort(request_id)
+        for output in outputs or ():
+            self._emit(output)
+
+    def _fail_all(self, error: str) -> None:
+        for output in self._scorer.fail_all(error):
+            self._emit(output)
+        self._dispatcher.fail_all(error)
 
     def _carry(self, source: str, to: str, message: Message) -> None:
         """Carries a worker's message; in that worker's thread."""
@@ -307,13 +346,18 @@ class Orchestrator:
     def _deliver(self) -> None:
         """Carries what the dispatcher has to say; in its thread."""
         dispatcher = self._dispatcher
-        while dispatcher.outbox or dispatcher.outputs:
+        while dispatcher.outbox or dispatcher.outputs or dispatcher.retired:
             messages, dispatcher.outbox = dispatcher.outbox, []
             outputs, dispatcher.outputs = dispatcher.outputs, []
             for to, message in messages:
-                self._thread_of[to].post(to, message)
+                self._post(to, message)
+            free_retired(dispatcher, self._modules, self._post)
             for output in outputs:
-                self._emit(output)
+                for heard in self._scorer.take(output):
+                    self._emit(heard)
+
+    def _post(self, to: str, message: Message) -> None:
+        self._thread_of[to].post(to, message)
 
     def _emit(self, output: RequestOutput) -> None:
         with self._lock:
@@ -330,7 +374,7 @@ class Orchestrator:
         except Exception:
             # The dispatcher serves others too.
             logger.exception("the sink of request %s has failed", output.request_id)
-            self._dispatcher.abort(output.request_id)
+            self._abort(output.request_id)
 
     def _worker_failed(self, worker: str, reason: str) -> None:
         self._failed[worker] = reason
@@ -339,14 +383,12 @@ class Orchestrator:
 
     def _dispatcher_failed(self, reason: str) -> None:
         self._failed[DISPATCHER] = reason
-        self._dispatcher.fail_all(f"the engine has failed: {reason}")
+        self._fail_all(f"the engine has failed: {reason}")
 
 
-def _sum(counters: Iterable[Mapping[K, int]]) -> dict[K, int]:
-    total: Counter[K] = Counter()
-    for counter in counters:
-        total.update(dict(counter))
-    return dict(total)
+def _max_probes(decode: DecodeConfig) -> int:
+    """Probes at a time: half of what the decode workers batch, so that others find room."""
+    return max(min(decode.max_num_seqs, max(decode.batch_buckets)) // 2, 1) * decode.engines
 
 
 def _pool_stats(cache: PageCache) -> PoolStats:

@@ -118,6 +118,19 @@ def _truncation(given: float | None, limits: Limits) -> int | None:
     return limits.max_model_len - 1 if given == -1 else int(given)
 
 
+def chat_messages(messages: Sequence[Mapping[str, Any]]) -> list[ChatMessage]:
+    """Messages in OpenAI's form, checked.
+
+    Raises:
+        RequestError: names the message and the field at fault.
+    """
+    try:
+        return msgspec.convert(list(messages), list[ChatMessage])
+    except msgspec.ValidationError as error:
+        reason = str(error).replace("`", "'").replace("$", "messages")
+        raise RequestError(f"messages: {reason}", param="messages") from None
+
+
 def chat_prompt(
     tokenizer: Tokenizer,
     limits: Limits,

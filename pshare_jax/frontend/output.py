@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pshare_jax.core.messages import FinishReason, PromptUsage, RequestOutput, TokenLogprobs
@@ -45,6 +46,7 @@ class SequenceOutput:
         finish_reason: set when the sequence has ended.
         stop_reason: the stop string, or the stop token that is not an end token; else None.
         error: the engine's message, for `FinishReason.ERROR`.
+        prompt_logprobs: an entry for each prompt token, None for the first; None without scores.
     """
 
     def __init__(self, tokenizer: Tokenizer, params: OutputParams):
@@ -62,14 +64,25 @@ class SequenceOutput:
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
         self.error: str | None = None
+        self.prompt_logprobs: Sequence[TokenLogprobs | None] | None = None
+        self._total_logprob = 0.0
+
+    @property
+    def mean_logprob(self) -> float:
+        """Of its tokens; 0 where log-probabilities were not asked for."""
+        return self._total_logprob / max(self.completion_tokens, 1)
 
     def feed(self, output: RequestOutput) -> None:
         """Takes an event. Tokens after a stop string are ignored, as is the rest of the event."""
         self.usage = output.usage or self.usage
+        if output.prompt_logprobs is not None:
+            self.prompt_logprobs = output.prompt_logprobs
         last = len(output.token_ids) - 1
         for position, token_id in enumerate(output.token_ids):
             self.completion_tokens += 1
             self._token_ids.append(token_id)
+            if output.logprobs:
+                self._total_logprob += output.logprobs[position].logprob
             is_stop_token = position == last and output.stop_token is not None
             if is_stop_token and not self._include_stop:
                 break

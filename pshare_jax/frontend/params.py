@@ -31,12 +31,14 @@ class Limits:
         max_model_len: most tokens of prompt and completion.
         max_n: most samples of a prompt.
         max_prompts: most prompts of a request.
+        max_scored_tokens: most prompt tokens of a request whose log-probabilities are asked for.
     """
 
     vocab_size: int
     max_model_len: int
     max_n: int = MAX_SAMPLES
     max_prompts: int = 256
+    max_scored_tokens: int = 16384
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,9 @@ class OutputParams:
     """How tokens become the text of an answer.
 
     `usage_so_far` puts the usage into every chunk of a stream, `include_usage` into a last one.
-    `shown_specials` are special tokens that `skip_special_tokens` spares.
+    `shown_specials` are special tokens that `skip_special_tokens` spares. Of `best_of` samples the
+    `n` most likely ones are answered. `prompt_logprobs` is how many of the most likely tokens are
+    listed for each place in the prompt, or None for no such list.
     """
 
     n: int
@@ -58,6 +62,19 @@ class OutputParams:
     token_ids: bool = False
     usage_so_far: bool = False
     shown_specials: tuple[str, ...] = ()
+    best_of: int = 1
+    prompt_logprobs: int | None = None
+
+    @property
+    def prompt_scores(self) -> int | None:
+        """Most likely tokens that are needed of each place in the prompt; None for no scores."""
+        wanted = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((count for count in wanted if count is not None), default=None)
+
+    @property
+    def least_tokens(self) -> int:
+        """Fewest tokens that may be asked for: 0 where the prompt is part of the answer."""
+        return 0 if self.echo or self.prompt_logprobs is not None else 1
 
 
 def output_params(
@@ -70,7 +87,7 @@ def output_params(
     Raises:
         RequestError: a value out of range, or a combination that cannot be served.
     """
-    n = 1 if body.n is None else _bounded("n", body.n, 1, max_n)
+    best_of = n = 1 if body.n is None else _bounded("n", body.n, 1, max_n)
     stream = bool(body.stream)
     options = body.stream_options
     if options is not None and not stream:
@@ -80,10 +97,19 @@ def output_params(
         echo, logprobs = False, _chat_logprobs(body)
     else:
         echo, logprobs = bool(body.echo), body.logprobs
-        _check_completion(body, n)
+        best_of = _best_of(body, n, max_n)
+        if body.suffix:
+            raise RequestError("suffix is not served: no model here fills in", param="suffix")
     if logprobs is not None:
         param = "top_logprobs" if isinstance(body, ChatRequest) else "logprobs"
         logprobs = _bounded(param, logprobs, 0, MAX_LOGPROBS)
+    prompt_logprobs = body.prompt_logprobs
+    if prompt_logprobs is not None:
+        prompt_logprobs = _bounded("prompt_logprobs", prompt_logprobs, 0, MAX_LOGPROBS)
+        if stream:
+            raise RequestError("prompt_logprobs is not served in streams", param="prompt_logprobs")
+    if echo and logprobs is not None and stream and n > 1:
+        raise RequestError("a stream that echoes logprobs needs n = 1", param="n")
     return OutputParams(
         n=n,
         stream=stream,
@@ -96,6 +122,8 @@ def output_params(
         token_ids=bool(body.return_token_ids),
         shown_specials=shown_specials,
         usage_so_far=options is not None and bool(options.continuous_usage_stats),
+        best_of=best_of,
+        prompt_logprobs=prompt_logprobs,
     )
 
 
@@ -200,19 +228,25 @@ def check_token_ids(ids: Sequence[int], vocab_size: int, param: str) -> None:
 
 
 def resolve_max_tokens(
-    given: float | None, default: int | None, prompt_len: int, limits: Limits, param: str
+    given: float | None,
+    default: int | None,
+    prompt_len: int,
+    limits: Limits,
+    param: str,
+    least: int = 1,
 ) -> int:
     """Most tokens to generate after a prompt of `prompt_len` tokens.
 
-    A number that the client gave must fit; the default (None: as many as fit) is cut to fit.
+    A number that the client gave must fit and be `least` or more; the default (None: as many as
+    fit) is cut to fit.
 
     Raises:
         RequestError: the prompt, or the prompt with its completion, is too long.
     """
     room = limits.max_model_len - prompt_len
-    if given is not None and given < 1:
+    if given is not None and given < least:
         raise RequestError(
-            f"max_tokens must be at least 1, got {_brief(int(given))}", param="max_tokens"
+            f"max_tokens must be at least {least}, got {_brief(int(given))}", param="max_tokens"
         )
     wanted = int(given) if given is not None else 1
     if wanted > room:
@@ -229,18 +263,25 @@ def resolve_max_tokens(
     return room if default is None else min(default, room)
 
 
-def _check_completion(body: CompletionRequest, n: int) -> None:
-    if body.echo and body.logprobs is not None:
+def check_scored(output: OutputParams, prompt_tokens: int, limits: Limits) -> None:
+    """Raises RequestError if scores of too many prompt tokens are asked for."""
+    if output.prompt_scores is not None and prompt_tokens > limits.max_scored_tokens:
         raise RequestError(
-            "echo with logprobs is not served: the prompt's own probabilities are not computed",
-            param="echo",
+            f"log-probabilities of {prompt_tokens} prompt tokens are asked for; the server takes "
+            f"{limits.max_scored_tokens} a request (server.max_scored_tokens)",
+            param="logprobs" if output.prompt_logprobs is None else "prompt_logprobs",
         )
-    if body.best_of is not None and body.best_of != n:
-        raise RequestError(
-            f"best_of ({body.best_of}) must equal n ({n}): samples are not ranked", param="best_of"
-        )
-    if body.suffix:
-        raise RequestError("suffix is not served: no model here fills in", param="suffix")
+
+
+def _best_of(body: CompletionRequest, n: int, max_n: int) -> int:
+    if body.best_of is None:
+        return n
+    best_of = _bounded("best_of", body.best_of, 1, max_n)
+    if best_of < n:
+        raise RequestError(f"best_of ({best_of}) must be at least n ({n})", param="best_of")
+    if best_of > n and body.stream:
+        raise RequestError("best_of above n cannot be streamed", param="best_of")
+    return best_of
 
 
 def _check_chat(body: ChatRequest) -> None:

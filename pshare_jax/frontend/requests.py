@@ -14,6 +14,16 @@ from msgspec import Struct
 Ignored = Any
 Whole = int | float
 
+_WHOLE = (
+    "n",
+    "max_tokens",
+    "seed",
+    "top_k",
+    "truncate_prompt_tokens",
+    "prompt_logprobs",
+    "priority",
+)
+
 # Fields of OpenAI's and vLLM's APIs that would change the answer, and are not served: to ignore
 # them would be to lie. Each may still be null, empty, false or 0.
 UNSERVED = {
@@ -26,7 +36,6 @@ UNSERVED = {
     "guided_regex": "constrained decoding is not served",
     "logits_processors": "code of the client is not run",
     "min_tokens": "end tokens cannot be held back",
-    "prompt_logprobs": "the prompt's own probabilities are not computed",
     "structured_outputs": "constrained decoding is not served",
     "use_beam_search": "beam search is not served",
 }
@@ -66,6 +75,7 @@ class GenerationRequest(Struct, kw_only=True):
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: Whole | None = None
     return_token_ids: bool | None = None
+    prompt_logprobs: Whole | None = None
     cache_salt: str | None = None
     priority: Whole | None = None
     user: Ignored = None
@@ -79,7 +89,7 @@ class GenerationRequest(Struct, kw_only=True):
     spaces_between_special_tokens: Ignored = None
 
     def __post_init__(self) -> None:
-        for name in ("n", "max_tokens", "seed", "top_k", "truncate_prompt_tokens", "priority"):
+        for name in _WHOLE:
             make_whole(self, name)
 
 

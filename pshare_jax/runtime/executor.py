@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -141,8 +142,9 @@ class DecodeExecutor:
     ):
         self.pool = pool
         self.programs = programs
-        self._groups = groups
+        self._groups = dict(groups)
         self.connector = connector
+        self._lock = threading.Lock()
         self._history = programs.history()
         self._slots: dict[int, Admit] = {}
         self._pulling: list[int] = []
@@ -165,6 +167,23 @@ class DecodeExecutor:
     def own(self) -> None:
         """Makes the calling thread the owner of the pool."""
         self.pool.own()
+
+    def install(self, group: str, weights: GroupWeights) -> None:
+        """Has the steps from now on decode `group` with `weights`; from any thread.
+
+        Weights are only read, never donated: steps under way go on with what they were given.
+        """
+        with self._lock:
+            self._groups = {**self._groups, group: weights}
+
+    def forget(self, group: str) -> None:
+        """Drops a group's weights, of which no model is left."""
+        with self._lock:
+            self._groups = {name: w for name, w in self._groups.items() if name != group}
+
+    def weights(self, group: str) -> GroupWeights:
+        """What a group decodes with."""
+        return self._groups[group]
 
     @property
     def num_dispatched(self) -> int:

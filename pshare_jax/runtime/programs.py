@@ -93,6 +93,7 @@ class Programs:
         decode: DecodeConfig,
     ):
         self.spec = spec
+        self.mesh = mesh
         self.layout = layout
         self.max_model_len = max_model_len
         self.chunk_buckets = chunk_buckets

@@ -11,7 +11,7 @@ import uuid
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from pshare_jax.serve import cors, handlers, info, openapi, other_apis, ui
+from pshare_jax.serve import admin, cors, handlers, info, openapi, other_apis, ui
 from pshare_jax.serve.access import ACCESS, PUBLIC_PATHS, authorize, limit_requests, rate_headers
 from pshare_jax.serve.bodies import body_too_large
 from pshare_jax.serve.engine_api import Engine
@@ -31,6 +31,8 @@ _POST = {
     "/v1/responses": other_apis.responses,
     "/v1/messages": other_apis.messages,
     "/v1/messages/count_tokens": other_apis.count_tokens,
+    "/v1/load_lora_adapter": admin.load_adapter,
+    "/v1/unload_lora_adapter": admin.unload_adapter,
     "/tokenize": info.tokenize,
     "/detokenize": info.detokenize,
 }

@@ -11,7 +11,8 @@ from pshare_jax.frontend.answers import AnswerReader, joined
 from pshare_jax.frontend.output import Piece, ScoredToken, SequenceOutput
 from pshare_jax.frontend.tool_calls.parts import CallArguments, CallStart, Part, Reasoning, Text
 from pshare_jax.serve.errors import ApiError
-from pshare_jax.serve.formats import DONE, Event, Heading, finite
+from pshare_jax.serve.formats import DONE, Event, Heading
+from pshare_jax.serve.prompt_scores import finite, listed
 from pshare_jax.serve.protocol import (
     AssistantMessage,
     ChatChoice,
@@ -38,6 +39,8 @@ class ChatFormat:
         new_call_id: makes the id of a call.
         prompt_ids: token ids of the prompt, when token ids are listed.
         legacy: calls are spelled as `function_call`, which there can be one of.
+        scored_ids: token ids of the prompt, when their log-probabilities are listed.
+        prompt_logprobs: how many of the most likely tokens are listed for each of those.
     """
 
     def __init__(
@@ -49,6 +52,8 @@ class ChatFormat:
         new_call_id: Callable[[], str],
         prompt_ids: Sequence[int] | None = None,
         legacy: bool = False,
+        scored_ids: Sequence[int] = (),
+        prompt_logprobs: int | None = None,
     ):
         self.heading = heading
         self._tokenizer = tokenizer
@@ -58,6 +63,8 @@ class ChatFormat:
         self._new_call_id = new_call_id
         self._prompt_ids = prompt_ids
         self._legacy = legacy
+        self._scored_ids = scored_ids
+        self._prompt_logprobs = prompt_logprobs
 
     named_events = False
 
@@ -97,9 +104,13 @@ class ChatFormat:
             choices.append(self._choice(index, piece, sequence, reader.calls, message=message))
         heading = self.heading
         ids = UNSET if self._prompt_ids is None else self._prompt_ids
-        return ChatCompletion(
+        answer = ChatCompletion(
             heading.id, "chat.completion", heading.created, heading.model, choices, usage, ids
         )
+        scores, count = sequences[0].prompt_logprobs, self._prompt_logprobs
+        if scores is not None and count is not None:
+            answer.prompt_logprobs = listed(self._tokenizer, self._scored_ids, scores, count)
+        return answer
 
     def _message(self, parts: list[Part]) -> AssistantMessage:
         reasoning, content, calls = joined(parts)

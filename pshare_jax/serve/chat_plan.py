@@ -13,6 +13,7 @@ from pshare_jax.frontend.answers import AnswerReader
 from pshare_jax.frontend.chat import Prompt, TemplateOptions, chat_prompt, usable_tools
 from pshare_jax.frontend.params import (
     OutputParams,
+    check_scored,
     output_params,
     request_priority,
     resolve_max_tokens,
@@ -83,7 +84,10 @@ async def plan_chat(
     wanted, room = _max_tokens(body), service.limits.max_model_len - len(prompt.token_ids)
     if clip and wanted is not None and wanted > room:
         wanted = None
-    max_tokens = resolve_max_tokens(wanted, None, len(prompt.token_ids), service.limits, "messages")
+    max_tokens = resolve_max_tokens(
+        wanted, None, len(prompt.token_ids), service.limits, "messages", output.least_tokens
+    )
+    check_scored(output, len(prompt.token_ids), service.limits)
     names = [tool["function"]["name"] for tool in tools]
     one_call = bool(body.functions) or body.parallel_tool_calls is False
     return ChatPlan(

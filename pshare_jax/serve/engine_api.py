@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 from pshare_jax.config import ServeConfig
@@ -108,6 +109,26 @@ class Engine(Submitter, Protocol):
 
     def start(self) -> None:
         """Compiles everything and starts the threads; returns when ready."""
+        ...
+
+    def load_module(self, name: str, folder: Path, *, replace: bool = False) -> ModelInfo:
+        """Serves one more decode module; blocks until it does.
+
+        Raises:
+            RequestError: the name is taken, or there is no room.
+            CheckpointError, ConfigError: no decode module of this base.
+            EngineDeadError: the engine does not run.
+        """
+        ...
+
+    def unload_module(self, name: str) -> None:
+        """Takes no more requests for a decode module.
+
+        Raises:
+            UnknownModelError: no model of that name.
+            RequestError: it must stay.
+            EngineDeadError: the engine does not run.
+        """
         ...
 
     def stop(self) -> None:

@@ -12,12 +12,12 @@ import msgspec
 from msgspec import UNSET, Struct, UnsetType, structs
 
 from pshare_jax.frontend.output import Piece, ScoredToken, SequenceOutput
+from pshare_jax.frontend.params import OutputParams
 from pshare_jax.serve.errors import ApiError
+from pshare_jax.serve.prompt_scores import echoed, finite, listed, top_by_text
 from pshare_jax.serve.protocol import Completion, CompletionChoice, CompletionLogprobs, Usage
 from pshare_jax.text.tokenizer import Tokenizer
 
-# JSON has no minus infinity; OpenAI's stand-in for a probability of zero.
-MIN_LOGPROB = -9999.0
 DONE = b"[DONE]"
 
 
@@ -83,9 +83,9 @@ class CompletionFormat:
     """`/v1/completions`.
 
     Args:
+        output: what is asked of the answer.
         echoes: for each choice the text that goes before the completion, usually empty.
-        logprobs: how many of the most likely tokens are listed, or None for no probabilities.
-        prompt_ids: for each choice the token ids of its prompt, when token ids are listed.
+        prompt_ids: for each choice the token ids of its prompt.
     """
 
     named_events = False
@@ -94,29 +94,38 @@ class CompletionFormat:
         self,
         heading: Heading,
         tokenizer: Tokenizer,
+        output: OutputParams,
         echoes: Sequence[str],
-        logprobs: int | None,
-        prompt_ids: Sequence[Sequence[int]] | None = None,
+        prompt_ids: Sequence[Sequence[int]],
     ):
         self.heading = heading
         self._tokenizer = tokenizer
+        self._output = output
         self._echoes = echoes
-        self._logprobs = logprobs
         self._prompt_ids = prompt_ids
+        self._logprobs = output.logprobs
+        # Echoed with its log-probabilities, a prompt comes with the first piece that follows them.
+        self._scores_echo = output.echo and output.logprobs is not None
+        self._echoed: set[int] = set()
 
     def opening(self, index: int, usage: Usage) -> Sequence[Event]:
         """The prompt, when it is echoed or its token ids are listed."""
-        if not self._echoes[index] and self._prompt_ids is None:
+        text = "" if self._scores_echo else self._echoes[index]
+        if not text and not self._output.token_ids:
             return []
-        choice = CompletionChoice(index, self._echoes[index], None, None, None)
-        if self._prompt_ids is not None:
+        choice = CompletionChoice(index, text, None, None, None)
+        if self._output.token_ids:
             choice.token_ids, choice.prompt_token_ids = [], self._prompt_ids[index]
         return [self._completion([choice], self.heading.chunk_usage)]
 
     def chunk(self, index: int, piece: Piece, sequence: SequenceOutput) -> Sequence[Event]:
         """A piece of text."""
-        choices = [self._choice(index, piece, sequence)]
-        return [self._completion(choices, self.heading.chunk_usage)]
+        choice = self._choice(index, piece, sequence)
+        if self._scores_echo and index not in self._echoed:
+            self._echoed.add(index)
+            choice.text = self._echoes[index] + choice.text
+            self._echo_scores(choice, sequence)
+        return [self._completion([choice], self.heading.chunk_usage)]
 
     def closing(self, usage: Usage) -> Sequence[Event]:
         """The usage if it was asked for, and the end."""
@@ -134,8 +143,14 @@ class CompletionFormat:
         for index, (piece, sequence) in enumerate(zip(pieces, sequences, strict=True)):
             choice = self._choice(index, piece, sequence)
             choice.text = self._echoes[index] + choice.text
-            if self._prompt_ids is not None:
+            if self._output.token_ids:
                 choice.prompt_token_ids = self._prompt_ids[index]
+            if self._scores_echo:
+                self._echo_scores(choice, sequence)
+            scores, count = sequence.prompt_logprobs, self._output.prompt_logprobs
+            if scores is not None and count is not None:
+                ids = self._prompt_ids[index]
+                choice.prompt_logprobs = listed(self._tokenizer, ids, scores, count)
             choices.append(choice)
         return self._completion(choices, usage)
 
@@ -146,25 +161,42 @@ class CompletionFormat:
         return Completion(heading.id, heading.created, heading.model, choices, usage)
 
     def _choice(self, index: int, piece: Piece, sequence: SequenceOutput) -> CompletionChoice:
-        logprobs = None if self._logprobs is None else self._scores(piece.tokens)
-        token_ids = UNSET if self._prompt_ids is None else piece.token_ids
+        logprobs = None
+        if self._logprobs is not None:
+            logprobs = self._scores(piece.tokens, len(self._echoes[index]))
+        token_ids = piece.token_ids if self._output.token_ids else UNSET
         return CompletionChoice(
             index, piece.text, logprobs, sequence.finish_reason, sequence.stop_reason, token_ids
         )
 
-    def _scores(self, tokens: Sequence[ScoredToken]) -> CompletionLogprobs:
-        name = self._tokenizer.token_text
-        top_logprobs = []
-        for token in tokens:
-            top = {name(i): finite(value) for i, value in token.logprobs.top[: self._logprobs]}
-            # The chosen token is always listed, though it may not be among the most likely.
-            top.setdefault(name(token.token_id), finite(token.logprobs.logprob))
-            top_logprobs.append(top)
+    def _echo_scores(self, choice: CompletionChoice, sequence: SequenceOutput) -> None:
+        """Puts the prompt's log-probabilities before those of `choice`."""
+        scores, own = sequence.prompt_logprobs, choice.logprobs
+        if scores is None or own is None:
+            return
+        choice.logprobs = echoed(
+            self._tokenizer,
+            self._prompt_ids[choice.index],
+            scores,
+            self._logprobs,
+            self._echoes[choice.index],
+            self._output.skip_special_tokens,
+        )
+        choice.logprobs.tokens += own.tokens
+        choice.logprobs.token_logprobs += own.token_logprobs
+        choice.logprobs.top_logprobs += own.top_logprobs
+        choice.logprobs.text_offset += own.text_offset
+
+    def _scores(self, tokens: Sequence[ScoredToken], start: int) -> CompletionLogprobs:
+        """Log-probabilities of the completion, whose text begins `start` characters in."""
         return CompletionLogprobs(
-            tokens=[name(token.token_id) for token in tokens],
+            tokens=[self._tokenizer.token_text(token.token_id) for token in tokens],
             token_logprobs=[finite(token.logprobs.logprob) for token in tokens],
-            top_logprobs=top_logprobs,
-            text_offset=[token.offset for token in tokens],
+            top_logprobs=[
+                top_by_text(self._tokenizer, token.token_id, token.logprobs, self._logprobs)
+                for token in tokens
+            ],
+            text_offset=[start + token.offset for token in tokens],
         )
 
 
@@ -183,8 +215,3 @@ def encode_answer(answer: Struct | Mapping[str, Any]) -> bytes:
         raw: list[Any] = [msgspec.Raw(msgspec.json.encode(choice)) for choice in choices]
         answer = structs.replace(answer, choices=raw)
     return msgspec.json.encode(answer)
-
-
-def finite(logprob: float) -> float:
-    """`logprob`, or what stands for minus infinity."""
-    return max(logprob, MIN_LOGPROB)

@@ -40,7 +40,8 @@ LONG_ANSWER = 1000
 class Job:
     """A checked request: what to generate, and how to answer.
 
-    Choice i is sample `i % n` of prompt `i // n`. `arrival` is in seconds of `time.monotonic`.
+    Sequence i is sample `i % best_of` of prompt `i // best_of`. `arrival` is in seconds of
+    `time.monotonic`.
     """
 
     model: str
@@ -59,26 +60,40 @@ class Job:
 
     @property
     def most_generated(self) -> int:
-        """Tokens that all choices together may have."""
-        return self.output.n * sum(params.max_tokens for params in self.sampling)
+        """Tokens that all samples together may have."""
+        return self.output.best_of * sum(params.max_tokens for params in self.sampling)
 
     def requests(self, key: ApiKey) -> list[Request]:
-        """One engine request for each choice; sample i has the seed `seed + i`."""
-        n = self.output.n
+        """One engine request for each sequence; sample i has the seed `seed + i`.
+
+        The first sample of a prompt brings its scores, if they are asked for.
+        """
+        samples = self.output.best_of
         owner = Owner(key.name, key.weight, self.format.heading.id, self.priority)
         salt = key.cache_salt(self.cache_salt)
         return [
             Request(
-                id=f"{self.format.heading.id}-{index * n + sample}",
+                id=f"{self.format.heading.id}-{index * samples + sample}",
                 model=self.model,
                 prompt_token_ids=prompt.token_ids,
-                params=msgspec.structs.replace(params, seed=sample_seed(params.seed, sample)),
+                params=self._params(params, sample),
                 cache_salt=salt,
                 owner=owner,
             )
             for index, (prompt, params) in enumerate(zip(self.prompts, self.sampling, strict=True))
-            for sample in range(n)
+            for sample in range(samples)
         ]
+
+    def _params(self, params: SamplingParams, sample: int) -> SamplingParams:
+        logprobs = params.logprobs
+        if self.output.best_of > self.output.n and logprobs is None:
+            logprobs = 0  # they are ranked by these
+        return msgspec.structs.replace(
+            params,
+            seed=sample_seed(params.seed, sample),
+            logprobs=logprobs,
+            prompt_logprobs=None if sample else self.output.prompt_scores,
+        )
 
 
 class Run:
@@ -88,7 +103,7 @@ class Run:
         self._service = service
         self._job = job
         self._generation = generation
-        prompts = [prompt for prompt in job.prompts for _ in range(job.output.n)]
+        prompts = [prompt for prompt in job.prompts for _ in range(job.output.best_of)]
         self.sequences = [SequenceOutput(service.tokenizer, job.output) for _ in prompts]
         self._timers: list[SequenceTimer] = [
             service.metrics.timer(job.model, job.arrival, len(prompt.token_ids))
@@ -126,12 +141,28 @@ class Run:
     @property
     def is_long(self) -> bool:
         """Whether it takes its time to write the answer."""
-        return self.completion_tokens * (1 + (self._job.output.logprobs or 0)) > LONG_ANSWER
+        output = self._job.output
+        scores = sum(len(sequence.prompt_logprobs or ()) for sequence in self.sequences)
+        listed = self.completion_tokens * (1 + (output.logprobs or 0))
+        return listed + scores * (1 + (output.prompt_scores or 0)) > LONG_ANSWER
 
     def usage(self) -> Usage:
         """Tokens of the whole job."""
         lengths = [len(prompt.token_ids) for prompt in self._job.prompts]
-        return total_usage(self.sequences, self._job.output.n, lengths)
+        return total_usage(self.sequences, self._job.output.best_of, lengths)
+
+    def chosen(self) -> list[SequenceOutput]:
+        """The sequences that are answered: of each prompt the `n` likeliest, best first."""
+        n, samples = self._job.output.n, self._job.output.best_of
+        chosen: list[SequenceOutput] = []
+        for start in range(0, len(self.sequences), samples):
+            candidates = self.sequences[start : start + samples]
+            for sequence in candidates:
+                sequence.prompt_logprobs = candidates[0].prompt_logprobs
+            if samples > n:
+                candidates = sorted(candidates, key=lambda s: s.mean_logprob, reverse=True)
+            chosen += candidates[:n]
+        return chosen
 
     def facts(self) -> dict[str, Any]:
         """What the access log says of the job so far; `ttft_seconds` is its first token's time."""
@@ -177,13 +208,15 @@ async def respond(request: web.Request, service: Service, job: Job) -> web.Strea
         PshareError, ApiError, GenerationError: nothing was sent yet, and this is why.
         ConnectionError: the client has gone.
     """
-    count = len(job.prompts) * job.output.n
+    samples = job.output.best_of
+    count = len(job.prompts) * samples
     if count > service.max_sequences:
+        name = "n" if samples == job.output.n else "best_of"
         raise ApiError(
             400,
-            f"{len(job.prompts)} prompts with n = {job.output.n} are {count} sequences; "
+            f"{len(job.prompts)} prompts with {name} = {samples} are {count} sequences; "
             f"the server holds {service.max_sequences}",
-            param="n",
+            param=name,
         )
     key = request[KEY]
     requests = job.requests(key)
@@ -226,8 +259,9 @@ async def _answer(request: web.Request, service: Service, job: Job, run: Run) ->
 
 
 def _whole(job: Job, run: Run) -> bytes:
-    pieces = [sequence.take() for sequence in run.sequences]
-    return encode_answer(job.format.answer(pieces, run.sequences, run.usage()))
+    chosen = run.chosen()
+    pieces = [sequence.take() for sequence in chosen]
+    return encode_answer(job.format.answer(pieces, chosen, run.usage()))
 
 
 async def _stream(stream: EventStream, job: Job, run: Run, ping_seconds: float | None) -> None:

@@ -10,6 +10,7 @@ from aiohttp import web
 
 from pshare_jax.frontend.chat import Prompt, completion_prompts
 from pshare_jax.frontend.params import (
+    check_scored,
     output_params,
     request_priority,
     resolve_max_tokens,
@@ -51,10 +52,12 @@ async def completions(request: web.Request) -> web.StreamResponse:
                 len(prompt.token_ids),
                 service.limits,
                 "prompt",
+                output.least_tokens,
             ),
         )
         for prompt in prompts
     ]
+    check_scored(output, sum(len(prompt.token_ids) for prompt in prompts), service.limits)
     echoes = [""] * (len(prompts) * output.n)
     if output.echo:
         texts = await service.offload.run_if(
@@ -70,11 +73,9 @@ async def completions(request: web.Request) -> web.StreamResponse:
         format=CompletionFormat(
             heading("cmpl", body.model, output.include_usage),
             service.tokenizer,
+            output,
             echoes,
-            output.logprobs,
-            [prompt.token_ids for prompt in prompts for _ in range(output.n)]
-            if output.token_ids
-            else None,
+            [prompt.token_ids for prompt in prompts for _ in range(output.n)],
         ),
         arrival=arrival,
         priority=request_priority(body),
@@ -109,5 +110,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
         plan.new_call_id,
         plan.prompt.token_ids if plan.output.token_ids else None,
         legacy=bool(body.functions),
+        scored_ids=plan.prompt.token_ids,
+        prompt_logprobs=plan.output.prompt_logprobs,
     )
     return await respond(request, service, plan.job(chat_format, arrival))

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 # How long a finished or aborted handler may take to write what it has left.
 SHUTDOWN_SECONDS = 2.0
 SWITCH_SECONDS = 0.001
+_POSITIVE = ("max_n", "max_prompts", "max_scored_tokens", "max_body_items", "worker_threads")
 
 
 def bind(config: ServerConfig) -> socket.socket:
@@ -41,7 +42,7 @@ def bind(config: ServerConfig) -> socket.socket:
     """
     if not 0 <= config.port <= 65535:
         raise ConfigError(f"server.port must be between 0 and 65535, got {config.port}")
-    for name in ("max_n", "max_prompts", "max_body_items", "worker_threads"):
+    for name in _POSITIVE:
         if (value := getattr(config, name)) < 1:
             raise ConfigError(f"server.{name} must be at least 1, got {value}")
     if config.ping_seconds < 0:

@@ -52,7 +52,12 @@ def open_standard_streams() -> None:
 
 
 def say(line: str, stream: TextIO | None) -> None:
-    """Prints a line for people or scripts. That it cannot be written is logged, and no error."""
+    """Prints a line for people or scripts, after the log lines so far.
+
+    That it cannot be written is logged, and no error.
+    """
+    for handler in logging.getLogger().handlers:
+        handler.flush()
     if stream is None:
         return
     try:
@@ -127,7 +132,7 @@ class LineWriter(logging.Handler):
     def __init__(self, descriptor: int, max_waiting: int = _MAX_WAITING):
         super().__init__()
         self._descriptor = descriptor
-        self._lines: queue.Queue[bytes | None] = queue.Queue(max_waiting)
+        self._lines: queue.Queue[bytes | threading.Event | None] = queue.Queue(max_waiting)
         self._thread = threading.Thread(target=self._write_lines, name="log", daemon=True)
         self._thread.start()
 
@@ -141,6 +146,14 @@ class LineWriter(logging.Handler):
         with contextlib.suppress(queue.Full):
             self._lines.put_nowait(line)
 
+    def flush(self) -> None:
+        """Waits until what has come so far is written, for at most a second."""
+        written = threading.Event()
+        with contextlib.suppress(queue.Full):
+            self._lines.put_nowait(written)
+            if self._thread.is_alive():
+                written.wait(_CLOSE_SECONDS)
+
     def close(self) -> None:
         """Writes what waits, for at most a second. Idempotent."""
         with contextlib.suppress(queue.Full):
@@ -150,7 +163,10 @@ class LineWriter(logging.Handler):
 
     def _write_lines(self) -> None:
         while (line := self._lines.get()) is not None:
-            _write_all(self._descriptor, line)
+            if isinstance(line, threading.Event):
+                line.set()
+            else:
+                _write_all(self._descriptor, line)
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

@@ -7,7 +7,7 @@ import time
 
 from pshare_jax.serve.metrics import Metrics
 
-INTERVAL_SECONDS = 0.05
+INTERVAL_SECONDS = 0.02
 WINDOW_SECONDS = 60.0
 
 

@@ -178,9 +178,9 @@ class Metrics:
     """
 
     def __init__(self, models: Iterable[str], stats: Callable[[], EngineStats], *others: Collector):
-        names = list(models)
+        self._models: list[str] = []
         self._registry = CollectorRegistry()
-        for collector in (_EngineCollector(names, stats), *others):
+        for collector in (_EngineCollector(self._models, stats), *others):
             self._registry.register(collector)
         histogram = self._histogram
         self.first_token = histogram("time_to_first_token_seconds", "Arrival to token 1.", _SECONDS)
@@ -206,7 +206,7 @@ class Metrics:
         )
         self.loop_lag = Histogram(
             "pshare_event_loop_lag_seconds",
-            "How late the event loop woke up, looked at 20 times a second.",
+            "How late the event loop woke up, looked at 50 times a second.",
             buckets=_LAG_SECONDS,
             registry=self._registry,
         )
@@ -221,11 +221,18 @@ class Metrics:
             "The greatest of the last minute or two.",
             registry=self._registry,
         )
-        for name in names:
-            for reason in FinishReason:
-                self.finished.labels(name, reason.value)
-            for family in self._histograms():
-                family.labels(name)
+        for name in models:
+            self.add_model(name)
+
+    def add_model(self, name: str) -> None:
+        """Has the series of one more model, unless they are there."""
+        if name in self._models:
+            return
+        self._models.append(name)
+        for reason in FinishReason:
+            self.finished.labels(name, reason.value)
+        for family in self._histograms():
+            family.labels(name)
 
     def register(self, collector: Collector) -> None:
         """Shows what `collector` collects, too."""

@@ -19,6 +19,7 @@ from pshare_jax.frontend.requests import (
     TokenizeRequest,
 )
 from pshare_jax.frontend.responses_api import ResponsesRequest
+from pshare_jax.serve.admin import LoadAdapter, UnloadAdapter
 from pshare_jax.serve.protocol import (
     ChatCompletion,
     Completion,
@@ -93,6 +94,12 @@ ENDPOINTS: dict[tuple[str, str], Endpoint] = {
             "required": ["input_tokens"],
         },
         CountTokensRequest,
+    ),
+    ("post", "/v1/load_lora_adapter"): Endpoint(
+        "Serves one more decode module, LoRA or full, as vLLM's API does.", None, LoadAdapter
+    ),
+    ("post", "/v1/unload_lora_adapter"): Endpoint(
+        "Serves a decode module no more.", None, UnloadAdapter
     ),
     ("post", "/tokenize"): Endpoint("Tokenises a text.", TokenizeResponse, TokenizeRequest),
     ("post", "/detokenize"): Endpoint("The text of tokens.", DetokenizeResponse, DetokenizeRequest),

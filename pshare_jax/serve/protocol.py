@@ -27,12 +27,28 @@ class Usage(Struct):
 
 
 class CompletionLogprobs(Struct):
-    """Log-probabilities of a completion, one entry a token; `text_offset` is in characters."""
+    """Log-probabilities of a completion, one entry a token; `text_offset` is in characters.
+
+    Where the prompt is echoed, its tokens come first; the very first has no probability.
+    """
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+
+
+class PromptLogprob(Struct, gc=False):
+    """One token at a place in the prompt; `rank` counts from 1, None if it is not known."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[int, PromptLogprob] | None]
+"""An entry for each prompt token, by token id: the most likely ones and the prompt's own. None for
+the first."""
 
 
 class CompletionChoice(Struct):
@@ -48,6 +64,7 @@ class CompletionChoice(Struct):
     stop_reason: str | int | None
     token_ids: list[int] | UnsetType = UNSET
     prompt_token_ids: Sequence[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class Completion(Struct):
@@ -147,6 +164,7 @@ class ChatCompletion(Struct):
     choices: list[ChatChoice]
     usage: Usage | UnsetType | None = UNSET
     prompt_token_ids: Sequence[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class ModelCard(Struct):

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 
 from aiohttp import web
 
+from pshare_jax.config import ModelEntry
 from pshare_jax.core.messages import Request
 from pshare_jax.errors import EngineDeadError, UnknownModelError
 from pshare_jax.frontend.model_format import ModelFormat, model_format
@@ -42,6 +43,7 @@ class Service:
             engine.config.max_model_len,
             self.config.max_n,
             self.config.max_prompts,
+            self.config.max_scored_tokens,
         )
         self.sampling_defaults = SamplingDefaults()
         if self.config.generation_config == "auto":
@@ -116,6 +118,11 @@ class Service:
     def format_of(self, name: str | None) -> ModelFormat:
         """The format of a model; of the first one if none is named."""
         return self.formats[next(iter(self.formats)) if name is None else name]
+
+    def expect(self, name: str) -> None:
+        """There may soon be a model of that name; the chat template says how it answers."""
+        template = self.tokenizer.chat_template
+        self.formats.setdefault(name, model_format(ModelEntry(name), template))
 
     def warn_once(self, warning: str) -> None:
         """Logs `warning` unless this process has said it before."""

@@ -1,8 +1,10 @@
 """The soak test itself: that it finds what grows and what is wrong, and nothing else."""
 
 import os
+import time
 from dataclasses import replace
 
+import aiohttp
 import pytest
 
 from pshare_jax.bench import soak, soak_load
@@ -99,7 +101,7 @@ def test_a_server_that_is_right(server):
     assert set(result["requests"]) <= set(soak_load._KINDS)
     assert sum(result["requests"]["probe"].values()) == result["requests"]["probe"]["equal"] > 0
     assert done[-1][1] == 3
-    assert len(result["samples"]) > 5
+    assert result["samples"]
 
 
 def test_a_server_that_answers_otherwise_under_load(server, monkeypatch):
@@ -113,6 +115,46 @@ def test_a_server_that_answers_otherwise_under_load(server, monkeypatch):
     result = soak.run(options(server, minutes=0.01))
     assert not result["verdicts"]["answers"]["kept"]
     assert "instead of" in result["faults"][0]
+
+
+class Session:
+    """A server that takes modules at run time, as far as `hot_loads` sees of it."""
+
+    def __init__(self, refused: str):
+        self.calls: list[tuple[str, dict]] = []
+        self._refused = refused
+
+    def post(self, path: str, json: dict) -> "Session":
+        self.calls.append((path, json))
+        return self
+
+    async def __aenter__(self) -> "Session":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        pass
+
+    def raise_for_status(self) -> None:
+        if self._refused in self.calls[-1][0]:
+            raise aiohttp.ClientError("403")
+
+    async def json(self) -> dict:
+        return {"choices": [{"token_ids": [1]}]}
+
+
+@pytest.mark.parametrize("refused", ["", "unload"])
+async def test_modules_are_loaded_asked_and_unloaded(monkeypatch, refused):
+    monkeypatch.setattr(soak_load, "_HOT_PAUSE_SECONDS", 0.001)
+    session = Session(refused or "nothing")
+    settings = SoakOptions(hot=["one", "two"])
+    load = soak_load.Load(session, ["base"], [], settings)  # type: ignore[arg-type]
+    await load.hot_loads(time.monotonic() + 0.01)
+    paths = [path for path, _ in session.calls[:3]]
+    assert paths == ["/v1/load_lora_adapter", "/v1/completions", "/v1/unload_lora_adapter"]
+    assert session.calls[0][1] == {"lora_name": "soak-0", "lora_path": "one"}
+    assert session.calls[1][1]["model"] == "soak-0"
+    assert set(load.outcomes["hot"]) == {"failed" if refused else "loaded"}
+    assert bool(load.faults) == bool(refused)
 
 
 def test_what_cannot_be_asked_for():

@@ -13,9 +13,14 @@ from pshare_jax.text.tokenizer import Tokenizer
 from tests.serve.fake import fake_config, fake_engine
 from tests.serve.server import Client, running_server
 from tests.serve.test_completions import script
-from tests.serve.test_tools import TEMPLATE
 from tests.text.tiny import write_byte_level
 
+# Knows tools, and says in which form calls are to be written.
+TEMPLATE = (
+    "{% for m in messages %}{{ '[' + m.role + ']' + m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ '<tool_call>' + (c.function | tojson) }}{% endfor %}"
+    "{% endfor %}{% if tools %}{{ tools | tojson }}{% endif %}"
+)
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 ANSWER = "hello world"
 

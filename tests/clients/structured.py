@@ -77,7 +77,11 @@ def test_openai_takes_any_json(api, answers):
     assert done.choices[0].message.content == JSON
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "f"}}])
+@pytest.mark.parametrize(
+    "choice",
+    ["required", {"type": "function", "function": {"name": "f"}}],
+    ids=["required", "named"],
+)
 def test_openai_forces_a_tool(api, answers, choice):
     answers(call("f", "{}"))
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
@@ -91,6 +95,7 @@ def test_openai_forces_a_tool(api, answers, choice):
 @pytest.mark.parametrize(
     ("method", "text"),
     [("json_schema", JSON), ("json_mode", JSON), ("function_calling", call("Person"))],
+    ids=["json_schema", "json_mode", "function_calling"],
 )
 def test_langchain_with_structured_output(base_url, answers, method, text):
     answers(text)

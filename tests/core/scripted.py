@@ -264,10 +264,10 @@ class Host:
             self.deliver_all()
         return progress
 
-    def drain(self, *, rounds: int = 600) -> None:
+    def drain(self) -> None:
         """Lets all requests end, in a fair order and a bounded number of rounds."""
         idle = 0
-        for _ in range(rounds):
+        for _ in range(600 + 10 * len(self.live)):
             idle = 0 if self.round() else idle + 1
             self.check()
             if idle:

@@ -262,6 +262,9 @@ class SymbolicDecode:
     def own(self) -> None:
         """See `DecodeRuns`."""
 
+    def forget(self, group: str) -> None:
+        """See `DecodeRuns`."""
+
     @property
     def num_dispatched(self) -> int:
         """See `DecodeRuns`."""

@@ -9,6 +9,8 @@ import pytest
 
 from pshare_jax.core import messages as m
 from pshare_jax.core.messages import FinishReason, PageDescriptor, PromptUsage, SamplingParams
+from pshare_jax.core.models import ModelSpec
+from pshare_jax.core.split_rule import LastTokens
 
 SEQUENCE = m.Sequence(
     id=3,
@@ -46,6 +48,11 @@ MESSAGES: list[m.Message] = [
     m.Returned(3, "fetch", "corrupt"),
     m.Dropped(3),
     m.Failed(3, "out of memory"),
+    m.ModelAdded(
+        ModelSpec("a@2", "lora", "shared", LastTokens(2), "base", "print", "base", 1, ("decode0",))
+    ),
+    m.ModelRemoved("a"),
+    m.WeightsFreed("full/a"),
 ]
 
 

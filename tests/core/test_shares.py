@@ -199,7 +199,7 @@ def test_a_small_request_does_not_wait_for_a_flood(flood: str, one_pool: bool) -
     small = host.submit(model, [9, 9], 1, owner=Owner("", 1, "small"))
     assert rounds_until_done(host, small) <= alone + 4
     assert sum(reply.reason is None for reply in host.replies.values()) > 10, "the flood goes on"
-    host.drain(rounds=3000)
+    host.drain()
 
 
 @pytest.mark.parametrize("one_pool", [False, True], ids=["two pools", "one pool"])
@@ -218,7 +218,7 @@ def test_the_oldest_gets_on_under_an_endless_stream_of_small_requests(one_pool: 
         host.round()
     assert large.reason is not None
     assert large.tokens == large.expected
-    host.drain(rounds=3000)
+    host.drain()
 
 
 def test_no_model_starves_beside_a_hot_one() -> None:
@@ -231,7 +231,7 @@ def test_no_model_starves_beside_a_hot_one() -> None:
     while any(reply.reason is None for reply in cold):
         host.round()
     assert sum(reply.reason is not None for reply in hot) <= 24, "it got about half of the slots"
-    host.drain(rounds=3000)
+    host.drain()
 
 
 def test_clients_generate_as_their_weights_say() -> None:
@@ -242,4 +242,4 @@ def test_clients_generate_as_their_weights_say() -> None:
         host.round()
     ended = sum(reply.reason is not None for reply in many)
     assert 6 <= ended <= 16, "a third as many as of the heavier client, give or take those inside"
-    host.drain(rounds=3000)
+    host.drain()

@@ -51,7 +51,13 @@ def write_config(folder: Path, **overrides) -> Path:
         "compilation_cache_dir": str(CACHE / "xla-tests"),
         "dtype": "float32",  # answers are compared with the oracle's
         "prefill": {"chunk_buckets": [64, 256]},
-        "decode": {"batch_buckets": [1, 8], "max_num_seqs": 8, "replay_buckets": [16]},
+        "decode": {
+            "batch_buckets": [1, 8],
+            "max_num_seqs": 8,
+            "replay_buckets": [16],
+            "max_full": 4,
+        },
+        "server": {"adapter_root": str(folder), "allow_runtime_loading": True},
         **overrides,
     }
     path = folder / "serve.yaml"

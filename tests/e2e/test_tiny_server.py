@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 
 import jax.numpy as jnp
@@ -48,6 +49,49 @@ def test_served_tokens_are_the_oracles(api, tiny_folder):
         tokens = [token for token in expected if token not in tokenizer.eos_token_ids]
         assert answer.choices[0].text == tokenizer.decode(tokens)
         assert answer.usage.completion_tokens == len(expected)
+
+
+def test_log_likelihoods_are_the_oracles(api, tiny_folder):
+    """What lm-eval asks for: prompt and one token, the first entry null."""
+    tokenizer = Tokenizer.load(tiny_folder / "base/tokenizer")
+    config = read_manifest(tiny_folder / "base").config
+    base = load_weights(tiny_folder / "base", dtype=jnp.float32)
+    coder = load_weights(tiny_folder / "coder", dtype=jnp.float32)
+    prompt = tokenizer.encode(CONTEXT)
+    table = Monolithic(config, 256).prompt_logprobs(base, coder, prompt)
+    expected = [float(table[i, token]) for i, token in enumerate(prompt)]
+    answer = api.completions.create(
+        model="coder", prompt=prompt, max_tokens=1, temperature=0, logprobs=1, echo=True, seed=1234
+    )
+    scores = answer.choices[0].logprobs
+    assert scores.token_logprobs[0] is None
+    assert len(scores.token_logprobs) == len(prompt) + 1
+    assert scores.token_logprobs[1:-1] == pytest.approx(expected[1:], abs=1e-4)
+    best = [max(top.values()) for top in scores.top_logprobs[1:-1]]
+    assert best == pytest.approx(table[1:].max(axis=1).tolist(), abs=1e-4)
+
+
+def test_a_module_is_loaded_while_the_server_runs(api, tiny_server):
+    def post(path, **body):
+        data = json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{tiny_server}/v1/{path}", data, headers)
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.read().decode()
+
+    question = {"prompt": CONTEXT * 3, "max_tokens": 24, "temperature": 0}
+    expected = api.completions.create(model="critic", **question).choices[0].text
+    for inplace in (False, True):
+        said = post("load_lora_adapter", lora_name="new", lora_path="critic", load_inplace=inplace)
+        assert said == "Success: LoRA adapter 'new' added successfully."
+        assert api.models.retrieve("new").model_dump()["kind"] == "full"
+        assert api.completions.create(model="new", **question).choices[0].text == expected
+    assert post("unload_lora_adapter", lora_name="new").endswith("removed successfully.")
+    with pytest.raises(openai.NotFoundError):
+        api.completions.create(model="new", **question)
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        post("load_lora_adapter", lora_name="base", lora_path="base")
+    assert metrics.read(tiny_server)["pshare_compiles_total"] == {(): 0}
 
 
 def test_one_device_serves_the_same(api, tiny_folder, monkeypatch):

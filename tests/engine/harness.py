@@ -133,10 +133,18 @@ class Models:
 
     def expected(self, name: str, prompt: Sequence[int], max_tokens: int = 8) -> list[int]:
         """What the oracle generates for model `name`."""
+        weights = self._weights_of(name)
+        return self.oracle.generate(*weights, prompt, max_tokens, tail=self.rules[name])
+
+    def expected_scores(self, name: str, prompt: Sequence[int]) -> np.ndarray:
+        """The oracle's log-probabilities at every position of a prompt, `[T, V]`."""
+        weights = self._weights_of(name)
+        return self.oracle.prompt_logprobs(*weights, prompt, tail=self.rules[name])
+
+    def _weights_of(self, name: str) -> tuple[Weights, Weights]:
         source = next(s for s in self.sources if s.name == name)
         own = self.full_weights[name]
-        prefill = own if source.sharing == "isolated" else self.base
-        return self.oracle.generate(prefill, own, prompt, max_tokens, tail=self.rules[name])
+        return own if source.sharing == "isolated" else self.base, own
 
 
 @functools.cache
@@ -177,6 +185,7 @@ class Reply:
         self._events: queue.Queue[RequestOutput] = queue.Queue()
         self.tokens: list[int] = []
         self.logprobs: list[Any] = []
+        self.prompt_logprobs: tuple[Any, ...] | None = None
         self.usage: PromptUsage | None = None
         self.reason: FinishReason | None = None
         self.error: str | None = None
@@ -189,6 +198,10 @@ class Reply:
         assert self.reason is None, "an event came after the last one"
         self.tokens += event.token_ids
         self.logprobs += event.logprobs
+        if event.prompt_logprobs is not None:
+            assert self.prompt_logprobs is None, "prompt scores came twice"
+            assert not self.tokens, "prompt scores came after a token"
+            self.prompt_logprobs = event.prompt_logprobs
         self.usage = event.usage or self.usage
         self.reason, self.error = event.finish_reason, event.error
         return event

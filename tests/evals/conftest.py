@@ -29,7 +29,10 @@ def serve_config(tmp_path_factory) -> Path:
     path = folder / "serve.yaml"
     fields = {
         "base": str(folder / "prefill"),
-        "models": [{"name": "base"}, {"name": "coder", "checkpoint": str(folder / "coder")}],
+        "models": [
+            {"name": "base"},
+            {"name": "coder", "checkpoint": str(folder / "coder"), "tool_parser": "hermes"},
+        ],
         "max_model_len": 512,
         "page_size": 16,
         "compilation_cache_dir": "",

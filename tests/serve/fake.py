@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from pshare_jax.config import ModelEntry, ServeConfig, ServerConfig
 from pshare_jax.core.messages import (
@@ -67,6 +68,8 @@ class FakeOrchestrator:
     failed_workers: dict[str, str] = field(default_factory=dict)
     submitted: list[Request] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
+    loaded: list[tuple[str, Path, bool]] = field(default_factory=list)
+    load_error: Exception | None = None
 
     def __post_init__(self):
         self.model_config = ModelConfig("llama", self.tokenizer.vocab_size + 8, 8, 8, 1, 1, 1, 8)
@@ -152,6 +155,18 @@ class FakeOrchestrator:
                 },
             )
 
+    def load_module(self, name: str, folder: Path, *, replace: bool = False) -> FakeModelInfo:
+        if self.load_error is not None:
+            raise self.load_error
+        self.loaded.append((name, folder, replace))
+        self.models[name] = FakeModelInfo(name, "shared", kind="lora")
+        return self.models[name]
+
+    def unload_module(self, name: str) -> None:
+        if name not in self.models:
+            raise UnknownModelError(f"model {name!r} is not served", "lora_name")
+        del self.models[name]
+
     def sharing_map(self) -> SharingMap:
         """A page for each model that has been asked, which it computed, and reads while it runs."""
         with self._lock:
@@ -171,7 +186,8 @@ class FakeOrchestrator:
     def _prefill(self, request: Request) -> PromptUsage:
         """Whole pages before the tail are found by the hash chain of what comes before them."""
         covered = request.prompt_token_ids[:-TAIL]
-        namespace = request.model if MODELS[request.model] == "isolated" else "base"
+        isolated = self.models[request.model].sharing == "isolated"
+        namespace = request.model if isolated else "base"
         sources: Counter = Counter()
         hit = True
         for end in range(PAGE_SIZE, len(covered) + 1, PAGE_SIZE):
@@ -209,6 +225,14 @@ class FakeOrchestrator:
 
     def _step(self, running: Running) -> None:
         request, params = running.request, running.request.params
+        if params.prompt_logprobs is not None and not running.sent:
+            scores = self._logprobs(list(request.prompt_token_ids[1:]), params.prompt_logprobs)
+            running.sink(RequestOutput(request.id, prompt_logprobs=(None, *scores)))
+        if params.max_tokens == 0:
+            del self._running[request.id]
+            end = RequestOutput(request.id, usage=running.usage, finish_reason=FinishReason.LENGTH)
+            self._finish(running, end)
+            return
         stops = set(params.stop_token_ids)
         if not params.ignore_eos:
             stops.update(self.tokenizer.eos_token_ids)

@@ -1,10 +1,11 @@
-"""The server process over the fake engine: `python -m tests.serve.fake_main TOKENIZER DRAIN PORT`.
+"""The server process over the fake engine: `... fake_main TOKENIZER DRAIN PORT [CONTEXT]`.
 
 Prints the URL once it listens and again when it is ready. A file `OPEN` in the tokenizer's folder
 lets tokens through; without a file `STARTED` there, warm-up does not end.
 """
 
 import asyncio
+import dataclasses
 import sys
 import threading
 import time
@@ -21,6 +22,8 @@ def main() -> int:
     set_up()
     folder = Path(sys.argv[1])
     config = fake_config(drain_seconds=float(sys.argv[2]), port=int(sys.argv[3]))
+    if len(sys.argv) > 4:
+        config = dataclasses.replace(config, max_model_len=int(sys.argv[4]))
     engine = fake_engine(Tokenizer.load(folder), config)
     engine.gate.clear()
     engine.start_gate.clear()

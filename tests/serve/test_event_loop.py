@@ -1,9 +1,12 @@
 """Whatever one client sends, the others are answered meanwhile."""
 
 import json
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,34 +17,60 @@ from tests.serve.fake import fake_config, fake_engine
 from tests.serve.server import Client, eventually, running_server
 from tests.serve.test_completions import script
 
-# What the loop may take at most: client, engine and server share an interpreter here, so that
-# another 50 ms are the client's own.
-SECONDS = 0.1
+# What the loop may take at most, in processor time of the server: a machine that does other things
+# is none of its faults.
+SECONDS = 0.05
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def server(tokenizer):
-    with running_server(fake_engine(tokenizer, fake_config(max_model_len=2048))) as client:
-        yield client
+def server(tokenizer_folder) -> Iterator[Client]:
+    """A server in a process of its own, which does nothing else."""
+    (tokenizer_folder / "STARTED").touch()
+    (tokenizer_folder / "OPEN").touch()
+    command = [
+        sys.executable,
+        "-m",
+        "tests.serve.fake_main",
+        str(tokenizer_folder),
+        "5",
+        "0",
+        "2048",
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT
+    ) as process:
+        try:
+            assert process.stdout is not None
+            port = int(process.stdout.readline().rpartition(":")[2])
+            assert process.stdout.readline()
+            client = Client(process.pid, None, port)  # type: ignore[arg-type]
+            eventually(lambda: client.get("/ready").status == 200)
+            yield client
+        finally:
+            process.kill()
 
 
-def least_delay(client: Client, send: Callable[[], Any]) -> float:
-    """The longest that `/health` took to answer while `send` ran, in seconds.
-
-    The least of three times: this machine may have been busy otherwise, a held loop is held always.
-    """
-    return min(longest_delay(client, send) for _ in range(3))
+def used(pid: int) -> float:
+    """Processor time of all threads of a process, in seconds."""
+    tasks = Path(f"/proc/{pid}/task")
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks.iterdir()) / 1e9
 
 
 def longest_delay(client: Client, send: Callable[[], Any]) -> float:
+    """The most that the server worked before it answered `/health`, while `send` ran.
+
+    As long as it took, at most.
+    """
     seconds: list[float] = []
     done = threading.Event()
+    pid: int = client.engine  # type: ignore[assignment]
 
     def probe() -> None:
         while not done.is_set():
-            start = time.monotonic()
+            start, before = time.monotonic(), used(pid)
             assert client.get("/health").status == 200
-            seconds.append(time.monotonic() - start)
+            seconds.append(min(time.monotonic() - start, used(pid) - before))
 
     thread = threading.Thread(target=probe)
     thread.start()
@@ -111,7 +140,7 @@ def test_a_hostile_body_is_refused_at_once_and_holds_nobody_up(server, name):
         answer = server.post(path, body)
         assert answer.status == 400, answer.body[:300]
 
-    assert least_delay(server, send) < SECONDS
+    assert longest_delay(server, send) < SECONDS
 
 
 def test_a_long_text_is_tokenised_beside_the_loop(server):
@@ -121,7 +150,7 @@ def test_a_long_text_is_tokenised_beside_the_loop(server):
         # Not decoded: that would hold this interpreter for longer than the server does.
         assert len(server.post("/tokenize", body).body) > 1_000_000
 
-    assert least_delay(server, send) < SECONDS
+    assert longest_delay(server, send) < SECONDS
 
 
 def test_a_long_chat_is_rendered_beside_the_loop(server):
@@ -132,7 +161,7 @@ def test_a_long_chat_is_rendered_beside_the_loop(server):
         assert answer.status == 400
         assert answer.error["code"] == "context_length_exceeded"
 
-    assert least_delay(server, send) < SECONDS
+    assert longest_delay(server, send) < SECONDS
 
 
 def test_a_long_answer_is_written_beside_the_loop(tokenizer):
@@ -147,7 +176,9 @@ def test_a_long_answer_is_written_beside_the_loop(tokenizer):
             assert answer.body.count(b'"finish_reason":"length"') == 4
             assert b'"completion_tokens":8000' in answer.body
 
-        assert least_delay(client, send) < SECONDS
+        send()
+        # The engine of the tests works beside it; so this is of the loop's own thread.
+        assert own_lags(client)[1] == 0
 
 
 def test_limits_are_the_operators(tokenizer):
@@ -180,9 +211,39 @@ def test_what_a_body_holds_is_counted_undecoded(body, items):
         check_items(padded, items - 1)
 
 
-def test_the_lag_is_a_metric(server):
-    assert server.metric("pshare_event_loop_lag_seconds_count") > 0
-    assert server.metric("pshare_event_loop_max_lag_seconds") >= 0
-    loop = server.server.service._bridge._loop
+def test_the_lag_is_a_metric(client):
+    eventually(lambda: client.metric("pshare_event_loop_lag_seconds_count") > 0)
+    assert client.metric("pshare_event_loop_max_lag_seconds") >= 0
+    loop = client.server.service._bridge._loop
     loop.call_soon_threadsafe(time.sleep, 0.3)
-    eventually(lambda: server.metric("pshare_event_loop_max_lag_seconds") > 0.2)
+    eventually(lambda: client.metric("pshare_event_loop_max_lag_seconds") > 0.2)
+
+
+def test_work_of_its_own_is_told_from_waiting(client):
+    loop = client.server.service._bridge._loop
+
+    def work() -> None:
+        end = time.thread_time() + 0.3
+        while time.thread_time() < end:
+            pass
+
+    eventually(lambda: own_lags(client)[0] > 0)
+    assert own_lags(client)[1] == 0
+    loop.call_soon_threadsafe(work)
+    eventually(lambda: own_lags(client)[1] == 1)
+
+
+def own_lags(client: Client) -> tuple[float, float]:
+    """How many there were, and how many of them were longer than they may be; at one time."""
+    text = client.get("/metrics").body.decode()
+    name = "pshare_event_loop_own_lag_seconds"
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if line.startswith(name))
+    count = float(values[f"{name}_count"])
+    return count, count - float(values[f'{name}_bucket{{le="{SECONDS}"}}'])
+
+
+def test_the_loops_own_work_never_takes_50_ms(server):
+    """Of all that was sent to this server above; so it comes last."""
+    count, long = own_lags(server)
+    assert count > 20
+    assert long == 0

@@ -1,6 +1,7 @@
 """Warm-up, death, draining and signals; the latter on a process of its own."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -335,6 +336,39 @@ class TestCommandLine:
             port = taken.getsockname()[1]
             assert main(["--base=no such folder", f"--port={port}"]) == 2
         assert f"cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
+
+    HOMELESS = (
+        "import pwd, sys\n"
+        "def nobody(uid): raise KeyError(uid)\n"
+        "pwd.getpwuid = nobody\n"
+        "from pshare_jax.serve.__main__ import main\n"
+        "sys.exit(main(['--base=nowhere', '--port=0']))\n"
+    )
+
+    def test_a_user_without_home_and_passwd_entry_gets_as_far_as_anybody(self, tmp_path):
+        hidden = ("HOME", "XDG_CACHE_HOME", "USER", "LOGNAME")
+        environment = {k: v for k, v in os.environ.items() if k not in hidden}
+        done = subprocess.run(
+            [sys.executable, "-c", self.HOMELESS],
+            cwd=Path(__file__).parents[2],
+            # Without a compiler, too: its time is none of this test's business.
+            env={**environment, "TMPDIR": str(tmp_path), "PATH": str(tmp_path), "CXX": ""},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        last = done.stderr.splitlines()[-1]
+        assert last.startswith("pshare_jax.serve: ")
+        assert "nowhere: is not a checkpoint" in last
+
+    @pytest.mark.parametrize("redirection", ["2> /dev/full", "2>&-", "> /dev/full 2>&1"])
+    def test_the_exit_code_is_right_though_nobody_can_be_told(self, redirection):
+        command = f'exec "$0" -m pshare_jax.serve --base=x --port=70000 {redirection}'
+        root = Path(__file__).parents[2]
+        done = subprocess.run(["bash", "-c", command, sys.executable], cwd=root, check=False)
+        assert done.returncode == 2
 
     def test_port_0_picks_a_free_one(self):
         with bind(ServerConfig(port=0)) as sock:

@@ -99,6 +99,9 @@ class CostDecode(_Costed):
         self._texts: dict[int, int] = {}
         self._dispatched: deque[tuple[float, DecodePlan, DecodeResult]] = deque()
 
+    def forget(self, group: str) -> None:
+        """There are no weights here."""
+
     @property
     def num_dispatched(self) -> int:
         """Steps that were begun and not finished."""

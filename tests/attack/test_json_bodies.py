@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pshare_jax.frontend.messages_api import MessagesRequest
 from pshare_jax.frontend.requests import ChatRequest, CompletionRequest
 from pshare_jax.frontend.responses_api import ResponsesRequest
+from tests.attack.bounds import SEEDS
 from tests.serve.fake import fake_engine
 from tests.serve.server import running_server
 
@@ -53,7 +54,11 @@ def server(tokenizer):
 
 
 quick = settings(
-    max_examples=250, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+    max_examples=80 * len(SEEDS),
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    derandomize=True,
+    database=None,
 )
 
 

@@ -1,0 +1,177 @@
+"""Which models are served, and how that changes while the engine runs."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pshare_jax.config import ModelEntry, ServeConfig, Sharing
+from pshare_jax.core.dispatcher import Dispatcher
+from pshare_jax.core.messages import WeightsFreed
+from pshare_jax.core.models import ModelKind, ModelSpec
+from pshare_jax.engine.devices import compute_dtype
+from pshare_jax.engine.loader import BaseSource, ModelSource, model_source
+from pshare_jax.engine.modules import Modules
+from pshare_jax.errors import RequestError, UnknownModelError
+
+MAX_NAME_CHARS = 256
+
+K = TypeVar("K")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A served model as clients see it; `tail` is the split rule as its certificate states it,
+    `created` is in Unix seconds."""
+
+    name: str
+    parent: str
+    sharing: Sharing
+    kind: ModelKind
+    tail: int | dict[str, Any]
+    created: int
+
+
+class ServedModels:
+    """The served models by name.
+
+    Args:
+        config: the serving configuration.
+        base: the prefill module.
+        sources: the models that are served from the start.
+        specs: the same as the engine knows them.
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        base: BaseSource,
+        sources: Sequence[ModelSource],
+        specs: Mapping[str, ModelSpec],
+    ):
+        self._config = config
+        self._base = base
+        self.specs = dict(specs)
+        self.infos = {source.name: self._info(source.name, source) for source in sources}
+        self._names = {spec.name: name for name, spec in specs.items()}
+        self._loading = threading.Lock()
+
+    def total(self, counters: Iterable[Mapping[K, int]]) -> dict[K, int]:
+        """Counters of the cores, added up; models are named as clients name them.
+
+        Keys are a model's id, or tuples that begin with one.
+        """
+        total: Counter[Any] = Counter()
+        for counter in counters:
+            for key, count in dict(counter).items():
+                if isinstance(key, tuple):
+                    total[self._names[key[0]], *key[1:]] += count
+                else:
+                    total[self._names[key]] += count  # type: ignore[index]
+        return dict(total)
+
+    def load(
+        self,
+        name: str,
+        folder: str | Path | ModelSource,
+        modules: Modules,
+        tell: Callable[[str, ModelSpec], None],
+        *,
+        replace: bool,
+    ) -> ModelInfo:
+        """Serves the decode module in a folder under `name`. Blocks while it is loaded.
+
+        Args:
+            name: what clients will ask for.
+            folder: a checkpoint of a decode module that shares the base's KV.
+            modules: takes its weights up.
+            tell: has the dispatcher know of it; called before clients can ask for it.
+            replace: whether it takes the place of a module of that name; requests that run go on
+                with what they had.
+
+        Raises:
+            RequestError: a name that is taken, or no room; see `Modules.load`.
+            CheckpointError, CertificateError, ConfigError: no decode module of this base.
+        """
+        with self._loading:
+            self._check_name(name, replace)
+            source = folder
+            if not isinstance(source, ModelSource):
+                dtype = compute_dtype(self._config, self._base.config)
+                source = model_source(ModelEntry(name, str(folder)), self._base, dtype)
+            spec = modules.load(name, source, anew=replace)
+            self._names[spec.name] = name
+            tell(name, spec)
+            self.specs = {**self.specs, name: spec}
+            self.infos = {**self.infos, name: self._info(name, source)}
+            return self.infos[name]
+
+    def unload(self, name: str, tell: Callable[[str], None]) -> None:
+        """Takes no more requests for a decode module; those that run end with it.
+
+        Args:
+            name: of a full or LoRA module that shares the base's KV.
+            tell: has the dispatcher know.
+
+        Raises:
+            UnknownModelError: there is none of that name.
+            RequestError: it is the base, or isolated.
+        """
+        with self._loading:
+            if name not in self.specs:
+                raise UnknownModelError(f"model {name!r} is not served", "lora_name")
+            self._check_loadable(name)
+            self.specs = {n: spec for n, spec in self.specs.items() if n != name}
+            self.infos = {n: info for n, info in self.infos.items() if n != name}
+            tell(name)
+
+    def _check_name(self, name: str, replace: bool) -> None:
+        if not 0 < len(name) <= MAX_NAME_CHARS or not name.isprintable():
+            raise RequestError(
+                f"a model's name has 1 to {MAX_NAME_CHARS} printable characters", "lora_name"
+            )
+        if name in self.specs and not replace:
+            raise RequestError(
+                f"model {name!r} is served already; load_inplace: true loads it anew", "lora_name"
+            )
+        if name in self.specs:
+            self._check_loadable(name)
+
+    def _check_loadable(self, name: str) -> None:
+        spec = self.specs[name]
+        if spec.kind == "identity" or spec.sharing == "isolated":
+            what = "the base's own weights" if spec.kind == "identity" else "isolated"
+            raise RequestError(
+                f"model {name!r} is {what}: only decode modules that share the base's KV come and "
+                "go while the server runs",
+                "lora_name",
+            )
+
+    def _info(self, name: str, source: ModelSource) -> ModelInfo:
+        return ModelInfo(
+            name,
+            Path(self._config.base).name,
+            source.sharing,
+            source.kind,
+            source.split_rule.to_json(),
+            int(time.time()),
+        )
+
+
+def free_retired(
+    dispatcher: Dispatcher, modules: Modules, post: Callable[[str, WeightsFreed], None]
+) -> None:
+    """Frees what models had of which no request is left; in the dispatcher's thread.
+
+    `post` carries a message to a worker.
+    """
+    while dispatcher.retired:
+        group = modules.free(dispatcher.retired.pop())
+        if group is not None:
+            for worker in modules.workers:
+                post(worker, WeightsFreed(group))
