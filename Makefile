@@ -70,7 +70,7 @@ attack: .venv/.test
 # Mixed traffic on a real server: fails when anything grows, or an answer is not the one it is alone.
 SOAK_MINUTES ?= 30
 soak: .venv/.run $(MODULES)
-	$(BIN)/python -m pshare_jax.bench soak --config=$(CONFIG) --minutes=$(SOAK_MINUTES) \
+	$(BIN)/python -m pshare_jax.bench soak --minutes=$(SOAK_MINUTES) --hot='[smollm2-135m-code]' \
 	  --json=soak.json
 
 # Versions and hashes of all that `pshare` needs; made by the oldest Python that we support.

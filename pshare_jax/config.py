@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jsonargparse
+import yaml
 
 from pshare_jax.errors import ConfigError
 
@@ -19,6 +21,7 @@ SharedPrefix = Literal["auto", "on", "off"]
 ConnectorName = Literal["auto", "device_put", "same-mesh"]
 Reasoning = Literal["auto", "on", "off"]
 GenerationConfig = Literal["auto", "none"]
+ReplyKV = Literal["off", "ahead", "while-decoding"]
 MetricsAccess = Literal["auto", "public", "key", "admin", "off"]
 AccessLogFormat = Literal["text", "json", "off"]
 T = TypeVar("T")
@@ -109,6 +112,19 @@ class DecodeConfig:
 
 
 @dataclass(frozen=True)
+class SessionsConfig:
+    """What is done for calls to come.
+
+    Args:
+        max_ttl_seconds: for which a request may ask its pages to be kept; longer ones are cut.
+        pinned_share: of each pool's pages, that may be kept so.
+    """
+
+    max_ttl_seconds: float = 3600.0
+    pinned_share: float = 0.5
+
+
+@dataclass(frozen=True)
 class ServerConfig:
     """The HTTP side.
 
@@ -135,6 +151,7 @@ class ServerConfig:
             such; else they are text, and only the chat template writes control tokens.
         max_n: most samples (`n`) of one prompt.
         max_prompts: most prompts of one completion request.
+        max_fanout: most models of one fan-out request.
         max_scored_tokens: most prompt tokens of one request whose own log-probabilities are asked
             for (`echo` with `logprobs`, `prompt_logprobs`); each costs a decode step's row.
         max_body_items: most texts, lists and objects of one request body; a number counts for a
@@ -154,8 +171,8 @@ class ServerConfig:
         server_header: what the `Server` header of answers says; empty sends none.
         otlp_traces_endpoint: URL that traces are sent to, `http://collector:4318/v1/traces`; needs
             the extra `otel`.
-        ui: whether there is a page at `/ui` that shows what is shared, to whoever has the key. It
-            tells which models work on how many tokens, never what the tokens are.
+        ui: whether there is a page at `/ui`, with a playground. It shows what is shared: which
+            models work on how many tokens; of several keys to admin keys alone.
     """
 
     host: str = "127.0.0.1"
@@ -172,6 +189,7 @@ class ServerConfig:
     special_tokens_in_text: bool = False
     max_n: int = 128
     max_prompts: int = 256
+    max_fanout: int = 16
     max_scored_tokens: int = 16_384
     max_body_items: int = 50_000
     worker_threads: int = 2
@@ -206,8 +224,12 @@ class ServeConfig:
             meshes of their own; with `same-mesh` both work on one mesh over one pool, of the larger
             of the two configured sizes, and nothing is copied. `auto` is `device_put` where there
             are devices enough for it.
+        reply_kv: `ahead` has the prefill module cover a reply once it has ended, while nothing else
+            is to be done, so that the next call computes only what was appended. `off` leaves it to
+            that call. `while-decoding` is not implemented.
         prefill: the prefill side.
         decode: the decode side.
+        sessions: what is done for calls to come.
         server: the HTTP side.
     """
 
@@ -220,9 +242,47 @@ class ServeConfig:
     compilation_cache_dir: str = "~/.cache/pshare_jax/xla"
     kernel_backend: str = "auto"
     connector: ConnectorName = "auto"
+    reply_kv: ReplyKV = "ahead"
     prefill: PrefillConfig = field(default_factory=PrefillConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
+    sessions: SessionsConfig = field(default_factory=SessionsConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML in which `on` and `off` are words, 1e-3 is a number, and dates are text."""
+
+
+_RESOLVED_ANEW = {
+    "tag:yaml.org,2002:bool",
+    "tag:yaml.org,2002:float",
+    "tag:yaml.org,2002:timestamp",
+}
+_Yaml.yaml_implicit_resolvers = {
+    first: [(tag, regex) for tag, regex in resolvers if tag not in _RESOLVED_ANEW]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"(?i)^(?:true|false|yes|no)$"), list("tTfFyYnN")
+)
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$"
+        r"|^[-+]?\.(?i:inf)$|^\.(?i:nan)$"
+    ),
+    list("-+.0123456789"),
+)
+
+
+def _load_yaml(text: str) -> Any:
+    value = yaml.load(text, Loader=_Yaml)
+    # What a flag means by `{a, b}` or `a:` is text.
+    is_text = isinstance(value, dict) and value and all(v is None for v in value.values())
+    return text if is_text else value
+
+
+jsonargparse.set_loader("yaml", _load_yaml, exceptions=(yaml.YAMLError,))
 
 
 def build_parser(cls: type, prog: str, description: str) -> jsonargparse.ArgumentParser:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
 import os
 import stat
@@ -15,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 _ENTRY_SUFFIX = "-cache"
 _ACCESS_SUFFIX = "-atime"
+_CHECKED = "checked-entries.json"
 _ZLIB, _ZSTANDARD = b"\x78", b"\x28\xb5\x2f\xfd"
 """How an entry of JAX's compilation cache starts, by how it is compressed."""
 
@@ -88,21 +90,45 @@ def clean_compilation_cache(folder: str | Path) -> int:
 
     A full disk or a power cut leaves files that are empty, cut short or full of zeros. JAX compiles
     anew when it cannot read an entry, but never replaces a file that is there, so that it would at
-    every start. To decompress all takes 13 ms a megabyte. An entry that another process is writing
+    every start. To decompress an entry takes 13 ms a megabyte, so those that were whole are listed
+    beside them, with size and time, and not read again. An entry that another process is writing
     right now may be removed too; it is then compiled once more.
     """
     removed = 0
+    checked, whole = _read_checked(folder), {}
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         names = [entry.path for entry in entries if entry.name.endswith(_ENTRY_SUFFIX)]
         for path in names:
             with contextlib.suppress(OSError):
-                if not _is_whole(Path(path).read_bytes()):
+                about = os.stat(path)
+                name, mark = os.path.basename(path), f"{about.st_size} {about.st_mtime_ns}"
+                if checked.get(name) == mark or _is_whole(Path(path).read_bytes()):
+                    whole[name] = mark
+                else:
                     os.unlink(path)
                     removed += 1
                     os.unlink(path.removesuffix(_ENTRY_SUFFIX) + _ACCESS_SUFFIX)
     if removed:
         logger.warning("%s: removed %d empty or damaged compiled programs", folder, removed)
+    if whole != checked:
+        _write_checked(folder, whole)
     return removed
+
+
+def _read_checked(folder: str | Path) -> dict[str, str]:
+    try:
+        known = json.loads((Path(folder) / _CHECKED).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _write_checked(folder: str | Path, whole: dict[str, str]) -> None:
+    with contextlib.suppress(OSError):
+        handle, path = tempfile.mkstemp(dir=folder, prefix=_CHECKED)
+        with os.fdopen(handle, "w") as file:
+            json.dump(whole, file)
+        os.replace(path, Path(folder) / _CHECKED)
 
 
 def _is_whole(entry: bytes) -> bool:

@@ -115,10 +115,12 @@ def test_entries_that_cannot_be_read_are_removed(tmp_path, caplog):
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
     assert clean_compilation_cache(tmp_path) == 4
-    left = {path.name for path in tmp_path.iterdir()} - {"tmp"}
+    left = {path.name for path in tmp_path.iterdir()} - {"tmp", runtime_files._CHECKED}
     assert left == {"whole-cache", "zstd-cache", "whole-atime", "other"}
     assert caplog.messages == [f"{tmp_path}: removed 4 empty or damaged compiled programs"]
     assert clean_compilation_cache(tmp_path) == 0
+    assert clean_compilation_cache(tmp_path / "tmp") == 0
+    assert list((tmp_path / "tmp").iterdir()) == []
     assert clean_compilation_cache(tmp_path / "none") == 0
 
 
@@ -134,6 +136,23 @@ if sys.argv[2] == "clean":
     print(clean_compilation_cache(sys.argv[1]))
 jax.jit(lambda x: x * 3 + 1)(2.0)
 """
+
+
+def test_entries_are_read_once(tmp_path, monkeypatch):
+    read = []
+    plain = runtime_files._is_whole
+    monkeypatch.setattr(runtime_files, "_is_whole", lambda entry: read.append(1) or plain(entry))
+    for name in ("a-cache", "b-cache"):
+        (tmp_path / name).write_bytes(zlib.compress(name.encode()))
+    for _ in range(2):
+        assert clean_compilation_cache(tmp_path) == 0
+        assert len(read) == 2
+    (tmp_path / "b-cache").write_bytes(b"")
+    assert clean_compilation_cache(tmp_path) == 1
+    assert len(read) == 3
+    (tmp_path / runtime_files._CHECKED).write_text("no list")
+    assert clean_compilation_cache(tmp_path) == 0
+    assert len(read) == 4
 
 
 def empty(content: bytes) -> bytes:

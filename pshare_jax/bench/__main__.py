@@ -24,6 +24,7 @@ from pshare_jax.bench import (
     compile_report,
     loading,
     machine,
+    masks,
     micro,
     micro_report,
     shared_prefix,
@@ -95,6 +96,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Appended turns of many sessions, computed together or one prompt a call."
     )
     turns_parser.add_class_arguments(turns.TurnsOptions)
+    masks_parser = jsonargparse.ArgumentParser(
+        description="Decode steps whose tokens follow a grammar, beside free ones."
+    )
+    masks_parser.add_class_arguments(masks.MasksOptions)
     loading_parser = jsonargparse.ArgumentParser(
         description="What streams notice of decode modules being loaded and unloaded."
     )
@@ -112,7 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     report_parser.add_class_arguments(ReportOptions)
     measured = (micro_parser, compile_parser, agents_parser, plan_parser, train_parser)
-    for command in (*measured, turns_parser, loading_parser, starve_parser, soak_parser):
+    served = (turns_parser, loading_parser, starve_parser, soak_parser, masks_parser)
+    for command in (*measured, *served):
         command.add_argument("--json", type=str | None, default=None, help="file for the figures")
     commands = parser.add_subcommands(dest="command")
     commands.add_subcommand("micro", micro_parser)
@@ -121,8 +127,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_subcommand("plan", plan_parser)
     commands.add_subcommand("train", train_parser)
     commands.add_subcommand("turns", turns_parser)
+    commands.add_subcommand("masks", masks_parser)
     commands.add_subcommand("loading", loading_parser)
     commands.add_subcommand("starve", starve_parser)
+    commands.add_subcommand("soak", soak_parser)
     commands.add_subcommand("report", report_parser)
     benches = {
         "micro": _micro,
@@ -131,6 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "plan": _plan,
         "train": _train,
         "turns": _turns,
+        "masks": _masks,
         "loading": _loading,
         "starve": _starve,
         "soak": _soak,
@@ -211,6 +220,12 @@ def _loading(options: dict[str, Any], _: Keep) -> dict[str, Any]:
 def _turns(options: dict[str, Any], _: Keep) -> dict[str, Any]:
     result = turns.run(turns.TurnsOptions(**options))
     print("\n".join([*turns.lines(result), "", machine.one_line(result["machine"])]))
+    return result
+
+
+def _masks(options: dict[str, Any], _: Keep) -> dict[str, Any]:
+    result = masks.run(masks.MasksOptions(**options))
+    print("\n".join([*masks.lines(result), "", machine.one_line(result["machine"])]))
     return result
 
 

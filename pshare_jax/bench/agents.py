@@ -99,8 +99,10 @@ class AgentsOptions:
     timeout: float = 600.0
 
     def __post_init__(self) -> None:
-        if not (self.urls or self.shared or self.isolated or self.vllm):
-            raise ConfigError("name servers: --urls, --shared, --isolated or --vllm.python")
+        if not (self.urls or self.configs or self.vllm):
+            raise ConfigError(
+                "name servers: --urls, --shared, --isolated, --variants or --vllm.python"
+            )
         for option, named in (("variants", self.variants), ("checkouts", self.checkouts)):
             if taken := {SHARED, ISOLATED, SERVERS, VLLM} & named.keys():
                 raise ConfigError(f"{option}: the name {min(taken)!r} has a meaning of its own")

@@ -131,6 +131,9 @@ class Player:
         context = source.take(self._workload.prompt)
         asked, calls = arrival, []
         for step in self._workload.steps():
+            if calls:
+                await asyncio.sleep(self._workload.pause)
+                asked = time.perf_counter()
             pairs = await asyncio.gather(
                 *(self._call(self._endpoints[model], context, asked) for model in step.models)
             )
@@ -140,7 +143,6 @@ class Player:
                 calls.append(record)
                 context = context + self._appended(reply, source)
             context = context + source.take(step.observed)
-            asked = time.perf_counter()
         return SessionRecord(arrival, max(call.end for call in calls), calls)
 
     async def _call(

@@ -15,6 +15,8 @@ _SECONDS_BETWEEN = 0.5
 _COUNTERS = {
     "pshare_busy_seconds_total": ("busy_seconds", "engine"),
     "pshare_prefill_tokens_total": ("prefill_tokens", "source"),
+    "pshare_reply_prefill_tokens_total": ("reply_prefill_tokens", None),
+    "pshare_reply_prefill_used_tokens_total": ("reply_prefill_used_tokens", None),
     "pshare_handoff_bytes_total": ("handoff_bytes", None),
     "pshare_handoff_pages_total": ("handoff_pages", None),
     "pshare_compiles_total": ("compiles", None),

@@ -16,8 +16,9 @@ def summary(sessions: Sequence[SessionRecord]) -> dict[str, Any]:
     """Figures of one run; times in seconds.
 
     Throughput is taken from the first arrival to the last reply. `ttft_s`: from when a call could
-    be sent to its first token. `inter_token_s`: between chunks that brought tokens; a server that
-    sends several at a time has fewer and longer ones.
+    be sent to its first token; `next_ttft_s` is that of the calls after a session's first.
+    `inter_token_s`: between chunks that brought tokens; a server that sends several at a time has
+    fewer and longer ones.
 
     Args:
         sessions: at least one, each with at least one call.
@@ -34,6 +35,12 @@ def summary(sessions: Sequence[SessionRecord]) -> dict[str, Any]:
         "calls_per_s": len(calls) / seconds,
         "sessions_per_s": len(sessions) / seconds,
         "ttft_s": percentiles(call.arrivals[0] - call.asked for call in calls),
+        "next_ttft_s": percentiles(
+            call.arrivals[0] - call.asked
+            for session in sessions
+            for call in session.calls
+            if call.asked > session.arrival
+        ),
         "inter_token_s": percentiles(
             later - earlier
             for call in calls

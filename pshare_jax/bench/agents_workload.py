@@ -39,6 +39,7 @@ class Workload:
         prompt: tokens of the first prompt.
         generated: tokens of each reply.
         observed: tokens of each observation.
+        pause: seconds that tools take before the observation is there.
     """
 
     pattern: Pattern = "react"
@@ -47,13 +48,15 @@ class Workload:
     prompt: int = 512
     generated: int = 24
     observed: int = 48
+    pause: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("models", "turns", "prompt", "generated"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: must be at least 1, got {getattr(self, name)}")
-        if self.observed < 0:
-            raise ConfigError(f"observed: must not be negative, got {self.observed}")
+        for name in ("observed", "pause"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}: must not be negative, got {getattr(self, name)}")
 
     def steps(self) -> list[Step]:
         """The session, step by step."""

@@ -100,6 +100,7 @@ def serve_config(options: MicroOptions) -> ServeConfig:
         kernel_backend=options.kernel_backend,
         max_model_len=max_model_len,
         page_size=options.page_size,
+        reply_kv="off",
         prefill=PrefillConfig(num_pages=pages, chunk_buckets=[options.chunk]),
         decode=DecodeConfig(num_pages=pages, batch_buckets=list(BATCHES)),
     )

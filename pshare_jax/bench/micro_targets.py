@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import msgspec
+
 from pshare_jax.core.messages import Request, RequestOutput, SamplingParams
 from pshare_jax.engine.orchestrator import Orchestrator
 from pshare_jax.errors import BenchmarkError, EngineDeadError
@@ -58,16 +60,18 @@ class EngineTarget:
 
     Args:
         engine: started.
+        params: how to sample; `max_tokens` is replaced.
     """
 
-    def __init__(self, engine: Orchestrator):
+    def __init__(self, engine: Orchestrator, params: SamplingParams | None = None):
         self._engine = engine
+        self._params = params or SamplingParams(temperature=0.0, ignore_eos=True)
         self._events: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
         self._ids = map("micro-{}".format, itertools.count())
 
     def submit(self, prompt: Sequence[int], max_tokens: int, model: str) -> str:
         """See `Target.submit`."""
-        params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+        params = msgspec.structs.replace(self._params, max_tokens=max_tokens)
         request = Request(next(self._ids), model, tuple(prompt), params)
         self._engine.submit(request, self._events.put)
         return request.id

@@ -27,7 +27,7 @@ class SoakOptions:
         pid: see `url`.
     """
 
-    config: str = "configs/serve/smollm2-135m.yaml"
+    config: str = "configs/serve/smollm2-135m-soak.yaml"
     overrides: list[str] = field(default_factory=list)
     minutes: float = 30.0
     clients: int = 8

@@ -81,6 +81,7 @@ def serve_config(options: TurnsOptions, chunk_buckets: list[int]) -> ServeConfig
         dtype=options.dtype,
         max_model_len=longest,
         page_size=options.page_size,
+        reply_kv="off",
         prefill=PrefillConfig(num_pages=pages, chunk_buckets=chunk_buckets),
         decode=DecodeConfig(
             num_pages=pages, max_num_seqs=options.sessions, batch_buckets=[options.sessions]

@@ -4,7 +4,7 @@ Workers of one processor (on a CPU all of them, on one chip its prefill and its 
 hosted by one thread, and take turns by weighted fair queueing. On a CPU both use all cores, and two
 computations at once would take each other's caches and threads: nothing is won, and decode steps
 with few rows take half of the time that prompts wait for. Workers with devices of their own have a
-thread each.
+thread each. When nobody waits for anything in a thread, it does what may be asked for next.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class WorkerThread:
         for to, message in inbox:
             self._receive(to, message)
         self._flush()
-        progress = self._work()
+        progress = self._work() or self._work_ahead()
         # Planning alone may have something to say, such as that a prompt was all cached.
         return self._flush() or progress
 
@@ -155,6 +155,21 @@ class WorkerThread:
             self._turns.rests(share)
         return False
 
+    def _work_ahead(self) -> bool:
+        """A piece of work that nobody waits for yet, while nobody waits for anything here."""
+        workers = tuple(self._alive.values())
+        if self._inbox or not all(worker.at_rest for worker in workers):
+            return False
+        return any(self._guard(worker, lambda w=worker: self._piece_ahead(w)) for worker in workers)
+
+    def _piece_ahead(self, worker: Worker) -> bool:
+        piece = worker.plan_ahead()
+        if piece is None:
+            return False
+        self._last = worker
+        # Who has worked for nobody is not behind when there is work for somebody again.
+        return self._timed(worker, piece, counts=False)
+
     def _give_turn(self, worker: Worker) -> bool:
         progress = self._guard(worker, lambda: self._piece(worker))
         return bool(progress) or worker.name not in self._alive
@@ -176,14 +191,17 @@ class WorkerThread:
         if last is not None and last.name in self._alive and last.has_begun:
             self._guard(last, lambda: self._timed(last, last.drain))
 
-    def _timed(self, worker: Worker, piece: Callable[[], bool | None]) -> bool:
+    def _timed(
+        self, worker: Worker, piece: Callable[[], bool | None], *, counts: bool = True
+    ) -> bool:
         started = self._clock()
         progress = piece()
         seconds = self._clock() - started
         if progress is False:
             return False
         self.busy_seconds[worker.name] += seconds
-        self._turns.worked(worker.share, seconds)
+        if counts:
+            self._turns.worked(worker.share, seconds)
         return True
 
     def _guard(self, worker: Worker | None, action: Callable[[], bool | None]) -> bool | None:

@@ -94,6 +94,15 @@ class Worker(Protocol):
         """The next piece of work, to be called at once, or None. It says whether it got on."""
         ...
 
+    def plan_ahead(self) -> Callable[[], bool] | None:
+        """A piece of work that nobody waits for, to be called at once, or None."""
+        ...
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether nobody waits for anything here."""
+        ...
+
     @property
     def has_begun(self) -> bool:
         """Whether the device still computes something for it."""
@@ -119,7 +128,7 @@ class PrefillWorker(Generic[P]):
         self,
         core: PrefillCore,
         executor: P,
-        schedule: Callable[[], PrefillPlan | None] | None = None,
+        schedule: Callable[[float], PrefillPlan | None] | None = None,
     ):
         self.name = core.name
         self.core = core
@@ -153,8 +162,18 @@ class PrefillWorker(Generic[P]):
 
     def plan(self, now: float) -> Callable[[], bool] | None:
         """See Worker."""
-        plan = self._schedule()
+        plan = self._schedule(now)
         return None if plan is None else lambda: self._run(plan)
+
+    def plan_ahead(self) -> Callable[[], bool] | None:
+        """See Worker."""
+        plan = self.core.schedule_ahead()
+        return None if plan is None else lambda: self._run(plan)
+
+    @property
+    def at_rest(self) -> bool:
+        """See Worker."""
+        return not self.core.held_ids()
 
     @property
     def has_begun(self) -> bool:
@@ -223,6 +242,15 @@ class DecodeWorker(Generic[D]):
         if plan is not None:
             return lambda: self._run(plan)
         return self._finish if self.executor.num_dispatched else None
+
+    def plan_ahead(self) -> Callable[[], bool] | None:
+        """See Worker. Tokens are generated for those who wait for them alone."""
+        return None
+
+    @property
+    def at_rest(self) -> bool:
+        """See Worker."""
+        return not self.core.held_ids()
 
     @property
     def has_begun(self) -> bool:

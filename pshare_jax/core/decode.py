@@ -66,6 +66,7 @@ class DecodeCore:
         elsewhere: what holds pages of this pool in a prefill core, and could give way there.
         crowded: whether anything holds pages in a prefill core of the same pool.
         starved: which of `elsewhere` is to give way now.
+        short: arrival order of a row that waits for pages, after the last plan.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class DecodeCore:
         self.elsewhere: Sequence_[HasSequence] = ()
         self.crowded = False
         self.starved: HasSequence | None = None
+        self.short: int | None = None
         self.admission = Admission(cache, config.max_num_seqs)
         self._models = dict(models)
         self._config = config
@@ -159,9 +161,10 @@ class DecodeCore:
 
     def schedule(self, now: float = 0.0) -> DecodePlan | None:
         """The next piece of work, or None; `now` is in seconds, from any start."""
+        self.cache.tick(now)
         for transfer in self._arrivals.expired(now):
             self._fetch_failed(transfer, "the transfer took too long")
-        self.starved = None
+        self.starved, self.short = None, None
         self._enter()
         arrivals = self._arrivals
         if arrivals.pulls:
@@ -211,6 +214,12 @@ class DecodeCore:
             row = self._rows.get(planned.id)
             if row is not None and row.slot == planned.slot:
                 row.planned -= plan.step.count
+                if i in result.failed:
+                    self._remove(row)
+                    self._send(DISPATCHER, m.Failed(planned.id, result.failed[i]))
+                    continue
+                forced = max(len(result.tokens[i]) - plan.step.count, 0)
+                self.stats.forced_tokens[row.sequence.model] += forced
                 self._accept(row, result.tokens[i], result.logprobs[i] if result.logprobs else [])
         self._enter()
         self._publish()
@@ -301,6 +310,7 @@ class DecodeCore:
                     len(sequence.prompt),
                     sequence.params,
                     sequence.seed,
+                    sequence.end_token_ids,
                 )
             )
             self._rows[sequence.id] = DecodeRow(
@@ -338,17 +348,21 @@ class DecodeCore:
         del self._rows[row.sequence.id]
         self._changes += 1
         self._admits = [admit for admit in self._admits if admit.id != row.sequence.id]
+        self.cache.pin(row.pages, self.cache.now + row.sequence.ttl)
         self.admission.leave(row.slot, row.pages)
 
     def _catch_up(self) -> Replay | None:
         """One chunk of the KV that some row lacks before it can sample."""
-        behind = [row for row in self._rows.values() if row.num_behind > 1]
-        if not behind:
-            return None
-        row = min(behind, key=lambda row: (row.last_step, row.order))
+        behind = [row for row in self._rows.values() if row.num_replayed > 0]
+        for row in sorted(behind, key=lambda row: (row.last_step, row.order)):
+            count = min(row.num_replayed, max(self._config.replay_buckets))
+            if self._is_running(row) and self._ensure_pages(row, count):
+                return self._replay(row, count)
+        return None
+
+    def _replay(self, row: DecodeRow, count: int) -> Replay:
         buckets = self._config.replay_buckets
-        known = len(row.sequence.prompt) + len(row.output)
-        start, end = row.num_kv, min(row.num_kv + max(buckets), known - 1)
+        start, end = row.num_kv, row.num_kv + count
         row.num_kv = end
         self._tick += 1
         row.last_step = self._tick
@@ -383,7 +397,9 @@ class DecodeCore:
 
     def _step(self, group: str, rows: list[DecodeRow]) -> Step | None:
         """None when no row could get the page it needs."""
-        count = steps_for([row.remaining for row in rows], self._config.steps_per_dispatch)
+        masked = any(row.sequence.params.masked for row in rows)
+        limit = 1 if masked else self._config.steps_per_dispatch
+        count = steps_for([row.remaining for row in rows], limit)
         batch = [row for row in rows if self._is_running(row) and self._ensure_pages(row, count)]
         # A row may have been preempted for the sake of one that came after it in the batch.
         batch = [row for row in batch if self._is_running(row)]
@@ -403,6 +419,8 @@ class DecodeCore:
         return self._rows.get(row.sequence.id) is row
 
     def _accept(self, row: DecodeRow, tokens: list[int], logprobs: list[TokenLogprobs]) -> None:
+        if not tokens:
+            return
         accepted, reason = row.accept(tokens)
         if not row.sequence.probe:
             self.stats.generation_tokens[row.sequence.model] += len(accepted)
@@ -425,6 +443,7 @@ class DecodeCore:
                 return self._yield(row)
             if not isinstance(victim, DecodeRow):
                 self._starve(victim)
+                self.short = row.order
                 return False
             self._preempt(victim)
         return True
@@ -446,6 +465,8 @@ class DecodeCore:
         is_alone = len(self._rows) == 1 and not self.crowded
         if not is_alone and not arriving:
             self._preempt(row)
+        else:
+            self.short = row.order
         return False
 
     def _preempt(self, row: DecodeRow) -> None:

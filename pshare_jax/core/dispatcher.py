@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import msgspec
+
 from pshare_jax.core import messages as m
 from pshare_jax.core.messages import (
     FinishReason,
@@ -26,6 +28,7 @@ from pshare_jax.core.messages import (
 from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.pages.prefix_index import block_key, block_keys, root_key
 from pshare_jax.core.router import NoWorkerError, Router
+from pshare_jax.core.sessions import SessionPolicy, replied, session_key
 from pshare_jax.core.stats import DispatcherStats
 
 MAX_LOST_ATTEMPTS = 3
@@ -63,6 +66,7 @@ class Dispatcher:
         models: the served models by name.
         router: chooses workers.
         page_size: tokens of a page.
+        sessions: what is done for calls to come.
 
     Attributes:
         outbox: messages to workers; who carries them empties it.
@@ -72,7 +76,13 @@ class Dispatcher:
             empties it.
     """
 
-    def __init__(self, models: Mapping[str, ModelSpec], router: Router, page_size: int):
+    def __init__(
+        self,
+        models: Mapping[str, ModelSpec],
+        router: Router,
+        page_size: int,
+        sessions: SessionPolicy | None = None,
+    ):
         self.outbox: Outbox = []
         self.outputs: list[RequestOutput] = []
         self.stats = DispatcherStats()
@@ -82,6 +92,7 @@ class Dispatcher:
         self._leaving: dict[str, ModelSpec] = {}
         self._router = router
         self._page_size = page_size
+        self._sessions = sessions or SessionPolicy()
         self._live: dict[str, _Live] = {}
         self._attempts: dict[int, _Live] = {}
         self._ids = itertools.count()
@@ -166,12 +177,17 @@ class Dispatcher:
         self._live[request.id] = live
         self._attempt(live)
 
-    def abort(self, request_id: str) -> None:
-        """Ends a request; unknown and ended ones are ignored."""
+    def abort(self, request_id: str, *, complete: bool = False) -> None:
+        """Ends a request; unknown and ended ones are ignored.
+
+        A reply that is `complete` is all that was wanted, and the next prompt may go on from it.
+        """
         live = self._live.get(request_id)
         if live is None or live.aborted:
             return
         live.aborted = True
+        if complete:
+            self._say_replied(live)
         sequence = live.sequence
         assert sequence is not None
         to = sequence.prefill_worker
@@ -256,10 +272,13 @@ class Dispatcher:
             seed=live.seed,
             end_token_ids=live.end_token_ids,
             probe=request.probe,
+            ttl=min(request.session.ttl, self._sessions.max_ttl),
             owner=request.owner,
         )
         try:
-            sequence = self._router.route(sequence, live.model.decode_workers)
+            sequence = self._router.route(
+                sequence, live.model.decode_workers, session_key(request), self._next_hosts(request)
+            )
         except NoWorkerError as error:
             causes = "; ".join(f"{name}: {why}" for name, why in self._lost_workers.items())
             self._finish(live, FinishReason.ERROR, f"{error} ({causes})")
@@ -267,6 +286,21 @@ class Dispatcher:
         live.sequence, live.started = sequence, False
         self._attempts[sequence.id] = live
         self.outbox.append((sequence.prefill_worker, m.Prefill(sequence)))
+
+    def _next_hosts(self, request: Request) -> Counter[str]:
+        """Decode workers by how many of the models that are to be asked next they host."""
+        names = [name for name in request.session.next_models if name in self._models]
+        return Counter(host for name in names for host in self._models[name].decode_workers)
+
+    def _say_replied(self, live: _Live) -> None:
+        """Tells the worker that has covered a prompt of the reply to it."""
+        sequence = live.sequence
+        if sequence is None or sequence.probe or sequence.prefill_worker in self._lost_workers:
+            return
+        sequence = msgspec.structs.replace(sequence, output=tuple(live.output))
+        message = replied(self._sessions, live.request, sequence, next(self._ids), self._page_size)
+        if message is not None:
+            self.outbox.append((sequence.prefill_worker, message))
 
     def _retry(self, live: _Live, reason: str) -> None:
         live.lost += 1
@@ -290,6 +324,7 @@ class Dispatcher:
         live.output += tokens
         usage = self._first_usage(live)
         if reason is not None:
+            self._say_replied(live)
             self._end(live, reason)
         self.outputs.append(
             RequestOutput(

@@ -12,6 +12,7 @@ from typing import Literal
 
 import msgspec
 
+from pshare_jax.core.constraints import GrammarSpec, Thoughts
 from pshare_jax.core.models import ModelSpec
 
 MAX_LOGPROBS = 20
@@ -24,14 +25,19 @@ DISPATCHER = "dispatcher"
 class SamplingParams(msgspec.Struct, frozen=True):
     """How the next token is chosen; the defaults are OpenAI's and vLLM's.
 
-    Order on the device: repetition, presence and frequency penalties, logit bias, temperature,
-    min-p, top-k, top-p. `temperature` 0 (or less than 1e-5) is greedy; `top_k` 0 and `top_p` 1
-    and `min_p` 0 are off; equal scores are kept or dropped together. `logprobs` asks for the
-    log-probability (of the unmodified distribution, natural log) of the chosen token and of that
-    many most likely ones; None asks for none. `stop_token_ids` come on top of the model's own end
-    tokens, which `ignore_eos` turns off. `prompt_logprobs` asks for the log-probability of each
-    prompt token and of that many most likely ones in its place (`core/prompt_scores.py`);
-    `max_tokens` may be 0.
+    Order on the device: masks, repetition, presence and frequency penalties, logit bias,
+    temperature, min-p, top-k, top-p. `temperature` 0 (or less than 1e-5) is greedy; `top_k` 0,
+    `top_p` 1 and `min_p` 0 are off; equal scores are kept or dropped together. `logprobs` asks for
+    the log-probability (of the unmodified distribution, natural log) of the chosen token and of
+    that many most likely ones; None asks for none. `stop_token_ids` come on top of the model's own
+    end tokens, which `ignore_eos` turns off unless there is a grammar. `prompt_logprobs` asks for
+    the log-probability of each prompt token and of that many most likely ones in its place
+    (`core/prompt_scores.py`); `max_tokens` may be 0.
+
+    Masks leave out tokens: what does not follow `grammar`, once the `thoughts` before it have
+    ended; what is not in `allowed_token_ids`, unless those are empty; the last token of each of
+    `bad_words` (token ids) where the answer ends with those before it; and what would end an answer
+    of less than `min_tokens`. A mask that would leave nothing gives way, a grammar never does.
     """
 
     max_tokens: int = 16
@@ -48,6 +54,31 @@ class SamplingParams(msgspec.Struct, frozen=True):
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     prompt_logprobs: int | None = None
+    grammar: GrammarSpec | None = None
+    thoughts: Thoughts | None = None
+    min_tokens: int = 0
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def masked(self) -> bool:
+        """Whether which tokens may come next depends on those that came."""
+        limited = self.allowed_token_ids or self.bad_words or self.min_tokens > 0
+        return self.grammar is not None or bool(limited)
+
+
+class Session(msgspec.Struct, frozen=True):
+    """What a client says about the calls to come; hints, which change no token.
+
+    Args:
+        id: calls of one id (and one salt) stay with the same workers; empty is no session.
+        ttl: seconds for which the pages should outlive the call.
+        next_models: names of the models that will be asked next.
+    """
+
+    id: str = ""
+    ttl: float = 0.0
+    next_models: tuple[str, ...] = ()
 
 
 class Owner(msgspec.Struct, frozen=True):
@@ -71,7 +102,8 @@ class Request(msgspec.Struct, frozen=True):
     """One sequence to be generated: `prompt_token_ids` by `model`.
 
     Requests with different `cache_salt` never share pages. A `probe` is part of another request's
-    work, which counters do not count.
+    work, which counters do not count. `goes_on` says that the next prompt will probably begin with
+    this one and its reply, see `core.sessions`.
     """
 
     id: str
@@ -81,6 +113,8 @@ class Request(msgspec.Struct, frozen=True):
     cache_salt: str = ""
     probe: bool = False
     owner: Owner = Owner()
+    session: Session = Session()
+    goes_on: bool = True
 
 
 class FinishReason(StrEnum):
@@ -175,6 +209,7 @@ class Sequence(msgspec.Struct, frozen=True, kw_only=True):
         decode_worker: who generates.
         probe: whether counters leave it out, see `Request`.
         owner: whose it is, for fair shares.
+        ttl: seconds for which its pages should outlive it.
     """
 
     id: int
@@ -195,6 +230,7 @@ class Sequence(msgspec.Struct, frozen=True, kw_only=True):
     decode_worker: str = ""
     probe: bool = False
     owner: Owner = Owner()
+    ttl: float = 0.0
 
     @property
     def num_tokens(self) -> int:
@@ -290,6 +326,20 @@ class Release(msgspec.Struct, frozen=True, tag=True):
     id: int
 
 
+class Replied(msgspec.Struct, frozen=True, tag=True):
+    """To a prefill worker: a reply has ended, and the next prompt probably begins with it.
+
+    Args:
+        sequence: of the prompt and the reply together, all covered; its pages are pinned for `ttl`.
+        known: leading full pages that were covered for the prompt.
+        ahead: whether the rest is to be covered when nothing else is to be done.
+    """
+
+    sequence: Sequence
+    known: int
+    ahead: bool
+
+
 class ModelAdded(msgspec.Struct, frozen=True, tag=True):
     """To every worker: a model, under an id of its own; its weights are where they are needed."""
 
@@ -374,6 +424,7 @@ ToWorker = (
     | Offered
     | NotOffered
     | Release
+    | Replied
     | ModelAdded
     | ModelRemoved
     | WeightsFreed

@@ -26,18 +26,20 @@ class OnePool:
         self.prefill = prefill
         self.decode = decode
 
-    def schedule_prefill(self) -> PrefillPlan | None:
+    def schedule_prefill(self, now: float) -> PrefillPlan | None:
         """The prefill core's next plan; it leaves a page for each sequence that runs.
 
         A sequence whose client, model or request has nothing gets the pages of one that runs, if
         others have too much.
         """
         queue = self.prefill.queue
+        # What has just given way for a row comes back when that row has got its page.
+        queue.before = self.decode.short
         queue.reserve = self.decode.admission.num_inside
-        plan = self.prefill.schedule()
+        plan = self.prefill.schedule(now)
         if queue.wanting is not None and self.decode.make_room(queue.wanting):
             queue.favour()
-            return plan or self.prefill.schedule()
+            return plan or self.prefill.schedule(now)
         return plan
 
     def schedule_decode(self, now: float) -> DecodePlan | None:

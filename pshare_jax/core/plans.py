@@ -75,6 +75,7 @@ class Admit(msgspec.Struct, frozen=True):
     prompt_len: int
     params: SamplingParams
     seed: int
+    end_token_ids: frozenset[int] = frozenset()
 
 
 class Replay(msgspec.Struct, frozen=True):
@@ -140,10 +141,12 @@ class DecodeResult(msgspec.Struct, frozen=True):
 
     Args:
         number: of the plan.
-        tokens: for each row, in order.
+        tokens: for each row, in order: as many as were planned; more, if others must follow, and
+            none where an earlier result had it already.
         logprobs: for each row, one entry a token where they were asked for.
         plain_pages: KV pages of the step's rows, where pages that rows share are read once.
         saved_pages: of those, how many were not read again.
+        failed: why, by its number, a row cannot go on.
     """
 
     number: int
@@ -151,3 +154,4 @@ class DecodeResult(msgspec.Struct, frozen=True):
     logprobs: list[list[TokenLogprobs]] = []
     plain_pages: int = 0
     saved_pages: int = 0
+    failed: dict[int, str] = {}

@@ -5,7 +5,8 @@ then plans one chunk. Chunks end at page boundaries but for a prompt's last one,
 turns every page is either complete or the end of some finished prompt. That end is extended in
 place by a prompt that goes on from exactly there, and copied by one that branches off within it.
 
-Chunks of several prompts are computed in one call: see `chunk_shapes`.
+Chunks of several prompts are computed in one call: see `chunk_shapes`. When there is nothing else
+to do, replies are covered that the next prompts will begin with: see `reply_prefill`.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.plans import Chunk, Offer, PrefillPlan, PrefillResult
 from pshare_jax.core.prefill_queue import PrefillQueue
 from pshare_jax.core.prefill_task import PrefillTask, PromptPages
+from pshare_jax.core.reply_prefill import ReplyPrefill
 from pshare_jax.core.scheduling import next_prefill
-from pshare_jax.core.shares import FairClock
+from pshare_jax.core.shares import FairClock, in_turn
 from pshare_jax.core.stats import PrefillStats
 
 MAX_TRIES = 2
@@ -83,6 +85,7 @@ class PrefillCore:
         self._offer_of: dict[int, int] = {}
         self._withdrawn: list[int] = []
         self._turn = 0
+        self._replies = ReplyPrefill(cache, self._models, self._buckets, self.stats)
 
     @property
     def urgent(self) -> bool:
@@ -100,6 +103,8 @@ class PrefillCore:
                 self._fetch(message)
             case m.Release(id):
                 self._release(id)
+            case m.Replied():
+                self._replies.hear(message)
             case m.ModelAdded(spec):
                 self._models[spec.name] = spec
             case m.ModelRemoved(model):
@@ -107,11 +112,13 @@ class PrefillCore:
             case _:
                 raise TypeError(f"{self.name}: {type(message).__name__} is not for prefill workers")
 
-    def schedule(self) -> PrefillPlan | None:
-        """The next piece of work, or None.
+    def schedule(self, now: float = 0.0) -> PrefillPlan | None:
+        """The next piece of work, or None; `now` is in seconds, from any start.
 
         Pages that somebody waits for come alone, so that they do not wait for a chunk.
         """
+        self.cache.tick(now)
+        self._replies.pin_heard()
         withdrawn, self._withdrawn = self._withdrawn, []
         if self._offers:
             offers, self._offers = self._offers, []
@@ -141,8 +148,19 @@ class PrefillCore:
             chunks=chunks,
         )
 
+    def schedule_ahead(self) -> PrefillPlan | None:
+        """A chunk of a reply that nobody asks for yet; None while anybody waits for anything."""
+        if self.queue.tasks or self._active or self._held or self._offers:
+            return None
+        plan = self._replies.plan()
+        self._publish()
+        return plan
+
     def apply(self, plan: PrefillPlan, result: PrefillResult) -> None:
         """Takes in what came of a plan."""
+        if self._replies.apply(plan, result):
+            self._publish()
+            return
         for offer in plan.offers:
             transfer = offer.transfer
             if transfer in result.offered:
@@ -167,7 +185,7 @@ class PrefillCore:
         Sequences `inside` the decode worker have their pages from there too, and keep them.
         """
         tasks = (*self._active, *self._held.values())
-        return [task for task in tasks if task.sequence.id not in inside]
+        return [task for task in tasks if task.pages and task.sequence.id not in inside]
 
     def give_way(self, task: PrefillTask) -> bool:
         """Takes the pages of one of `holders`, unless they are in use at this moment.
@@ -193,6 +211,7 @@ class PrefillCore:
         self._active.clear()
         self._held.clear()
         self._offers.clear()
+        self._replies.clear()
         self.outbox.clear()
 
     def _is_offered(self, task: PrefillTask) -> bool:
@@ -261,7 +280,7 @@ class PrefillCore:
         sequence, usage = task.sequence, task.usage()
         self._held[sequence.id] = task
         if not sequence.probe:
-            self.stats.prefilled(sequence.model, usage)
+            self.stats.prefilled(sequence.model, usage, task.foreseen)
         self._send(DISPATCHER, m.Pending(sequence.id, 0))
         self._send(sequence.decode_worker, m.Covered(sequence, usage))
 
@@ -278,7 +297,7 @@ class PrefillCore:
         weights = self._models[first.sequence.model].prefill_weights
         others = [
             task
-            for task in sorted(self._active, key=lambda task: task.order)
+            for task in self._active
             if task is not first
             and task.remaining <= bucket
             and self._models[task.sequence.model].prefill_weights == weights
@@ -286,6 +305,7 @@ class PrefillCore:
         # Rows that are computed though nothing is in them had better be few.
         if self._pads and 2 * (1 + len(others)) <= rows:
             return [first]
+        others = in_turn(first.sequence, others)
         return [first, *(t for t in others[: rows - 1] if self._plan(t, bucket, copies))]
 
     def _first(self, copies: list[tuple[int, int]]) -> PrefillTask | None:

@@ -25,12 +25,14 @@ class PrefillQueue:
     Attributes:
         tasks: those that wait.
         reserve: pages that are left for running sequences where the pool is shared.
+        before: only tasks that are older than this get any, if it is set.
         wanting: who is next, but has found too few pages, although its request holds none.
     """
 
     def __init__(self, cache: PageCache):
         self.tasks: list[PrefillTask] = []
         self.reserve = 0
+        self.before: int | None = None
         self.wanting: Sequence | None = None
         self._cache = cache
 
@@ -60,7 +62,8 @@ class PrefillQueue:
         self.wanting = None
         started: list[PrefillTask] = []
         coming = {key for task in active for key in self._uncomputed(task)}
-        ready = [task for task in self.tasks if coming.isdisjoint(task.sequence.chain)]
+        tasks = [task for task in self.tasks if self.before is None or task.order < self.before]
+        ready = [task for task in tasks if coming.isdisjoint(task.sequence.chain)]
         while ready:
             holdings = _holdings([*active, *held, *started])
             task = holdings.next(ready)

@@ -18,6 +18,8 @@ class PrefillTask:
     is the page that the planned chunk extends, `copied_origins` belong to the tokens of a copied
     page. `planned` is where the chunk ends that is being computed. While it waited, smaller ones
     that went past it took `passed` pages. For one that is `favoured` others were made to give way.
+    A task that runs `ahead` covers a reply that nobody asks for yet; `foreseen` are the found
+    tokens that such a task had computed.
     """
 
     sequence: Sequence
@@ -31,6 +33,8 @@ class PrefillTask:
     passed: int = 0
     favoured: bool = False
     reused: Counter[str] = field(default_factory=Counter)
+    ahead: bool = False
+    foreseen: int = 0
 
     @property
     def order(self) -> int:
@@ -46,6 +50,8 @@ class PrefillTask:
         """Counts the first tokens of an indexed page as found."""
         self.reused.update(node.origins[:length])
         self.filled += length
+        if node.ahead and not self.ahead:
+            self.foreseen += node.use(length)
 
     def usage(self) -> PromptUsage:
         """Where this prompt's KV came from."""
@@ -137,4 +143,7 @@ class PromptPages:
             else:
                 origins = [sequence.model] * (len(tokens) - len(node.tokens))
                 self._cache.extend(node, tokens, origins, key)
+            if task.ahead:
+                start = max(task.filled - number * page_size, 0)
+                node.ahead.update(range(start, len(tokens)))
             parent = node

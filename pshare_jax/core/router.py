@@ -9,21 +9,31 @@ costs the pages that its sequences read in each step, plus the pages that it wou
 
 The router knows workers by what they have said: which keys entered and left their prefix indexes,
 and how many prompt tokens wait. It may be wrong for a moment; then something is computed twice.
+
+A session stays where it was unless that is overloaded, that is, costs more than elsewhere by more
+than its further calls are worth.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, field
 
 import msgspec
 
 from pshare_jax.core.messages import Sequence
+from pshare_jax.core.sessions import SessionKey, SessionTable
 
 COMPUTE_WEIGHT = 2
 """What computing a token costs, in tokens of waiting."""
+
+STAY_TOKENS = 1024
+"""Tokens of waiting that a session bears to stay with its prefill worker."""
+
+STAY_SHARE = 4
+"""A session stays with a decode worker that has more to read, up to this part of its pool."""
 
 
 class WorkerInfo(msgspec.Struct, frozen=True):
@@ -88,18 +98,27 @@ class Router:
         self._prefill = {info.name: _Worker(info) for info in prefill}
         self._decode = {info.name: _Worker(info) for info in decode}
         self._assigned: dict[int, tuple[str, str, int]] = {}
+        self._sessions = SessionTable()
 
     @property
     def workers(self) -> list[str]:
         """Names of the workers that are alive."""
         return [*self._prefill, *self._decode]
 
-    def route(self, sequence: Sequence, decode_workers: Iterable[str]) -> Sequence:
+    def route(
+        self,
+        sequence: Sequence,
+        decode_workers: Iterable[str],
+        session: SessionKey | None = None,
+        next_hosts: Mapping[str, int] | None = None,
+    ) -> Sequence:
         """The sequence with its workers and `num_uncached`.
 
         Args:
             sequence: a new attempt.
             decode_workers: those that host its model.
+            session: that it is a call of.
+            next_hosts: how many of the models that will be asked next a decode worker hosts.
 
         Raises:
             NoWorkerError: none of those that could do it is alive.
@@ -111,10 +130,13 @@ class Router:
             raise NoWorkerError(f"no decode worker of model {sequence.model} is alive")
         if not able:
             raise NoWorkerError("no prefill worker is alive")
-        prefill, uncached = self._best_prefill(sequence, able)
+        stay = self._sessions.find(session)
+        prefill, uncached = self._best_prefill(sequence, able, stay.prefill if stay else "")
         if partners[prefill]:
             hosts = [partners[prefill]]
-        decode, num_pages = self._best_decode(sequence, hosts)
+        latest = [name for name in reversed(stay.decode) if name in hosts] if stay else []
+        decode, num_pages = self._best_decode(sequence, hosts, latest[:1], next_hosts or {})
+        self._sessions.went(session, prefill, decode)
         self._prefill[prefill].set_pending(sequence.id, uncached)
         self._prefill[prefill].remember(sequence.chain)
         self._decode[decode].load += num_pages
@@ -150,8 +172,9 @@ class Router:
         self._prefill.pop(worker, None)
         self._decode.pop(worker, None)
 
-    def _best_prefill(self, sequence: Sequence, able: list[str]) -> tuple[str, int]:
-        """The cheapest worker, and how many tokens it would compute."""
+    def _best_prefill(self, sequence: Sequence, able: list[str], last: str) -> tuple[str, int]:
+        """The cheapest worker, or `last` if it is able and not overloaded; and how many tokens it
+        would compute."""
         uncached = {name: self._num_uncached(self._prefill[name], sequence) for name in able}
 
         def cost(name: str) -> tuple[int, int]:
@@ -160,6 +183,8 @@ class Router:
             return COMPUTE_WEIGHT * uncached[name] + worker.pending_tokens, len(worker.sent)
 
         best = min(able, key=cost)
+        if last in able and cost(last)[0] <= cost(best)[0] + STAY_TOKENS:
+            best = last
         return best, uncached[best]
 
     def _num_uncached(self, worker: _Worker, sequence: Sequence) -> int:
@@ -168,8 +193,18 @@ class Router:
         coming = worker.info.page_size * _run(sequence.keys, worker.sent)
         return sequence.covered - max(worker.held_tokens(sequence.keys), coming)
 
-    def _best_decode(self, sequence: Sequence, hosts: list[str]) -> tuple[str, int]:
-        """The cheapest of the workers that host the model, and the sequence's pages there."""
+    def _best_decode(
+        self,
+        sequence: Sequence,
+        hosts: list[str],
+        last: list[str],
+        next_hosts: Mapping[str, int],
+    ) -> tuple[str, int]:
+        """The cheapest of the workers that host the model, and the sequence's pages there.
+
+        `last` is where the session was, and stays unless that is overloaded. A model that is asked
+        next elsewhere will have the pages moved there, too.
+        """
 
         def num_pages(name: str) -> int:
             return -(-sequence.num_tokens // self._decode[name].info.page_size)
@@ -177,9 +212,14 @@ class Router:
         def cost(name: str) -> int:
             worker = self._decode[name]
             held = worker.held_tokens(sequence.keys) // worker.info.page_size
-            return worker.load + num_pages(name) - held
+            elsewhere = most_hosted - next_hosts.get(name, 0)
+            return worker.load + num_pages(name) - held + elsewhere * num_pages(name)
 
+        most_hosted = max(next_hosts.values(), default=0)
         best = min(hosts, key=cost)
+        for name in last:
+            if cost(name) <= cost(best) + self._decode[name].info.num_pages // STAY_SHARE:
+                best = name
         return best, num_pages(best)
 
 

@@ -36,6 +36,11 @@ class DecodeRow:
         return len(self.sequence.prompt) + len(self.output) + self.planned - self.num_kv
 
     @property
+    def num_replayed(self) -> int:
+        """Known tokens whose KV has to be computed before a step can be fed the last one."""
+        return len(self.sequence.prompt) + len(self.output) - 1 - self.num_kv
+
+    @property
     def remaining(self) -> int:
         """Tokens that may still be planned."""
         return self.sequence.params.max_tokens - len(self.output) - self.planned

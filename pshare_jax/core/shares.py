@@ -37,6 +37,17 @@ def path(sequence: Sequence) -> tuple[Part, Part, Part]:
     return (owner.key,), (owner.key, sequence.model), (owner.key, sequence.model, request)
 
 
+def in_turn(first: Sequence, others: Iterable[T]) -> list[T]:
+    """Who joins `first`, in order: one of each request, then a second one of each, and so on."""
+    taken = Counter([path(first)[-1]])
+    rounds: list[tuple[int, int, T]] = []
+    for one in sorted(others, key=lambda one: one.sequence.order):
+        request = path(one.sequence)[-1]
+        rounds.append((taken[request], one.sequence.order, one))
+        taken[request] += 1
+    return [one for *_, one in sorted(rounds, key=lambda entry: entry[:2])]
+
+
 class Holdings:
     """What each part holds of something that there is too little of.
 

@@ -14,13 +14,20 @@ PageRead = Literal["read", "saved"]
 
 
 class PrefillStats:
-    """What a prefill core has done, by model: prompt tokens by who computed their KV."""
+    """What a prefill core has done, by model: prompt tokens by who computed their KV.
+
+    `ahead_tokens` are those of replies that were covered before anybody asked, `foreseen_tokens`
+    prompt tokens that were found for that reason, each once.
+    """
 
     def __init__(self) -> None:
         self.prefill_tokens: Counter[tuple[str, TokenSource]] = Counter()
+        self.ahead_tokens: Counter[str] = Counter()
+        self.foreseen_tokens: Counter[str] = Counter()
 
-    def prefilled(self, model: str, usage: PromptUsage) -> None:
-        """A prompt's KV is complete in the pool."""
+    def prefilled(self, model: str, usage: PromptUsage, foreseen: int = 0) -> None:
+        """A prompt's KV is complete in the pool; `foreseen` of its tokens were computed ahead."""
+        self.foreseen_tokens[model] += foreseen
         own = usage.cached_tokens - usage.shared_tokens
         self.prefill_tokens[model, "computed"] += usage.computed_tokens
         self.prefill_tokens[model, "same_model"] += own
@@ -28,11 +35,13 @@ class PrefillStats:
 
 
 class DecodeStats:
-    """What a decode core has done, by model; `pages` are KV pages read and not read again,
-    `failed_transfers` those whose pages did not come or were not what was asked for."""
+    """What a decode core has done, by model; `forced_tokens` are those of the generated ones that
+    were not sampled, `pages` KV pages read and not read again, `failed_transfers` those whose pages
+    did not come or were not what was asked for."""
 
     def __init__(self) -> None:
         self.generation_tokens: Counter[str] = Counter()
+        self.forced_tokens: Counter[str] = Counter()
         self.handoff_bytes: Counter[str] = Counter()
         self.handoff_pages: Counter[str] = Counter()
         self.preemptions: Counter[str] = Counter()
@@ -83,17 +92,22 @@ class EngineStats:
     """What the engine has done since its start, and what it is doing now.
 
     Counters only grow and are keyed by model name: `prefill_tokens` by (model, source), where the
-    source says who computed a prompt token's KV; `finished` by (model, reason); `compiles` counts
-    compilations after warm-up. `running` and `waiting` are sequences right now. `pools`,
-    `busy_seconds` (time at work) and `failed_transfers` are keyed by the worker's name:
-    `prefill0`, `decode0`, ... `decode_pages`, by worker and "read" or "saved", are the KV pages
-    that decode dispatches read, counted once a dispatch, and those that they did not read again
-    since rows share them; they are counted where `decode.shared_prefix` is in force.
+    source says who computed a prompt token's KV; `forced_tokens` are those of `generation_tokens`
+    for which a grammar left no choice, and which no step was taken for; `finished` by (model,
+    reason); `compiles` counts compilations after warm-up. `running` and `waiting` are sequences
+    right now. `pools`, `busy_seconds` (time at work) and `failed_transfers` are keyed by the
+    worker's name: `prefill0`, `decode0`, ... `decode_pages`, by worker and "read" or "saved", are
+    the KV pages that decode dispatches read, counted once a dispatch, and those that they did not
+    read again since rows share them; they are counted where `decode.shared_prefix` is in force.
+    `ahead_tokens` and `foreseen_tokens` are those of `PrefillStats`.
     """
 
     prefill_tokens: Mapping[tuple[str, TokenSource], int] = field(default_factory=dict)
+    ahead_tokens: Mapping[str, int] = field(default_factory=dict)
+    foreseen_tokens: Mapping[str, int] = field(default_factory=dict)
     prompt_tokens: Mapping[str, int] = field(default_factory=dict)
     generation_tokens: Mapping[str, int] = field(default_factory=dict)
+    forced_tokens: Mapping[str, int] = field(default_factory=dict)
     handoff_bytes: Mapping[str, int] = field(default_factory=dict)
     handoff_pages: Mapping[str, int] = field(default_factory=dict)
     failed_transfers: Mapping[str, int] = field(default_factory=dict)

@@ -27,9 +27,11 @@ from pshare_jax.kv.local import DevicePut, Exchange, SamePool
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.runtime.executor import DecodeExecutor, PrefillExecutor
 from pshare_jax.runtime.layout import PageLayout
+from pshare_jax.runtime.masks import Masks
 from pshare_jax.runtime.pool import PagePool
 from pshare_jax.runtime.programs import Programs
 from pshare_jax.runtime.steps import StepSpec
+from pshare_jax.text.grammar import GrammarCompiler
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class Assembly:
         backend: kernel backend.
         loader: loads weights onto meshes.
         models: the served models by name.
+        grammars: compiles the grammars that answers are to follow.
     """
 
     def __init__(
@@ -114,6 +117,7 @@ class Assembly:
         backend: str,
         loader: WeightLoader,
         models: Mapping[str, ModelSpec],
+        grammars: GrammarCompiler | None = None,
     ):
         self._config = config
         self._model = model
@@ -122,6 +126,7 @@ class Assembly:
         self._backend = backend
         self._loader = loader
         self._models = models
+        self._grammars = grammars
         self._exchange = Exchange()
 
     def build(self, meshes: Meshes) -> Workers:
@@ -147,7 +152,7 @@ class Assembly:
         core = self._decode_core(name, cache, self._layout.bytes_per_page, owns_cache=True)
         end = DevicePut(name, programs, pool, self._exchange)
         groups = self._loader.decode(mesh, index, self._models)
-        return DecodeWorker(core, DecodeExecutor(programs, pool, groups, end))
+        return DecodeWorker(core, DecodeExecutor(programs, pool, groups, end, self._masks()))
 
     def _pair(
         self, index: int, mesh: Mesh
@@ -162,11 +167,14 @@ class Assembly:
         end = SamePool(names[0], programs, pool, self._exchange)
         prefill = PrefillExecutor(programs, pool, self._loader.prefill(mesh), end)
         groups = self._loader.decode(mesh, index, self._models)
-        decode = DecodeExecutor(programs, pool, groups, end)
+        decode = DecodeExecutor(programs, pool, groups, end, self._masks())
         return (
             PrefillWorker(cores.prefill, prefill, cores.schedule_prefill),
             DecodeWorker(cores.decode, decode, cores.schedule_decode),
         )
+
+    def _masks(self) -> Masks:
+        return Masks(self._model.vocab_size, self._grammars)
 
     def _pool(self, mesh: Mesh, num_pages: int) -> tuple[Programs, PagePool, PageCache]:
         programs = Programs(
@@ -178,7 +186,8 @@ class Assembly:
             self._config.decode,
         )
         pool = PagePool(self._layout, num_pages, programs.pool_sharding)
-        return programs, pool, PageCache(num_pages, self._layout.page_size)
+        share = self._config.sessions.pinned_share
+        return programs, pool, PageCache(num_pages, self._layout.page_size, share)
 
     def _prefill_core(self, name: str, cache: PageCache, *, pads: bool) -> PrefillCore:
         return PrefillCore(name, cache, self._models, self._config.prefill.chunk_buckets, pads=pads)

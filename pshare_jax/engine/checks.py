@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from pshare_jax.core.messages import MAX_LOGIT_BIAS, MAX_LOGPROBS, Request
+from pshare_jax.core.messages import MAX_LOGIT_BIAS, MAX_LOGPROBS, Request, SamplingParams
 from pshare_jax.errors import RequestError
 
 
@@ -42,6 +42,7 @@ def check_request(request: Request, vocab_size: int, max_model_len: int) -> None
         count = getattr(params, name)
         if count is not None and not 0 <= count <= min(MAX_LOGPROBS, vocab_size):
             raise RequestError(f"{name} must be 0..{MAX_LOGPROBS}", name)
+    _check_masks(params, vocab_size)
     values = {
         "temperature": (params.temperature, 0.0, 100.0),
         "top_p": (params.top_p, 0.0, 1.0),
@@ -54,3 +55,22 @@ def check_request(request: Request, vocab_size: int, max_model_len: int) -> None
     for name, (value, low, high) in values.items():
         if not (math.isfinite(value) and low <= value <= high):
             raise RequestError(f"{name} must be {low} .. {high}, is {value}", name)
+
+
+def _check_masks(params: SamplingParams, vocab_size: int) -> None:
+    if not 0 <= params.min_tokens <= params.max_tokens:
+        raise RequestError(
+            f"min_tokens must be 0 .. max_tokens ({params.max_tokens}), is {params.min_tokens}",
+            "min_tokens",
+        )
+    if not all(params.bad_words):
+        raise RequestError("bad_words must hold no empty word", "bad_words")
+    ids = {
+        "allowed_token_ids": params.allowed_token_ids,
+        "bad_words": [token_id for word in params.bad_words for token_id in word],
+    }
+    for name, given in ids.items():
+        if wrong := [t for t in given if not 0 <= t < vocab_size]:
+            raise RequestError(
+                f"{name}: token id {wrong[0]} is out of range 0..{vocab_size - 1}", name
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from pshare_jax.config import ServeConfig
@@ -67,12 +68,30 @@ def check_config(config: ServeConfig, model: ModelConfig, layout: PageLayout) ->
         raise ConfigError(
             "decode: max_loras and max_full must not be negative, max_lora_rank at least 1"
         )
+    _check_sessions(config)
     _check_backend(config)
     longest = layout.pages_for(config.max_model_len)
     return PoolSizes(
         _pool_size("prefill.num_pages", config.prefill.num_pages, longest),
         _pool_size("decode.num_pages", config.decode.num_pages, longest),
     )
+
+
+def _check_sessions(config: ServeConfig) -> None:
+    if config.reply_kv == "while-decoding":
+        raise ConfigError(
+            "reply_kv: `while-decoding` is not implemented; `ahead` covers replies once they have "
+            "ended, `off` not at all"
+        )
+    if not 0 <= config.sessions.pinned_share <= 1:
+        raise ConfigError(
+            f"sessions.pinned_share: must be 0 .. 1, is {config.sessions.pinned_share}"
+        )
+    if not 0 <= config.sessions.max_ttl_seconds < math.inf:
+        raise ConfigError(
+            "sessions.max_ttl_seconds: must be a number of seconds, 0 or more, is "
+            f"{config.sessions.max_ttl_seconds}"
+        )
 
 
 def _check_backend(config: ServeConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, Sharding
 
 from pshare_jax.config import DecodeConfig, ModelEntry, ServeConfig, Sharing
@@ -364,7 +366,9 @@ class WeightLoader:
         """Stacked adapters as the steps of `mesh` read them."""
         if is_packed(on_mesh(self._backend, mesh.size), self._base.config):
             packed = pack_adapters(self._base.config, stacked)
-            return jax.device_put(packed, replicated(mesh))
+            # A CPU takes the host's memory as it is, but copies from device to device.
+            factors = jax.device_put(np.asarray(packed.factors), replicated(mesh))
+            return dataclasses.replace(packed, factors=factors)
         return jax.device_put(stacked, replicated(mesh))
 
     def _packed(self, weights: Weights, mesh: Mesh) -> Weights:

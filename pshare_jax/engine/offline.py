@@ -14,6 +14,7 @@ import msgspec
 
 from pshare_jax.config import ModelEntry, ServeConfig, load_serve_config
 from pshare_jax.core.messages import Request, RequestOutput, SamplingParams
+from pshare_jax.engine import restrictions
 from pshare_jax.engine.completion import ChatAnswer, Collector, Completion, ToolCall
 from pshare_jax.engine.orchestrator import Orchestrator
 from pshare_jax.errors import QueueFullError, RequestError
@@ -80,12 +81,15 @@ class Engine:
             cache_salt: prompts of different salts share no KV.
             on_completion: called with the index of a prompt and its completion as soon as it is
                 there, in the caller's thread; the next one waits until it returns.
-            params: fields of SamplingParams, on top of `sampling`.
+            params: fields of SamplingParams, on top of `sampling`; and, as over HTTP, OpenAI's
+                `response_format`, vLLM's `structured_outputs` and `bad_words` (texts).
 
         Raises:
             RequestError: a prompt or parameter that can never be served.
             EngineDeadError: the engine has failed.
         """
+        asked = restrictions.taken_from(params)
+        params |= restrictions.completion_fields(self._orchestrator, asked)
         return self._generate(
             model, prompts, stop, sampling, cache_salt, on_completion, params, shown=()
         )
@@ -124,7 +128,7 @@ class Engine:
                 collector.add(event)
                 if collector.done and not was_done:
                     if event.finish_reason is None:
-                        self._orchestrator.abort(event.request_id)
+                        self._orchestrator.abort(event.request_id, complete=True)
                     if on_completion is not None:
                         on_completion(indices[event.request_id], collector.completion())
                 running -= event.finish_reason is not None
@@ -156,7 +160,8 @@ class Engine:
             cache_salt: conversations of different salts share no KV.
             template_options: how messages become a prompt.
             params: fields of SamplingParams; greedy unless they say otherwise, `max_tokens`
-                defaults to what fits.
+                defaults to what fits; and, as over HTTP, `response_format`, `structured_outputs`,
+                `bad_words`, `tool_choice` and `parallel_tool_calls`.
 
         Raises:
             RequestError: messages, tools or parameters that can never be served.
@@ -169,12 +174,15 @@ class Engine:
         options = dataclasses.replace(options, tool_prompt=style.tool_prompt)
         conversation = chat_messages(messages)
         prompt = chat_prompt(engine.tokenizer, limits, conversation, tools, options)
+        asked = restrictions.taken_from(params, "tool_choice", "parallel_tool_calls")
+        params |= restrictions.chat_fields(engine, asked, style, prompt, tools)
         params = {"max_tokens": max(limits.max_model_len - len(prompt.token_ids), 1), **params}
         [completion] = self._generate(
             model, [prompt.token_ids], stop, None, cache_salt, None, params, style.markers
         )
         names = [tool["function"]["name"] for tool in tools]
-        reader = style.reader(names, prompt.in_reasoning)
+        one_call = asked.get("parallel_tool_calls") is False
+        reader = style.reader(names, prompt.in_reasoning, one_call)
         parts = reader.push(completion.text) + reader.finish()
         reasoning, content, calls = joined(parts)
         return ChatAnswer(
@@ -192,15 +200,19 @@ class Engine:
             self._formats[model] = model_format(entries.get(model, ModelEntry(model)), template)
         return self._formats[model]
 
-    def load_module(self, name: str, folder: str | Path, *, replace: bool = False) -> None:
+    def load_module(
+        self, name: str, folder: str | Path, *, replace: bool = False, tool_parser: str = "auto"
+    ) -> None:
         """Serves the decode module in `folder` under `name` from now on.
 
         There must be room for it: `decode.max_loras`, `decode.max_full`. With `replace` it takes
-        the place of a module of that name.
+        the place of a module of that name. `tool_parser` is as in `config.ModelEntry`.
 
         Raises:
             RequestError, CheckpointError, ConfigError: see `Orchestrator.load_module`.
         """
+        entry = ModelEntry(name, str(folder), tool_parser=tool_parser)
+        self._formats[name] = model_format(entry, self._orchestrator.tokenizer.chat_template)
         self._orchestrator.load_module(name, folder, replace=replace)
 
     def unload_module(self, name: str) -> None:

@@ -18,12 +18,14 @@ import jax
 from pshare_jax.cluster.thread import DispatcherThread, WorkerThread
 from pshare_jax.config import DecodeConfig, ServeConfig
 from pshare_jax.convert.manifest import TOKENIZER_FOLDER, read_manifest
+from pshare_jax.core.constraints import GrammarSpec
 from pshare_jax.core.dispatcher import Dispatcher
 from pshare_jax.core.messages import DISPATCHER, Message, Request, RequestOutput
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.pages.sharing_map import SharingMap, sharing_map
 from pshare_jax.core.prompt_scores import PromptScorer, is_scored
 from pshare_jax.core.router import Router
+from pshare_jax.core.sessions import SessionPolicy
 from pshare_jax.core.stats import EngineStats, PoolStats
 from pshare_jax.engine.assembly import Assembly
 from pshare_jax.engine.checks import check_request
@@ -40,10 +42,17 @@ from pshare_jax.engine.loader import (
 from pshare_jax.engine.modules import Modules
 from pshare_jax.engine.queue_room import QueueRoom
 from pshare_jax.engine.served import ModelInfo, ServedModels, free_retired
-from pshare_jax.errors import EngineDeadError, QueueFullError, RequestError, UnknownModelError
+from pshare_jax.errors import (
+    EngineDeadError,
+    PshareError,
+    QueueFullError,
+    RequestError,
+    UnknownModelError,
+)
 from pshare_jax.kernels.backends import backend_for
 from pshare_jax.runtime.compiles import compile_count
 from pshare_jax.runtime.layout import PageLayout
+from pshare_jax.text.grammar import GrammarCompiler
 from pshare_jax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -55,6 +64,7 @@ Sink = Callable[[RequestOutput], None]
 class _Live:
     model: str
     sink: Sink
+    grammar: GrammarSpec | None
 
 
 class Orchestrator:
@@ -84,6 +94,9 @@ class Orchestrator:
         self.model_config = base.config
         self.ready = False
         self._tokenizer = tokenizer
+        self.grammars: GrammarCompiler | None = None
+        if tokenizer is not None and tokenizer.eos_token_ids:
+            self.grammars = GrammarCompiler(tokenizer)
         layout = PageLayout.of(base.config, config.page_size, compute_dtype(config, base.config))
         sizes = check_config(config, base.config, layout)
         meshes = place(config)
@@ -91,7 +104,9 @@ class Orchestrator:
         self._served = ServedModels(config, base, sources, specs)
         backend = backend_for(config.kernel_backend, jax.default_backend())
         loader = WeightLoader(base, sources, backend, config.decode, layout.dtype)
-        assembly = Assembly(config, base.config, layout, sizes, backend, loader, specs)
+        assembly = Assembly(
+            config, base.config, layout, sizes, backend, loader, specs, self.grammars
+        )
         self.workers = assembly.build(meshes)
         loader.built()
         executors = {worker.name: worker.executor for worker in self.workers.decode}
@@ -102,7 +117,8 @@ class Orchestrator:
         ]
         self._thread_of = {w.name: thread for thread in self._threads for w in thread.workers}
         router = Router(self.workers.prefill_info(), self.workers.decode_info())
-        self._dispatcher = Dispatcher(specs, router, config.page_size)
+        policy = SessionPolicy(config.reply_kv == "ahead", config.sessions.max_ttl_seconds)
+        self._dispatcher = Dispatcher(specs, router, config.page_size, policy)
         self._control = DispatcherThread(self._deliver, self._dispatcher_failed)
         self._failed: dict[str, str] = {}
         self._live: dict[str, _Live] = {}
@@ -192,27 +208,24 @@ class Orchestrator:
         check_request(request, self.model_config.vocab_size, self.config.max_model_len)
         params = request.params
         ends = set(params.stop_token_ids)
-        if not params.ignore_eos and self._tokenizer is not None:
+        if self._tokenizer is not None and not (params.ignore_eos and params.grammar is None):
             ends |= set(self._tokenizer.eos_token_ids)
         seed = (secrets.randbits(32) if params.seed is None else params.seed) % 2**32
-        with self._lock:
-            if request.id in self._live:
-                raise RequestError(f"request id {request.id!r} is already running")
-            num_waiting = len(self._live) - sum(self._running().values())
-            if self._room.is_full(request.owner, num_waiting):
-                seconds = self._room.retry_after(time.monotonic())
-                raise QueueFullError(
-                    f"{num_waiting} requests are waiting; try again in {math.ceil(seconds)} s",
-                    seconds,
-                )
-            self._room.add(request.id, request.owner)
-            self._live[request.id] = _Live(request.model, sink)
-            order = next(self._order)
+        self._hold(params.grammar)
+        try:
+            order = self._register(request, sink)
+        except PshareError:
+            self._release(params.grammar)
+            raise
         self._control.post(lambda: self._take(request, order, seed, frozenset(ends)))
 
-    def abort(self, request_id: str) -> None:
-        """Ends a request; its last event says ABORT. Unknown ids are ignored."""
-        self._control.post(lambda: self._abort(request_id))
+    def abort(self, request_id: str, *, complete: bool = False) -> None:
+        """Ends a request; its last event says ABORT. Unknown ids are ignored.
+
+        A reply that is `complete` was cut where it was to end, and the next prompt may go on from
+        it.
+        """
+        self._control.post(lambda: self._abort(request_id, complete))
 
     def load_module(
         self, name: str, folder: str | Path | ModelSource, *, replace: bool = False
@@ -273,8 +286,11 @@ class Orchestrator:
         names = {**dict.fromkeys(self.models), **live, **running}
         return EngineStats(
             prefill_tokens=total(stats.prefill_tokens for stats in prefill.values()),
+            ahead_tokens=total(stats.ahead_tokens for stats in prefill.values()),
+            foreseen_tokens=total(stats.foreseen_tokens for stats in prefill.values()),
             prompt_tokens=dict(requests.prompt_tokens),
             generation_tokens=total(stats.generation_tokens for stats in decode.values()),
+            forced_tokens=total(stats.forced_tokens for stats in decode.values()),
             handoff_bytes=total(stats.handoff_bytes for stats in decode.values()),
             handoff_pages=total(stats.handoff_pages for stats in decode.values()),
             failed_transfers={name: stats.failed_transfers for name, stats in decode.items()},
@@ -293,6 +309,43 @@ class Orchestrator:
                 name: seconds for t in self._threads for name, seconds in t.busy_seconds.items()
             },
         )
+
+    def _hold(self, grammar: GrammarSpec | None) -> None:
+        """Has the grammar of a request compiled and kept; callers who must not wait did so before.
+
+        Raises:
+            RequestError: it cannot be used.
+        """
+        if grammar is None:
+            return
+        if self.grammars is None:
+            raise RequestError("a grammar needs a tokenizer with an end token", "grammar")
+        self.grammars.hold(grammar, "grammar")
+
+    def _release(self, grammar: GrammarSpec | None) -> None:
+        if grammar is not None and self.grammars is not None:
+            self.grammars.release(grammar)
+
+    def _register(self, request: Request, sink: Sink) -> int:
+        """Counts a request among the living; its place in the order of arrival.
+
+        Raises:
+            RequestError: its id is taken.
+            QueueFullError: too many requests are waiting.
+        """
+        with self._lock:
+            if request.id in self._live:
+                raise RequestError(f"request id {request.id!r} is already running")
+            num_waiting = len(self._live) - sum(self._running().values())
+            if self._room.is_full(request.owner, num_waiting):
+                seconds = self._room.retry_after(time.monotonic())
+                raise QueueFullError(
+                    f"{num_waiting} requests are waiting; try again in {math.ceil(seconds)} s",
+                    seconds,
+                )
+            self._room.add(request.id, request.owner)
+            self._live[request.id] = _Live(request.model, sink, request.params.grammar)
+            return next(self._order)
 
     def _check_running(self) -> None:
         if self.dead is not None:
@@ -323,10 +376,10 @@ class Orchestrator:
         now = time.monotonic()
         to.submit(request, order=order, seed=seed, end_token_ids=ends, now=now)
 
-    def _abort(self, request_id: str) -> None:
+    def _abort(self, request_id: str, complete: bool = False) -> None:
         outputs = self._scorer.abort(request_id)
         if outputs is None:
-            self._dispatcher.abort(request_id)
+            self._dispatcher.abort(request_id, complete=complete)
         for output in outputs or ():
             self._emit(output)
 
@@ -367,6 +420,7 @@ class Orchestrator:
             if output.finish_reason is not None:
                 self._room.ended(output.request_id)
                 self._live.pop(output.request_id, None)
+                self._release(None if live is None else live.grammar)
         if live is None:
             return
         try:

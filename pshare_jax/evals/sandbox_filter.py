@@ -63,7 +63,7 @@ _TIOCSTI = 0x5412
 def compiled_filter() -> bytes | None:
     """The filter as the kernel takes it, for this machine; None where libseccomp is not there.
 
-    Calls that it denies fail with EPERM, whichever architecture they are made for.
+    Calls that it denies fail with EPERM; one of another architecture ends the program.
     """
     try:
         import pyseccomp

@@ -15,7 +15,7 @@ import msgspec
 from pshare_jax.errors import RequestError
 from pshare_jax.frontend.params import Limits, check_token_ids, resolve_max_tokens
 from pshare_jax.frontend.plain_text import PlainText
-from pshare_jax.frontend.reasoning import OPENING
+from pshare_jax.frontend.reasoning import CLOSING, OPENING
 from pshare_jax.frontend.requests import ChatMessage, ChatRequest, CompletionRequest, Tool, ToolCall
 from pshare_jax.frontend.tool_prompt import ToolPrompt, with_tools
 from pshare_jax.text.tokenizer import Tokenizer
@@ -31,11 +31,13 @@ class Prompt:
         token_ids: what the model reads.
         text: the client's text, if that is what it gave.
         in_reasoning: whether it ends within the model's thoughts.
+        after_reasoning: whether it ends with the end of thoughts, so that there will be none.
     """
 
     token_ids: tuple[int, ...]
     text: str | None = None
     in_reasoning: bool = False
+    after_reasoning: bool = False
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,10 @@ def chat_prompt(
     ids = cut_to_fit(ids, limits, "messages", keep)
     if not ids:
         raise RequestError("the chat template gave an empty prompt", param="messages")
-    return Prompt(tuple(ids), in_reasoning=text.rstrip().endswith(OPENING))
+    end = text.rstrip()
+    return Prompt(
+        tuple(ids), in_reasoning=end.endswith(OPENING), after_reasoning=end.endswith(CLOSING)
+    )
 
 
 def encode(

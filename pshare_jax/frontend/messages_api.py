@@ -54,6 +54,9 @@ class MessagesRequest(CountTokensRequest, kw_only=True):
     top_p: float | None = None
     top_k: Whole | None = None
     cache_salt: str | None = None
+    session_id: str | None = None
+    ttl: float | None = None
+    next_models: list[str] | None = None
     metadata: Ignored = None
     service_tier: Ignored = None
     container: Ignored = None
@@ -90,17 +93,25 @@ def as_chat(body: CountTokensRequest) -> ChatRequest:
         chat.max_tokens, chat.stream = body.max_tokens, body.stream
         chat.temperature, chat.top_p, chat.top_k = body.temperature, body.top_p, body.top_k
         chat.stop, chat.cache_salt = body.stop_sequences, body.cache_salt
+        chat.session_id, chat.ttl, chat.next_models = body.session_id, body.ttl, body.next_models
     return chat
 
 
-def _tool_choice(choice: Mapping[str, Any]) -> str:
-    kind = choice.get("type", "auto")
-    if kind not in ("auto", "none"):
-        raise RequestError(
-            "tool_choice must be of type 'auto' or 'none': tool calls cannot be forced",
-            param="tool_choice",
-        )
-    return kind
+def _tool_choice(choice: Mapping[str, Any]) -> str | dict[str, Any]:
+    match choice.get("type", "auto"):
+        case "auto" | "none" as kind:
+            return kind
+        case "any":
+            return "required"
+        case "tool":
+            return {
+                "type": "function",
+                "function": {"name": _string(choice, "name", "tool_choice")},
+            }
+        case _:
+            raise RequestError(
+                "tool_choice must be of type auto, any, tool or none", param="tool_choice"
+            )
 
 
 def _tool(tool: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -208,6 +208,8 @@ def sampling_params(
         logprobs=logprobs,
         stop_token_ids=_stop_token_ids(body.stop_token_ids or [], limits.vocab_size),
         ignore_eos=bool(body.ignore_eos),
+        min_tokens=_bounded("min_tokens", body.min_tokens or 0, 0, 2**31),
+        allowed_token_ids=_allowed_token_ids(body.allowed_token_ids, limits.vocab_size),
     )
 
 
@@ -285,20 +287,6 @@ def _best_of(body: CompletionRequest, n: int, max_n: int) -> int:
 
 
 def _check_chat(body: ChatRequest) -> None:
-    if body.response_format is not None and body.response_format.type != "text":
-        raise RequestError(
-            f"response_format {body.response_format.type[:100]!r} is not served; only 'text' is",
-            param="response_format.type",
-        )
-    if body.tool_choice not in (None, "none", "auto"):
-        raise RequestError(
-            "tool_choice must be 'none' or 'auto': tool calls cannot be forced",
-            param="tool_choice",
-        )
-    if body.function_call not in (None, "none", "auto"):
-        raise RequestError(
-            "function_call must be 'none' or 'auto': calls cannot be forced", param="function_call"
-        )
     if body.functions and body.tools:
         raise RequestError("give tools or functions, not both", param="functions")
     if body.modalities not in (None, ["text"]):
@@ -356,6 +344,15 @@ def _stop_token_ids(ids: Sequence[int], vocab_size: int) -> tuple[int, ...]:
         )
     check_token_ids(ids, vocab_size, "stop_token_ids")
     return tuple(ids)
+
+
+def _allowed_token_ids(ids: Sequence[int] | None, vocab_size: int) -> tuple[int, ...]:
+    if ids is None:
+        return ()
+    if not ids:
+        raise RequestError("allowed_token_ids must not be empty", param="allowed_token_ids")
+    check_token_ids(ids, vocab_size, "allowed_token_ids")
+    return tuple(sorted(set(ids)))
 
 
 def _logit_bias(bias: Mapping[str, float], vocab_size: int) -> dict[int, float]:

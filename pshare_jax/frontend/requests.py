@@ -17,6 +17,7 @@ Whole = int | float
 _WHOLE = (
     "n",
     "max_tokens",
+    "min_tokens",
     "seed",
     "top_k",
     "truncate_prompt_tokens",
@@ -27,16 +28,8 @@ _WHOLE = (
 # Fields of OpenAI's and vLLM's APIs that would change the answer, and are not served: to ignore
 # them would be to lie. Each may still be null, empty, false or 0.
 UNSERVED = {
-    "allowed_token_ids": "the choice of tokens cannot be restricted to a list",
     "audio": "audio is not generated",
-    "bad_words": "words cannot be forbidden; use logit_bias",
-    "guided_choice": "constrained decoding is not served",
-    "guided_grammar": "constrained decoding is not served",
-    "guided_json": "constrained decoding is not served",
-    "guided_regex": "constrained decoding is not served",
     "logits_processors": "code of the client is not run",
-    "min_tokens": "end tokens cannot be held back",
-    "structured_outputs": "constrained decoding is not served",
     "use_beam_search": "beam search is not served",
 }
 
@@ -50,7 +43,19 @@ class StreamOptions(Struct):
     include_obfuscation: Ignored = None
 
 
-class GenerationRequest(Struct, kw_only=True):
+class SessionHints(Struct, kw_only=True):
+    """What a client may say about calls to come; no answer depends on it.
+
+    `session_id` (or the header `X-Session-Id`) keeps calls together, `ttl` is for how many seconds
+    their KV should be kept, `next_models` names who will be asked next.
+    """
+
+    session_id: str | None = None
+    ttl: float | None = None
+    next_models: list[str] | None = None
+
+
+class GenerationRequest(SessionHints, kw_only=True):
     """What both generation endpoints understand, vLLM's additions included."""
 
     model: str
@@ -70,6 +75,15 @@ class GenerationRequest(Struct, kw_only=True):
     repetition_penalty: float | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
+    min_tokens: Whole | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: str | bool | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     add_special_tokens: bool | None = None
@@ -163,12 +177,6 @@ class Tool(Struct):
     function: FunctionSchema
 
 
-class ResponseFormat(Struct):
-    """Only `text` is served."""
-
-    type: str
-
-
 class ChatRequest(GenerationRequest, kw_only=True):
     """`POST /v1/chat/completions`."""
 
@@ -181,7 +189,6 @@ class ChatRequest(GenerationRequest, kw_only=True):
     top_logprobs: Whole | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    response_format: ResponseFormat | None = None
     modalities: list[str] | None = None
     functions: list[dict[str, Any]] | None = None
     function_call: str | dict[str, Any] | None = None
@@ -192,6 +199,17 @@ class ChatRequest(GenerationRequest, kw_only=True):
         super().__post_init__()
         make_whole(self, "max_completion_tokens")
         make_whole(self, "top_logprobs")
+
+
+class FanoutRequest(ChatRequest, kw_only=True):
+    """`POST /v1/fanout`: a chat for several models."""
+
+    model: list[str]  # type: ignore[reportIncompatibleVariableOverride]
+
+    def of(self, model: str) -> ChatRequest:
+        """The chat for one of the models."""
+        fields = {name: getattr(self, name) for name in ChatRequest.__struct_fields__}
+        return ChatRequest(**{**fields, "model": model})
 
 
 class TokenizeRequest(Struct, kw_only=True):

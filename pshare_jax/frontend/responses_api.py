@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
-from msgspec import Struct
 
 from pshare_jax.errors import RequestError
 from pshare_jax.frontend.requests import (
     ChatMessage,
     ChatRequest,
     Ignored,
+    SessionHints,
     StreamOptions,
     ToolCall,
     ToolFunction,
@@ -26,7 +26,7 @@ from pshare_jax.frontend.requests import (
 _TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 
 
-class ResponsesRequest(Struct, kw_only=True):
+class ResponsesRequest(SessionHints, kw_only=True):
     """`POST /v1/responses`."""
 
     model: str
@@ -84,6 +84,7 @@ def as_chat(body: ResponsesRequest) -> ChatRequest:
         messages=messages,
         tools=[_tool(tool) for tool in body.tools or () if is_function(tool)],
         tool_choice=body.tool_choice,
+        response_format=_response_format(body),
         parallel_tool_calls=body.parallel_tool_calls,
         max_tokens=body.max_output_tokens,
         temperature=body.temperature,
@@ -91,6 +92,9 @@ def as_chat(body: ResponsesRequest) -> ChatRequest:
         stream=body.stream,
         cache_salt=body.cache_salt,
         chat_template_kwargs=body.chat_template_kwargs,
+        session_id=body.session_id,
+        ttl=body.ttl,
+        next_models=body.next_models,
     )
 
 
@@ -106,13 +110,22 @@ def _check(body: ResponsesRequest) -> None:
                 f"{name} is not served: nothing is stored; send the whole conversation as input",
                 param=name,
             )
-    wanted = ((body.text or {}).get("format") or {}).get("type", "text")
-    if wanted != "text":
-        raise RequestError(
-            f"text.format {str(wanted)[:100]!r} is not served; only 'text' is", param="text.format"
-        )
     if body.top_logprobs:
         raise RequestError("top_logprobs is not served here; use a chat", param="top_logprobs")
+
+
+def _response_format(body: ResponsesRequest) -> dict[str, Any] | None:
+    """`text.format` in the chat's form, which nests."""
+    given = (body.text or {}).get("format")
+    if given is None:
+        return None
+    if not isinstance(given, Mapping):
+        raise RequestError("text.format must be an object", param="text.format")
+    if given.get("type") != "json_schema":
+        return dict(given)
+    if "schema" not in given:
+        raise RequestError("text.format.schema is missing", param="text.format.schema")
+    return {"type": "json_schema", "json_schema": dict(given)}
 
 
 def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:

@@ -172,17 +172,18 @@ def pack_adapters(config: ModelConfig, stacked: Weights) -> PackedAdapters:
     targets = tuple(t for t in TARGETS if f"layers.0.{projection_path(t)}.lora_a" in stacked)
     path = f"layers.0.{projection_path(targets[0])}"
     num, rank = stacked[f"{path}.lora_a"].shape[-2:]
-    layers = [
-        _pack_factors(
+    rows: _Rows | None = None
+    for i in range(config.num_layers):
+        paths = [f"layers.{i}.{projection_path(t)}" for t in targets]
+        row = _pack_factors(
             library.panel_columns,
-            [
-                (stacked[f"{path}.lora_a"], stacked[f"{path}.lora_b"])
-                for path in (f"layers.{i}.{projection_path(t)}" for t in targets)
-            ],
+            [(stacked[f"{path}.lora_a"], stacked[f"{path}.lora_b"]) for path in paths],
         )
-        for i in range(config.num_layers)
-    ]
-    factors = jnp.stack(layers)
+        # Not by one operation on all of them, behind which steps that run would have to wait.
+        rows = rows or _Rows(config.num_layers, row)
+        rows.set(i, row)
+    assert rows is not None
+    factors = rows.on_device()
     library.advise_large_pages([factors])
     return PackedAdapters(factors, num, rank + rank % 2, targets)
 

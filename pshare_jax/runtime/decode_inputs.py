@@ -84,6 +84,11 @@ class DecodeInputs:
             inputs = inputs._replace(runs=self._runs(found, step.bucket))
         return inputs, found
 
+    @staticmethod
+    def deferred(inputs: DecodeInput) -> DecodeInput:
+        """The same step without the choice of tokens."""
+        return inputs._replace(sampling=inputs.sampling.later())
+
     def warm_up(self, bucket: int) -> Iterator[DecodeInput]:
         """One dispatch without sequences for each executable that `decode` may ask for."""
         inputs = self._plain(Step("", bucket, 1, []), [])

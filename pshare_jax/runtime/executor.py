@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import jax
 import numpy as np
@@ -27,9 +26,12 @@ from pshare_jax.core.shared_runs import SharedRuns
 from pshare_jax.kernels.decoder_layer.packing import PackedAdapters
 from pshare_jax.models.weights import Weights
 from pshare_jax.runtime.host_arrays import host_array, padded
+from pshare_jax.runtime.masks import Masks, RowMask, only
 from pshare_jax.runtime.pool import PagePool, Pages
-from pshare_jax.runtime.programs import Call, Programs, Slot
+from pshare_jax.runtime.programs import Programs
 from pshare_jax.runtime.sampler import Sampled, row_logprobs
+from pshare_jax.runtime.steps import DecodeInput
+from pshare_jax.runtime.warm_up import WarmUp
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class PrefillExecutor:
         calls = list(self.programs.prefill_calls())
         if sends:
             calls += self.programs.sending_calls()
-        state = _State(self.programs, self.pool, next(iter(self._weights.values())))
+        state = WarmUp(self.programs, self.pool, next(iter(self._weights.values())))
         for call in calls:
             state.run(call)
         self.pool.disown()
@@ -112,15 +114,23 @@ class PrefillExecutor:
         return self.pool.update(lambda pages: self.programs.chunk(weights, pages, ids, rows))
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Dispatched:
-    """A step under way. `known` is what was known of its rows: slots may have others by its end."""
+    """A step under way.
+
+    `known` and `masks` are what was known of its rows: slots may have others by its end. `later`
+    are its input and logits until its tokens are chosen, `tokens` what it gave once that was read.
+    """
 
     plan: DecodePlan
     step: Step
     known: list[Admit]
-    sampled: Sampled
+    masks: list[RowMask | None]
     reads: SharedRuns
+    sampled: Sampled
+    later: tuple[DecodeInput, jax.Array] | None
+    tokens: list[list[int]] | None = None
+    failed: dict[int, str] = field(default_factory=dict)
 
 
 class DecodeExecutor:
@@ -131,6 +141,7 @@ class DecodeExecutor:
         pool: its pages.
         groups: weights of each group of models, on the mesh.
         connector: the worker's end.
+        masks: makes the masks of sequences whose choice of tokens is restricted.
     """
 
     def __init__(
@@ -139,6 +150,7 @@ class DecodeExecutor:
         pool: PagePool,
         groups: Mapping[str, GroupWeights],
         connector: Connector,
+        masks: Masks,
     ):
         self.pool = pool
         self.programs = programs
@@ -147,6 +159,8 @@ class DecodeExecutor:
         self._lock = threading.Lock()
         self._history = programs.history()
         self._slots: dict[int, Admit] = {}
+        self._masks = masks
+        self._masked: dict[int, RowMask] = {}
         self._pulling: list[int] = []
         self._dispatched: deque[_Dispatched] = deque()
 
@@ -158,7 +172,7 @@ class DecodeExecutor:
         if receives:
             calls += self.programs.receiving_calls()
         for group in kinds.values():
-            state = _State(self.programs, self.pool, group.weights, group.adapters, self._history)
+            state = WarmUp(self.programs, self.pool, group.weights, group.adapters, self._history)
             for call in calls:
                 state.run(call)
             self._history = state.history
@@ -196,6 +210,9 @@ class DecodeExecutor:
         Returns:
             Transfers that have ended.
         """
+        for earlier in tuple(self._dispatched):
+            # Its tokens are fed to the next one, and its slots may get others.
+            self._choose(earlier)
         for transfer in plan.cancelled:
             self.connector.abort(transfer)
             if transfer in self._pulling:
@@ -207,18 +224,24 @@ class DecodeExecutor:
             self._replay(plan.replay)
         if plan.step is not None:
             self._dispatched.append(self._step(plan, plan.step))
+            self._choose(self._dispatched[0])
         return landed
 
     def finish(self) -> tuple[DecodePlan, DecodeResult]:
         """Waits for the oldest step that was begun, and reads its tokens."""
-        done = self._dispatched.popleft()
-        tokens = np.asarray(done.sampled.tokens)[: done.step.count, : len(done.step.rows)]
+        done = self._dispatched[0]
+        tokens = self._read(done)
+        self._dispatched.popleft()
+        if self._dispatched:
+            # Masks are made here, while the device computes the logits.
+            self._choose(self._dispatched[0])
         return done.plan, DecodeResult(
             done.plan.number,
-            tokens.T.tolist(),
+            tokens,
             _logprobs(done),
             done.reads.plain_pages,
             done.reads.saved_pages,
+            done.failed,
         )
 
     def _pull(self, plan: DecodePlan) -> list[Landed]:
@@ -242,8 +265,15 @@ class DecodeExecutor:
 
     def _admit(self, admit: Admit) -> None:
         self._slots[admit.slot] = admit
+        self._masked.pop(admit.slot, None)
+        if (mask := self._masks.admit(admit)) is not None:
+            self._masked[admit.slot] = mask
+        self._write(admit, admit.tokens)
+
+    def _write(self, admit: Admit, tokens: Sequence[int]) -> None:
+        """Tells the device the known tokens of a sequence."""
         row = np.zeros(self.programs.max_model_len, np.int32)
-        row[: len(admit.tokens)] = admit.tokens
+        row[: len(tokens)] = tokens
         bias = admit.params.logit_bias
         ids = np.full(MAX_LOGIT_BIAS, -1, np.int32)
         values = np.zeros(MAX_LOGIT_BIAS, np.float32)
@@ -265,15 +295,79 @@ class DecodeExecutor:
     def _step(self, plan: DecodePlan, step: Step) -> _Dispatched:
         inputs, reads = self.programs.inputs.decode(step, self._slots)
         group = self._groups[step.group]
+        masks = [self._masked.get(row.slot) for row in step.rows]
+        deferred = any(mask is not None and mask.active for mask in masks)
+        given = self.programs.inputs.deferred(inputs) if deferred else inputs
 
-        def run(pages: Pages) -> tuple[Pages, Sampled]:
-            pages, self._history, sampled = self.programs.decode(
-                group.weights, group.adapters, pages, self._history, inputs
+        def run(pages: Pages) -> tuple[Pages, tuple[Sampled, jax.Array]]:
+            pages, self._history, *results = self.programs.decode(
+                group.weights, group.adapters, pages, self._history, given
             )
-            return pages, sampled
+            return pages, tuple(results)
 
+        sampled, logits = self.pool.update(run)
         known = [self._slots[row.slot] for row in step.rows]
-        return _Dispatched(plan, step, known, self.pool.update(run), reads)
+        later = (inputs, logits) if deferred else None
+        return _Dispatched(plan, step, known, masks, reads, sampled, later)
+
+    def _choose(self, step: _Dispatched) -> None:
+        """Has the tokens of a step chosen, if that was left for when masks are known."""
+        if step.later is None:
+            return
+        for earlier in self._dispatched:
+            if earlier is step:
+                break
+            self._read(earlier)
+        inputs, logits = step.later
+        mask = self._masks.fill(step.masks, step.step.bucket)
+        for row, state in enumerate(step.masks):
+            if state is not None and (told := _told(step, row, state)) is not None:
+                mask[row] = only(self.programs.spec.config.vocab_size, told)
+        self._history, step.sampled = self.programs.choose(
+            self._history,
+            logits,
+            host_array(mask, np.uint32),
+            inputs.slots,
+            inputs.rows.start,
+            inputs.sampling,
+        )
+        step.later = None
+
+    def _read(self, step: _Dispatched) -> list[list[int]]:
+        """Waits for the tokens of a step, and takes them into the masks of its rows."""
+        if step.tokens is None:
+            self._choose(step)
+            array = np.asarray(step.sampled.tokens)[: step.step.count, : len(step.step.rows)]
+            tokens: list[list[int]] = array.T.tolist()
+            for row, mask in enumerate(step.masks):
+                if mask is not None:
+                    overtaken = _told(step, row, mask) is not None
+                    tokens[row] = [] if overtaken else self._follow(step, row, mask, tokens[row])
+            step.tokens = tokens
+        return step.tokens
+
+    def _follow(self, step: _Dispatched, row: int, mask: RowMask, tokens: list[int]) -> list[int]:
+        """Takes the tokens of a row in; gives them with those that must follow, if it is worth it.
+
+        These need no steps. One that is under way already will be overtaken.
+        """
+        for token_id in tokens:
+            mask.accept(token_id)
+        if mask.error is not None:
+            step.failed[row] = mask.error
+            return tokens
+        forced = mask.jump
+        if forced:
+            for token_id in forced:
+                mask.accept(token_id)
+            self._write(step.known[row], mask.tokens)
+        return [*tokens, *forced]
+
+
+def _told(step: _Dispatched, row: int, mask: RowMask) -> int | None:
+    """The token that a row would get from a step, if it was told with an earlier one already."""
+    position = step.step.rows[row].start + 1
+    return mask.tokens[position] if position < len(mask.tokens) else None
 
 
 def _logprobs(done: _Dispatched) -> list[list[TokenLogprobs]]:
@@ -282,50 +376,3 @@ def _logprobs(done: _Dispatched) -> list[list[TokenLogprobs]]:
         return []
     host = jax.device_get(done.sampled)
     return [row_logprobs(host, i, done.step.count, count) for i, count in enumerate(counts)]
-
-
-class _State:
-    """What lies on the devices while programs are compiled by running them."""
-
-    def __init__(
-        self,
-        programs: Programs,
-        pool: PagePool,
-        weights: Weights,
-        adapters: Weights | PackedAdapters | None = None,
-        history: Any = None,
-    ):
-        self.history = history
-        self.programs = programs
-        self._pool = pool
-        self._weights = weights
-        self._adapters = adapters
-
-    def run(self, call: Call) -> None:
-        """Runs a program once, so that it is compiled."""
-
-        def update(pages: Pages) -> tuple[Pages, Any]:
-            given = {
-                Slot.WEIGHTS: self._weights,
-                Slot.ADAPTERS: self._adapters,
-                Slot.POOL: pages,
-                Slot.HISTORY: self.history,
-            }
-            if any(argument is Slot.STAGED for argument in call.arguments):
-                given[Slot.STAGED] = self._staged(call.size[0])
-            arguments = [given[a] if isinstance(a, Slot) else a for a in call.arguments]
-            results = call.function(*arguments)
-            if len(call.results) == 1:
-                results = (results,)
-            for slot, result in zip(call.results, results, strict=True):
-                if slot is Slot.HISTORY:
-                    self.history = result
-                elif slot is Slot.POOL:
-                    pages = result
-            return pages, results
-
-        jax.block_until_ready(self._pool.update(update))
-
-    def _staged(self, count: int) -> jax.Array:
-        zeros = np.zeros(self.programs.staged_shape(count), self.programs.layout.dtype)
-        return jax.device_put(zeros, self.programs.staging)

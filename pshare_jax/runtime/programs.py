@@ -29,11 +29,13 @@ from pshare_jax.kernels.page_transfer.api import (
 from pshare_jax.runtime.decode_inputs import DecodeInputs
 from pshare_jax.runtime.host_arrays import host_array
 from pshare_jax.runtime.layout import PageLayout
+from pshare_jax.runtime.masks import mask_words
 from pshare_jax.runtime.sampler import empty_history
 from pshare_jax.runtime.steps import (
     Rows,
     StepSpec,
     admit,
+    choose,
     decode_steps,
     prefill_chunk,
     replay_chunk,
@@ -49,6 +51,7 @@ class Slot(Enum):
     POOL = "pool"
     HISTORY = "history"
     STAGED = "staged"
+    LOGITS = "logits"
 
 
 @dataclass(frozen=True)
@@ -139,8 +142,10 @@ class Programs:
         self.decode = jax.jit(
             functools.partial(decode_steps, spec, decode.steps_per_dispatch),
             donate_argnums=(2, 3),
-            out_shardings=(pages, self.everywhere, self.everywhere),
+            # Logits stay as they are computed: split over the vocabulary, where there is a mesh.
+            out_shardings=(pages, self.everywhere, self.everywhere, None),
         )
+        self.choose = jax.jit(choose, donate_argnums=0, out_shardings=self.everywhere)
 
     def staged_shape(self, count: int) -> tuple[int, ...]:
         """Shape of `count` pages of all layers on their way."""
@@ -189,9 +194,23 @@ class Programs:
                     "decode" if inputs.runs is None else "decode, shared pages",
                     self.decode,
                     (*modules, Slot.HISTORY, inputs),
-                    (Slot.POOL, Slot.HISTORY, None),
+                    (Slot.POOL, Slot.HISTORY, None, Slot.LOGITS),
                     (bucket,),
                 )
+            yield self._choose_call(bucket)
+
+    def _choose_call(self, bucket: int) -> Call:
+        """Choosing the tokens of the decode call before it."""
+        inputs = next(self.inputs.warm_up(bucket))
+        mask = np.zeros((bucket, mask_words(self.spec.config.vocab_size)), np.uint32)
+        arguments = (host_array(mask, np.uint32), inputs.slots, inputs.rows.start, inputs.sampling)
+        return Call(
+            "choose",
+            self.choose,
+            (Slot.HISTORY, Slot.LOGITS, *arguments),
+            (Slot.HISTORY, None),
+            (bucket,),
+        )
 
     def _no_rows(self, batch: int) -> Rows:
         return self.inputs.rows([], [], [], batch)

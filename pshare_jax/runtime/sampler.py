@@ -1,4 +1,4 @@
-"""Choosing the next token on the device: penalties, bias, temperature, min-p, top-k, top-p, seed.
+"""Choosing the next token on the device: masks, penalties, bias, temperature, min-p, top-k, top-p.
 
 Every feature sits behind a `lax.cond` on whether any row of the batch asks for it, so that one
 executable serves all requests and greedy decoding pays for an argmax only. Thresholds of top-k and
@@ -43,6 +43,19 @@ class SamplingRows(NamedTuple):
     any_random: jax.Array
     any_filter: jax.Array
     any_logprobs: jax.Array
+    deferred: jax.Array
+
+    def later(self) -> SamplingRows:
+        """For a step whose tokens are chosen by another one: it only computes the logits."""
+        no, yes = host_array(False, np.bool_), host_array(True, np.bool_)
+        return self._replace(
+            any_penalty=no,
+            any_bias=no,
+            any_random=no,
+            any_filter=no,
+            any_logprobs=no,
+            deferred=yes,
+        )
 
 
 class History(NamedTuple):
@@ -97,6 +110,7 @@ def pack_rows(
         any_random=any_of(_is_random),
         any_filter=any_of(_has_filter),
         any_logprobs=any_of(lambda p: p.logprobs is not None),
+        deferred=host_array(False, np.bool_),
     )
 
 
@@ -114,7 +128,8 @@ def _has_filter(p: SamplingParams) -> bool:
 
 def needs_logits(rows: SamplingRows) -> jax.Array:
     """Whether any row wants more of the logits than which is the highest; bool scalar."""
-    return rows.any_penalty | rows.any_bias | rows.any_random | rows.any_logprobs
+    any_random = rows.any_random | rows.any_logprobs
+    return rows.any_penalty | rows.any_bias | any_random | rows.deferred
 
 
 def sample(
@@ -123,6 +138,7 @@ def sample(
     history: History,
     lengths: jax.Array,
     best: jax.Array | None = None,
+    mask: jax.Array | None = None,
 ) -> Sampled:
     """The next token of each row.
 
@@ -134,8 +150,12 @@ def sample(
             together with the seed determines the random draw.
         best: `[B]` int32, the most likely tokens, if they are known; then the logits need not be
             defined unless `needs_logits`.
+        mask: `[B, ceil(V / 32)]` uint32, the tokens that may be chosen: bit i % 32 of word i // 32
+            is that of token i. Log-probabilities are those without it.
     """
-    if best is None:
+    if mask is not None:
+        tokens = _choose(_masked(logits, mask), rows, history, lengths)
+    elif best is None:
         tokens = _choose(logits, rows, history, lengths)
     else:
         tokens = lax.cond(
@@ -150,6 +170,12 @@ def sample(
     return Sampled(tokens, logprobs, top_ids, top_logprobs)
 
 
+def _masked(logits: jax.Array, mask: jax.Array) -> jax.Array:
+    vocab = logits.shape[-1]
+    bits = mask[:, :, None] >> jnp.arange(32, dtype=jnp.uint32) & 1
+    return jnp.where(bits.reshape(len(mask), -1)[:, :vocab] == 1, logits, -jnp.inf)
+
+
 def _choose(
     logits: jax.Array, rows: SamplingRows, history: History, lengths: jax.Array
 ) -> jax.Array:
@@ -160,7 +186,7 @@ def _choose(
     return lax.cond(
         rows.any_random,
         lambda x: _draw(x, rows, lengths),
-        lambda x: jnp.argmax(x, axis=-1).astype(jnp.int32),
+        _best,
         scores,
     )
 
@@ -193,7 +219,7 @@ def _add_bias(logits: jax.Array, history: History) -> jax.Array:
 
 def _draw(scores: jax.Array, rows: SamplingRows, lengths: jax.Array) -> jax.Array:
     """Gumbel-max draw at the row's temperature; temperature 0 takes the argmax."""
-    greedy = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    greedy = _best(scores)
     random = rows.temperature > 0
     scaled = scores / jnp.where(random, rows.temperature, 1.0)[:, None]
     scaled = lax.cond(rows.any_filter, lambda x: _filter(x, rows), lambda x: x, scaled)
@@ -202,8 +228,17 @@ def _draw(scores: jax.Array, rows: SamplingRows, lengths: jax.Array) -> jax.Arra
         key = jax.random.fold_in(jax.random.key(seed), position)
         return jax.random.gumbel(key, scores.shape[1:], jnp.float32)
 
-    drawn = jnp.argmax(scaled + jax.vmap(noise)(rows.seed, lengths), axis=-1)
-    return jnp.where(random, drawn.astype(jnp.int32), greedy)
+    drawn = _best(scaled + jax.vmap(noise)(rows.seed, lengths))
+    return jnp.where(random, drawn, greedy)
+
+
+def _best(scores: jax.Array) -> jax.Array:
+    """What `jnp.argmax` gives; on a CPU XLA's takes six times as long as these two passes."""
+    vocab = scores.shape[-1]
+    highest = jnp.max(scores, axis=-1, keepdims=True)
+    ids = jnp.arange(vocab, dtype=jnp.int32)
+    # Without a highest one, which NaN is not, the last is as good as any.
+    return jnp.min(jnp.where(scores == highest, ids, vocab - 1), axis=-1)
 
 
 def _filter(scores: jax.Array, rows: SamplingRows) -> jax.Array:

@@ -214,48 +214,73 @@ def decode_steps(
     pages: Pages,
     history: History,
     inputs: DecodeInput,
-) -> tuple[Pages, History, Sampled]:
+) -> tuple[Pages, History, Sampled, jax.Array]:
     """`inputs.num_steps` (1 .. max_steps) tokens for each row.
 
     The loop's length is a run-time value, so one executable serves every number of steps. What is
     fed comes from the history, which the step before has written: so a dispatch can be made before
     the tokens of the last one are known to the host.
 
-    Returns the pages, the history, and `Sampled` with leading axis `max_steps`; entries past
-    num_steps are 0.
+    Returns the pages, the history, `Sampled` with leading axis `max_steps` (entries past num_steps
+    are 0), and the last step's logits `[B, vocab]`, which `choose` takes if sampling is deferred.
     """
 
     def step(
         i: jax.Array | int, tokens: jax.Array, pages: Pages, history: History
-    ) -> tuple[Pages, History, Sampled]:
+    ) -> tuple[Pages, History, Sampled, jax.Array]:
         rows = inputs.rows._replace(start=inputs.rows.start + i)
         pages, logits, best = _next_logits(spec, weights, adapters, pages, tokens, rows, inputs)
         lengths = rows.start + 1
         view = History(*(array[inputs.slots] for array in history))
         sampled = sample(logits, inputs.sampling, view, lengths, best)
         written = history.tokens.at[inputs.slots, lengths].set(sampled.tokens, mode="drop")
-        return pages, history._replace(tokens=written), sampled
+        return pages, history._replace(tokens=written), sampled, logits
 
     first = history.tokens[inputs.slots, inputs.rows.start]
     if max_steps == 1:
-        pages, history, sampled = step(0, first, pages, history)
-        return pages, history, Sampled(*(array[None] for array in sampled))
+        pages, history, sampled, logits = step(0, first, pages, history)
+        return pages, history, Sampled(*(array[None] for array in sampled)), logits
 
-    shapes = jax.eval_shape(lambda: step(0, first, pages, history)[2])
+    shapes, last = jax.eval_shape(lambda: step(0, first, pages, history)[2:])
     outputs = Sampled(*(jnp.zeros((max_steps, *s.shape), s.dtype) for s in shapes))
 
     def body(i: jax.Array, carry: tuple) -> tuple:
-        tokens, pages, history, outputs = carry
-        pages, history, sampled = step(i, tokens, pages, history)
+        tokens, pages, history, outputs, _ = carry
+        pages, history, sampled, logits = step(i, tokens, pages, history)
         outputs = Sampled(
             *(all_.at[i].set(one) for all_, one in zip(outputs, sampled, strict=True))
         )
-        return sampled.tokens, pages, history, outputs
+        return sampled.tokens, pages, history, outputs, logits
 
-    _, pages, history, outputs = lax.fori_loop(
-        0, inputs.num_steps, body, (first, pages, history, outputs)
-    )
-    return pages, history, outputs
+    carry = first, pages, history, outputs, jnp.zeros(last.shape, last.dtype)
+    _, *results = lax.fori_loop(0, inputs.num_steps, body, carry)
+    return tuple(results)
+
+
+def choose(
+    history: History,
+    logits: jax.Array,
+    mask: jax.Array,
+    slots: jax.Array,
+    start: jax.Array,
+    sampling: SamplingRows,
+) -> tuple[History, Sampled]:
+    """The tokens of a decode step whose sampling was deferred, since masks were not known yet.
+
+    Args:
+        history: of all slots.
+        logits: `[B, vocab]` float32, the step's.
+        mask: `[B, ceil(vocab / 32)]` uint32, see `sampler.sample`.
+        slots: `[B]` int32, as in the step's input.
+        start: `[B]` int32, positions of the tokens that the step has fed.
+        sampling: the rows' parameters.
+
+    Returns the history, and `Sampled` with a leading axis of 1.
+    """
+    view = History(*(array[slots] for array in history))
+    sampled = sample(logits, sampling, view, start + 1, mask=mask)
+    written = history.tokens.at[slots, start + 1].set(sampled.tokens, mode="drop")
+    return history._replace(tokens=written), Sampled(*(array[None] for array in sampled))
 
 
 def admit(

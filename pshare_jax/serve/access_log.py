@@ -60,7 +60,8 @@ class JsonLines(AbstractAccessLogger):
             "remote": request.remote,
             "key": key.name if (key := request.get(KEY)) and key.name else None,
             "method": request.method,
-            "path": request.path[:_MAX_PATH],
+            # It may hold what is no text.
+            "path": request.path[:_MAX_PATH].encode(errors="backslashreplace").decode(),
             "status": response.status,
             "bytes": response.body_length,
             "seconds": round(time, 6),

@@ -8,7 +8,9 @@ import logging
 from aiohttp import web
 from msgspec import Struct
 
+from pshare_jax.config import ModelEntry, Reasoning
 from pshare_jax.errors import CheckpointError, ConfigError
+from pshare_jax.frontend.model_format import model_format
 from pshare_jax.serve.access import KEY
 from pshare_jax.serve.adapter_paths import adapter_folder
 from pshare_jax.serve.errors import ApiError
@@ -19,11 +21,17 @@ log = logging.getLogger(__name__)
 
 
 class LoadAdapter(Struct):
-    """`POST /v1/load_lora_adapter`. With `load_inplace` it may take the place of a module."""
+    """`POST /v1/load_lora_adapter`. With `load_inplace` it may take the place of a module.
+
+    `tool_parser` and `reasoning` are as beside a model's name in the configuration; without them
+    they are `auto`, or what they were for a name that has been served before.
+    """
 
     lora_name: str
     lora_path: str
     load_inplace: bool | None = None
+    tool_parser: str | None = None
+    reasoning: Reasoning | None = None
 
 
 class UnloadAdapter(Struct):
@@ -38,8 +46,21 @@ async def load_adapter(request: web.Request) -> web.Response:
     service = _admitted(request)
     body = await read_request(request, LoadAdapter)
     # A thread of its own: it takes seconds, and requests go on meanwhile.
-    service.expect(body.lora_name)
+    entry = ModelEntry(
+        body.lora_name,
+        body.lora_path,
+        tool_parser=body.tool_parser or "auto",
+        reasoning=body.reasoning or "auto",
+    )
+    try:
+        style = model_format(entry, service.tokenizer.chat_template)
+    except ConfigError as error:
+        raise ApiError(400, str(error), param="tool_parser") from error
+    # Known before anybody can ask for it.
+    service.formats.setdefault(body.lora_name, style)
     await asyncio.to_thread(_load, service, body)
+    if body.tool_parser or body.reasoning:
+        service.formats[body.lora_name] = style
     service.metrics.add_model(body.lora_name)
     log.info("model %s is served from %s", ascii(body.lora_name), ascii(body.lora_path))
     return web.Response(text=f"Success: LoRA adapter '{body.lora_name}' added successfully.")

@@ -11,7 +11,7 @@ import uuid
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from pshare_jax.serve import admin, cors, handlers, info, openapi, other_apis, ui
+from pshare_jax.serve import admin, cors, fanout, handlers, info, openapi, other_apis, ui
 from pshare_jax.serve.access import ACCESS, PUBLIC_PATHS, authorize, limit_requests, rate_headers
 from pshare_jax.serve.bodies import body_too_large
 from pshare_jax.serve.engine_api import Engine
@@ -28,6 +28,7 @@ _ANTHROPIC_PATH = "/v1/messages"
 _POST = {
     "/v1/completions": handlers.completions,
     "/v1/chat/completions": handlers.chat_completions,
+    "/v1/fanout": fanout.fan_out,
     "/v1/responses": other_apis.responses,
     "/v1/messages": other_apis.messages,
     "/v1/messages/count_tokens": other_apis.count_tokens,

@@ -11,6 +11,7 @@ from pshare_jax.core.messages import SamplingParams
 from pshare_jax.errors import RequestError
 from pshare_jax.frontend.answers import AnswerReader
 from pshare_jax.frontend.chat import Prompt, TemplateOptions, chat_prompt, usable_tools
+from pshare_jax.frontend.constraints import chat_grammar, thoughts_before
 from pshare_jax.frontend.params import (
     OutputParams,
     check_scored,
@@ -23,6 +24,7 @@ from pshare_jax.frontend.requests import ChatRequest
 from pshare_jax.frontend.tool_calls.parser import ToolParser
 from pshare_jax.serve.formats import Format
 from pshare_jax.serve.generate import Job
+from pshare_jax.serve.restrictions import restricted
 from pshare_jax.serve.service import Service
 
 
@@ -58,6 +60,7 @@ class ChatPlan:
             cache_salt=self.body.cache_salt or "",
             format=spelling,
             arrival=arrival,
+            hints=self.body,
             priority=self.priority,
         )
 
@@ -90,10 +93,15 @@ async def plan_chat(
     check_scored(output, len(prompt.token_ids), service.limits)
     names = [tool["function"]["name"] for tool in tools]
     one_call = bool(body.functions) or body.parallel_tool_calls is False
+    grammar = await service.offload.run_if(
+        large, chat_grammar, body, model, service.tokenizer, service.grammar_limits
+    )
+    thoughts = thoughts_before(grammar, model, prompt, service.tokenizer)
+    sampling = msgspec.structs.replace(sampling, max_tokens=max_tokens, thoughts=thoughts)
     return ChatPlan(
         body,
         prompt,
-        msgspec.structs.replace(sampling, max_tokens=max_tokens),
+        await restricted(service, sampling, body, grammar),
         output,
         lambda: model.reader(names, prompt.in_reasoning, one_call),
         (model.parser or ToolParser).new_call_id,

@@ -11,6 +11,7 @@ from pshare_jax.core.messages import Request, RequestOutput
 from pshare_jax.core.pages.sharing_map import SharingMap
 from pshare_jax.core.stats import EngineStats
 from pshare_jax.models.config import ModelConfig
+from pshare_jax.text.grammar import GrammarCompiler
 from pshare_jax.text.tokenizer import Tokenizer
 
 Sink = Callable[[RequestOutput], None]
@@ -64,8 +65,11 @@ class Submitter(Protocol):
         """
         ...
 
-    def abort(self, request_id: str) -> None:
-        """Ends a sequence; unknown and ended ones are ignored."""
+    def abort(self, request_id: str, *, complete: bool = False) -> None:
+        """Ends a sequence; unknown and ended ones are ignored.
+
+        A reply that is `complete` was cut where it was to end.
+        """
         ...
 
 
@@ -85,6 +89,11 @@ class Engine(Submitter, Protocol):
     @property
     def tokenizer(self) -> Tokenizer:
         """The base's tokenizer."""
+        ...
+
+    @property
+    def grammars(self) -> GrammarCompiler | None:
+        """Compiles grammars; None without an end token."""
         ...
 
     @property

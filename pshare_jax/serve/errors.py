@@ -43,16 +43,19 @@ class ApiError(Exception):
         self.headers = headers or {}
         self.close = close
 
-    def body(self) -> bytes:
-        """The error object as JSON."""
+    def as_dict(self) -> dict[str, str | None]:
+        """The error object."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        error = {
+        return {
             "message": self.message,
             "type": _TYPES.get(HTTPStatus(self.status), kind),
             "param": self.param,
             "code": self.code,
         }
-        return msgspec.json.encode({"error": error})
+
+    def body(self) -> bytes:
+        """The error object as JSON."""
+        return msgspec.json.encode({"error": self.as_dict()})
 
     def response(
         self, body: bytes | None = None, kind: type[web.Response] = web.Response

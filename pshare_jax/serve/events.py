@@ -92,11 +92,14 @@ class Generation:
         for index in list(self._running):
             self.abort(index)
 
-    def abort(self, index: int) -> None:
-        """Ends sequence `index`; its further events are dropped. Idempotent."""
+    def abort(self, index: int, *, complete: bool = False) -> None:
+        """Ends sequence `index`; its further events are dropped. Idempotent.
+
+        `complete` says that it was cut where it was to end.
+        """
         if index in self._running:
             self._running.discard(index)
-            self._engine.abort(self._requests[index].id)
+            self._engine.abort(self._requests[index].id, complete=complete)
 
     async def batches(self, patience: float | None = None) -> AsyncIterator[list[Event]]:
         """The events that have come since the last batch, until no sequence runs.

@@ -6,16 +6,25 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 from aiohttp import web
 
-from pshare_jax.core.messages import FinishReason, Owner, Request, RequestTimes, SamplingParams
+from pshare_jax.core.messages import (
+    FinishReason,
+    Owner,
+    Request,
+    RequestTimes,
+    SamplingParams,
+    Session,
+)
 from pshare_jax.frontend.chat import Prompt
 from pshare_jax.frontend.output import SequenceOutput
 from pshare_jax.frontend.params import OutputParams, sample_seed
+from pshare_jax.frontend.requests import SessionHints
 from pshare_jax.serve.access import KEY
 from pshare_jax.serve.access_log import REPORT
 from pshare_jax.serve.api_keys import ApiKey
@@ -26,6 +35,7 @@ from pshare_jax.serve.formats import Format, encode_answer, with_usage
 from pshare_jax.serve.metrics import SequenceTimer
 from pshare_jax.serve.protocol import Usage
 from pshare_jax.serve.service import REQUEST_ID, Service
+from pshare_jax.serve.sessions import session_of
 from pshare_jax.serve.sse import EventStream
 from pshare_jax.serve.turns import Turn
 from pshare_jax.serve.usage import total_usage
@@ -41,7 +51,7 @@ class Job:
     """A checked request: what to generate, and how to answer.
 
     Sequence i is sample `i % best_of` of prompt `i // best_of`. `arrival` is in seconds of
-    `time.monotonic`.
+    `time.monotonic`. `hints` are what the client says of calls to come.
     """
 
     model: str
@@ -51,6 +61,7 @@ class Job:
     cache_salt: str
     format: Format
     arrival: float
+    hints: SessionHints
     priority: int = 0
 
     @property
@@ -63,10 +74,11 @@ class Job:
         """Tokens that all samples together may have."""
         return self.output.best_of * sum(params.max_tokens for params in self.sampling)
 
-    def requests(self, key: ApiKey) -> list[Request]:
+    def requests(self, key: ApiKey, session: Session) -> list[Request]:
         """One engine request for each sequence; sample i has the seed `seed + i`.
 
-        The first sample of a prompt brings its scores, if they are asked for.
+        The first sample of a prompt brings its scores, if they are asked for. Of several samples
+        nobody can say which one the next prompt goes on from.
         """
         samples = self.output.best_of
         owner = Owner(key.name, key.weight, self.format.heading.id, self.priority)
@@ -79,6 +91,8 @@ class Job:
                 params=self._params(params, sample),
                 cache_salt=salt,
                 owner=owner,
+                session=session,
+                goes_on=samples == 1,
             )
             for index, (prompt, params) in enumerate(zip(self.prompts, self.sampling, strict=True))
             for sample in range(samples)
@@ -194,7 +208,7 @@ class Run:
         if sequence.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
             raise self._service.failure(sequence.error)
         # A stop string is found here; the engine would go on.
-        self._generation.abort(event.index)
+        self._generation.abort(event.index, complete=True)
 
 
 def _reason(sequence: SequenceOutput) -> str:
@@ -208,28 +222,49 @@ async def respond(request: web.Request, service: Service, job: Job) -> web.Strea
         PshareError, ApiError, GenerationError: nothing was sent yet, and this is why.
         ConnectionError: the client has gone.
     """
-    samples = job.output.best_of
-    count = len(job.prompts) * samples
-    if count > service.max_sequences:
-        name = "n" if samples == job.output.n else "best_of"
-        raise ApiError(
-            400,
-            f"{len(job.prompts)} prompts with {name} = {samples} are {count} sequences; "
-            f"the server holds {service.max_sequences}",
-            param=name,
-        )
+    check_count(service, [job])
     key = request[KEY]
-    requests = job.requests(key)
+    requests = job.requests(key, session_of(request, service, job.hints))
     request.setdefault(REQUEST_ID, job.format.heading.id)
+    async with generating(service, key, job, requests) as run:
+        request[REPORT] = run
+        return await _answer(request, service, job, run)
+
+
+@asynccontextmanager
+async def generating(
+    service: Service, key: ApiKey, job: Job, requests: Sequence[Request]
+) -> AsyncIterator[Run]:
+    """A job while its choices are generated; what it takes is charged to the key.
+
+    Raises:
+        PshareError, ApiError: it was not begun.
+    """
     with service.access.account(key).charge(job.prompt_tokens, job.most_generated) as charge:
         async with service.generation(requests) as generation:
             with Run(service, job, generation) as run:
                 charge.started = True
-                request[REPORT] = run
                 try:
-                    return await _answer(request, service, job, run)
+                    yield run
                 finally:
                     charge.generated = run.completion_tokens
+
+
+def check_count(service: Service, jobs: Sequence[Job]) -> None:
+    """Raises ApiError (400) for jobs of more sequences than the engine can hold together."""
+    output = jobs[0].output
+    samples = output.best_of
+    count = sum(len(job.prompts) for job in jobs) * samples
+    if count <= service.max_sequences:
+        return
+    name = "n" if samples == output.n else "best_of"
+    what = f"{len(jobs[0].prompts)} prompts" if len(jobs) == 1 else f"{len(jobs)} models"
+    raise ApiError(
+        400,
+        f"{what} with {name} = {samples} are {count} sequences; "
+        f"the server holds {service.max_sequences}",
+        param=name,
+    )
 
 
 async def _answer(request: web.Request, service: Service, job: Job, run: Run) -> web.StreamResponse:
@@ -244,18 +279,28 @@ async def _answer(request: web.Request, service: Service, job: Job, run: Run) ->
     stream = EventStream(request, service.config.write_timeout_seconds, job.format.named_events)
     await stream.open()
     try:
-        await _stream(stream, job, run, service.config.ping_seconds or None)
+        await write_stream(stream, job, run, service.config.ping_seconds or None)
     except (asyncio.CancelledError, ConnectionError):
         raise
     except Exception as error:  # the status is sent: what is left is an event that says so
-        api_error = as_api_error(error)
-        if api_error is None:
-            log.exception("a bug while streaming %s", job.format.heading.id)
-            api_error = ApiError(500, "internal error")
-        for event in job.format.failure(api_error):
-            stream.add(event)
-        await stream.flush()
+        await write_failure(stream, job, told(error, job))
     return stream.response
+
+
+def told(error: Exception, job: Job) -> ApiError:
+    """What the client is told; a bug is logged."""
+    api_error = as_api_error(error)
+    if api_error is None:
+        log.error("a bug while answering %s", job.format.heading.id, exc_info=error)
+        api_error = ApiError(500, "internal error")
+    return api_error
+
+
+async def write_failure(stream: EventStream, job: Job, error: ApiError) -> None:
+    """Says in a stream that a job has failed, and why."""
+    for event in job.format.failure(error):
+        stream.add(event)
+    await stream.flush()
 
 
 def _whole(job: Job, run: Run) -> bytes:
@@ -264,7 +309,8 @@ def _whole(job: Job, run: Run) -> bytes:
     return encode_answer(job.format.answer(pieces, chosen, run.usage()))
 
 
-async def _stream(stream: EventStream, job: Job, run: Run, ping_seconds: float | None) -> None:
+async def write_stream(stream: EventStream, job: Job, run: Run, ping_seconds: float | None) -> None:
+    """Writes a job's answer piece by piece; others may write to the stream meanwhile."""
     opened: set[int] = set()
     turn = Turn()
     async for indices in run.progress(ping_seconds):

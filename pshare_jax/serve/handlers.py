@@ -9,6 +9,7 @@ import msgspec
 from aiohttp import web
 
 from pshare_jax.frontend.chat import Prompt, completion_prompts
+from pshare_jax.frontend.constraints import asked_grammar
 from pshare_jax.frontend.params import (
     check_scored,
     output_params,
@@ -23,6 +24,7 @@ from pshare_jax.serve.formats import CompletionFormat, heading
 from pshare_jax.serve.generate import Job, respond
 from pshare_jax.serve.offload import is_large
 from pshare_jax.serve.parsing import read_request
+from pshare_jax.serve.restrictions import restricted
 from pshare_jax.serve.service import SERVICE
 from pshare_jax.text.tokenizer import Tokenizer
 
@@ -43,6 +45,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     prompts = await service.offload.run_if(
         large, completion_prompts, body, service.tokenizer, service.limits
     )
+    grammar = asked_grammar(body, service.grammar_limits)
     sampling = [
         msgspec.structs.replace(
             template,
@@ -57,6 +60,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
         )
         for prompt in prompts
     ]
+    sampling = [await restricted(service, each, body, grammar) for each in sampling]
     check_scored(output, sum(len(prompt.token_ids) for prompt in prompts), service.limits)
     echoes = [""] * (len(prompts) * output.n)
     if output.echo:
@@ -78,6 +82,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
             [prompt.token_ids for prompt in prompts for _ in range(output.n)],
         ),
         arrival=arrival,
+        hints=body,
         priority=request_priority(body),
     )
     return await respond(request, service, job)

@@ -29,7 +29,14 @@ log = logging.getLogger(__name__)
 # How long a finished or aborted handler may take to write what it has left.
 SHUTDOWN_SECONDS = 2.0
 SWITCH_SECONDS = 0.001
-_POSITIVE = ("max_n", "max_prompts", "max_scored_tokens", "max_body_items", "worker_threads")
+_POSITIVE = (
+    "max_n",
+    "max_prompts",
+    "max_fanout",
+    "max_scored_tokens",
+    "max_body_items",
+    "worker_threads",
+)
 
 
 def bind(config: ServerConfig) -> socket.socket:
@@ -166,6 +173,7 @@ class StopSignal:
     def _handle(self, number: int) -> None:
         if self.received.is_set():
             log.warning("second signal: ending at once")
+            logging.shutdown()
             os._exit(128 + number)
         log.info("%s: draining", signal.Signals(number).name)
         self.received.set()

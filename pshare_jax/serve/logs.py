@@ -32,7 +32,9 @@ _MAX_KINDS = 10_000
 
 
 def set_up(level: int = logging.INFO) -> None:
-    """Sends all log lines to standard error, through a `LineWriter`."""
+    """Sends all log lines to standard error, through a `LineWriter`, unless they go somewhere."""
+    if logging.getLogger().handlers:
+        return
     handler = LineWriter(2)
     handler.addFilter(RateLimit())
     handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

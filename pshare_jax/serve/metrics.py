@@ -45,9 +45,24 @@ _COUNTERS: tuple[_ModelMetric, ...] = (
         lambda stats, model: stats.generation_tokens.get(model, 0),
     ),
     (
+        "pshare_forced_tokens",
+        "Generated tokens for which a grammar left no choice, and no step was taken.",
+        lambda stats, model: stats.forced_tokens.get(model, 0),
+    ),
+    (
         "vllm:num_preemptions",
         "Sequences that lost their pages and were replayed.",
         lambda stats, model: stats.preemptions.get(model, 0),
+    ),
+    (
+        "pshare_reply_prefill_tokens",
+        "Tokens of replies that were covered before anybody asked, by who wrote the reply.",
+        lambda stats, model: stats.ahead_tokens.get(model, 0),
+    ),
+    (
+        "pshare_reply_prefill_used_tokens",
+        "Of these, tokens that a prompt began with, by whom it asked; each counts once.",
+        lambda stats, model: stats.foreseen_tokens.get(model, 0),
     ),
     (
         "pshare_handoff_bytes",

@@ -16,6 +16,7 @@ from pshare_jax.frontend.requests import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    FanoutRequest,
     TokenizeRequest,
 )
 from pshare_jax.frontend.responses_api import ResponsesRequest
@@ -24,6 +25,7 @@ from pshare_jax.serve.protocol import (
     ChatCompletion,
     Completion,
     DetokenizeResponse,
+    FanoutAnswer,
     ModelCard,
     ModelList,
     TokenizeResponse,
@@ -73,6 +75,12 @@ ENDPOINTS: dict[tuple[str, str], Endpoint] = {
     ),
     ("post", "/v1/chat/completions"): Endpoint(
         "Answers a conversation, as OpenAI's API does.", ChatCompletion, ChatRequest, streams=True
+    ),
+    ("post", "/v1/fanout"): Endpoint(
+        "Answers a conversation by several models at once.",
+        FanoutAnswer,
+        FanoutRequest,
+        streams=True,
     ),
     ("post", "/v1/responses"): Endpoint(
         "Answers a conversation, as OpenAI's Responses API does, without storing it.",

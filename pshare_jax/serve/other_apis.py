@@ -6,6 +6,7 @@ import time
 
 from aiohttp import web
 
+from pshare_jax.errors import RequestError
 from pshare_jax.frontend import messages_api, responses_api
 from pshare_jax.frontend.messages_api import CountTokensRequest, MessagesRequest
 from pshare_jax.frontend.responses_api import ResponsesRequest
@@ -31,7 +32,10 @@ async def responses(request: web.Request) -> web.StreamResponse:
     _say_ignored_tools(request, body)
     large = is_large(request)
     chat = await service.offload.run_if(large, responses_api.as_chat, body)
-    plan = await plan_chat(service, chat, large)
+    try:
+        plan = await plan_chat(service, chat, large)
+    except RequestError as error:
+        raise _in_responses_words(error) from None
     spelling = ResponsesFormat(
         heading("resp", body.model),
         body,
@@ -40,6 +44,18 @@ async def responses(request: web.Request) -> web.StreamResponse:
         service.tokenizer,
     )
     return await respond(request, service, plan.job(spelling, arrival))
+
+
+def _in_responses_words(error: RequestError) -> RequestError:
+    """An error that names the field as this API spells it."""
+    chat, own = "response_format", "text.format"
+    if error.param is None or not error.param.startswith(chat):
+        return error
+    words = (
+        text.replace(f"{chat}.json_schema", own).replace(chat, own)
+        for text in (str(error), error.param)
+    )
+    return RequestError(*words, code=error.code)
 
 
 def _say_ignored_tools(request: web.Request, body: ResponsesRequest) -> None:

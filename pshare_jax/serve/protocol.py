@@ -167,6 +167,19 @@ class ChatCompletion(Struct):
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
+class FanoutAnswer(Struct):
+    """Answer of `/v1/fanout`: for each model a `ChatCompletion`, or its name with an `error`.
+
+    `usage` is the sum over all models; at the end of a stream it comes without answers.
+    """
+
+    id: str
+    object: str
+    created: int
+    answers: Sequence[Any]
+    usage: Usage
+
+
 class ModelCard(Struct):
     """One served decode module; `parent` is the base whose KV it reads when `sharing` says so."""
 

@@ -9,7 +9,6 @@ from contextlib import asynccontextmanager
 
 from aiohttp import web
 
-from pshare_jax.config import ModelEntry
 from pshare_jax.core.messages import Request
 from pshare_jax.errors import EngineDeadError, UnknownModelError
 from pshare_jax.frontend.model_format import ModelFormat, model_format
@@ -24,6 +23,7 @@ from pshare_jax.serve.loop_lag import LoopLag
 from pshare_jax.serve.metrics import Metrics
 from pshare_jax.serve.offload import Offload
 from pshare_jax.serve.tracing import tracing_of
+from pshare_jax.text.grammar import GrammarLimits
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ class Service:
             self.config.max_prompts,
             self.config.max_scored_tokens,
         )
+        self.grammar_limits = GrammarLimits() if engine.grammars is None else engine.grammars.limits
         self.sampling_defaults = SamplingDefaults()
         if self.config.generation_config == "auto":
             self.sampling_defaults = sampling_defaults(self.tokenizer.generation_config)
@@ -118,11 +119,6 @@ class Service:
     def format_of(self, name: str | None) -> ModelFormat:
         """The format of a model; of the first one if none is named."""
         return self.formats[next(iter(self.formats)) if name is None else name]
-
-    def expect(self, name: str) -> None:
-        """There may soon be a model of that name; the chat template says how it answers."""
-        template = self.tokenizer.chat_template
-        self.formats.setdefault(name, model_format(ModelEntry(name), template))
 
     def warn_once(self, warning: str) -> None:
         """Logs `warning` unless this process has said it before."""

@@ -7,6 +7,7 @@ dispatcher heard when. Prompts and answers are in none of them.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.trace import Span
 
+_CLOSE_SECONDS = 5.0
 _ATTRIBUTES = {
     "model": "gen_ai.request.model",
     "prompt_tokens": "gen_ai.usage.input_tokens",
@@ -52,7 +54,7 @@ def tracing_of(config: ServerConfig) -> Tracing | None:
             "server.otlp_traces_endpoint needs the extra `otel`: pip install 'pshare_jax[otel]'"
         ) from None
     resource = Resource.create({"service.name": "pshare_jax", "service.version": __version__})
-    provider = TracerProvider(resource=resource)
+    provider = TracerProvider(resource=resource, shutdown_on_exit=False)
     # It sends from a thread of its own, and drops spans rather than wait for the collector.
     exporter = OTLPSpanExporter(endpoint=config.otlp_traces_endpoint)
     provider.add_span_processor(BatchSpanProcessor(exporter))
@@ -102,8 +104,10 @@ class Tracing:
             span.end()
 
     def close(self) -> None:
-        """Sends what is left. Blocks, for as long as the exporter waits for its collector."""
-        self._provider.shutdown()
+        """Sends what is left, for at most 5 seconds: the collector may not answer."""
+        sending = threading.Thread(target=self._provider.shutdown, name="traces", daemon=True)
+        sending.start()
+        sending.join(_CLOSE_SECONDS)
 
     def _describe(self, span: Span, request: web.Request) -> None:
         from opentelemetry.trace import set_span_in_context

@@ -146,6 +146,10 @@ class Tokenizer:
         table = self._token_bytes.table
         return table[token_id] if 0 <= token_id < len(table) else b""
 
+    def token_id(self, token: str) -> int | None:
+        """The id of the token that the vocabulary spells so; None if there is none."""
+        return self._fast.token_to_id(token)
+
     def token_text(self, token_id: int) -> str:
         r"""A printable name of one token: its text, or `bytes:\xe2\x82` for part of a character."""
         raw = self.token_bytes(token_id)

@@ -177,7 +177,7 @@ def test_a_context_that_is_too_long_gives_no_figures(served, tokenizer_folder, t
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "name servers: --urls, --shared, --isolated or --vllm.python"),
+        ([], "name servers: --urls, --shared, --isolated, --variants or --vllm.python"),
         (["--shared=absent.yaml", "--tokenizer=x"], "absent.yaml"),
         (["--urls=[http://127.0.0.1:9]", "--model_counts=[3]"], "cannot be divided among 3"),
         (["--urls=[http://127.0.0.1:9]", "--concurrency=[0]"], "concurrency: must be"),

@@ -29,6 +29,7 @@ def test_a_run_by_hand():
     assert figures["calls_per_s"] == pytest.approx(0.3)
     assert figures["sessions_per_s"] == pytest.approx(0.2)
     assert figures["ttft_s"]["p50"] == 1.5
+    assert figures["next_ttft_s"]["p50"] == 1.5, "one call came after a session's first"
     assert figures["inter_token_s"]["p50"] == 2  # 1, 2, 0.5, 2, 2
     assert figures["call_s"]["p95"] == pytest.approx(4 + 0.9 * 4)
     assert figures["session_s"]["p50"] == 7

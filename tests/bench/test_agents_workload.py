@@ -31,7 +31,9 @@ def test_there_is_enough_real_text():
     assert list(paragraphs()) == sorted(paragraphs())
 
 
-@pytest.mark.parametrize(("field", "value"), [("models", 0), ("turns", 0), ("observed", -1)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("models", 0), ("turns", 0), ("observed", -1), ("pause", -0.1)]
+)
 def test_impossible_shapes_are_named(field, value):
     with pytest.raises(ConfigError, match=f"{field}: must"):
         Workload(**{field: value})

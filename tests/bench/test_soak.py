@@ -1,5 +1,7 @@
 """The soak test itself: that it finds what grows and what is wrong, and nothing else."""
 
+import asyncio
+import json
 import os
 import time
 from dataclasses import replace
@@ -8,6 +10,7 @@ import aiohttp
 import pytest
 
 from pshare_jax.bench import soak, soak_load
+from pshare_jax.bench.__main__ import main
 from pshare_jax.bench.soak_options import SoakOptions
 from pshare_jax.bench.soak_watch import Sample, judge, quantile
 from pshare_jax.errors import BenchmarkError, ConfigError
@@ -167,3 +170,14 @@ def test_what_cannot_be_asked_for():
 def test_a_server_that_is_not_there():
     with pytest.raises(BenchmarkError, match=r"http://127.0.0.1:1: "):
         soak.run(SoakOptions(url="http://127.0.0.1:1", pid=1))
+
+
+def test_the_command_exits_with_1_for_what_is_not_kept(server, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(soak.Load, "client", lambda self, number, end: asyncio.sleep(0))
+    file = tmp_path / "soak.json"
+    arguments = [f"--url={server.url}", f"--pid={os.getpid()}", "--minutes=0.001", "--probes=1"]
+    # Nothing was compared.
+    assert main(["soak", *arguments, f"--json={file}"]) == 1
+    assert json.loads(file.read_text())["verdicts"]["answers"]["kept"] is False
+    assert "0 compared" in capsys.readouterr().out
+    assert main(["soak", "--minutes=0"]) == 2

@@ -28,6 +28,7 @@ class FakeWorker:
     """Has as many pieces of work as it is told to, and writes down what happens in `log`."""
 
     patience = None
+    at_rest = True
 
     def __init__(self, name: str, log: list[str], *, weight: float = 1.0, pieces: int = 0):
         self.name = name
@@ -36,6 +37,7 @@ class FakeWorker:
         self.cache = PageCache(4, 2)
         self.log = log
         self.pieces = pieces
+        self.pieces_ahead = 0
         self.seconds = 0.0
         self.urgent = False
         self.has_begun = False
@@ -58,6 +60,16 @@ class FakeWorker:
             return None
         self.pieces -= 1
         return self.work
+
+    def plan_ahead(self) -> Callable[[], bool] | None:
+        if not self.pieces_ahead:
+            return None
+        self.pieces_ahead -= 1
+        return self.ahead
+
+    def ahead(self) -> bool:
+        self.log.append(f"{self.name} ahead")
+        return True
 
     def work(self) -> bool:
         self.threads.add(threading.get_ident())
@@ -261,3 +273,40 @@ def test_the_dispatcher_runs_actions_in_order_and_survives_one_that_raises() -> 
     thread.stop()
     assert [entry for entry in done if entry != "after"] == [1, 2, 3]
     assert failures == ["dispatcher: ValueError: broken"]
+
+
+def test_what_nobody_waits_for_is_done_once_nobody_waits_for_anything() -> None:
+    log: list[str] = []
+    one, two = FakeWorker("one", log, pieces=2), FakeWorker("two", log)
+    one.pieces_ahead, two.pieces_ahead = 1, 1
+    two.at_rest = False
+    thread = Hosted(one, two).thread
+    for _ in range(4):
+        thread.turn()
+    assert log == ["one", "one"], "somebody waits for `two`, though it can do nothing"
+    two.at_rest = True
+    while thread.turn():
+        pass
+    assert log[2:] == ["one ahead", "two ahead"]
+
+
+def test_who_worked_ahead_is_not_behind_when_there_is_work() -> None:
+    log: list[str] = []
+    one, two = FakeWorker("one", log), FakeWorker("two", log)
+    hosted = Hosted(one, two)
+    one.pieces_ahead = 3
+    while hosted.thread.turn():
+        pass
+    assert log == ["one ahead"] * 3
+    assert hosted.thread.busy_seconds["one"] > 0
+    assert one.share.virtual_seconds == 0
+
+
+def test_who_fails_ahead_has_failed() -> None:
+    worker = FakeWorker("a", [])
+    worker.pieces_ahead = 1
+    worker.ahead = lambda: 1 / 0  # type: ignore[method-assign, assignment]
+    hosted = Hosted(worker)
+    hosted.thread.turn()
+    assert hosted.failures == [("a", "ZeroDivisionError: division by zero")]
+    assert not hosted.thread.turn()

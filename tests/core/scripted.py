@@ -15,6 +15,7 @@ from typing import Any
 from pshare_jax.cluster.worker import DecodeWorker, PrefillWorker
 from pshare_jax.config import DecodeConfig
 from pshare_jax.core import messages as m
+from pshare_jax.core.constraints import GrammarSpec
 from pshare_jax.core.decode import DecodeCore
 from pshare_jax.core.dispatcher import Dispatcher
 from pshare_jax.core.messages import (
@@ -26,6 +27,7 @@ from pshare_jax.core.messages import (
     Request,
     RequestOutput,
     SamplingParams,
+    Session,
     TokenLogprobs,
 )
 from pshare_jax.core.models import ModelSpec
@@ -34,6 +36,7 @@ from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.pages.prefix_index import PageState, root_key
 from pshare_jax.core.prefill import PrefillCore
 from pshare_jax.core.router import Router, WorkerInfo
+from pshare_jax.core.sessions import SessionPolicy
 from pshare_jax.core.split_rule import Invocation, LastTokens, SplitRule
 from tests.core.symbolic import (
     Link,
@@ -47,6 +50,8 @@ from tests.core.symbolic import (
 )
 
 PAGE = 4
+MAX_TTL = 30.0
+"""Seconds for which pages may be pinned."""
 NOBODY = Owner()
 INVOKED_BY = (7, 7)
 """Tokens from which on the model `alora` reads a prompt itself."""
@@ -74,7 +79,8 @@ def model_specs(decode_workers: Sequence[str]) -> dict[str, ModelSpec]:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a host is made of. `wire` sends messages through their encoding."""
+    """What a host is made of. `wire` sends messages through their encoding, `reply_ahead` covers
+    replies before anybody asks."""
 
     prefill: int = 1
     decode: int = 1
@@ -85,6 +91,9 @@ class Setting:
     steps_per_dispatch: int = 1
     max_num_seqs: int = 4
     wire: bool = True
+    reply_ahead: bool = False
+    pinned_share: float = 0.5
+    chunk_buckets: tuple[int, ...] = (4, 8)
 
 
 @dataclass
@@ -160,7 +169,8 @@ class Host:
         self.router = Router(
             [self._info(name) for name in self.prefill], [self._info(name) for name in self.decode]
         )
-        self.dispatcher = Dispatcher(self.models, self.router, PAGE)
+        policy = SessionPolicy(setting.reply_ahead, max_ttl=MAX_TTL)
+        self.dispatcher = Dispatcher(self.models, self.router, PAGE, policy)
 
     @property
     def alive(self) -> list[str]:
@@ -186,28 +196,47 @@ class Host:
         salt: str = "",
         end_after: int | None = None,
         logprobs: int | None = None,
+        grammar: bool = False,
         owner: Owner = NOBODY,
+        session: Session | None = None,
+        goes_on: bool = True,
     ) -> Reply:
-        """Submits a request; its token number `end_after` will be an end token."""
+        """Submits a request; its token number `end_after` will be an end token.
+
+        With a grammar some tokens are forced by those before.
+        """
         spec = self.models[model]
         split = spec.split_rule.split(prompt)
         writer = prefill_writer(spec.prefill_weights, root_key(spec.namespace, salt))
         reader = module(spec.group, spec.adapter if split.invoked else -1)
-        expected = oracle(writer, reader, prompt, split.covered, max_tokens)
+        expected = oracle(writer, reader, prompt, split.covered, max_tokens, (), grammar)
         ends = frozenset(expected[end_after : end_after + 1] if end_after is not None else ())
-        expected = oracle(writer, reader, prompt, split.covered, max_tokens, ends)
-        params = SamplingParams(max_tokens=max_tokens, logprobs=logprobs)
-        request = Request(f"r{len(self.replies)}", model, tuple(prompt), params, salt, owner)
+        expected = oracle(writer, reader, prompt, split.covered, max_tokens, ends, grammar)
+        params = SamplingParams(
+            max_tokens=max_tokens,
+            logprobs=logprobs,
+            grammar=GrammarSpec("json_object") if grammar else None,
+        )
+        request = Request(
+            f"r{len(self.replies)}",
+            model,
+            tuple(prompt),
+            params,
+            salt,
+            owner=owner,
+            session=session or Session(),
+            goes_on=goes_on,
+        )
         reply = self.replies[request.id] = Reply(request, expected)
         order = len(self.replies)
         self.dispatcher.submit(request, order=order, seed=0, end_token_ids=ends)
         self._collect_dispatcher()
         return reply
 
-    def abort(self, reply: Reply) -> None:
-        """A client has gone."""
+    def abort(self, reply: Reply, *, complete: bool = False) -> None:
+        """A client has gone, or has got all that it wanted."""
         reply.aborted = True
-        self.dispatcher.abort(reply.request.id)
+        self.dispatcher.abort(reply.request.id, complete=complete)
         self._collect_dispatcher()
 
     def deliver(self, source: str, to: str) -> None:
@@ -240,6 +269,22 @@ class Host:
         progress = piece() if piece is not None else False
         return self._collect(name) or progress
 
+    def work_ahead(self, name: str) -> bool:
+        """A piece of what nobody waits for, which leaves nothing held; says whether there was any.
+
+        As in a thread, nothing of the kind is done where anybody waits; cores have to bear it.
+        """
+        worker = self.prefill.get(name) or self.decode[name]
+        held = worker.cache.counts().used
+        piece = worker.plan_ahead()
+        if piece is None:
+            return False
+        assert worker.at_rest
+        assert piece()
+        assert worker.cache.counts().used == held
+        self._collect(name)
+        return True
+
     def kill(self, name: str) -> None:
         """A worker has failed, and with it the one that uses the same pool."""
         for victim in [name, self._partner.get(name)]:
@@ -262,7 +307,9 @@ class Host:
         for name in self.alive:
             progress = self.work(name) or progress
             self.deliver_all()
-        return progress
+        if progress:
+            return True
+        return sum(map(self.work_ahead, self.alive)) > 0
 
     def drain(self) -> None:
         """Lets all requests end, in a fair order and a bounded number of rounds."""
@@ -310,7 +357,7 @@ class Host:
         for i in range(setting.decode):
             name = f"decode{i}"
             pool = SymbolicPool(setting.decode_pages, PAGE)
-            cache = PageCache(setting.decode_pages, PAGE)
+            cache = PageCache(setting.decode_pages, PAGE, setting.pinned_share)
             core = DecodeCore(
                 name,
                 cache,
@@ -329,15 +376,15 @@ class Host:
         for i in range(0 if setting.one_pool else setting.prefill):
             name = f"prefill{i}"
             pool = SymbolicPool(setting.prefill_pages, PAGE)
-            cache = PageCache(setting.prefill_pages, PAGE)
-            core = PrefillCore(name, cache, self.models, [4, 8])
+            cache = PageCache(setting.prefill_pages, PAGE, setting.pinned_share)
+            core = PrefillCore(name, cache, self.models, self.setting.chunk_buckets)
             end = SymbolicConnector(name, pool, self.link)
             self.prefill[name] = PrefillWorker(core, self._prefill_executor(end))
 
     def _pair(self, index: int, decode: DecodeCore, end: SymbolicConnector) -> Any:
         """A prefill worker over a decode core's pool; returns how the decode core is scheduled."""
         name = f"prefill{index}"
-        core = PrefillCore(name, decode.cache, self.models, [4, 8])
+        core = PrefillCore(name, decode.cache, self.models, self.setting.chunk_buckets)
         pool = OnePool(core, decode)
         executor = self._prefill_executor(SymbolicConnector(name, end.pool, self.link))
         self.prefill[name] = PrefillWorker(core, executor, pool.schedule_prefill)
@@ -345,7 +392,7 @@ class Host:
         return pool.schedule_decode
 
     def _prefill_executor(self, end: SymbolicConnector) -> SymbolicPrefill:
-        return SymbolicPrefill(end, [4, 8], self._roots.__getitem__)
+        return SymbolicPrefill(end, [*self.setting.chunk_buckets], self._roots.__getitem__)
 
     def _info(self, name: str) -> WorkerInfo:
         worker = self.prefill.get(name) or self.decode[name]
@@ -355,7 +402,7 @@ class Host:
     def _receive(self, to: str, message: Any) -> None:
         if to in self.dead:
             return
-        if isinstance(message, m.Prefill):
+        if isinstance(message, m.Prefill | m.Replied):
             self._roots[message.sequence.id] = message.sequence.root
         (self.prefill.get(to) or self.decode[to]).receive(message)
 

@@ -55,18 +55,26 @@ def oracle(
     covered: int,
     max_tokens: int,
     end_token_ids: Collection[int] = (),
+    forces: bool = False,
 ) -> list[int]:
     """What a writer `decode` generates after a writer `prefill` has covered `covered` positions."""
     kv: list[int] = []
     tokens = list(prompt)
-    while len(tokens) - len(prompt) < max_tokens:
+    while True:
         for position in range(len(kv), len(tokens)):
             writer = prefill if position < covered else decode
             kv.append(digest(writer, position, tokens[position], kv))
-        tokens.append(next_token(decode, kv))
-        if tokens[-1] in end_token_ids:
-            break
-    return tokens[len(prompt) :]
+        token = next_token(decode, kv)
+        for following in (token, *(forced_after(token) if forces else ())):
+            tokens.append(following)
+            if following in end_token_ids or len(tokens) - len(prompt) == max_tokens:
+                return tokens[len(prompt) :]
+
+
+def forced_after(token: int) -> list[int]:
+    """What must follow a token where there is a grammar; often nothing."""
+    count = max(digest("how many", token) % 12 - 5, 0)
+    return [digest("forced", token, number) % VOCAB for number in range(count)]
 
 
 def next_token(writer: str, kv: list[int]) -> int:
@@ -330,10 +338,18 @@ class SymbolicDecode:
             others = {page for other in step.rows if other is not row for page in other.pages}
             assert others.isdisjoint(written), "a row writes to a page that another one reads"
             writer = module(step.group, row.adapter)
+            forces = admit.params.grammar is not None
+            assert step.count == 1 or not forces
+            if forces and first + 1 < len(known):
+                # What this step gives was told with an earlier one.
+                self.pool.extend(row.pages, first, [known[first]], writer)
+                tokens.append([])
+                continue
             for position in range(first, last + 1):
                 self.pool.extend(row.pages, position, [known[position]], writer)
                 sampled = next_token(writer, self.pool.read(row.pages, position + 1))
                 known[position + 1 :] = [sampled]
+            known += forced_after(known[-1]) if forces else []
             tokens.append(known[first + 1 :])
         wanted = [self._slots[row.slot][0].params.logprobs is not None for row in step.rows]
         logprobs = (

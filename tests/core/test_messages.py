@@ -40,6 +40,7 @@ MESSAGES: list[m.Message] = [
     m.Offered(5, [PageDescriptor(b"key", (0, 2), (2, 1, 4, 8), "bfloat16", "raw", 2**32 - 1)]),
     m.NotOffered(5, "gone"),
     m.Release(3),
+    m.Replied(msgspec.structs.replace(SEQUENCE, ttl=0.5), 1, True),
     m.Pending(3, 7),
     m.IndexChanged([b"a"], [b"b", b"c"]),
     m.Started(3, USAGE),

@@ -92,6 +92,14 @@ class Machine(RuleBasedStateMachine):
         for page in pages:
             self.held[page] -= 1
 
+    @rule(pages=sequences, seconds=st.integers(0, 9))
+    def pin(self, pages: list[int], seconds: int) -> None:
+        self.cache.pin(pages, self.cache.now + seconds)
+
+    @rule(seconds=st.integers(1, 5))
+    def wait(self, seconds: int) -> None:
+        self.cache.tick(self.cache.now + seconds)
+
     @invariant()
     def books_are_right(self) -> None:
         self.cache.check()
@@ -102,9 +110,16 @@ class Machine(RuleBasedStateMachine):
         assert self.cache.num_available == counts.total - counts.used
 
     @invariant()
-    def a_victim_is_found_without_a_search(self) -> None:
-        first = next(iter(self.cache._index._unused), None)
-        assert first is None or first.num_children == 0
+    def no_page_is_pinned_whose_beginning_is_not(self) -> None:
+        pins = self.cache._pins
+        assert len(pins) <= (NUM_PAGES - 1) // 2
+        assert all(n.parent is None or n.parent in pins for n in pins._until)
+
+    @invariant()
+    def what_is_not_pinned_goes_first(self) -> None:
+        index = self.cache._index
+        victim = index.least_recent()
+        assert (victim in self.cache._pins) == (not index._unused and victim is not None)
 
     def teardown(self) -> None:
         for page, count in self.held.items():

@@ -6,6 +6,7 @@ import pytest
 
 from pshare_jax.core.messages import Sequence
 from pshare_jax.core.router import NoWorkerError, Router, WorkerInfo
+from pshare_jax.core.sessions import SessionKey
 from tests.core.sequences import make_sequence
 
 PAGE, NUM_PAGES = 2, 200
@@ -31,10 +32,17 @@ class Fleet:
         self.waiting: list[Sequence] = []
         self._ids = itertools.count()
 
-    def send(self, prompt: list[int], *, hosts: tuple[str, ...] = BOTH) -> Sequence:
+    def send(
+        self,
+        prompt: list[int],
+        *,
+        hosts: tuple[str, ...] = BOTH,
+        session: SessionKey | None = None,
+        next_hosts: dict[str, int] | None = None,
+    ) -> Sequence:
         """A new sequence, routed; its tokens are pending until `work_off`."""
         sequence = make_sequence(next(self._ids), prompt, page_size=PAGE)
-        self.waiting.append(self.router.route(sequence, hosts))
+        self.waiting.append(self.router.route(sequence, hosts, session, next_hosts))
         return self.waiting[-1]
 
     def work_off(self) -> None:

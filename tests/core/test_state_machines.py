@@ -20,8 +20,8 @@ from hypothesis.stateful import (
 )
 
 from pshare_jax.core.arrivals import TRANSFER_SECONDS
-from pshare_jax.core.messages import Owner
-from tests.core.scripted import Host, Setting
+from pshare_jax.core.messages import Owner, Session
+from tests.core.scripted import MAX_TTL, Host, Setting
 
 LONGEST = 32
 """Tokens of a prompt and its reply together; each pool holds one such sequence."""
@@ -50,7 +50,30 @@ SETTINGS = {
         one_pool=True, decode_pages=12, steps_ahead=2, steps_per_dispatch=3, max_num_seqs=3
     ),
     "two pools for both": Setting(one_pool=True, decode=2, decode_pages=14, steps_ahead=0),
+    "replies ahead, tiny pools": Setting(
+        reply_ahead=True, prefill_pages=9, decode_pages=9, pinned_share=1.0
+    ),
+    "replies ahead, several": Setting(
+        reply_ahead=True,
+        prefill=2,
+        decode=2,
+        prefill_pages=12,
+        decode_pages=12,
+        pinned_share=0.2,
+        chunk_buckets=(3, 8),
+    ),
+    "replies ahead, tiny pool for both": Setting(
+        reply_ahead=True, one_pool=True, decode_pages=11, pinned_share=0.7
+    ),
 }
+
+SESSIONS = [
+    Session(),
+    Session("a"),
+    Session("a", 1.0),
+    Session("b", MAX_TTL, ("full", "isolated")),
+    Session("", 10 * MAX_TTL, ("lora",)),
+]
 
 
 class Machine(RuleBasedStateMachine):
@@ -63,7 +86,14 @@ class Machine(RuleBasedStateMachine):
         self.host = Host(self.setting)
 
     def _submit(
-        self, prompt: list[int], model: str, count: int, salted: int, end: int, owner: Owner
+        self,
+        prompt: list[int],
+        model: str,
+        count: int,
+        salted: int,
+        end: int,
+        owner: Owner,
+        session: Session,
     ) -> None:
         self.host.submit(
             model,
@@ -72,7 +102,10 @@ class Machine(RuleBasedStateMachine):
             salt="tenant" if salted == 0 else "",
             end_after=end if end < count else None,
             logprobs=1 if end % 2 else None,
+            grammar=end % 3 == 0,
             owner=owner,
+            session=session,
+            goes_on=end != 3,
         )
 
     @rule(
@@ -83,6 +116,7 @@ class Machine(RuleBasedStateMachine):
         end=st.integers(0, 16),
         owner=OWNERS,
         samples=st.sampled_from([1, 1, 1, 5]),
+        session=st.sampled_from(SESSIONS),
     )
     def ask(
         self,
@@ -93,9 +127,10 @@ class Machine(RuleBasedStateMachine):
         end: int,
         owner: Owner,
         samples: int,
+        session: Session,
     ) -> None:
         for model in models * samples:
-            self._submit(prompt, model, count, salted, end, owner)
+            self._submit(prompt, model, count, salted, end, owner, session)
 
     @precondition(lambda self: self.host.replies)
     @rule(
@@ -106,6 +141,7 @@ class Machine(RuleBasedStateMachine):
         count=st.integers(1, 8),
         end=st.integers(0, 16),
         owner=OWNERS,
+        session=st.sampled_from(SESSIONS),
     )
     def go_on(
         self,
@@ -116,16 +152,18 @@ class Machine(RuleBasedStateMachine):
         count: int,
         end: int,
         owner: Owner,
+        session: Session,
     ) -> None:
         """A session's next turn, or one that branches off."""
         before = data.draw(st.sampled_from(list(self.host.replies.values())))
         known = [*before.request.prompt_token_ids, *before.tokens]
-        self._submit([*known[: max(len(known) - cut, 1)], *more], model, count, 1, end, owner)
+        known = known[: max(len(known) - cut, 1)]
+        self._submit([*known, *more], model, count, 1, end, owner, session)
 
     @precondition(lambda self: self.host.live)
-    @rule(data=st.data())
-    def abort(self, data: st.DataObject) -> None:
-        self.host.abort(data.draw(st.sampled_from(self.host.live)))
+    @rule(data=st.data(), complete=st.booleans())
+    def abort(self, data: st.DataObject, complete: bool) -> None:
+        self.host.abort(data.draw(st.sampled_from(self.host.live)), complete=complete)
 
     @precondition(lambda self: self.host.pending)
     @rule(data=st.data(), count=st.integers(1, 4))
@@ -141,12 +179,19 @@ class Machine(RuleBasedStateMachine):
         for _ in range(count):
             self.host.work(name)
 
+    @precondition(lambda self: self.setting.reply_ahead and self.host.alive)
+    @rule(count=st.integers(1, 4))
+    def work_ahead(self, count: int) -> None:
+        for name in self.host.alive:
+            for _ in range(count):
+                self.host.work_ahead(name)
+
     @rule(count=st.integers(1, 4))
     def everybody(self, count: int) -> None:
         for _ in range(count):
             self.host.round()
 
-    @rule(seconds=st.sampled_from([0.5, TRANSFER_SECONDS]))
+    @rule(seconds=st.sampled_from([0.5, TRANSFER_SECONDS, MAX_TTL]))
     def wait(self, seconds: float) -> None:
         self.host.now += seconds
 

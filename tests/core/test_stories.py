@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from pshare_jax.core import messages as m
 from pshare_jax.core.arrivals import TRANSFER_SECONDS
 from pshare_jax.core.messages import DISPATCHER, FinishReason
 from pshare_jax.core.pages.prefix_index import PageState
+from pshare_jax.core.plans import DecodePlan, DecodeResult
 from tests.core.scripted import PAGE, Host, Setting
 
 PROMPT = list(range(1, 14))
@@ -227,3 +229,38 @@ def test_a_decode_worker_that_waits_for_a_transfer_hands_out_its_last_tokens() -
     assert first.tokens == first.expected
     assert (second.tokens, host.now) == ([], 0.0)
     host.drain()
+
+
+@pytest.mark.parametrize("steps_ahead", [0, 1, 2])
+def test_forced_tokens_are_told_at_once_and_computed_in_chunks(steps_ahead: int) -> None:
+    """Their KV and all that follows is as if each had been sampled; steps are saved."""
+    host = Host(Setting(decode_pages=60, prefill_pages=60, steps_ahead=steps_ahead))
+    replies = [
+        host.submit(model, [*PROMPT, i], 40, grammar=True)
+        for i in range(3)
+        for model in ("lora", "full")
+    ]
+    host.drain()
+    assert all(reply.tokens == reply.expected for reply in replies)
+    stats = host.decode["decode0"].core.stats
+    assert sum(stats.forced_tokens.values()) > 40
+    assert sum(stats.generation_tokens.values()) == 240
+
+
+def test_a_row_that_fails_ends_alone() -> None:
+    host = Host(Setting())
+    first, second = host.submit("lora", PROMPT), host.submit("identity", PROMPT)
+    executor = host.decode["decode0"].executor
+    plain = executor.finish
+
+    def finish() -> tuple[DecodePlan, DecodeResult]:
+        plan, result = plain()
+        assert plan.step is not None
+        rows = [row.id for row in plan.step.rows]
+        failed = {rows.index(0): "too complex"} if 0 in rows else {}
+        return plan, msgspec.structs.replace(result, failed=failed)
+
+    executor.finish = finish  # type: ignore[method-assign]
+    host.drain()
+    assert (first.reason, first.error) == (FinishReason.ERROR, "too complex")
+    assert second.tokens == second.expected

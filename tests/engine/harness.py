@@ -52,6 +52,8 @@ def serve_config(**overrides: Any) -> ServeConfig:
         "max_model_len": MAX_LEN,
         "page_size": PAGE,
         "compilation_cache_dir": "",
+        # What a prompt finds in the cache must not depend on when it came.
+        "reply_kv": "off",
         "prefill": PrefillConfig(chunk_buckets=[4, 16], num_pages=40),
         "decode": DecodeConfig(
             batch_buckets=[1, 4],

@@ -90,6 +90,7 @@ def test_no_step_copies_the_pool(steps: int) -> None:
             Slot.POOL: executor.pool._pages,
             Slot.HISTORY: decode._history,
             Slot.STAGED: jax.device_put(staged, executor.programs.staging),
+            Slot.LOGITS: np.zeros((4, models.config.vocab_size), np.float32),
         }
 
     def one_of_each(calls: Iterable[Call]) -> list[Call]:
@@ -119,4 +120,5 @@ def test_no_step_copies_the_pool(steps: int) -> None:
             assert memory.alias_size_in_bytes >= 2 * layer, call.name
     names = {call.name for call, _ in cases}
     expected = {"chunk", "copy", "gather", "checksum", "scatter", "replay", "decode", "admit"}
+    expected.add("choose")
     assert names == (expected if steps == 1 else {"decode"})

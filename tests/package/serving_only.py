@@ -5,7 +5,7 @@ jax itself depends on scipy, and flax on optax: those two are hidden from pshare
 
 import sys
 
-ABSENT = {"grain", "tensorboardX", "gguf", "matplotlib", "hypothesis", "pytest"}
+ABSENT = {"grain", "tensorboardX", "gguf", "matplotlib", "opentelemetry", "pyseccomp"}
 OF_OTHERS = {"optax", "scipy"}
 
 

@@ -20,6 +20,7 @@ from pshare_jax.core.pages.sharing_map import MapContext, MapPage, SharingMap
 from pshare_jax.core.stats import EngineStats, PoolStats
 from pshare_jax.errors import EngineDeadError, QueueFullError, UnknownModelError
 from pshare_jax.models.config import ModelConfig
+from pshare_jax.text.grammar import GrammarCompiler
 from pshare_jax.text.tokenizer import Tokenizer
 
 MODELS = {"planner": "shared", "coder": "shared", "team/critic": "isolated"}
@@ -68,12 +69,14 @@ class FakeOrchestrator:
     failed_workers: dict[str, str] = field(default_factory=dict)
     submitted: list[Request] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
+    completed: list[str] = field(default_factory=list)
     loaded: list[tuple[str, Path, bool]] = field(default_factory=list)
     load_error: Exception | None = None
 
     def __post_init__(self):
         self.model_config = ModelConfig("llama", self.tokenizer.vocab_size + 8, 8, 8, 1, 1, 1, 8)
         self.models = {name: FakeModelInfo(name, sharing) for name, sharing in MODELS.items()}
+        self.grammars = GrammarCompiler(self.tokenizer) if self.tokenizer.eos_token_ids else None
         self._lock = threading.Condition()
         self._running: dict[str, Running] = {}
         self._index: dict[tuple, str] = {}
@@ -124,8 +127,9 @@ class FakeOrchestrator:
             )
             self._lock.notify_all()
 
-    def abort(self, request_id: str) -> None:
+    def abort(self, request_id: str, *, complete: bool = False) -> None:
         with self._lock:
+            self.completed += [request_id] * complete
             self.aborted.append(request_id)
             if running := self._running.pop(request_id, None):
                 self._finish(running, RequestOutput(request_id, finish_reason=FinishReason.ABORT))
@@ -136,6 +140,8 @@ class FakeOrchestrator:
             counts = self._counts
             return EngineStats(
                 prefill_tokens=dict(counts["prefill"]),
+                ahead_tokens={"coder": 7},
+                foreseen_tokens={"planner": 5},
                 prompt_tokens=dict(counts["prompt"]),
                 generation_tokens=dict(counts["generation"]),
                 handoff_bytes=dict(counts["bytes"]),

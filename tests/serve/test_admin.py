@@ -62,6 +62,22 @@ def test_in_place(client, root):
     assert client.engine.loaded[-1] == ("coder", root / "coder", False)
 
 
+def test_how_it_writes_calls(client):
+    """As said when it was loaded; else as before, or as the chat template tells."""
+    for fields, parser in (
+        ({}, None),
+        ({"tool_parser": "pythonic", "reasoning": "on"}, "Pythonic"),
+        ({}, "Pythonic"),
+        ({"tool_parser": "none"}, None),
+    ):
+        assert load(client, "coder", name="caller", load_inplace=True, **fields).status == 200
+        style = client.server.service.formats["caller"]
+        assert (style.parser and style.parser.__name__) == parser
+        assert style.reasoning == ("reasoning" in fields or (not fields and parser is not None))
+    answer = load(client, "coder", name="caller", load_inplace=True, tool_parser="morse")
+    assert (answer.status, answer.error["param"]) == (400, "tool_parser")
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [

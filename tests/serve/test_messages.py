@@ -175,8 +175,10 @@ def test_errors_are_anthropics(server, api):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"tool_choice": {"type": "any"}, "tools": TOOLS}, "cannot be forced"),
-        ({"tool_choice": {"type": "tool", "name": "noop"}, "tools": TOOLS}, "cannot be forced"),
+        ({"tool_choice": {"type": "any"}}, "needs tools"),
+        ({"tool_choice": {"type": "tool", "name": "f"}, "tools": TOOLS}, "no tool 'f'"),
+        ({"tool_choice": {"type": "tool"}, "tools": TOOLS}, "tool_choice.name must be a string"),
+        ({"tool_choice": {"type": "some"}, "tools": TOOLS}, "auto, any, tool or none"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "'image'"),
         ({"messages": [{"role": "assistant", "content": [{"type": "x"}]}]}, "'x'"),
         ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "bash_20250124"),

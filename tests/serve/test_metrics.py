@@ -27,6 +27,7 @@ def test_every_promised_name_has_a_series_for_each_model_from_the_start(client):
         "pshare_prefill_tokens",
         "pshare_handoff_bytes",
         "pshare_handoff_pages",
+        "pshare_forced_tokens",
     ):
         models = {sample.labels["model_name"] for sample in families[name].samples}
         assert models == {"planner", "coder", "team/critic"}, name

@@ -237,11 +237,11 @@ class TestFunctions:
         ("fields", "param"),
         [
             ({"functions": [{"name": "f"}], "tools": TOOLS}, "functions"),
-            ({"functions": [{"name": "f"}], "function_call": {"name": "f"}}, "function_call"),
+            ({"functions": [{"name": "f"}], "function_call": {"name": "g"}}, "function_call"),
             ({"functions": [{}]}, "tools[0]"),
-            ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
+            ({"tools": [], "tool_choice": "required"}, "tool_choice"),
             (
-                {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "noop"}}},
+                {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "nope"}}},
                 "tool_choice",
             ),
         ],

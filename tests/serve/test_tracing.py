@@ -1,14 +1,19 @@
 """Spans of requests, as an exporter in memory gets them."""
 
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import pytest
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
 from pshare_jax.errors import ConfigError
+from pshare_jax.serve import tracing as tracing_module
 from pshare_jax.serve.tracing import Tracing, tracing_of
 from tests.serve.fake import fake_config, fake_engine
 from tests.serve.server import eventually, running_server
@@ -112,3 +117,48 @@ def test_off_unless_configured(tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     with pytest.raises(ConfigError, match=r"needs the extra `otel`"):
         tracing_of(config)
+
+
+def test_a_collector_that_does_not_answer_does_not_hold_up_the_end(monkeypatch):
+    monkeypatch.setattr(tracing_module, "_CLOSE_SECONDS", 0.05)
+    never, asked = threading.Event(), threading.Event()
+
+    class Stuck(TracerProvider):
+        def shutdown(self) -> None:
+            asked.set()
+            never.wait(60)
+
+    Tracing(Stuck(shutdown_on_exit=False)).close()
+    assert asked.is_set()
+    never.set()
+
+
+class Collector(BaseHTTPRequestHandler):
+    received: ClassVar[list[tuple[str, str, bytes]]] = []
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.received.append((self.path, self.headers["Content-Type"], body))
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_spans_come_to_a_collector(tokenizer):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Collector) as collector:
+        threading.Thread(target=collector.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{collector.server_port}/v1/traces"
+        config = fake_config(otlp_traces_endpoint=endpoint)
+        with running_server(fake_engine(tokenizer, config)) as client:
+            assert client.complete().status == 200
+        # What was left has been sent when the server ended.
+        collector.shutdown()
+    [(path, content_type, body)] = Collector.received
+    assert (path, content_type) == ("/v1/traces", "application/x-protobuf")
+    spans = trace_service_pb2.ExportTraceServiceRequest.FromString(body).resource_spans[0]
+    names = [span.name for span in spans.scope_spans[0].spans]
+    assert sorted(names) == ["POST /v1/completions", "decode", "handoff", "prefill", "queue"]
+    [service] = [a.value.string_value for a in spans.resource.attributes if a.key == "service.name"]
+    assert service == "pshare_jax"

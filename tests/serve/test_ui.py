@@ -85,6 +85,17 @@ def test_the_page_needs_no_key_and_its_stream_does(tokenizer):
             assert following("state")["ready"] is True
 
 
+def test_of_several_keys_it_tells_admins_of_all(tokenizer, tmp_path):
+    keys = tmp_path / "keys.yaml"
+    keys.write_text("keys: [{name: a, key: one}, {name: b, key: two, admin: true}]")
+    config = fake_config(api_keys_file=str(keys))
+    with running_server(fake_engine(tokenizer, config)) as client:
+        assert client.get("/ui").status == 200
+        assert client.get("/ui/events", Authorization="Bearer one").status == 403
+        with watching(client, Authorization="Bearer two") as following:
+            assert following("state")["ready"] is True
+
+
 def test_it_can_be_turned_off(tokenizer):
     with running_server(fake_engine(tokenizer, fake_config(ui=False))) as client:
         assert client.get("/ui").status == 404

@@ -106,8 +106,13 @@ class _Session:
             return
         step = self._steps.popleft()
         self._context += len(step.models) * call.max_tokens + step.observed
-        self._asked = self._clock.now
-        self.step()
+        # After the last step there is no tool to wait for.
+        pause = self._player._workload.pause if self._steps else 0.0
+        self._asked = self._clock.now + pause
+        if pause:
+            self._clock.at(self._asked, self.step)
+        else:
+            self.step()
 
 
 def simulate(spec: SystemSpec, workload: Workload, load: Load, warmup: int = 0) -> dict[str, Any]:

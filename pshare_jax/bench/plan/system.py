@@ -14,12 +14,15 @@ from pshare_jax.cluster.worker import DecodeWorker, PrefillWorker, Worker
 from pshare_jax.config import DecodeConfig
 from pshare_jax.core.decode import DecodeCore
 from pshare_jax.core.dispatcher import Dispatcher
-from pshare_jax.core.messages import DISPATCHER, Message, Outbox, Request, SamplingParams
+from pshare_jax.core.messages import DISPATCHER, Message, Outbox, Owner, Request, SamplingParams
 from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.prefill import PrefillCore
 from pshare_jax.core.router import Router, WorkerInfo
+from pshare_jax.core.sessions import SessionPolicy
 from pshare_jax.core.split_rule import LastTokens
+
+NOBODY = Owner()
 
 _ANY_BYTES = 1
 """Of a page that is moved; what a handoff takes is told by the costs."""
@@ -52,6 +55,7 @@ class ServerSpec:
         prefill: its prefill engines.
         decode: its decode engines.
         tail: prompt tokens that decode modules read themselves.
+        reply_ahead: whether replies are covered before anybody asks.
     """
 
     models: Sequence[int]
@@ -63,6 +67,7 @@ class ServerSpec:
     prefill: Sequence[EngineSpec]
     decode: Sequence[EngineSpec]
     tail: int = 1
+    reply_ahead: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,7 @@ class SimCall:
     prompt: int
     max_tokens: int
     on_finish: Callable[[], None]
+    owner: Owner = NOBODY
     arrivals: list[float] = field(default_factory=list)
     cached: int = 0
     shared: int = 0
@@ -117,10 +123,16 @@ class System:
         self._server_of = {w.name: s for s in self._servers for w in s.workers}
 
     def submit(
-        self, session: int, model: int, prompt: int, tokens: int, on_finish: Callable[[], None]
+        self,
+        session: int,
+        model: int,
+        prompt: int,
+        tokens: int,
+        on_finish: Callable[[], None],
+        owner: Owner = NOBODY,
     ) -> SimCall:
         """Asks a model for `tokens` tokens after a session's first `prompt` tokens."""
-        call = SimCall(model, prompt, tokens, on_finish)
+        call = SimCall(model, prompt, tokens, on_finish, owner)
         server = self._of_model[model]
         server.submit(session, call)
         self._deliver(server)
@@ -190,7 +202,8 @@ class _Server:
             for name, engine in ((f"{prefix}prefill{i}", e) for i, e in enumerate(spec.prefill))
         ]
         router = Router([_info(w) for w in self.prefill], [_info(w) for w in self.decode])
-        self.dispatcher = Dispatcher(self._models, router, spec.page_size)
+        policy = SessionPolicy(spec.reply_ahead)
+        self.dispatcher = Dispatcher(self._models, router, spec.page_size, policy)
 
     @property
     def workers(self) -> list[Worker]:
@@ -204,7 +217,8 @@ class _Server:
         """Gives the dispatcher a call."""
         order = next(self._orders)
         params = SamplingParams(max_tokens=call.max_tokens)
-        request = Request(str(order), str(call.model), (session,) * call.prompt, params)
+        prompt = (session,) * call.prompt
+        request = Request(str(order), str(call.model), prompt, params, owner=call.owner)
         self._calls[request.id] = call
         self.dispatcher.submit(request, order=order, seed=0, end_token_ids=frozenset())
 

@@ -2,7 +2,7 @@
 
 Each pool has one; one thread uses it. Every page is at all times free, referenced by
 a sequence, or held by the index; the last kind is evicted, least recently used leaf first, when
-pages run out.
+pages run out. Pages that sessions have pinned come last.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pshare_jax.core.pages.allocator import PageAllocator
+from pshare_jax.core.pages.pins import Pins
 from pshare_jax.core.pages.prefix_index import Node, PageState, PrefixIndex
 
 
@@ -26,12 +27,23 @@ class PageCounts:
 
 
 class PageCache:
-    """Allocation, reference counts, prefix look-up and eviction for one pool."""
+    """Allocation, reference counts, prefix look-up and eviction for one pool.
 
-    def __init__(self, num_pages: int, page_size: int):
+    Args:
+        num_pages: of the pool, the padding page included.
+        page_size: tokens of a page.
+        pinned_share: most of the pages that sessions may have pinned.
+
+    Attributes:
+        now: seconds, from any start, as `tick` was last told.
+    """
+
+    def __init__(self, num_pages: int, page_size: int, pinned_share: float = 0.5):
         self.page_size = page_size
+        self.now = 0.0
         self._allocator = PageAllocator(num_pages)
         self._index = PrefixIndex()
+        self._pins = Pins(int(pinned_share * self.num_usable))
 
     @property
     def num_usable(self) -> int:
@@ -43,20 +55,52 @@ class PageCache:
         """Pages that `allocate` could hand out now, evictions included."""
         return self._allocator.num_free + self._index.num_unused
 
-    def allocate(self, count: int) -> list[int] | None:
-        """`count` pages with one reference each, or None (and no change) when there are too few."""
+    def allocate(self, count: int, *, spare_pinned: bool = False) -> list[int] | None:
+        """`count` pages with one reference each, or None when there are too few.
+
+        None means that nothing was evicted, unless pinned pages were to be spared.
+        """
         if self.num_available < count:
             return None
         while self._allocator.num_free < count:
-            self._evict()
+            if not self._evict(pinned=not spare_pinned):
+                return None
         return [self._allocator.allocate() for _ in range(count)]
+
+    def tick(self, now: float) -> None:
+        """Says what time it is; pins whose time is over end."""
+        self.now = max(self.now, now)
+        # A chain was pinned from its end; its end is to be evicted first, too.
+        for node in reversed(self._pins.expired(self.now)):
+            self._index.unpin(node)
+
+    def pin(self, pages: Sequence[int], until: float) -> None:
+        """Keeps the indexed ones of a sequence's pages, in order of position, from being evicted.
+
+        Until then (see `tick`) they go after all that are not pinned, at most `pinned_share` of the
+        pool. A page and what comes before it are pinned together, the last page least recently.
+        """
+        if until <= self.now:
+            return
+        for page in reversed(pages):
+            node = self._index.node_of(page)
+            if node is not None:
+                self._pins.renew(node, until)
+                self._index.pin(node)
+        for node in reversed(self._pins.too_many()):
+            self._index.unpin(node)
+
+    @property
+    def num_pinned(self) -> int:
+        """Pages that are pinned, referenced or not."""
+        return len(self._pins)
 
     def release(self, pages: Iterable[int]) -> None:
         """Drops one reference of each page; pass a sequence's pages in order of position."""
         for page in reversed(list(pages)):
             node = self._index.node_of(page)
             if self._allocator.release(page) and node is not None:
-                self._index.offer(node)
+                self._index.offer(node, pinned=node in self._pins)
 
     def match(self, keys: Sequence[bytes], tokens: Sequence[int]) -> list[Node]:
         """References and returns the longest indexed run of full pages of `tokens`.
@@ -94,6 +138,7 @@ class PageCache:
         for follower in self._index.followers(node):
             self.forget(follower)
         self._index.remove(node)
+        self._pins.drop(node)
         node.state = PageState.FAILED
         self._allocator.unkeep(node.page)
 
@@ -141,6 +186,7 @@ class PageCache:
     def check(self, *, idle: bool = False) -> None:
         """Asserts the invariants; with `idle`, also that no sequence holds a page."""
         self._allocator.check()
+        self._pins.check(self._index)
         counts = self.counts()
         assert counts.free + counts.used + counts.cached == counts.total, counts
         if idle:
@@ -156,8 +202,13 @@ class PageCache:
             found.append(node)
         return found
 
-    def _evict(self) -> None:
-        node = self._index.least_recent()
-        assert node is not None, "unused pages are indexed, so one of them is a leaf"
+    def _evict(self, *, pinned: bool = True) -> bool:
+        """Evicts a page; False if only pinned ones are left, and may not go."""
+        node = self._index.least_recent(pinned=pinned)
+        assert node is not None or not pinned, "unused pages are indexed: one of them is a leaf"
+        if node is None:
+            return False
         self._index.remove(node)
+        self._pins.drop(node)
         self._allocator.unkeep(node.page)
+        return True

@@ -63,7 +63,8 @@ class Node:
 
     `key` is None while the page is only partly filled. `origins` names, for each token, the model
     whose request had it computed. `filler` is the id of the sequence that brings the contents of a
-    page that is arriving. A page that is `extending` is being filled further in place.
+    page that is arriving. A page that is `extending` is being filled further in place. `ahead` are
+    tokens that were computed before anybody asked for them, and that nobody has used yet.
     """
 
     parent: Node | None
@@ -76,6 +77,13 @@ class Node:
     filler: int | None = None
     extending: bool = False
     num_children: int = 0
+    ahead: set[int] = field(default_factory=set)
+
+    def use(self, length: int) -> int:
+        """Somebody uses the first `length` tokens; how many of them were waiting for that."""
+        used = {index for index in self.ahead if index < length}
+        self.ahead -= used
+        return len(used)
 
 
 @dataclass(slots=True)
@@ -106,6 +114,7 @@ class PrefixIndex:
         self._children: dict[bytes, _Children] = {}
         self._by_page: dict[int, Node] = {}
         self._unused: OrderedDict[Node, None] = OrderedDict()
+        self._pinned: OrderedDict[Node, None] = OrderedDict()
         self.added: list[bytes] = []
         """Keys that have entered since somebody last looked, see `PageCache.changes`."""
         self.removed: list[bytes] = []
@@ -168,18 +177,33 @@ class PrefixIndex:
         self._full[key] = node
         self.added.append(key)
 
-    def offer(self, node: Node) -> None:
-        """Says that nothing references the node's page any more: it may be evicted as a leaf."""
-        self._unused[node] = None
+    def offer(self, node: Node, *, pinned: bool = False) -> None:
+        """Says that nothing references the node's page any more: it may be evicted as a leaf.
+
+        One that is pinned goes after all others that are not.
+        """
+        (self._pinned if pinned else self._unused)[node] = None
 
     def withdraw(self, node: Node) -> None:
         """Says that the node's page is referenced (again)."""
         self._unused.pop(node, None)
+        self._pinned.pop(node, None)
+
+    def pin(self, node: Node) -> None:
+        """Has a page, if nothing references it, be evicted after those that are not pinned."""
+        if self._unused.pop(node, self) is None:
+            self._pinned[node] = None
+
+    def unpin(self, node: Node) -> None:
+        """Has a page that was pinned in vain be the next to be evicted."""
+        if self._pinned.pop(node, self) is None:
+            self._unused[node] = None
+            self._unused.move_to_end(node, last=False)
 
     def remove(self, node: Node) -> None:
         """Takes a leaf out of the index."""
         assert node.num_children == 0, "only leaves are removed"
-        self._unused.pop(node, None)
+        self.withdraw(node)
         if node.key is not None:
             del self._full[node.key]
             self.removed.append(node.key)
@@ -191,14 +215,15 @@ class PrefixIndex:
         if node.parent is not None:
             node.parent.num_children -= 1
 
-    def least_recent(self) -> Node | None:
-        """The unused leaf that was offered longest ago.
+    def least_recent(self, *, pinned: bool = True) -> Node | None:
+        """The unused leaf that was offered longest ago; a pinned one last, and only if `pinned`.
 
         Chains are released from their end, so that leaves come first and this rarely scans.
         """
-        return next((node for node in self._unused if node.num_children == 0), None)
+        order = itertools.chain(self._unused, self._pinned if pinned else ())
+        return next((node for node in order if node.num_children == 0), None)
 
     @property
     def num_unused(self) -> int:
         """Indexed pages that nothing references; all of them can be evicted, leaves first."""
-        return len(self._unused)
+        return len(self._unused) + len(self._pinned)

@@ -107,6 +107,7 @@ class Hermes(JsonBlocks):
 
     opening = "<tool_call>"
     closing = "</tool_call>"
+    style = "hermes"
     markers = (opening, closing)
 
 
@@ -117,6 +118,7 @@ class Llama3Json(JsonBlocks):
     """
 
     opening = "<|python_tag|>"
+    style = "llama3_json"
     markers = (opening,)
 
     def __init__(self, names: Collection[str]):
@@ -154,6 +156,7 @@ class Mistral(JsonBlocks):
     """
 
     opening = "[TOOL_CALLS]"
+    style = "mistral"
     markers = (opening, "[ARGS]")
     _ARGS = "[ARGS]"
     _NAME_ENDS = "[{"

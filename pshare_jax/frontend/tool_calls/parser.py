@@ -21,9 +21,12 @@ class ToolParser(ABC):
 
     Attributes:
         markers: special tokens that the format consists of, which the text must show.
+        style: the form of calls that `grammars.calls_grammar` writes; empty where they cannot be
+            forced.
     """
 
     markers: tuple[str, ...] = ()
+    style = ""
 
     def __init__(self, names: Collection[str]):
         self.names = frozenset(names)

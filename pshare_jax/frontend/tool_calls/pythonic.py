@@ -22,6 +22,8 @@ class Pythonic(ToolParser):
     in the name. A call comes out when its parenthesis closes: only then its arguments are certain.
     """
 
+    style = "pythonic"
+
     def __init__(self, names: Collection[str]):
         super().__init__(names)
         self._spelled = {name.replace(".", "_"): name for name in self.names}

@@ -88,10 +88,17 @@ async function listen() {
       if (signal.aborted) return;
       showStatus(error.message, true);
       if (error.status === 401) return at("key").focus();
+      // A key that may not see what all do may still ask.
+      if (error.status === 403) return offerModels();
     }
     before = null;
     await new Promise((resolve) => setTimeout(resolve, AGAIN_SECONDS * 1000));
   }
+}
+
+async function offerModels() {
+  const { data } = await (await request("/v1/models")).json();
+  playground.offer(data.map(({ id }) => id));
 }
 
 at("key").value = key();

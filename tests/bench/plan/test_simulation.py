@@ -34,6 +34,7 @@ def spec(
     costs=COSTS,
     call_seconds: float = 0.0,
     models: int = 4,
+    reply_ahead: bool = False,
 ) -> SystemSpec:
     numbers = itertools.count()
 
@@ -51,6 +52,7 @@ def spec(
         settings=DecodeConfig(max_num_seqs=16, batch_buckets=BATCHES, replay_buckets=[32]),
         prefill=side(engines[0], pages[0]),
         decode=side(engines[1], pages[1]),
+        reply_ahead=reply_ahead,
     )
     return SystemSpec([server], call_seconds)
 
@@ -77,6 +79,24 @@ def test_a_call_by_hand():
     chunk = 0.01 + 1e-5 * 101 / 2
     assert found["ttft_s"]["p50"] == pytest.approx(chunk + 0.002 + 101e-6)
     assert found["call_s"]["p50"] == pytest.approx(chunk + 0.006 + 306e-6)
+
+
+@pytest.mark.parametrize("one_processor", [True, False])
+def test_replies_that_are_covered_while_a_tool_works_shorten_the_next_call(one_processor) -> None:
+    workload = Workload("react", models=2, turns=2, prompt=101, generated=64, observed=16, pause=1)
+    now, ahead = (
+        run(spec(models=2, one_processor=one_processor, reply_ahead=reply_ahead), workload)
+        for reply_ahead in (False, True)
+    )
+    chunk = 0.004, 0.01
+    step = 0.002
+    for found, (longest, seen) in ((now, (chunk[1], 140)), (ahead, (chunk[0], 240))):
+        # 80 tokens in a chunk of 128, or 16 in one of 32, and the token that is sampled.
+        assert found["next_ttft_s"]["p50"] == pytest.approx(longest + step, abs=2e-5 * seen)
+    # With each reply, the token before it that the decode module has read.
+    assert ahead["prompt_tokens"]["computed"] == now["prompt_tokens"]["computed"] - 3 * 65
+    assert ahead["generated_tokens"] == now["generated_tokens"]
+    assert now["seconds"] - ahead["seconds"] == pytest.approx(3 * 0.006, abs=2e-3)
 
 
 @pytest.mark.parametrize("pattern", ["react", "reflexion", "fanout"])

@@ -7,24 +7,20 @@ import time
 from pathlib import Path
 
 import jsonschema
-import numpy as np
 import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers.trainers import BpeTrainer
 
+from pshare_jax.core.constraints import GrammarSpec
 from pshare_jax.errors import RequestError
-from pshare_jax.frontend import grammar, grammar_spec, tool_prompt
-from pshare_jax.frontend.grammar import GrammarCompiler, GrammarError, GrammarState
-from pshare_jax.frontend.grammar_spec import (
-    GrammarLimits,
-    GrammarSpec,
-)
+from pshare_jax.frontend import tool_prompt
+from pshare_jax.text import grammar, grammar_spec
+from pshare_jax.text.grammar import GrammarCompiler, GrammarError, GrammarLimits
 from pshare_jax.text.tokenizer import Tokenizer
+from tests.text.random_answers import allowed, sample
 from tests.text.tiny import write_byte_level, write_sentencepiece
 
-STRUCTURAL = set(b'"{}[]:,0123456789 truefalsn')
-MAX_TOKENS = 400
 CHOICES = ["yes", 'n"o', "a\\b", "x\ny", "é🙂", "/re/", "yes!"]
 
 
@@ -69,52 +65,6 @@ def tokenizer(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def compiler(tokenizer):
     return GrammarCompiler(tokenizer)
-
-
-def allowed(state: GrammarState, size: int) -> np.ndarray:
-    mask = np.full((size + 31) // 32 + 3, 0xFFFFFFFF, np.uint32)
-    state.fill(mask)
-    exact = np.zeros((size + 31) // 32, np.uint32)
-    state.fill(exact)
-    assert (exact == mask[: len(exact)]).all()
-    bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
-    assert not bits[size:].any()
-    return np.flatnonzero(bits)
-
-
-def sample(tokenizer, state: GrammarState, rng: random.Random, use_forced: bool) -> str | None:
-    """The text of a random answer; None if it had not ended after `MAX_TOKENS` tokens.
-
-    Tokens of JSON's syntax are likelier, as a model's would be: else hardly a text ever ends.
-    """
-    weights = np.array(
-        [
-            0 if i in tokenizer.eos_token_ids else 30 if set(token) <= STRUCTURAL else 1
-            for i, token in enumerate(map(tokenizer.token_bytes, range(tokenizer.vocab_size)))
-        ]
-    )
-    ids: list[int] = []
-    while len(ids) < MAX_TOKENS:
-        if use_forced and (forced := state.forced()):
-            for token_id in forced:
-                assert token_id in allowed(state, tokenizer.vocab_size)
-                state.accept(token_id)
-            ids += forced
-        choices = allowed(state, tokenizer.vocab_size)
-        assert len(choices)
-        ends = [token_id for token_id in tokenizer.eos_token_ids if token_id in choices]
-        assert bool(ends) == state.complete
-        if ends and rng.random() < 0.5:
-            state.accept(ends[0])
-            assert state.finished
-            return tokenizer.decode(ids, skip_special_tokens=False)
-        if len(ends) == len(choices):
-            continue
-        token_id = int(rng.choices(choices, weights[choices])[0])
-        assert token_id not in tokenizer.special_ids
-        state.accept(token_id)
-        ids.append(token_id)
-    return None
 
 
 def random_schema(rng: random.Random, depth: int = 3) -> dict:
@@ -308,6 +258,7 @@ def test_what_is_not_supported_is_named(compiler, schema, named):
         GrammarSpec("regex", "a(b"),
         GrammarSpec("lark", "start: foo"),
         GrammarSpec("lark", "nonsense"),
+        GrammarSpec("lark", 'start: "a" start'),
     ],
     ids=lambda spec: spec.source,
 )

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from pshare_jax.errors import RequestError
-from pshare_jax.frontend.grammar_spec import (
+from pshare_jax.text.grammar_spec import (
     GrammarLimits,
     GrammarSpec,
     from_response_format,

@@ -10,21 +10,23 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from llguidance.numpy import fill_next_token_bitmask_par
 from numpy.typing import NDArray
 
+from pshare_jax.core.constraints import GrammarSpec
 from pshare_jax.errors import PshareError, RequestError
-from pshare_jax.frontend.grammar_spec import GrammarLimits, GrammarSpec
 from pshare_jax.text.tokenizer import Tokenizer
 
 # Models fall into endless white space where any is allowed: one space, or a new line with its
 # indentation, is what JSON is written with.
 _WHITESPACE = r"[ ]?|\n[ ]{0,16}"
-_JSON_OPTIONS = {
+JSON_OPTIONS = {
     "whitespace_pattern": _WHITESPACE,
     "item_separator": ",",
     "key_separator": ":",
@@ -32,7 +34,36 @@ _JSON_OPTIONS = {
     "lenient": False,
     "coerce_one_of": False,
 }
+"""How JSON is to be written, and read from schemas; llguidance's options."""
+
 _SILENT = 0
+
+
+@dataclass(frozen=True)
+class GrammarLimits:
+    """How much of a grammar is taken.
+
+    Args:
+        max_chars: length of its text.
+        max_depth: lists and objects within each other in a schema.
+        max_nodes: values in a schema, all lists and objects counted.
+        max_choices: texts of a choice.
+        max_symbols: symbols of the grammar that it becomes.
+        max_lexer_states: states of its automaton; each takes one to two KiB.
+        compile_fuel: steps of building its automaton's expressions, some 50,000 a millisecond.
+        step_fuel: steps of the automaton for one mask, some 1,000 a millisecond at worst.
+        compile_seconds: how long it may take to compile.
+    """
+
+    max_chars: int = 65_536
+    max_depth: int = 64
+    max_nodes: int = 10_000
+    max_choices: int = 1_000
+    max_symbols: int = 200_000
+    max_lexer_states: int = 50_000
+    compile_fuel: int = 100_000
+    step_fuel: int = 50_000
+    compile_seconds: float = 2.0
 
 
 class GrammarError(PshareError):
@@ -47,7 +78,10 @@ class GrammarCompiler:
     Args:
         tokenizer: the base's tokenizer, which all models share.
         limits: how much of a grammar is taken.
-        cache_entries: how many compiled grammars are kept.
+        cache_entries: how many compiled grammars are kept, besides those that are held.
+
+    Attributes:
+        end_ids: tokens that end a text.
     """
 
     def __init__(
@@ -58,8 +92,11 @@ class GrammarCompiler:
     ):
         self.limits = limits or GrammarLimits()
         self._cache_entries = cache_entries
+        self.end_ids = tokenizer.eos_token_ids
         self._cache: OrderedDict[GrammarSpec, LLMatcher] = OrderedDict()
+        self._held: Counter[GrammarSpec] = Counter()
         self._lock = threading.Lock()
+        self._words = -(-tokenizer.vocab_size // 32)
         self._tokenizer = LLTokenizer(
             TokenizerWrapper(_Vocabulary(tokenizer)), eos_token=list(tokenizer.eos_token_ids)
         )
@@ -83,13 +120,44 @@ class GrammarCompiler:
         with self._lock:
             if spec in self._cache:
                 self._cache.move_to_end(spec)
-                return GrammarState(self._cache[spec].deep_copy())
+                return GrammarState(self._cache[spec].deep_copy(), self._words)
         matcher = self._compile(spec, param)
         with self._lock:
             self._cache[spec] = matcher
-            while len(self._cache) > self._cache_entries:
-                self._cache.popitem(last=False)
-        return GrammarState(matcher.deep_copy())
+            self._forget()
+        return GrammarState(matcher.deep_copy(), self._words)
+
+    def has(self, spec: GrammarSpec) -> bool:
+        """Whether `compile` would take no time."""
+        return spec in self._cache
+
+    def hold(self, spec: GrammarSpec, param: str) -> None:
+        """Keeps `spec` compiled until it is released as often.
+
+        Raises:
+            RequestError: see `compile`.
+        """
+        with self._lock:
+            self._held[spec] += 1
+        try:
+            self.compile(spec, param)
+        except RequestError:
+            self.release(spec)
+            raise
+
+    def release(self, spec: GrammarSpec) -> None:
+        """Undoes one `hold`."""
+        with self._lock:
+            self._held[spec] -= 1
+            if self._held[spec] == 0:
+                del self._held[spec]
+            self._forget()
+
+    def _forget(self) -> None:
+        """Drops the compiled grammars that were used longest ago; under the lock."""
+        free = [spec for spec in self._cache if spec not in self._held]
+        for spec in free[: max(len(free) - self._cache_entries, 0)]:
+            del self._cache[spec]
 
     @property
     def cached(self) -> int:
@@ -102,9 +170,11 @@ class GrammarCompiler:
             self._tokenizer, _source(spec), log_level=_SILENT, limits=self._parser_limits
         )
         if not matcher.is_error():
-            # The first mask builds what a complex expression needs most of.
+            # The first mask builds what a complex expression needs most of; a text that is forced
+            # without end is an error too.
             probe = matcher.deep_copy()
             mask = np.frombuffer(probe.compute_bitmask(), np.uint8)
+            probe.compute_ff_tokens()
             if not probe.is_error() and not mask.any():
                 raise RequestError(f"{param}: no text follows this grammar", param=param)
             matcher = matcher if not probe.is_error() else probe
@@ -128,8 +198,9 @@ class GrammarCompiler:
 class GrammarState:
     """How far one answer has come in its grammar. Belongs to one thread at a time."""
 
-    def __init__(self, matcher: LLMatcher):
+    def __init__(self, matcher: LLMatcher, words: int):
         self._matcher = matcher
+        self._words = words
 
     @property
     def finished(self) -> bool:
@@ -187,11 +258,44 @@ class GrammarState:
 
     def copy(self) -> GrammarState:
         """Another answer that has come as far."""
-        return GrammarState(self._matcher.deep_copy())
+        return GrammarState(self._matcher.deep_copy(), self._words)
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise GrammarError(f"the grammar became too complex: {_reason(self._matcher)}")
+            raise GrammarError(_too_complex(self._matcher))
+
+
+def fill_all(
+    threads: LLExecutor,
+    states: Sequence[tuple[GrammarState, int]],
+    mask: NDArray[np.uint32],
+) -> list[str | None]:
+    """Writes which tokens may come next, for several answers at once.
+
+    Args:
+        threads: that do the work; meanwhile other Python threads run.
+        states: each with the row of `mask` that it writes.
+        mask: `[rows, words]`, see `GrammarState.fill`.
+
+    Returns:
+        Why there is no mask, for each state; usually None.
+    """
+    width = states[0][0]._words
+    scratch = np.zeros((len(states), width), np.int32)
+    matchers = [(state._matcher, row) for row, (state, _) in enumerate(states)]
+    fill_next_token_bitmask_par(threads, matchers, scratch)
+    count = min(width, mask.shape[1])
+    errors: list[str | None] = []
+    for row, (state, target) in enumerate(states):
+        mask[target, :count] = scratch[row, :count].view(np.uint32)
+        mask[target, count:] = 0
+        error = state._matcher.is_error()
+        errors.append(_too_complex(state._matcher) if error else None)
+    return errors
+
+
+def _too_complex(matcher: LLMatcher) -> str:
+    return f"the grammar became too complex: {_reason(matcher)}"
 
 
 class _Vocabulary:
@@ -245,12 +349,12 @@ def _source(spec: GrammarSpec) -> str:
         case "json_object":
             return LLMatcher.grammar_from_json_schema(
                 {"type": "object"},
-                overrides=_JSON_OPTIONS,  # type: ignore[arg-type]
+                overrides=JSON_OPTIONS,  # type: ignore[arg-type]
             )
         case "json_schema":
             return LLMatcher.grammar_from_json_schema(
                 spec.source,
-                overrides=_JSON_OPTIONS,  # type: ignore[arg-type]
+                overrides=JSON_OPTIONS,  # type: ignore[arg-type]
             )
         case "regex":
             return LLMatcher.grammar_from_regex(spec.source)

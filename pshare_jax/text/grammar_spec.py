@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from pshare_jax.core.constraints import GrammarKind, GrammarSpec
 from pshare_jax.errors import RequestError
-
-GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "lark"]
+from pshare_jax.text.grammar import GrammarLimits
 
 _STRUCTURED: dict[str, GrammarKind] = {
     "json": "json_schema",
@@ -18,47 +17,6 @@ _STRUCTURED: dict[str, GrammarKind] = {
     "choice": "choice",
     "grammar": "lark",
 }
-
-
-@dataclass(frozen=True)
-class GrammarLimits:
-    """How much of a grammar is taken.
-
-    Args:
-        max_chars: length of its text.
-        max_depth: lists and objects within each other in a schema.
-        max_nodes: values in a schema, all lists and objects counted.
-        max_choices: texts of a choice.
-        max_symbols: symbols of the grammar that it becomes.
-        max_lexer_states: states of its automaton; each takes one to two KiB.
-        compile_fuel: steps of building its automaton's expressions, some 50,000 a millisecond.
-        step_fuel: steps of the automaton for one mask, some 1,000 a millisecond at worst.
-        compile_seconds: how long it may take to compile.
-    """
-
-    max_chars: int = 65_536
-    max_depth: int = 64
-    max_nodes: int = 10_000
-    max_choices: int = 1_000
-    max_symbols: int = 200_000
-    max_lexer_states: int = 50_000
-    compile_fuel: int = 100_000
-    step_fuel: int = 50_000
-    compile_seconds: float = 2.0
-
-
-@dataclass(frozen=True)
-class GrammarSpec:
-    """A grammar as the client wrote it.
-
-    Args:
-        kind: of what form it is.
-        source: JSON text of the schema or of the list of choices, a regular expression of the whole
-            answer, or a grammar in llguidance's dialect of Lark; empty for `json_object`.
-    """
-
-    kind: GrammarKind
-    source: str = ""
 
 
 def from_response_format(
@@ -131,12 +89,13 @@ def _schema_text(schema: Any, limits: GrammarLimits, where: str) -> str:
         schema = {} if schema else {"enum": []}
     if not isinstance(schema, Mapping):
         raise RequestError(f"{where} must be an object", param=where)
-    _check_size(schema, limits, where)
+    check_schema(schema, limits, where)
     return _bounded(json.dumps(schema, ensure_ascii=False), limits, where)
 
 
-def _check_size(schema: Mapping[str, Any], limits: GrammarLimits, where: str) -> None:
-    """Walks without recursion, which a deep schema would exhaust."""
+def check_schema(schema: Mapping[str, Any], limits: GrammarLimits, where: str) -> None:
+    """Raises RequestError for a schema that is too large. Walks without recursion, which a deep one
+    would exhaust."""
     stack: list[tuple[Any, int]] = [(schema, 1)]
     nodes = 0
     while stack:
