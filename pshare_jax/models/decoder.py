@@ -73,7 +73,11 @@ class Decoder(nnx.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, weights: Weights, backend: str, experts: ExpertsBackend
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        backend: str = "xla",
+        experts: ExpertsBackend = ExpertsBackend(),  # noqa: B008 - immutable
     ):
         self.config = config
         self.embed = Embedding("embed", weights, backend)
