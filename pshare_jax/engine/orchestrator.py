@@ -17,7 +17,7 @@ import jax
 
 from pshare_jax.cluster.thread import DispatcherThread, WorkerThread
 from pshare_jax.config import DecodeConfig, ServeConfig
-from pshare_jax.convert.manifest import TOKENIZER_FOLDER
+from pshare_jax.convert.manifest import TOKENIZER_FOLDER, read_manifest
 from pshare_jax.core.constraints import GrammarSpec
 from pshare_jax.core.dispatcher import Dispatcher
 from pshare_jax.core.messages import DISPATCHER, Message, Request, RequestOutput
@@ -31,6 +31,7 @@ from pshare_jax.engine.assembly import Assembly
 from pshare_jax.engine.checks import check_request
 from pshare_jax.engine.devices import compute_dtype, place, prepare_jax
 from pshare_jax.engine.host_memory import return_freed_memory
+from pshare_jax.engine.kv_store import EngineStore
 from pshare_jax.engine.limits import check_config
 from pshare_jax.engine.loader import (
     BaseSource,
@@ -97,13 +98,13 @@ class Orchestrator:
         self.grammars: GrammarCompiler | None = None
         if tokenizer is not None and tokenizer.eos_token_ids:
             self.grammars = GrammarCompiler(tokenizer)
-        layout = PageLayout.of(base.config, config.page_size, compute_dtype(config))
+        layout = PageLayout.of(base.config, config.page_size, compute_dtype(config, base.config))
         sizes = check_config(config, base.config, layout)
         meshes = place(config)
         specs = model_specs(base, sources, len(meshes.decode))
         self._served = ServedModels(config, base, sources, specs)
         backend = backend_for(config.kernel_backend, jax.default_backend())
-        loader = WeightLoader(base, sources, backend, config.decode, compute_dtype(config))
+        loader = WeightLoader(base, sources, backend, config.decode, layout.dtype)
         assembly = Assembly(
             config, base.config, layout, sizes, backend, loader, specs, self.grammars
         )
@@ -120,6 +121,8 @@ class Orchestrator:
         policy = SessionPolicy(config.reply_kv == "ahead", config.sessions.max_ttl_seconds)
         self._dispatcher = Dispatcher(specs, router, config.page_size, policy)
         self._control = DispatcherThread(self._deliver, self._dispatcher_failed)
+        self._layout = layout
+        self.store: EngineStore | None = None
         self._failed: dict[str, str] = {}
         self._live: dict[str, _Live] = {}
         self._lock = threading.Lock()
@@ -140,7 +143,8 @@ class Orchestrator:
             CertificateError: a decode module that does not fit the base.
         """
         prepare_jax(config)
-        base, sources = checkpoint_sources(config, compute_dtype(config))
+        dtype = compute_dtype(config, read_manifest(config.base).config)
+        base, sources = checkpoint_sources(config, dtype)
         tokenizer = Tokenizer.load(Path(config.base) / TOKENIZER_FOLDER)
         return cls(config, base, sources, tokenizer)
 
@@ -178,10 +182,20 @@ class Orchestrator:
         return None
 
     def start(self) -> None:
-        """Compiles everything that serving runs, then starts the threads. Blocks."""
+        """Compiles everything that serving runs, then starts the threads. Blocks.
+
+        Raises:
+            ConfigError: the KV store cannot be made or used.
+        """
         started = time.monotonic()
         compile_count()
-        self.workers.warm_up()
+        stores = bool(self.config.kv_store.path)
+        self.workers.warm_up(stores=stores)
+        if stores:
+            self.store = EngineStore(
+                self.config.kv_store, self._layout, self.workers.prefill, self._tokenizer
+            )
+            self.store.attach(lambda to, message: self._thread_of[to].post(to, message))
         return_freed_memory()
         logger.info("warm-up took %.1f s", time.monotonic() - started)
         self._compiles_at_start = compile_count()
@@ -271,6 +285,8 @@ class Orchestrator:
         for thread in self._threads:
             for worker in thread.workers:
                 worker.release_all()
+        if self.store is not None:
+            self.store.close()
 
     def stats(self) -> EngineStats:
         """A snapshot of counters and gauges."""
@@ -280,6 +296,7 @@ class Orchestrator:
         prefill = {w.name: w.core.stats for w in self.workers.prefill}
         decode = {w.name: w.core.stats for w in self.workers.decode}
         requests = self._dispatcher.stats
+        store, tiers = self.store.stats() if self.store is not None else ({}, {})
         total = self._served.total
         # Those that were unloaded may still run.
         names = {**dict.fromkeys(self.models), **live, **running}
@@ -307,6 +324,8 @@ class Orchestrator:
             busy_seconds={
                 name: seconds for t in self._threads for name, seconds in t.busy_seconds.items()
             },
+            store=store,
+            tiers=tiers,
         )
 
     def _hold(self, grammar: GrammarSpec | None) -> None:

@@ -6,6 +6,7 @@
 #endif
 
 #include "head.h"
+#include "kv_codec.h"
 #include "layer.h"
 #include "matmul.h"
 #include "xla/ffi/api/ffi.h"
@@ -159,6 +160,9 @@ ffi::Error decoder_layer(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::
     layer.mlp = call.attr<int64_t>("mlp");
     layer.geometry = call.geometry(1, call.attr<int64_t>("heads"));
     layer.eps = call.attr<float>("eps");
+    layer.query_factor = call.attr<float>("query_factor");
+    layer.residual_scale = call.attr<float>("residual_scale");
+    layer.gelu = call.attr<bool>("gelu");
     layer.kv_only = call.attr<bool>("kv_only");
     layer.num_adapters = call.attr<int64_t>("num_adapters");
     layer.rank = call.attr<int64_t>("rank");
@@ -169,7 +173,7 @@ ffi::Error decoder_layer(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::
     if (!call.good(problem(rows, tokens, layer.geometry, call.dim(1, 0))) ||
         !call.good(locate(layer, call.data<float>(7) + number * vectors, vectors,
                           call.data<E>(8) + number * matrices, matrices, call.attr<bool>("bias"),
-                          call.attr<bool>("qk_norm"))) ||
+                          call.attr<bool>("qk_norm"), call.attr<bool>("post_norms"))) ||
         !call.good(locate_adapters(layer, call.data<E>(9) + number * factors, factors, rows.batch,
                                    call.attr<int64_t>("targets")))) {
       return;
@@ -355,6 +359,22 @@ extern "C" void pshare_large_pages(char* memory, size_t bytes) {
   (void)memory;
   (void)bytes;
 #endif
+}
+
+// One page's record, see kv_codec.h; called with the memory of host arrays, not by XLA.
+extern "C" long pshare_kv_encode(int planes, const uint16_t* x, long layers, long stride,
+                                 long values, long block, long channels, const uint8_t* book,
+                                 uint8_t* out, long capacity) {
+  CodedPage page{layers, stride, values, block, channels, book};
+  return planes == 3 ? encode_page<3>(x, page, out, capacity)
+                     : encode_page<4>(x, page, out, capacity);
+}
+
+extern "C" int pshare_kv_decode(int planes, const uint8_t* in, long length, long layers,
+                                long stride, long values, long block, long channels,
+                                const uint8_t* book, uint16_t* x) {
+  CodedPage page{layers, stride, values, block, channels, book};
+  return planes == 3 ? decode_page<3>(in, length, page, x) : decode_page<4>(in, length, page, x);
 }
 
 // Columns of a panel of a packed matrix: what the Python side packs by.
