@@ -143,7 +143,8 @@ def test_values_are_shown_in_part(folder, field, words):
     refused(open_source, folder, words)
     with pytest.raises(CheckpointError) as raised:
         open_source(folder)
-    assert len(str(raised.value)) < 500
+    # What is supported may be a long list; what the file says is short.
+    assert len(str(raised.value).partition("; supported")[0]) < 400
 
 
 def test_a_tokenizer_that_is_none(folder):
