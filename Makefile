@@ -16,7 +16,7 @@ REPORT = $(BIN)/python -m pshare_jax.bench report --results="[$$(for result in \
   $(patsubst %,docs/results/agents-%.json,$(BENCHES) $(BENCHES_VLLM)); do \
   if [ -f $$result ]; then echo $$result; fi; done | paste -sd,)]"
 
-.PHONY: demo serve bench bench-vllm modules results test quick test-browser test-compile attack soak lock audit lint format clean
+.PHONY: demo serve bench bench-vllm modules results test quick test-browser test-compile attack chaos soak lock audit lint format clean
 
 demo: .venv/.run $(MODULES)
 	$(BIN)/python -m pshare_jax.demo
@@ -81,6 +81,10 @@ lock: .venv/.lock
 
 audit: .venv/.lock
 	$(BIN)/python .ci/audit.py
+
+# The members of a store's pool are killed at random for ten minutes.
+chaos: .venv/.test
+	CHAOS_SECONDS=600 $(BIN)/python -m pytest tests/attack/test_kv_store.py
 
 lint: .venv/.test
 	$(BIN)/ruff check .

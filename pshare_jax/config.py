@@ -19,6 +19,8 @@ Sharing = Literal["shared", "isolated"]
 DType = Literal["auto", "float32", "bfloat16"]
 SharedPrefix = Literal["auto", "on", "off"]
 ConnectorName = Literal["auto", "device_put", "same-mesh"]
+KvCodec = Literal["auto", "planes", "top16", "raw"]
+Admission = Literal["second-use", "always"]
 Reasoning = Literal["auto", "on", "off"]
 GenerationConfig = Literal["auto", "none"]
 ReplyKV = Literal["off", "ahead", "while-decoding"]
@@ -122,6 +124,29 @@ class SessionsConfig:
 
     max_ttl_seconds: float = 3600.0
     pinned_share: float = 0.5
+
+
+@dataclass(frozen=True)
+class KvStoreConfig:
+    """Where pages of prompts are kept beyond the pools, for all processes of a host.
+
+    Args:
+        path: file of the pool in shared memory, such as `/dev/shm/pshare-kv`; empty turns the
+            store off. Servers with the same path share it, and a restarted one finds it.
+        bytes: of that file.
+        disk_path: file of the disk tier; empty is none.
+        disk_bytes: of that file.
+        codec: how pages are compressed, without loss. `planes` and `top16` are for bfloat16; `auto`
+            is `planes` where it pays, and `raw` elsewhere.
+        admission: what the disk takes: pages that are used a second time, or every page.
+    """
+
+    path: str = ""
+    bytes: int = 0
+    disk_path: str = ""
+    disk_bytes: int = 0
+    codec: KvCodec = "auto"
+    admission: Admission = "second-use"
 
 
 @dataclass(frozen=True)
@@ -229,6 +254,7 @@ class ServeConfig:
             that call. `while-decoding` is not implemented.
         prefill: the prefill side.
         decode: the decode side.
+        kv_store: pages of prompts beyond the pools, in shared memory and on disk.
         sessions: what is done for calls to come.
         server: the HTTP side.
     """
@@ -245,6 +271,7 @@ class ServeConfig:
     reply_kv: ReplyKV = "ahead"
     prefill: PrefillConfig = field(default_factory=PrefillConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
+    kv_store: KvStoreConfig = field(default_factory=KvStoreConfig)
     sessions: SessionsConfig = field(default_factory=SessionsConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
 

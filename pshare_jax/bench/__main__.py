@@ -21,12 +21,14 @@ from pshare_jax.bench import (
     agents_markdown,
     agents_plots,
     agents_report,
+    codec,
     compile_report,
     loading,
     machine,
     masks,
     micro,
     micro_report,
+    restart,
     shared_prefix,
     soak,
     soak_options,
@@ -96,6 +98,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Appended turns of many sessions, computed together or one prompt a call."
     )
     turns_parser.add_class_arguments(turns.TurnsOptions)
+    codec_parser = jsonargparse.ArgumentParser(
+        description="Lossless compression of KV: how far, how fast, and on which links it pays."
+    )
+    codec_parser.add_class_arguments(codec.CodecOptions)
+    restart_parser = jsonargparse.ArgumentParser(
+        description="First tokens over a known context after a restart, with a store and without."
+    )
+    restart_parser.add_class_arguments(restart.RestartOptions)
     masks_parser = jsonargparse.ArgumentParser(
         description="Decode steps whose tokens follow a grammar, beside free ones."
     )
@@ -118,6 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report_parser.add_class_arguments(ReportOptions)
     measured = (micro_parser, compile_parser, agents_parser, plan_parser, train_parser)
     served = (turns_parser, loading_parser, starve_parser, soak_parser, masks_parser)
+    served += (codec_parser, restart_parser)
     for command in (*measured, *served):
         command.add_argument("--json", type=str | None, default=None, help="file for the figures")
     commands = parser.add_subcommands(dest="command")
@@ -127,6 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_subcommand("plan", plan_parser)
     commands.add_subcommand("train", train_parser)
     commands.add_subcommand("turns", turns_parser)
+    commands.add_subcommand("codec", codec_parser)
+    commands.add_subcommand("restart", restart_parser)
     commands.add_subcommand("masks", masks_parser)
     commands.add_subcommand("loading", loading_parser)
     commands.add_subcommand("starve", starve_parser)
@@ -139,6 +152,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "plan": _plan,
         "train": _train,
         "turns": _turns,
+        "codec": _codec,
+        "restart": _restart,
         "masks": _masks,
         "loading": _loading,
         "starve": _starve,
@@ -220,6 +235,20 @@ def _loading(options: dict[str, Any], _: Keep) -> dict[str, Any]:
 def _turns(options: dict[str, Any], _: Keep) -> dict[str, Any]:
     result = turns.run(turns.TurnsOptions(**options))
     print("\n".join([*turns.lines(result), "", machine.one_line(result["machine"])]))
+    return result
+
+
+def _codec(options: dict[str, Any], _: Keep) -> dict[str, Any]:
+    result = codec.run(codec.CodecOptions(**options))
+    result["machine"] = machine.describe()
+    print("\n".join([*codec.lines(result), "", machine.one_line(result["machine"])]))
+    return result
+
+
+def _restart(options: dict[str, Any], _: Keep) -> dict[str, Any]:
+    result = restart.run(restart.RestartOptions(**options))
+    result["machine"] = machine.describe()
+    print("\n".join([*restart.lines(result), "", machine.one_line(result["machine"])]))
     return result
 
 

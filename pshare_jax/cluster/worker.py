@@ -150,7 +150,7 @@ class PrefillWorker(Generic[P]):
     @property
     def patience(self) -> float | None:
         """See Worker."""
-        return None
+        return self.core.patience
 
     def setup(self) -> None:
         """See Worker."""

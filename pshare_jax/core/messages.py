@@ -358,6 +358,32 @@ class WeightsFreed(msgspec.Struct, frozen=True, tag=True):
     group: str
 
 
+# KV store -> prefill worker.
+
+
+class Looked(msgspec.Struct, frozen=True, tag=True):
+    """Where the pages of a look are, up to the first that is nowhere, see `core.prices`."""
+
+    id: int
+    places: list[int]
+
+
+class Loaded(msgspec.Struct, frozen=True, tag=True):
+    """A load has ended: all its pages lie in the host's memory, or none with an error."""
+
+    transfer: int
+    error: str | None = None
+
+
+class Stored(msgspec.Struct, frozen=True, tag=True):
+    """Of pages to be written: `done` are no longer on their way, `kept` are in the store; `gone`
+    are pages that were touched but are not there any more."""
+
+    done: list[bytes]
+    kept: list[bytes]
+    gone: list[bytes]
+
+
 # Worker -> dispatcher.
 
 
@@ -415,6 +441,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     error: str
 
 
+FromStore = Looked | Loaded | Stored
 ToWorker = (
     Prefill
     | Abort
@@ -430,7 +457,7 @@ ToWorker = (
     | WeightsFreed
 )
 ToDispatcher = Pending | IndexChanged | Started | Tokens | Returned | Dropped | Failed
-Message = ToWorker | ToDispatcher
+Message = ToWorker | FromStore | ToDispatcher
 
 Outbox = list[tuple[str, Message]]
 """Messages, each with the name of the part that it goes to."""

@@ -25,8 +25,59 @@ class Offer(msgspec.Struct, frozen=True):
     keys: list[bytes]
 
 
+class Look(msgspec.Struct, frozen=True):
+    """Which of these pages, of one prompt and in order, are in the KV store?"""
+
+    id: int
+    keys: list[bytes]
+
+
+class Load(msgspec.Struct, frozen=True):
+    """Pages to be fetched from the store into the host's memory, each where it was found."""
+
+    transfer: int
+    keys: list[bytes]
+    tokens: list[tuple[int, ...]]
+    places: list[int]
+
+
+class Commit(msgspec.Struct, frozen=True):
+    """A load that is there, to be written into pool pages."""
+
+    transfer: int
+    pages: list[int]
+
+
+class Save(msgspec.Struct, frozen=True):
+    """A pool page to be written to the store; what follows `tokens` in it does not count."""
+
+    key: bytes
+    page: int
+    tokens: tuple[int, ...]
+
+
+class StorePlan(msgspec.Struct, frozen=True):
+    """What is to be done with the KV store; only commits and copies for saves are waited for.
+
+    Args:
+        looks: prompts to look for.
+        loads: pieces to fetch.
+        commits: pieces that have been fetched.
+        dropped: transfers that nobody wants any more.
+        saves: pages to write.
+        touched: keys of pages that were used once more.
+    """
+
+    looks: list[Look] = []
+    loads: list[Load] = []
+    commits: list[Commit] = []
+    dropped: list[int] = []
+    saves: list[Save] = []
+    touched: list[bytes] = []
+
+
 class PrefillPlan(msgspec.Struct, frozen=True):
-    """One piece of a prefill worker's work, in this order: offers, copies, then one chunk call.
+    """One piece of a prefill worker's work, in this order: offers, store, copies, one chunk call.
 
     Args:
         offers: pages to put on offer.
@@ -35,6 +86,7 @@ class PrefillPlan(msgspec.Struct, frozen=True):
         weights: name of the weights that compute the chunks.
         shape: rows and tokens a row of the program that holds the chunks.
         chunks: rows of the call.
+        store: what is to be done with the KV store.
     """
 
     offers: list[Offer] = []
@@ -43,6 +95,7 @@ class PrefillPlan(msgspec.Struct, frozen=True):
     weights: str = ""
     shape: tuple[int, int] = (1, 1)
     chunks: list[Chunk] = []
+    store: StorePlan | None = None
 
 
 class PrefillResult(msgspec.Struct, frozen=True):

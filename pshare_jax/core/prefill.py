@@ -19,13 +19,17 @@ from pshare_jax.core.buckets import bucket_for
 from pshare_jax.core.messages import DISPATCHER, Message, Outbox
 from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.pages.page_cache import PageCache
-from pshare_jax.core.plans import Chunk, Offer, PrefillPlan, PrefillResult
+from pshare_jax.core.plans import Chunk, Offer, PrefillPlan, PrefillResult, StorePlan
 from pshare_jax.core.prefill_queue import PrefillQueue
 from pshare_jax.core.prefill_task import PrefillTask, PromptPages
 from pshare_jax.core.reply_prefill import ReplyPrefill
 from pshare_jax.core.scheduling import next_prefill
-from pshare_jax.core.shares import FairClock, in_turn
+from pshare_jax.core.shares import FairClock, HasSequence, in_turn
 from pshare_jax.core.stats import PrefillStats
+from pshare_jax.core.store_client import StoreClient
+
+STORE_SECONDS = 0.01
+"""Between two looks at the deadlines of what was asked of the KV store."""
 
 MAX_TRIES = 2
 """Calls in which a chunk may fail before its request does."""
@@ -57,6 +61,7 @@ class PrefillCore:
         outbox: messages to others; who carries them empties it.
         stats: what has been done.
         queue: tasks that wait for pages.
+        store: its side of the KV store, if there is one.
     """
 
     def __init__(
@@ -73,6 +78,7 @@ class PrefillCore:
         self.outbox: Outbox = []
         self.stats = PrefillStats()
         self.queue = PrefillQueue(cache)
+        self.store: StoreClient | None = None
         self._clock = FairClock()
         self._pages = PromptPages(cache)
         self._models = dict(models)
@@ -90,13 +96,18 @@ class PrefillCore:
     @property
     def urgent(self) -> bool:
         """Whether somebody waits for pages that are there."""
-        return bool(self._offers)
+        return bool(self._offers) or (self.store is not None and self.store.urgent)
+
+    @property
+    def patience(self) -> float | None:
+        """Seconds after which `schedule` should be called again though nothing was heard."""
+        return STORE_SECONDS if self.store is not None and self.store.waits else None
 
     def receive(self, message: Message) -> None:
         """Takes a message in."""
         match message:
             case m.Prefill(sequence):
-                self.queue.add(PrefillTask(sequence))
+                self._enter(PrefillTask(sequence))
             case m.Abort(id, decode_worker):
                 self._abort(id, decode_worker)
             case m.Fetch():
@@ -109,6 +120,8 @@ class PrefillCore:
                 self._models[spec.name] = spec
             case m.ModelRemoved(model):
                 self._models.pop(model, None)
+            case m.Looked() | m.Loaded() | m.Stored() if self.store is not None:
+                self._hear(self.store, message)
             case _:
                 raise TypeError(f"{self.name}: {type(message).__name__} is not for prefill workers")
 
@@ -123,12 +136,15 @@ class PrefillCore:
         if self._offers:
             offers, self._offers = self._offers, []
             return PrefillPlan(offers=offers, withdrawn=withdrawn)
+        store = self._store_plan(now)
+        if store is not None and not store.saves:
+            return PrefillPlan(withdrawn=withdrawn, store=store)
         self._start_waiting()
         copies: list[tuple[int, int]] = []
         batch = self._batch(copies)
         self._publish()
         if not batch:
-            return PrefillPlan(withdrawn=withdrawn) if withdrawn else None
+            return PrefillPlan(withdrawn=withdrawn, store=store) if withdrawn or store else None
         rows, bucket = self._shape(batch)
         chunks = [
             Chunk(
@@ -146,11 +162,14 @@ class PrefillCore:
             weights=weights,
             shape=(rows, bucket),
             chunks=chunks,
+            store=store,
         )
 
     def schedule_ahead(self) -> PrefillPlan | None:
         """A chunk of a reply that nobody asks for yet; None while anybody waits for anything."""
         if self.queue.tasks or self._active or self._held or self._offers:
+            return None
+        if self.store is not None and self.store.waits:
             return None
         plan = self._replies.plan()
         self._publish()
@@ -168,6 +187,8 @@ class PrefillCore:
             else:
                 reason = result.not_offered.get(transfer, "the pages were not put on offer")
                 self._send(offer.target, m.NotOffered(transfer, reason))
+        if plan.store is not None and self.store is not None:
+            self.store.landed(plan.store)
         planned = {chunk.id for chunk in plan.chunks}
         for task in tuple(self._active):
             if task.sequence.id in planned and task.planned is not None:
@@ -177,21 +198,25 @@ class PrefillCore:
     @property
     def holds_pages(self) -> bool:
         """Whether any sequence holds pages here."""
-        return bool(self._active or self._held)
+        return bool(self._active or self._held or (self.store and self.store.runs))
 
-    def holders(self, inside: Collection[int]) -> list[PrefillTask]:
-        """Tasks that hold pages and can start anew.
+    def holders(self, inside: Collection[int]) -> list[HasSequence]:
+        """Tasks that hold pages and can start anew, and runs that are fetched for tasks.
 
         Sequences `inside` the decode worker have their pages from there too, and keep them.
         """
         tasks = (*self._active, *self._held.values())
-        return [task for task in tasks if task.pages and task.sequence.id not in inside]
+        runs = self.store.runs if self.store is not None else ()
+        found = (task for task in tasks if task.pages and task.sequence.id not in inside)
+        return [*found, *runs]
 
-    def give_way(self, task: PrefillTask) -> bool:
+    def give_way(self, task: HasSequence) -> bool:
         """Takes the pages of one of `holders`, unless they are in use at this moment.
 
         What it has computed stays in the index as long as there is room.
         """
+        if not isinstance(task, PrefillTask):
+            return self.store is not None and self.store.give_way(task)
         if task.planned is not None or self._is_offered(task):
             return False
         if task in self._active:
@@ -207,6 +232,8 @@ class PrefillCore:
         """Gives all pages back, of sequences that nobody will end."""
         for task in (*self.queue.tasks, *self._active, *self._held.values()):
             self.cache.release(task.pages)
+        if self.store is not None:
+            self.store.release_all()
         self.queue.tasks.clear()
         self._active.clear()
         self._held.clear()
@@ -219,6 +246,35 @@ class PrefillCore:
 
     def _send(self, to: str, message: Message) -> None:
         self.outbox.append((to, message))
+
+    def _enter(self, task: PrefillTask) -> None:
+        """A prompt has come: what the pool does not hold of it is looked for in the store."""
+        if self.store is None or not self.store.ask(task):
+            self.queue.add(task)
+
+    def _hear(self, store: StoreClient, message: m.FromStore) -> None:
+        match message:
+            case m.Looked():
+                computing = {key for task in self._active for key in self._uncomputed(task)}
+                queue = sum(task.remaining for task in (*self.queue.tasks, *self._active))
+                task = store.looked(message, computing, queue, self.queue.reserve)
+                if task is not None:
+                    self.queue.add(task)
+            case m.Loaded():
+                store.loaded(message)
+            case m.Stored():
+                store.behind.stored(message)
+
+    def _store_plan(self, now: float) -> StorePlan | None:
+        if self.store is None:
+            return None
+        for task in self.store.expired(now):
+            self.queue.add(task)
+        # Before pages are given away: what is to be written is copied before it is overwritten.
+        return self.store.work(saves=not self.store.urgent)
+
+    def _uncomputed(self, task: PrefillTask) -> list[bytes]:
+        return task.sequence.chain[task.filled // self.cache.page_size :]
 
     def _publish(self) -> None:
         added, removed = self.cache.changes()
@@ -235,6 +291,9 @@ class PrefillCore:
                     self.cache.release(task.pages)
                     self._send(DISPATCHER, m.Dropped(id))
                     return
+        if self.store is not None and self.store.abort(id) is not None:
+            self._send(DISPATCHER, m.Dropped(id))
+            return
         # It has gone on, and whoever has it now will give its pages back.
         if decode_worker:
             self._send(decode_worker, m.Abort(id))
@@ -264,11 +323,14 @@ class PrefillCore:
         for transfer in [t for t, owner in self._offer_of.items() if owner == id]:
             del self._offer_of[transfer]
             self._withdrawn.append(transfer)
+        if self.store is not None:
+            self.store.behind.released(task)
         self.cache.release(task.pages)
 
     def _start_waiting(self) -> None:
         """Gives pages to waiting tasks."""
-        for task in self.queue.enter(self._active, self._held.values()):
+        arriving = self.store.arriving() if self.store is not None else ()
+        for task in self.queue.enter(self._active, self._held.values(), arriving):
             if task.remaining:
                 self._active.append(task)
                 self._send(DISPATCHER, m.Pending(task.sequence.id, task.remaining))
@@ -373,4 +435,5 @@ class PrefillCore:
     def held_ids(self) -> set[int]:
         """Sequences whose pages are held here, in any state."""
         tasks = (*self.queue.tasks, *self._active, *self._held.values())
-        return {task.sequence.id for task in tasks}
+        looked_for = self.store.ids() if self.store is not None else set()
+        return {task.sequence.id for task in tasks} | looked_for

@@ -48,7 +48,10 @@ class PrefillQueue:
         self.wanting = None
 
     def enter(
-        self, active: Collection[PrefillTask], held: Collection[PrefillTask]
+        self,
+        active: Collection[PrefillTask],
+        held: Collection[PrefillTask],
+        arriving: Collection[bytes] = (),
     ) -> list[PrefillTask]:
         """Takes out tasks, with pages and with what the index holds of their prompts.
 
@@ -58,10 +61,11 @@ class PrefillQueue:
         Args:
             active: tasks that are being covered.
             held: tasks that are covered and keep their pages.
+            arriving: chain keys of pages that are on their way, which are waited for.
         """
         self.wanting = None
         started: list[PrefillTask] = []
-        coming = {key for task in active for key in self._uncomputed(task)}
+        coming = {*arriving, *(key for task in active for key in self._uncomputed(task))}
         tasks = [task for task in self.tasks if self.before is None or task.order < self.before]
         ready = [task for task in tasks if coming.isdisjoint(task.sequence.chain)]
         while ready:

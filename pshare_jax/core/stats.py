@@ -34,6 +34,19 @@ class PrefillStats:
         self.prefill_tokens[model, "other_model"] += usage.shared_tokens
 
 
+class StoreStats:
+    """What a prefill core has asked of the KV store: prompts looked for, tokens fetched, pages not
+    fetched since computing them was cheaper or there was no room, what came too late, and seconds
+    that prompts have waited for it."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+        self.fetched_tokens = 0
+        self.declined = 0
+        self.late = 0
+        self.stall_seconds = 0.0
+
+
 class DecodeStats:
     """What a decode core has done, by model; `forced_tokens` are those of the generated ones that
     were not sampled, `pages` KV pages read and not read again, `failed_transfers` those whose pages
@@ -88,6 +101,27 @@ class PoolStats:
 
 
 @dataclass(frozen=True)
+class TierStats:
+    """One tier of the KV store, as this process has used it: `hits`, `stored`, and by reason
+    `missed` and `refused`, in pages; bytes as they lie there, and those of the stored pages as they
+    are in a pool; seconds at work. `slots` are all processes' by state, `buried` dead members that
+    were cleaned up after, `rebuilt` how often its books were built anew."""
+
+    slots: Mapping[str, int]
+    hits: int
+    stored: int
+    missed: Mapping[str, int]
+    refused: Mapping[str, int]
+    bytes_read: int
+    bytes_written: int
+    raw_bytes_written: int
+    read_seconds: float
+    write_seconds: float
+    buried: int
+    rebuilt: int
+
+
+@dataclass(frozen=True)
 class EngineStats:
     """What the engine has done since its start, and what it is doing now.
 
@@ -99,7 +133,8 @@ class EngineStats:
     worker's name: `prefill0`, `decode0`, ... `decode_pages`, by worker and "read" or "saved", are
     the KV pages that decode dispatches read, counted once a dispatch, and those that they did not
     read again since rows share them; they are counted where `decode.shared_prefix` is in force.
-    `ahead_tokens` and `foreseen_tokens` are those of `PrefillStats`.
+    `ahead_tokens` and `foreseen_tokens` are those of `PrefillStats`. `store` is, by worker, what
+    was asked of the KV store, and `tiers` are its tiers by name.
     """
 
     prefill_tokens: Mapping[tuple[str, TokenSource], int] = field(default_factory=dict)
@@ -119,3 +154,5 @@ class EngineStats:
     waiting: Mapping[str, int] = field(default_factory=dict)
     pools: Mapping[str, PoolStats] = field(default_factory=dict)
     busy_seconds: Mapping[str, float] = field(default_factory=dict)
+    store: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    tiers: Mapping[str, TierStats] = field(default_factory=dict)

@@ -53,12 +53,12 @@ class Workers:
             return [(f"engine{i}", [d, p]) for i, (d, p) in enumerate(pairs)]
         return [(worker.name, [worker]) for worker in every]
 
-    def warm_up(self) -> None:
-        """Compiles everything that serving runs."""
+    def warm_up(self, *, stores: bool = False) -> None:
+        """Compiles everything that serving runs; with `stores` what the KV store needs, too."""
         for worker in self.decode:
             worker.executor.warm_up(receives=not self.one_pool)
         for worker in self.prefill:
-            worker.executor.warm_up(sends=not self.one_pool)
+            worker.executor.warm_up(sends=stores or not self.one_pool, receives=stores)
         if not self.one_pool:
             for prefill, decode in itertools.product(self.prefill, self.decode):
                 _move_padding(prefill, decode)

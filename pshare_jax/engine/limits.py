@@ -70,6 +70,7 @@ def check_config(config: ServeConfig, model: ModelConfig, layout: PageLayout) ->
         )
     _check_sessions(config)
     _check_backend(config)
+    _check_store(config)
     longest = layout.pages_for(config.max_model_len)
     return PoolSizes(
         _pool_size("prefill.num_pages", config.prefill.num_pages, longest),
@@ -115,6 +116,20 @@ def _check_backend(config: ServeConfig) -> None:
                 f"{values.tensor_parallel}; leave it at `auto`, which then takes XLA"
             )
     require_library()
+
+
+def _check_store(config: ServeConfig) -> None:
+    store = config.kv_store
+    if not store.path and (store.bytes or store.disk_path or store.disk_bytes):
+        raise ConfigError("kv_store: needs a `path` in shared memory, such as /dev/shm/pshare-kv")
+    for path, size in (("path", "bytes"), ("disk_path", "disk_bytes")):
+        if getattr(store, path) and getattr(store, size) <= 0:
+            raise ConfigError(
+                f"kv_store.{size}: must be the size of the file {getattr(store, path)}, is "
+                f"{getattr(store, size)}"
+            )
+    if store.path and store.path == store.disk_path:
+        raise ConfigError(f"kv_store: path and disk_path are the same file, {store.path}")
 
 
 def _check_buckets(key: str, buckets: list[int]) -> None:

@@ -31,6 +31,7 @@ from pshare_jax.engine.assembly import Assembly
 from pshare_jax.engine.checks import check_request
 from pshare_jax.engine.devices import compute_dtype, place, prepare_jax
 from pshare_jax.engine.host_memory import return_freed_memory
+from pshare_jax.engine.kv_store import EngineStore
 from pshare_jax.engine.limits import check_config
 from pshare_jax.engine.loader import (
     BaseSource,
@@ -120,6 +121,8 @@ class Orchestrator:
         policy = SessionPolicy(config.reply_kv == "ahead", config.sessions.max_ttl_seconds)
         self._dispatcher = Dispatcher(specs, router, config.page_size, policy)
         self._control = DispatcherThread(self._deliver, self._dispatcher_failed)
+        self._layout = layout
+        self.store: EngineStore | None = None
         self._failed: dict[str, str] = {}
         self._live: dict[str, _Live] = {}
         self._lock = threading.Lock()
@@ -179,10 +182,20 @@ class Orchestrator:
         return None
 
     def start(self) -> None:
-        """Compiles everything that serving runs, then starts the threads. Blocks."""
+        """Compiles everything that serving runs, then starts the threads. Blocks.
+
+        Raises:
+            ConfigError: the KV store cannot be made or used.
+        """
         started = time.monotonic()
         compile_count()
-        self.workers.warm_up()
+        stores = bool(self.config.kv_store.path)
+        self.workers.warm_up(stores=stores)
+        if stores:
+            self.store = EngineStore(
+                self.config.kv_store, self._layout, self.workers.prefill, self._tokenizer
+            )
+            self.store.attach(lambda to, message: self._thread_of[to].post(to, message))
         return_freed_memory()
         logger.info("warm-up took %.1f s", time.monotonic() - started)
         self._compiles_at_start = compile_count()
@@ -272,6 +285,8 @@ class Orchestrator:
         for thread in self._threads:
             for worker in thread.workers:
                 worker.release_all()
+        if self.store is not None:
+            self.store.close()
 
     def stats(self) -> EngineStats:
         """A snapshot of counters and gauges."""
@@ -281,6 +296,7 @@ class Orchestrator:
         prefill = {w.name: w.core.stats for w in self.workers.prefill}
         decode = {w.name: w.core.stats for w in self.workers.decode}
         requests = self._dispatcher.stats
+        store, tiers = self.store.stats() if self.store is not None else ({}, {})
         total = self._served.total
         # Those that were unloaded may still run.
         names = {**dict.fromkeys(self.models), **live, **running}
@@ -308,6 +324,8 @@ class Orchestrator:
             busy_seconds={
                 name: seconds for t in self._threads for name, seconds in t.busy_seconds.items()
             },
+            store=store,
+            tiers=tiers,
         )
 
     def _hold(self, grammar: GrammarSpec | None) -> None:

@@ -23,6 +23,7 @@ from pshare_jax.core.plans import (
     Step,
 )
 from pshare_jax.core.shared_runs import SharedRuns
+from pshare_jax.core.store_end import StoreEnd
 from pshare_jax.kernels.decoder_layer.packing import PackedAdapters
 from pshare_jax.models.weights import Weights
 from pshare_jax.runtime.host_arrays import host_array, padded
@@ -50,6 +51,9 @@ class PrefillExecutor:
         pool: its pages.
         weights: by name (the base's, and those of isolated models), on the mesh.
         connector: the worker's end.
+
+    Attributes:
+        store: its end of the KV store, if there is one.
     """
 
     def __init__(
@@ -63,13 +67,21 @@ class PrefillExecutor:
         self.programs = programs
         self._weights = weights
         self.connector = connector
+        self.store: StoreEnd | None = None
 
-    def warm_up(self, *, sends: bool) -> None:
-        """Compiles what it runs, on the padding page; with `sends` what offers run too."""
+    def warm_up(self, *, sends: bool, receives: bool) -> None:
+        """Compiles what it runs, on the padding page.
+
+        Args:
+            sends: also what copies pages out of the pool.
+            receives: also what writes pages into the pool.
+        """
         self.pool.own()
         calls = list(self.programs.prefill_calls())
         if sends:
             calls += self.programs.sending_calls()
+        if receives:
+            calls += self.programs.receiving_calls()
         state = WarmUp(self.programs, self.pool, next(iter(self._weights.values())))
         for call in calls:
             state.run(call)
@@ -90,15 +102,21 @@ class PrefillExecutor:
                 offered[offer.transfer] = self.connector.offer(offer)
             except TransferError as error:
                 refused[offer.transfer] = str(error)
+        if plan.store is not None and self.store is not None:
+            self.store.run(plan.store)
         for source, target in plan.copies:
             self._copy(source, target)
         if plan.chunks:
-            jax.block_until_ready(self._chunk(plan))
+            self.compute(plan)
         return PrefillResult(offered, refused)
 
     def _copy(self, source: int, target: int) -> None:
         src, dst = np.asarray([source], np.int32), np.asarray([target], np.int32)
         self.pool.update(lambda pages: (self.programs.copy(pages, src, dst), None))
+
+    def compute(self, plan: PrefillPlan) -> None:
+        """Computes the chunks of a plan and waits for them; the caller owns the pool."""
+        jax.block_until_ready(self._chunk(plan))
 
     def _chunk(self, plan: PrefillPlan) -> jax.Array:
         batch, _ = plan.shape

@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from pshare_jax.core.messages import FinishReason, RequestOutput, RequestTimes
 from pshare_jax.core.stats import EngineStats, TokenSource
+from pshare_jax.serve.store_metrics import store_metrics
 
 _SOURCES: tuple[TokenSource, ...] = ("computed", "same_model", "other_model")
 _SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -121,6 +122,7 @@ class _EngineCollector(Collector):
         yield self._busy_seconds(stats)
         yield self._decode_pages(stats)
         yield self._failed_transfers(stats)
+        yield from store_metrics(stats)
 
     def _by_model(
         self,

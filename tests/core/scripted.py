@@ -38,6 +38,7 @@ from pshare_jax.core.prefill import PrefillCore
 from pshare_jax.core.router import Router, WorkerInfo
 from pshare_jax.core.sessions import SessionPolicy
 from pshare_jax.core.split_rule import Invocation, LastTokens, SplitRule
+from pshare_jax.core.store_client import StoreClient
 from tests.core.symbolic import (
     Link,
     SymbolicConnector,
@@ -48,6 +49,7 @@ from tests.core.symbolic import (
     oracle,
     prefill_writer,
 )
+from tests.core.symbolic_store import PRICES, SymbolicStore, SymbolicStoreEnd
 
 PAGE = 4
 MAX_TTL = 30.0
@@ -80,7 +82,7 @@ def model_specs(decode_workers: Sequence[str]) -> dict[str, ModelSpec]:
 @dataclass(frozen=True)
 class Setting:
     """What a host is made of. `wire` sends messages through their encoding, `reply_ahead` covers
-    replies before anybody asks."""
+    replies before anybody asks; with a `store` prefill workers write pages to it and fetch them."""
 
     prefill: int = 1
     decode: int = 1
@@ -91,6 +93,7 @@ class Setting:
     steps_per_dispatch: int = 1
     max_num_seqs: int = 4
     wire: bool = True
+    store: bool = False
     reply_ahead: bool = False
     pinned_share: float = 0.5
     chunk_buckets: tuple[int, ...] = (4, 8)
@@ -150,6 +153,7 @@ class Host:
         self.now = 0.0
         self.replies: dict[str, Reply] = {}
         self.link = Link()
+        self.store = SymbolicStore()
         self.queues: dict[tuple[str, str], deque[bytes | Message | None]] = {}
         self.dead: set[str] = set()
         self.config = DecodeConfig(
@@ -333,13 +337,26 @@ class Host:
             (self.prefill.get(name) or self.decode[name]).cache.check()
         for name, worker in self.decode.items():
             if name not in self.dead:
-                check_fillers(worker.core)
+                check_fillers(worker.core, self._fetched(self._partner.get(name)))
+
+    def _fetched(self, prefill: str | None) -> dict[int, int]:
+        """Pages that a prefill core fetches from the store, by who wants them."""
+        client = self.prefill[prefill].core.store if prefill is not None else None
+        runs = client._runs.values() if client is not None else ()
+        pieces = [(run.sequence.id, piece) for run in runs for piece in run.pieces.values()]
+        return {node.page: id for id, piece in pieces for node in piece.nodes}
 
     def check_idle(self) -> None:
         """Asserts that nothing is held, offered, pulled or remembered of requests."""
         for worker in (*self.prefill.values(), *self.decode.values()):
             worker.cache.check(idle=True)
             assert worker.core.held_ids() == set()
+        for name, worker in self.prefill.items():
+            client, end = worker.core.store, worker.executor.store
+            if client is not None and name not in self.dead:
+                assert client.waits is False
+                assert isinstance(end, SymbolicStoreEnd)
+                assert end.staged == {}
         for worker in self.decode.values():
             assert worker.name in self.dead or worker.core.admission.num_inside == 0
             assert worker.name in self.dead or worker.executor.connector.arriving == {}
@@ -380,6 +397,14 @@ class Host:
             core = PrefillCore(name, cache, self.models, self.setting.chunk_buckets)
             end = SymbolicConnector(name, pool, self.link)
             self.prefill[name] = PrefillWorker(core, self._prefill_executor(end))
+        for name, worker in self.prefill.items():
+            if setting.store:
+                worker.core.store = StoreClient(worker.cache, PRICES, self._transfer_ids)
+                worker.executor.store = SymbolicStoreEnd(
+                    worker.executor.pool,
+                    self.store,
+                    lambda message, name=name: self._post("store", name, message),
+                )
 
     def _pair(self, index: int, decode: DecodeCore, end: SymbolicConnector) -> Any:
         """A prefill worker over a decode core's pool; returns how the decode core is scheduled."""
@@ -435,8 +460,11 @@ class Host:
             self.queues.setdefault((source, to), deque()).append(data)
 
 
-def check_fillers(core: DecodeCore) -> None:
-    """Asserts that each page that somebody waits for has one who brings it, by a live transfer."""
+def check_fillers(core: DecodeCore, fetched: dict[int, int]) -> None:
+    """Asserts that each page that somebody waits for has one who brings it, by a live transfer.
+
+    `fetched` are those that a prefill core of the same pool brings from the store.
+    """
     arrivals = core._arrivals
     fillers: dict[int, int] = {}
     for arrival in arrivals._arrivals.values():
@@ -452,7 +480,8 @@ def check_fillers(core: DecodeCore) -> None:
             assert node.state is PageState.READY or node.page in fillers, "nobody fills a page"
     for node in core.cache._index._by_page.values():
         if node.state is PageState.ARRIVING:
-            assert fillers.get(node.page) == node.filler, "an arriving page has no filler"
+            filler = fillers.get(node.page, fetched.get(node.page))
+            assert filler == node.filler, "an arriving page has no filler"
 
 
 def _numbers(arrivals: Any, transfers: set[int]) -> Iterator[int]:

@@ -32,6 +32,7 @@ from pshare_jax.core.plans import (
     Pull,
 )
 from pshare_jax.core.prefill import chunk_shapes
+from pshare_jax.core.store_end import StoreEnd
 
 VOCAB = 2**20
 
@@ -210,6 +211,7 @@ class SymbolicPrefill:
         self.connector, self.pool = connector, connector.pool
         self.shapes = chunk_shapes(chunk_buckets)
         self.failures = 0
+        self.store: StoreEnd | None = None
         self._root_of = root_of
 
     def own(self) -> None:
@@ -226,6 +228,9 @@ class SymbolicPrefill:
                 result.offered[offer.transfer] = self.connector.offer(offer)
             except TransferError as error:
                 result.not_offered[offer.transfer] = str(error)
+        if plan.store is not None:
+            assert self.store is not None
+            self.store.run(plan.store)
         for source, target in plan.copies:
             self.pool.pages[target] = list(self.pool.pages[source])
         self._chunks(plan, result.failed)

@@ -50,6 +50,11 @@ SETTINGS = {
         one_pool=True, decode_pages=12, steps_ahead=2, steps_per_dispatch=3, max_num_seqs=3
     ),
     "two pools for both": Setting(one_pool=True, decode=2, decode_pages=14, steps_ahead=0),
+    "a store": Setting(prefill_pages=12, store=True),
+    "a store for several, tiny pools": Setting(
+        prefill=2, decode=2, prefill_pages=9, decode_pages=12, store=True
+    ),
+    "a store and one pool": Setting(one_pool=True, decode_pages=13, store=True),
     "replies ahead, tiny pools": Setting(
         reply_ahead=True, prefill_pages=9, decode_pages=9, pinned_share=1.0
     ),
@@ -206,6 +211,15 @@ class Machine(RuleBasedStateMachine):
     )
     def spoil_transfers(self, faults: list[str]) -> None:
         self.host.link.accept_faults.extend(faults)
+
+    @rule(
+        faults=st.lists(
+            st.sampled_from(["", "lost", "failed", "refused", "forgotten"]), min_size=1, max_size=3
+        )
+    )
+    def spoil_store(self, faults: list[str]) -> None:
+        if self.setting.store:
+            self.host.store.faults.extend(faults)
 
     @rule(data=st.data(), count=st.integers(1, 3))
     def spoil_chunks(self, data: st.DataObject, count: int) -> None:

@@ -22,7 +22,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -62,10 +62,14 @@ class Library:
     Args:
         path: its file.
         panel_columns: columns of one panel of a packed matrix, see `src/gemm.h`.
+        kv_encode: codes a KV page, see `src/ffi.cc`; host memory by address, without the GIL.
+        kv_decode: the inverse.
     """
 
     path: Path
     panel_columns: int
+    kv_encode: Callable[..., int]
+    kv_decode: Callable[..., int]
     _library: ctypes.CDLL
 
     def advise_large_pages(self, arrays: Iterable[jax.Array]) -> None:
@@ -110,7 +114,18 @@ def _load() -> Library | None:
         handler = jax.ffi.pycapsule(getattr(library, name))
         jax.ffi.register_ffi_target(name, handler, platform="cpu")
     logger.info("CPU kernels: %s", path)
-    return Library(path, library.pshare_panel_columns(), library)
+    return Library(path, library.pshare_panel_columns(), *_codec(library), library)
+
+
+def _codec(library: ctypes.CDLL) -> tuple[Callable[..., int], Callable[..., int]]:
+    pointer, long = ctypes.c_void_p, ctypes.c_long
+    geometry = [long] * 5
+    encode, decode = library.pshare_kv_encode, library.pshare_kv_decode
+    encode.argtypes = [ctypes.c_int, pointer, *geometry, pointer, pointer, long]
+    encode.restype = long
+    decode.argtypes = [ctypes.c_int, pointer, long, *geometry, pointer, pointer]
+    decode.restype = ctypes.c_int
+    return encode, decode
 
 
 def cache_folder() -> Path:

@@ -6,6 +6,7 @@
 #endif
 
 #include "head.h"
+#include "kv_codec.h"
 #include "layer.h"
 #include "matmul.h"
 #include "xla/ffi/api/ffi.h"
@@ -358,6 +359,22 @@ extern "C" void pshare_large_pages(char* memory, size_t bytes) {
   (void)memory;
   (void)bytes;
 #endif
+}
+
+// One page's record, see kv_codec.h; called with the memory of host arrays, not by XLA.
+extern "C" long pshare_kv_encode(int planes, const uint16_t* x, long layers, long stride,
+                                 long values, long block, long channels, const uint8_t* book,
+                                 uint8_t* out, long capacity) {
+  CodedPage page{layers, stride, values, block, channels, book};
+  return planes == 3 ? encode_page<3>(x, page, out, capacity)
+                     : encode_page<4>(x, page, out, capacity);
+}
+
+extern "C" int pshare_kv_decode(int planes, const uint8_t* in, long length, long layers,
+                                long stride, long values, long block, long channels,
+                                const uint8_t* book, uint16_t* x) {
+  CodedPage page{layers, stride, values, block, channels, book};
+  return planes == 3 ? decode_page<3>(in, length, page, x) : decode_page<4>(in, length, page, x);
 }
 
 // Columns of a panel of a packed matrix: what the Python side packs by.

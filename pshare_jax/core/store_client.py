@@ -1,0 +1,349 @@
+"""A prefill core's side of the KV store: what is looked for, fetched, and written behind.
+
+A prompt that the pool does not hold is looked for first. For the pages that the store has, prices
+decide how many of them are fetched: nobody waits for a fetch that costs more than computing. A run
+of pages that is fetched is in the index, arriving, and comes in pieces; prompts that need one of
+its pages wait until it has landed or failed. What does not come in time, or is not what was asked
+for, is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from pshare_jax.core import messages as m
+from pshare_jax.core.pages.page_cache import PageCache
+from pshare_jax.core.pages.prefix_index import Node, PageState
+from pshare_jax.core.plans import Commit, Load, Look, StorePlan
+from pshare_jax.core.prefill_task import PrefillTask
+from pshare_jax.core.prices import Prices
+from pshare_jax.core.shares import HasSequence
+from pshare_jax.core.stats import StoreStats
+from pshare_jax.core.write_behind import WriteBehind, page_keys
+
+PIECE_PAGES = 16
+"""Pages of a piece of a run, and of one call that copies pages for being written."""
+
+MAX_LOADS = 4
+"""Pieces that are being fetched at once: so many lie in the host's memory."""
+
+LEAST_SECONDS = 0.02
+"""What an answer of the store is waited for at least."""
+
+MAX_LATE = 4
+"""Answers that may be overdue; while there are more nothing is looked for."""
+
+SLACK = 4.0
+"""A fetch may take so many times what it should, or as long as computing would."""
+
+
+@dataclass(eq=False)
+class _Looking:
+    """A prompt that is looked for; `seconds` is how long its answer is worth waiting for."""
+
+    task: PrefillTask
+    first: int
+    seconds: float
+    since: float | None = None
+
+
+@dataclass(eq=False)
+class _Piece:
+    """Pages that are fetched together: nodes by page number within the sequence."""
+
+    transfer: int
+    nodes: list[Node]
+    load: Load
+    loaded: bool = False
+
+
+@dataclass(eq=False)
+class _Run:
+    """Pages that are fetched for one prompt; all of them, and those before them, are referenced."""
+
+    sequence: m.Sequence
+    pages: list[int]
+    seconds: float
+    pieces: dict[int, _Piece] = field(default_factory=dict)
+    since: float | None = None
+
+
+class StoreClient:
+    """What a prefill core knows of the store.
+
+    Args:
+        cache: the core's pages.
+        prices: what computing and fetching cost.
+        transfer_ids: never used twice.
+
+    Attributes:
+        stats: what has been done.
+        behind: what is written.
+    """
+
+    def __init__(self, cache: PageCache, prices: Prices, transfer_ids: Iterator[int]):
+        self.stats = StoreStats()
+        self.behind = WriteBehind(cache)
+        self._cache = cache
+        self._prices = prices
+        self._ids = transfer_ids
+        self._looking: dict[int, _Looking] = {}
+        self._runs: dict[int, _Run] = {}
+        self._run_of: dict[int, _Run] = {}
+        self._overdue: set[int] = set()
+        self._looks: list[Look] = []
+        self._queued: list[Load] = []
+        self._num_loading = 0
+        self._commits: list[Commit] = []
+        self._dropped: list[int] = []
+        self._now = 0.0
+
+    @property
+    def urgent(self) -> bool:
+        """Whether there is something to do that needs no computation and that others wait for."""
+        can_load = self._queued and self._num_loading < MAX_LOADS
+        return bool(self._looks or self._commits or self._dropped or can_load)
+
+    @property
+    def waits(self) -> bool:
+        """Whether an answer is waited for, so that deadlines count."""
+        return bool(self._looking or self._runs)
+
+    @property
+    def runs(self) -> list[HasSequence]:
+        """What holds pages: runs, each with the sequence that it is fetched for."""
+        return list(self._runs.values())
+
+    def ids(self) -> set[int]:
+        """Sequences that are looked for."""
+        return set(self._looking)
+
+    def arriving(self) -> set[bytes]:
+        """Chain keys of the pages that are being fetched."""
+        return {key for piece in self._pieces() for key in piece.load.keys}
+
+    def ask(self, task: PrefillTask) -> bool:
+        """Looks for what the pool does not hold of a prompt; False where that is not worth it.
+
+        The task is kept here until there is an answer.
+        """
+        sequence, page_size = task.sequence, self._cache.page_size
+        if len(self._overdue) >= MAX_LATE:
+            return False
+        first = self._cache.matched_tokens(sequence.keys, sequence.prompt)
+        block = sequence.prompt[first : min(first + page_size, sequence.covered)]
+        part = self._cache.best_child(sequence.parent_key(first // page_size), block)
+        filled = first + (part[1] if part else 0)
+        seconds = self._prices.compute(filled, sequence.covered)
+        if seconds <= min(self._prices.call.values()) + min(self._prices.page.values()):
+            return False
+        self._looking[sequence.id] = _Looking(task, first // page_size, seconds)
+        keys = page_keys(task.sequence, self._cache.page_size)[first // page_size :]
+        self._looks.append(Look(sequence.id, keys))
+        self.stats.looks += 1
+        return True
+
+    def looked(
+        self, answer: m.Looked, computing: set[bytes], queue: int, reserve: int
+    ) -> PrefillTask | None:
+        """An answer has come: begins to fetch what had better be fetched.
+
+        Args:
+            answer: where the first pages are that the store has.
+            computing: chain keys of pages that are about to be computed.
+            queue: tokens that wait to be computed before this prompt.
+            reserve: pages that must be left over.
+
+        Returns:
+            The prompt, which goes on to wait for its turn; None if it is gone.
+        """
+        looking = self._looking.pop(answer.id, None)
+        if looking is None:
+            self._overdue.discard(answer.id)
+            return None
+        self._waited(looking)
+        task, chain = looking.task, page_keys(looking.task.sequence, self._cache.page_size)
+        self.behind.know(chain[looking.first : looking.first + len(answer.places)])
+        matched = self._cache.match(task.sequence.keys, task.sequence.prompt)
+        places = answer.places[max(len(matched) - looking.first, 0) :]
+        number = len(matched)
+        keys = chain[number : number + len(places)]
+        stale = number < looking.first or not computing.isdisjoint(keys)
+        count = 0 if stale else self._count(task, number, places, queue)
+        count = min(count, self._cache.num_available - reserve)
+        fresh = self._cache.allocate(count) if count > 0 else None
+        if fresh is None:
+            self._cache.release(node.page for node in matched)
+            self.stats.declined += len(places)
+        else:
+            self._begin(task, matched, fresh, places[:count])
+        return task
+
+    def loaded(self, answer: m.Loaded) -> None:
+        """A piece lies in the host's memory, or could not be had."""
+        self._num_loading -= 1
+        run = self._run_of.get(answer.transfer)
+        if run is None:
+            # Nobody wants it any more, but it lies there.
+            if answer.error is None:
+                self._dropped.append(answer.transfer)
+            return
+        piece = run.pieces[answer.transfer]
+        if answer.error is not None:
+            self.behind.know_not(piece.load.keys)
+            self._piece_failed(run, piece)
+        else:
+            piece.loaded = True
+            self._commits.append(Commit(piece.transfer, [node.page for node in piece.nodes]))
+
+    def landed(self, plan: StorePlan) -> None:
+        """What a plan said has been done: its pieces are in the pool."""
+        for commit in plan.commits:
+            run = self._run_of.pop(commit.transfer, None)
+            if run is None:
+                continue
+            piece = run.pieces.pop(commit.transfer)
+            for node in piece.nodes:
+                # One whose predecessor has failed is not in the index any more.
+                if node.state is PageState.ARRIVING:
+                    node.state, node.filler = PageState.READY, None
+                    self.stats.fetched_tokens += len(node.tokens)
+            self._ended(run)
+
+    def work(self, *, saves: bool) -> StorePlan | None:
+        """What is to be done next, or None; with `saves` also what nobody waits for."""
+        room = MAX_LOADS - self._num_loading
+        loads, self._queued = self._queued[:room], self._queued[room:]
+        self._num_loading += len(loads)
+        plan = StorePlan(
+            looks=self._looks,
+            loads=loads,
+            commits=self._commits,
+            dropped=self._dropped,
+            saves=self.behind.next_saves(PIECE_PAGES) if saves else [],
+            touched=self.behind.take_touched() if saves else [],
+        )
+        self._looks, self._commits, self._dropped = [], [], []
+        return plan if plan != StorePlan() else None
+
+    def expired(self, now: float) -> list[PrefillTask]:
+        """Prompts that have waited long enough for an answer; late runs end, too."""
+        self._now = now
+        for run in tuple(self._runs.values()):
+            if run.since is None:
+                run.since = now
+            elif now >= run.since + run.seconds:
+                self.stats.late += len(run.pieces)
+                self._cancel(run)
+        late: list[PrefillTask] = []
+        for id, looking in tuple(self._looking.items()):
+            if looking.since is None:
+                looking.since = now
+            elif now >= looking.since + max(looking.seconds, LEAST_SECONDS):
+                del self._looking[id]
+                self._overdue.add(id)
+                self._waited(looking)
+                self.stats.late += 1
+                late.append(looking.task)
+        return late
+
+    def abort(self, id: int) -> PrefillTask | None:
+        """Takes out a prompt that is looked for. A run goes on: others may need its pages."""
+        looking = self._looking.pop(id, None)
+        return None if looking is None else looking.task
+
+    def give_way(self, run: HasSequence) -> bool:
+        """Ends one of `runs`; False when it has ended already."""
+        if not isinstance(run, _Run) or id(run) not in self._runs:
+            return False
+        self._cancel(run)
+        return True
+
+    def release_all(self) -> None:
+        """Gives all pages back."""
+        for run in tuple(self._runs.values()):
+            self._cancel(run)
+        self._looking.clear()
+
+    def _pieces(self) -> Iterator[_Piece]:
+        for run in self._runs.values():
+            yield from run.pieces.values()
+
+    def _count(self, task: PrefillTask, number: int, places: list[int], queue: int) -> int:
+        sequence, page_size = task.sequence, self._cache.page_size
+        ends = [min((number + i + 1) * page_size, sequence.covered) for i in range(len(places))]
+        ahead = sum(self._prices.fetch(piece.load.places) for piece in self._pieces())
+        return self._prices.pages_to_fetch(
+            places,
+            ends,
+            number * page_size,
+            sequence.covered,
+            queue * self._prices.token,
+            ahead,
+        )
+
+    def _begin(
+        self, task: PrefillTask, matched: list[Node], fresh: list[int], places: list[int]
+    ) -> None:
+        sequence, page_size = task.sequence, self._cache.page_size
+        number, parent = len(matched), matched[-1] if matched else None
+        pages = [*(node.page for node in matched), *fresh]
+        end = min((number + len(fresh)) * page_size, sequence.covered)
+        computing = self._prices.compute(number * page_size, end)
+        seconds = max(computing, SLACK * self._prices.fetch(places), LEAST_SECONDS)
+        run = _Run(sequence, pages, seconds)
+        chain = page_keys(task.sequence, self._cache.page_size)
+        for first in range(number, len(pages), PIECE_PAGES):
+            transfer, nodes = next(self._ids), []
+            for at in range(first, min(first + PIECE_PAGES, len(pages))):
+                tokens = sequence.prompt[at * page_size : min((at + 1) * page_size, end)]
+                parent = Node(
+                    parent=parent,
+                    parent_key=sequence.parent_key(at),
+                    page=pages[at],
+                    tokens=tokens,
+                    # Who had it computed is not known; it is not counted as another's.
+                    origins=[sequence.model] * len(tokens),
+                    key=sequence.keys[at] if at < len(sequence.keys) else None,
+                    state=PageState.ARRIVING,
+                    filler=sequence.id,
+                )
+                self._cache.insert(parent)
+                nodes.append(parent)
+            load = Load(
+                transfer,
+                chain[first : first + len(nodes)],
+                [node.tokens for node in nodes],
+                places[first - number : first - number + len(nodes)],
+            )
+            run.pieces[transfer] = _Piece(transfer, nodes, load)
+            self._run_of[transfer] = run
+            self._queued.append(load)
+        self._runs[id(run)] = run
+
+    def _piece_failed(self, run: _Run, piece: _Piece) -> None:
+        """Takes a piece out of the index, with all that follows it."""
+        del run.pieces[piece.transfer]
+        self._run_of.pop(piece.transfer, None)
+        # From the end: what follows leaves before what it follows.
+        for node in reversed(piece.nodes):
+            if node.state is PageState.ARRIVING:
+                self._cache.forget(node)
+        self._ended(run)
+
+    def _cancel(self, run: _Run) -> None:
+        for piece in reversed(list(run.pieces.values())):
+            self._dropped.append(piece.transfer)
+            self._queued = [load for load in self._queued if load.transfer != piece.transfer]
+            self._commits = [c for c in self._commits if c.transfer != piece.transfer]
+            self._piece_failed(run, piece)
+
+    def _ended(self, run: _Run) -> None:
+        if not run.pieces and self._runs.pop(id(run), None) is not None:
+            self._waited(run)
+            self._cache.release(run.pages)
+
+    def _waited(self, what: _Looking | _Run) -> None:
+        if what.since is not None:
+            self.stats.stall_seconds += self._now - what.since

@@ -1,0 +1,42 @@
+"""The production compilers take the codec of KV pages, for coding around a transfer."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from pshare_jax.bench.accelerators import ACCELERATORS
+from pshare_jax.kernels.kv_codec import xla
+from pshare_jax.kernels.kv_codec.codebook import Codebook
+
+pytestmark = pytest.mark.compile
+
+SHAPES = {"Llama-3.1-8B": (32, 2, 8, 32, 128), "SmolLM2-135M": (30, 2, 3, 64, 64)}
+PAGES = 4
+
+
+def codebook(codec: str, shape: tuple[int, ...]) -> Codebook:
+    layers, two, heads, _, head_dim = shape
+    table = (layers, two, heads, head_dim) if codec == "planes" else (15,)
+    return Codebook(codec, np.resize(np.arange(100, 115, dtype=np.uint8), table))
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("codec", ["planes", "top16"])
+@pytest.mark.parametrize("name", ACCELERATORS)
+def test_the_codec_compiles(name, codec, shape):
+    sharding = SingleDeviceSharding(ACCELERATORS[name].devices()[0])
+    book, values = codebook(codec, shape), int(np.prod(shape))
+    capacity = book.fixed_bytes(values) + values // 25
+    pages = jax.ShapeDtypeStruct((PAGES, *shape), jnp.bfloat16, sharding=sharding)
+    records = jax.ShapeDtypeStruct((PAGES, capacity), jnp.uint8, sharding=sharding)
+    encode = jax.jit(lambda x: xla.encode(book, x, capacity)).lower(pages).compile()
+    decode = jax.jit(lambda x: xla.decode(book, x, shape)).lower(records).compile()
+    for compiled in (encode, decode):
+        memory = compiled.memory_analysis()
+        used = memory.temp_size_in_bytes + memory.output_size_in_bytes
+        # Intermediate values of 4 bytes: a few times what goes in.
+        assert used < 64 * PAGES * values

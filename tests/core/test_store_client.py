@@ -1,0 +1,331 @@
+"""The prefill core's side of the store: what it asks, waits for, gives up, and writes."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from pshare_jax.core import messages as m
+from pshare_jax.core.pages.page_cache import PageCache
+from pshare_jax.core.pages.prefix_index import PageState, block_key, block_keys, root_key
+from pshare_jax.core.plans import PrefillPlan, PrefillResult, StorePlan
+from pshare_jax.core.prefill import STORE_SECONDS, PrefillCore
+from pshare_jax.core.prices import SHARED, Prices
+from pshare_jax.core.store_client import MAX_LATE, MAX_LOADS, PIECE_PAGES, StoreClient
+from tests.core.scripted import model_specs
+
+PAGE = 4
+PRICES = Prices(0.01, 0.0, {SHARED: 0.001}, {SHARED: 0.001})
+
+
+class Bench:
+    """A prefill core with a store whose answers the test gives."""
+
+    def __init__(self, pages: int = 40, prices: Prices = PRICES):
+        self.cache = PageCache(pages, PAGE)
+        self.core = PrefillCore("prefill0", self.cache, model_specs(["decode0"]), [8])
+        self.client = StoreClient(self.cache, prices, itertools.count(1))
+        self.core.store = self.client
+        self.now = 0.0
+        self._ids = itertools.count()
+
+    def ask(self, tokens: int, seed: int = 0) -> m.Sequence:
+        """Sends a prompt of which so many tokens have to be covered."""
+        prompt = tuple(range(100 * seed, 100 * seed + tokens + 1))
+        root = root_key("base", "")
+        keys = block_keys(root, prompt[:tokens], PAGE)
+        rest = prompt[len(keys) * PAGE : tokens]
+        id = next(self._ids)
+        sequence = m.Sequence(
+            id=id,
+            order=id,
+            model="identity",
+            prompt=prompt,
+            covered=tokens,
+            root=root,
+            keys=keys,
+            last_key=block_key(keys[-1] if keys else root, rest),
+            params=m.SamplingParams(),
+            prefill_worker="prefill0",
+            decode_worker="decode0",
+        )
+        self.core.receive(m.Prefill(sequence))
+        return sequence
+
+    def store(self) -> StorePlan | None:
+        """The next plan, which must be for the store alone, carried out."""
+        plan = self.core.schedule(self.now)
+        if plan is None:
+            return None
+        assert plan.chunks == []
+        self.core.apply(plan, PrefillResult())
+        return plan.store
+
+    def chunk(self) -> PrefillPlan:
+        """The next plan, which must compute, carried out."""
+        plan = self.core.schedule(self.now)
+        assert plan is not None
+        assert plan.chunks
+        self.core.apply(plan, PrefillResult())
+        return plan
+
+    def covered(self) -> list[int]:
+        """Sequences that have been covered since the last call."""
+        told = [message for _, message in self.core.outbox]
+        self.core.outbox.clear()
+        return [c.sequence.id for c in told if isinstance(c, m.Covered)]
+
+
+def test_what_the_store_has_is_fetched_and_not_computed():
+    bench = Bench()
+    sequence = bench.ask(10)
+    plan = bench.store()
+    assert plan is not None
+    assert [(look.id, look.keys) for look in plan.looks] == [(sequence.id, sequence.chain)]
+    assert bench.store() is None
+    assert bench.core.patience == STORE_SECONDS
+    bench.core.receive(m.Looked(sequence.id, [SHARED] * 3))
+    plan = bench.store()
+    assert plan is not None
+    (load,) = plan.loads
+    assert load.keys == sequence.chain
+    assert load.tokens == [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9)]
+    assert bench.covered() == []
+    bench.core.receive(m.Loaded(load.transfer))
+    plan = bench.store()
+    assert plan is not None
+    assert [commit.transfer for commit in plan.commits] == [load.transfer]
+    assert bench.store() is None
+    assert bench.covered() == [sequence.id]
+    assert bench.core.patience is None
+    assert bench.client.stats.fetched_tokens == 10
+    bench.core.receive(m.Release(sequence.id))
+    bench.cache.check(idle=True)
+
+
+def test_what_the_store_does_not_have_is_computed():
+    bench = Bench()
+    sequence = bench.ask(12)
+    bench.store()
+    bench.core.receive(m.Looked(sequence.id, [SHARED]))
+    plan = bench.store()
+    assert plan is not None
+    bench.core.receive(m.Loaded(plan.loads[0].transfer))
+    bench.store()
+    (chunk,) = bench.chunk().chunks
+    assert (chunk.start, len(chunk.tokens)) == (4, 8)
+
+
+def test_a_second_prompt_waits_for_the_pages_that_are_fetched():
+    bench = Bench()
+    first, second = bench.ask(8), bench.ask(12)
+    plan = bench.store()
+    assert plan is not None
+    assert len(plan.looks) == 2
+    bench.core.receive(m.Looked(first.id, [SHARED, SHARED]))
+    bench.core.receive(m.Looked(second.id, []))
+    plan = bench.store()
+    assert plan is not None
+    assert bench.store() is None, "nothing is computed that is on its way"
+    bench.core.receive(m.Loaded(plan.loads[0].transfer))
+    bench.store()
+    (chunk,) = bench.chunk().chunks
+    assert (chunk.id, chunk.start) == (second.id, 8)
+    assert bench.covered() == [first.id, second.id]
+
+
+@pytest.mark.parametrize("how", ["failed", "late"])
+def test_what_does_not_come_is_computed(how):
+    bench = Bench()
+    sequence = bench.ask(8)
+    bench.store()
+    bench.core.receive(m.Looked(sequence.id, [SHARED, SHARED]))
+    plan = bench.store()
+    assert plan is not None
+    (load,) = plan.loads
+    if how == "failed":
+        bench.core.receive(m.Loaded(load.transfer, "its checksum is wrong"))
+    else:
+        bench.store()
+        bench.now += 1.0
+        dropped = bench.store()
+        assert dropped is not None
+        assert dropped.dropped == [load.transfer]
+    (chunk,) = bench.chunk().chunks
+    assert (chunk.start, len(chunk.tokens)) == (0, 8)
+    assert bench.covered() == [sequence.id]
+    if how == "late":
+        bench.core.receive(m.Loaded(load.transfer))
+        plan = bench.store()
+        assert plan is not None
+        assert plan.dropped == [load.transfer], "it lies there, and nobody wants it"
+    bench.core.receive(m.Release(sequence.id))
+    bench.cache.check(idle=True)
+
+
+def test_a_page_that_follows_one_that_failed_is_not_found():
+    bench = Bench(pages=200)
+    tokens = PAGE * (PIECE_PAGES + 2)
+    sequence = bench.ask(tokens)
+    bench.store()
+    bench.core.receive(m.Looked(sequence.id, [SHARED] * (PIECE_PAGES + 2)))
+    plan = bench.store()
+    assert plan is not None
+    first, second = plan.loads
+    bench.core.receive(m.Loaded(second.transfer))
+    bench.store()
+    bench.core.receive(m.Loaded(first.transfer, "gone"))
+    assert bench.cache.matched_tokens(sequence.keys, sequence.prompt) == 0
+    (chunk,) = bench.chunk().chunks
+    assert chunk.start == 0
+
+
+def test_an_answer_is_not_waited_for_longer_than_computing_takes():
+    bench = Bench()
+    sequence = bench.ask(8)
+    bench.store()
+    assert bench.store() is None
+    bench.now += 0.05
+    assert bench.store() is None
+    bench.now += 0.05
+    (chunk,) = bench.chunk().chunks
+    assert chunk.id == sequence.id
+    assert (bench.client.stats.late, bench.client.stats.stall_seconds) == (1, pytest.approx(0.1))
+    bench.core.receive(m.Looked(sequence.id, [SHARED]))
+    assert bench.store() is None, "it is too late"
+
+
+def test_a_store_that_does_not_answer_is_not_asked_any_more():
+    bench = Bench(pages=100)
+    sequences = [bench.ask(8, seed) for seed in range(MAX_LATE)]
+    bench.store()
+    bench.store()
+    bench.now += 1.0
+    for _ in sequences:
+        bench.chunk()
+    bench.ask(8, 20)
+    assert bench.chunk()
+    bench.core.receive(m.Looked(sequences[0].id, []))
+    bench.ask(8, 21)
+    plan = bench.store()
+    assert plan is not None
+    assert len(plan.looks) == 1
+
+
+def test_computing_what_is_cheaper():
+    bench = Bench(prices=Prices(0.001, 0.0, {SHARED: 0.001}, {SHARED: 0.1}))
+    bench.ask(8)
+    assert bench.chunk()
+    assert bench.client.stats.looks == 0
+
+
+def test_a_run_holds_what_it_goes_on_from():
+    """The pages before it are not evicted while it is on its way."""
+    bench = Bench(pages=8)
+    first = bench.ask(8)
+    bench.store()
+    bench.core.receive(m.Looked(first.id, []))
+    bench.chunk()
+    bench.core.receive(m.Release(first.id))
+    bench.store()
+    second = bench.ask(16)
+    bench.store()
+    bench.core.receive(m.Looked(second.id, [SHARED, SHARED]))
+    plan = bench.store()
+    assert plan is not None
+    assert bench.cache.counts().used == 4
+    assert bench.cache.allocate(4) is None
+    bench.core.receive(m.Loaded(plan.loads[0].transfer))
+    bench.store()
+    assert bench.store() is None
+    assert bench.covered() == [first.id, second.id]
+
+
+def test_few_pieces_lie_in_the_hosts_memory_at_once():
+    bench = Bench(pages=400)
+    count = PIECE_PAGES * (MAX_LOADS + 2)
+    sequence = bench.ask(PAGE * count)
+    bench.store()
+    bench.core.receive(m.Looked(sequence.id, [SHARED] * count))
+    plan = bench.store()
+    assert plan is not None
+    assert len(plan.loads) == MAX_LOADS
+    assert bench.store() is None
+    bench.core.receive(m.Loaded(plan.loads[0].transfer))
+    plan = bench.store()
+    assert plan is not None
+    assert (len(plan.loads), len(plan.commits)) == (1, 1)
+
+
+def test_who_has_gone_is_not_looked_for():
+    bench = Bench()
+    sequence = bench.ask(8)
+    bench.store()
+    bench.core.receive(m.Abort(sequence.id, "decode0"))
+    assert ("dispatcher", m.Dropped(sequence.id)) in bench.core.outbox
+    bench.core.receive(m.Looked(sequence.id, [SHARED, SHARED]))
+    assert bench.store() is None
+    bench.cache.check(idle=True)
+
+
+def test_pages_that_were_let_go_are_written_once():
+    bench = Bench()
+    sequence = bench.ask(10)
+    bench.store()
+    bench.core.receive(m.Looked(sequence.id, []))
+    bench.chunk()
+    bench.chunk()
+    bench.core.receive(m.Release(sequence.id))
+    plan = bench.store()
+    assert plan is not None
+    assert [save.key for save in plan.saves] == sequence.chain
+    assert [len(save.tokens) for save in plan.saves] == [4, 4, 2]
+    assert bench.store() is None
+    bench.core.receive(m.Stored(sequence.chain, sequence.chain, []))
+    again = bench.ask(10)
+    assert bench.store() is None
+    assert bench.covered() == [sequence.id, again.id]
+    bench.core.receive(m.Release(again.id))
+    plan = bench.store()
+    assert plan is not None
+    assert (plan.saves, plan.touched) == ([], sequence.chain)
+    bench.core.receive(m.Stored([], [], sequence.chain[1:2]))
+    once_more = bench.ask(10)
+    bench.store()
+    bench.core.receive(m.Release(once_more.id))
+    plan = bench.store()
+    assert plan is not None
+    assert [save.key for save in plan.saves] == sequence.chain[1:2]
+
+
+def test_what_was_evicted_is_not_written():
+    bench = Bench(pages=6)
+    sequence = bench.ask(16)
+    bench.store()
+    bench.core.receive(m.Looked(sequence.id, []))
+    bench.chunk()
+    bench.chunk()
+    bench.core.receive(m.Release(sequence.id))
+    pages = bench.cache.allocate(3)
+    assert pages is not None
+    plan = bench.store()
+    assert plan is not None
+    assert [save.key for save in plan.saves] == sequence.keys[:2]
+    bench.cache.release(pages)
+
+
+def test_pages_that_arrive_are_not_given_to_others():
+    bench = Bench()
+    sequence = bench.ask(8)
+    bench.store()
+    bench.core.receive(m.Looked(sequence.id, [SHARED, SHARED]))
+    bench.store()
+    nodes = bench.cache.match(sequence.keys, sequence.prompt)
+    assert [node.state for node in nodes] == [PageState.ARRIVING] * 2
+    bench.cache.release([node.page for node in nodes])
+    (run,) = bench.core.holders([])
+    assert (run.sequence, bench.core.holds_pages) == (sequence, True)
+    assert bench.core.give_way(run), "the pages of a run can be had by others"
+    assert not bench.core.give_way(run)
+    assert bench.cache.matched_tokens(sequence.keys, sequence.prompt) == 0
