@@ -15,7 +15,7 @@ import functools
 import importlib
 import importlib.metadata
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pshare_jax.errors import CheckpointError
@@ -91,9 +91,16 @@ def family_of_hf(hf: Mapping[str, Any]) -> Family:
     if not isinstance(name, str) or name not in by_name:
         raise CheckpointError(
             f"config.json: architectures is {reprlib.repr(names)}; supported are "
-            f"{', '.join(by_name)}, and the text part of {', '.join(WRAPPERS)}"
+            f"{_shortly(list(by_name))}, and the text part of {_shortly(WRAPPERS)}"
         )
     return by_name[name]
+
+
+def _shortly(names: Sequence[str]) -> str:
+    """The names of classes, of which the first alone says how they end."""
+    ends = ("ForCausalLM", "ForConditionalGeneration")
+    short = (name.removesuffix(ends[0]).removesuffix(ends[1]) for name in names[1:])
+    return ", ".join((names[0], *short))
 
 
 def _check_not_quantised(fields: Fields) -> None:
