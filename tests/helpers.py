@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from pshare_jax.models.config import Llama3RopeScaling, ModelConfig
+from pshare_jax.models.config import Experts, LayerSpec, ModelConfig
+from pshare_jax.models.rope import LinearRopeScaling, Llama3RopeScaling, Rope
 
 _FAMILY_FIELDS: dict[str, dict[str, Any]] = {
     "llama": {
@@ -21,6 +22,53 @@ _FAMILY_FIELDS: dict[str, dict[str, Any]] = {
     "qwen3": {"qk_norm": True},
 }
 ARCHITECTURES = tuple(_FAMILY_FIELDS)
+"""What one configuration for all layers describes."""
+
+_SLIDING, _FULL = LayerSpec(5), LayerSpec()
+_GEMMA2 = {
+    "norm_adds_one": True,
+    "activation": "gelu_tanh",
+    "norms": "both",
+    "embedding_scale": 48**0.5,
+    "query_scale": 24**-0.5,
+    "tie_word_embeddings": True,
+}
+_LATER_FIELDS: dict[str, dict[str, Any]] = {
+    "gemma": {
+        "norm_adds_one": True,
+        "activation": "gelu_tanh",
+        "embedding_scale": 48**0.5,
+        "tie_word_embeddings": True,
+    },
+    "gemma2": {
+        **_GEMMA2,
+        "attention_soft_cap": 2.0,
+        "logit_soft_cap": 3.0,
+        "layers": (_SLIDING, _FULL),
+    },
+    "gemma3": {
+        **_GEMMA2,
+        "qk_norm": True,
+        "num_layers": 3,
+        "layers": (_SLIDING, _SLIDING, LayerSpec(None, Rope(1e6, LinearRopeScaling(8.0)))),
+    },
+    "mixtral": {"experts": Experts(4, 2, 64), "rope_theta": 1e6},
+    "qwen3_moe": {
+        "qk_norm": True,
+        "layers": (LayerSpec(experts=Experts(6, 3, 24, normalised=False)), _FULL),
+    },
+    "phi3": {"sliding_window": 5},
+    "smollm3": {"layers": (_FULL, LayerSpec(rope=None)), "tie_word_embeddings": True},
+    "granite": {
+        "embedding_scale": 3.0,
+        "query_scale": 0.2,
+        "residual_scale": 0.5,
+        "logit_divisor": 4.0,
+    },
+    "olmo2": {"norms": "after", "qk_norm": True, "qk_norm_scope": "all_heads"},
+}
+FAMILIES = (*ARCHITECTURES, *_LATER_FIELDS)
+"""All of `models/families`."""
 
 
 def tiny_config(**overrides: Any) -> ModelConfig:
@@ -31,10 +79,12 @@ def tiny_config(**overrides: Any) -> ModelConfig:
         vocab_size=256,
         hidden_size=48,
         intermediate_size=64,
-        num_layers=2,
         num_heads=4,
         num_kv_heads=2,
         head_dim=16,
-        **_FAMILY_FIELDS[architecture],
+        **{
+            "num_layers": 2,
+            **(_FAMILY_FIELDS | _LATER_FIELDS)[architecture],
+        },
     )
     return dataclasses.replace(config, **overrides)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pshare_jax.models.config import Llama3RopeScaling, ModelConfig
+from pshare_jax.models.config import ModelConfig
+from pshare_jax.models.rope import Llama3RopeScaling
 
 MODELS = {
     "Llama-3.1-8B": ModelConfig(

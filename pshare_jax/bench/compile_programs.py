@@ -16,7 +16,7 @@ from pshare_jax.bench.accelerators import Accelerator
 from pshare_jax.config import DecodeConfig
 from pshare_jax.core.buckets import TRANSFER_BUCKETS
 from pshare_jax.models.config import ModelConfig
-from pshare_jax.models.weights import LORA_TARGETS, lora_specs, projection_specs, weight_specs
+from pshare_jax.models.weights import lora_specs, lora_targets, used_parameters, weight_specs
 from pshare_jax.runtime.layout import PageLayout
 from pshare_jax.runtime.programs import Call, Programs, Slot
 from pshare_jax.runtime.steps import DecodeInput, StepSpec
@@ -144,7 +144,9 @@ class Side:
     def _adapters(self) -> dict[str, Any]:
         """Stacked LoRA factors of all projections, as `models.lora.stack_adapters` shapes them."""
         count, stacked = self.sizes.lora_modules, {}
-        for name, spec in lora_specs(self.config, self.sizes.lora_rank, LORA_TARGETS).items():
+        for name, spec in lora_specs(
+            self.config, self.sizes.lora_rank, lora_targets(self.config)
+        ).items():
             shape = list(spec.shape)
             shape.insert(len(shape) - 1 if name.endswith(".lora_a") else 0, count)
             stacked[name] = abstract(tuple(shape), DTYPE, self.programs.everywhere)
@@ -215,8 +217,7 @@ class Side:
         unread = [] if config.tie_word_embeddings and head else ["embed.embedding"]
         unread += [] if head else ["lm_head.kernel"]
         read = {name: w for name, w in self.weights.items() if name not in unread}
-        kernels = sum(math.prod(spec.shape) for spec in projection_specs(config).values())
-        products = 2 * config.num_layers * kernels * batch * tokens
+        products = 2 * used_parameters(config) * batch * tokens
         if head:
             products += 2 * config.hidden_size * config.vocab_size * batch * tokens
         seen = tokens * (self.sizes.context - (tokens - 1) / 2)

@@ -22,6 +22,7 @@ from pshare_jax.bench.micro_rates import Rate, Rates
 from pshare_jax.bench.micro_targets import MODEL, EngineTarget, Target, VllmTarget
 from pshare_jax.bench.profile import Profile, read_profile, traced
 from pshare_jax.config import DecodeConfig, DType, ModelEntry, PrefillConfig, ServeConfig
+from pshare_jax.convert.manifest import read_manifest
 from pshare_jax.core.split_rule import LAST_TOKEN
 from pshare_jax.engine.loader import BaseSource, ModelSource, checkpoint_sources
 from pshare_jax.engine.orchestrator import Orchestrator, compute_dtype, prepare_jax
@@ -121,7 +122,7 @@ def run(options: MicroOptions) -> dict[str, Any]:
     """
     config = serve_config(options)
     prepare_jax(config)
-    dtype = compute_dtype(config)
+    dtype = compute_dtype(config, read_manifest(config.base).config)
     base, sources = checkpoint_sources(config, dtype)
     if options.lora_rank:
         sources += [_random_lora(base, i, options.lora_rank, dtype) for i in range(LORA_MODULES)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,6 +42,7 @@ class Rates:
         window: tokens a row in one decode window.
         repeats: of each measurement.
         seed: of the random prompts.
+        clock: seconds that decode windows are measured in.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Rates:
         window: int,
         repeats: int,
         seed: int,
+        clock: Callable[[], float] = time.perf_counter,
     ):
         self._targets = targets
         self._vocab = vocab
@@ -59,6 +61,7 @@ class Rates:
         self._window = window
         self._repeats = repeats
         self._rng = np.random.default_rng(seed)
+        self._clock = clock
 
     def prefill(self, length: int) -> dict[str, list[float]]:
         """Prompt tokens a second, of each target one a repeat."""
@@ -98,10 +101,10 @@ class Rates:
         waiting = set(ids)
         while waiting:
             waiting.discard(self._running(target).request_id)
-        tokens, started = 0, time.perf_counter()
+        tokens, started = 0, self._clock()
         while tokens < self._window * len(ids):
             tokens += self._running(target).tokens
-        rate = tokens / (time.perf_counter() - started)
+        rate = tokens / (self._clock() - started)
         for request_id in ids:
             target.abort(request_id)
         for _ in ids:

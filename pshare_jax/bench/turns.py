@@ -20,6 +20,7 @@ from pshare_jax.bench.machine import describe
 from pshare_jax.bench.micro_rates import Rate
 from pshare_jax.bench.micro_targets import MODEL, EngineTarget
 from pshare_jax.config import DecodeConfig, DType, ModelEntry, PrefillConfig, ServeConfig
+from pshare_jax.convert.manifest import read_manifest
 from pshare_jax.engine.devices import compute_dtype, prepare_jax
 from pshare_jax.engine.loader import checkpoint_sources
 from pshare_jax.engine.orchestrator import Orchestrator
@@ -102,7 +103,7 @@ def run(options: TurnsOptions) -> dict[str, Any]:
     configs = {name: serve_config(options, sizes) for name, sizes in buckets.items()}
     for config in configs.values():
         prepare_jax(config)
-    dtype = compute_dtype(configs[ALONE])
+    dtype = compute_dtype(configs[ALONE], read_manifest(configs[ALONE].base).config)
     base, sources = checkpoint_sources(configs[ALONE], dtype)
     vocab = base.config.vocab_size
     with ExitStack() as stack:

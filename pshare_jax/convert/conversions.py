@@ -12,7 +12,7 @@ from pshare_jax.convert import exported, hf, peft
 from pshare_jax.convert.files import atomic_folder, check_absent, check_space, write_files
 from pshare_jax.convert.hf_tokenizer import GENERATION_FILE
 from pshare_jax.convert.manifest import TOKENIZER_FOLDER, Manifest
-from pshare_jax.convert.names import hf_shape, native_to_hf, to_hf
+from pshare_jax.convert.names import HfTensor, hf_shape, hf_tensors, to_hf, write_hf
 from pshare_jax.convert.orbax import open_weights, read_tokenizer_files, write_decode, write_prefill
 from pshare_jax.convert.progress import progress_bar
 from pshare_jax.convert.seals import open_checkpoint
@@ -186,27 +186,44 @@ def export(
         if is_lora:
             options = peft.adapter_config(manifest, str(base) if base else None)
             peft.write_adapter_config(folder, options)
-            renamed = _renamed(manifest, tensors, peft.adapter_tensor_name)
-            hf.write_safetensors(folder, renamed, peft.ADAPTER_WEIGHTS, report)
+            hf.write_safetensors(
+                folder, _peft_tensors(manifest, tensors), peft.ADAPTER_WEIGHTS, report
+            )
         else:
             files = read_tokenizer_files(prefill) if prefill else {}
             write_files(folder, files)
             about = _hf_config(manifest, files)
             (folder / hf.CONFIG_FILE).write_text(json.dumps(about, indent=2) + "\n")
-            renamed = _renamed(manifest, tensors, native_to_hf)
-            hf.write_safetensors(folder, renamed, hf.WEIGHTS_FILE, report)
+            hf.write_safetensors(
+                folder, _hf_tensors(manifest.config, tensors), hf.WEIGHTS_FILE, report
+            )
     return manifest
 
 
-def _renamed(manifest: Manifest, tensors: Mapping[str, LazyTensor], name: Any) -> Any:
+def _peft_tensors(manifest: Manifest, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     config = manifest.config
+    rank = manifest.certificate.lora_rank if manifest.certificate else None
 
     def converted(native: str, tensor: LazyTensor) -> LazyTensor:
-        rank = manifest.certificate.lora_rank if manifest.certificate else None
         shape = hf_shape(native, config, rank or 1)
         return LazyTensor(shape, tensor.dtype, lambda: to_hf(native, tensor.read(), config))
 
-    return {name(native, config): converted(native, t) for native, t in tensors.items()}
+    return {
+        peft.adapter_tensor_name(native, config): converted(native, tensor)
+        for native, tensor in tensors.items()
+    }
+
+
+def _hf_tensors(config: ModelConfig, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    def converted(name: str, tensor: HfTensor) -> LazyTensor:
+        dtype = tensors[tensor.parts[0].native].dtype
+        return LazyTensor(
+            tensor.shape,
+            dtype,
+            lambda: write_hf(name, config, lambda native: tensors[native].read()),
+        )
+
+    return {name: converted(name, tensor) for name, tensor in hf_tensors(config).items()}
 
 
 def _hf_config(manifest: Manifest, tokenizer: Mapping[str, bytes]) -> dict[str, Any]:

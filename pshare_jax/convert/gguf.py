@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import re
 import reprlib
 from pathlib import Path
 from typing import Any
@@ -20,21 +21,18 @@ from gguf import GGMLQuantizationType as QuantizationType
 
 from pshare_jax.convert.files import one_line
 from pshare_jax.convert.gguf_header import read_header
-from pshare_jax.convert.names import hf_shape, native_to_hf, to_native
+from pshare_jax.convert.gguf_metadata import Metadata, stated_rope_scaling
+from pshare_jax.convert.names import has_experts, hf_shape, native_to_hf, to_native
 from pshare_jax.convert.tensors import DTYPES, LazyTensor
 from pshare_jax.errors import CheckpointError, printable
-from pshare_jax.models.config import Architecture, Llama3RopeScaling, ModelConfig
+from pshare_jax.models.config import ModelConfig
+from pshare_jax.models.registry import families, family
+from pshare_jax.models.rope import Llama3RopeScaling, RopeScaling
 from pshare_jax.models.weights import weight_specs
 
 logger = logging.getLogger(__name__)
 
-ARCHITECTURES: dict[str, tuple[Architecture, gguf.MODEL_ARCH]] = {
-    "llama": ("llama", gguf.MODEL_ARCH.LLAMA),
-    "mistral": ("mistral", gguf.MODEL_ARCH.LLAMA),
-    "qwen2": ("qwen2", gguf.MODEL_ARCH.QWEN2),
-    "qwen3": ("qwen3", gguf.MODEL_ARCH.QWEN3),
-}
-"""GGUF's name of an architecture: ours, and the one whose tensor names it uses."""
+_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 
 ROPE_FACTORS = "rope_freqs.weight"
 
@@ -76,12 +74,14 @@ class GGUFFile:
         self._fields, self._tensors = read_header(self.path)
         self._check_whole()
         architecture = self.get("general.architecture", str)
-        if architecture not in ARCHITECTURES:
+        by_name = {known.gguf: known for known in families() if known.gguf is not None}
+        if architecture not in by_name:
             raise CheckpointError(
                 f"{self.path}: architecture {architecture!r} is not supported; "
-                f"supported are {', '.join(ARCHITECTURES)}"
+                f"supported are {', '.join(by_name)}"
             )
         self._gguf_architecture = architecture
+        self._family = by_name[architecture]
         self.config = self._read_config()
 
     def get(self, key: str, kind: type, default: Any = None) -> Any:
@@ -121,70 +121,60 @@ class GGUFFile:
         """Whether metadata `key` is there."""
         return key in self._fields
 
+    def has_tensor(self, name: str) -> bool:
+        """Whether there is a tensor of that name."""
+        return name in self._tensors
+
     def _read_config(self) -> ModelConfig:
-        get = functools.partial(self._get_scoped, self._gguf_architecture)
-        architecture, _ = ARCHITECTURES[self._gguf_architecture]
-        sliding_window = get("attention.sliding_window", int, 0) or None
-        if architecture == "llama" and sliding_window is not None:
+        scope = self._gguf_architecture
+        metadata = Metadata(self, scope)
+        known = self._family
+        window = metadata.optional("attention.sliding_window", int, 0) or None
+        if known.name == "llama" and metadata.optional("expert_count", int, 0):
+            # So is Mixtral.
+            self._family = known = family("mixtral")
+        elif known.name == "llama" and window is not None:
             # Mistral is written as a llama; only the window tells them apart.
-            architecture = "mistral"
-        if sliding_window is None:
+            self._family = known = family("mistral")
+        if window is None:
             self._warn_of_lost_window()
-        if get("expert_count", int, 0):
-            raise CheckpointError(f"{self.path}: a mixture of experts is not supported")
-        scaling = get("rope.scaling.type", str, "none")
-        if scaling != "none":
-            raise CheckpointError(f"{self.path}: rope.scaling.type {scaling!r} is not supported")
-        hidden_size = self._size("embedding_length")
-        num_heads = self._size("attention.head_count")
-        head_dim = self._size("attention.key_length", hidden_size // num_heads)
+        hidden_size, num_heads = metadata.size("embedding_length"), metadata.heads()
+        head_dim = metadata.size("attention.key_length", hidden_size // num_heads)
         for key in ("rope.dimension_count", "attention.value_length"):
-            if (size := get(key, int, head_dim)) != head_dim:
+            if (size := metadata.optional(key, int, head_dim)) != head_dim:
                 raise CheckpointError(
                     f"{self.path}: {key} is {size}; only the head size {head_dim} is supported"
                 )
         if "token_embd.weight" not in self._tensors:
             raise CheckpointError(f"{self.path}: tensor token_embd.weight is missing")
-        rope_theta = self._positive("rope.freq_base", 10000.0)
+        rope_theta = metadata.number("rope.freq_base", 10000.0)
+        num_layers = metadata.size("block_count")
         try:
-            return ModelConfig(
-                architecture=architecture,
+            config = ModelConfig(
+                architecture=known.name,
                 vocab_size=self._tensors["token_embd.weight"].shape[0],
                 hidden_size=hidden_size,
-                intermediate_size=self._size("feed_forward_length"),
-                num_layers=self._size("block_count"),
+                intermediate_size=metadata.size("feed_forward_length"),
+                num_layers=num_layers,
                 num_heads=num_heads,
-                num_kv_heads=self._size("attention.head_count_kv", num_heads),
+                num_kv_heads=metadata.size("attention.head_count_kv", num_heads),
                 head_dim=head_dim,
                 rope_theta=rope_theta,
-                rope_scaling=self._rope_scaling(head_dim, rope_theta),
-                rms_norm_eps=self._positive("attention.layer_norm_rms_epsilon"),
-                max_position_embeddings=self._size("context_length"),
+                rope_scaling=self._rope_scaling(metadata, head_dim, rope_theta),
+                rms_norm_eps=metadata.number("attention.layer_norm_rms_epsilon"),
+                max_position_embeddings=metadata.size("context_length"),
                 tie_word_embeddings="output.weight" not in self._tensors,
-                qkv_bias=architecture == "qwen2",
-                qk_norm=architecture == "qwen3",
-                sliding_window=sliding_window,
+                sliding_window=window,
+                **known.fixed,
             )
+            config = known.config_from_gguf(config, metadata)
         except ValueError as error:
             raise CheckpointError(f"{self.path}: {error}") from error
-
-    def _get_scoped(self, scope: str, key: str, kind: type, default: Any = None) -> Any:
-        return self.get(f"{scope}.{key}", kind, default)
-
-    def _size(self, key: str, default: int | None = None) -> int:
-        """A size or count of this architecture, which must be positive."""
-        key = f"{self._gguf_architecture}.{key}"
-        if (value := self.get(key, int, default)) < 1:
-            raise CheckpointError(f"{self.path}: metadata {key} is {value}, but must be positive")
-        return value
-
-    def _positive(self, key: str, default: float | None = None) -> float:
-        """A number of this architecture, which must be positive and finite."""
-        key = f"{self._gguf_architecture}.{key}"
-        value = self.get(key, float, default)
-        if not 0 < value < math.inf:
-            raise CheckpointError(f"{self.path}: metadata {key} is {value}, but must be positive")
-        return value
+        if metadata.optional("expert_count", int, 0) and not config.has_experts:
+            raise CheckpointError(
+                f"{self.path}: a {scope} that is a mixture of experts is not supported"
+            )
+        return config
 
     def _check_layers(self) -> None:
         """More layers than tensors are refused before a table of their names is made."""
@@ -215,9 +205,15 @@ class GGUFFile:
                 printable(str(self.path)),
             )
 
-    def _rope_scaling(self, head_dim: int, theta: float) -> Llama3RopeScaling | None:
+    def _rope_scaling(self, metadata: Metadata, head_dim: int, theta: float) -> RopeScaling | None:
+        stated = stated_rope_scaling(metadata)
         if ROPE_FACTORS not in self._tensors:
-            return None
+            return stated
+        if stated is not None:
+            raise CheckpointError(
+                f"{self.path}: tensor {ROPE_FACTORS} and rope.scaling.type {stated.rope_type!r}: "
+                "two scalings at once are not supported"
+            )
         if self._tensors[ROPE_FACTORS].shape != (head_dim // 2,):
             raise CheckpointError(
                 f"{self.path}: tensor {ROPE_FACTORS}: unknown scaling: has shape "
@@ -241,13 +237,12 @@ class GGUFFile:
             CheckpointError: a tensor is missing, unexpected, misshapen or of an unknown type.
         """
         self._check_layers()
-        _, arch = ARCHITECTURES[self._gguf_architecture]
+        arch = getattr(gguf.MODEL_ARCH, self._family.gguf_tensors)
         names = gguf.get_tensor_name_map(arch, self.config.num_layers)
         specs = weight_specs(self.config)
         wanted: dict[str, str] = {}
         for native in specs:
-            module, _, suffix = native_to_hf(native, self.config).rpartition(".")
-            wanted[f"{names.get_name(module)}.{suffix}"] = native
+            wanted[self._name_of(native, names)] = native
         for name in self._tensors:
             if name not in wanted and name != ROPE_FACTORS:
                 raise CheckpointError(
@@ -262,11 +257,18 @@ class GGUFFile:
             tensors[native] = LazyTensor(specs[native].shape, dtype, read)
         return tensors
 
+    def _name_of(self, native: str, names: gguf.TensorNameMap) -> str:
+        match = _LAYER.fullmatch(native)
+        if match and match[2] in self._family.gguf_layer:
+            return f"blk.{match[1]}.{self._family.gguf_layer[match[2]]}"
+        module, _, suffix = native_to_hf(native, self.config).rpartition(".")
+        return f"{names.get_name(module)}.{suffix}"
+
     def _check(self, name: str, native: str) -> None:
         tensor = self._tensors.get(name)
         if tensor is None:
             raise CheckpointError(f"{self.path}: tensor {name} is missing")
-        if tensor.shape != (expected := hf_shape(native, self.config)):
+        if tensor.shape != (expected := gguf_shape(native, self.config)):
             raise CheckpointError(
                 f"{self.path}: tensor {name} has shape {list(tensor.shape)}, "
                 f"but the model's metadata needs {list(expected)}"
@@ -280,10 +282,12 @@ class GGUFFile:
             ) from error
 
     def _read_native(self, name: str, native: str, dtype: np.dtype) -> np.ndarray:
-        array = self._read(name, dtype)
+        array = self._family.weight_from_gguf(native, self._read(name, dtype), self.config)
         permuted = native.endswith((".attn.q.kernel", ".attn.k.kernel"))
-        if permuted and ARCHITECTURES[self._gguf_architecture][1] == gguf.MODEL_ARCH.LLAMA:
+        if permuted and self._family.gguf_rotates_pairs:
             array = unpermute_rope_rows(array, self.config.head_dim)
+        if has_experts(native, self.config):
+            return np.stack([to_native(native, part, self.config) for part in array])
         return to_native(native, array, self.config)
 
     def _read(self, name: str, dtype: np.dtype = DTYPES["float32"]) -> np.ndarray:
@@ -305,6 +309,14 @@ class GGUFFile:
             block = raw[start : start + step]
             out[start : start + step] = gguf.dequantize(block, tensor.type)
         return out.reshape(tensor.shape)
+
+
+def gguf_shape(native: str, config: ModelConfig) -> tuple[int, ...]:
+    """The shape of a native weight in a GGUF file: all experts are one tensor."""
+    shape = hf_shape(native, config)
+    if not has_experts(native, config):
+        return shape
+    return (weight_specs(config)[native].shape[0], *shape)
 
 
 def unpermute_rope_rows(array: np.ndarray, head_dim: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -16,11 +17,18 @@ from safetensors import SafetensorError, safe_open
 from pshare_jax.convert.files import one_line
 from pshare_jax.convert.hf_tokenizer import CONFIG_FILE, PATTERNS
 from pshare_jax.convert.manifest import read_json
-from pshare_jax.convert.names import hf_shape, hf_to_native, is_redundant, native_to_hf, to_native
+from pshare_jax.convert.names import (
+    hf_sources,
+    hf_tensors,
+    is_redundant,
+    read_native,
+    to_native,
+)
 from pshare_jax.convert.progress import Report, quiet
 from pshare_jax.convert.tensors import DTYPES, LazyTensor
 from pshare_jax.errors import CheckpointError, printable
 from pshare_jax.models.config import ModelConfig
+from pshare_jax.models.text_part import text_names
 from pshare_jax.models.weights import weight_specs
 
 logger = logging.getLogger(__name__)
@@ -131,30 +139,34 @@ def read_tensors(folder: Path, config: ModelConfig) -> dict[str, LazyTensor]:
             f"{folder / CONFIG_FILE}: num_hidden_layers is {config.num_layers}, but the folder has "
             f"only {len(files)} tensors"
         )
-    specs = weight_specs(config)
+    # Before a table of their names is made.
+    experts = sum(spec.experts.count for spec in config.layer_specs if spec.experts)
+    if experts > len(files):
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE}: all layers have {experts} experts, but the folder has only "
+            f"{len(files)} tensors"
+        )
+    expected = hf_tensors(config)
     found: dict[str, LazyTensor] = {}
-    for name, path in files.items():
-        native = hf_to_native(name, config)
-        if native is None or native not in specs:
+    for stored, name in text_names(files).items():
+        path = files[stored]
+        if name not in expected:
             if is_redundant(name, config):
                 continue
             raise CheckpointError(
-                f"{path}: tensor {name} is unexpected in a {config.architecture} by {CONFIG_FILE}"
+                f"{path}: tensor {stored} is unexpected in a {config.architecture} by {CONFIG_FILE}"
             )
-        tensor = lazy_safetensor(path, name)
-        if tensor.shape != (expected := hf_shape(native, config)):
+        tensor = lazy_safetensor(path, stored)
+        if tensor.shape != (shape := expected[name].shape):
             raise CheckpointError(
-                f"{path}: tensor {name} has shape {list(tensor.shape)}, "
-                f"but {CONFIG_FILE} needs {list(expected)}"
+                f"{path}: tensor {stored} has shape {list(tensor.shape)}, "
+                f"but {CONFIG_FILE} needs {list(shape)}"
             )
-        found[native] = tensor
-    for native in specs:
-        if native not in found:
-            raise CheckpointError(f"{folder}: tensor {native_to_hf(native, config)} is missing")
-    return {
-        native: in_native_layout(native, found[native], config, spec.shape)
-        for native, spec in specs.items()
-    }
+        found[name] = tensor
+    for name in expected:
+        if name not in found:
+            raise CheckpointError(f"{folder}: tensor {name} is missing")
+    return native_tensors(config, found)
 
 
 def with_saved_head(folder: Path, config: ModelConfig) -> ModelConfig:
@@ -166,14 +178,16 @@ def with_saved_head(folder: Path, config: ModelConfig) -> ModelConfig:
         CheckpointError: as `read_tensors`.
     """
     files = safetensors_in(folder) if config.tie_word_embeddings else {}
-    if HEAD not in files or EMBEDDING not in files:
+    stored = {name: original for original, name in text_names(files).items()}
+    if HEAD not in stored or EMBEDDING not in stored:
         return config
-    if _same_values(files[EMBEDDING], EMBEDDING, files[HEAD], HEAD):
+    embedding, head = stored[EMBEDDING], stored[HEAD]
+    if _same_values(files[embedding], embedding, files[head], head):
         return config
     logger.warning(
         "%s: %s differs from the embedding although tie_word_embeddings is true; it is used",
-        printable(str(files[HEAD])),
-        HEAD,
+        printable(str(files[head])),
+        head,
     )
     return replace(config, tie_word_embeddings=False)
 
@@ -190,6 +204,23 @@ def _same_values(path_a: Path, name_a: str, path_b: Path, name_b: str) -> bool:
             np.array_equal(a[rows].astype(np.float32), b[rows].astype(np.float32), equal_nan=True)
             for rows in parts
         )
+
+
+def native_tensors(config: ModelConfig, found: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Every native weight of a model whose Hugging Face tensors are `found`."""
+    tensors: dict[str, LazyTensor] = {}
+    for native, spec in weight_specs(config).items():
+        dtypes = {found[name].dtype for name in hf_sources(config)[native]}
+        dtype = dtypes.pop() if len(dtypes) == 1 else DTYPES["float32"]
+        read = functools.partial(_read_native, native, config, found, dtype)
+        tensors[native] = LazyTensor(spec.shape, dtype, read)
+    return tensors
+
+
+def _read_native(
+    native: str, config: ModelConfig, found: Mapping[str, LazyTensor], dtype: np.dtype
+) -> np.ndarray:
+    return read_native(native, config, lambda name: found[name].astype(dtype).read())
 
 
 def in_native_layout(

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from pshare_jax.convert.files import one_line
 from pshare_jax.convert.tensors import DTYPES
 from pshare_jax.errors import CertificateError, CheckpointError
-from pshare_jax.models.config import Llama3RopeScaling, ModelConfig
+from pshare_jax.models.config import ModelConfig, config_from_json, config_to_json
 from pshare_jax.models.fingerprint import former_fingerprints, prefill_fingerprint
 from pshare_jax.models.split import Certificate
 from pshare_jax.models.weights import WeightSpec, lora_specs, weight_specs
@@ -156,7 +156,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     about = {
         "format": FORMAT,
         "kind": manifest.kind,
-        "config": dataclasses.asdict(manifest.config),
+        "config": config_to_json(manifest.config),
         "dtype": manifest.dtype,
         "fingerprint": manifest.fingerprint,
         "tokenizer_hash": manifest.tokenizer_hash,
@@ -213,14 +213,11 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise CheckpointError(f"{path}: format is {about.get('format')!r}; only {FORMAT} is known")
     tensors = read_json(folder / TENSORS_FILE)
     try:
-        config = dict(about["config"])
-        if config.get("rope_scaling") is not None:
-            config["rope_scaling"] = Llama3RopeScaling(**config["rope_scaling"])
         certificate = about["certificate"]
         manifest = Manifest(
             folder=folder,
             kind=about["kind"],
-            config=ModelConfig(**config),
+            config=config_from_json(about["config"]),
             dtype=about["dtype"],
             fingerprint=about["fingerprint"],
             tokenizer_hash=about["tokenizer_hash"],

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,11 +20,13 @@ import numpy as np
 from pshare_jax.convert import hf_tokenizer
 from pshare_jax.convert.files import one_line
 from pshare_jax.convert.manifest import TOKENIZER_FILE, read_json
-from pshare_jax.convert.names import hf_shape, hf_to_native, is_redundant, native_to_hf, to_native
+from pshare_jax.convert.names import hf_sources, hf_tensors, is_redundant, read_native
 from pshare_jax.convert.sources import Source
 from pshare_jax.convert.tensors import DTYPES, LazyTensor
 from pshare_jax.errors import CheckpointError
+from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.registry import config_from_hf
+from pshare_jax.models.text_part import text_names
 from pshare_jax.models.weights import weight_specs
 
 _DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": DTYPES["bfloat16"]}
@@ -40,22 +43,23 @@ def read_folder(folder: Path) -> Source:
     stored: dict[str, LazyTensor] = {}
     for path in _weight_files(folder):
         stored |= _tensors_of(path)
+    stored = {name: stored[original] for original, name in text_names(stored).items()}
     config = config_from_hf(read_json(folder / hf_tokenizer.CONFIG_FILE))
     if _HEAD in stored:
         # A head that is there counts; one that equals the embedding gives the same logits.
         config = replace(config, tie_word_embeddings=False)
-    specs = weight_specs(config)
+    expected = hf_tensors(config)
     for name in stored:
-        if hf_to_native(name, config) not in specs and not is_redundant(name, config):
+        if name not in expected and not is_redundant(name, config):
             raise CheckpointError(f"{folder}: tensor {name} has no place in the model")
-    tensors: dict[str, LazyTensor] = {}
-    for native, spec in specs.items():
-        name = native_to_hf(native, config)
-        if name not in stored or stored[name].shape != hf_shape(native, config):
+    for name, tensor in expected.items():
+        if name not in stored or stored[name].shape != tensor.shape:
             raise CheckpointError(f"{folder}: tensor {name} is missing or misshapen")
-        tensor = stored[name]
-        read = partial(_read_native, native, tensor, config)
-        tensors[native] = LazyTensor(spec.shape, tensor.dtype, read)
+    tensors: dict[str, LazyTensor] = {}
+    for native, spec in weight_specs(config).items():
+        dtype = stored[hf_sources(config)[native][0]].dtype
+        read = partial(_read_native, native, stored, config)
+        tensors[native] = LazyTensor(spec.shape, dtype, read)
     return Source(config, tensors, _tokenizer_files(folder, config.vocab_size))
 
 
@@ -67,8 +71,8 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
-def _read_native(native: str, tensor: LazyTensor, config: Any) -> np.ndarray:
-    return to_native(native, tensor.read(), config)
+def _read_native(native: str, stored: Mapping[str, LazyTensor], config: ModelConfig) -> np.ndarray:
+    return read_native(native, config, lambda name: stored[name].read())
 
 
 def _tensors_of(path: Path) -> dict[str, LazyTensor]:

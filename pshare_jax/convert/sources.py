@@ -16,7 +16,7 @@ from pshare_jax.convert.tensors import DTYPES, LazyTensor, changed_by, common_dt
 from pshare_jax.errors import CheckpointError
 from pshare_jax.extras import require
 from pshare_jax.models.config import ModelConfig
-from pshare_jax.models.registry import config_from_hf
+from pshare_jax.models.registry import config_from_hf, language_model
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ def _open_hf(folder: Path, tokenizer: bool) -> Source:
     config = hf.with_saved_head(folder, config)
     tensors = hf.read_tensors(folder, config)
     files = hf_tokenizer.read_tokenizer_folder(folder, config.vocab_size) if tokenizer else {}
-    return Source(config, tensors, files, about)
+    return Source(config, tensors, files, language_model(about))
 
 
 def _without_file(error: CheckpointError) -> str:

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pshare_jax.convert.tensors import DTYPES, LazyTensor
-from pshare_jax.models.attention import CausalAttention, rope_table
+from pshare_jax.models.attention import CausalAttention
+from pshare_jax.models.blocks.linear import RMSNorm
 from pshare_jax.models.config import ModelConfig
-from pshare_jax.models.decoder import DecoderLayer
-from pshare_jax.models.layers import RMSNorm
+from pshare_jax.models.decoder import make_layer, rope_tables, scaled_embedding, scaled_logits
 from pshare_jax.models.weights import Weights
 
 COLUMNS = 4096
@@ -42,17 +42,20 @@ def hidden_states(
         rows = np.clip(padded, 0, config.vocab_size - 1)
         states.append(jnp.asarray(embedding[rows].astype(np.float32))[None])
     del embedding
-    for i in range(config.num_layers):
+    states = [scaled_embedding(config, x) for x in states]
+    for i, spec in enumerate(config.layer_specs):
         prefix = f"layers.{i}."
-        # Every layer is called by the first one's name: one program serves all.
         weights = {
-            f"layers.0.{name.removeprefix(prefix)}": _float32(tensor)
+            f"layer.{name.removeprefix(prefix)}": _float32(tensor)
             for name, tensor in tensors.items()
             if name.startswith(prefix)
         }
-        states = [jax.block_until_ready(_layer(config, weights, x)) for x in states]
-    norm = {"final_norm.scale": _float32(tensors["final_norm.scale"])}
-    normed = (RMSNorm("final_norm", norm, config.rms_norm_eps)(x)[0] for x in states)
+        # The first layer of its kind stands for all: one program serves them.
+        kind = config.layer_specs.index(spec)
+        states = [jax.block_until_ready(_layer(config, kind, weights, x)) for x in states]
+    weights = {"final_norm.scale": _float32(tensors["final_norm.scale"])}
+    norm = RMSNorm("final_norm", weights, config.rms_norm_eps, adds_one=config.norm_adds_one)
+    normed = (norm(x)[0] for x in states)
     return np.concatenate(
         [np.asarray(x)[: len(p)] for x, p in zip(normed, prompts, strict=True)], axis=0
     )
@@ -62,11 +65,11 @@ def _float32(tensor: LazyTensor) -> jax.Array:
     return jnp.asarray(tensor.astype(DTYPES["float32"]).read())
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _layer(config: ModelConfig, weights: Weights, x: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _layer(config: ModelConfig, index: int, weights: Weights, x: jax.Array) -> jax.Array:
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-    layer = DecoderLayer("layers.0", weights, config, "xla")
-    return layer(x, 0, rope_table(config, positions), CausalAttention(config), None)
+    layer = make_layer("layer", weights, config, index)
+    return layer(x, rope_tables(config, positions), CausalAttention(config), None)
 
 
 class Head:
@@ -78,6 +81,7 @@ class Head:
     """
 
     def __init__(self, config: ModelConfig, tensors: Mapping[str, LazyTensor]):
+        self._config = config
         if config.tie_word_embeddings:
             self._matrix = tensors["embed.embedding"].read()
         else:
@@ -89,4 +93,4 @@ class Head:
             hidden @ self._matrix[i : i + COLUMNS].astype(np.float32).T
             for i in range(0, len(self._matrix), COLUMNS)
         ]
-        return np.concatenate(parts, axis=1)
+        return np.asarray(scaled_logits(self._config, jnp.asarray(np.concatenate(parts, axis=1))))

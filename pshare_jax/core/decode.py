@@ -44,6 +44,10 @@ POLL_SECONDS = 0.0005
 _HOG = 4
 """Who has one slot of so many gives one to a client, a model or a request that has none."""
 
+_LONG = 16
+"""Tokens that a row must still have to go before it gives its slot away: others end soon anyway,
+and a replay is not free."""
+
 DEADLINE_SECONDS = 0.5
 """Between two looks at the deadlines of transfers."""
 
@@ -248,7 +252,8 @@ class DecodeCore:
     def make_room(self, newcomer: Sequence) -> bool:
         """Preempts a sequence for the sake of one that has nothing, if somebody has too much."""
         least = self.admission.num_slots / _HOG
-        hog = self._holdings().hog(newcomer, list(self._rows.values()), least)
+        long = [row for row in self._rows.values() if row.remaining >= _LONG]
+        hog = self._holdings().hog(newcomer, long, least)
         if hog is not None:
             self._preempt(hog)
         return hog is not None

@@ -64,15 +64,17 @@ class DecodeQueue:
             make_room: has somebody give way to a sequence, if that is fair, and says whether.
         """
         while self._waiting:
-            covered = holdings().next(self._waiting.values())
-            id = covered.sequence.id
-            if (room := self._reserve(covered)) is not None:
-                yield covered, room
-            elif self._admission.num_inside == 0:
-                # Nobody inside will make room: others have to, who are younger than the oldest.
+            if self._admission.num_inside == 0:
+                # Who runs alone and lacks pages gives way, and would be next again by what it
+                # holds. The oldest gets on, since all others make room for it.
                 covered = self.oldest
                 if (room := self._reserve(covered)) is None:
                     return
+                yield covered, room
+                continue
+            covered = holdings().next(self._waiting.values())
+            id = covered.sequence.id
+            if (room := self._reserve(covered)) is not None:
                 yield covered, room
             # Once for a sequence, so that it does not take from others again and again.
             elif id not in self._favoured and make_room(covered.sequence):

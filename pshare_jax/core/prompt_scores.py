@@ -120,9 +120,11 @@ class PromptScorer:
         params = msgspec.structs.replace(
             request.params, max_tokens=max(request.params.max_tokens, 1), prompt_logprobs=None
         )
+        # A token that nobody hears of is not what the next prompt goes on with.
+        goes_on = request.goes_on and request.params.max_tokens > 0
         self._own(scored, scored.answer)
         self._dispatcher.submit(
-            msgspec.structs.replace(request, id=scored.answer, params=params),
+            msgspec.structs.replace(request, id=scored.answer, params=params, goes_on=goes_on),
             order=order,
             seed=seed,
             end_token_ids=end_token_ids,

@@ -12,7 +12,7 @@ for one small chunk at the most, and never for a page.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pshare_jax.core.buckets import bucket_for
@@ -47,15 +47,15 @@ class ReplyPrefill:
         self,
         cache: PageCache,
         models: Mapping[str, ModelSpec],
-        chunk_buckets: list[int],
+        chunk_buckets: Sequence[int],
         stats: PrefillStats,
     ):
         self._cache = cache
         self._pages = PromptPages(cache)
         self._models = models
         self._buckets = chunk_buckets
-        # The shortest chunk that ends with a page, since somebody may come and have to wait for it.
-        self._budget = min(bucket for bucket in chunk_buckets if bucket >= cache.page_size)
+        # The shortest there is, since somebody may come and have to wait for it.
+        self._budget = min(chunk_buckets)
         self._stats = stats
         self._heard: list[Replied] = []
         self._jobs: deque[_Job] = deque(maxlen=MAX_REPLIES)
@@ -146,9 +146,8 @@ class ReplyPrefill:
         if not task.remaining:
             cache.release(task.pages)
             return None
-        end = task.filled + self._budget
-        covered = sequence.covered
-        task.planned = covered if end >= covered else end - end % cache.page_size
+        # It may end within a page, as a prompt does that the next one goes on from.
+        task.planned = min(task.filled + self._budget, sequence.covered)
         return task
 
     def _pin(self, job: _Job) -> None:

@@ -17,7 +17,7 @@ from pshare_jax.core.models import ModelKind
 from pshare_jax.errors import ConfigError, RequestError
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.lora import LoraModule, check_lora
-from pshare_jax.models.weights import LORA_TARGETS, Weights, lora_specs
+from pshare_jax.models.weights import Weights, lora_specs, lora_targets
 
 
 class AdapterStack:
@@ -37,7 +37,7 @@ class AdapterStack:
         self.rank = rank
         self._config = config
         self._host: dict[str, np.ndarray] = {}
-        for name, spec in lora_specs(config, rank, LORA_TARGETS).items():
+        for name, spec in lora_specs(config, rank, lora_targets(config)).items():
             shape = list(spec.shape)
             shape.insert(len(shape) - 1 if name.endswith(".lora_a") else 0, slots)
             self._host[name] = np.zeros(shape, jnp.dtype(dtype))

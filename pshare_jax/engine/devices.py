@@ -12,6 +12,8 @@ from jax.sharding import Mesh
 from pshare_jax.config import ServeConfig
 from pshare_jax.errors import ConfigError
 from pshare_jax.kernels.backends import CPU_FFI, backend_for
+from pshare_jax.models.config import ModelConfig
+from pshare_jax.models.packed import unsupported
 from pshare_jax.runtime_files import compilation_cache_folder
 from pshare_jax.sharding.mesh import carve, carve_one, request_cpu_devices
 
@@ -71,11 +73,15 @@ def num_devices(config: ServeConfig) -> int:
     return sum(side.engines * side.tensor_parallel for side in sides)
 
 
-def compute_dtype(config: ServeConfig) -> jnp.dtype:
+def compute_dtype(config: ServeConfig, model: ModelConfig | None = None) -> jnp.dtype:
     """The dtype of weights, activations and KV.
 
     Unless configured it is bfloat16, but float32 on CPUs where XLA does the products, which in
     bfloat16 are slow.
+
+    Args:
+        config: the serving configuration.
+        model: the base's architecture; None for one that the C++ layers compute.
     """
     if config.dtype != "auto":
         return jnp.dtype(config.dtype)
@@ -85,7 +91,8 @@ def compute_dtype(config: ServeConfig) -> jnp.dtype:
     tensor_parallel = max(config.prefill.tensor_parallel, config.decode.tensor_parallel)
     if tensor_parallel > 1 or backend_for(config.kernel_backend, platform) != CPU_FFI:
         return jnp.dtype(jnp.float32)
-    return jnp.dtype(jnp.bfloat16)
+    in_xla = model is not None and unsupported(model) is not None
+    return jnp.dtype(jnp.float32 if in_xla else jnp.bfloat16)
 
 
 def prepare_jax(config: ServeConfig) -> None:

@@ -364,7 +364,7 @@ class WeightLoader:
 
     def _placed(self, stacked: Weights, mesh: Mesh) -> Weights | PackedAdapters:
         """Stacked adapters as the steps of `mesh` read them."""
-        if is_packed(on_mesh(self._backend, mesh.size)):
+        if is_packed(on_mesh(self._backend, mesh.size), self._base.config):
             packed = pack_adapters(self._base.config, stacked)
             # A CPU takes the host's memory as it is, but copies from device to device.
             factors = jax.device_put(np.asarray(packed.factors), replicated(mesh))
@@ -373,7 +373,7 @@ class WeightLoader:
 
     def _packed(self, weights: Weights, mesh: Mesh) -> Weights:
         """`weights` as the steps of `mesh` read them."""
-        if not is_packed(on_mesh(self._backend, mesh.size)):
+        if not is_packed(on_mesh(self._backend, mesh.size), self._base.config):
             return weights
         return pack_weights(self._base.config, weights)
 

@@ -17,7 +17,7 @@ import jax
 
 from pshare_jax.cluster.thread import DispatcherThread, WorkerThread
 from pshare_jax.config import DecodeConfig, ServeConfig
-from pshare_jax.convert.manifest import TOKENIZER_FOLDER
+from pshare_jax.convert.manifest import TOKENIZER_FOLDER, read_manifest
 from pshare_jax.core.constraints import GrammarSpec
 from pshare_jax.core.dispatcher import Dispatcher
 from pshare_jax.core.messages import DISPATCHER, Message, Request, RequestOutput
@@ -98,13 +98,13 @@ class Orchestrator:
         self.grammars: GrammarCompiler | None = None
         if tokenizer is not None and tokenizer.eos_token_ids:
             self.grammars = GrammarCompiler(tokenizer)
-        layout = PageLayout.of(base.config, config.page_size, compute_dtype(config))
+        layout = PageLayout.of(base.config, config.page_size, compute_dtype(config, base.config))
         sizes = check_config(config, base.config, layout)
         meshes = place(config)
         specs = model_specs(base, sources, len(meshes.decode))
         self._served = ServedModels(config, base, sources, specs)
         backend = backend_for(config.kernel_backend, jax.default_backend())
-        loader = WeightLoader(base, sources, backend, config.decode, compute_dtype(config))
+        loader = WeightLoader(base, sources, backend, config.decode, layout.dtype)
         assembly = Assembly(
             config, base.config, layout, sizes, backend, loader, specs, self.grammars
         )
@@ -143,7 +143,8 @@ class Orchestrator:
             CertificateError: a decode module that does not fit the base.
         """
         prepare_jax(config)
-        base, sources = checkpoint_sources(config, compute_dtype(config))
+        dtype = compute_dtype(config, read_manifest(config.base).config)
+        base, sources = checkpoint_sources(config, dtype)
         tokenizer = Tokenizer.load(Path(config.base) / TOKENIZER_FOLDER)
         return cls(config, base, sources, tokenizer)
 

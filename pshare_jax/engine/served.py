@@ -102,7 +102,7 @@ class ServedModels:
             self._check_name(name, replace)
             source = folder
             if not isinstance(source, ModelSource):
-                dtype = compute_dtype(self._config)
+                dtype = compute_dtype(self._config, self._base.config)
                 source = model_source(ModelEntry(name, str(folder)), self._base, dtype)
             spec = modules.load(name, source, anew=replace)
             self._names[spec.name] = name

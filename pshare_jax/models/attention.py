@@ -1,4 +1,4 @@
-"""Attention over keys and values that live somewhere: rotary embedding, masks, and where KV goes.
+"""Attention over keys and values that live somewhere: masks, scores, and where KV goes.
 
 A decoder layer computes q, k and v and hands them to an `AttentionIO`, which alone knows where the
 KV of earlier positions is: nowhere (`CausalAttention`), in one dense array a layer (`DenseCache`),
@@ -7,55 +7,16 @@ or in an engine's pages.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pshare_jax.models.config import ModelConfig
 
 KV = tuple[jax.Array, jax.Array]
 """Keys and values of one layer, each `[B, S, kv_heads, head_dim]`."""
-
-
-def rope_frequencies(config: ModelConfig) -> np.ndarray:
-    """Angular frequencies of the rotary embedding, `[head_dim / 2]` float32, radians a position.
-
-    Rotary embedding as in Su et al., arXiv 2104.09864. With `config.rope_scaling` the frequencies
-    are stretched as Llama 3.1 does: wavelengths that fit `high_freq_factor` times into the
-    original context stay, those that fit less than `low_freq_factor` times grow by `factor`, those
-    between are interpolated (arXiv 2407.21783).
-    """
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
-    frequencies = config.rope_theta**-exponents
-    if (scaling := config.rope_scaling) is not None:
-        turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
-        band = scaling.high_freq_factor - scaling.low_freq_factor
-        keep = np.clip((turns - scaling.low_freq_factor) / band, 0.0, 1.0)
-        frequencies = frequencies * (keep + (1.0 - keep) / scaling.factor)
-    return frequencies.astype(np.float32)
-
-
-def rope_table(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of every angle: positions `[B, T]` -> two `[B, T, 1, head_dim / 2]` float32.
-
-    One table serves all layers of a forward pass.
-    """
-    angles = positions[..., None, None].astype(jnp.float32) * rope_frequencies(config)
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def apply_rope(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates `x [B, T, heads, head_dim]` by `table`, in float32; the dtype of x is kept.
-
-    Component i of the first half is paired with component i of the second half.
-    """
-    cos, sin = table
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
 
 
 def causal_mask(
@@ -73,7 +34,13 @@ def causal_mask(
     return visible
 
 
-def dense_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+def dense_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    soft_cap: float | None = None,
+) -> jax.Array:
     """Scaled dot-product attention with grouped KV heads; scores and softmax in float32.
 
     Args:
@@ -81,20 +48,31 @@ def dense_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -
         k: `[B, S, kv_heads, head_dim]`, dtype of q.
         v: like k.
         mask: `[B, T, S]` or `[T, S]` bool, True where a query may look.
+        soft_cap: scores are bounded to c * tanh(score / c).
 
     Returns:
         `[B, T, heads, head_dim]`, dtype of q.
     """
     # Heads are the second axis of a four-dimensional mask; one mask serves them all.
     mask = jnp.expand_dims(mask, -3 if mask.ndim == 3 else (0, 1))
-    return jax.nn.dot_product_attention(q, k, v, mask=mask)
+    if soft_cap is None:
+        return jax.nn.dot_product_attention(q, k, v, mask=mask)
+    B, T, H, D = q.shape
+    grouped = q.reshape(B, T, k.shape[2], -1, D)
+    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32)
+    scores = soft_cap * jnp.tanh(scores * D**-0.5 / soft_cap)
+    scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    out = jnp.einsum("bkgts,bskd->btkgd", weights, v, preferred_element_type=jnp.float32)
+    return out.reshape(B, T, H, D).astype(q.dtype)
 
 
 class AttentionIO(Protocol):
     """Where a forward pass finds and leaves KV. Objects live for one trace and may be mutated.
 
     q, k and v are `[B, T, heads or kv_heads, head_dim]`, q and k rotated already; scores are
-    scaled by 1 / sqrt(head_dim). Layers call in order, each at most once.
+    scaled by 1 / sqrt(head_dim). The window of a layer, and the bound of its scores, are those of
+    `ModelConfig`. Layers call in order, each at most once.
     """
 
     def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -106,6 +84,21 @@ class AttentionIO(Protocol):
         ...
 
 
+class Masks:
+    """The masks of a forward pass: layers of one window share theirs."""
+
+    def __init__(self, config: ModelConfig):
+        self._config = config
+        self._made: dict[int | None, jax.Array] = {}
+
+    def of(self, layer: int, make: Callable[[int | None], jax.Array]) -> jax.Array:
+        """The mask of a layer; `make` gives that of a window."""
+        window = self._config.layer(layer).sliding_window
+        if window not in self._made:
+            self._made[window] = make(window)
+        return self._made[window]
+
+
 class CausalAttention:
     """Attention within the T tokens alone: an ordinary forward pass. Keeps no KV.
 
@@ -113,16 +106,14 @@ class CausalAttention:
     """
 
     def __init__(self, config: ModelConfig):
-        self._window = config.sliding_window
-        self._mask: jax.Array | None = None
+        self._config = config
+        self._masks = Masks(config)
 
     def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         """See `AttentionIO.attend`."""
-        del layer
-        if self._mask is None:
-            steps = jnp.arange(q.shape[1])
-            self._mask = causal_mask(steps, steps, self._window)
-        return dense_attention(q, k, v, self._mask)
+        steps = jnp.arange(q.shape[1])
+        mask = self._masks.of(layer, lambda window: causal_mask(steps, steps, window))
+        return dense_attention(q, k, v, mask, self._config.attention_soft_cap)
 
     def store(self, layer: int, k: jax.Array, v: jax.Array) -> None:
         """Drops k and v: there is nowhere to keep them."""
@@ -153,9 +144,9 @@ class DenseCache:
     def __init__(self, config: ModelConfig, cache: Sequence[KV], start: jax.Array | int):
         self.cache = list(cache)
         """The updated cache; complete when the forward pass is."""
-        self._window = config.sliding_window
+        self._config = config
         self._start = jnp.asarray(start, jnp.int32)
-        self._mask: jax.Array | None = None
+        self._masks = Masks(config)
 
     def _write(self, slots: jax.Array, new: jax.Array) -> jax.Array:
         new = new.astype(slots.dtype)
@@ -176,7 +167,7 @@ class DenseCache:
         """See `AttentionIO.attend`."""
         self.store(layer, k, v)
         keys, values = self.cache[layer]
-        if self._mask is None:
-            positions = self._start[..., None] + jnp.arange(q.shape[1])
-            self._mask = causal_mask(positions, jnp.arange(keys.shape[1]), self._window)
-        return dense_attention(q, keys.astype(q.dtype), values.astype(q.dtype), self._mask)
+        positions, slots = self._start[..., None] + jnp.arange(q.shape[1]), keys.shape[1]
+        mask = self._masks.of(layer, lambda w: causal_mask(positions, jnp.arange(slots), w))
+        soft_cap = self._config.attention_soft_cap
+        return dense_attention(q, keys.astype(q.dtype), values.astype(q.dtype), mask, soft_cap)

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pshare_jax.models.config import ModelConfig
+from pshare_jax.models.rope import Llama3RopeScaling
 
 VERSION = 2
 
@@ -70,7 +71,8 @@ def former_fingerprints(
     Version 1 held every field of the configuration. A module that needs a later field had no name
     then.
     """
-    if not set(_without_defaults(config)) <= set(_FIELDS_OF_VERSION_1):
+    known = set(_without_defaults(config)) <= set(_FIELDS_OF_VERSION_1)
+    if not known or not isinstance(config.rope_scaling, Llama3RopeScaling | None):
         return ()
     fields = dataclasses.asdict(config)
     version_1 = {
@@ -97,8 +99,12 @@ def _without_defaults(values: Any) -> dict[str, Any]:
 
 def _canonical(value: Any) -> Any:
     """Equal numbers are written alike: 500000.0 as 500000."""
+    if isinstance(value, tuple):
+        return [_canonical(entry) for entry in value]
     if dataclasses.is_dataclass(value):
-        return _without_defaults(value)
+        kind = getattr(value, "rope_type", "llama3")
+        # Llama 3.1's was there before there were others, and says nothing of its type.
+        return _without_defaults(value) | ({} if kind == "llama3" else {"rope_type": kind})
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value

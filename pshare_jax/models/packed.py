@@ -24,17 +24,35 @@ from pshare_jax.kernels.decoder_layer.packing import (
     unpack_columns,
 )
 from pshare_jax.kernels.native.library import require_library
-from pshare_jax.models.attention import rope_table
+from pshare_jax.models.blocks.attention import query_factor
 from pshare_jax.models.config import ModelConfig
+from pshare_jax.models.decoder import rope_tables, scaled_embedding, scaled_logits
+from pshare_jax.models.registry import family
+from pshare_jax.models.rope import unrotated
 from pshare_jax.models.weights import Weights, check_weights, projection_path
 
 ALIGNMENT = 2 << 20
 """Bytes: a large memory page. From 64 on JAX takes an array of the host as it is."""
 
 
-def is_packed(backend: str) -> bool:
-    """Whether steps on a kernel backend read packed weights."""
-    return backend == CPU_FFI
+def unsupported(config: ModelConfig) -> str | None:
+    """What of a decoder the C++ layers do not compute; None if they compute all of it.
+
+    Such a decoder runs in XLA, over the C++ kernels for pages.
+    """
+    problems = {
+        "layers of its own": family(config.architecture).decoder_layer is not None,
+        "experts": config.has_experts,
+        "no norms before blocks": config.norms == "after",
+        "norms over all heads": config.qk_norm and config.qk_norm_scope != "head",
+        "biases of o or the feed-forward block": config.o_bias or config.mlp_bias,
+    }
+    return next((name for name, present in problems.items() if present), None)
+
+
+def is_packed(backend: str, config: ModelConfig) -> bool:
+    """Whether steps of a decoder on a kernel backend read packed weights."""
+    return backend == CPU_FFI and unsupported(config) is None
 
 
 def holds_packed(weights: Weights) -> bool:
@@ -57,19 +75,25 @@ def pack_weights(config: ModelConfig, weights: Weights) -> Weights:
     for i in range(config.num_layers):
         prefix = f"layers.{i}."
         own = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
-        layer = _pack_layer(library.panel_columns, config.qkv_bias, config.qk_norm, own)
+        layer = _pack_layer(library.panel_columns, config, own)
         rows = rows or [_Rows(config.num_layers, row) for row in layer]
         for all_, row in zip(rows, layer, strict=True):
             all_.set(i, row)
     vectors, matrices = (all_.on_device() for all_ in rows)
-    layers = PackedLayers(vectors, matrices, bias=config.qkv_bias, qk_norm=config.qk_norm)
+    layers = PackedLayers(
+        vectors,
+        matrices,
+        bias=config.qkv_bias,
+        qk_norm=config.qk_norm,
+        post_norms=config.norms == "both",
+    )
     embedding = weights["embed.embedding"]
     tied = config.tie_word_embeddings
     head = _pack_head(library.panel_columns, tied, embedding if tied else weights["lm_head.kernel"])
     library.advise_large_pages([layers.matrices, head])
     arrays = {
         "layers": layers,
-        "final_norm.scale": weights["final_norm.scale"].astype(jnp.float32),
+        "final_norm.scale": _norm_factors(config, weights["final_norm.scale"]),
         "head": head,
     }
     return arrays if tied else arrays | {"embed.embedding": embedding}
@@ -99,10 +123,12 @@ class _Rows:
         return jax.device_put(self._host, self._sharding)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _pack_layer(
-    columns: int, bias: bool, qk_norm: bool, own: Weights
-) -> tuple[jax.Array, jax.Array]:
+def _norm_factors(config: ModelConfig, scale: jax.Array) -> jax.Array:
+    return scale.astype(jnp.float32) + config.norm_adds_one
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _pack_layer(columns: int, config: ModelConfig, own: Weights) -> tuple[jax.Array, jax.Array]:
     """One layer's row of `PackedLayers.vectors` and of `.matrices`."""
 
     def matrix(target: str) -> jax.Array:
@@ -111,11 +137,17 @@ def _pack_layer(
         return kernel.reshape((-1, kernel.shape[-1]) if target == "o" else (kernel.shape[0], -1))
 
     qkv = ("q", "k", "v")
-    vectors = [own["attn_norm.scale"], own["mlp_norm.scale"]]
-    if bias:
+
+    def norms(*names: str) -> list[jax.Array]:
+        return [_norm_factors(config, own[f"{name}.scale"]) for name in names]
+
+    vectors = norms("attn_norm", "mlp_norm")
+    if config.qkv_bias:
         vectors.append(pad_columns([own[f"attn.{t}.bias"].reshape(-1) for t in qkv], columns))
-    if qk_norm:
-        vectors += [own["attn.q_norm.scale"], own["attn.k_norm.scale"]]
+    if config.qk_norm:
+        vectors += norms("attn.q_norm", "attn.k_norm")
+    if config.norms == "both":
+        vectors += norms("attn_post_norm", "mlp_post_norm")
     matrices = [
         pack([matrix(target) for target in qkv], columns),
         pack([matrix("o")], columns),
@@ -190,12 +222,6 @@ class PackedDecoder:
         self._weights = weights
         self._adapters = adapters
         self._index = adapter_index
-        self._shape = LayerShape(
-            config.num_heads,
-            config.intermediate_size,
-            config.rms_norm_eps,
-            config.sliding_window,
-        )
 
     def hidden(
         self,
@@ -218,21 +244,32 @@ class PackedDecoder:
         Returns:
             `[B, T, embed]` float32, and the pages.
         """
-        rope = rope_table(self._config, positions)
-        x = self._embed(tokens).astype(jnp.float32)
+        config = self._config
+        ropes = rope_tables(config, positions)
+        x = scaled_embedding(config, self._embed(tokens)).astype(jnp.float32)
         written = list(pages)
         last = len(written) - 1
         for i, layer in enumerate(written):
+            spec = config.layer(i)
             x, written[i] = decoder_layer(
                 x,
                 layer,
                 rows,
-                rope,
+                unrotated(config.head_dim, positions) if spec.rope is None else ropes[spec.rope],
                 i,
                 self._weights["layers"],
                 self._adapters,
                 self._index,
-                self._shape,
+                LayerShape(
+                    config.num_heads,
+                    config.intermediate_size,
+                    config.rms_norm_eps,
+                    spec.sliding_window,
+                    config.attention_soft_cap,
+                    query_factor(config),
+                    config.residual_scale,
+                    config.activation == "gelu_tanh",
+                ),
                 kv_only=kv_only and i == last,
             )
         return x, tuple(written)
@@ -250,7 +287,7 @@ class PackedDecoder:
 
         Logits are undefined unless the bool scalar `wanted` is true; 0 where `lens [B]` is 0.
         """
-        return lm_head(
+        logits, tokens = lm_head(
             x,
             self._weights["final_norm.scale"],
             self._weights["head"],
@@ -259,3 +296,4 @@ class PackedDecoder:
             vocab_size=self._config.vocab_size,
             eps=self._config.rms_norm_eps,
         )
+        return scaled_logits(self._config, logits), tokens

@@ -7,6 +7,7 @@ Loading, sharding, initialisation and checks all read this table.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +17,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from pshare_jax.errors import CheckpointError
-from pshare_jax.models.config import ModelConfig
+from pshare_jax.models.config import Experts, ModelConfig
+from pshare_jax.models.registry import family
 
 Weights = dict[str, Any]
 """`{name: array}`; arrays are jax.Array, numpy.ndarray or ShapeDtypeStruct."""
 
-LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+ATTENTION_TARGETS = ("q", "k", "v", "o")
+LORA_TARGETS = (*ATTENTION_TARGETS, "gate", "up", "down")
 
 
 @dataclass(frozen=True)
@@ -31,46 +34,123 @@ class WeightSpec:
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
 
+    @property
+    def inputs(self) -> int:
+        """Of a kernel or an embedding: how many numbers one of its outputs is made of."""
+        if self.axes[0] == "vocab":
+            return self.shape[1]
+        sizes = zip(self.shape, self.axes, strict=True)
+        kept = [(size, axis) for size, axis in sizes if axis != "expert"]
+        return math.prod(size for size, _ in (kept[:2] if kept[0][1] == "heads" else kept[:1]))
+
 
 def projection_path(target: str) -> str:
     """Path of a projection below its layer: `q` -> `attn.q`, `gate` -> `mlp.gate`."""
-    return f"attn.{target}" if target in ("q", "k", "v", "o") else f"mlp.{target}"
+    return f"attn.{target}" if target in ATTENTION_TARGETS else f"mlp.{target}"
 
 
-def projection_specs(config: ModelConfig) -> dict[str, WeightSpec]:
-    """The kernels of one layer's seven projections by target name (`q` .. `down`)."""
+def projection_specs(config: ModelConfig, layer: int = 0) -> dict[str, WeightSpec]:
+    """The kernels of a layer's projections by target name (`q` .. `down`), those of experts apart.
+
+    A layer with experts has the first four.
+    """
     e, f, d = config.hidden_size, config.intermediate_size, config.head_dim
     h, kh = config.num_heads, config.num_kv_heads
-    return {
+    attention = {
         "q": WeightSpec((e, h, d), ("embed", "heads", "head_dim")),
         "k": WeightSpec((e, kh, d), ("embed", "kv_heads", "head_dim")),
         "v": WeightSpec((e, kh, d), ("embed", "kv_heads", "head_dim")),
         "o": WeightSpec((h, d, e), ("heads", "head_dim", "embed")),
+    }
+    if config.layer(layer).experts is not None:
+        return attention
+    return attention | {
         "gate": WeightSpec((e, f), ("embed", "mlp")),
         "up": WeightSpec((e, f), ("embed", "mlp")),
         "down": WeightSpec((f, e), ("mlp", "embed")),
     }
 
 
+def expert_specs(config: ModelConfig, experts: Experts) -> dict[str, WeightSpec]:
+    """The kernels of a feed-forward block with experts, by name."""
+    e, f, count = config.hidden_size, experts.intermediate_size, experts.count
+    return {
+        "router": WeightSpec((e, count), ("embed", None)),
+        "gate": WeightSpec((count, e, f), ("expert", "embed", "mlp")),
+        "up": WeightSpec((count, e, f), ("expert", "embed", "mlp")),
+        "down": WeightSpec((count, f, e), ("expert", "mlp", "embed")),
+    }
+
+
+def used_parameters(config: ModelConfig) -> int:
+    """Elements of all layers' kernels that one token is multiplied by; of experts its own."""
+    total = 0
+    for i, layer in enumerate(config.layer_specs):
+        total += sum(math.prod(spec.shape) for spec in projection_specs(config, i).values())
+        if (experts := layer.experts) is not None:
+            router, *kernels = expert_specs(config, experts).values()
+            all_ = sum(math.prod(spec.shape) for spec in kernels)
+            total += math.prod(router.shape) + all_ * experts.per_token // experts.count
+    return total
+
+
+def layer_weight_specs(config: ModelConfig, layer: int) -> dict[str, WeightSpec]:
+    """The weights of one layer of the shared blocks, in checkpoint order."""
+    e, d, h, kh = config.hidden_size, config.head_dim, config.num_heads, config.num_kv_heads
+    norm = WeightSpec((e,), (None,))
+    before, after = config.norms != "after", config.norms != "before"
+    has_bias = {
+        **dict.fromkeys(("q", "k", "v"), config.qkv_bias),
+        "o": config.o_bias,
+        **dict.fromkeys(("gate", "up", "down"), config.mlp_bias),
+    }
+    specs: dict[str, WeightSpec] = {"attn_norm.scale": norm} if before else {}
+    for target, spec in projection_specs(config, layer).items():
+        path = projection_path(target)
+        specs[f"{path}.kernel"] = spec
+        if has_bias[target]:
+            inputs = 2 if target == "o" else 1
+            specs[f"{path}.bias"] = WeightSpec(spec.shape[inputs:], spec.axes[inputs:])
+    if config.qk_norm:
+        for name, heads, axis in (("q", h, "heads"), ("k", kh, "kv_heads")):
+            specs[f"attn.{name}_norm.scale"] = (
+                WeightSpec((d,), (None,))
+                if config.qk_norm_scope == "head"
+                else WeightSpec((heads, d), (axis, "head_dim"))
+            )
+    if after:
+        specs["attn_post_norm.scale"] = norm
+    if before:
+        specs["mlp_norm.scale"] = norm
+    if (experts := config.layer(layer).experts) is not None:
+        for name, spec in expert_specs(config, experts).items():
+            specs[f"experts.{name}.kernel"] = spec
+    if after:
+        specs["mlp_post_norm.scale"] = norm
+    return specs
+
+
 def weight_specs(config: ModelConfig) -> dict[str, WeightSpec]:
-    """Every weight of a full module, in checkpoint order."""
-    e, d, v = config.hidden_size, config.head_dim, config.vocab_size
+    """Every weight of a full module, in checkpoint order.
+
+    Raises:
+        CheckpointError: the architecture is not known.
+    """
+    known = family(config.architecture)
+    e, v = config.hidden_size, config.vocab_size
     specs = {"embed.embedding": WeightSpec((v, e), ("vocab", "embed"))}
     for i in range(config.num_layers):
-        prefix = f"layers.{i}."
-        specs[prefix + "attn_norm.scale"] = WeightSpec((e,), (None,))
-        for target, spec in projection_specs(config).items():
-            specs[f"{prefix}{projection_path(target)}.kernel"] = spec
-            if config.qkv_bias and target in ("q", "k", "v"):
-                specs[f"{prefix}attn.{target}.bias"] = WeightSpec(spec.shape[1:], spec.axes[1:])
-        if config.qk_norm:
-            specs[prefix + "attn.q_norm.scale"] = WeightSpec((d,), (None,))
-            specs[prefix + "attn.k_norm.scale"] = WeightSpec((d,), (None,))
-        specs[prefix + "mlp_norm.scale"] = WeightSpec((e,), (None,))
+        of_layer = known.layer_weights(config, i) or layer_weight_specs(config, i)
+        specs |= {f"layers.{i}.{name}": spec for name, spec in of_layer.items()}
     specs["final_norm.scale"] = WeightSpec((e,), (None,))
     if not config.tie_word_embeddings:
         specs["lm_head.kernel"] = WeightSpec((e, v), ("embed", "vocab"))
     return specs
+
+
+def lora_targets(config: ModelConfig) -> tuple[str, ...]:
+    """The projections that LoRA modules of a base may adapt: experts are not among them."""
+    return ATTENTION_TARGETS if config.has_experts else LORA_TARGETS
 
 
 def lora_specs(
@@ -80,10 +160,19 @@ def lora_specs(
 
     For a kernel `[*in, *out]` the factors are `lora_a [*in, rank]` and `lora_b [rank, *out]`
     (`o` has in = heads, head_dim); the update is `(alpha / rank) * a @ b`.
+
+    Raises:
+        CheckpointError: a target that modules of this base cannot adapt.
     """
+    for target in targets:
+        if target not in lora_targets(config):
+            raise CheckpointError(
+                f"LoRA on {target}: a {config.architecture} with experts can be adapted on "
+                f"{', '.join(lora_targets(config))}"
+            )
     specs: dict[str, WeightSpec] = {}
-    kernels = projection_specs(config)
     for i in range(config.num_layers):
+        kernels = projection_specs(config, i)
         for target in targets:
             kernel = kernels[target]
             split = 2 if target == "o" else 1

@@ -16,8 +16,9 @@ from pshare_jax.kernels.decoder_layer.packing import PackedAdapters
 from pshare_jax.kernels.kv_write.api import kv_write
 from pshare_jax.kernels.paged_attention.api import paged_attention
 from pshare_jax.kernels.shared_prefix_attention.api import shared_prefix_attention
+from pshare_jax.models.blocks.experts import ExpertsBackend
 from pshare_jax.models.config import ModelConfig
-from pshare_jax.models.decoder import bind
+from pshare_jax.models.decoder import Decoder, bind
 from pshare_jax.models.lora import Adapters
 from pshare_jax.models.packed import PackedDecoder, is_packed
 from pshare_jax.models.weights import Weights
@@ -59,7 +60,11 @@ class StepSpec:
     @property
     def packed(self) -> bool:
         """Whether layers run as one call each, over packed weights."""
-        return is_packed(self.backend)
+        return is_packed(self.backend, self.config)
+
+    def bind(self, weights: Weights) -> Decoder:
+        """The decoder over weights that are not packed."""
+        return bind(self.config, weights, experts=ExpertsBackend(self.backend, self.mesh))
 
 
 class PagedAttention:
@@ -97,7 +102,8 @@ class PagedAttention:
             self.pages[layer],
             *self._rows,
             *groups,
-            sliding_window=self._spec.config.sliding_window,
+            sliding_window=self._spec.config.layer(layer).sliding_window,
+            soft_cap=self._spec.config.attention_soft_cap,
             mesh=self._spec.mesh,
             backend=self._spec.backend,
         )
@@ -146,7 +152,7 @@ def _write_kv(
         return pages, jnp.sum(rows.lens)
     io = PagedAttention(spec, pages, rows)
     stacked = _stacked(adapters, adapter_index)
-    bind(spec.config, weights).write_kv(tokens, positions, io, stacked)
+    spec.bind(weights).write_kv(tokens, positions, io, stacked)
     return tuple(io.pages), jnp.sum(rows.lens)
 
 
@@ -170,7 +176,7 @@ def _next_logits(
         hidden, pages = decoder.hidden(tokens, positions, pages, rows)
         return pages, *decoder.logits(hidden[:, 0], rows.lens, needs_logits(inputs.sampling))
     io = PagedAttention(spec, pages, rows, inputs.runs)
-    decoder = bind(spec.config, weights)
+    decoder = spec.bind(weights)
     # Lives for one trace; this function is traced more than once.
     stacked = _stacked(adapters, inputs.adapter_index)
     hidden = decoder.hidden(tokens, positions, io, stacked)

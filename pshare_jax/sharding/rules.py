@@ -17,6 +17,8 @@ TENSOR = "tensor"
 """Mesh axis of tensor parallelism: the only one of a serving mesh."""
 DATA = "data"
 """Mesh axis of data parallelism, in training."""
+EXPERT = "expert"
+"""Mesh axis over which experts are split, of meshes that have one."""
 FSDP = "fsdp"
 """Mesh axis over which training splits the batch and the weights too."""
 
@@ -26,6 +28,7 @@ MESH_AXES: dict[str | None, tuple[str, ...]] = {
     "heads": (TENSOR,),
     "kv_heads": (TENSOR,),
     "mlp": (TENSOR,),
+    "expert": (EXPERT,),
     "embed": (FSDP,),
     "head_dim": (),
     None: (),
@@ -55,7 +58,7 @@ def sharding_for(mesh: Mesh, shape: tuple[int, ...], axes: tuple[str | None, ...
     their number while the query heads that read them are still split.
 
     Args:
-        mesh: has some of the axes `data`, `fsdp` and `tensor`.
+        mesh: has some of the axes `data`, `fsdp`, `tensor` and `expert`.
         shape: the array's shape.
         axes: the logical name of each axis, keys of `MESH_AXES`.
 

@@ -10,21 +10,20 @@ import jax
 import jax.numpy as jnp
 
 from pshare_jax.models.config import ModelConfig
-from pshare_jax.models.weights import projection_specs
+from pshare_jax.models.weights import used_parameters
 from pshare_jax.train.layout import Row
 from pshare_jax.train.loss import Recipe
 
 
 def _forward(config: ModelConfig, positions: Iterable[int], targets: int) -> float:
     """Operations of a forward pass over tokens at `positions` with logits for `targets` of them."""
-    kernels = sum(math.prod(spec.shape) for spec in projection_specs(config).values())
     tokens = context = 0
     for position in positions:
         tokens += 1
         context += position + 1
     attention = 4 * config.num_heads * config.head_dim * context
     head = 2 * config.hidden_size * config.vocab_size * targets
-    return config.num_layers * (2 * kernels * tokens + attention) + head
+    return 2 * used_parameters(config) * tokens + config.num_layers * attention + head
 
 
 def row_flops(recipe: Recipe, row: Row, *, kv_kept: bool) -> float:

@@ -18,7 +18,8 @@ from pshare_jax.core.split_rule import LAST_TOKEN, SplitRule
 from pshare_jax.errors import ConfigError
 from pshare_jax.kernels.backends import CPU_FFI
 from pshare_jax.kernels.matmul.api import training_backend
-from pshare_jax.models.packed import is_packed, pack_weights
+from pshare_jax.models.config import ModelConfig
+from pshare_jax.models.packed import is_packed, pack_weights, unsupported
 from pshare_jax.models.weights import Weights
 from pshare_jax.text.openings import split_rule
 from pshare_jax.text.tokenizer import Tokenizer
@@ -111,14 +112,15 @@ def _answer(
     )
 
 
-def _dtype(config: TrainConfig, platform: str, num_devices: int) -> str:
+def _dtype(config: TrainConfig, model: ModelConfig, platform: str, num_devices: int) -> str:
     """As the server's `auto`: what is trained in one dtype would be served in it."""
     if config.dtype != "auto":
         return config.dtype
     if platform != "cpu":
         return "bfloat16"
     matmul = training_backend(config.kernel_backend, platform, num_devices, "bfloat16")
-    return "bfloat16" if matmul == CPU_FFI else "float32"
+    in_cpp = matmul == CPU_FFI and unsupported(model) is None
+    return "bfloat16" if in_cpp else "float32"
 
 
 def prepare(config: TrainConfig, reporter: Reporter) -> Job:
@@ -169,7 +171,7 @@ def prepare(config: TrainConfig, reporter: Reporter) -> Job:
         base_weights = load_base(base, mesh, jnp.dtype(recipe.dtype))
         if recipe.lora is not None:
             frozen["base"] = base_weights
-        if is_packed(recipe.matmul):
+        if is_packed(recipe.matmul, base.config):
             base_weights = pack_weights(base.config, base_weights)
         used = {row for step in plan.steps for micro in step for row in micro.rows}
         used.update(range(num_train, len(rows)))
@@ -196,7 +198,7 @@ def prepare(config: TrainConfig, reporter: Reporter) -> Job:
 
 def _recipe(config: TrainConfig, base: Manifest, teacher: Teacher | None, mesh: Mesh) -> Recipe:
     platform = mesh.devices.flat[0].platform
-    dtype = _dtype(config, platform, mesh.size)
+    dtype = _dtype(config, base.config, platform, mesh.size)
     lora = None
     if config.lora.rank:
         lora = LoraShape(config.lora.rank, config.lora_alpha, tuple(config.lora.targets))

@@ -112,16 +112,10 @@ class SplitAttention:
 
     def __init__(self, config: ModelConfig, kv: jax.Array | None, batch: Arrays):
         self._kv = kv
-        positions, segments = batch["positions"], batch["segments"]
-        window = config.sliding_window
-        own = causal_mask(positions, positions[:, None, :], window)
-        own &= segments[:, :, None] == segments[:, None, :]
-        if kv is None:
-            self._mask = own
-            return
-        slots = jnp.arange(kv.shape[1])
-        base = causal_mask(positions, slots, window) & (slots < batch["covers"][..., None])
-        self._mask = jnp.concatenate([base, own], axis=-1)
+        self._config = config
+        windows = {spec.sliding_window for spec in config.layer_specs}
+        # Made before the layers run, which may be traced apart (`remat`).
+        self._masks = {window: _split_mask(window, kv, batch) for window in windows}
 
     def store(self, layer: int, k: jax.Array, v: jax.Array) -> None:
         """Drops k and v: later tokens are in the same call."""
@@ -132,7 +126,19 @@ class SplitAttention:
             base = self._kv[:, :, layer].astype(k.dtype)
             k = jnp.concatenate([base[:, :, 0], k], axis=1)
             v = jnp.concatenate([base[:, :, 1], v], axis=1)
-        return dense_attention(q, k, v, self._mask)
+        mask = self._masks[self._config.layer(layer).sliding_window]
+        return dense_attention(q, k, v, mask, self._config.attention_soft_cap)
+
+
+def _split_mask(window: int | None, kv: jax.Array | None, batch: Arrays) -> jax.Array:
+    positions, segments = batch["positions"], batch["segments"]
+    own = causal_mask(positions, positions[:, None, :], window)
+    own &= segments[:, :, None] == segments[:, None, :]
+    if kv is None:
+        return own
+    slots = jnp.arange(kv.shape[1])
+    base = causal_mask(positions, slots, window) & (slots < batch["covers"][..., None])
+    return jnp.concatenate([base, own], axis=-1)
 
 
 def bind_trainable(

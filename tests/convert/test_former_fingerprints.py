@@ -24,10 +24,19 @@ CONFIG = model_config()
 FACTORS = random_tensors(lora_specs(CONFIG, 2, ("q",)))
 
 
+FIELDS = (
+    *("architecture", "vocab_size", "hidden_size", "intermediate_size", "num_layers"),
+    *("num_heads", "num_kv_heads", "head_dim", "rope_theta", "rope_scaling", "rms_norm_eps"),
+    *("max_position_embeddings", "tie_word_embeddings", "qkv_bias", "qk_norm", "sliding_window"),
+)
+"""All that a configuration had then."""
+
+
 def version_1(manifest: Manifest, context: str) -> str:
     """The digest as it was before there were versions."""
+    config = dataclasses.asdict(manifest.config)
     content = {
-        "config": dataclasses.asdict(manifest.config),
+        "config": {name: config[name] for name in FIELDS},
         "tensors": {name: entry.sha256 for name, entry in manifest.tensors.items()},
         "tokenizer": context,
     }

@@ -16,7 +16,7 @@ from pshare_jax.convert.gguf import GGUFFile, rope_factors, unpermute_rope_rows
 from pshare_jax.convert.orbax import load_weights
 from pshare_jax.convert.sources import open_source
 from pshare_jax.errors import CheckpointError
-from pshare_jax.models.config import Llama3RopeScaling
+from pshare_jax.models.rope import Llama3RopeScaling
 from tests.convert.helpers import (
     gguf_config,
     permute_rope_rows,
@@ -187,8 +187,8 @@ def test_a_file_that_is_no_gguf(tmp_path, content):
 
 
 def test_an_unknown_architecture_is_named(tmp_path):
-    write_gguf(tmp_path / "m.gguf", CONFIG, WEIGHTS, architecture="gemma3")
-    check_refused(tmp_path / "m.gguf", tmp_path / "out", "architecture 'gemma3'", "qwen3")
+    write_gguf(tmp_path / "m.gguf", CONFIG, WEIGHTS, architecture="starcoder2")
+    check_refused(tmp_path / "m.gguf", tmp_path / "out", "architecture 'starcoder2'", "qwen3")
 
 
 @pytest.mark.parametrize(
@@ -220,9 +220,10 @@ def test_an_unexpected_tensor_is_named(tmp_path):
         tmp_path / "m.gguf",
         CONFIG,
         WEIGHTS,
-        edit=lambda writer: writer.add_tensor("blk.0.attn_q.bias", np.zeros(64, np.float32)),
+        # The first layer has none, and so the model.
+        edit=lambda writer: writer.add_tensor("blk.1.attn_q.bias", np.zeros(64, np.float32)),
     )
-    check_refused(tmp_path / "m.gguf", tmp_path / "out", "tensor blk.0.attn_q.bias is unexpected")
+    check_refused(tmp_path / "m.gguf", tmp_path / "out", "tensor blk.1.attn_q.bias is unexpected")
 
 
 def test_an_integer_tensor_is_refused(tmp_path):
@@ -238,11 +239,15 @@ def test_an_integer_tensor_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (lambda w: w.add_expert_count(8), ("mixture of experts",)),
+        (lambda w: w.add_expert_count(8), ("metadata llama.expert_used_count is missing",)),
         (lambda w: w.add_uint16("split.count", 3), ("one of 3 parts",)),
         (
+            lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE),
+            ("rope.scaling.type is 'longrope'; supported are 'none', 'linear' and 'yarn'",),
+        ),
+        (
             lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN),
-            ("rope.scaling.type 'yarn' is not supported",),
+            ("rope.scaling.factor is missing",),
         ),
         (
             lambda w: w.add_tensor("rope_freqs.weight", np.linspace(1, 9, 8, dtype=np.float32)),

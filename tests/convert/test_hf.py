@@ -17,12 +17,13 @@ from pshare_jax.convert.orbax import load_weights, read_manifest
 from pshare_jax.convert.sources import open_source
 from pshare_jax.errors import CheckpointError
 from pshare_jax.models.registry import config_from_hf
+from pshare_jax.models.text_part import text_names
 from pshare_jax.text.tokenizer import Tokenizer
 from tests.convert.helpers import model_config, random_weights, same_bits, write_hf_folder
+from tests.golden import CASES, GOLDEN
 from tests.helpers import ARCHITECTURES
 from tests.text.tiny import write_byte_level, write_words
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 CONFIG = model_config()
 WEIGHTS = random_weights(CONFIG)
 
@@ -33,6 +34,29 @@ def folder(tmp_path):
     return write_hf_folder(tmp_path / "hf", CONFIG, WEIGHTS)
 
 
+WRAPPED = ("gemma3_vision", "llava", "mistral3")
+"""Of these the language model alone is imported."""
+
+
+@pytest.mark.parametrize("case", WRAPPED)
+def test_a_language_model_within_another_is_imported_and_exported_alone(tmp_path, case):
+    source = write_words(tmp_path / "source")
+    tensors = load_file(GOLDEN / f"{case}.safetensors")
+    tensors = {n: t.astype(np.float32) for n, t in tensors.items() if not n.startswith("golden.")}
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    about = json.loads((GOLDEN / f"{case}.json").read_text())
+    (source / "config.json").write_text(json.dumps(about))
+    manifest = import_model(source, tmp_path / "checkpoint")
+    export(tmp_path / "checkpoint", tmp_path / "exported")
+    back = load_file(tmp_path / "exported" / "model.safetensors")
+    text = {name: stored for stored, name in text_names(tensors).items()}
+    assert len(back) == len(names.hf_tensors(manifest.config))
+    assert all(same_bits(back[name], tensors[text[name]]) for name in back)
+    again = import_model(tmp_path / "exported", tmp_path / "again")
+    assert again.config == manifest.config
+    assert again.fingerprint == manifest.fingerprint
+
+
 def rewrite(folder: Path, change) -> None:
     """Edits the tensors of a folder's single file."""
     path = folder / "model.safetensors"
@@ -41,8 +65,13 @@ def rewrite(folder: Path, change) -> None:
     save_file(tensors, path, {"format": "pt"})
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("case", ["llama3", "llama_tied", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        *((case, "float32") for case in CASES if case not in WRAPPED),
+        *((case, "bfloat16") for case in ("llama3", "llama_tied", "gemma3", "mixtral", "phi3")),
+    ],
+)
 def test_export_gives_back_what_was_imported(tmp_path, case, dtype):
     """Tensors and config.json of transformers' own making, bit for bit."""
     source = write_words(tmp_path / "source")
@@ -294,8 +323,12 @@ def test_a_malformed_index_is_named(tmp_path, index):
     [
         ({"architectures": ["GPT2LMHeadModel"]}, ("architectures", "GPT2LMHeadModel")),
         ({"hidden_size": None}, ("hidden_size",)),
-        ({"attention_bias": True}, ("attention_bias",)),
-        ({"rope_scaling": {"rope_type": "yarn"}}, ("yarn",)),
+        ({"partial_rotary_factor": 0.5}, ("partial_rotary_factor",)),
+        ({"rope_scaling": {"rope_type": "yarn"}}, ("rope_scaling.factor is missing",)),
+        (
+            {"architectures": ["MixtralForCausalLM"], "num_local_experts": 10**12},
+            ("experts, but the folder has only",),
+        ),
     ],
 )
 def test_an_unsupported_config_is_named(folder, tmp_path, change, words):

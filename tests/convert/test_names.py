@@ -6,30 +6,76 @@ import pytest
 
 from pshare_jax.convert.names import (
     hf_shape,
+    hf_tensors,
     hf_to_native,
     is_redundant,
     native_to_hf,
+    read_native,
     to_hf,
     to_native,
+    write_hf,
 )
 from pshare_jax.errors import CheckpointError
-from pshare_jax.models.weights import lora_specs, weight_specs
-from tests.helpers import ARCHITECTURES, tiny_config
+from pshare_jax.models.weights import lora_specs, lora_targets, weight_specs
+from tests.helpers import FAMILIES, tiny_config
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_weight_has_a_name_and_a_layout_on_both_sides(architecture):
-    config = tiny_config(architecture=architecture)
+def random_of(specs):
     rng = np.random.default_rng(0)
+    return {name: rng.standard_normal(spec.shape, np.float32) for name, spec in specs.items()}
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_every_weight_has_tensors_and_a_layout_on_both_sides(architecture):
+    config = tiny_config(architecture=architecture)
+    weights = random_of(weight_specs(config))
+    written = {name: write_hf(name, config, weights.__getitem__) for name in hf_tensors(config)}
+    assert {name: array.shape for name, array in written.items()} == {
+        name: tensor.shape for name, tensor in hf_tensors(config).items()
+    }
+    assert sum(array.size for array in written.values()) == sum(w.size for w in weights.values())
+    for name, weight in weights.items():
+        np.testing.assert_array_equal(read_native(name, config, written.__getitem__), weight)
+
+
+@pytest.mark.parametrize("architecture", [name for name in FAMILIES if name != "phi3"])
+def test_every_factor_has_a_name_and_a_layout_on_both_sides(architecture):
+    config = tiny_config(architecture=architecture)
+    factors = random_of(lora_specs(config, 3, lora_targets(config)))
     names = set()
-    for name, spec in (weight_specs(config) | lora_specs(config, rank=3)).items():
-        weight = rng.standard_normal(spec.shape, np.float32)
-        hf_name, hf = native_to_hf(name, config), to_hf(name, weight, config)
+    for name, factor in factors.items():
+        hf_name, hf = native_to_hf(name, config), to_hf(name, factor, config)
         assert hf_to_native(hf_name, config) == name
         assert hf.shape == hf_shape(name, config, rank=3)
-        np.testing.assert_array_equal(to_native(name, hf, config), weight)
+        np.testing.assert_array_equal(to_native(name, hf, config), factor)
         names.add(hf_name)
-    assert len(names) == len(weight_specs(config)) + len(lora_specs(config, rank=3))
+    assert len(names) == len(factors)
+
+
+def test_fused_and_grouped_tensors():
+    phi3 = tiny_config(architecture="phi3")
+    assert hf_tensors(phi3)["model.layers.1.self_attn.qkv_proj.weight"].shape == (128, 48)
+    assert hf_tensors(phi3)["model.layers.0.mlp.gate_up_proj.weight"].shape == (128, 48)
+    assert native_to_hf("layers.1.attn.v.kernel", phi3).endswith("1.self_attn.qkv_proj.weight")
+    # PEFT would adapt the fused projection, which is three of ours.
+    with pytest.raises(CheckpointError, match="PEFT has no name for it"):
+        native_to_hf("layers.0.attn.q.lora_a", phi3)
+    assert native_to_hf("layers.0.attn.o.lora_a", phi3).endswith("o_proj.lora_A.weight")
+    assert hf_to_native("model.layers.0.self_attn.qkv_proj.lora_A.weight", phi3) is None
+    mixtral = tiny_config(architecture="mixtral")
+    name = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
+    assert hf_tensors(mixtral)[name].shape == (48, 64)
+    with pytest.raises(CheckpointError, match=r"experts\.3\.w2\.weight: shape \[64, 48\] in"):
+        read_native(
+            "layers.1.experts.down.kernel",
+            mixtral,
+            lambda n: np.zeros((64, 48) if n == name else (48, 64)),
+        )
+
+
+def test_lora_on_experts_is_refused_by_name():
+    with pytest.raises(CheckpointError, match=r"LoRA on up: a mixtral with experts .* q, k, v, o"):
+        lora_specs(tiny_config(architecture="mixtral"), 2, ("q", "up"))
 
 
 def test_layouts_compute_the_same():

@@ -96,6 +96,7 @@ class Setting:
     store: bool = False
     reply_ahead: bool = False
     pinned_share: float = 0.5
+    chunk_buckets: tuple[int, ...] = (4, 8)
 
 
 @dataclass
@@ -393,7 +394,7 @@ class Host:
             name = f"prefill{i}"
             pool = SymbolicPool(setting.prefill_pages, PAGE)
             cache = PageCache(setting.prefill_pages, PAGE, setting.pinned_share)
-            core = PrefillCore(name, cache, self.models, [4, 8])
+            core = PrefillCore(name, cache, self.models, self.setting.chunk_buckets)
             end = SymbolicConnector(name, pool, self.link)
             self.prefill[name] = PrefillWorker(core, self._prefill_executor(end))
         for name, worker in self.prefill.items():
@@ -408,7 +409,7 @@ class Host:
     def _pair(self, index: int, decode: DecodeCore, end: SymbolicConnector) -> Any:
         """A prefill worker over a decode core's pool; returns how the decode core is scheduled."""
         name = f"prefill{index}"
-        core = PrefillCore(name, decode.cache, self.models, [4, 8])
+        core = PrefillCore(name, decode.cache, self.models, self.setting.chunk_buckets)
         pool = OnePool(core, decode)
         executor = self._prefill_executor(SymbolicConnector(name, end.pool, self.link))
         self.prefill[name] = PrefillWorker(core, executor, pool.schedule_prefill)
@@ -416,7 +417,7 @@ class Host:
         return pool.schedule_decode
 
     def _prefill_executor(self, end: SymbolicConnector) -> SymbolicPrefill:
-        return SymbolicPrefill(end, [4, 8], self._roots.__getitem__)
+        return SymbolicPrefill(end, [*self.setting.chunk_buckets], self._roots.__getitem__)
 
     def _info(self, name: str) -> WorkerInfo:
         worker = self.prefill.get(name) or self.decode[name]

@@ -36,6 +36,19 @@ def test_the_next_call_computes_only_what_was_appended(one_pool: bool, appended:
     assert stats.foreseen_tokens["identity"] == 7
 
 
+@pytest.mark.parametrize("bucket", [1, 2, 3, 7])
+def test_chunks_that_end_within_pages_give_the_same(bucket: int) -> None:
+    host = Host(Setting(reply_ahead=True, prefill_pages=40, chunk_buckets=(bucket, 8)))
+    first = host.submit("lora", PROMPT, 15)
+    host.drain()
+    assert host.prefill["prefill0"].core.stats.ahead_tokens["lora"] == 16
+    assert host.prefill["prefill0"].cache.counts().cached == 7, "28 tokens, in pages of 4"
+    second = host.submit("identity", [*context(first), 50, 51], 3)
+    host.drain()
+    assert second.usage is not None
+    assert (second.usage.computed_tokens, second.usage.cached_tokens) == (1, 28)
+
+
 def test_tokens_of_a_module_with_a_tail_are_covered_too() -> None:
     host = Host(AHEAD)
     first = host.submit("full", PROMPT, 6)

@@ -59,7 +59,13 @@ SETTINGS = {
         reply_ahead=True, prefill_pages=9, decode_pages=9, pinned_share=1.0
     ),
     "replies ahead, several": Setting(
-        reply_ahead=True, prefill=2, decode=2, prefill_pages=12, decode_pages=12, pinned_share=0.2
+        reply_ahead=True,
+        prefill=2,
+        decode=2,
+        prefill_pages=12,
+        decode_pages=12,
+        pinned_share=0.2,
+        chunk_buckets=(3, 8),
     ),
     "replies ahead, tiny pool for both": Setting(
         reply_ahead=True, one_pool=True, decode_pages=11, pinned_share=0.7

@@ -19,6 +19,7 @@ from pshare_jax.config import DecodeConfig, ModelEntry, PrefillConfig, ServeConf
 from pshare_jax.core.messages import (
     Abort,
     FinishReason,
+    Owner,
     PromptUsage,
     Request,
     RequestOutput,
@@ -231,7 +232,7 @@ class Client:
         **params: Any,
     ) -> Reply:
         """Greedy without end tokens unless asked otherwise; `then` is called after each event."""
-        salt = params.pop("cache_salt", "")
+        salt, owner = params.pop("cache_salt", ""), params.pop("owner", Owner())
         params = {"temperature": 0.0, "ignore_eos": True, **params}
         self._count += 1
         reply = Reply(params.pop("id", f"r{self._count}"))
@@ -241,7 +242,7 @@ class Client:
             reply.sink(event)
             then(event)
 
-        self.engine.submit(Request(reply.id, model, tuple(prompt), sampling, salt), sink)
+        self.engine.submit(Request(reply.id, model, tuple(prompt), sampling, salt, owner), sink)
         return reply
 
     def abort(self, reply: Reply) -> None:

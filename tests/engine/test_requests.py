@@ -39,7 +39,7 @@ def small(one: Models) -> Iterator[Client]:
         ([], {}, "prompt", "empty"),
         ([0, 256], {}, "prompt", "256 is out of range 0..255"),
         ([-1], {}, "prompt", "-1 is out of range"),
-        ([1], {"max_tokens": 0}, "max_tokens", "at least 1"),
+        ([1], {"max_tokens": -1}, "max_tokens", "at least 0"),
         ([1] * 100, {"max_tokens": 29}, "max_tokens", "100 tokens.*29.*128"),
         ([1], {"logit_bias": {256: 1.0}}, "logit_bias", "256"),
         ([1], {"logit_bias": {-1: 1.0}}, "logit_bias", "-1"),

@@ -168,7 +168,9 @@ def test_a_transfer_that_always_fails_ends_its_request(
     monkeypatch.setattr(arrivals, "TRANSFER_SECONDS", 0.5)
     rng = np.random.default_rng(11)
     bad, good = rng.integers(0, 256, (2, 21)).tolist()
-    keys = block_keys(root_key(client.engine._specs["full"].namespace, fault), bad[:20], PAGE)
+    keys = block_keys(
+        root_key(client.engine._served.specs["full"].namespace, fault), bad[:20], PAGE
+    )
     chosen = {*keys, block_key(keys[-1], bad[16:20])}
 
     def choose(pull: Pull) -> str:

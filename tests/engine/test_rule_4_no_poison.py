@@ -99,7 +99,7 @@ def test_only_prompt_pages_are_indexed(client: Client, models: Models) -> None:
     """Neither index holds a token that was generated, nor one that the decode module read."""
     prompt, salt = prompt_of(30, 21), "indexed"
     client.generate("full", prompt, 30, cache_salt=salt)
-    runtime = client.engine._specs["full"]
+    runtime = client.engine._served.specs["full"]
     root = root_key(runtime.namespace, salt)
     held: dict[str, list[tuple[int, ...]]] = {}
     for name, cache in client.engine.caches.items():

@@ -20,9 +20,10 @@ def count_evictions(client: Client, monkeypatch: pytest.MonkeyPatch) -> Counter[
     evictions: Counter[str] = Counter()
     for name, cache in client.engine.caches.items():
 
-        def evict(name: str = name, original: Any = cache._evict) -> None:
-            evictions[name] += 1
-            original()
+        def evict(*, pinned: bool = True, name: str = name, original: Any = cache._evict) -> bool:
+            evicted = original(pinned=pinned)
+            evictions[name] += evicted
+            return evicted
 
         monkeypatch.setattr(cache, "_evict", evict)
     return evictions

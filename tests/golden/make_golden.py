@@ -2,25 +2,46 @@
 
 Needs torch and transformers 5 (neither is needed to run the tests):
 
-    python tests/golden/make_golden.py
+    python tests/golden/make_golden.py [CASE ...]
 
-Each `<case>.safetensors` holds the checkpoint's tensors (float16, to be small) under their Hugging
-Face names, plus `golden.input_ids [1, T]` int64 and `golden.logits [1, T, vocab]` float32 as
+Each `<case>.safetensors` holds the tensors (float16, to be small) of a checkpoint as transformers
+saves them, plus `golden.input_ids [1, T]` int64 and `golden.logits [1, T, vocab]` float32 as
 transformers computes them in float32 with eager attention; `<case>.json` is its `config.json`.
 """
 
 from __future__ import annotations
 
 import json
+import sys
+import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, PretrainedConfig
-from transformers.models.llama import LlamaConfig
-from transformers.models.mistral import MistralConfig
-from transformers.models.qwen2 import Qwen2Config
-from transformers.models.qwen3 import Qwen3Config
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    Gemma2Config,
+    Gemma3Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GraniteConfig,
+    LlamaConfig,
+    LlavaConfig,
+    Mistral3Config,
+    MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    Phi3Config,
+    PixtralVisionConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    SiglipVisionConfig,
+    SmolLM3Config,
+)
 
 TINY = {
     "vocab_size": 128,
@@ -42,13 +63,88 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 128,
 }
+THETA = {"rope_theta": 10000.0}
+# A tenth of the tokens below: stretched and unstretched components in a head of 8.
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    **THETA,
+}
+YARN_OPTIONS = {"mscale": 1.0, "mscale_all_dim": 0.5, "beta_fast": 8.0, "truncate": False}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+}
 CASES: dict[str, PretrainedConfig] = {
     "llama3": LlamaConfig(**TINY, rope_parameters=LLAMA3_ROPE),
     "llama_tied": LlamaConfig(**TINY, tie_word_embeddings=True),
     "mistral": MistralConfig(**TINY, sliding_window=7),
     "qwen2": Qwen2Config(**TINY, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**TINY, head_dim=16),
+    "yarn": Qwen2Config(**TINY, rope_parameters=YARN_ROPE),
+    "yarn_mscale": LlamaConfig(**TINY, rope_parameters={**YARN_ROPE, **YARN_OPTIONS}),
+    "linear": LlamaConfig(**TINY, rope_parameters={"rope_type": "linear", "factor": 4.0, **THETA}),
+    "dynamic": MistralConfig(
+        **TINY, rope_parameters={"rope_type": "dynamic", "factor": 2.0, **THETA}
+    ),
+    "qwen2_windows": Qwen2Config(
+        **TINY, use_sliding_window=True, sliding_window=7, max_window_layers=1
+    ),
+    "gemma": GemmaConfig(**TINY, head_dim=16),
+    "gemma2": Gemma2Config(
+        **TINY, head_dim=16, sliding_window=7, query_pre_attn_scalar=24, attn_logit_softcapping=2.0
+    ),
+    "gemma3": Gemma3TextConfig(
+        **{**TINY, "num_hidden_layers": 3},
+        head_dim=16,
+        sliding_window=7,
+        sliding_window_pattern=3,
+        query_pre_attn_scalar=24,
+        rope_scaling={"rope_type": "linear", "factor": 8.0},
+    ),
+    "mixtral": MixtralConfig(**TINY, num_local_experts=4),
+    "qwen3_moe": Qwen3MoeConfig(
+        **{**TINY, "num_hidden_layers": 3},
+        head_dim=16,
+        num_experts=6,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        mlp_only_layers=[1],
+    ),
+    "phi3": Phi3Config(**TINY, pad_token_id=0, sliding_window=7),
+    "llama_bias": LlamaConfig(**TINY, attention_bias=True, mlp_bias=True),
+    "smollm3": SmolLM3Config(**TINY, pad_token_id=0, no_rope_layers=[1, 0]),
+    "granite": GraniteConfig(
+        **TINY,
+        embedding_multiplier=12.0,
+        attention_multiplier=0.2,
+        residual_multiplier=0.22,
+        logits_scaling=4.0,
+    ),
+    "olmo2": Olmo2Config(**TINY, pad_token_id=0),
+    "gemma3_vision": Gemma3Config(
+        text_config=Gemma3TextConfig(**TINY, head_dim=16, sliding_window=7).to_dict(),
+        vision_config=SiglipVisionConfig(**VISION).to_dict(),
+        mm_tokens_per_image=4,
+        image_token_index=99,
+    ),
+    "mistral3": Mistral3Config(
+        text_config=MistralConfig(**TINY, sliding_window=None).to_dict(),
+        vision_config=PixtralVisionConfig(**VISION).to_dict(),
+        image_token_index=99,
+    ),
+    "llava": LlavaConfig(
+        text_config=LlamaConfig(**TINY).to_dict(),
+        vision_config=CLIPVisionConfig(**VISION).to_dict(),
+        image_token_index=99,
+    ),
 }
+"""Its place decides a case's seed: new ones go to the end."""
 TOKENS = 32
 
 
@@ -60,7 +156,8 @@ def randomise(model: torch.nn.Module, generator: torch.Generator) -> None:
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if name.endswith("norm.weight"):
-            value = 1.0 + 0.2 * noise
+            # Gemma multiplies by 1 + weight.
+            value = ("gemma" not in model.config.model_type) + 0.2 * noise
         elif name.endswith("bias"):
             value = 0.3 * noise
         else:
@@ -72,20 +169,27 @@ def randomise(model: torch.nn.Module, generator: torch.Generator) -> None:
 def main() -> None:
     """Writes all cases beside this script."""
     folder = Path(__file__).parent
+    wanted = sys.argv[1:] or list(CASES)
     for seed, (case, config) in enumerate(CASES.items()):
+        if case not in wanted:
+            continue
         generator = torch.Generator().manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-        model = model.to(torch.float32).eval()
+        kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else None
+        kind = kind or AutoModelForCausalLM
+        model = kind.from_config(config, attn_implementation="eager").to(torch.float32).eval()
         randomise(model, generator)
-        input_ids = torch.randint(0, config.vocab_size, (1, TOKENS), generator=generator)
-        logits = model(input_ids).logits
-        tensors = {name: t.half().contiguous() for name, t in model.state_dict().items()}
-        if config.tie_word_embeddings:
-            del tensors["lm_head.weight"]
+        vocab_size = config.get_text_config().vocab_size
+        # Below the image token, where there is one.
+        highest = getattr(config, "image_token_index", vocab_size)
+        input_ids = torch.randint(0, highest, (1, TOKENS), generator=generator)
+        logits = model(input_ids=input_ids).logits
+        with tempfile.TemporaryDirectory() as saved:
+            model.save_pretrained(saved)
+            tensors = load_file(f"{saved}/model.safetensors")
+            config_json = json.loads(Path(saved, "config.json").read_text())
+        tensors = {name: t.half().contiguous() for name, t in tensors.items()}
         tensors |= {"golden.input_ids": input_ids, "golden.logits": logits}
         save_file(tensors, folder / f"{case}.safetensors")
-        config_json = json.loads(model.config.to_json_string())
-        config_json["architectures"] = [type(model).__name__]
         del config_json["transformers_version"]
         (folder / f"{case}.safetensors").chmod(0o644)
         (folder / f"{case}.json").write_text(json.dumps(config_json, indent=2) + "\n")

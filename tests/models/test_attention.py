@@ -10,14 +10,10 @@ import pytest
 from pshare_jax.models.attention import (
     CausalAttention,
     DenseCache,
-    apply_rope,
     causal_mask,
     dense_attention,
     init_cache,
-    rope_frequencies,
-    rope_table,
 )
-from pshare_jax.models.config import Llama3RopeScaling
 from tests.helpers import tiny_config
 
 
@@ -125,39 +121,3 @@ def test_causal_attention_keeps_nothing():
         np.testing.assert_allclose(
             io.attend(layer, q, k, v), by_definition(q, k, v, mask), atol=1e-5
         )
-
-
-def test_rope_turns_pairs_by_position_times_frequency():
-    config = dataclasses.replace(tiny_config(), rope_scaling=None, rope_theta=100.0)
-    position, half = 7, config.head_dim // 2
-    x = np.random.default_rng(0).standard_normal((1, 1, 1, config.head_dim)).astype(np.float32)
-    table = rope_table(config, jnp.asarray([[position]]))
-    rotated = np.asarray(apply_rope(jnp.asarray(x), table))[0, 0, 0]
-    for i in range(half):
-        pair = complex(x[0, 0, 0, i], x[0, 0, 0, i + half])
-        turned = pair * np.exp(1j * position * 100.0 ** (-2 * i / config.head_dim))
-        np.testing.assert_allclose(
-            [rotated[i], rotated[i + half]], [turned.real, turned.imag], atol=1e-5
-        )
-
-
-def test_llama3_scaling_keeps_short_and_stretches_long_wavelengths():
-    scaling = Llama3RopeScaling(
-        factor=8.0,
-        low_freq_factor=1.0,
-        high_freq_factor=4.0,
-        original_max_position_embeddings=8192,
-    )
-    scaled = dataclasses.replace(tiny_config(), head_dim=128, rope_theta=5e5, rope_scaling=scaling)
-    frequencies = rope_frequencies(scaled)
-    plain = rope_frequencies(dataclasses.replace(scaled, rope_scaling=None))
-    wavelengths = 2 * np.pi / plain
-    short, long = wavelengths < 8192 / 4, wavelengths > 8192
-    middle = ~short & ~long
-    np.testing.assert_array_equal(frequencies[short], plain[short])
-    np.testing.assert_allclose(frequencies[long], plain[long] / 8, rtol=1e-6)
-    assert short.any()
-    assert long.any()
-    ratio = plain[middle] / frequencies[middle]
-    assert np.all((ratio > 1) & (ratio < 8))
-    assert np.all(np.diff(ratio) > 0)

@@ -10,14 +10,14 @@ from pshare_jax.errors import CheckpointError
 from pshare_jax.models.attention import CausalAttention, DenseCache, init_cache
 from pshare_jax.models.decoder import Decoder, bind, init_weights
 from pshare_jax.models.weights import weight_specs
-from tests.helpers import ARCHITECTURES, tiny_config
+from tests.helpers import ARCHITECTURES, FAMILIES, tiny_config
 
 
 def positions_of(tokens: jax.Array, start: int = 0) -> jax.Array:
     return jnp.broadcast_to(jnp.arange(start, start + tokens.shape[1]), tokens.shape)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", FAMILIES)
 def test_parameter_paths_are_the_weight_names(architecture):
     config = tiny_config(architecture=architecture)
     weights = init_weights(config, seed=0)

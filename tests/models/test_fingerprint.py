@@ -6,8 +6,9 @@ import dataclasses
 
 import pytest
 
-from pshare_jax.models.config import Llama3RopeScaling, ModelConfig
+from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.fingerprint import former_fingerprints, prefill_fingerprint
+from pshare_jax.models.rope import Llama3RopeScaling
 
 HASHES = {"embed.embedding": "aa", "final_norm.scale": "bb"}
 PLAIN = ModelConfig(

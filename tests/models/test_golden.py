@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +14,10 @@ from pshare_jax.convert import names
 from pshare_jax.models.attention import CausalAttention
 from pshare_jax.models.decoder import bind
 from pshare_jax.models.registry import config_from_hf
-
-GOLDEN = Path(__file__).parents[1] / "golden"
-CASES = ("llama3", "llama_tied", "mistral", "qwen2", "qwen3")
+from pshare_jax.models.text_part import text_names
+from pshare_jax.models.weights import weight_specs
+from tests.golden import CASES, GOLDEN
+from tests.helpers import FAMILIES
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -26,11 +26,12 @@ def test_logits_equal_transformers(case):
     tensors = load_file(GOLDEN / f"{case}.safetensors")
     expected = tensors.pop("golden.logits")
     tokens = jnp.asarray(tensors.pop("golden.input_ids"), jnp.int32)
-    weights = {}
-    for name, tensor in tensors.items():
-        native = names.hf_to_native(name, config)
-        assert native is not None, name
-        weights[native] = jnp.asarray(names.to_native(native, tensor, config), jnp.float32)
+    tensors = {name: tensors[stored] for stored, name in text_names(tensors).items()}
+    assert set(tensors) == set(names.hf_tensors(config))
+    weights = {
+        native: jnp.asarray(names.read_native(native, config, tensors.__getitem__), jnp.float32)
+        for native in weight_specs(config)
+    }
 
     @jax.jit
     def forward(weights, tokens):
@@ -47,6 +48,15 @@ def test_the_cases_differ_where_they_should():
         case: config_from_hf(json.loads((GOLDEN / f"{case}.json").read_text())) for case in CASES
     }
     tokens = load_file(GOLDEN / "mistral.safetensors")["golden.input_ids"].shape[1]
+    assert {config.architecture for config in configs.values()} == set(FAMILIES)
+    for case in ("gemma2", "gemma3", "qwen2_windows", "phi3"):
+        windows = [spec.sliding_window for spec in configs[case].layer_specs]
+        assert min(window for window in windows if window) < tokens
+        assert (None in windows) == (case != "phi3")
+    assert len({spec.rope for spec in configs["gemma3"].layer_specs}) == 2
+    assert [spec.rope is None for spec in configs["smollm3"].layer_specs] == [False, True]
+    assert [spec.experts is None for spec in configs["qwen3_moe"].layer_specs] == [0, 1, 0]
+    assert configs["yarn"].rope_scaling.rope_type == "yarn"
     assert configs["llama3"].rope_scaling is not None
     assert not configs["llama3"].tie_word_embeddings
     assert configs["llama_tied"].tie_word_embeddings

@@ -29,6 +29,7 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
 CONFIGS = {
     **{name: tiny_config(architecture=name) for name in ARCHITECTURES},
+    **{name: tiny_config(architecture=name) for name in ("gemma2", "gemma3", "smollm3", "granite")},
     "odd sizes": tiny_config(hidden_size=51, intermediate_size=77, vocab_size=131, head_dim=10),
     "more than one panel of everything": tiny_config(
         architecture="qwen2", hidden_size=96, intermediate_size=200, num_heads=6, head_dim=48
@@ -57,8 +58,11 @@ class PagedIO:
 
     def attend(self, layer, q, k, v):
         self.store(layer, k, v)
-        window = self._config.sliding_window
-        return paged_attention(q, self.pages[layer], *self._rows, sliding_window=window)
+        window = self._config.layer(layer).sliding_window
+        soft_cap = self._config.attention_soft_cap
+        return paged_attention(
+            q, self.pages[layer], *self._rows, sliding_window=window, soft_cap=soft_cap
+        )
 
 
 def batch(config: ModelConfig, dtype: str):

@@ -1,16 +1,15 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
 from pshare_jax.errors import CheckpointError
-from pshare_jax.models.config import Llama3RopeScaling
 from pshare_jax.models.registry import config_from_hf, config_to_hf
+from pshare_jax.models.rope import Llama3RopeScaling
+from tests.golden import CASES, GOLDEN
 from tests.helpers import ARCHITECTURES, tiny_config
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 MINIMAL = {
     "architectures": ["LlamaForCausalLM"],
     "vocab_size": 128,
@@ -45,7 +44,7 @@ def test_round_trip(config):
     assert config_from_hf(json.loads(text)) == config
 
 
-@pytest.mark.parametrize("case", ["llama3", "llama_tied", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("case", CASES)
 def test_golden_configs_survive_a_round_trip(case):
     config = config_from_hf(json.loads((GOLDEN / f"{case}.json").read_text()))
     assert config_from_hf(config_to_hf(config)) == config
@@ -116,19 +115,34 @@ def test_sliding_windows():
         ({"num_key_value_heads": 3}, "num_attention_heads"),
         ({"head_dim": 7}, "head_dim is 7"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"mlp_bias": True}, "mlp_bias"),
+        ({"architectures": ["MistralForCausalLM"], "attention_bias": True}, "attention_bias"),
+        ({"architectures": ["MistralForCausalLM"], "mlp_bias": True}, "mlp_bias"),
+        ({"architectures": ["GemmaForCausalLM"], "hidden_act": "silu"}, "hidden_act is 'silu'"),
+        (
+            {"architectures": ["Gemma3ForCausalLM"], "use_bidirectional_attention": True},
+            "use_bidirectional_attention is True",
+        ),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.rope_type is 'linear'"),
+        ({"rope_scaling": {"type": "longrope"}}, "rope_scaling.rope_type is 'longrope'"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
+        ({"rope_scaling": {"type": "dynamic", "factor": -1.0}}, "rope_scaling.factor is -1.0"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling.factor is missing"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.rope_type is 'yarn'"),
+        (
+            {"rope_parameters": {"rope_type": "yarn"}},
+            "rope_parameters.factor is missing",
+        ),
         ({"rope_parameters": "default"}, "rope_parameters"),
         (
             {"architectures": ["Qwen2ForCausalLM"], "num_key_value_heads": 4}
-            | {"use_sliding_window": True, "max_window_layers": 2},
-            "max_window_layers mixes",
+            | {"use_sliding_window": True, "layer_types": ["chunked_attention"] * 4},
+            "layer_types has 'chunked_attention'",
+        ),
+        (
+            {"architectures": ["Qwen2ForCausalLM"], "num_key_value_heads": 4}
+            | {"use_sliding_window": True, "layer_types": ["full_attention"] * 3},
+            "layer_types .* must name all 4 layers",
         ),
     ],
     ids=lambda v: str(v)[:40],
@@ -142,7 +156,7 @@ def test_unsupported_configs_are_refused_by_field(fields, named):
     ("config", "field"),
     [
         (tiny_config(architecture="llama", sliding_window=8), "sliding_window"),
-        (tiny_config(architecture="llama", qkv_bias=True), "qkv_bias"),
+        (tiny_config(architecture="mistral", qkv_bias=True), "qkv_bias"),
         (tiny_config(architecture="qwen2", qk_norm=True), "qk_norm"),
     ],
     ids=["window", "bias", "qk_norm"],

@@ -160,7 +160,6 @@ BAD_FIELDS = [
     (BOTH, {"structured_outputs": {"regex": "a(b"}}, 400, "structured_outputs", "cannot be used"),
     (BOTH, {"guided_json": {"not": {}}}, 400, "guided_json", '"not"'),
     (BOTH, {"guided_json": "[" * 99_999}, 400, "guided_json", "at most 65536"),
-    (BOTH, {"prompt_logprobs": 1}, 400, "prompt_logprobs", "prompt_logprobs is not served"),
     (COMPLETIONS, {"prompt": ["x"] * 257}, 400, "prompt", "257 prompts; the server takes 256"),
     (COMPLETIONS, {"prompt": [[5]] * 257}, 400, "prompt", "257 prompts; the server takes 256"),
     (CHAT, {"messages": [USER] * 257}, 400, "messages", "257 messages; the context has 256"),

@@ -279,6 +279,18 @@ def test_a_second_signal_ends_at_once(process):
         assert process.wait() == 128 + signal.SIGTERM
 
 
+def test_sighup_reads_keys_again_and_ends_nothing(process):
+    process.start()
+    with process.completion() as sock:
+        process.signal(signal.SIGHUP)
+        assert process.status("/ready") == 200
+        process.touch("OPEN")
+        received = b""
+        while b"[DONE]" not in received:
+            received += sock.recv(65536)
+    assert process.status("/ready") == 200
+
+
 def test_a_signal_during_warm_up_ends_cleanly(process):
     eventually(lambda: process.status("/health") == 200)
     process.signal()

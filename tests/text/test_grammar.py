@@ -263,10 +263,10 @@ def test_what_is_not_supported_is_named(compiler, schema, named):
     ids=lambda spec: spec.source,
 )
 def test_broken_and_hostile_grammars_are_refused(compiler, spec):
-    start = time.monotonic()
+    start = time.thread_time()
     with pytest.raises(RequestError, match="g: the grammar cannot be used"):
         compiler.compile(spec, "g")
-    assert time.monotonic() - start < 5
+    assert time.thread_time() - start < 5
 
 
 @pytest.mark.parametrize(
@@ -274,15 +274,15 @@ def test_broken_and_hostile_grammars_are_refused(compiler, spec):
     ["(a{1000}){1000}", "((a|b){500}c{500}){500}", "([a-z]{1,500}x){1,500}", "(.*a){20}.{500}"],
 )
 def test_hostile_grammars_cost_little_or_are_refused(tokenizer, compiler, source):
-    slowest, start = 0.0, time.monotonic()
+    slowest, start = 0.0, time.thread_time()
     try:
         state = compiler.compile(GrammarSpec("regex", source), "g")
         for step in range(200):
             choices = allowed(state, tokenizer.vocab_size)
             state.accept(int(choices[step * 7919 % len(choices)]))
-            slowest, start = max(slowest, time.monotonic() - start), time.monotonic()
+            slowest, start = max(slowest, time.thread_time() - start), time.thread_time()
     except (RequestError, GrammarError):
-        slowest = max(slowest, time.monotonic() - start)
+        slowest = max(slowest, time.thread_time() - start)
     assert slowest < 0.5
 
 

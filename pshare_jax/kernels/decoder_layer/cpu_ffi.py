@@ -27,6 +27,10 @@ class LayerShape(NamedTuple):
     intermediate_size: int
     rms_norm_eps: float
     sliding_window: int | None
+    soft_cap: float | None
+    query_factor: float
+    residual_scale: float
+    gelu: bool
 
 
 def decoder_layer(
@@ -90,9 +94,13 @@ def decoder_layer(
         mlp=np.int64(shape.intermediate_size),
         eps=np.float32(shape.rms_norm_eps),
         window=np.int64(shape.sliding_window or 0),
-        soft_cap=np.float32(0),
+        soft_cap=np.float32(shape.soft_cap or 0),
         bias=layers.bias,
         qk_norm=layers.qk_norm,
+        post_norms=layers.post_norms,
+        query_factor=np.float32(shape.query_factor),
+        residual_scale=np.float32(shape.residual_scale),
+        gelu=shape.gelu,
         kv_only=kv_only,
         num_adapters=np.int64(adapters.num),
         rank=np.int64(adapters.rank),

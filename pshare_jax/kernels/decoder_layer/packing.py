@@ -21,7 +21,7 @@ TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["vectors", "matrices"],
-    meta_fields=["bias", "qk_norm"],
+    meta_fields=["bias", "qk_norm", "post_norms"],
 )
 @dataclass(frozen=True)
 class PackedLayers:
@@ -29,17 +29,20 @@ class PackedLayers:
 
     Args:
         vectors: `[layers, m]` float32: scales of the two norms, then qkv's bias padded like its
-            columns, then the scales of the norms of q and k, where the architecture has them.
+            columns, then the scales of the norms of q and k, then those of the norms after both
+            blocks, where the architecture has them.
         matrices: `[layers, n]` float32 or bfloat16: packed qkv, o, gate and up with alternating
             panels, and down.
         bias: whether there is a bias.
         qk_norm: whether q and k are normalised.
+        post_norms: whether blocks' outputs are.
     """
 
     vectors: jax.Array
     matrices: jax.Array
     bias: bool
     qk_norm: bool
+    post_norms: bool
 
 
 @functools.partial(

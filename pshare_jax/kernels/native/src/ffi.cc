@@ -160,6 +160,9 @@ ffi::Error decoder_layer(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::
     layer.mlp = call.attr<int64_t>("mlp");
     layer.geometry = call.geometry(1, call.attr<int64_t>("heads"));
     layer.eps = call.attr<float>("eps");
+    layer.query_factor = call.attr<float>("query_factor");
+    layer.residual_scale = call.attr<float>("residual_scale");
+    layer.gelu = call.attr<bool>("gelu");
     layer.kv_only = call.attr<bool>("kv_only");
     layer.num_adapters = call.attr<int64_t>("num_adapters");
     layer.rank = call.attr<int64_t>("rank");
@@ -170,7 +173,7 @@ ffi::Error decoder_layer(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::
     if (!call.good(problem(rows, tokens, layer.geometry, call.dim(1, 0))) ||
         !call.good(locate(layer, call.data<float>(7) + number * vectors, vectors,
                           call.data<E>(8) + number * matrices, matrices, call.attr<bool>("bias"),
-                          call.attr<bool>("qk_norm"))) ||
+                          call.attr<bool>("qk_norm"), call.attr<bool>("post_norms"))) ||
         !call.good(locate_adapters(layer, call.data<E>(9) + number * factors, factors, rows.batch,
                                    call.attr<int64_t>("targets")))) {
       return;

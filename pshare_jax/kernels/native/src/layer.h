@@ -27,9 +27,12 @@ struct Layer {
   long embed, mlp;
   Geometry geometry;
   float eps;
+  float query_factor, residual_scale;  // of rotated queries; of what is added to x
+  bool gelu;     // the gate's activation: tanh-approximated GELU, or SiLU
   bool kv_only;  // write K and V and compute nothing else
   const float *attn_norm, *mlp_norm;
   const float *bias, *q_norm, *k_norm;  // null where there is none; bias as long as qkv's panels
+  const float *attn_post_norm, *mlp_post_norm;  // of a block's output; null where there is none
   const E *qkv, *o, *gate_up, *down;
   long num_adapters = 0, rank = 0;
   const int32_t* adapter_index = nullptr;  // [batch], -1 for none
@@ -40,7 +43,7 @@ struct Layer {
 // decoder_layer/packing.py. Returns what is wrong, or nothing.
 template <class E>
 std::string locate(Layer<E>& l, const float* vectors, long num_vectors, const E* matrices,
-                   long num_matrices, bool bias, bool qk_norm) {
+                   long num_matrices, bool bias, bool qk_norm, bool post_norms) {
   const float* vectors_end = vectors + num_vectors;
   const E* matrices_end = matrices + num_matrices;
   const Geometry& g = l.geometry;
@@ -56,6 +59,8 @@ std::string locate(Layer<E>& l, const float* vectors, long num_vectors, const E*
   l.bias = bias ? take(vectors, qkv * kPanel) : nullptr;
   l.q_norm = qk_norm ? take(vectors, g.head_dim) : nullptr;
   l.k_norm = qk_norm ? take(vectors, g.head_dim) : nullptr;
+  l.attn_post_norm = post_norms ? take(vectors, l.embed) : nullptr;
+  l.mlp_post_norm = post_norms ? take(vectors, l.embed) : nullptr;
   l.qkv = take(matrices, qkv * panel_size<E>(l.embed));
   l.o = take(matrices, panels(l.embed) * panel_size<E>(heads));
   l.gate_up = take(matrices, 2 * panels(l.mlp) * panel_size<E>(l.embed));
@@ -111,11 +116,12 @@ class LayerCall {
   void run() {
     if (count_ == 0) return;
     static thread_local Buffer<Left<E>> normed, q, attended, hidden, low;
-    static thread_local Buffer<float> qkv;
+    static thread_local Buffer<float> qkv, update;
     normed_ = normed.get(count_ * embed_stride());
     qkv_ = qkv.get(count_ * qkv_panels_ * kPanel);
     q_ = q.get(count_ * g_.heads() * g_.head_dim);
     attended_ = attended.get(count_ * round_up(g_.heads() * g_.head_dim, 2));
+    update_ = update.get(l_.attn_post_norm != nullptr ? count_ * l_.embed : 0);
     hidden_ = hidden.get(count_ * round_up(l_.mlp, 2));
     find_adapters();
     low_ = low.get(used_.empty() ? 0 : kTargets * count_ * l_.rank);
@@ -158,8 +164,9 @@ class LayerCall {
     multiply<E>(team, count_, attended_, width, l_.o, width, 0, panels(l_.embed), 1,
                 [&](long r, long n, long panel, float* tile) {
                   adapt(kO, r, n, panel, tile, kPanel);
-                  add_to_residual(r, n, panel, tile);
+                  add(r, n, panel, tile, l_.attn_post_norm);
                 });
+    add_normed(team, l_.attn_post_norm);
   }
 
   void mlp_block(Team& team) {
@@ -178,7 +185,7 @@ class LayerCall {
                     for (int v = 0; v < kVectors; v++) {
                       VF g = load<VF>(gate + v * kWidth);
                       VF up = load<VF>(gate + kPanel + v * kWidth);
-                      store(gate + v * kWidth, g / (1.0f + exp(-g)) * up);
+                      store(gate + v * kWidth, g / (1.0f + exp(-exponent(g))) * up);
                     }
                     convert(gate, hidden_ + (r + i) * stride + column, width);
                   }
@@ -187,8 +194,9 @@ class LayerCall {
     multiply<E>(team, count_, hidden_, stride, l_.down, l_.mlp, 0, panels(l_.embed), 1,
                 [&](long r, long n, long panel, float* tile) {
                   adapt(kDown, r, n, panel, tile, kPanel);
-                  add_to_residual(r, n, panel, tile);
+                  add(r, n, panel, tile, l_.mlp_post_norm);
                 });
+    add_normed(team, l_.mlp_post_norm);
   }
 
   void norm(Team& team, const float* scale) {
@@ -198,12 +206,32 @@ class LayerCall {
     });
   }
 
-  void add_to_residual(long r, long n, long panel, const float* tile) {
+  // SiLU(g) is g * sigmoid(g), and GELU's approximation by tanh is g * sigmoid of this cubic.
+  VF exponent(VF g) const {
+    return l_.gelu ? g * (g * g * 0.0713548163f + 1.5957691216f) : g;
+  }
+
+  // Adds a tile to the residual stream; with a norm in between it is kept until rows are whole.
+  void add(long r, long n, long panel, const float* tile, const float* post_norm) {
     long width = std::min<long>(kPanel, l_.embed - panel * kPanel);
     for (long i = 0; i < n; i++) {
+      const float* from = tile + i * kPanel;
+      if (post_norm != nullptr) {
+        std::memcpy(update_ + (r + i) * l_.embed + panel * kPanel, from, width * sizeof(float));
+        continue;
+      }
       float* to = row(r + i) + panel * kPanel;
-      for (long j = 0; j < width; j++) to[j] += tile[i * kPanel + j];
+      for (long j = 0; j < width; j++) to[j] += l_.residual_scale * from[j];
     }
+  }
+
+  void add_normed(Team& team, const float* post_norm) {
+    if (post_norm == nullptr) return;
+    team.loop(count_, [&](long r) {
+      float *from = update_ + r * l_.embed, *to = row(r);
+      normalise(from, post_norm, l_.embed, l_.eps, from);
+      for (long j = 0; j < l_.embed; j++) to[j] += l_.residual_scale * from[j];
+    });
   }
 
   void rotate_and_store(long r) {
@@ -228,6 +256,9 @@ class LayerCall {
     if (l_.kv_only) return;
     for (long h = 0; h < g_.heads(); h++) {
       rotate(all + h * g_.head_dim, l_.q_norm);
+      if (l_.query_factor != 1.0f) {
+        for (long i = 0; i < g_.head_dim; i++) all[h * g_.head_dim + i] *= l_.query_factor;
+      }
       convert(all + h * g_.head_dim, q_ + (r * g_.heads() + h) * g_.head_dim, g_.head_dim);
     }
   }
@@ -301,7 +332,7 @@ class LayerCall {
   std::vector<long> index_, row_, first_, used_;
   Left<E> *normed_ = nullptr, *q_ = nullptr, *attended_ = nullptr, *hidden_ = nullptr,
           *low_ = nullptr;
-  float* qkv_ = nullptr;
+  float *qkv_ = nullptr, *update_ = nullptr;
 };
 
 }  // namespace pshare

@@ -1,4 +1,4 @@
-"""The parts of a decoder layer. Each reads its own weights, by name, from the flat dict.
+"""Norms, linear maps and embeddings. Each reads its own weights, by name, from the flat dict.
 
 Products of bfloat16 accumulate in float32; results have the dtype of the input. `backend` names the
 one that multiplies, see `kernels/matmul`.
@@ -16,18 +16,24 @@ from pshare_jax.models.weights import Weights
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square normalisation of the last axis (arXiv 1910.07467), in float32."""
+    """Root-mean-square normalisation (arXiv 1910.07467) of the axes that `scale` has, in float32.
 
-    def __init__(self, path: str, weights: Weights, eps: float):
+    With `adds_one` the factor is 1 + scale.
+    """
+
+    def __init__(self, path: str, weights: Weights, eps: float, *, adds_one: bool = False):
         self.scale = nnx.Param(weights[f"{path}.scale"])
         self.eps = eps
+        self.adds_one = adds_one
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[..., N]` -> `[..., N]`."""
+        """`[..., *N]` -> `[..., *N]`, where scale is `[*N]`."""
         wide = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        scale = self.scale[...].astype(jnp.float32)
+        axes = tuple(range(-scale.ndim, 0))
+        mean_square = jnp.mean(jnp.square(wide), axis=axes, keepdims=True)
         normed = wide * jax.lax.rsqrt(mean_square + self.eps)
-        return (normed * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+        return (normed * (1.0 + scale if self.adds_one else scale)).astype(x.dtype)
 
 
 class Projection(nnx.Module):
@@ -73,16 +79,3 @@ class Embedding(nnx.Module):
     def logits(self, x: jax.Array) -> jax.Array:
         """`[..., embed]` -> `[..., vocab]` float32: the similarity to every token's embedding."""
         return matmul(x, self.embedding[...], transposed=True, backend=self.backend)
-
-
-class MLP(nnx.Module):
-    """The gated feed-forward block: `down(silu(gate(x)) * up(x))` (SwiGLU, arXiv 2002.05202)."""
-
-    def __init__(self, path: str, weights: Weights, backend: str):
-        self.gate = Projection(f"{path}.gate", weights, backend)
-        self.up = Projection(f"{path}.up", weights, backend)
-        self.down = Projection(f"{path}.down", weights, backend)
-
-    def __call__(self, x: jax.Array, adapters: Adapters | None = None) -> jax.Array:
-        """`[B, T, embed]` -> `[B, T, embed]`."""
-        return self.down(jax.nn.silu(self.gate(x, adapters)) * self.up(x, adapters), adapters)

@@ -1,0 +1,60 @@
+"""Grouped experts: each token's weighted sum of the gated feed-forward blocks that it chose."""
+
+from __future__ import annotations
+
+import jax
+from jax.sharding import Mesh
+
+from pshare_jax.kernels.backends import select_backend
+from pshare_jax.kernels.experts import grouped, reference, tiles
+from pshare_jax.kernels.experts.over_mesh import over_mesh
+
+BACKENDS = {
+    "xla": over_mesh(tiles.experts),
+    "reference": reference.experts,
+    "cpu_ffi": over_mesh(tiles.experts),
+    "pallas_tpu": over_mesh(grouped.with_megablox),
+    # XLA's grouped product would compute every expert for every row there.
+    "pallas_gpu": over_mesh(tiles.experts),
+    "pallas_tpu_interpret": over_mesh(grouped.with_interpreted_megablox),
+    "pallas_gpu_interpret": over_mesh(tiles.experts),
+    "ragged_dot": over_mesh(grouped.with_ragged_dot),
+}
+"""`ragged_dot` is XLA's own grouped product, which alone has gradients: the one for training."""
+
+
+def experts(
+    x: jax.Array,
+    weights: jax.Array,
+    chosen: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+    *,
+    mesh: Mesh | None = None,
+    backend: str = "auto",
+) -> jax.Array:
+    """`sum_i weights[n, i] * down(silu(gate(x[n])) * up(x[n]))` of expert `chosen[n, i]`.
+
+    Products accumulate in float32. What a token gets does not depend on the others but for the
+    order of sums within a product.
+
+    Args:
+        x: `[N, embed]`, float32 or bfloat16.
+        weights: `[N, k]` float32.
+        chosen: `[N, k]` int32, 0 .. X - 1, no expert twice.
+        gate: `[X, embed, mlp]` of x's dtype.
+        up: like gate.
+        down: `[X, mlp, embed]` of x's dtype.
+        mesh: the mesh that the arrays live on, as `sharding/rules.py` lays them out; None for one
+            device.
+        backend: a key of `BACKENDS`, or `auto`.
+
+    Returns:
+        `[N, embed]` of x's dtype.
+
+    Raises:
+        ValueError: an unknown backend.
+    """
+    compute = select_backend("experts", BACKENDS, backend)
+    return compute(x, weights, chosen, gate, up, down, mesh=mesh).astype(x.dtype)

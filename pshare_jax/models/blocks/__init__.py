@@ -1,0 +1,1 @@
+"""What decoder layers are made of; each block reads its own weights."""

@@ -1,0 +1,62 @@
+"""A feed-forward block with experts: a router, and the few experts that it chooses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from pshare_jax.kernels.experts.api import experts
+from pshare_jax.kernels.matmul.api import matmul
+from pshare_jax.models.config import Experts
+from pshare_jax.models.weights import Weights
+
+
+@dataclass(frozen=True)
+class ExpertsBackend:
+    """Which backend of `kernels/experts` computes, and the mesh that it splits its work over."""
+
+    name: str = "ragged_dot"
+    mesh: Mesh | None = None
+
+
+class Kernel(nnx.Module):
+    """One weight of a block."""
+
+    def __init__(self, path: str, weights: Weights):
+        self.kernel = nnx.Param(weights[f"{path}.kernel"])
+
+
+class ExpertsMLP(nnx.Module):
+    """Each token's sum of the experts of the highest scores, weighted by their softmax."""
+
+    def __init__(self, path: str, weights: Weights, about: Experts, backend: ExpertsBackend):
+        self.router = Kernel(f"{path}.router", weights)
+        self.gate = Kernel(f"{path}.gate", weights)
+        self.up = Kernel(f"{path}.up", weights)
+        self.down = Kernel(f"{path}.down", weights)
+        self.about = about
+        self.backend = backend
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, T, embed]` -> `[B, T, embed]`."""
+        B, T, E = x.shape
+        flat = x.reshape(B * T, E)
+        scores = jax.nn.softmax(matmul(flat, self.router.kernel[...], dtype=jnp.float32))
+        weights, chosen = jax.lax.top_k(scores, self.about.per_token)
+        if self.about.normalised:
+            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        out = experts(
+            flat,
+            weights,
+            chosen,
+            self.gate.kernel[...],
+            self.up.kernel[...],
+            self.down.kernel[...],
+            mesh=self.backend.mesh,
+            backend=self.backend.name,
+        )
+        return out.reshape(B, T, E)

@@ -1,0 +1,188 @@
+"""Rotary position embedding (Su et al., arXiv 2104.09864), and how it is stretched.
+
+A scaling changes the frequencies, and YaRN the size of what is rotated, as transformers computes
+them. None depends on a sequence's length: a key is rotated once, by its position, and stays valid
+in the cache whatever comes after it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+RopeTable = tuple[jax.Array, jax.Array]
+"""Cosine and sine of every angle, each `[B, T, 1, head_dim / 2]` float32."""
+
+
+@dataclass(frozen=True)
+class Llama3RopeScaling:
+    """Llama 3.1's frequency scaling (arXiv 2407.21783); lengths in tokens.
+
+    Wavelengths that fit `high_freq_factor` times into the original context stay, those that fit
+    less than `low_freq_factor` times grow by `factor`, those between are interpolated.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    rope_type: ClassVar[str] = "llama3"
+    attention_factor: ClassVar[float] = 1.0
+
+    def frequencies(self, theta: float, head_dim: int) -> np.ndarray:
+        """See `rope_frequencies`; float64."""
+        frequencies = _plain(theta, head_dim)
+        turns = self.original_max_position_embeddings * frequencies / (2 * np.pi)
+        band = self.high_freq_factor - self.low_freq_factor
+        keep = np.clip((turns - self.low_freq_factor) / band, 0.0, 1.0)
+        return frequencies * (keep + (1.0 - keep) / self.factor)
+
+
+@dataclass(frozen=True)
+class LinearRopeScaling:
+    """Positions divided by `factor` (arXiv 2306.15595)."""
+
+    factor: float
+
+    rope_type: ClassVar[str] = "linear"
+    attention_factor: ClassVar[float] = 1.0
+
+    def frequencies(self, theta: float, head_dim: int) -> np.ndarray:
+        """See `rope_frequencies`; float64."""
+        return _plain(theta, head_dim) / self.factor
+
+
+@dataclass(frozen=True)
+class YarnRopeScaling:
+    """YaRN (arXiv 2309.00071).
+
+    Args:
+        factor: what long wavelengths grow by.
+        original_max_position_embeddings: tokens of the context before.
+        attention_factor: what rotated queries and keys are multiplied by.
+        beta_fast: turns within the original context from which on frequencies stay.
+        beta_slow: turns below which they are divided by `factor`.
+        truncate: whether the band between is widened to whole components.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+    attention_factor: float
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+    rope_type: ClassVar[str] = "yarn"
+
+    def frequencies(self, theta: float, head_dim: int) -> np.ndarray:
+        """See `rope_frequencies`; float64."""
+        low, high = (self._component(b, theta, head_dim) for b in (self.beta_fast, self.beta_slow))
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
+        width = high - low or 0.001
+        stretched = np.clip((np.arange(head_dim // 2) - low) / width, 0.0, 1.0)
+        return _plain(theta, head_dim) * (1.0 - stretched + stretched / self.factor)
+
+    def _component(self, turns: float, theta: float, head_dim: int) -> float:
+        """Which component turns so often within the original context."""
+        original = self.original_max_position_embeddings
+        return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+
+RopeScaling = Llama3RopeScaling | LinearRopeScaling | YarnRopeScaling
+
+_SCALINGS: dict[str, type[RopeScaling]] = {
+    scaling.rope_type: scaling
+    for scaling in (Llama3RopeScaling, LinearRopeScaling, YarnRopeScaling)
+}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """One rotary embedding: the base of its wavelengths, and their scaling."""
+
+    theta: float = 10000.0
+    scaling: RopeScaling | None = None
+
+
+def scaling_to_json(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    """A scaling as a JSON object; `rope_type` tells which, and is absent for Llama 3.1's."""
+    if scaling is None:
+        return None
+    values = dataclasses.asdict(scaling)
+    if isinstance(scaling, Llama3RopeScaling):
+        return values
+    return {"rope_type": scaling.rope_type, **values}
+
+
+def scaling_from_json(values: Mapping[str, Any] | None) -> RopeScaling | None:
+    """The inverse of `scaling_to_json`.
+
+    Raises:
+        TypeError, KeyError: no such scaling.
+    """
+    if values is None:
+        return None
+    fields = dict(values)
+    return _SCALINGS[fields.pop("rope_type", Llama3RopeScaling.rope_type)](**fields)
+
+
+def yarn_attention_factor(
+    factor: float, mscale: float | None = None, mscale_all_dim: float | None = None
+) -> float:
+    """YaRN's attention factor where a checkpoint does not state it."""
+
+    def of(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    return of(mscale) / of(mscale_all_dim) if mscale and mscale_all_dim else of(1.0)
+
+
+def _plain(theta: float, head_dim: int) -> np.ndarray:
+    exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
+    return theta**-exponents
+
+
+def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
+    """Angular frequencies, `[head_dim / 2]` float32, radians a position."""
+    if rope.scaling is None:
+        return _plain(rope.theta, head_dim).astype(np.float32)
+    return rope.scaling.frequencies(rope.theta, head_dim).astype(np.float32)
+
+
+def rope_table(rope: Rope, head_dim: int, positions: jax.Array) -> RopeTable:
+    """Cosine and sine of every angle, times the attention factor, for positions `[B, T]`.
+
+    One table serves all layers of a forward pass that rotate alike.
+    """
+    angles = positions[..., None, None].astype(jnp.float32) * rope_frequencies(rope, head_dim)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if rope.scaling is None or rope.scaling.attention_factor == 1.0:
+        return cos, sin
+    return cos * rope.scaling.attention_factor, sin * rope.scaling.attention_factor
+
+
+def unrotated(head_dim: int, positions: jax.Array) -> RopeTable:
+    """The table of no rotation at all, for positions `[B, T]`."""
+    shape = (*positions.shape, 1, head_dim // 2)
+    return jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
+
+
+def apply_rope(x: jax.Array, table: RopeTable) -> jax.Array:
+    """Rotates `x [B, T, heads, head_dim]` by `table`, in float32; the dtype of x is kept.
+
+    Component i of the first half is paired with component i of the second half.
+    """
+    cos, sin = table
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)

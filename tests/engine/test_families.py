@@ -1,0 +1,52 @@
+"""Rule 2 for families whose layers differ, have experts, or are left to XLA by the C++ layers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pshare_jax.config import DecodeConfig, PrefillConfig, ServeConfig
+from pshare_jax.engine.devices import compute_dtype
+from tests.engine.harness import Models, lora_module, running, serve_config
+from tests.helpers import tiny_config
+
+
+def with_degree(prefill: int, decode: int) -> ServeConfig:
+    return serve_config(
+        prefill=PrefillConfig(tensor_parallel=prefill, chunk_buckets=[16], num_pages=40),
+        decode=DecodeConfig(
+            tensor_parallel=decode,
+            batch_buckets=[4],
+            max_num_seqs=8,
+            replay_buckets=[4],
+            num_pages=40,
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("architecture", "degrees"),
+    [("gemma2", (1, 1)), ("gemma3", (1, 2)), ("qwen3_moe", (2, 4)), ("olmo2", (2, 1))],
+)
+def test_greedy_tokens_are_the_oracles(architecture: str, degrees: tuple[int, int]) -> None:
+    models = Models(tiny_config(architecture=architecture))
+    models.add_identity("identity")
+    models.add_full("full", 1, tail=2)
+    models.add_lora("lora", lora_module(models.config, 3, rank=2, targets=("q", "v")))
+    contexts = np.random.default_rng(0).integers(0, 256, (2, 41)).tolist()
+    prompts = [tuple(context[:n]) for context in contexts for n in (1, 9, 24, 41)]
+    with running(models, with_degree(*degrees)) as client:
+        asked = [(name, prompt) for prompt in prompts for name in models.tails]
+        replies = [client.submit(name, prompt, 5) for name, prompt in asked]
+        for reply in replies:
+            reply.wait(120)
+        client.check_idle()
+    for (name, prompt), reply in zip(asked, replies, strict=True):
+        assert reply.tokens == models.expected(name, prompt, 5), (name, len(prompt))
+
+
+def test_a_family_that_xla_computes_is_served_in_float32_on_a_cpu() -> None:
+    """bfloat16 products are slow there, but in C++."""
+    config = serve_config(dtype="auto")
+    assert compute_dtype(config, tiny_config(architecture="olmo2")) == "float32"
+    assert compute_dtype(config, tiny_config(architecture="gemma3")) == "bfloat16"

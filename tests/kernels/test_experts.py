@@ -1,0 +1,98 @@
+"""Every backend of grouped experts against their definition, on one device and on meshes."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+
+from pshare_jax.kernels.backends import BACKEND_NAMES
+from pshare_jax.kernels.experts.api import BACKENDS, experts
+from pshare_jax.sharding.rules import sharding_for
+
+EMBED, UNITS = 24, 16
+# Tokens, experts, chosen: one token, more experts than choices, one expert for most of the tokens.
+SHAPES = [(1, 8, 2), (5, 8, 3), (70, 4, 2)]
+
+
+def arguments(tokens: int, count: int, per_token: int, dtype: str = "float32"):
+    """Experts are chosen unevenly, and the last one by nobody."""
+    rng = np.random.default_rng(tokens)
+    chosen = np.stack([rng.permutation(count - 1)[:per_token] for _ in range(tokens)])
+    chosen[: tokens // 2] = np.sort(chosen[: tokens // 2])[:, ::-1]
+    weights = rng.uniform(0.1, 1, (tokens, per_token))
+    weights[tokens // 2 :, -1] = 0.0
+    normal = [
+        rng.standard_normal(shape) / np.sqrt(shape[-2])
+        for shape in ((tokens, EMBED), *[(count, EMBED, UNITS)] * 2, (count, UNITS, EMBED))
+    ]
+    x, gate, up, down = (jnp.asarray(a, dtype) for a in normal)
+    return x, jnp.asarray(weights, jnp.float32), jnp.asarray(chosen, jnp.int32), gate, up, down
+
+
+def by_definition(x, weights, chosen, gate, up, down):
+    """One token and one expert at a time, in float64."""
+    x, weights, gate, up, down = (np.asarray(a, np.float64) for a in (x, weights, gate, up, down))
+    out = np.zeros(x.shape)
+    for n, i in np.ndindex(*chosen.shape):
+        of = int(chosen[n, i])
+        a = x[n] @ gate[of]
+        out[n] += weights[n, i] * ((a / (1 + np.exp(-a)) * (x[n] @ up[of])) @ down[of])
+    return out
+
+
+def test_every_op_has_all_backends():
+    assert tuple(BACKENDS) == (*BACKEND_NAMES, "ragged_dot")
+    with pytest.raises(ValueError, match="experts: unknown backend 'none'"):
+        experts(*arguments(1, 4, 2), backend="none")
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("backend", ["ragged_dot", "xla", "reference", "pallas_tpu_interpret"])
+def test_numbers(backend, shape):
+    operands = arguments(*shape)
+    out = jax.jit(functools.partial(experts, backend=backend))(*operands)
+    np.testing.assert_allclose(out, by_definition(*operands), atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["ragged_dot", "xla"])
+def test_bfloat16(backend):
+    operands = arguments(9, 8, 3, "bfloat16")
+    out = jax.jit(functools.partial(experts, backend=backend))(*operands)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out.astype(jnp.float32), by_definition(*operands), atol=0.05)
+
+
+@pytest.mark.parametrize(
+    "axes", [{"tensor": 2}, {"expert": 2}, {"expert": 2, "tensor": 2}], ids=str
+)
+@pytest.mark.parametrize("backend", ["ragged_dot", "xla"])
+def test_a_mesh_computes_the_same(backend, axes):
+    """Experts that are another device's are left out there, and their garbage too."""
+    size = int(np.prod(list(axes.values())))
+    mesh = Mesh(np.asarray(jax.devices()[:size]).reshape(*axes.values()), tuple(axes))
+    operands = arguments(7, 8, 3)
+    names = [(None, None)] * 3 + [("expert", "embed", "mlp")] * 2 + [("expert", "mlp", "embed")]
+    shardings = [sharding_for(mesh, a.shape, axes) for a, axes in zip(operands, names, strict=True)]
+    assert any(set(s.spec) & set(axes) for s in shardings if isinstance(s, NamedSharding))
+    placed = [jax.device_put(a, s) for a, s in zip(operands, shardings, strict=True)]
+    out = jax.jit(functools.partial(experts, mesh=mesh, backend=backend))(*placed)
+    np.testing.assert_allclose(out, by_definition(*operands), atol=1e-5)
+
+
+def test_the_backend_for_training_has_gradients():
+    operands = arguments(6, 4, 2)
+
+    def loss(backend, x, weights, chosen, *kernels):
+        return jnp.sum(jnp.sin(experts(x, weights, chosen, *kernels, backend=backend)))
+
+    of = [
+        jax.grad(functools.partial(loss, backend), argnums=(0, 1, 3, 4, 5))(*operands)
+        for backend in ("ragged_dot", "reference")
+    ]
+    for actual, expected in zip(*of, strict=True):
+        np.testing.assert_allclose(actual, expected, atol=1e-5)
