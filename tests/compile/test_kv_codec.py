@@ -24,6 +24,7 @@ def codebook(codec: str, shape: tuple[int, ...]) -> Codebook:
     return Codebook(codec, np.resize(np.arange(100, 115, dtype=np.uint8), table))
 
 
+@pytest.mark.timeout(1200)  # TPUs' compiler takes minutes for the scatter of escapes
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("codec", ["planes", "top16"])
 @pytest.mark.parametrize("name", ACCELERATORS)
