@@ -14,7 +14,7 @@ from pshare_jax.kernels.kv_codec.codebook import Codebook
 
 pytestmark = pytest.mark.compile
 
-SHAPES = {"Llama-3.1-8B": (32, 2, 8, 32, 128), "SmolLM2-135M": (30, 2, 3, 64, 64)}
+SHAPES = {"head_dim 64": (2, 2, 3, 64, 64)}
 PAGES = 4
 
 
@@ -24,6 +24,7 @@ def codebook(codec: str, shape: tuple[int, ...]) -> Codebook:
     return Codebook(codec, np.resize(np.arange(100, 115, dtype=np.uint8), table))
 
 
+@pytest.mark.timeout(1200)  # TPUs' compiler takes minutes for the scatter of escapes
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("codec", ["planes", "top16"])
 @pytest.mark.parametrize("name", ACCELERATORS)
