@@ -124,9 +124,7 @@ def test_rates_are_those_of_the_window_and_targets_take_turns(monkeypatch):
     clock, log = [0.0], []
     monkeypatch.setattr(micro_rates.time, "perf_counter", lambda: clock[0])
     targets = {name: Clocked(clock, s, log, name) for name, s in (("a", 0.5), ("b", 0.25))}
-    rates = Rates(
-        targets, vocab=50, room=20, window=4, repeats=2, seed=0, clock=lambda: clock[0]
-    )
+    rates = Rates(targets, vocab=50, room=20, window=4, repeats=2, seed=0, clock=lambda: clock[0])
     assert rates.prefill(10) == {"a": [20.0, 20.0], "b": [40.0, 40.0]}
     assert log == ["a base 10 1", "b base 10 1"] * 2
     log.clear()

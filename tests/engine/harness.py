@@ -242,7 +242,9 @@ class Client:
             reply.sink(event)
             then(event)
 
-        self.engine.submit(Request(reply.id, model, tuple(prompt), sampling, salt, owner), sink)
+        self.engine.submit(
+            Request(reply.id, model, tuple(prompt), sampling, salt, owner=owner), sink
+        )
         return reply
 
     def abort(self, reply: Reply) -> None:
