@@ -62,9 +62,11 @@ def test_agents_over_one_context(tiny_server):
     rows = [line.split(maxsplit=4) for line in out.splitlines()[1:]]
     assert [row[0] for row in rows] == ["planner", "coder", "critic"] * 3
     prompts, cached, shared = (np.array([int(row[i]) for row in rows]) for i in (1, 2, 3))
-    # Each prompt contains the one before; all of that but its last token was computed then.
+    # Each prompt contains the one before; all of that but its last token was computed then, and
+    # the reply to it perhaps ahead.
     assert (np.diff(prompts) > 0).all()
-    assert (cached[1:] == prompts[:-1] - 1).all()
+    assert (cached[1:] >= prompts[:-1] - 1).all()
+    assert (cached < prompts).all()
     assert (shared[1:] > 0).all()
 
 
@@ -79,7 +81,9 @@ def test_openai_agents(tiny_server):
         ("critic", "critic"),
     ]
     cached, prompts = ([int(row[i]) for row in found] for i in (2, 3))
-    assert cached[1:] == [prompts[0] - 1, prompts[1] - 1]
+    # What is between them, a reply, may have been covered ahead.
+    assert prompts[0] - 1 <= cached[1] < prompts[1]
+    assert prompts[1] - 1 <= cached[2] < prompts[2]
 
 
 def test_langgraph_agents(tiny_server):
@@ -114,7 +118,8 @@ def test_activated_lora(tiny_folder, tmp_path, monkeypatch):
         lora_targets=targets,
     )
     entries = [{"name": "base"}, {"name": "mine", "checkpoint": str(tmp_path / "mine")}]
-    config = write_config(tiny_folder, models=entries, **SMALL)
+    # What a reply leaves in the cache is not what is asked here.
+    config = write_config(tiny_folder, models=entries, reply_kv="off", **SMALL)
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
     with running_server([f"--config={config}"]) as url:
         out = run("activated_lora.py", f"--url={url}", "--model=mine", "--max-tokens=8")

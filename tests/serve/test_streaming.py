@@ -115,7 +115,7 @@ def test_a_bug_while_streaming_is_an_error_event_and_the_server_lives(client, ca
     finally:
         type(client.engine.tokenizer).token_text = decode
     assert error["error"]["message"] == "internal error"
-    assert "a bug while streaming cmpl-" in caplog.text
+    assert "a bug while answering cmpl-" in caplog.text
     assert client.complete().status == 200
 
 
