@@ -15,7 +15,7 @@ from pshare_jax.kernels.kv_codec.codebook import Codebook
 pytestmark = pytest.mark.compile
 
 SHAPES = {"head_dim 64": (2, 2, 3, 64, 64)}
-PAGES = 4
+PAGES = 1
 
 
 def codebook(codec: str, shape: tuple[int, ...]) -> Codebook:
