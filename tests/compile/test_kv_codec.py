@@ -39,5 +39,5 @@ def test_the_codec_compiles(name, codec, shape):
     for compiled in (encode, decode):
         memory = compiled.memory_analysis()
         used = memory.temp_size_in_bytes + memory.output_size_in_bytes
-        # Intermediate values of 4 bytes: a few times what goes in.
-        assert used < 64 * PAGES * values
+        # Intermediate values of 4 bytes: a few times what goes in, and tiles that are not full.
+        assert used < 64 * PAGES * values + (4 << 20)
