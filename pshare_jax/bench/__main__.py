@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,56 @@ from pshare_jax.errors import PshareError
 
 Keep = Callable[[dict[str, Any]], None]
 """Writes the figures so far where `--json` says: they may be of hours."""
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """A command that takes options alone, and prints lines."""
+
+    description: str
+    options: type
+    run: Callable[[Any], dict[str, Any]]
+    lines: Callable[[dict[str, Any]], Sequence[str]]
+
+
+_PLAIN = {
+    "turns": _Plain(
+        "Appended turns of many sessions, computed together or one prompt a call.",
+        turns.TurnsOptions,
+        turns.run,
+        turns.lines,
+    ),
+    "codec": _Plain(
+        "Lossless compression of KV: how far, how fast, and on which links it pays.",
+        codec.CodecOptions,
+        codec.run,
+        codec.lines,
+    ),
+    "restart": _Plain(
+        "First tokens over a known context after a restart, with a store and without.",
+        restart.RestartOptions,
+        restart.run,
+        restart.lines,
+    ),
+    "masks": _Plain(
+        "Decode steps whose tokens follow a grammar, beside free ones.",
+        masks.MasksOptions,
+        masks.run,
+        masks.lines,
+    ),
+    "loading": _Plain(
+        "What streams notice of decode modules being loaded and unloaded.",
+        loading.LoadingOptions,
+        loading.run,
+        loading.lines,
+    ),
+    "starve": _Plain(
+        "How long a small request takes while others flood the server.",
+        starve.StarveOptions,
+        starve.run,
+        starve.lines,
+    ),
+}
 
 # Columns of a table that goes into a file or a pipe.
 _FILE_WIDTH = 150
@@ -94,30 +145,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Seconds a training step takes, in each way to train."
     )
     train_parser.add_class_arguments(training.TrainingOptions)
-    turns_parser = jsonargparse.ArgumentParser(
-        description="Appended turns of many sessions, computed together or one prompt a call."
-    )
-    turns_parser.add_class_arguments(turns.TurnsOptions)
-    codec_parser = jsonargparse.ArgumentParser(
-        description="Lossless compression of KV: how far, how fast, and on which links it pays."
-    )
-    codec_parser.add_class_arguments(codec.CodecOptions)
-    restart_parser = jsonargparse.ArgumentParser(
-        description="First tokens over a known context after a restart, with a store and without."
-    )
-    restart_parser.add_class_arguments(restart.RestartOptions)
-    masks_parser = jsonargparse.ArgumentParser(
-        description="Decode steps whose tokens follow a grammar, beside free ones."
-    )
-    masks_parser.add_class_arguments(masks.MasksOptions)
-    loading_parser = jsonargparse.ArgumentParser(
-        description="What streams notice of decode modules being loaded and unloaded."
-    )
-    loading_parser.add_class_arguments(loading.LoadingOptions)
-    starve_parser = jsonargparse.ArgumentParser(
-        description="How long a small request takes while others flood the server."
-    )
-    starve_parser.add_class_arguments(starve.StarveOptions)
     soak_parser = jsonargparse.ArgumentParser(
         description="Mixed traffic for a while: does anything grow, or go wrong?"
     )
@@ -126,10 +153,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Writes results of `bench agents` into a document, with plots beside them."
     )
     report_parser.add_class_arguments(ReportOptions)
-    measured = (micro_parser, compile_parser, agents_parser, plan_parser, train_parser)
-    served = (turns_parser, loading_parser, starve_parser, soak_parser, masks_parser)
-    served += (codec_parser, restart_parser)
-    for command in (*measured, *served):
+    plain_parsers = {name: _plain_parser(plain) for name, plain in _PLAIN.items()}
+    measured = (micro_parser, compile_parser, agents_parser, plan_parser, train_parser, soak_parser)
+    for command in (*measured, *plain_parsers.values()):
         command.add_argument("--json", type=str | None, default=None, help="file for the figures")
     commands = parser.add_subcommands(dest="command")
     commands.add_subcommand("micro", micro_parser)
@@ -137,13 +163,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_subcommand("agents", agents_parser)
     commands.add_subcommand("plan", plan_parser)
     commands.add_subcommand("train", train_parser)
-    commands.add_subcommand("turns", turns_parser)
-    commands.add_subcommand("codec", codec_parser)
-    commands.add_subcommand("restart", restart_parser)
-    commands.add_subcommand("masks", masks_parser)
-    commands.add_subcommand("loading", loading_parser)
-    commands.add_subcommand("starve", starve_parser)
     commands.add_subcommand("soak", soak_parser)
+    for name, plain_parser in plain_parsers.items():
+        commands.add_subcommand(name, plain_parser)
     commands.add_subcommand("report", report_parser)
     benches = {
         "micro": _micro,
@@ -151,13 +173,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "agents": _agents,
         "plan": _plan,
         "train": _train,
-        "turns": _turns,
-        "codec": _codec,
-        "restart": _restart,
-        "masks": _masks,
-        "loading": _loading,
-        "starve": _starve,
         "soak": _soak,
+        **{name: partial(_plain, plain) for name, plain in _PLAIN.items()},
     }
     draws = {"agents": agents_plots.draw, "plan": plan_plots.draw}
     try:
@@ -185,6 +202,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"pshare_jax.bench: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _plain_parser(plain: _Plain) -> jsonargparse.ArgumentParser:
+    parser = jsonargparse.ArgumentParser(description=plain.description)
+    parser.add_class_arguments(plain.options)
+    return parser
+
+
+def _plain(plain: _Plain, options: dict[str, Any], _: Keep) -> dict[str, Any]:
+    result = plain.run(plain.options(**options))
+    result.setdefault("machine", machine.describe())
+    print("\n".join([*plain.lines(result), "", machine.one_line(result["machine"])]))
+    return result
 
 
 @dataclass(frozen=True)
@@ -223,44 +253,6 @@ def _agents(options: dict[str, Any], _: Keep) -> dict[str, Any]:
         *agents_report.lines(result),
         machine.one_line(result["machine"]),
     )
-    return result
-
-
-def _loading(options: dict[str, Any], _: Keep) -> dict[str, Any]:
-    result = loading.run(loading.LoadingOptions(**options))
-    print("\n".join([*loading.lines(result), "", machine.one_line(result["machine"])]))
-    return result
-
-
-def _turns(options: dict[str, Any], _: Keep) -> dict[str, Any]:
-    result = turns.run(turns.TurnsOptions(**options))
-    print("\n".join([*turns.lines(result), "", machine.one_line(result["machine"])]))
-    return result
-
-
-def _codec(options: dict[str, Any], _: Keep) -> dict[str, Any]:
-    result = codec.run(codec.CodecOptions(**options))
-    result["machine"] = machine.describe()
-    print("\n".join([*codec.lines(result), "", machine.one_line(result["machine"])]))
-    return result
-
-
-def _restart(options: dict[str, Any], _: Keep) -> dict[str, Any]:
-    result = restart.run(restart.RestartOptions(**options))
-    result["machine"] = machine.describe()
-    print("\n".join([*restart.lines(result), "", machine.one_line(result["machine"])]))
-    return result
-
-
-def _masks(options: dict[str, Any], _: Keep) -> dict[str, Any]:
-    result = masks.run(masks.MasksOptions(**options))
-    print("\n".join([*masks.lines(result), "", machine.one_line(result["machine"])]))
-    return result
-
-
-def _starve(options: dict[str, Any], _: Keep) -> dict[str, Any]:
-    result = starve.run(starve.StarveOptions(**options))
-    print("\n".join([*starve.lines(result), "", machine.one_line(result["machine"])]))
     return result
 
 
