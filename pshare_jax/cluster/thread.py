@@ -59,6 +59,7 @@ class WorkerThread:
         self._turns = FairTurns()
         self._last: Worker | None = None
         self._inbox: list[tuple[str, Message]] = []
+        self._calls: list[Callable[[], None]] = []
         self._condition = threading.Condition()
         self._stopping = False
         self._thread: threading.Thread | None = None
@@ -72,6 +73,15 @@ class WorkerThread:
         """Gives a hosted worker a message; from any thread."""
         with self._condition:
             self._inbox.append((to, message))
+            self._condition.notify()
+
+    def call(self, action: Callable[[], None]) -> None:
+        """Has the thread call `action` between two pieces of work; from any thread.
+
+        What raises there is a bug, and ends nothing but the action.
+        """
+        with self._condition:
+            self._calls.append(action)
             self._condition.notify()
 
     def stop(self) -> None:
@@ -92,8 +102,11 @@ class WorkerThread:
         """
         with self._condition:
             inbox, self._inbox = self._inbox, []
+            calls, self._calls = self._calls, []
         for to, message in inbox:
             self._receive(to, message)
+        for action in calls:
+            self._call(action)
         self._flush()
         progress = self._work() or self._work_ahead()
         # Planning alone may have something to say, such as that a prompt was all cached.
@@ -105,7 +118,7 @@ class WorkerThread:
         idle = False
         while True:
             with self._condition:
-                if idle and not self._inbox and not self._stopping:
+                if idle and not (self._inbox or self._calls or self._stopping):
                     self._condition.wait(self._patience())
                 if self._stopping:
                     break
@@ -120,6 +133,12 @@ class WorkerThread:
         worker = self._alive.get(to)
         if worker is not None:
             self._guard(worker, lambda: worker.receive(message))
+
+    def _call(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception:
+            logger.exception("%s: what it was asked to do has failed", self.name)
 
     def _flush(self) -> bool:
         """Carries messages: first those to workers here, until none of them has more to say.

@@ -148,8 +148,8 @@ class DecodeCore:
                 self._queue.add(message)
             case m.Withdrawn(id):
                 self._queue.remove(id)
-            case m.Offered(transfer, descriptors):
-                self._arrivals.offered(transfer, descriptors)
+            case m.Offered(transfer, descriptors, address):
+                self._arrivals.offered(transfer, descriptors, address)
             case m.NotOffered(transfer, reason):
                 self._fetch_failed(transfer, reason)
             case m.Abort(id):

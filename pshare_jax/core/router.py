@@ -44,7 +44,8 @@ class WorkerInfo(msgspec.Struct, frozen=True):
         num_pages: what its pool can hold.
         page_size: tokens of a page.
         partner: of a prefill worker that shares its pool with a decode worker: that one, which
-            then generates for all prompts that are covered there.
+            then generates for all prompts that are covered there. A decode worker may name its
+            partner, too, so that it is never taken for one that gets pages from elsewhere.
     """
 
     name: str
@@ -125,15 +126,16 @@ class Router:
         """
         hosts = [name for name in decode_workers if name in self._decode]
         partners = {name: worker.info.partner for name, worker in self._prefill.items()}
-        able = [name for name, partner in partners.items() if not partner or partner in hosts]
+        paired = {name for name in hosts if self._decode[name].info.partner} | {*partners.values()}
+        alone = [name for name in hosts if name not in paired]
+        able = [name for name, to in partners.items() if (to in hosts if to else alone)]
         if not hosts:
             raise NoWorkerError(f"no decode worker of model {sequence.model} is alive")
         if not able:
             raise NoWorkerError("no prefill worker is alive")
         stay = self._sessions.find(session)
         prefill, uncached = self._best_prefill(sequence, able, stay.prefill if stay else "")
-        if partners[prefill]:
-            hosts = [partners[prefill]]
+        hosts = [partners[prefill]] if partners[prefill] else alone
         latest = [name for name in reversed(stay.decode) if name in hosts] if stay else []
         decode, num_pages = self._best_decode(sequence, hosts, latest[:1], next_hosts or {})
         self._sessions.went(session, prefill, decode)
@@ -167,8 +169,12 @@ class Router:
                 held.update(added)
                 held.difference_update(removed)
 
+    def add(self, info: WorkerInfo, *, prefill: bool) -> None:
+        """A worker has come, or come again with nothing in its pool."""
+        (self._prefill if prefill else self._decode)[info.name] = _Worker(info)
+
     def lose(self, worker: str) -> None:
-        """A worker is not alive any more."""
+        """A worker is not alive any more, or takes no more sequences."""
         self._prefill.pop(worker, None)
         self._decode.pop(worker, None)
 
