@@ -27,7 +27,7 @@ from pshare_jax.engine.assembly import Assembly
 from pshare_jax.engine.devices import compute_dtype, prepare_jax
 from pshare_jax.engine.host_memory import return_freed_memory
 from pshare_jax.engine.kv_store import EngineStore
-from pshare_jax.engine.limits import check_config
+from pshare_jax.engine.limits import check_cluster, check_config
 from pshare_jax.engine.loader import (
     BaseSource,
     ModelSource,
@@ -93,6 +93,7 @@ class HostedWorkers:
         self._tokenizer = tokenizer
         layout = PageLayout.of(base.config, config.page_size, compute_dtype(config, base.config))
         sizes = check_config(config, base.config, layout)
+        check_cluster(config)
         degree = (config.prefill if role == "prefill" else config.decode).tensor_parallel
         if role == "both" and config.prefill.tensor_parallel != degree:
             raise ConfigError("prefill.tensor_parallel and decode.tensor_parallel must be equal")

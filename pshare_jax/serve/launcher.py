@@ -7,7 +7,6 @@ way: when it dies, the children go on.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import os
@@ -21,10 +20,11 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from pshare_jax.config import ServeConfig
+from pshare_jax.errors import ConfigError
 from pshare_jax.serve.lifecycle import bind, url_of
 from pshare_jax.serve.logs import say
 from pshare_jax.serve.process import READY
@@ -259,8 +259,10 @@ def launch(config: ServeConfig, args: Sequence[str]) -> int:
     Raises:
         ConfigError: an address that cannot be had.
     """
-    with _folder() as folder:
-        launcher = Launcher(config, args, folder)
+    if config.cluster.frontends < 1:
+        raise ConfigError(f"cluster.frontends must be at least 1, is {config.cluster.frontends}")
+    with tempfile.TemporaryDirectory(prefix="pshare-") as name:
+        launcher = Launcher(config, args, Path(name))
         wanted: list[int] = []
         wakeup = threading.Event()
 
@@ -292,9 +294,3 @@ def launch(config: ServeConfig, args: Sequence[str]) -> int:
                 threading.Thread(target=launcher.restart, daemon=True).start()
         launcher.stop()
         return code
-
-
-@contextlib.contextmanager
-def _folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="pshare-") as folder:
-        yield Path(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import gc
 import logging
 import os
@@ -80,6 +81,14 @@ def _bind(address: str, descriptor: int | None, token: str) -> socket.socket:
         raise ConfigError(f"--listen={address}: cannot listen there: {error}") from error
 
 
+def _reachable(host: str, port: int) -> str:
+    """Where others reach a socket; one that listens on all addresses has this machine's."""
+    if host in ("0.0.0.0", "::"):
+        with contextlib.suppress(OSError):
+            host = socket.gethostbyname(socket.gethostname())
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 async def _serve(
     config: ServeConfig, options: argparse.Namespace, sock: socket.socket, token: str
 ) -> int:
@@ -93,7 +102,7 @@ async def _serve(
     stop = StopSignal()
     host, port = sock.getsockname()[:2]
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    url = f"http://{options.advertise or address}"
+    url = f"http://{options.advertise or _reachable(host, port)}"
     hosted = HostedWorkers.from_config(config, options.role, options.name, url, token)
     station = Station(hosted.shape, hosted.parts, hosted.stats, config.cluster.beat_seconds)
     runner = web.AppRunner(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -46,18 +47,24 @@ class Host:
     def __init__(self, config: ServeConfig, models: Models, role: Any, name: str, port: int = 0):
         self.name, self.role = name, role
         self._loop = Loop()
-        self._gate: threading.Event | None = None
+        sock = socket.create_server(("127.0.0.1", port))
+        self.port = sock.getsockname()[1]
+        self.address = f"127.0.0.1:{self.port}"
         self.hosted: HostedWorkers = HostedWorkers(
-            config, role, name, models.base_source, models.sources, token=TOKEN
+            config,
+            role,
+            name,
+            models.base_source,
+            models.sources,
+            url=f"http://{self.address}",
+            token=TOKEN,
         )
-        self._loop.run(self._listen(config, port))
-        for end in self.hosted._ends:
-            end.address = end.address.replace('"url":""', f'"url":"http://{self.address}"')
+        self._loop.run(self._listen(config, sock))
         self.failures: list[str] = []
         self.hosted.start(self.station.send, lambda *failure: self.failures.append(str(failure)))
         self._loop.run(self._open())
 
-    async def _listen(self, config: ServeConfig, port: int) -> None:
+    async def _listen(self, config: ServeConfig, sock: socket.socket) -> None:
         hosted = self.hosted
         beat = config.cluster.beat_seconds
         self.station = Station(hosted.shape, hosted.parts, hosted.stats, beat)
@@ -65,10 +72,7 @@ class Host:
             worker_app(hosted, self.station, TOKEN), access_log=None, handler_cancellation=True
         )
         await self.runner.setup()
-        site = web.TCPSite(self.runner, "127.0.0.1", port)
-        await site.start()
-        self.port = self.runner.addresses[0][1]
-        self.address = f"127.0.0.1:{self.port}"
+        await web.SockSite(self.runner, sock).start()
 
     async def _open(self) -> None:
         assert self.hosted.thread is not None
@@ -86,20 +90,6 @@ class Host:
         assert done.wait(60)
         return result[0]
 
-    def hang(self) -> None:
-        """The workers' thread stands still from now on; the network goes on."""
-        assert self.hosted.thread is not None
-        gate = self._gate = threading.Event()
-        self.hosted.thread.call(lambda: gate.wait(120))
-
-    def go_on(self) -> None:
-        assert self._gate is not None
-        self._gate.set()
-        self._gate = None
-
-    def drain(self, seconds: float = 60) -> bool:
-        return self._loop.run(self.station.drain(seconds))
-
     def kill(self) -> None:
         """Nothing is said to anybody; connections break."""
 
@@ -112,8 +102,6 @@ class Host:
         self.stop()
 
     def stop(self) -> None:
-        if self._gate is not None:
-            self.go_on()
         self._loop.run(self.station.close())
         self._loop.run(self.runner.cleanup())
         self.hosted.stop()
