@@ -170,6 +170,8 @@ class ClusterConfig:
         lost_seconds: after this without one its sequences go on elsewhere.
         patience_seconds: how long a request waits while no worker that could do it is there.
         max_attempts: attempts of a request that may be lost with the workers that had them.
+        take_turns: whether the engines of a CPU compute one at a time, as those of one process do;
+            `false` where each has cores of its own.
     """
 
     launcher: Launcher = "none"
@@ -181,6 +183,7 @@ class ClusterConfig:
     lost_seconds: float = 5.0
     patience_seconds: float = 60.0
     max_attempts: int = 6
+    take_turns: bool = True
 
 
 @dataclass(frozen=True)

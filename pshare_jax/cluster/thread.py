@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from pshare_jax.cluster.turns import Turns
 from pshare_jax.cluster.worker import Worker
 from pshare_jax.core.fairness import FairTurns
 from pshare_jax.core.messages import Message
@@ -36,6 +37,7 @@ class WorkerThread:
         send: carries messages to parts that are elsewhere.
         on_failure: called with a worker's name and the reason when it has failed.
         clock: seconds, from any start.
+        host_turns: asked before each piece of work, where other processes use the same processor.
 
     Attributes:
         busy_seconds: time spent in pieces of work, by worker; written by the thread alone.
@@ -48,6 +50,7 @@ class WorkerThread:
         send: Send,
         on_failure: Callable[[str, str], None],
         clock: Callable[[], float] = time.monotonic,
+        host_turns: Turns | None = None,
     ):
         self.name = name
         self.workers = list(workers)
@@ -56,6 +59,7 @@ class WorkerThread:
         self._send = send
         self._on_failure = on_failure
         self._clock = clock
+        self._host_turns = host_turns
         self._turns = FairTurns()
         self._last: Worker | None = None
         self._inbox: list[tuple[str, Message]] = []
@@ -109,6 +113,8 @@ class WorkerThread:
             self._call(action)
         self._flush()
         progress = self._work() or self._work_ahead()
+        if not progress and self._host_turns is not None:
+            self._host_turns.rests()
         # Planning alone may have something to say, such as that a prompt was all cached.
         return self._flush() or progress
 
@@ -179,6 +185,8 @@ class WorkerThread:
         workers = tuple(self._alive.values())
         if self._inbox or not all(worker.at_rest for worker in workers):
             return False
+        if self._host_turns is not None and self._host_turns.is_wanted:
+            return False
         return any(self._guard(worker, lambda w=worker: self._piece_ahead(w)) for worker in workers)
 
     def _piece_ahead(self, worker: Worker) -> bool:
@@ -202,7 +210,20 @@ class WorkerThread:
             # One computes at a time; what only moves pages need not wait for that.
             self._drain()
             self._last = worker
-        return self._timed(worker, piece)
+        if urgent or self._host_turns is None:
+            return self._timed(worker, piece)
+        return self._in_turn(self._host_turns, worker, piece)
+
+    def _in_turn(self, turns: Turns, worker: Worker, piece: Callable[[], bool | None]) -> bool:
+        """A piece of work that no other process's engine works beside."""
+        turns.begin()
+        try:
+            progress = self._timed(worker, piece)
+            if turns.is_wanted:
+                self._drain()
+            return progress
+        finally:
+            turns.end()
 
     def _drain(self) -> None:
         """Finishes what the last worker has begun, in its time."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import re
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import msgspec
 import numpy as np
 
 from pshare_jax.cluster.thread import Send, WorkerThread
+from pshare_jax.cluster.turns import HostTurns
 from pshare_jax.cluster.wire import Part, Shape
 from pshare_jax.cluster.worker import DecodeWorker, PrefillWorker, Worker
 from pshare_jax.config import Role, ServeConfig
@@ -134,6 +136,7 @@ class HostedWorkers:
         self._total = served.total
         self._one_pool = role == "both"
         self._store: EngineStore | None = None
+        self._turns: HostTurns | None = None
         self._compiles_at_start = 0
 
     @classmethod
@@ -175,7 +178,8 @@ class HostedWorkers:
             worker.executor.warm_up(receives=not self._one_pool)
         for worker in self.prefill:
             worker.executor.warm_up(sends=stores or not self._one_pool, receives=stores)
-        thread = WorkerThread("engine", self.workers, send, on_failure)
+        self._turns = self._host_turns()
+        thread = WorkerThread("engine", self.workers, send, on_failure, host_turns=self._turns)
         if stores:
             self._store = EngineStore(
                 self.config.kv_store, self._layout, self.prefill, self._tokenizer
@@ -198,6 +202,19 @@ class HostedWorkers:
         for end in self._ends:
             end.close()
         self.offers.close()
+        if self._turns is not None:
+            self._turns.close()
+
+    def _host_turns(self) -> HostTurns | None:
+        """Turns at this machine's CPU, if that is what computes."""
+        if not self.config.cluster.take_turns or jax.default_backend() != "cpu":
+            return None
+        path = Path(self.config.cluster.shm_path) / f"pshare-turns-{os.getuid()}"
+        try:
+            return HostTurns(path, sum(worker.share.weight for worker in self.workers))
+        except OSError as error:
+            logger.warning("engines of this machine will not take turns: %s", error)
+            return None
 
     def stats(self) -> EngineStats:
         """What has been done since the start; of the workers' thread, or once it stands still."""
