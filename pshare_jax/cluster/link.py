@@ -26,6 +26,11 @@ AGAIN_SECONDS = 0.25
 
 MAX_AGAIN_SECONDS = 2.0
 
+PIECES = 3.0
+"""A worker may be silent for as many times its longest piece of work, up to a limit."""
+
+MAX_SILENT_SECONDS = 60.0
+
 
 @dataclass(frozen=True)
 class LinkTimes:
@@ -34,7 +39,7 @@ class LinkTimes:
     Args:
         hello_seconds: for a connection and an answer to the hello.
         beat_seconds: how often it is looked whether the worker gives signs of life.
-        lost_seconds: after this without one the worker is lost.
+        lost_seconds: after this without one the worker is lost, unless its work takes longer.
     """
 
     hello_seconds: float = 10.0
@@ -173,12 +178,15 @@ class Link:
 
         Looks are counted, not seconds: while this process does not run, nobody is late.
         """
-        missed = 0
-        while missed * self._times.beat_seconds < self._times.lost_seconds:
+        missed, limit = 0, self._times.lost_seconds
+        while missed * self._times.beat_seconds < limit:
             self._beaten = False
             await asyncio.sleep(self._times.beat_seconds)
             missed = 0 if self._beaten else missed + 1
-        raise LinkLostError(f"no sign of life for {self._times.lost_seconds:g} s")
+            if self.last is not None:
+                silent = min(PIECES * self.last.longest_seconds, MAX_SILENT_SECONDS)
+                limit = max(self._times.lost_seconds, silent)
+        raise LinkLostError(f"no sign of life for {limit:g} s")
 
 
 def _frames(received: aiohttp.WSMessage) -> list[wire.Frame]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import aiohttp
@@ -15,6 +16,9 @@ from pshare_jax.core.messages import DISPATCHER, Message
 from pshare_jax.core.stats import EngineStats, together
 
 logger = logging.getLogger(__name__)
+
+MAX_RETAINED = 64
+"""Lost processes that may yet come again; of others only the sum is kept."""
 
 
 class Links:
@@ -59,7 +63,8 @@ class Links:
         self._may_pass = may_pass
         self._each_beat = each_beat
         self._link_of: dict[str, Link] = {}
-        self._retained = EngineStats()
+        self._ended_stats = EngineStats()
+        self._retained: OrderedDict[str, EngineStats] = OrderedDict()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="links", daemon=True)
         self._loop = asyncio.new_event_loop()
@@ -97,11 +102,17 @@ class Links:
         return {link.address: link.why for link in self._links if link.welcome is None}
 
     def stats(self) -> list[EngineStats]:
-        """What the worker processes have last said that they have done, those that died too."""
+        """What the worker processes have last said that they have done, those that ended too."""
         with self._lock:
-            retained = self._retained
-        beats = [link.last for link in self._links]
-        return [retained, *(beat.stats for beat in beats if beat is not None)]
+            retained = dict(self._retained)
+            found = [self._ended_stats]
+        for link in self._links:
+            welcome, last = link.welcome, link.last
+            if welcome is not None and last is not None:
+                # One that was lost and has come again has not begun anew.
+                retained.pop(welcome.incarnation, None)
+                found.append(last.stats)
+        return [*found, *retained.values()]
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -111,7 +122,8 @@ class Links:
             self._loop.close()
 
     async def _main(self) -> None:
-        async with aiohttp.ClientSession(auto_decompress=False) as session:
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(connector=connector) as session:
             tasks = [asyncio.create_task(link.run(session)) for link in self._links]
             tasks.append(asyncio.create_task(self._beat()))
             try:
@@ -149,9 +161,12 @@ class Links:
             self._on_join(part)
 
     def _lost(self, link: Link, reason: str) -> None:
-        if link.last is not None:
+        if link.last is not None and link.welcome is not None:
             with self._lock:
-                self._retained = together([self._retained, _counters(link.last.stats)])
+                self._retained[link.welcome.incarnation] = _counters(link.last.stats)
+                if len(self._retained) > MAX_RETAINED:
+                    _, oldest = self._retained.popitem(last=False)
+                    self._ended_stats = together([self._ended_stats, oldest])
         for name in [name for name, other in self._link_of.items() if other is link]:
             del self._link_of[name]
             self._on_lost(name, reason)

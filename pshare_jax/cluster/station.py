@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 HELLO_SECONDS = 10.0
 """How long who connects may take to say who it is."""
 
+HEARTBEAT_SECONDS = 15.0
+"""Between two pings of a frontend; one whose host has vanished does not answer, and is given up."""
+
 CLOSE_SECONDS = 1.0
 """How long the other side may take to agree to the end of a link."""
 
@@ -142,7 +145,10 @@ class Station:
     async def handle(self, request: web.Request) -> web.WebSocketResponse:
         """The websocket of one frontend, from its hello to its end."""
         socket = web.WebSocketResponse(
-            timeout=CLOSE_SECONDS, max_msg_size=wire.MAX_FRAME_BYTES, compress=False
+            timeout=CLOSE_SECONDS,
+            heartbeat=HEARTBEAT_SECONDS,
+            max_msg_size=wire.MAX_FRAME_BYTES,
+            compress=False,
         )
         await socket.prepare(request)
         try:
@@ -287,6 +293,7 @@ class Station:
 
     def _say_alive(self) -> None:
         self._alive_at = time.monotonic()
-        beat = wire.Beat(self._stats())
+        assert self._thread is not None
+        beat = wire.Beat(self._stats(), self._thread.longest_seconds)
         for queue in self._linked.values():
             queue.put(beat)

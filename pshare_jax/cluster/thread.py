@@ -21,6 +21,9 @@ from pshare_jax.core.messages import Message
 
 logger = logging.getLogger(__name__)
 
+_FORGETS = 0.98
+"""What is left of a long piece after each further one."""
+
 Send = Callable[[str, str, Message], None]
 """Carries a message: from whom, to whom, what."""
 
@@ -41,6 +44,7 @@ class WorkerThread:
 
     Attributes:
         busy_seconds: time spent in pieces of work, by worker; written by the thread alone.
+        longest_seconds: about the longest piece of work of late.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class WorkerThread:
         self.name = name
         self.workers = list(workers)
         self.busy_seconds = {worker.name: 0.0 for worker in workers}
+        self.longest_seconds = 0.0
         self._alive = {worker.name: worker for worker in workers}
         self._send = send
         self._on_failure = on_failure
@@ -239,6 +244,7 @@ class WorkerThread:
         seconds = self._clock() - started
         if progress is False:
             return False
+        self.longest_seconds = max(seconds, _FORGETS * self.longest_seconds)
         self.busy_seconds[worker.name] += seconds
         if counts:
             self._turns.worked(worker.share, seconds)

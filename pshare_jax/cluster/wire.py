@@ -117,9 +117,15 @@ class Carry(msgspec.Struct, frozen=True, tag=True):
 
 
 class Beat(msgspec.Struct, frozen=True, tag=True):
-    """The worker's engine gets on; and what it has done since its start."""
+    """The worker's engine gets on.
+
+    Args:
+        stats: what it has done since its start.
+        longest_seconds: about the longest piece of work of late, during which it gives no sign.
+    """
 
     stats: EngineStats
+    longest_seconds: float = 0.0
 
 
 class Draining(msgspec.Struct, frozen=True, tag=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,6 +44,10 @@ def ask(frontends: list[Frontend], seed: int, count: int, tokens: int = 12) -> l
 def check(replies: list[Reply]) -> None:
     for reply in replies:
         reply.check()
+
+
+def counters(frontend: Frontend) -> dict[str, Any]:
+    return dict(frontend.engine.stats().generation_tokens)
 
 
 def test_all_frontends_use_all_workers(cluster: Cluster) -> None:
@@ -132,6 +137,18 @@ def test_random_hangs() -> None:
             assert all(set(found) <= {host.address} for found in missing)
             wait_until(lambda: not any(f.engine.failed_workers for f in cluster.frontends))
         cluster.check_idle()
+        # Who was lost and has come again is not counted twice.
+        done = Counter(
+            {
+                name: sum(
+                    host.worker.core.stats.generation_tokens[name]
+                    for host in cluster.hosts.values()
+                    if not host.worker.covers
+                )
+                for name in NAMES
+            }
+        )
+        wait_until(lambda: all(counters(f) == done for f in cluster.frontends))
 
 
 def test_a_frontend_dies(cluster: Cluster) -> None:
@@ -259,10 +276,6 @@ def test_a_frontend_waits_until_it_can_serve_everything() -> None:
         check(ask([frontend], 13, 6))
 
 
-def counters(frontend: Frontend) -> dict[str, Any]:
-    return dict(frontend.engine.stats().generation_tokens)
-
-
 def test_counters_do_not_fall_when_a_worker_dies(cluster: Cluster) -> None:
     frontend = cluster.frontends[0]
     check(ask([frontend], 14, 9, 10))
@@ -273,3 +286,18 @@ def test_counters_do_not_fall_when_a_worker_dies(cluster: Cluster) -> None:
     cluster.linked()
     check(ask([frontend], 15, 3, 10))
     wait_until(lambda: counters(frontend) == {"identity": 40, "full": 40, "tail3": 40})
+
+
+def test_a_worker_whose_work_takes_long_is_not_lost() -> None:
+    """Its beats say how long it may be silent."""
+    with symbolic_cluster(prefill=1, decode=1, frontends=1, lost_seconds=0.5) as cluster:
+        frontend, host = cluster.frontends[0], cluster.hosts["decode0"]
+        host.thread.longest_seconds = 20.0
+        link = frontend.engine._links._links[1]
+        wait_until(lambda: link.last is not None and link.last.longest_seconds == 20.0)
+        welcome = link.welcome
+        host.hang()
+        time.sleep(1.5)
+        host.go_on()
+        check([frontend.submit("full", [1, 2, 3])])
+        assert link.welcome is welcome
