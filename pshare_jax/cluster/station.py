@@ -60,6 +60,8 @@ class Station:
         parts: the workers.
         stats: what they have done; called in their thread.
         beat_seconds: between two signs of life.
+        prepare: what a message needs that takes too long for the workers' thread, if anything;
+            done in another one before the message is heard, and so are those after it.
 
     Attributes:
         incarnation: of this process; random.
@@ -72,6 +74,7 @@ class Station:
         parts: Sequence[wire.Part],
         stats: Callable[[], EngineStats],
         beat_seconds: float,
+        prepare: Callable[[Message], Callable[[], None] | None] = lambda message: None,
     ):
         self.incarnation = secrets.token_hex(8)
         self.ready = False
@@ -79,6 +82,7 @@ class Station:
         self._parts = list(parts)
         self._stats = stats
         self._beat_seconds = beat_seconds
+        self._prepare = prepare
         self._loop = asyncio.get_running_loop()
         self._frontends: dict[int, _Frontend] = {}
         self._draining = False
@@ -243,6 +247,8 @@ class Station:
                 return
             for frame in wire.decode(received.data):
                 if isinstance(frame, wire.Carry):
+                    if (preparation := self._prepare(frame.message)) is not None:
+                        await asyncio.to_thread(preparation)
                     self._thread.post(frame.to, frame.message)
                 elif isinstance(frame, wire.Left):
                     frontend.left.set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -22,6 +23,7 @@ from pshare_jax.cluster.worker import DecodeWorker, PrefillWorker, Worker
 from pshare_jax.config import Role, ServeConfig
 from pshare_jax.convert.manifest import TOKENIZER_FOLDER, read_manifest
 from pshare_jax.core.connector import Connector
+from pshare_jax.core.messages import Covered, Message
 from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.router import WorkerInfo
 from pshare_jax.core.stats import EngineStats
@@ -40,7 +42,7 @@ from pshare_jax.engine.loader import (
 from pshare_jax.engine.served import ServedModels
 from pshare_jax.engine.shape import cluster_shape
 from pshare_jax.engine.snapshot import worker_stats
-from pshare_jax.errors import ConfigError
+from pshare_jax.errors import ConfigError, PshareError
 from pshare_jax.kernels.backends import backend_for
 from pshare_jax.kv.offers import OfferFolder
 from pshare_jax.kv.remote import RemotePages
@@ -49,10 +51,13 @@ from pshare_jax.runtime.layout import PageLayout
 from pshare_jax.runtime.pool import PagePool
 from pshare_jax.runtime.programs import Programs
 from pshare_jax.sharding.mesh import carve_one
-from pshare_jax.text.grammar import GrammarCompiler
+from pshare_jax.text.grammar import GrammarCompiler, GrammarLimits
 from pshare_jax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+_FRONTENDS_JUDGE = GrammarLimits(compile_seconds=60.0)
+"""A grammar that a frontend has taken is not refused because a worker is slower."""
 
 
 class HostedWorkers:
@@ -106,9 +111,12 @@ class HostedWorkers:
         self.shape: Shape = cluster_shape(config, base, sources, specs, np.dtype(layout.dtype).name)
         backend = backend_for(config.kernel_backend, jax.default_backend())
         loader = WeightLoader(base, sources, backend, config.decode, layout.dtype)
-        ends_text = tokenizer is not None and bool(tokenizer.eos_token_ids)
-        grammars = GrammarCompiler(tokenizer) if ends_text and tokenizer is not None else None
-        assembly = Assembly(config, base.config, layout, sizes, backend, loader, specs, grammars)
+        self._grammars: GrammarCompiler | None = None
+        if tokenizer is not None and tokenizer.eos_token_ids and role != "prefill":
+            self._grammars = GrammarCompiler(tokenizer, _FRONTENDS_JUDGE)
+        assembly = Assembly(
+            config, base.config, layout, sizes, backend, loader, specs, self._grammars
+        )
         self.offers = OfferFolder(config.cluster.shm_path)
         self._ends: list[RemotePages] = []
 
@@ -190,6 +198,23 @@ class HostedWorkers:
         self._compiles_at_start = compile_count()
         thread.start()
         self.thread = thread
+
+    def prepare(self, message: Message) -> Callable[[], None] | None:
+        """What is to be done before a worker hears a message, beside its thread: see `Station`.
+
+        The grammar of an answer is compiled.
+        """
+        grammars = self._grammars
+        grammar = message.sequence.params.grammar if isinstance(message, Covered) else None
+        if grammars is None or grammar is None or grammars.has(grammar):
+            return None
+
+        def compile_it() -> None:
+            # What is wrong with it is said when the sequence gets a slot.
+            with contextlib.suppress(PshareError):
+                grammars.compile(grammar, "grammar")
+
+        return compile_it
 
     def stop(self) -> None:
         """Ends the thread, and takes back what is on offer."""

@@ -104,7 +104,8 @@ async def _serve(
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     url = f"http://{options.advertise or _reachable(host, port)}"
     hosted = HostedWorkers.from_config(config, options.role, options.name, url, token)
-    station = Station(hosted.shape, hosted.parts, hosted.stats, config.cluster.beat_seconds)
+    beat = config.cluster.beat_seconds
+    station = Station(hosted.shape, hosted.parts, hosted.stats, beat, hosted.prepare)
     runner = web.AppRunner(
         worker_app(hosted, station, token), access_log=None, handler_cancellation=True
     )

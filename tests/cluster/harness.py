@@ -67,7 +67,7 @@ class Host:
     async def _listen(self, config: ServeConfig, sock: socket.socket) -> None:
         hosted = self.hosted
         beat = config.cluster.beat_seconds
-        self.station = Station(hosted.shape, hosted.parts, hosted.stats, beat)
+        self.station = Station(hosted.shape, hosted.parts, hosted.stats, beat, hosted.prepare)
         self.runner = web.AppRunner(
             worker_app(hosted, self.station, TOKEN), access_log=None, handler_cancellation=True
         )
