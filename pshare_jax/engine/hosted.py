@@ -23,7 +23,7 @@ from pshare_jax.cluster.worker import DecodeWorker, PrefillWorker, Worker
 from pshare_jax.config import Role, ServeConfig
 from pshare_jax.convert.manifest import TOKENIZER_FOLDER, read_manifest
 from pshare_jax.core.connector import Connector
-from pshare_jax.core.messages import Covered, Message
+from pshare_jax.core.messages import Covered, Message, Prefill
 from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.router import WorkerInfo
 from pshare_jax.core.stats import EngineStats
@@ -205,7 +205,9 @@ class HostedWorkers:
         The grammar of an answer is compiled.
         """
         grammars = self._grammars
-        grammar = message.sequence.params.grammar if isinstance(message, Covered) else None
+        grammar = (
+            message.sequence.params.grammar if isinstance(message, Covered | Prefill) else None
+        )
         if grammars is None or grammar is None or grammars.has(grammar):
             return None
 

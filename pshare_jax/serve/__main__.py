@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -77,7 +78,7 @@ def _engine(config: ServeConfig) -> Engine:
 def _expand(arg: str) -> str:
     flag, equals, value = arg.partition("=")
     if flag == "--workers":
-        value = f"[{value}]"
+        value = json.dumps(value.split(","))
     return _SHORT_FLAGS.get(flag, flag) + equals + value
 
 

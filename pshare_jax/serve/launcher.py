@@ -8,6 +8,7 @@ way: when it dies, the children go on.
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
 import secrets
@@ -197,10 +198,9 @@ class Launcher:
         names = [f"prefill{i}" for i in range(config.prefill.engines)]
         names += [f"decode{i}" for i in range(config.decode.engines)]
         self.workers = [Child(self._worker(name, args), seconds) for name in names]
-        addresses = ",".join(
-            "{}:{}".format(*child.plan.socket.getsockname()[:2]) for child in self.workers
-        )
-        args.append(f"--cluster.workers=[{addresses}]")
+        sockets = [child.plan.socket for child in self.workers]
+        addresses = ["{}:{}".format(*sock.getsockname()[:2]) for sock in sockets]
+        args.append(f"--cluster.workers={json.dumps(addresses)}")
         self.frontends = [
             Child(self._frontend(i, config, args), seconds) for i in range(config.cluster.frontends)
         ]

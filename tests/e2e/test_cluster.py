@@ -119,13 +119,18 @@ def config(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def grammar_body(number: int) -> dict[str, Any]:
+    return {**body_of(number), "structured_outputs": {"regex": "(yes|no|maybe)( (yes|no))*"}}
+
+
 @pytest.fixture(scope="module")
 def expected(config: Path) -> Callable[[int], str]:
-    """The answers of one process."""
+    """The answers of one process; those of negative numbers follow a grammar."""
     with running_server([f"--config={config}"]) as url:
         texts = [read(url, body_of(number), Stream()).text for number in range(84)]
+        grammar = read(url, grammar_body(1), Stream()).text
     assert len(set(texts)) > 60
-    return lambda number: texts[number % 84]
+    return lambda number: grammar if number < 0 else texts[number % 84]
 
 
 class Processes:
@@ -207,6 +212,7 @@ def test_what_processes_answer_is_what_one_does(
             pool.map(lambda n: read(processes.urls[n % 2], body_of(n), Stream()).text, range(24))
         )
     assert texts == [expected(n) for n in range(24)]
+    assert read(processes.urls[1], grammar_body(1), Stream()).text == expected(-1)
 
 
 @pytest.mark.slow
