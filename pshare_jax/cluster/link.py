@@ -60,7 +60,7 @@ class Link:
         token: that the processes of the cluster know each other by; empty is none.
         times: how patient it is.
         on_join: called with the link once it is welcome.
-        on_frame: called with each frame but beats.
+        on_frame: called with each frame.
         on_lost: called with the reason when it ends after it was welcome.
 
     Attributes:
@@ -170,8 +170,7 @@ class Link:
             for frame in _frames(await socket.receive()):
                 if isinstance(frame, wire.Beat):
                     self._beaten, self.last = True, frame
-                else:
-                    self._on_frame(self, frame)
+                self._on_frame(self, frame)
 
     async def _watch(self) -> None:
         """Raises when the worker gives no sign of life.

@@ -31,6 +31,7 @@ class Links:
         times: how patient links are.
         on_join: called with a worker that has come.
         on_message: called with the worker and its message to the dispatcher.
+        on_load: called with a worker's name and what others have sent there.
         on_drain: called with the name of a worker that wants to go.
         on_lost: called with a worker's name and why it is lost.
         may_pass: whether a message of one worker to another is still of use.
@@ -46,6 +47,7 @@ class Links:
         *,
         on_join: Callable[[wire.Part], None],
         on_message: Callable[[str, Message], None],
+        on_load: Callable[[str, int], None],
         on_drain: Callable[[str], None],
         on_lost: Callable[[str, str], None],
         may_pass: Callable[[str, Message], bool],
@@ -58,6 +60,7 @@ class Links:
         self._times = times
         self._on_join = on_join
         self._on_message = on_message
+        self._on_load = on_load
         self._on_drain = on_drain
         self._on_lost = on_lost
         self._may_pass = may_pass
@@ -178,6 +181,10 @@ class Links:
                     self._on_message(source, message)
                 elif self._may_pass(source, message):
                     self.send(source, to, message)
+            case wire.Beat(_, _, others):
+                for name, load in others.items():
+                    if self._link_of.get(name) is link:
+                        self._on_load(name, load)
             case wire.Draining():
                 for name, other in tuple(self._link_of.items()):
                     if other is link:

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -300,6 +300,13 @@ class Station:
     def _say_alive(self) -> None:
         self._alive_at = time.monotonic()
         assert self._thread is not None
-        beat = wire.Beat(self._stats(), self._thread.longest_seconds)
-        for queue in self._linked.values():
-            queue.put(beat)
+        stats, longest = self._stats(), self._thread.longest_seconds
+        loads = {worker.name: worker.loads() for worker in self._thread.workers}
+        for incarnation, queue in self._linked.items():
+            others = {name: _of_others(load, incarnation) for name, load in loads.items()}
+            queue.put(wire.Beat(stats, longest, others))
+
+
+def _of_others(loads: Mapping[int, int], incarnation: int) -> int:
+    """What is not the sequences of that frontend, of loads by sequence."""
+    return sum(load for id, load in loads.items() if wire.owner_of(id) != incarnation)

@@ -122,10 +122,12 @@ class Beat(msgspec.Struct, frozen=True, tag=True):
     Args:
         stats: what it has done since its start.
         longest_seconds: about the longest piece of work of late, during which it gives no sign.
+        others: by worker, what other frontends have sent there, see `Router.note_others`.
     """
 
     stats: EngineStats
     longest_seconds: float = 0.0
+    others: dict[str, int] = {}
 
 
 class Draining(msgspec.Struct, frozen=True, tag=True):

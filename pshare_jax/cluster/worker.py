@@ -109,6 +109,10 @@ class Worker(Protocol):
         """Sequences that are known here, in any state."""
         ...
 
+    def loads(self) -> dict[int, int]:
+        """What each sequence means here: tokens to be computed, or pages to be read."""
+        ...
+
     @property
     def has_begun(self) -> bool:
         """Whether the device still computes something for it."""
@@ -186,6 +190,10 @@ class PrefillWorker(Generic[P]):
     def held_ids(self) -> set[int]:
         """See Worker."""
         return self.core.held_ids()
+
+    def loads(self) -> dict[int, int]:
+        """See Worker."""
+        return self.core.loads()
 
     @property
     def has_begun(self) -> bool:
@@ -269,6 +277,10 @@ class DecodeWorker(Generic[D]):
     def held_ids(self) -> set[int]:
         """See Worker."""
         return self.core.held_ids()
+
+    def loads(self) -> dict[int, int]:
+        """See Worker."""
+        return self.core.loads()
 
     @property
     def has_begun(self) -> bool:

@@ -265,6 +265,10 @@ class Dispatcher:
             # Who waits on has waited before.
             self._parked[id] = parked[id]
 
+    def note_others(self, worker: str, load: int) -> None:
+        """A worker says what it has of other dispatchers' sequences, see `Router.note_others`."""
+        self._router.note_others(worker, load)
+
     def drain_worker(self, worker: str) -> None:
         """A worker takes no more sequences; those that it has go on."""
         self._router.lose(worker)

@@ -434,6 +434,10 @@ class PrefillCore:
         else:
             self._send(DISPATCHER, m.Failed(task.sequence.id, f"{self.name}: {error}"))
 
+    def loads(self) -> dict[int, int]:
+        """Prompt tokens still to be computed, by sequence."""
+        return {task.sequence.id: task.remaining for task in (*self.queue.tasks, *self._active)}
+
     def held_ids(self) -> set[int]:
         """Sequences whose pages are held here, in any state."""
         tasks = (*self.queue.tasks, *self._active, *self._held.values())

@@ -61,7 +61,8 @@ class NoWorkerError(Exception):
 @dataclass(eq=False)
 class _Worker:
     """`sent` are keys of prompts that were sent there, since their KV will soon be there;
-    `pending` prompt tokens still to be computed, by sequence."""
+    `pending` prompt tokens still to be computed, by sequence. `others` is what routers elsewhere
+    have sent there: tokens to a prefill worker, pages to a decode worker."""
 
     info: WorkerInfo
     held: set[bytes] = field(default_factory=set)
@@ -69,6 +70,7 @@ class _Worker:
     pending: dict[int, int] = field(default_factory=dict)
     pending_tokens: int = 0
     load: int = 0
+    others: int = 0
 
     def set_pending(self, id: int, tokens: int) -> None:
         self.pending_tokens += tokens - self.pending.pop(id, 0)
@@ -173,6 +175,12 @@ class Router:
         """A worker has come, or come again with nothing in its pool."""
         (self._prefill if prefill else self._decode)[info.name] = _Worker(info)
 
+    def note_others(self, worker: str, load: int) -> None:
+        """A worker says what it has of sequences that other routers have sent."""
+        for workers in (self._prefill, self._decode):
+            if worker in workers:
+                workers[worker].others = load
+
     def lose(self, worker: str) -> None:
         """A worker is not alive any more, or takes no more sequences."""
         self._prefill.pop(worker, None)
@@ -186,7 +194,8 @@ class Router:
         def cost(name: str) -> tuple[int, int]:
             worker = self._prefill[name]
             # Among equals the emptiest pool, so that new sessions spread.
-            return COMPUTE_WEIGHT * uncached[name] + worker.pending_tokens, len(worker.sent)
+            waiting = worker.pending_tokens + worker.others
+            return COMPUTE_WEIGHT * uncached[name] + waiting, len(worker.sent)
 
         best = min(able, key=cost)
         if last in able and cost(last)[0] <= cost(best)[0] + STAY_TOKENS:
@@ -219,7 +228,8 @@ class Router:
             worker = self._decode[name]
             held = worker.held_tokens(sequence.keys) // worker.info.page_size
             elsewhere = most_hosted - next_hosts.get(name, 0)
-            return worker.load + num_pages(name) - held + elsewhere * num_pages(name)
+            load = worker.load + worker.others
+            return load + num_pages(name) - held + elsewhere * num_pages(name)
 
         most_hosted = max(next_hosts.values(), default=0)
         best = min(hosts, key=cost)

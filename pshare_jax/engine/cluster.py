@@ -98,6 +98,7 @@ class ClusterEngine(Front):
             LinkTimes(beat_seconds=cluster.beat_seconds, lost_seconds=cluster.lost_seconds),
             on_join=self._joined,
             on_message=self._heard,
+            on_load=self._note_others,
             on_drain=self._drains,
             on_lost=self._lost,
             may_pass=self._may_pass,
@@ -221,6 +222,9 @@ class ClusterEngine(Front):
     def _heard(self, source: str, message: Message) -> None:
         now = time.monotonic()
         self._control.post(lambda: self._dispatcher.receive(source, message, now))  # type: ignore[arg-type]
+
+    def _note_others(self, worker: str, load: int) -> None:
+        self._control.post(lambda: self._dispatcher.note_others(worker, load))
 
     def _drains(self, worker: str) -> None:
         def drain() -> None:

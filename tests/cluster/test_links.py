@@ -301,3 +301,15 @@ def test_a_worker_whose_work_takes_long_is_not_lost() -> None:
         host.go_on()
         check([frontend.submit("full", [1, 2, 3])])
         assert link.welcome is welcome
+
+
+def test_frontends_hear_what_others_have_sent(cluster: Cluster) -> None:
+    """They do not know of each other, but workers say it; their own is not in it."""
+    first, second = cluster.frontends
+    busy = ask([first], 16, 30, 80)
+    mine, theirs = (f.engine._dispatcher._router for f in (first, second))
+    wait_until(lambda: any(worker.others for worker in theirs._decode.values()))
+    assert not any(worker.others for worker in mine._decode.values())
+    check(busy)
+    for workers in (theirs._decode, theirs._prefill):
+        wait_until(lambda workers=workers: not any(w.others for w in workers.values()))

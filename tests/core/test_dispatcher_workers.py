@@ -148,3 +148,15 @@ def test_pairs_and_others_do_not_mix() -> None:
     outbox, core.outbox = core.outbox, []
     routed = [message.sequence for _, message in outbox if isinstance(message, m.Prefill)]
     assert {(s.prefill_worker, s.decode_worker) for s in routed} == {("prefill0", "decode0")}
+
+
+def test_what_others_have_sent_counts() -> None:
+    core = dispatcher(patience=10.0)
+    add(core, "prefill0", "prefill1", "decode0", "decode1")
+    core.note_others("prefill0", 50)
+    core.note_others("decode1", 50)
+    core.note_others("gone", 1)
+    submit(core)
+    ((to, prefill),) = core.outbox
+    assert isinstance(prefill, m.Prefill)
+    assert (to, prefill.sequence.decode_worker) == ("prefill1", "decode0")
