@@ -44,7 +44,8 @@ class WorkerInfo(msgspec.Struct, frozen=True):
         num_pages: what its pool can hold.
         page_size: tokens of a page.
         partner: of a prefill worker that shares its pool with a decode worker: that one, which
-            then generates for all prompts that are covered there.
+            then generates for all prompts that are covered there. A decode worker may name its
+            partner, too, so that it is never taken for one that gets pages from elsewhere.
     """
 
     name: str
@@ -60,7 +61,8 @@ class NoWorkerError(Exception):
 @dataclass(eq=False)
 class _Worker:
     """`sent` are keys of prompts that were sent there, since their KV will soon be there;
-    `pending` prompt tokens still to be computed, by sequence."""
+    `pending` prompt tokens still to be computed, by sequence. `others` is what routers elsewhere
+    have sent there: tokens to a prefill worker, pages to a decode worker."""
 
     info: WorkerInfo
     held: set[bytes] = field(default_factory=set)
@@ -68,6 +70,7 @@ class _Worker:
     pending: dict[int, int] = field(default_factory=dict)
     pending_tokens: int = 0
     load: int = 0
+    others: int = 0
 
     def set_pending(self, id: int, tokens: int) -> None:
         self.pending_tokens += tokens - self.pending.pop(id, 0)
@@ -125,15 +128,16 @@ class Router:
         """
         hosts = [name for name in decode_workers if name in self._decode]
         partners = {name: worker.info.partner for name, worker in self._prefill.items()}
-        able = [name for name, partner in partners.items() if not partner or partner in hosts]
+        paired = {name for name in hosts if self._decode[name].info.partner} | {*partners.values()}
+        alone = [name for name in hosts if name not in paired]
+        able = [name for name, to in partners.items() if (to in hosts if to else alone)]
         if not hosts:
             raise NoWorkerError(f"no decode worker of model {sequence.model} is alive")
         if not able:
             raise NoWorkerError("no prefill worker is alive")
         stay = self._sessions.find(session)
         prefill, uncached = self._best_prefill(sequence, able, stay.prefill if stay else "")
-        if partners[prefill]:
-            hosts = [partners[prefill]]
+        hosts = [partners[prefill]] if partners[prefill] else alone
         latest = [name for name in reversed(stay.decode) if name in hosts] if stay else []
         decode, num_pages = self._best_decode(sequence, hosts, latest[:1], next_hosts or {})
         self._sessions.went(session, prefill, decode)
@@ -167,8 +171,18 @@ class Router:
                 held.update(added)
                 held.difference_update(removed)
 
+    def add(self, info: WorkerInfo, *, prefill: bool) -> None:
+        """A worker has come, or come again with nothing in its pool."""
+        (self._prefill if prefill else self._decode)[info.name] = _Worker(info)
+
+    def note_others(self, worker: str, load: int) -> None:
+        """A worker says what it has of sequences that other routers have sent."""
+        for workers in (self._prefill, self._decode):
+            if worker in workers:
+                workers[worker].others = load
+
     def lose(self, worker: str) -> None:
-        """A worker is not alive any more."""
+        """A worker is not alive any more, or takes no more sequences."""
         self._prefill.pop(worker, None)
         self._decode.pop(worker, None)
 
@@ -180,7 +194,8 @@ class Router:
         def cost(name: str) -> tuple[int, int]:
             worker = self._prefill[name]
             # Among equals the emptiest pool, so that new sessions spread.
-            return COMPUTE_WEIGHT * uncached[name] + worker.pending_tokens, len(worker.sent)
+            waiting = worker.pending_tokens + worker.others
+            return COMPUTE_WEIGHT * uncached[name] + waiting, len(worker.sent)
 
         best = min(able, key=cost)
         if last in able and cost(last)[0] <= cost(best)[0] + STAY_TOKENS:
@@ -213,7 +228,8 @@ class Router:
             worker = self._decode[name]
             held = worker.held_tokens(sequence.keys) // worker.info.page_size
             elsewhere = most_hosted - next_hosts.get(name, 0)
-            return worker.load + num_pages(name) - held + elsewhere * num_pages(name)
+            load = worker.load + worker.others
+            return load + num_pages(name) - held + elsewhere * num_pages(name)
 
         most_hosted = max(next_hosts.values(), default=0)
         best = min(hosts, key=cost)

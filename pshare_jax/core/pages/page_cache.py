@@ -148,6 +148,10 @@ class PageCache:
         self._index.added, self._index.removed = [], []
         return added, removed
 
+    def keys(self) -> list[bytes]:
+        """Keys of all full pages that are indexed now."""
+        return self._index.keys()
+
     def extend(
         self, node: Node, tokens: tuple[int, ...], origins: list[str], key: bytes | None
     ) -> None:
