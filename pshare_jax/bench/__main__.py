@@ -22,6 +22,7 @@ from pshare_jax.bench import (
     agents_markdown,
     agents_plots,
     agents_report,
+    autoscale,
     codec,
     compile_report,
     loading,
@@ -41,6 +42,7 @@ from pshare_jax.bench import compile as compile_bench
 from pshare_jax.bench.plan import command as plan
 from pshare_jax.bench.plan import plots as plan_plots
 from pshare_jax.bench.plan import report as plan_report
+from pshare_jax.bench.routers import command as routers
 from pshare_jax.convert.files import check_section, replace_file, replace_section
 from pshare_jax.convert.manifest import read_json
 from pshare_jax.errors import PshareError
@@ -89,6 +91,18 @@ _PLAIN = {
         loading.LoadingOptions,
         loading.run,
         loading.lines,
+    ),
+    "autoscale": _Plain(
+        "Workers that change sides while the load changes, in virtual time.",
+        autoscale.AutoscaleOptions,
+        autoscale.run,
+        autoscale.lines,
+    ),
+    "routers": _Plain(
+        "Routers of a thousand engines in virtual time, beside one that knows everything.",
+        routers.RoutersOptions,
+        routers.run,
+        routers.lines,
     ),
     "starve": _Plain(
         "How long a small request takes while others flood the server.",

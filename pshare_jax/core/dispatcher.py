@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import msgspec
@@ -27,7 +27,7 @@ from pshare_jax.core.messages import (
 )
 from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.pages.prefix_index import block_key, block_keys, root_key
-from pshare_jax.core.router import NoWorkerError, Router
+from pshare_jax.core.router import NoWorkerError, Router, WorkerInfo
 from pshare_jax.core.sessions import SessionPolicy, replied, session_key
 from pshare_jax.core.stats import DispatcherStats
 
@@ -67,6 +67,7 @@ class Dispatcher:
         router: chooses workers.
         page_size: tokens of a page.
         sessions: what is done for calls to come.
+        ids: of attempts, never used twice by anybody whom the workers hear.
 
     Attributes:
         outbox: messages to workers; who carries them empties it.
@@ -82,6 +83,8 @@ class Dispatcher:
         router: Router,
         page_size: int,
         sessions: SessionPolicy | None = None,
+        *,
+        ids: Iterator[int] | None = None,
     ):
         self.outbox: Outbox = []
         self.outputs: list[RequestOutput] = []
@@ -95,7 +98,7 @@ class Dispatcher:
         self._sessions = sessions or SessionPolicy()
         self._live: dict[str, _Live] = {}
         self._attempts: dict[int, _Live] = {}
-        self._ids = itertools.count()
+        self._ids = itertools.count() if ids is None else ids
         self._lost_workers: dict[str, str] = {}
 
     @property
@@ -203,8 +206,11 @@ class Dispatcher:
     def receive(self, worker: str, message: ToDispatcher, now: float = 0.0) -> None:
         """Takes in what a worker says; `now` is in seconds of the host's clock."""
         match message:
-            case m.IndexChanged(added, removed):
-                self._router.index_changed(worker, added, removed)
+            case m.IndexChanged():
+                if self._router.index_changed(worker, message):
+                    self.outbox.append((worker, m.IndexWanted()))
+            case m.IndexSnapshot():
+                self._router.index_snapshot(worker, message)
             case m.Pending(id, tokens):
                 self._router.pending(worker, id, tokens)
                 if (live := self._attempts.get(id)) is not None:
@@ -213,6 +219,15 @@ class Dispatcher:
                 live = self._attempts.get(message.id)
                 if live is not None:
                     self._about(live, message, now)
+
+    def add_worker(self, info: WorkerInfo, *, prefill: bool) -> None:
+        """A worker has come, or come again; it holds nothing that was sent there before."""
+        self._lost_workers.pop(info.name, None)
+        self._router.add(info, prefill=prefill)
+
+    def note_others(self, worker: str, load: int) -> None:
+        """A worker says what it has of other dispatchers' sequences, see `Router.note_others`."""
+        self._router.note_others(worker, load)
 
     def lose_worker(self, worker: str, reason: str) -> None:
         """A worker has failed: what it held is computed elsewhere, or fails."""

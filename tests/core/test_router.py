@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from pshare_jax.core.messages import Sequence
+from pshare_jax.core.messages import IndexChanged, Sequence
 from pshare_jax.core.router import NoWorkerError, Router, WorkerInfo
 from pshare_jax.core.sessions import SessionKey
 from tests.core.sequences import make_sequence
@@ -100,7 +100,7 @@ def test_pages_that_are_held_count_though_nothing_was_sent() -> None:
     probe = Fleet().send(prompt)
     fleet = Fleet()
     away = other(probe.prefill_worker)
-    fleet.router.index_changed(away, probe.keys, [])
+    fleet.router.index_changed(away, IndexChanged(probe.keys, []))
     sequence = fleet.send(prompt)
     assert (sequence.prefill_worker, sequence.num_uncached) == (away, 0)
 
@@ -110,11 +110,11 @@ def test_pages_count_up_to_the_first_that_has_left() -> None:
     keys = Fleet().send(prompt).keys
     for removed, uncached in [(2, 2), (1, 4), (0, 6)]:
         fleet = Fleet(prefill=1)
-        fleet.router.index_changed("prefill0", keys, [])
-        fleet.router.index_changed("prefill0", [], [keys[removed]])
+        fleet.router.index_changed("prefill0", IndexChanged(keys, []))
+        fleet.router.index_changed("prefill0", IndexChanged([], [keys[removed]]))
         assert fleet.send(prompt).num_uncached == uncached
     fleet = Fleet(prefill=1)
-    fleet.router.index_changed("prefill0", keys, keys)
+    fleet.router.index_changed("prefill0", IndexChanged(keys, keys))
     assert fleet.send(prompt).num_uncached == 6, "they have entered and then left"
 
 
@@ -124,7 +124,7 @@ def test_what_was_sent_long_ago_is_forgotten() -> None:
     assert fleet.send([1] * 21).num_uncached == 0
     for i in range(2, 30):
         fleet.send([i] * 21)
-    assert len(fleet.router._prefill["prefill0"].sent) == NUM_PAGES
+    assert len(fleet.router._prefill.views["prefill0"].sent) == NUM_PAGES
     assert fleet.send([1] * 21).num_uncached == 20
 
 
@@ -143,7 +143,7 @@ def test_decode_load_counts_what_is_on_its_way() -> None:
 def test_decode_prefers_the_pool_that_has_the_prompt() -> None:
     probe = Fleet().send([1] * 9)
     fleet = Fleet()
-    fleet.router.index_changed("decode1", probe.keys, [])
+    fleet.router.index_changed("decode1", IndexChanged(probe.keys, []))
     assert fleet.send([1] * 9).decode_worker == "decode1"
     assert fleet.send([2] * 9).decode_worker == "decode0"
 
@@ -163,10 +163,10 @@ def test_routing_again_leaves_the_old_worker() -> None:
         fleet.router.forget(sequence.id)
         sequence = fleet.send([1] * 10)
         assert sequence.decode_worker == first
-    assert {n: w.load for n, w in fleet.router._decode.items()} == {first: 5, other(first): 0}
+    assert {n: w.load for n, w in fleet.router._decode.views.items()} == {first: 5, other(first): 0}
     # What the first attempt had computed, or would have, is not computed again.
     assert sequence.num_uncached == 0
-    assert fleet.router._prefill[sequence.prefill_worker].pending_tokens == 0
+    assert fleet.router._prefill.views[sequence.prefill_worker].pending_tokens == 0
 
 
 def test_what_is_said_of_a_sequence_that_has_ended_is_ignored() -> None:
@@ -175,14 +175,14 @@ def test_what_is_said_of_a_sequence_that_has_ended_is_ignored() -> None:
     fleet.router.forget(sequence.id)
     fleet.router.pending(sequence.prefill_worker, sequence.id, 1000)
     fleet.router.pending("prefill7", sequence.id, 1000)
-    assert [worker.pending_tokens for worker in fleet.router._prefill.values()] == [0, 0]
+    assert [worker.pending_tokens for worker in fleet.router._prefill.views.values()] == [0, 0]
     assert fleet.send([1] * 22).prefill_worker == sequence.prefill_worker
 
 
 def test_pending_tokens_are_those_that_were_said_last() -> None:
     fleet = Fleet(prefill=1)
     one, two = fleet.send([1] * 20), fleet.send([2] * 30)
-    worker = fleet.router._prefill["prefill0"]
+    worker = fleet.router._prefill.views["prefill0"]
     assert worker.pending_tokens == 19 + 29
     fleet.router.pending("prefill0", one.id, 11)
     fleet.router.pending("prefill0", one.id, 3)
@@ -199,7 +199,7 @@ def test_a_lost_worker_is_never_chosen() -> None:
         fleet.router.lose(lost)
         fleet.router.lose(lost)
     # Not even by its session, nor by what it still says.
-    fleet.router.index_changed(sent.prefill_worker, sent.keys, [])
+    fleet.router.index_changed(sent.prefill_worker, IndexChanged(sent.keys, []))
     fleet.router.pending(sent.prefill_worker, sent.id, 5)
     fleet.router.forget(sent.id)
     again = [fleet.send(context), *(fleet.send([i] * 10) for i in range(4))]
@@ -220,7 +220,7 @@ def test_without_a_worker_that_could_do_it_the_error_says_which_was_asked_for() 
         fleet.send([1] * 9)
     # What could not be routed burdens nobody.
     assert list(fleet.router._assigned) == [1]
-    assert fleet.router._decode["decode0"].load == 5
+    assert fleet.router._decode.views["decode0"].load == 5
 
 
 def test_where_a_pool_is_shared_the_partner_generates() -> None:
