@@ -64,8 +64,9 @@ class Router:
         *,
         replicas: int = 1,
     ):
-        self._prefill = Fleet(lambda view: view.pending_tokens + view.others, spreads=True)
-        self._decode = Fleet(lambda view: view.load + view.others, spreads=False)
+        self._covering = Fleet(lambda view: view.pending_tokens + view.others, spreads=True)
+        self._generating = Fleet(lambda view: view.load + view.others, spreads=False)
+        self._prefill, self._decode = self._covering.views, self._generating.views
         self._meeting = MEET_TOKENS if replicas > 1 else 0
         self._assigned: dict[int, tuple[WorkerView, WorkerView, int]] = {}
         self._able: dict[tuple[str, ...], tuple[Among, Among]] = {}
@@ -78,17 +79,17 @@ class Router:
     @property
     def workers(self) -> list[str]:
         """Names of the workers that are alive."""
-        return [*self._prefill.views, *self._decode.views]
+        return [*self._prefill, *self._decode]
 
     def add(self, info: WorkerInfo, *, prefill: bool) -> None:
         """A worker has come, or come again with nothing in its pool."""
-        (self._prefill if prefill else self._decode).add(info)
+        (self._covering if prefill else self._generating).add(info)
         self._able.clear()
 
     def lose(self, worker: str) -> None:
         """A worker is not alive any more, or takes no more sequences."""
-        self._prefill.lose(worker)
-        self._decode.lose(worker)
+        self._covering.lose(worker)
+        self._generating.lose(worker)
         self._able.clear()
 
     def route(
@@ -114,7 +115,7 @@ class Router:
         prefill, uncached = self._best_prefill(sequence, able, stay.prefill if stay else "")
         hosts = alone
         if prefill.info.partner:
-            hosts = self._decode.among([prefill.info.partner])
+            hosts = self._generating.among([prefill.info.partner])
         latest = (
             [name for name in reversed(stay.decode) if self._is_one(name, hosts)][:1]
             if stay
@@ -146,10 +147,10 @@ class Router:
     def pending(self, worker: str, id: int, tokens: int) -> None:
         """A prefill worker says how much of a sequence it still has to compute."""
         # What is heard of a sequence that has gone on or ended meanwhile is old.
-        view = self._prefill.views.get(worker)
+        view = self._prefill.get(worker)
         if view is not None and id in self._assigned:
             view.set_pending(id, tokens)
-            self._prefill.touch(view)
+            self._covering.touch(view)
 
     def index_changed(self, worker: str, change: IndexChanged) -> bool:
         """A worker's prefix index has changed. Whether it should be asked for a snapshot."""
@@ -173,12 +174,12 @@ class Router:
         self._touch(*views)
 
     def _views(self, worker: str) -> list[WorkerView]:
-        fleets = (self._prefill, self._decode)
+        fleets = (self._covering, self._generating)
         return [fleet.views[worker] for fleet in fleets if worker in fleet.views]
 
     def _touch(self, *views: WorkerView) -> None:
         for view in views:
-            for fleet in (self._prefill, self._decode):
+            for fleet in (self._covering, self._generating):
                 if fleet.views.get(view.info.name) is view:
                     fleet.touch(view)
 
@@ -191,28 +192,28 @@ class Router:
         """
         found = self._able.get(decode_workers)
         if found is None:
-            hosts = {name for name in decode_workers if name in self._decode.views}
+            hosts = {name for name in decode_workers if name in self._decode}
             if not hosts:
                 raise NoWorkerError(f"no decode worker of model {model} is alive")
-            partners = {n: view.info.partner for n, view in self._prefill.views.items()}
-            paired = {name for name in hosts if self._decode.views[name].info.partner}
-            alone = self._decode.among(hosts - paired - {*partners.values()})
+            partners = {n: view.info.partner for n, view in self._prefill.items()}
+            paired = {name for name in hosts if self._decode[name].info.partner}
+            alone = self._generating.among(hosts - paired - {*partners.values()})
             able = [n for n, to in partners.items() if (to in hosts if to else alone.slots)]
             if not able:
                 raise NoWorkerError("no prefill worker is alive")
             if len(self._able) >= _MAX_ABLE:
                 self._able.clear()
-            found = self._able[decode_workers] = self._prefill.among(able), alone
+            found = self._able[decode_workers] = self._covering.among(able), alone
         return found
 
     def _is_one(self, name: str, among: Among) -> bool:
-        view = self._decode.views.get(name)
+        view = self._decode.get(name)
         return view is not None and bool(among.mask >> view.slot & 1)
 
     def _best_prefill(self, sequence: Sequence, able: Among, last: str) -> tuple[WorkerView, int]:
         """The cheapest worker, or `last` if it is able and not overloaded; and how many tokens it
         would compute."""
-        chain, fleet = sequence.chain, self._prefill
+        chain, fleet = sequence.chain, self._covering
         page_size = fleet.at(able.slots[0]).info.page_size
 
         def uncached(run: int) -> int:
@@ -241,7 +242,7 @@ class Router:
         `last` is where the session was, and stays unless that is overloaded. A model that is asked
         next elsewhere will have the pages moved there, too.
         """
-        fleet = self._decode
+        fleet = self._generating
         num_pages = -(-sequence.num_tokens // fleet.at(hosts.slots[0]).info.page_size)
 
         def price(run: int) -> int:

@@ -42,6 +42,8 @@ class WorkerView:
     Attributes:
         info: what it is.
         slot: its number among the workers of its kind.
+        known: where the keys of all workers of its kind are noted.
+        held: keys in its index.
         sent: keys of prompts that were sent there and that it does not hold as far as is known;
             their KV will soon be there. Oldest first.
         pending_tokens: prompt tokens that this router has sent there and that it has not computed.
@@ -54,12 +56,12 @@ class WorkerView:
     info: WorkerInfo
     slot: int
     known: KeyMap
+    held: set[bytes] = field(default_factory=set)
     sent: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
     pending_tokens: int = 0
     load: int = 0
     others: int = 0
     in_step: bool = True
-    _held: set[bytes] = field(default_factory=set)
     _pending: dict[int, int] = field(default_factory=dict)
     _incarnation: int | None = None
     _number: int = 0
@@ -67,7 +69,7 @@ class WorkerView:
     @property
     def num_known(self) -> int:
         """Keys that it holds or will soon hold."""
-        return len(self._held) + len(self.sent)
+        return len(self.held) + len(self.sent)
 
     def set_pending(self, id: int, tokens: int) -> None:
         """How many tokens of a sequence it still has to compute."""
@@ -78,7 +80,7 @@ class WorkerView:
     def remember(self, chain: Iterable[bytes]) -> None:
         """A prompt of these keys was sent there."""
         for key in chain:
-            if key not in self._held:
+            if key not in self.held:
                 self.sent[key] = None
                 self.sent.move_to_end(key)
                 self.known.add(key, self.slot)
@@ -92,11 +94,11 @@ class WorkerView:
         or wrong one by one, and most will be right.
         """
         for key in change.added:
-            self._held.add(key)
+            self.held.add(key)
             self.sent.pop(key, None)
             self.known.add(key, self.slot)
         for key in change.removed:
-            self._held.discard(key)
+            self.held.discard(key)
             if key not in self.sent:
                 self.known.discard(key, self.slot)
         if self._incarnation is None:
@@ -112,11 +114,12 @@ class WorkerView:
         """All that its index holds after the change that the snapshot names."""
         if snapshot.incarnation == self._incarnation and snapshot.number < self._number:
             return
-        for key in self._held.difference(snapshot.keys):
+        for key in self.held.difference(snapshot.keys):
             if key not in self.sent:
                 self.known.discard(key, self.slot)
-        self._held = set(snapshot.keys)
-        for key in self._held:
+        self.held.clear()
+        self.held.update(snapshot.keys)
+        for key in snapshot.keys:
             self.sent.pop(key, None)
             self.known.add(key, self.slot)
         self._incarnation, self._number = snapshot.incarnation, snapshot.number
@@ -124,7 +127,7 @@ class WorkerView:
 
     def clear(self) -> None:
         """Nothing is known of it any more."""
-        for key in (*self._held, *self.sent):
+        for key in (*self.held, *self.sent):
             self.known.discard(key, self.slot)
-        self._held.clear()
+        self.held.clear()
         self.sent.clear()

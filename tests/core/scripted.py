@@ -362,8 +362,8 @@ class Host:
             assert worker.name in self.dead or worker.executor.connector.arriving == {}
         assert self.link.offers == {}
         assert self.router._assigned == {}
-        assert all(worker.load == 0 for worker in self.router._decode.views.values())
-        assert all(worker.pending_tokens == 0 for worker in self.router._prefill.views.values())
+        assert all(worker.load == 0 for worker in self.router._decode.values())
+        assert all(worker.pending_tokens == 0 for worker in self.router._prefill.values())
 
     def _busy(self) -> bool:
         workers = [self.prefill.get(name) or self.decode[name] for name in self.alive]

@@ -120,7 +120,7 @@ class Telling:
 
     @property
     def believed(self) -> set[bytes]:
-        return set(self.view._held)
+        return set(self.view.held)
 
 
 @given(st.lists(st.tuples(st.lists(st.integers(0, 1), max_size=8), st.booleans()), max_size=25))
@@ -149,13 +149,13 @@ def test_it_asks_once_for_what_it_has_missed() -> None:
     assert view.changed(IndexChanged([b"a"], [], 1)) is False
     assert view.changed(IndexChanged([b"c"], [], 3)) is True
     assert view.changed(IndexChanged([b"d"], [], 4)) is False
-    assert view._held == {b"a", b"c", b"d"}
+    assert view.held == {b"a", b"c", b"d"}
     view.snapshot(IndexSnapshot([b"d", b"e"], 4))
-    assert view._held == {b"d", b"e"}
+    assert view.held == {b"d", b"e"}
     # A snapshot that is older than what is known changes nothing.
     assert view.changed(IndexChanged([b"f"], [], 5)) is False
     view.snapshot(IndexSnapshot([], 4))
-    assert view._held == {b"d", b"e", b"f"}
+    assert view.held == {b"d", b"e", b"f"}
 
 
 def test_a_worker_that_has_started_anew_is_noticed() -> None:
@@ -163,7 +163,7 @@ def test_a_worker_that_has_started_anew_is_noticed() -> None:
     assert view.changed(IndexChanged([b"a"], [], 1, incarnation=5)) is False
     assert view.changed(IndexChanged([b"b"], [], 2, incarnation=6)) is True
     view.snapshot(IndexSnapshot([b"b"], 2, incarnation=6))
-    assert view._held == {b"b"}
+    assert view.held == {b"b"}
     assert view.changed(IndexChanged([b"c"], [], 3, incarnation=6)) is False
 
 
@@ -244,7 +244,7 @@ def test_what_others_have_sent_counts_once_a_worker_says_so(routers) -> None:
     assert len(places) > 1
     # It is of this moment: the next figure takes its place.
     theirs.note_others(home, 0)
-    assert theirs._prefill.views[home].others == 0
+    assert theirs._prefill[home].others == 0
     # Pages that others' sequences read.
     theirs.note_others("decode0", 4000)
     chosen = theirs.route(make_sequence(20, [20] * 9, page_size=PAGE), ["decode0", "decode1"])

@@ -124,7 +124,7 @@ def test_what_was_sent_long_ago_is_forgotten() -> None:
     assert fleet.send([1] * 21).num_uncached == 0
     for i in range(2, 30):
         fleet.send([i] * 21)
-    assert len(fleet.router._prefill.views["prefill0"].sent) == NUM_PAGES
+    assert len(fleet.router._prefill["prefill0"].sent) == NUM_PAGES
     assert fleet.send([1] * 21).num_uncached == 20
 
 
@@ -163,10 +163,10 @@ def test_routing_again_leaves_the_old_worker() -> None:
         fleet.router.forget(sequence.id)
         sequence = fleet.send([1] * 10)
         assert sequence.decode_worker == first
-    assert {n: w.load for n, w in fleet.router._decode.views.items()} == {first: 5, other(first): 0}
+    assert {n: w.load for n, w in fleet.router._decode.items()} == {first: 5, other(first): 0}
     # What the first attempt had computed, or would have, is not computed again.
     assert sequence.num_uncached == 0
-    assert fleet.router._prefill.views[sequence.prefill_worker].pending_tokens == 0
+    assert fleet.router._prefill[sequence.prefill_worker].pending_tokens == 0
 
 
 def test_what_is_said_of_a_sequence_that_has_ended_is_ignored() -> None:
@@ -175,14 +175,14 @@ def test_what_is_said_of_a_sequence_that_has_ended_is_ignored() -> None:
     fleet.router.forget(sequence.id)
     fleet.router.pending(sequence.prefill_worker, sequence.id, 1000)
     fleet.router.pending("prefill7", sequence.id, 1000)
-    assert [worker.pending_tokens for worker in fleet.router._prefill.views.values()] == [0, 0]
+    assert [worker.pending_tokens for worker in fleet.router._prefill.values()] == [0, 0]
     assert fleet.send([1] * 22).prefill_worker == sequence.prefill_worker
 
 
 def test_pending_tokens_are_those_that_were_said_last() -> None:
     fleet = Fleet(prefill=1)
     one, two = fleet.send([1] * 20), fleet.send([2] * 30)
-    worker = fleet.router._prefill.views["prefill0"]
+    worker = fleet.router._prefill["prefill0"]
     assert worker.pending_tokens == 19 + 29
     fleet.router.pending("prefill0", one.id, 11)
     fleet.router.pending("prefill0", one.id, 3)
@@ -220,7 +220,7 @@ def test_without_a_worker_that_could_do_it_the_error_says_which_was_asked_for() 
         fleet.send([1] * 9)
     # What could not be routed burdens nobody.
     assert list(fleet.router._assigned) == [1]
-    assert fleet.router._decode.views["decode0"].load == 5
+    assert fleet.router._decode["decode0"].load == 5
 
 
 def test_where_a_pool_is_shared_the_partner_generates() -> None:
