@@ -18,7 +18,7 @@ CHART = DEPLOY / "helm/pshare-jax"
 PLATFORMS = ("cpu", "gpu", "tpu")
 FOLDERS = (
     *(f"kustomize/overlays/{platform}" for platform in PLATFORMS),
-    *("kustomize/single", "kustomize/checkpoints", "kustomize/monitoring", "ray"),
+    *("kustomize/single", "kustomize/storage", "kustomize/monitoring", "ray"),
 )
 """Everything that `kubectl apply -k` takes."""
 

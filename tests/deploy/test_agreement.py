@@ -173,7 +173,7 @@ def test_frontends_are_told_of_every_worker(platform: str, way: str) -> None:
     assert listed.split(",") == names
 
 
-@pytest.mark.parametrize("origin", [*SERVED, "kustomize/checkpoints"])
+@pytest.mark.parametrize("origin", [*SERVED, "kustomize/storage"])
 def test_pods_may_do_no_more_than_they_need(origin: str) -> None:
     found = templates(origin)
     assert found
