@@ -140,6 +140,12 @@ class DecodeCore:
         """Sequences that are known here, in any state."""
         return self._queue.ids() | self.inside_ids()
 
+    def loads(self) -> dict[int, int]:
+        """Pages of all sequences that are known here, by sequence."""
+        rows = [row.sequence for row in self._rows.values()]
+        known = [*rows, *self._arrivals.sequences(), *self._queue.sequences()]
+        return {one.id: -(-one.num_tokens // self.cache.page_size) for one in known}
+
     def inside_ids(self) -> set[int]:
         """Sequences that have a slot and pages here."""
         return set(self._rows) | self._arrivals.ids()
@@ -151,8 +157,8 @@ class DecodeCore:
                 self._queue.add(message)
             case m.Withdrawn(id):
                 self._queue.remove(id)
-            case m.Offered(transfer, descriptors):
-                self._arrivals.offered(transfer, descriptors)
+            case m.Offered(transfer, descriptors, address):
+                self._arrivals.offered(transfer, descriptors, address)
             case m.NotOffered(transfer, reason):
                 self._fetch_failed(transfer, reason)
             case m.Abort(id):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import msgspec
@@ -68,6 +68,9 @@ class Dispatcher:
         page_size: tokens of a page.
         sessions: what is done for calls to come.
         ids: of attempts, never used twice by anybody whom the workers hear.
+        max_lost: attempts that may be lost to failures before a request fails.
+        patience: seconds that a request waits for a worker to come where none could do it; see
+            `tick`. 0 is not at all.
 
     Attributes:
         outbox: messages to workers; who carries them empties it.
@@ -85,6 +88,8 @@ class Dispatcher:
         sessions: SessionPolicy | None = None,
         *,
         ids: Iterator[int] | None = None,
+        max_lost: int = MAX_LOST_ATTEMPTS,
+        patience: float = 0.0,
     ):
         self.outbox: Outbox = []
         self.outputs: list[RequestOutput] = []
@@ -99,7 +104,11 @@ class Dispatcher:
         self._live: dict[str, _Live] = {}
         self._attempts: dict[int, _Live] = {}
         self._ids = itertools.count() if ids is None else ids
+        self._max_lost = max_lost
+        self._patience = patience
         self._lost_workers: dict[str, str] = {}
+        self._hosted: dict[str, frozenset[str]] = {}
+        self._parked: dict[str, float | None] = {}
 
     @property
     def num_live(self) -> int:
@@ -192,7 +201,9 @@ class Dispatcher:
         if complete:
             self._say_replied(live)
         sequence = live.sequence
-        assert sequence is not None
+        if sequence is None:
+            self._finish(live, FinishReason.ABORT)
+            return
         to = sequence.prefill_worker
         if live.started or to in self._lost_workers:
             to = sequence.decode_worker
@@ -220,14 +231,59 @@ class Dispatcher:
                 if live is not None:
                     self._about(live, message, now)
 
-    def add_worker(self, info: WorkerInfo, *, prefill: bool) -> None:
-        """A worker has come, or come again; it holds nothing that was sent there before."""
+    def is_current(self, id: int) -> bool:
+        """Whether a sequence is what its request goes on with; another thread may ask."""
+        return id in self._attempts
+
+    def needs(self, worker: str) -> bool:
+        """Whether any sequence waits for something of a worker."""
+        return any(
+            sequence.decode_worker == worker
+            or (sequence.prefill_worker == worker and not live.started)
+            for live in self._live.values()
+            if (sequence := live.sequence) is not None
+        )
+
+    def running(self) -> Counter[str]:
+        """Sequences that have a slot, by the model's id; another thread may ask."""
+        lives = tuple(self._live.values())
+        return Counter(e.model.name for e in lives if e.started and not e.request.probe)
+
+    def add_worker(self, info: WorkerInfo, *, prefill: bool, models: Collection[str] = ()) -> None:
+        """A worker has come, or come again; it holds nothing that was sent there before.
+
+        Args:
+            info: what the router is told.
+            prefill: whether it covers prompts; otherwise it generates.
+            models: names of the models that it generates for, beside those that say so.
+        """
         self._lost_workers.pop(info.name, None)
+        self._hosted[info.name] = frozenset(models)
         self._router.add(info, prefill=prefill)
+        parked, self._parked = self._parked, {}
+        for id in parked:
+            if (live := self._live.get(id)) is not None:
+                self._attempt(live)
+        for id in self._parked:
+            # Who waits on has waited before.
+            self._parked[id] = parked[id]
 
     def note_others(self, worker: str, load: int) -> None:
         """A worker says what it has of other dispatchers' sequences, see `Router.note_others`."""
         self._router.note_others(worker, load)
+
+    def drain_worker(self, worker: str) -> None:
+        """A worker takes no more sequences; those that it has go on."""
+        self._router.lose(worker)
+
+    def tick(self, now: float) -> None:
+        """Gives up on requests that have waited too long for a worker; `now` is in seconds."""
+        for id, deadline in tuple(self._parked.items()):
+            if deadline is None:
+                self._parked[id] = now + self._patience
+            elif now >= deadline:
+                live = self._live[id]
+                self._finish(live, FinishReason.ERROR, self._no_worker(live.model))
 
     def lose_worker(self, worker: str, reason: str) -> None:
         """A worker has failed: what it held is computed elsewhere, or fails."""
@@ -235,7 +291,8 @@ class Dispatcher:
         self._router.lose(worker)
         for live in tuple(self._live.values()):
             sequence = live.sequence
-            assert sequence is not None
+            if sequence is None:
+                continue
             if sequence.decode_worker == worker:
                 if sequence.prefill_worker not in self._lost_workers:
                     # In this order: between the two the prompt may become complete.
@@ -291,21 +348,34 @@ class Dispatcher:
             owner=request.owner,
         )
         try:
+            hosts = self._hosts(live.model)
             sequence = self._router.route(
-                sequence, live.model.decode_workers, session_key(request), self._next_hosts(request)
+                sequence, hosts, session_key(request), self._next_hosts(request)
             )
         except NoWorkerError as error:
-            causes = "; ".join(f"{name}: {why}" for name, why in self._lost_workers.items())
-            self._finish(live, FinishReason.ERROR, f"{error} ({causes})")
+            if self._patience:
+                live.sequence, self._parked[request.id] = None, None
+            else:
+                self._finish(live, FinishReason.ERROR, self._no_worker(live.model, error))
             return
         live.sequence, live.started = sequence, False
         self._attempts[sequence.id] = live
         self.outbox.append((sequence.prefill_worker, m.Prefill(sequence)))
 
+    def _hosts(self, model: ModelSpec) -> list[str]:
+        """Decode workers that can generate for a model, if they are alive."""
+        hosting = [name for name, models in self._hosted.items() if model.name in models]
+        return [*model.decode_workers, *hosting]
+
+    def _no_worker(self, model: ModelSpec, error: NoWorkerError | None = None) -> str:
+        causes = "; ".join(f"{name}: {why}" for name, why in self._lost_workers.items())
+        what = error or f"no worker of model {model.name} has come"
+        return f"{what} ({causes})"
+
     def _next_hosts(self, request: Request) -> Counter[str]:
         """Decode workers by how many of the models that are to be asked next they host."""
         names = [name for name in request.session.next_models if name in self._models]
-        return Counter(host for name in names for host in self._models[name].decode_workers)
+        return Counter(host for name in names for host in self._hosts(self._models[name]))
 
     def _say_replied(self, live: _Live) -> None:
         """Tells the worker that has covered a prompt of the reply to it."""
@@ -319,7 +389,7 @@ class Dispatcher:
 
     def _retry(self, live: _Live, reason: str) -> None:
         live.lost += 1
-        if live.aborted or live.lost < MAX_LOST_ATTEMPTS:
+        if live.aborted or live.lost < self._max_lost:
             self._attempt(live)
         else:
             self._finish(live, FinishReason.ERROR, f"tried {live.lost} times; {reason}")
@@ -375,6 +445,7 @@ class Dispatcher:
     def _end(self, live: _Live, reason: FinishReason) -> None:
         self._leave(live)
         del self._live[live.request.id]
+        self._parked.pop(live.request.id, None)
         self.release(live.model)
         if not live.request.probe:
             self.stats.ended(live.request.model, reason, len(live.request.prompt_token_ids))

@@ -307,17 +307,23 @@ class Fetch(msgspec.Struct, frozen=True, tag=True):
 
 
 class Offered(msgspec.Struct, frozen=True, tag=True):
-    """Prefill to decode: the pages of a transfer can be pulled; one descriptor each."""
+    """Prefill to decode: the pages of a transfer can be pulled; one descriptor each.
+
+    `address` says where, to a connector that needs to know; `id` is the sequence's.
+    """
 
     transfer: int
     descriptors: list[PageDescriptor]
+    address: str = ""
+    id: int = -1
 
 
 class NotOffered(msgspec.Struct, frozen=True, tag=True):
-    """Prefill to decode: the pages of a transfer cannot be had."""
+    """Prefill to decode: the pages of a transfer, for the sequence `id`, cannot be had."""
 
     transfer: int
     reason: str
+    id: int = -1
 
 
 class Release(msgspec.Struct, frozen=True, tag=True):

@@ -187,11 +187,13 @@ class PrefillCore:
             return
         for offer in plan.offers:
             transfer = offer.transfer
+            id = self._offer_of.get(transfer, -1)
             if transfer in result.offered:
-                self._send(offer.target, m.Offered(transfer, result.offered[transfer]))
+                descriptors = result.offered[transfer]
+                self._send(offer.target, m.Offered(transfer, descriptors, result.address, id))
             else:
                 reason = result.not_offered.get(transfer, "the pages were not put on offer")
-                self._send(offer.target, m.NotOffered(transfer, reason))
+                self._send(offer.target, m.NotOffered(transfer, reason, id))
         if plan.store is not None and self.store is not None:
             self.store.landed(plan.store)
         planned = {chunk.id for chunk in plan.chunks}
@@ -307,7 +309,7 @@ class PrefillCore:
         task = self._held.get(fetch.id)
         if task is None:
             reason = f"{self.name} does not hold sequence {fetch.id}"
-            self._send(fetch.worker, m.NotOffered(fetch.transfer, reason))
+            self._send(fetch.worker, m.NotOffered(fetch.transfer, reason, fetch.id))
             return
         chain = task.sequence.chain
         self._offer_of[fetch.transfer] = fetch.id
@@ -436,6 +438,10 @@ class PrefillCore:
             self.queue.add(PrefillTask(task.sequence, tries=task.tries + 1))
         else:
             self._send(DISPATCHER, m.Failed(task.sequence.id, f"{self.name}: {error}"))
+
+    def loads(self) -> dict[int, int]:
+        """Prompt tokens still to be computed, by sequence."""
+        return {task.sequence.id: task.remaining for task in (*self.queue.tasks, *self._active)}
 
     def held_ids(self) -> set[int]:
         """Sequences whose pages are held here, in any state."""
