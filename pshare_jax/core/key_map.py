@@ -16,7 +16,11 @@ class KeyMap:
     """Keys, and who has them. Holders are numbers from 0 up."""
 
     def __init__(self) -> None:
-        self._holders: dict[bytes, Mask] = {}
+        # Most keys have one holder, which is kept as -1 - holder: a set takes as many bits as there
+        # are holders.
+        self._holders: dict[bytes, int] = {}
+        self._alone: list[int] = []
+        self._bits: list[Mask] = []
 
     def __len__(self) -> int:
         """Keys that somebody has."""
@@ -24,15 +28,30 @@ class KeyMap:
 
     def add(self, key: bytes, holder: int) -> None:
         """A holder has a key. Idempotent."""
-        self._holders[key] = self._holders.get(key, 0) | 1 << holder
+        while holder >= len(self._bits):
+            self._alone.append(-1 - len(self._bits))
+            self._bits.append(1 << len(self._bits))
+        found = self._holders.get(key)
+        if found is None:
+            self._holders[key] = self._alone[holder]
+        elif found != -1 - holder:
+            self._holders[key] = self._mask(found) | self._bits[holder]
 
     def discard(self, key: bytes, holder: int) -> None:
         """A holder does not have a key (any more). Idempotent."""
-        left = self._holders.get(key, 0) & ~(1 << holder)
-        if left:
+        found = self._holders.get(key)
+        if found is None:
+            return
+        left = self._mask(found) & ~(1 << holder)
+        if not left:
+            del self._holders[key]
+        elif left & (left - 1):
             self._holders[key] = left
         else:
-            self._holders.pop(key, None)
+            self._holders[key] = self._alone[left.bit_length() - 1]
+
+    def _mask(self, found: int) -> Mask:
+        return found if found > 0 else self._bits[-1 - found]
 
     def runs(self, keys: Sequence[bytes], among: Mask) -> list[tuple[int, Mask]]:
         """Holders by how many of the first keys they have, most first; without those of none.
@@ -47,7 +66,8 @@ class KeyMap:
         found: list[tuple[int, Mask]] = []
         left, length = among, 0
         for key in keys:
-            have = self._holders.get(key, 0) & left
+            holders = self._holders.get(key)
+            have = 0 if holders is None else self._mask(holders) & left
             if have != left and length:
                 found.append((length, left ^ have))
             left = have
