@@ -39,10 +39,10 @@ from pshare_jax.bench import (
     turns,
 )
 from pshare_jax.bench import compile as compile_bench
+from pshare_jax.bench.fleet import command as fleet
 from pshare_jax.bench.plan import command as plan
 from pshare_jax.bench.plan import plots as plan_plots
 from pshare_jax.bench.plan import report as plan_report
-from pshare_jax.bench.routers import command as routers
 from pshare_jax.convert.files import check_section, replace_file, replace_section
 from pshare_jax.convert.manifest import read_json
 from pshare_jax.errors import PshareError
@@ -98,11 +98,11 @@ _PLAIN = {
         autoscale.run,
         autoscale.lines,
     ),
-    "routers": _Plain(
+    "fleet": _Plain(
         "Routers of a thousand engines in virtual time, beside one that knows everything.",
-        routers.RoutersOptions,
-        routers.run,
-        routers.lines,
+        fleet.RoutersOptions,
+        fleet.run,
+        fleet.lines,
     ),
     "starve": _Plain(
         "How long a small request takes while others flood the server.",

@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from pshare_jax.bench.plan.clock import Clock
-from pshare_jax.bench.routers.engines import (
+from pshare_jax.bench.fleet.engines import (
     DecodeEngine,
     Engine,
     EngineOptions,
     PrefillEngine,
 )
+from pshare_jax.bench.plan.clock import Clock
 from pshare_jax.core import messages as m
 from pshare_jax.core.dispatcher import Dispatcher
 from pshare_jax.core.messages import Message, PromptUsage, Request, SamplingParams

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
+from pshare_jax.bench.fleet.command import RoutersOptions, SessionOptions, lines, run, simulate
+from pshare_jax.bench.fleet.engines import EngineOptions, Pool, PrefillEngine
+from pshare_jax.bench.fleet.system import FleetOptions
 from pshare_jax.bench.plan.clock import Clock
-from pshare_jax.bench.routers.command import RoutersOptions, SessionOptions, lines, run, simulate
-from pshare_jax.bench.routers.engines import EngineOptions, Pool, PrefillEngine
-from pshare_jax.bench.routers.system import FleetOptions
 from pshare_jax.core import messages as m
 from pshare_jax.core.router import WorkerInfo
 from tests.core.sequences import make_sequence

@@ -1,4 +1,4 @@
-"""`bench routers`: a few routers that know things late, beside one that knows all."""
+"""`bench fleet`: a few routers that know things late, beside one that knows all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pshare_jax.bench.routers.system import FleetOptions, RoutedFleet
+from pshare_jax.bench.fleet.system import FleetOptions, RoutedFleet
 
 VOCABULARY = 32_000
 
