@@ -217,8 +217,11 @@ class Dispatcher:
     def receive(self, worker: str, message: ToDispatcher, now: float = 0.0) -> None:
         """Takes in what a worker says; `now` is in seconds of the host's clock."""
         match message:
-            case m.IndexChanged(added, removed):
-                self._router.index_changed(worker, added, removed)
+            case m.IndexChanged():
+                if self._router.index_changed(worker, message):
+                    self.outbox.append((worker, m.IndexWanted()))
+            case m.IndexSnapshot():
+                self._router.index_snapshot(worker, message)
             case m.Pending(id, tokens):
                 self._router.pending(worker, id, tokens)
                 if (live := self._attempts.get(id)) is not None:

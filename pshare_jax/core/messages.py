@@ -332,6 +332,10 @@ class Release(msgspec.Struct, frozen=True, tag=True):
     id: int
 
 
+class IndexWanted(msgspec.Struct, frozen=True, tag=True):
+    """To any worker: a change of your index was missed; say what it holds."""
+
+
 class Replied(msgspec.Struct, frozen=True, tag=True):
     """To a prefill worker: a reply has ended, and the next prompt probably begins with it.
 
@@ -401,10 +405,24 @@ class Pending(msgspec.Struct, frozen=True, tag=True):
 
 
 class IndexChanged(msgspec.Struct, frozen=True, tag=True):
-    """Chain keys of full pages that have entered and left a worker's prefix index."""
+    """Chain keys of full pages that have entered and left a worker's prefix index.
+
+    `number` counts the changes of one worker from 1 on, so that who misses one notices;
+    `incarnation` is another one whenever the worker has started anew.
+    """
 
     added: list[bytes]
     removed: list[bytes]
+    number: int = 0
+    incarnation: int = 0
+
+
+class IndexSnapshot(msgspec.Struct, frozen=True, tag=True):
+    """Chain keys of all full pages in a worker's prefix index, after its change `number`."""
+
+    keys: list[bytes]
+    number: int
+    incarnation: int = 0
 
 
 class Started(msgspec.Struct, frozen=True, tag=True):
@@ -457,12 +475,15 @@ ToWorker = (
     | Offered
     | NotOffered
     | Release
+    | IndexWanted
     | Replied
     | ModelAdded
     | ModelRemoved
     | WeightsFreed
 )
-ToDispatcher = Pending | IndexChanged | Started | Tokens | Returned | Dropped | Failed
+ToDispatcher = (
+    Pending | IndexChanged | IndexSnapshot | Started | Tokens | Returned | Dropped | Failed
+)
 Message = ToWorker | FromStore | ToDispatcher
 
 Outbox = list[tuple[str, Message]]

@@ -16,6 +16,7 @@ from collections.abc import Sequence as Sequence_
 
 from pshare_jax.core import messages as m
 from pshare_jax.core.buckets import bucket_for
+from pshare_jax.core.index_feed import IndexFeed
 from pshare_jax.core.messages import DISPATCHER, Message, Outbox
 from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.pages.page_cache import PageCache
@@ -61,6 +62,7 @@ class PrefillCore:
         outbox: messages to others; who carries them empties it.
         stats: what has been done.
         queue: tasks that wait for pages.
+        index_feed: what routers are told of its index.
         store: its side of the KV store, if there is one.
     """
 
@@ -78,6 +80,7 @@ class PrefillCore:
         self.outbox: Outbox = []
         self.stats = PrefillStats()
         self.queue = PrefillQueue(cache)
+        self.index_feed = IndexFeed(cache)
         self.store: StoreClient | None = None
         self._clock = FairClock()
         self._pages = PromptPages(cache)
@@ -114,6 +117,8 @@ class PrefillCore:
                 self._fetch(message)
             case m.Release(id):
                 self._release(id)
+            case m.IndexWanted():
+                self._send(DISPATCHER, self.index_feed.snapshot())
             case m.Replied():
                 self._replies.hear(message)
             case m.ModelAdded(spec):
@@ -279,9 +284,9 @@ class PrefillCore:
         return task.sequence.chain[task.filled // self.cache.page_size :]
 
     def _publish(self) -> None:
-        added, removed = self.cache.changes()
-        if added or removed:
-            self._send(DISPATCHER, m.IndexChanged(added, removed))
+        change = self.index_feed.change()
+        if change is not None:
+            self._send(DISPATCHER, change)
 
     def _abort(self, id: int, decode_worker: str) -> None:
         for tasks in (self.queue.tasks, self._active):

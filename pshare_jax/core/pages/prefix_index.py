@@ -135,6 +135,10 @@ class PrefixIndex:
         """Keys of all full pages."""
         return list(self._full)
 
+    def has(self, key: bytes) -> bool:
+        """Whether a full page of that key is indexed."""
+        return key in self._full
+
     def get(self, key: bytes, tokens: Sequence[int]) -> Node | None:
         """The full page of chain key `key`, if its tokens are really `tokens`.
 
