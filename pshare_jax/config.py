@@ -21,6 +21,8 @@ SharedPrefix = Literal["auto", "on", "off"]
 ConnectorName = Literal["auto", "device_put", "same-mesh"]
 KvCodec = Literal["auto", "planes", "top16", "raw"]
 Admission = Literal["second-use", "always"]
+RoutingPolicy = Literal["prefix", "load"]
+PrefetchPolicy = Literal["off", "next-agent"]
 Reasoning = Literal["auto", "on", "off"]
 GenerationConfig = Literal["auto", "none"]
 ReplyKV = Literal["off", "ahead", "while-decoding"]
@@ -139,6 +141,10 @@ class KvStoreConfig:
         codec: how pages are compressed, without loss. `planes` and `top16` are for bfloat16; `auto`
             is `planes` where it pays, and `raw` elsewhere.
         admission: what the disk takes: pages that are used a second time, or every page.
+        prefetch: whether pages are fetched before a prompt asks for them. `next-agent` fetches
+            those of the agent that a session calls next, see docs/kv-tiers.md.
+        prefetch_bytes: most bytes of a prefill worker's pool that hold pages which were fetched so
+            and which nobody has used yet.
     """
 
     path: str = ""
@@ -147,6 +153,21 @@ class KvStoreConfig:
     disk_bytes: int = 0
     codec: KvCodec = "auto"
     admission: Admission = "second-use"
+    prefetch: PrefetchPolicy = "off"
+    prefetch_bytes: int = 2**28
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """Who does what, where there are several engines.
+
+    Args:
+        policy: which prefill engine covers a prompt. `prefix` is the one that has most of it,
+            unless it is behind by more than that is worth; with `load` it is the one with least to
+            do, once the KV store has the prompt, so that all have it (it needs `kv_store.path`).
+    """
+
+    policy: RoutingPolicy = "prefix"
 
 
 @dataclass(frozen=True)
@@ -255,6 +276,7 @@ class ServeConfig:
         prefill: the prefill side.
         decode: the decode side.
         kv_store: pages of prompts beyond the pools, in shared memory and on disk.
+        router: which engine does what.
         sessions: what is done for calls to come.
         server: the HTTP side.
     """
@@ -272,6 +294,7 @@ class ServeConfig:
     prefill: PrefillConfig = field(default_factory=PrefillConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     kv_store: KvStoreConfig = field(default_factory=KvStoreConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
     sessions: SessionsConfig = field(default_factory=SessionsConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
 

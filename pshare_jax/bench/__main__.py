@@ -30,10 +30,12 @@ from pshare_jax.bench import (
     micro,
     micro_report,
     restart,
+    routes,
     shared_prefix,
     soak,
     soak_options,
     starve,
+    tiers,
     training,
     turns,
 )
@@ -77,6 +79,18 @@ _PLAIN = {
         restart.RestartOptions,
         restart.run,
         restart.lines,
+    ),
+    "tiers": _Plain(
+        "KV fetched ahead from tiers below the pools, against fetching on demand; virtual time.",
+        tiers.TiersOptions,
+        tiers.run,
+        tiers.lines,
+    ),
+    "routes": _Plain(
+        "Routing by load alone over a KV store, against routing by prefix; virtual time.",
+        routes.RoutesOptions,
+        routes.run,
+        routes.lines,
     ),
     "masks": _Plain(
         "Decode steps whose tokens follow a grammar, beside free ones.",

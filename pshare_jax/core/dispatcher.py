@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from pshare_jax.core import messages as m
+from pshare_jax.core.agent_order import AgentOrder
 from pshare_jax.core.messages import (
     FinishReason,
     Outbox,
@@ -93,6 +94,7 @@ class Dispatcher:
         self._router = router
         self._page_size = page_size
         self._sessions = sessions or SessionPolicy()
+        self._agents = AgentOrder()
         self._live: dict[str, _Live] = {}
         self._attempts: dict[int, _Live] = {}
         self._ids = itertools.count()
@@ -176,6 +178,7 @@ class Dispatcher:
         )
         self._live[request.id] = live
         self._attempt(live)
+        self._say_expected(live, begins=True)
 
     def abort(self, request_id: str, *, complete: bool = False) -> None:
         """Ends a request; unknown and ended ones are ignored.
@@ -205,6 +208,8 @@ class Dispatcher:
         match message:
             case m.IndexChanged(added, removed):
                 self._router.index_changed(worker, added, removed)
+            case m.StoreChanged(added, removed):
+                self._router.store_changed(added, removed)
             case m.Pending(id, tokens):
                 self._router.pending(worker, id, tokens)
                 if (live := self._attempts.get(id)) is not None:
@@ -287,6 +292,22 @@ class Dispatcher:
         self._attempts[sequence.id] = live
         self.outbox.append((sequence.prefill_worker, m.Prefill(sequence)))
 
+    def _say_expected(self, live: _Live, *, begins: bool = False) -> None:
+        """A call of a session begins or ends: the worker that covers its prompts is told which of
+        them to expect next."""
+        request, sequence, key = live.request, live.sequence, session_key(live.request)
+        if not self._sessions.prefetch or key is None or sequence is None or sequence.probe:
+            return
+        if begins:
+            self._agents.asked(key, request.model, sequence)
+        worker, hints = sequence.prefill_worker, request.session.next_models
+        if worker in self._lost_workers:
+            return
+        for expected in self._agents.expected(key, request.model, hints, sequence):
+            ttl = sequence.ttl or expected.ttl
+            expected = msgspec.structs.replace(expected, id=next(self._ids), ttl=ttl)
+            self.outbox.append((worker, m.Expected(expected)))
+
     def _next_hosts(self, request: Request) -> Counter[str]:
         """Decode workers by how many of the models that are to be asked next they host."""
         names = [name for name in request.session.next_models if name in self._models]
@@ -325,6 +346,7 @@ class Dispatcher:
         usage = self._first_usage(live)
         if reason is not None:
             self._say_replied(live)
+            self._say_expected(live)
             self._end(live, reason)
         self.outputs.append(
             RequestOutput(

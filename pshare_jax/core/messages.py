@@ -340,6 +340,12 @@ class Replied(msgspec.Struct, frozen=True, tag=True):
     ahead: bool
 
 
+class Expected(msgspec.Struct, frozen=True, tag=True):
+    """To a prefill worker: a prompt that begins with this one is expected soon."""
+
+    sequence: Sequence
+
+
 class ModelAdded(msgspec.Struct, frozen=True, tag=True):
     """To every worker: a model, under an id of its own; its weights are where they are needed."""
 
@@ -401,6 +407,13 @@ class IndexChanged(msgspec.Struct, frozen=True, tag=True):
     removed: list[bytes]
 
 
+class StoreChanged(msgspec.Struct, frozen=True, tag=True):
+    """Chain keys of pages that the KV store has, and of those that it has no longer."""
+
+    added: list[bytes]
+    removed: list[bytes]
+
+
 class Started(msgspec.Struct, frozen=True, tag=True):
     """A sequence has a decode slot, and all pages of its prompt are there."""
 
@@ -452,11 +465,14 @@ ToWorker = (
     | NotOffered
     | Release
     | Replied
+    | Expected
     | ModelAdded
     | ModelRemoved
     | WeightsFreed
 )
-ToDispatcher = Pending | IndexChanged | Started | Tokens | Returned | Dropped | Failed
+ToDispatcher = (
+    Pending | IndexChanged | StoreChanged | Started | Tokens | Returned | Dropped | Failed
+)
 Message = ToWorker | FromStore | ToDispatcher
 
 Outbox = list[tuple[str, Message]]

@@ -31,6 +31,9 @@ from pshare_jax.core.store_client import StoreClient
 STORE_SECONDS = 0.01
 """Between two looks at the deadlines of what was asked of the KV store."""
 
+MAX_ASKED = 2
+"""Times that a prompt is looked for once more in the store since pages of it were evicted."""
+
 MAX_TRIES = 2
 """Calls in which a chunk may fail before its request does."""
 
@@ -116,6 +119,9 @@ class PrefillCore:
                 self._release(id)
             case m.Replied():
                 self._replies.hear(message)
+            case m.Expected(sequence):
+                if self.store is not None and self.store.ahead is not None:
+                    self.store.ahead.expect(sequence)
             case m.ModelAdded(spec):
                 self._models[spec.name] = spec
             case m.ModelRemoved(model):
@@ -136,8 +142,8 @@ class PrefillCore:
         if self._offers:
             offers, self._offers = self._offers, []
             return PrefillPlan(offers=offers, withdrawn=withdrawn)
-        store = self._store_plan(now)
-        if store is not None and not store.saves:
+        store, alone = self._store_plan(now)
+        if store is not None and alone:
             return PrefillPlan(withdrawn=withdrawn, store=store)
         self._start_waiting()
         copies: list[tuple[int, int]] = []
@@ -264,14 +270,19 @@ class PrefillCore:
                 store.loaded(message)
             case m.Stored():
                 store.behind.stored(message)
+        added, removed = store.behind.changes()
+        if added or removed:
+            self._send(DISPATCHER, m.StoreChanged(added, removed))
 
-    def _store_plan(self, now: float) -> StorePlan | None:
+    def _store_plan(self, now: float) -> tuple[StorePlan | None, bool]:
+        """What is to be done with the store, and whether somebody waits for it."""
         if self.store is None:
-            return None
+            return None, False
         for task in self.store.expired(now):
             self.queue.add(task)
+        urgent = self.store.urgent
         # Before pages are given away: what is to be written is copied before it is overwritten.
-        return self.store.work(saves=not self.store.urgent)
+        return self.store.work(saves=not urgent), urgent
 
     def _uncomputed(self, task: PrefillTask) -> list[bytes]:
         return task.sequence.chain[task.filled // self.cache.page_size :]
@@ -331,11 +342,27 @@ class PrefillCore:
         """Gives pages to waiting tasks."""
         arriving = self.store.arriving() if self.store is not None else ()
         for task in self.queue.enter(self._active, self._held.values(), arriving):
+            if self._ask_again(task):
+                continue
             if task.remaining:
                 self._active.append(task)
                 self._send(DISPATCHER, m.Pending(task.sequence.id, task.remaining))
             else:
                 self._cover(task)
+
+    def _ask_again(self, task: PrefillTask) -> bool:
+        """Has what the store is known to have fetched, if it was evicted while a prompt waited."""
+        sequence, number = task.sequence, task.filled // self.cache.page_size
+        known = number < len(sequence.keys) and self.store is not None
+        if not (known and self.store and self.store.behind.knows(sequence.keys[number])):
+            return False
+        if task.asked >= MAX_ASKED:
+            return False
+        again = PrefillTask(sequence, tries=task.tries, asked=task.asked + 1)
+        asked = self.store.ask(again)
+        if asked:
+            self.cache.release(task.pages)
+        return asked
 
     def _cover(self, task: PrefillTask) -> None:
         """All is there: it is held until the decode worker has it."""

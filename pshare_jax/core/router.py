@@ -10,6 +10,10 @@ costs the pages that its sequences read in each step, plus the pages that it wou
 The router knows workers by what they have said: which keys entered and left their prefix indexes,
 and how many prompt tokens wait. It may be wrong for a moment; then something is computed twice.
 
+With the policy `load` what the KV store has counts as held by every worker. So a prompt that is
+known goes where least waits, whoever has computed it; among equals to the one whose pool holds most
+of it. One that the store does not have yet is routed by prefix. Sessions do not stay anywhere.
+
 A session stays where it was unless that is overloaded, that is, costs more than elsewhere by more
 than its further calls are worth.
 """
@@ -23,6 +27,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from pshare_jax.config import RoutingPolicy
 from pshare_jax.core.messages import Sequence
 from pshare_jax.core.sessions import SessionKey, SessionTable
 
@@ -31,6 +36,9 @@ COMPUTE_WEIGHT = 2
 
 STAY_TOKENS = 1024
 """Tokens of waiting that a session bears to stay with its prefill worker."""
+
+MAX_STORED = 2**20
+"""Keys that the KV store is known to have; those that were heard of first are forgotten."""
 
 STAY_SHARE = 4
 """A session stays with a decode worker that has more to read, up to this part of its pool."""
@@ -92,9 +100,17 @@ class Router:
     Args:
         prefill: the prefill workers.
         decode: the decode workers.
+        policy: how prefill workers are chosen.
     """
 
-    def __init__(self, prefill: Sequence_[WorkerInfo], decode: Sequence_[WorkerInfo]):
+    def __init__(
+        self,
+        prefill: Sequence_[WorkerInfo],
+        decode: Sequence_[WorkerInfo],
+        policy: RoutingPolicy = "prefix",
+    ):
+        self._policy = policy
+        self._stored: OrderedDict[bytes, None] = OrderedDict()
         self._prefill = {info.name: _Worker(info) for info in prefill}
         self._decode = {info.name: _Worker(info) for info in decode}
         self._assigned: dict[int, tuple[str, str, int]] = {}
@@ -167,6 +183,16 @@ class Router:
                 held.update(added)
                 held.difference_update(removed)
 
+    def store_changed(self, added: list[bytes], removed: list[bytes]) -> None:
+        """A prefill worker says which keys the KV store has, and which it has no longer."""
+        for key in added:
+            self._stored[key] = None
+            self._stored.move_to_end(key)
+        for key in removed:
+            self._stored.pop(key, None)
+        while len(self._stored) > MAX_STORED:
+            self._stored.popitem(last=False)
+
     def lose(self, worker: str) -> None:
         """A worker is not alive any more."""
         self._prefill.pop(worker, None)
@@ -176,6 +202,17 @@ class Router:
         """The cheapest worker, or `last` if it is able and not overloaded; and how many tokens it
         would compute."""
         uncached = {name: self._num_uncached(self._prefill[name], sequence) for name in able}
+        if self._policy == "load":
+            lacking = self._not_stored(sequence)
+            computed = {name: min(tokens, lacking) for name, tokens in uncached.items()}
+
+            def load(name: str) -> tuple[int, int, int]:
+                worker = self._prefill[name]
+                waiting = COMPUTE_WEIGHT * computed[name] + worker.pending_tokens
+                return waiting, uncached[name], len(worker.sent)
+
+            best = min(able, key=load)
+            return best, computed[best]
 
         def cost(name: str) -> tuple[int, int]:
             worker = self._prefill[name]
@@ -186,6 +223,13 @@ class Router:
         if last in able and cost(last)[0] <= cost(best)[0] + STAY_TOKENS:
             best = last
         return best, uncached[best]
+
+    def _not_stored(self, sequence: Sequence) -> int:
+        """Prompt tokens whose KV the store is not known to have."""
+        if sequence.last_key in self._stored:
+            return 0
+        size = next(iter(self._prefill.values())).info.page_size
+        return sequence.covered - size * _run(sequence.keys, self._stored)
 
     def _num_uncached(self, worker: _Worker, sequence: Sequence) -> int:
         if sequence.last_key in worker.sent:

@@ -29,10 +29,12 @@ class SessionPolicy:
     Args:
         reply_ahead: whether replies are covered before anybody asks.
         max_ttl: seconds for which pages may be pinned; longer hints are cut.
+        prefetch: whether prefill workers are told what prompts are expected.
     """
 
     reply_ahead: bool = False
     max_ttl: float = 3600.0
+    prefetch: bool = False
 
 
 def session_key(request: Request) -> SessionKey | None:

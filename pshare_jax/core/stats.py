@@ -37,7 +37,10 @@ class PrefillStats:
 class StoreStats:
     """What a prefill core has asked of the KV store: prompts looked for, tokens fetched, pages not
     fetched since computing them was cheaper or there was no room, what came too late, and seconds
-    that prompts have waited for it."""
+    that prompts have waited for it.
+
+    Of the pages that were fetched before anybody asked, in bytes of the pool: all of them, those
+    that a prompt then used, and those that were evicted before."""
 
     def __init__(self) -> None:
         self.looks = 0
@@ -45,6 +48,9 @@ class StoreStats:
         self.declined = 0
         self.late = 0
         self.stall_seconds = 0.0
+        self.early_bytes = 0
+        self.early_used_bytes = 0
+        self.early_wasted_bytes = 0
 
 
 class DecodeStats:

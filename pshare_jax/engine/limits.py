@@ -128,6 +128,16 @@ def _check_store(config: ServeConfig) -> None:
                 f"kv_store.{size}: must be the size of the file {getattr(store, path)}, is "
                 f"{getattr(store, size)}"
             )
+    if store.prefetch != "off" and (not store.path or store.prefetch_bytes <= 0):
+        raise ConfigError(
+            "kv_store.prefetch: needs a `path`, and `prefetch_bytes` above 0 (it is "
+            f"{store.prefetch_bytes})"
+        )
+    if config.router.policy == "load" and not store.path:
+        raise ConfigError(
+            "router.policy: `load` needs a `kv_store.path`: without a store each engine would "
+            "compute prompts that another has"
+        )
     if store.path and store.path == store.disk_path:
         raise ConfigError(f"kv_store: path and disk_path are the same file, {store.path}")
 

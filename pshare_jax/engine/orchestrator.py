@@ -117,8 +117,14 @@ class Orchestrator:
             for name, workers in self.workers.threads(meshes.one_processor)
         ]
         self._thread_of = {w.name: thread for thread in self._threads for w in thread.workers}
-        router = Router(self.workers.prefill_info(), self.workers.decode_info())
-        policy = SessionPolicy(config.reply_kv == "ahead", config.sessions.max_ttl_seconds)
+        router = Router(
+            self.workers.prefill_info(), self.workers.decode_info(), config.router.policy
+        )
+        policy = SessionPolicy(
+            config.reply_kv == "ahead",
+            config.sessions.max_ttl_seconds,
+            prefetch=config.kv_store.prefetch != "off",
+        )
         self._dispatcher = Dispatcher(specs, router, config.page_size, policy)
         self._control = DispatcherThread(self._deliver, self._dispatcher_failed)
         self._layout = layout

@@ -34,6 +34,7 @@ from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.one_pool import OnePool
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.pages.prefix_index import PageState, root_key
+from pshare_jax.core.prefetch import Prefetch
 from pshare_jax.core.prefill import PrefillCore
 from pshare_jax.core.router import Router, WorkerInfo
 from pshare_jax.core.sessions import SessionPolicy
@@ -82,7 +83,8 @@ def model_specs(decode_workers: Sequence[str]) -> dict[str, ModelSpec]:
 @dataclass(frozen=True)
 class Setting:
     """What a host is made of. `wire` sends messages through their encoding, `reply_ahead` covers
-    replies before anybody asks; with a `store` prefill workers write pages to it and fetch them."""
+    replies before anybody asks; with a `store` prefill workers write pages to it and fetch them, so
+    many `prefetched` ones before anybody asks."""
 
     prefill: int = 1
     decode: int = 1
@@ -94,6 +96,7 @@ class Setting:
     max_num_seqs: int = 4
     wire: bool = True
     store: bool = False
+    prefetched: int = 0
     reply_ahead: bool = False
     pinned_share: float = 0.5
     chunk_buckets: tuple[int, ...] = (4, 8)
@@ -173,7 +176,9 @@ class Host:
         self.router = Router(
             [self._info(name) for name in self.prefill], [self._info(name) for name in self.decode]
         )
-        policy = SessionPolicy(setting.reply_ahead, max_ttl=MAX_TTL)
+        policy = SessionPolicy(
+            setting.reply_ahead, max_ttl=MAX_TTL, prefetch=setting.prefetched > 0
+        )
         self.dispatcher = Dispatcher(self.models, self.router, PAGE, policy)
 
     @property
@@ -399,7 +404,10 @@ class Host:
             self.prefill[name] = PrefillWorker(core, self._prefill_executor(end))
         for name, worker in self.prefill.items():
             if setting.store:
-                worker.core.store = StoreClient(worker.cache, PRICES, self._transfer_ids)
+                client = StoreClient(worker.cache, PRICES, self._transfer_ids)
+                if setting.prefetched:
+                    client.ahead = Prefetch(client, worker.cache, setting.prefetched, 1)
+                worker.core.store = client
                 worker.executor.store = SymbolicStoreEnd(
                     worker.executor.pool,
                     self.store,

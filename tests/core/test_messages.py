@@ -46,6 +46,7 @@ MESSAGES: list[m.Message] = [
     m.Replied(msgspec.structs.replace(SEQUENCE, ttl=0.5), 1, True),
     m.Pending(3, 7),
     m.IndexChanged([b"a"], [b"b", b"c"]),
+    m.StoreChanged([b"a"], [b"b", b"c"]),
     m.Started(3, USAGE),
     m.Tokens(3, (1, 2), (m.TokenLogprobs(-0.5, ((1, -0.5), (2, -1.0))),), FinishReason.STOP),
     m.Tokens(3, (1,)),

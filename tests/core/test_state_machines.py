@@ -55,6 +55,13 @@ SETTINGS = {
         prefill=2, decode=2, prefill_pages=9, decode_pages=12, store=True
     ),
     "a store and one pool": Setting(one_pool=True, decode_pages=13, store=True),
+    "a store that is read ahead": Setting(prefill_pages=11, store=True, prefetched=3),
+    "a store that is read ahead, for several": Setting(
+        prefill=2, decode=2, prefill_pages=16, decode_pages=12, store=True, prefetched=100
+    ),
+    "a store that is read ahead, one pool": Setting(
+        one_pool=True, decode_pages=15, store=True, prefetched=4
+    ),
     "replies ahead, tiny pools": Setting(
         reply_ahead=True, prefill_pages=9, decode_pages=9, pinned_share=1.0
     ),

@@ -20,7 +20,16 @@ TIER = TierStats(
     buried=1,
     rebuilt=2,
 )
-ASKED = {"looks": 3, "fetched_tokens": 64, "declined": 1, "late": 0, "stall_seconds": 0.125}
+ASKED = {
+    "looks": 3,
+    "fetched_tokens": 64,
+    "declined": 1,
+    "late": 0,
+    "stall_seconds": 0.125,
+    "early_bytes": 4096,
+    "early_used_bytes": 2048,
+    "early_wasted_bytes": 1024,
+}
 
 
 def test_every_figure_of_the_store_is_shown() -> None:
@@ -44,6 +53,9 @@ def test_every_figure_of_the_store_is_shown() -> None:
         'pshare_store_declined_total{engine="prefill0"} 1.0',
         'pshare_store_late_total{engine="prefill0"} 0.0',
         'pshare_store_stall_seconds_total{engine="prefill0"} 0.125',
+        'pshare_store_early_bytes_total{engine="prefill0"} 4096.0',
+        'pshare_store_early_used_bytes_total{engine="prefill0"} 2048.0',
+        'pshare_store_early_wasted_bytes_total{engine="prefill0"} 1024.0',
     ):
         assert line in text, line
 

@@ -9,20 +9,31 @@ from dataclasses import dataclass, field
 from pshare_jax.bench.plan.clock import Clock, Processor
 from pshare_jax.bench.plan.costs import CostModel
 from pshare_jax.bench.plan.executors import CostDecode, CostPrefill
+from pshare_jax.bench.plan.store import SimStore, SimStoreEnd, StoreSpec
 from pshare_jax.cluster.thread import WorkerThread
 from pshare_jax.cluster.worker import DecodeWorker, PrefillWorker, Worker
-from pshare_jax.config import DecodeConfig
+from pshare_jax.config import DecodeConfig, RoutingPolicy
 from pshare_jax.core.decode import DecodeCore
 from pshare_jax.core.dispatcher import Dispatcher
-from pshare_jax.core.messages import DISPATCHER, Message, Outbox, Owner, Request, SamplingParams
+from pshare_jax.core.messages import (
+    DISPATCHER,
+    Message,
+    Outbox,
+    Owner,
+    Request,
+    SamplingParams,
+    Session,
+)
 from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.pages.page_cache import PageCache
+from pshare_jax.core.prefetch import Prefetch
 from pshare_jax.core.prefill import PrefillCore
 from pshare_jax.core.router import Router, WorkerInfo
 from pshare_jax.core.sessions import SessionPolicy
 from pshare_jax.core.split_rule import LastTokens
+from pshare_jax.core.store_client import StoreClient
 
-NOBODY = Owner()
+NOBODY, NO_SESSION = Owner(), Session()
 
 _ANY_BYTES = 1
 """Of a page that is moved; what a handoff takes is told by the costs."""
@@ -56,6 +67,8 @@ class ServerSpec:
         decode: its decode engines.
         tail: prompt tokens that decode modules read themselves.
         reply_ahead: whether replies are covered before anybody asks.
+        store: the KV store, if there is one.
+        routing: how prefill engines are chosen, see `Router`.
     """
 
     models: Sequence[int]
@@ -68,6 +81,8 @@ class ServerSpec:
     decode: Sequence[EngineSpec]
     tail: int = 1
     reply_ahead: bool = False
+    store: StoreSpec | None = None
+    routing: RoutingPolicy = "prefix"
 
 
 @dataclass(frozen=True)
@@ -88,6 +103,7 @@ class SimCall:
     """A call of a model.
 
     Attributes:
+        prefix: a text's number, and how many of the prompt's first tokens are of it.
         arrivals: when each generated token came.
         cached: prompt tokens whose KV was there.
         shared: of these, those that were computed for another model.
@@ -98,6 +114,8 @@ class SimCall:
     max_tokens: int
     on_finish: Callable[[], None]
     owner: Owner = NOBODY
+    session: Session = NO_SESSION
+    prefix: tuple[int, int] = (0, 0)
     arrivals: list[float] = field(default_factory=list)
     cached: int = 0
     shared: int = 0
@@ -121,6 +139,8 @@ class System:
         ]
         self._host_of = {worker.name: host for host in hosts for worker in host.workers}
         self._server_of = {w.name: s for s in self._servers for w in s.workers}
+        for server in self._servers:
+            server.attach_store(lambda to, message: self._host_of[to].post(to, message))
 
     def submit(
         self,
@@ -130,13 +150,23 @@ class System:
         tokens: int,
         on_finish: Callable[[], None],
         owner: Owner = NOBODY,
+        hints: Session = NO_SESSION,
+        prefix: tuple[int, int] = (0, 0),
     ) -> SimCall:
-        """Asks a model for `tokens` tokens after a session's first `prompt` tokens."""
-        call = SimCall(model, prompt, tokens, on_finish, owner)
+        """Asks a model for `tokens` tokens after a session's first `prompt` tokens.
+
+        Before those is a `prefix`: another text's number, and how many tokens of it.
+        """
+        call = SimCall(model, prompt + prefix[1], tokens, on_finish, owner, hints, prefix)
         server = self._of_model[model]
         server.submit(session, call)
         self._deliver(server)
         return call
+
+    @property
+    def stores(self) -> list[SimStore]:
+        """KV stores of the servers that have one."""
+        return [server.store for server in self._servers if server.store is not None]
 
     @property
     def prefill(self) -> list[PrefillWorker[CostPrefill]]:
@@ -201,9 +231,27 @@ class _Server:
             self._prefill(name, *parts(name, engine))
             for name, engine in ((f"{prefix}prefill{i}", e) for i, e in enumerate(spec.prefill))
         ]
-        router = Router([_info(w) for w in self.prefill], [_info(w) for w in self.decode])
-        policy = SessionPolicy(spec.reply_ahead)
+        router = Router(
+            [_info(w) for w in self.prefill], [_info(w) for w in self.decode], spec.routing
+        )
+        self.store = SimStore(clock, spec.store) if spec.store is not None else None
+        prefetch = spec.store is not None and spec.store.prefetch_pages > 0
+        policy = SessionPolicy(spec.reply_ahead, prefetch=prefetch)
         self.dispatcher = Dispatcher(self._models, router, spec.page_size, policy)
+
+    def attach_store(self, send: Callable[[str, Message], None]) -> None:
+        """Gives prefill workers their sides of the store; `send` carries a message to a worker."""
+        if self.store is None:
+            return
+        for worker, engine in zip(self.prefill, self.spec.prefill, strict=True):
+            prices = self.store.spec.prices(*_compute_prices(engine.costs, self.spec.chunk_buckets))
+            client = StoreClient(worker.cache, prices, self._transfers)
+            if self.store.spec.prefetch_pages:
+                client.ahead = Prefetch(client, worker.cache, self.store.spec.prefetch_pages, 1)
+            worker.core.store = client
+            worker.executor.store = SimStoreEnd(
+                self.store, lambda message, name=worker.name: send(name, message)
+            )
 
     @property
     def workers(self) -> list[Worker]:
@@ -217,8 +265,11 @@ class _Server:
         """Gives the dispatcher a call."""
         order = next(self._orders)
         params = SamplingParams(max_tokens=call.max_tokens)
-        prompt = (session,) * call.prompt
-        request = Request(str(order), str(call.model), prompt, params, owner=call.owner)
+        text, length = call.prefix
+        prompt = (text,) * length + (session,) * (call.prompt - length)
+        request = Request(
+            str(order), str(call.model), prompt, params, owner=call.owner, session=call.session
+        )
         self._calls[request.id] = call
         self.dispatcher.submit(request, order=order, seed=0, end_token_ids=frozenset())
 
@@ -273,6 +324,14 @@ class _Server:
         return DecodeWorker(core, CostDecode(processor, costs, cache))
 
 
+def _compute_prices(costs: CostModel, chunk_buckets: Sequence[int]) -> tuple[float, float]:
+    """Seconds to compute a token, and to attend for half of a square of positions."""
+    size, far = max(chunk_buckets), 4096
+    near = costs.chunk(size, size, 0)
+    pair = max(costs.chunk(size, size, far) - near, 0.0) / (2 * far * size)
+    return (near - pair * size * size) / size, pair
+
+
 def _info(worker: Worker) -> WorkerInfo:
     return WorkerInfo(worker.name, worker.cache.num_usable, worker.cache.page_size)
 
@@ -306,8 +365,18 @@ class _Host:
         self._processor.wait(self._clock.now)
         if self._thread.turn():
             self._clock.at(self._processor.now, self._turn)
-        else:
-            self._idle = True
+            return
+        self._idle = True
+        waits = [w.patience for w in self.workers if isinstance(w, PrefillWorker)]
+        for seconds in waits:
+            # What the store owes is waited for until a deadline, as in the engine.
+            if seconds is not None:
+                self._clock.at(self._processor.now + seconds, self._wake)
+
+    def _wake(self) -> None:
+        if self._idle:
+            self._idle = False
+            self._turn()
 
     def _send(self, source: str, to: str, message: Message) -> None:
         """Messages of one moment go together."""
