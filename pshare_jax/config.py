@@ -22,6 +22,7 @@ ConnectorName = Literal["auto", "device_put", "same-mesh"]
 KvCodec = Literal["auto", "planes", "top16", "raw"]
 Admission = Literal["second-use", "always"]
 RoutingPolicy = Literal["prefix", "load"]
+Roles = Literal["fixed", "flexible"]
 PrefetchPolicy = Literal["off", "next-agent"]
 Reasoning = Literal["auto", "on", "off"]
 GenerationConfig = Literal["auto", "none"]
@@ -165,9 +166,13 @@ class RouterConfig:
         policy: which prefill engine covers a prompt. `prefix` is the one that has most of it,
             unless it is behind by more than that is worth; with `load` it is the one with least to
             do, once the KV store has the prompt, so that all have it (it needs `kv_store.path`).
+        roles: with `flexible` every mesh can do both prefill and decode, over one pool, and is
+            given to the other while serving, see docs/kv-tiers.md; `prefill.engines` and
+            `decode.engines` say how it begins. Each mesh then has the weights of both sides.
     """
 
     policy: RoutingPolicy = "prefix"
+    roles: Roles = "fixed"
 
 
 @dataclass(frozen=True)

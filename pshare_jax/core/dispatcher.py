@@ -28,6 +28,7 @@ from pshare_jax.core.messages import (
 )
 from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.pages.prefix_index import block_key, block_keys, root_key
+from pshare_jax.core.roles import Roles
 from pshare_jax.core.router import NoWorkerError, Router
 from pshare_jax.core.sessions import SessionPolicy, replied, session_key
 from pshare_jax.core.stats import DispatcherStats
@@ -95,6 +96,7 @@ class Dispatcher:
         self._page_size = page_size
         self._sessions = sessions or SessionPolicy()
         self._agents = AgentOrder()
+        self._roles = Roles(router)
         self._live: dict[str, _Live] = {}
         self._attempts: dict[int, _Live] = {}
         self._ids = itertools.count()
@@ -194,7 +196,7 @@ class Dispatcher:
         sequence = live.sequence
         assert sequence is not None
         to = sequence.prefill_worker
-        if live.started or to in self._lost_workers:
+        if live.started or sequence.moved or to in self._lost_workers:
             to = sequence.decode_worker
         self.outbox.append((to, m.Abort(sequence.id, sequence.decode_worker)))
 
@@ -223,6 +225,7 @@ class Dispatcher:
         """A worker has failed: what it held is computed elsewhere, or fails."""
         self._lost_workers[worker] = reason
         self._router.lose(worker)
+        self.outbox += self._roles.wake(self._hosts())
         for live in tuple(self._live.values()):
             sequence = live.sequence
             assert sequence is not None
@@ -230,7 +233,7 @@ class Dispatcher:
                 if sequence.prefill_worker not in self._lost_workers:
                     # In this order: between the two the prompt may become complete.
                     self.outbox.append((sequence.prefill_worker, m.Abort(sequence.id)))
-                    self.outbox.append((sequence.prefill_worker, m.Release(sequence.id)))
+                    self.outbox.append((sequence.prefill_worker, m.Release(sequence.held_id)))
                 self._retry(live, f"{worker}: {reason}")
             elif sequence.prefill_worker == worker and not live.started:
                 self.outbox.append((sequence.decode_worker, m.Abort(sequence.id)))
@@ -246,7 +249,9 @@ class Dispatcher:
             case m.Tokens(_, tokens, logprobs, reason):
                 self._deliver(live, tokens, logprobs, reason)
             case m.Returned(_, cause, detail):
-                if cause == "preempted":
+                if cause == "moved":
+                    self._move(live, message.moved)
+                elif cause == "preempted":
                     self._attempt(live)
                 else:
                     self._retry(live, detail)
@@ -254,6 +259,47 @@ class Dispatcher:
                 self._finish(live, FinishReason.ABORT)
             case m.Failed(_, error):
                 self._finish(live, FinishReason.ERROR, error)
+
+    def give_mesh(self, worker: str) -> None:
+        """Has a mesh that may do either work for `worker` from now on, see `Roles.give`.
+
+        Raises:
+            NoWorkerError: see there.
+        """
+        self.outbox += self._roles.give(worker, self._hosts())
+
+    def _hosts(self) -> dict[str, tuple[str, ...]]:
+        """Decode workers of each model that is served, or used by a request."""
+        specs = (*self._models.values(), *self._leaving.values())
+        return {spec.name: spec.decode_workers for spec in specs}
+
+    def _move(self, live: _Live, moved: m.Moved | None) -> None:
+        """A sequence goes on elsewhere, with the KV that it has if it takes any along."""
+        before, usage = live.sequence, live.usage
+        if moved is None or before is None or usage is None or live.aborted:
+            if moved is not None:
+                self.outbox.append((moved.worker, m.Release(moved.id)))
+            self._attempt(live)
+            return
+        self._leave(live)
+        sequence = msgspec.structs.replace(
+            before,
+            id=next(self._ids),
+            output=tuple(live.output),
+            prefill_worker=moved.worker,
+            num_uncached=0,
+            moved=moved,
+        )
+        try:
+            hosts, key = live.model.decode_workers, session_key(live.request)
+            sequence = self._router.move(sequence, hosts, key)
+        except NoWorkerError:
+            self.outbox.append((moved.worker, m.Release(moved.id)))
+            self._attempt(live)
+            return
+        live.sequence, live.started = sequence, False
+        self._attempts[sequence.id] = live
+        self.outbox.append((sequence.decode_worker, m.Covered(sequence, usage)))
 
     def _attempt(self, live: _Live) -> None:
         """Routes a request (again), with what is known of it."""

@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Sequence_
 
+import msgspec
+
 from pshare_jax.core import messages as m
 from pshare_jax.core.buckets import bucket_for
 from pshare_jax.core.messages import DISPATCHER, Message, Outbox
@@ -65,6 +67,7 @@ class PrefillCore:
         stats: what has been done.
         queue: tasks that wait for pages.
         store: its side of the KV store, if there is one.
+        rests: whether no prompts are taken, since the mesh does something else.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class PrefillCore:
         self.stats = PrefillStats()
         self.queue = PrefillQueue(cache)
         self.store: StoreClient | None = None
+        self.rests = False
         self._clock = FairClock()
         self._pages = PromptPages(cache)
         self._models = dict(models)
@@ -109,8 +113,14 @@ class PrefillCore:
     def receive(self, message: Message) -> None:
         """Takes a message in."""
         match message:
+            case m.Prefill(sequence) if self.rests:
+                self._send(DISPATCHER, m.Returned(sequence.id, "moved"))
             case m.Prefill(sequence):
                 self._enter(PrefillTask(sequence))
+            case m.SetRole(works):
+                self.rests = not works
+                if self.rests:
+                    self._let_waiting_go()
             case m.Abort(id, decode_worker):
                 self._abort(id, decode_worker)
             case m.Fetch():
@@ -213,7 +223,11 @@ class PrefillCore:
         """
         tasks = (*self._active, *self._held.values())
         runs = self.store.runs if self.store is not None else ()
-        found = (task for task in tasks if task.pages and task.sequence.id not in inside)
+        found = (
+            task
+            for task in tasks
+            if task.pages and not task.moved and task.sequence.id not in inside
+        )
         return [*found, *runs]
 
     def give_way(self, task: HasSequence) -> bool:
@@ -234,6 +248,19 @@ class PrefillCore:
         self.queue.add(PrefillTask(task.sequence))
         return True
 
+    def hold_moved(self, sequence: m.Sequence, moved: m.Moved, pages: list[int]) -> None:
+        """Holds the KV of a row that leaves the mesh until it has been fetched.
+
+        Args:
+            sequence: of the row.
+            moved: what it takes along.
+            pages: of that, each with a reference.
+        """
+        sequence = msgspec.structs.replace(
+            sequence, covered=moved.num_kv, keys=moved.keys[:-1], last_key=moved.keys[-1]
+        )
+        self._held[moved.id] = PrefillTask(sequence, pages, filled=moved.num_kv, moved=True)
+
     def release_all(self) -> None:
         """Gives all pages back, of sequences that nobody will end."""
         for task in (*self.queue.tasks, *self._active, *self._held.values()):
@@ -252,6 +279,17 @@ class PrefillCore:
 
     def _send(self, to: str, message: Message) -> None:
         self.outbox.append((to, message))
+
+    def _let_waiting_go(self) -> None:
+        """Gives back prompts of which nothing has been computed here."""
+        looked_for = self.store.ids() if self.store is not None else set()
+        waiting = {task.sequence.id for task in self.queue.tasks}
+        self.queue.tasks.clear()
+        for id in looked_for:
+            if self.store is not None and self.store.abort(id) is not None:
+                waiting.add(id)
+        for id in sorted(waiting):
+            self._send(DISPATCHER, m.Returned(id, "moved"))
 
     def _enter(self, task: PrefillTask) -> None:
         """A prompt has come: what the pool does not hold of it is looked for in the store."""
@@ -334,7 +372,7 @@ class PrefillCore:
         for transfer in [t for t, owner in self._offer_of.items() if owner == id]:
             del self._offer_of[transfer]
             self._withdrawn.append(transfer)
-        if self.store is not None:
+        if self.store is not None and not task.moved:
             self.store.behind.released(task)
         self.cache.release(task.pages)
 

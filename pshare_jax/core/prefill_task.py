@@ -20,6 +20,7 @@ class PrefillTask:
     that went past it took `passed` pages. For one that is `favoured` others were made to give way.
     It was looked for in the KV store `asked` times more than once. A task that runs `ahead` covers
     a reply that nobody asks for yet; `foreseen` are the found tokens that such a task had computed.
+    One that was `moved` is a decode module's row that leaves the mesh: nobody else may use its KV.
     """
 
     sequence: Sequence
@@ -36,6 +37,7 @@ class PrefillTask:
     reused: Counter[str] = field(default_factory=Counter)
     ahead: bool = False
     foreseen: int = 0
+    moved: bool = False
 
     @property
     def order(self) -> int:

@@ -53,12 +53,17 @@ class WorkerInfo(msgspec.Struct, frozen=True):
         page_size: tokens of a page.
         partner: of a prefill worker that shares its pool with a decode worker: that one, which
             then generates for all prompts that are covered there.
+        twin: the worker of the other kind on the same mesh, where a mesh may do either: one of the
+            two works, or while it changes both, and they have the same pages.
+        rests: whether it is the one that does not.
     """
 
     name: str
     num_pages: int
     page_size: int
     partner: str = ""
+    twin: str = ""
+    rests: bool = False
 
 
 class NoWorkerError(Exception):
@@ -113,6 +118,8 @@ class Router:
         self._stored: OrderedDict[bytes, None] = OrderedDict()
         self._prefill = {info.name: _Worker(info) for info in prefill}
         self._decode = {info.name: _Worker(info) for info in decode}
+        self._resting = {info.name for info in (*prefill, *decode) if info.rests}
+        self._twins = {info.name: info.twin for info in (*prefill, *decode) if info.twin}
         self._assigned: dict[int, tuple[str, str, int]] = {}
         self._sessions = SessionTable()
 
@@ -120,6 +127,26 @@ class Router:
     def workers(self) -> list[str]:
         """Names of the workers that are alive."""
         return [*self._prefill, *self._decode]
+
+    def twin(self, worker: str) -> str:
+        """The other worker of a mesh that may do either, or nothing."""
+        return self._twins.get(worker, "")
+
+    def working(self, names: Iterable[str]) -> list[str]:
+        """Those of some workers that are alive and take sequences."""
+        alive = (*self._prefill, *self._decode)
+        return [name for name in names if name in alive and name not in self._resting]
+
+    def unserved(self, hosts: Mapping[str, Iterable[str]]) -> str:
+        """What nobody does, `hosts` being decode workers by model; empty if there is no such."""
+        if not self.working(self._prefill):
+            return "cover prompts"
+        lacking = (name for name, workers in hosts.items() if not self.working(workers))
+        return next((f"generate for {name}" for name in lacking), "")
+
+    def set_role(self, worker: str, *, works: bool) -> None:
+        """A worker takes sequences from now on, or takes none."""
+        (self._resting.discard if works else self._resting.add)(worker)
 
     def route(
         self,
@@ -139,8 +166,9 @@ class Router:
         Raises:
             NoWorkerError: none of those that could do it is alive.
         """
-        hosts = [name for name in decode_workers if name in self._decode]
-        partners = {name: worker.info.partner for name, worker in self._prefill.items()}
+        hosts = self.working(decode_workers)
+        working = self.working(self._prefill)
+        partners = {name: self._prefill[name].info.partner for name in working}
         able = [name for name, partner in partners.items() if not partner or partner in hosts]
         if not hosts:
             raise NoWorkerError(f"no decode worker of model {sequence.model} is alive")
@@ -161,6 +189,31 @@ class Router:
             sequence, prefill_worker=prefill, decode_worker=decode, num_uncached=uncached
         )
 
+    def move(
+        self,
+        sequence: Sequence,
+        decode_workers: Iterable[str],
+        session: SessionKey | None = None,
+    ) -> Sequence:
+        """A sequence that takes its KV along, with the worker that goes on with it.
+
+        Args:
+            sequence: a new attempt; its `prefill_worker` holds the KV.
+            decode_workers: those that host its model.
+            session: that it is a call of.
+
+        Raises:
+            NoWorkerError: none of those that could do it is alive.
+        """
+        hosts = self.working(decode_workers)
+        if not hosts:
+            raise NoWorkerError(f"no decode worker of model {sequence.model} is alive")
+        decode, num_pages = self._best_decode(sequence, hosts, [], {})
+        self._sessions.moved(session, decode)
+        self._decode[decode].load += num_pages
+        self._assigned[sequence.id] = "", decode, num_pages
+        return msgspec.structs.replace(sequence, decode_worker=decode)
+
     def forget(self, id: int) -> None:
         """The sequence has ended, or is routed again under another id. Idempotent."""
         prefill, decode, num_pages = self._assigned.pop(id, ("", "", 0))
@@ -177,11 +230,12 @@ class Router:
 
     def index_changed(self, worker: str, added: list[bytes], removed: list[bytes]) -> None:
         """Keys have entered and then others left a worker's prefix index."""
-        for workers in (self._prefill, self._decode):
-            if worker in workers:
-                held = workers[worker].held
-                held.update(added)
-                held.difference_update(removed)
+        for name in (worker, self.twin(worker)):
+            for workers in (self._prefill, self._decode):
+                if name in workers:
+                    held = workers[name].held
+                    held.update(added)
+                    held.difference_update(removed)
 
     def store_changed(self, added: list[bytes], removed: list[bytes]) -> None:
         """A prefill worker says which keys the KV store has, and which it has no longer."""

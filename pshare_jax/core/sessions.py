@@ -106,3 +106,10 @@ class SessionTable:
         self._stays.move_to_end(key)
         if len(self._stays) > MAX_SESSIONS:
             self._stays.popitem(last=False)
+
+    def moved(self, key: SessionKey | None, decode: str) -> None:
+        """A call of the session goes on at another decode worker."""
+        stay = self.find(key)
+        if stay is not None:
+            stay.decode.pop(decode, None)
+            stay.decode[decode] = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import queue
 import secrets
 import threading
 import time
@@ -24,7 +25,7 @@ from pshare_jax.core.messages import DISPATCHER, Message, Request, RequestOutput
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.pages.sharing_map import SharingMap, sharing_map
 from pshare_jax.core.prompt_scores import PromptScorer, is_scored
-from pshare_jax.core.router import Router
+from pshare_jax.core.router import NoWorkerError, Router
 from pshare_jax.core.sessions import SessionPolicy
 from pshare_jax.core.stats import EngineStats, PoolStats
 from pshare_jax.engine.assembly import Assembly
@@ -280,6 +281,31 @@ class Orchestrator:
         self._served.unload(
             name, lambda name: self._control.post(lambda: self._dispatcher.remove_model(name))
         )
+
+    def give_mesh(self, worker: str) -> None:
+        """Has a mesh that may do either work for `worker` from now on, such as `prefill2`.
+
+        Rows that run there go on elsewhere, with their KV; compiles nothing. Blocks until that has
+        been decided, not until they have gone.
+
+        Raises:
+            EngineDeadError: the engine does not run.
+            NoWorkerError: no such worker, or nobody would be left to do what the mesh does now.
+        """
+        self._check_running()
+        outcome: queue.SimpleQueue[NoWorkerError | None] = queue.SimpleQueue()
+
+        def act() -> None:
+            try:
+                self._dispatcher.give_mesh(worker)
+            except NoWorkerError as error:
+                outcome.put(error)
+            else:
+                outcome.put(None)
+
+        self._control.post(act)
+        if (error := outcome.get()) is not None:
+            raise error
 
     def stop(self) -> None:
         """Ends the threads; requests that still run get an ERROR event."""

@@ -44,6 +44,8 @@ MESSAGES: list[m.Message] = [
     m.Loaded(2**62, "its checksum is wrong"),
     m.Stored([b"a", b"b"], [b"a"], [b"c"]),
     m.Replied(msgspec.structs.replace(SEQUENCE, ttl=0.5), 1, True),
+    m.Expected(msgspec.structs.replace(SEQUENCE, moved=m.Moved("prefill1", 7, 5, [b"a", b"b"]))),
+    m.SetRole(True),
     m.Pending(3, 7),
     m.IndexChanged([b"a"], [b"b", b"c"]),
     m.StoreChanged([b"a"], [b"b", b"c"]),

@@ -288,9 +288,9 @@ def wait_until(condition: Callable[[], Any], timeout: float = 60) -> None:
 
 
 @contextmanager
-def held(client: Client, rows: int = 1) -> Iterator[None]:
-    """The first decode worker's thread stands still once so many sequences run there."""
-    worker = client.engine.workers.decode[0]
+def held(client: Client, rows: int = 1, number: int = 0) -> Iterator[None]:
+    """A decode worker's thread stands still once so many sequences run there."""
+    worker = client.engine.workers.decode[number]
     executor = worker.executor
     gate, plain = threading.Event(), executor.finish
 

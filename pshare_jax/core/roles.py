@@ -1,0 +1,59 @@
+"""Which of its two workers a mesh works for, where it may do either.
+
+Such a mesh has a prefill worker and a decode worker over one pool, and both are compiled. One of
+them is sent sequences. When that changes, the other gives back what has not begun, and rows go on
+elsewhere with their KV; what is being computed or fetched from there ends in its own time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from pshare_jax.core.messages import Outbox, SetRole
+from pshare_jax.core.router import NoWorkerError, Router
+
+Hosts = Mapping[str, Iterable[str]]
+"""Decode workers by model."""
+
+
+class Roles:
+    """Changes what meshes do.
+
+    Args:
+        router: sends sequences to those that work.
+    """
+
+    def __init__(self, router: Router):
+        self._router = router
+
+    def give(self, worker: str, hosts: Hosts) -> Outbox:
+        """Gives a mesh to one of its workers; what both have to be told.
+
+        Raises:
+            NoWorkerError: there is no such worker, or nobody would be left to do its twin's work.
+        """
+        router, twin = self._router, self._router.twin(worker)
+        if not twin or worker not in router.workers:
+            raise NoWorkerError(f"{worker} is no worker, alive, of a mesh that may do either")
+        rested = not router.working([twin])
+        router.set_role(twin, works=False)
+        router.set_role(worker, works=True)
+        if lacking := router.unserved(hosts):
+            router.set_role(twin, works=not rested)
+            router.set_role(worker, works=rested)
+            raise NoWorkerError(f"without {twin} nobody could {lacking}")
+        return [(worker, SetRole(True)), (twin, SetRole(False))]
+
+    def wake(self, hosts: Hosts) -> Outbox:
+        """Has workers that rest work again where others have failed and nobody is left."""
+        router, woken = self._router, []
+        for worker in router.workers:
+            lacking = router.unserved(hosts)
+            if not lacking or router.working([worker]):
+                continue
+            router.set_role(worker, works=True)
+            if router.unserved(hosts) == lacking:
+                router.set_role(worker, works=False)
+            else:
+                woken.append((worker, SetRole(True)))
+        return woken
