@@ -32,6 +32,7 @@ from pshare_jax.bench import (
     restart,
     routes,
     shared_prefix,
+    shift,
     soak,
     soak_options,
     starve,
@@ -91,6 +92,12 @@ _PLAIN = {
         routes.RoutesOptions,
         routes.run,
         routes.lines,
+    ),
+    "shift": _Plain(
+        "Meshes given from decode to prefill while rows run; virtual time.",
+        shift.ShiftOptions,
+        shift.run,
+        shift.lines,
     ),
     "masks": _Plain(
         "Decode steps whose tokens follow a grammar, beside free ones.",

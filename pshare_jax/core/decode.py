@@ -305,6 +305,8 @@ class DecodeCore:
         num_bytes = moved * self._bytes_per_page
         if num_bytes:
             self.stats.handed_over(sequence.model, moved, num_bytes)
+        if sequence.moved is not None:
+            self.stats.moved_pages += moved
         usage = PromptUsage(
             covered.usage.prompt_tokens,
             covered.usage.computed_tokens,

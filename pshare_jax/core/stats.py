@@ -57,7 +57,7 @@ class DecodeStats:
     """What a decode core has done, by model; `forced_tokens` are those of the generated ones that
     were not sampled, `pages` KV pages read and not read again, `failed_transfers` those whose pages
     did not come or were not what was asked for, `moved_rows` sequences that left with their KV
-    since the mesh was given to prefill."""
+    since the mesh was given to prefill, `moved_pages` pages of such that came."""
 
     def __init__(self) -> None:
         self.generation_tokens: Counter[str] = Counter()
@@ -68,6 +68,7 @@ class DecodeStats:
         self.pages: Counter[PageRead] = Counter()
         self.failed_transfers = 0
         self.moved_rows = 0
+        self.moved_pages = 0
 
     def handed_over(self, model: str, pages: int, num_bytes: int) -> None:
         """Pages were moved to the pool."""

@@ -25,7 +25,9 @@ from pshare_jax.core.messages import (
     Session,
 )
 from pshare_jax.core.models import ModelSpec
+from pshare_jax.core.one_pool import OnePool
 from pshare_jax.core.pages.page_cache import PageCache
+from pshare_jax.core.plans import DecodePlan, PrefillPlan
 from pshare_jax.core.prefetch import Prefetch
 from pshare_jax.core.prefill import PrefillCore
 from pshare_jax.core.router import Router, WorkerInfo
@@ -69,6 +71,9 @@ class ServerSpec:
         reply_ahead: whether replies are covered before anybody asks.
         store: the KV store, if there is one.
         routing: how prefill engines are chosen, see `Router`.
+        either: where meshes may do either, how many of `decode` begin with prefill; there is no
+            `prefill` then.
+        moves: whether rows take their KV along when such a mesh is given to prefill.
     """
 
     models: Sequence[int]
@@ -83,6 +88,8 @@ class ServerSpec:
     reply_ahead: bool = False
     store: StoreSpec | None = None
     routing: RoutingPolicy = "prefix"
+    either: int = 0
+    moves: bool = True
 
 
 @dataclass(frozen=True)
@@ -163,6 +170,16 @@ class System:
         self._deliver(server)
         return call
 
+    def give_mesh(self, worker: str) -> None:
+        """Has a mesh that may do either work for a worker from now on; see `Dispatcher`."""
+        server = self._server_of[worker]
+        server.dispatcher.give_mesh(worker)
+        self._deliver(server)
+
+    def rest(self, worker: str) -> None:
+        """Sends a worker nothing more; what it has ends there."""
+        self._server_of[worker].router.set_role(worker, works=False)
+
     @property
     def stores(self) -> list[SimStore]:
         """KV stores of the servers that have one."""
@@ -223,27 +240,60 @@ class _Server:
             self._processors[name] = processor
             return processor, engine.costs, PageCache(engine.num_pages, spec.page_size)
 
-        self.decode = [
-            self._decode(name, *parts(name, engine))
-            for name, engine in zip(names, spec.decode, strict=True)
-        ]
-        self.prefill = [
-            self._prefill(name, *parts(name, engine))
-            for name, engine in ((f"{prefix}prefill{i}", e) for i, e in enumerate(spec.prefill))
-        ]
-        router = Router(
-            [_info(w) for w in self.prefill], [_info(w) for w in self.decode], spec.routing
+        self.decode: list[DecodeWorker[CostDecode]] = []
+        self.prefill: list[PrefillWorker[CostPrefill]] = []
+        for i, engine in enumerate(spec.decode):
+            part = parts(names[i], engine)
+            if spec.either:
+                self._pair(f"{prefix}prefill{i}", names[i], *part)
+            else:
+                self.decode.append(self._decode(self._decode_core(names[i], part[2]), *part))
+        for i, engine in enumerate(spec.prefill):
+            part = parts(name := f"{prefix}prefill{i}", engine)
+            self.prefill.append(self._prefill(self._prefill_core(name, *part[1:]), *part))
+        self.router = router = Router(
+            [self._info(w, self.decode, i) for i, w in enumerate(self.prefill)],
+            [self._info(w, self.prefill, i) for i, w in enumerate(self.decode)],
+            spec.routing,
         )
         self.store = SimStore(clock, spec.store) if spec.store is not None else None
         prefetch = spec.store is not None and spec.store.prefetch_pages > 0
         policy = SessionPolicy(spec.reply_ahead, prefetch=prefetch)
         self.dispatcher = Dispatcher(self._models, router, spec.page_size, policy)
 
+    def _pair(
+        self,
+        prefill: str,
+        decode: str,
+        processor: Processor,
+        costs: CostModel,
+        cache: PageCache,
+    ) -> None:
+        """The two workers of a mesh that may do either, over one pool."""
+        cores = OnePool(
+            self._prefill_core(prefill, costs, cache),
+            self._decode_core(decode, cache),
+            moves=self.spec.moves,
+        )
+        self._processors[prefill] = processor
+        part = processor, costs, cache
+        self.prefill.append(self._prefill(cores.prefill, *part, cores.schedule_prefill))
+        self.decode.append(self._decode(cores.decode, *part, cores.schedule_decode))
+
+    def _info(self, worker: Worker, others: Sequence[Worker], number: int) -> WorkerInfo:
+        """A worker as the router sees it; of a mesh that may do either it has a twin."""
+        pages, size, either = worker.cache.num_usable, worker.cache.page_size, self.spec.either
+        if not either:
+            return WorkerInfo(worker.name, pages, size)
+        rests = (number < either) == isinstance(worker, DecodeWorker)
+        return WorkerInfo(worker.name, pages, size, twin=others[number].name, rests=rests)
+
     def attach_store(self, send: Callable[[str, Message], None]) -> None:
         """Gives prefill workers their sides of the store; `send` carries a message to a worker."""
         if self.store is None:
             return
-        for worker, engine in zip(self.prefill, self.spec.prefill, strict=True):
+        engines = self.spec.decode if self.spec.either else self.spec.prefill
+        for worker, engine in zip(self.prefill, engines, strict=True):
             prices = self.store.spec.prices(*_compute_prices(engine.costs, self.spec.chunk_buckets))
             client = StoreClient(worker.cache, prices, self._transfers)
             if self.store.spec.prefetch_pages:
@@ -304,24 +354,39 @@ class _Server:
             decode_workers=tuple(n for n, e in hosts if not e.models or model in e.models),
         )
 
-    def _prefill(
-        self, name: str, processor: Processor, costs: CostModel, cache: PageCache
-    ) -> PrefillWorker[CostPrefill]:
-        core = PrefillCore(name, cache, self._models, self.spec.chunk_buckets, pads=costs.padded)
-        return PrefillWorker(core, CostPrefill(processor, costs, cache))
+    def _prefill_core(self, name: str, costs: CostModel, cache: PageCache) -> PrefillCore:
+        return PrefillCore(name, cache, self._models, self.spec.chunk_buckets, pads=costs.padded)
 
-    def _decode(
-        self, name: str, processor: Processor, costs: CostModel, cache: PageCache
-    ) -> DecodeWorker[CostDecode]:
-        core = DecodeCore(
+    def _decode_core(self, name: str, cache: PageCache) -> DecodeCore:
+        return DecodeCore(
             name,
             cache,
             self._models,
             self.spec.settings,
             _ANY_BYTES,
+            owns_cache=not self.spec.either,
             transfer_ids=self._transfers,
         )
-        return DecodeWorker(core, CostDecode(processor, costs, cache))
+
+    def _prefill(
+        self,
+        core: PrefillCore,
+        processor: Processor,
+        costs: CostModel,
+        cache: PageCache,
+        schedule: Callable[[float], PrefillPlan | None] | None = None,
+    ) -> PrefillWorker[CostPrefill]:
+        return PrefillWorker(core, CostPrefill(processor, costs, cache), schedule)
+
+    def _decode(
+        self,
+        core: DecodeCore,
+        processor: Processor,
+        costs: CostModel,
+        cache: PageCache,
+        schedule: Callable[[float], DecodePlan | None] | None = None,
+    ) -> DecodeWorker[CostDecode]:
+        return DecodeWorker(core, CostDecode(processor, costs, cache), schedule)
 
 
 def _compute_prices(costs: CostModel, chunk_buckets: Sequence[int]) -> tuple[float, float]:
@@ -330,10 +395,6 @@ def _compute_prices(costs: CostModel, chunk_buckets: Sequence[int]) -> tuple[flo
     near = costs.chunk(size, size, 0)
     pair = max(costs.chunk(size, size, far) - near, 0.0) / (2 * far * size)
     return (near - pair * size * size) / size, pair
-
-
-def _info(worker: Worker) -> WorkerInfo:
-    return WorkerInfo(worker.name, worker.cache.num_usable, worker.cache.page_size)
 
 
 class _Host:
