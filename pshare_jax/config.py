@@ -169,10 +169,13 @@ class RouterConfig:
         roles: with `flexible` every mesh can do both prefill and decode, over one pool, and is
             given to the other while serving, see docs/kv-tiers.md; `prefill.engines` and
             `decode.engines` say how it begins. Each mesh then has the weights of both sides.
+        backlog_tokens: with `flexible` roles, prompt tokens that wait at each prefill engine when
+            another mesh is given to prefill; 0 leaves meshes as they are until they are told.
     """
 
     policy: RoutingPolicy = "prefix"
     roles: Roles = "fixed"
+    backlog_tokens: int = 8192
 
 
 @dataclass(frozen=True)

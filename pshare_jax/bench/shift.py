@@ -19,14 +19,16 @@ from pshare_jax.bench.plan.costs import Efficiency, kv_bytes
 from pshare_jax.bench.plan.machines import Engines, Machine
 from pshare_jax.bench.plan.system import EngineSpec, ServerSpec, SimCall, System, SystemSpec
 from pshare_jax.config import DecodeConfig
+from pshare_jax.core.balance import BalancePolicy
 
-Way = Literal["static", "drain", "replay", "move"]
+Way = Literal["static", "drain", "replay", "move", "itself"]
 
 WAYS: tuple[tuple[str, Way], ...] = (
     ("static, as before the shift", "static"),
     ("drain, then flip", "drain"),
     ("flip, rows replayed", "replay"),
     ("flip, rows move", "move"),
+    ("by themselves, rows move", "itself"),
 )
 
 LOOK_SECONDS = 0.02
@@ -50,6 +52,7 @@ class ShiftOptions:
         prompts: that come then, all at once.
         long: tokens of each.
         answer: tokens that each is answered with.
+        backlog: tokens that wait at each prefill mesh when meshes change by themselves.
         efficiency: what is assumed of the hardware.
     """
 
@@ -65,6 +68,7 @@ class ShiftOptions:
     prompts: int = 64
     long: int = 8192
     answer: int = 16
+    backlog: int = 32_768
     efficiency: Efficiency = field(default_factory=Efficiency)
 
 
@@ -108,7 +112,10 @@ def _system(options: ShiftOptions, way: Way) -> tuple[System, float]:
         prefill=[],
         decode=[EngineSpec(machine.costs(1), pages, i) for i in range(options.meshes)],
         either=options.prefill,
-        moves=way == "move",
+        moves=way != "replay",
+        balance=BalancePolicy(options.backlog, machine.engines.max_num_seqs)
+        if way == "itself"
+        else None,
     )
     return System(SystemSpec([server])), float(kv_bytes(machine.model) * size)
 

@@ -16,6 +16,7 @@ import msgspec
 
 from pshare_jax.core import messages as m
 from pshare_jax.core.agent_order import AgentOrder
+from pshare_jax.core.balance import BalancePolicy
 from pshare_jax.core.messages import (
     FinishReason,
     Outbox,
@@ -69,6 +70,7 @@ class Dispatcher:
         router: chooses workers.
         page_size: tokens of a page.
         sessions: what is done for calls to come.
+        balance: when meshes that may do either change; None is never by themselves.
 
     Attributes:
         outbox: messages to workers; who carries them empties it.
@@ -84,6 +86,7 @@ class Dispatcher:
         router: Router,
         page_size: int,
         sessions: SessionPolicy | None = None,
+        balance: BalancePolicy | None = None,
     ):
         self.outbox: Outbox = []
         self.outputs: list[RequestOutput] = []
@@ -96,7 +99,7 @@ class Dispatcher:
         self._page_size = page_size
         self._sessions = sessions or SessionPolicy()
         self._agents = AgentOrder()
-        self._roles = Roles(router)
+        self._roles = Roles(router, balance)
         self._live: dict[str, _Live] = {}
         self._attempts: dict[int, _Live] = {}
         self._ids = itertools.count()
@@ -214,6 +217,7 @@ class Dispatcher:
                 self._router.store_changed(added, removed)
             case m.Pending(id, tokens):
                 self._router.pending(worker, id, tokens)
+                self.outbox += self._roles.balance(self._hosts, now)
                 if (live := self._attempts.get(id)) is not None:
                     _note_prefill(live.times, tokens, now)
             case _:
@@ -225,7 +229,7 @@ class Dispatcher:
         """A worker has failed: what it held is computed elsewhere, or fails."""
         self._lost_workers[worker] = reason
         self._router.lose(worker)
-        self.outbox += self._roles.wake(self._hosts())
+        self.outbox += self._roles.wake(self._hosts)
         for live in tuple(self._live.values()):
             sequence = live.sequence
             assert sequence is not None
@@ -266,8 +270,9 @@ class Dispatcher:
         Raises:
             NoWorkerError: see there.
         """
-        self.outbox += self._roles.give(worker, self._hosts())
+        self.outbox += self._roles.give(worker, self._hosts)
 
+    @property
     def _hosts(self) -> dict[str, tuple[str, ...]]:
         """Decode workers of each model that is served, or used by a request."""
         specs = (*self._models.values(), *self._leaving.values())

@@ -381,9 +381,13 @@ class Expected(msgspec.Struct, frozen=True, tag=True):
 
 
 class SetRole(msgspec.Struct, frozen=True, tag=True):
-    """To a worker of a mesh that may have either role: it works from now on, or lets all go."""
+    """To a worker of a mesh that may have either role: it works from now on, or lets all go.
+
+    A prefill worker that works and has got a colleague gives back what waits, to be divided anew.
+    """
 
     works: bool
+    anew: bool = False
 
 
 class ModelAdded(msgspec.Struct, frozen=True, tag=True):

@@ -117,9 +117,9 @@ class PrefillCore:
                 self._send(DISPATCHER, m.Returned(sequence.id, "moved"))
             case m.Prefill(sequence):
                 self._enter(PrefillTask(sequence))
-            case m.SetRole(works):
+            case m.SetRole(works, anew):
                 self.rests = not works
-                if self.rests:
+                if self.rests or anew:
                     self._let_waiting_go()
             case m.Abort(id, decode_worker):
                 self._abort(id, decode_worker)

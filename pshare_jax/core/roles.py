@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from pshare_jax.core.balance import BalancePolicy, Balancer
 from pshare_jax.core.messages import Outbox, SetRole
 from pshare_jax.core.router import NoWorkerError, Router
 
@@ -21,10 +22,24 @@ class Roles:
 
     Args:
         router: sends sequences to those that work.
+        policy: when meshes change by themselves; None is never.
     """
 
-    def __init__(self, router: Router):
+    def __init__(self, router: Router, policy: BalancePolicy | None = None):
         self._router = router
+        self._balancer = None if policy is None else Balancer(policy)
+
+    def balance(self, hosts: Hosts, now: float) -> Outbox:
+        """Gives a mesh to its other worker if that is lacking; `now` is in seconds."""
+        if self._balancer is None:
+            return []
+        giver = self._balancer.decide(*self._router.loads(), now)
+        if giver is None:
+            return []
+        try:
+            return self.give(self._router.twin(giver), hosts)
+        except NoWorkerError:
+            return []
 
     def give(self, worker: str, hosts: Hosts) -> Outbox:
         """Gives a mesh to one of its workers; what both have to be told.
@@ -35,14 +50,17 @@ class Roles:
         router, twin = self._router, self._router.twin(worker)
         if not twin or worker not in router.workers:
             raise NoWorkerError(f"{worker} is no worker, alive, of a mesh that may do either")
-        rested = not router.working([twin])
+        worked = router.working([worker, twin])
         router.set_role(twin, works=False)
         router.set_role(worker, works=True)
         if lacking := router.unserved(hosts):
-            router.set_role(twin, works=not rested)
-            router.set_role(worker, works=rested)
+            for name in (worker, twin):
+                router.set_role(name, works=name in worked)
             raise NoWorkerError(f"without {twin} nobody could {lacking}")
-        return [(worker, SetRole(True)), (twin, SetRole(False))]
+        told: Outbox = [(worker, SetRole(True)), (twin, SetRole(False))]
+        if worker not in worked and worker in (prefill := router.prefill_workers):
+            told += [(w, SetRole(True, anew=True)) for w in router.working(prefill) if w != worker]
+        return told
 
     def wake(self, hosts: Hosts) -> Outbox:
         """Has workers that rest work again where others have failed and nobody is left."""

@@ -128,6 +128,11 @@ class Router:
         """Names of the workers that are alive."""
         return [*self._prefill, *self._decode]
 
+    @property
+    def prefill_workers(self) -> list[str]:
+        """Names of the prefill workers that are alive."""
+        return list(self._prefill)
+
     def twin(self, worker: str) -> str:
         """The other worker of a mesh that may do either, or nothing."""
         return self._twins.get(worker, "")
@@ -136,6 +141,17 @@ class Router:
         """Those of some workers that are alive and take sequences."""
         alive = (*self._prefill, *self._decode)
         return [name for name in names if name in alive and name not in self._resting]
+
+    def loads(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Prompt tokens that wait, by prefill worker that works, and covered sequences by decode
+        worker that does."""
+        waiting = {n: self._prefill[n].pending_tokens for n in self.working(self._prefill)}
+        sequences = dict.fromkeys(self.working(self._decode), 0)
+        pending = {id for worker in self._prefill.values() for id in worker.pending}
+        for id, (_, decode, _) in self._assigned.items():
+            if decode in sequences and id not in pending:
+                sequences[decode] += 1
+        return waiting, sequences
 
     def unserved(self, hosts: Mapping[str, Iterable[str]]) -> str:
         """What nobody does, `hosts` being decode workers by model; empty if there is no such."""

@@ -19,6 +19,7 @@ import jax
 from pshare_jax.cluster.thread import DispatcherThread, WorkerThread
 from pshare_jax.config import DecodeConfig, ServeConfig
 from pshare_jax.convert.manifest import TOKENIZER_FOLDER, read_manifest
+from pshare_jax.core.balance import BalancePolicy
 from pshare_jax.core.constraints import GrammarSpec
 from pshare_jax.core.dispatcher import Dispatcher
 from pshare_jax.core.messages import DISPATCHER, Message, Request, RequestOutput
@@ -126,7 +127,7 @@ class Orchestrator:
             config.sessions.max_ttl_seconds,
             prefetch=config.kv_store.prefetch != "off",
         )
-        self._dispatcher = Dispatcher(specs, router, config.page_size, policy)
+        self._dispatcher = Dispatcher(specs, router, config.page_size, policy, _balance(config))
         self._control = DispatcherThread(self._deliver, self._dispatcher_failed)
         self._layout = layout
         self.store: EngineStore | None = None
@@ -493,6 +494,12 @@ class Orchestrator:
 def _max_probes(decode: DecodeConfig) -> int:
     """Probes at a time: half of what the decode workers batch, so that others find room."""
     return max(min(decode.max_num_seqs, max(decode.batch_buckets)) // 2, 1) * decode.engines
+
+
+def _balance(config: ServeConfig) -> BalancePolicy | None:
+    if config.router.roles == "fixed" or not config.router.backlog_tokens:
+        return None
+    return BalancePolicy(config.router.backlog_tokens, config.decode.max_num_seqs)
 
 
 def _pool_stats(cache: PageCache) -> PoolStats:

@@ -17,6 +17,7 @@ import msgspec
 from pshare_jax.cluster.worker import DecodeWorker, PrefillWorker
 from pshare_jax.config import DecodeConfig
 from pshare_jax.core import messages as m
+from pshare_jax.core.balance import BalancePolicy
 from pshare_jax.core.constraints import GrammarSpec
 from pshare_jax.core.decode import DecodeCore
 from pshare_jax.core.dispatcher import Dispatcher
@@ -87,12 +88,14 @@ class Setting:
     """What a host is made of. `wire` sends messages through their encoding, `reply_ahead` covers
     replies before anybody asks; with a `store` prefill workers write pages to it and fetch them, so
     many `prefetched` ones before anybody asks. Meshes that may do `either` are as many as there are
-    prefill and decode workers; each has one of both, of which one works."""
+    prefill and decode workers; each has one of both, of which one works. With `balanced` waiting
+    tokens at each prefill worker they change by themselves."""
 
     prefill: int = 1
     decode: int = 1
     one_pool: bool = False
     either: bool = False
+    balanced: int = 0
     prefill_pages: int = 24
     decode_pages: int = 24
     steps_ahead: int = 1
@@ -192,7 +195,10 @@ class Host:
         policy = SessionPolicy(
             setting.reply_ahead, max_ttl=MAX_TTL, prefetch=setting.prefetched > 0
         )
-        self.dispatcher = Dispatcher(self.models, self.router, PAGE, policy)
+        balance = BalancePolicy(setting.balanced, setting.max_num_seqs)
+        self.dispatcher = Dispatcher(
+            self.models, self.router, PAGE, policy, balance if setting.balanced else None
+        )
 
     @property
     def alive(self) -> list[str]:
@@ -281,7 +287,7 @@ class Host:
         if message is None:
             self.dispatcher.lose_worker(source, "killed")
         else:
-            self.dispatcher.receive(source, message)  # type: ignore[arg-type]
+            self.dispatcher.receive(source, message, self.now)  # type: ignore[arg-type]
         self._collect_dispatcher()
 
     def deliver_all(self, *names: str) -> None:

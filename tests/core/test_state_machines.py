@@ -67,7 +67,7 @@ SETTINGS = {
         either=True, prefill=2, decode=2, decode_pages=11, steps_per_dispatch=2, steps_ahead=2
     ),
     "meshes for either and a store": Setting(
-        either=True, prefill=1, decode=2, decode_pages=15, store=True, prefetched=3
+        either=True, prefill=1, decode=2, decode_pages=15, store=True, prefetched=3, balanced=10
     ),
     "replies ahead, tiny pools": Setting(
         reply_ahead=True, prefill_pages=9, decode_pages=9, pinned_share=1.0

@@ -37,7 +37,7 @@ def some_models() -> Models:
 @pytest.fixture(scope="module")
 def either(some_models: Models) -> Iterator[Client]:
     """Three meshes, of which the first begins with prefill and the others with decode."""
-    config = replace(two_by_two(), router=RouterConfig(roles="flexible"))
+    config = replace(two_by_two(), router=RouterConfig(roles="flexible", backlog_tokens=0))
     with running(some_models, replace(config, prefill=replace(config.prefill, engines=1))) as one:
         yield one
 

@@ -13,6 +13,7 @@ from pshare_jax.bench.plan.store import SimStore, SimStoreEnd, StoreSpec
 from pshare_jax.cluster.thread import WorkerThread
 from pshare_jax.cluster.worker import DecodeWorker, PrefillWorker, Worker
 from pshare_jax.config import DecodeConfig, RoutingPolicy
+from pshare_jax.core.balance import BalancePolicy
 from pshare_jax.core.decode import DecodeCore
 from pshare_jax.core.dispatcher import Dispatcher
 from pshare_jax.core.messages import (
@@ -74,6 +75,7 @@ class ServerSpec:
         either: where meshes may do either, how many of `decode` begin with prefill; there is no
             `prefill` then.
         moves: whether rows take their KV along when such a mesh is given to prefill.
+        balance: when such meshes change by themselves, if they do.
     """
 
     models: Sequence[int]
@@ -90,6 +92,7 @@ class ServerSpec:
     routing: RoutingPolicy = "prefix"
     either: int = 0
     moves: bool = True
+    balance: BalancePolicy | None = None
 
 
 @dataclass(frozen=True)
@@ -208,7 +211,7 @@ class System:
         for source, to, message in messages:
             if to == DISPATCHER:
                 server = self._server_of[source]
-                server.dispatcher.receive(source, message)  # type: ignore[arg-type]
+                server.dispatcher.receive(source, message, self.clock.now)  # type: ignore[arg-type]
                 heard[id(server)] = server
             else:
                 self._host_of[to].post(to, message)
@@ -259,7 +262,7 @@ class _Server:
         self.store = SimStore(clock, spec.store) if spec.store is not None else None
         prefetch = spec.store is not None and spec.store.prefetch_pages > 0
         policy = SessionPolicy(spec.reply_ahead, prefetch=prefetch)
-        self.dispatcher = Dispatcher(self._models, router, spec.page_size, policy)
+        self.dispatcher = Dispatcher(self._models, router, spec.page_size, policy, spec.balance)
 
     def _pair(
         self,
