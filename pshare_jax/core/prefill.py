@@ -285,6 +285,11 @@ class PrefillCore:
         looked_for = self.store.ids() if self.store is not None else set()
         waiting = {task.sequence.id for task in self.queue.tasks}
         self.queue.tasks.clear()
+        for task in tuple(self._active):
+            if not task.computed and task.planned is None:
+                self._active.remove(task)
+                self.cache.release(task.pages)
+                waiting.add(task.sequence.id)
         for id in looked_for:
             if self.store is not None and self.store.abort(id) is not None:
                 waiting.add(id)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from pshare_jax.bench import routes, tiers
+from pshare_jax.bench import routes, shift, tiers
 from pshare_jax.bench.plan.costs import Line, TableCosts
 
 COSTS = TableCosts(
@@ -61,3 +61,19 @@ def test_with_a_store_load_alone_spreads_what_is_popular() -> None:
     assert by_load["ttft_p95"] < by_prefix["ttft_p95"]
     assert by_load["read_bytes"] > by_prefix["read_bytes"]
     assert by_load["computed"] < found["prefix, no store"]["computed"] + 64
+
+
+def test_rows_that_move_pause_for_less_time_than_rows_that_are_replayed() -> None:
+    options = shift.ShiftOptions(
+        rows=24, reply=256, context=512, shift=1.5, prompts=12, long=4096, backlog=8192
+    )
+    result = shift.run(options)
+    found = {row["way"]: row for row in result["rows"]}
+    static, drained, replayed, moved, alone = (found[name] for name, _ in shift.WAYS)
+    assert moved["moved_rows"] == 16
+    assert moved["moved_bytes"] > 0 == replayed["moved_bytes"]
+    assert moved["gap_worst"] < 0.5 * replayed["gap_median"]
+    assert moved["ttft_median"] < 0.6 * static["ttft_median"]
+    assert drained["flip_seconds"] > moved["flip_seconds"]
+    assert alone["moved_rows"] > 0
+    assert len(shift.lines(result)) == 4 + len(shift.WAYS)
