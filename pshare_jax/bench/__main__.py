@@ -29,6 +29,7 @@ from pshare_jax.bench import (
     masks,
     micro,
     micro_report,
+    moving,
     restart,
     routes,
     shared_prefix,
@@ -98,6 +99,12 @@ _PLAIN = {
         shift.ShiftOptions,
         shift.run,
         shift.lines,
+    ),
+    "moving": _Plain(
+        "What replies notice when the mesh that generates them is given to prefill.",
+        moving.MovingOptions,
+        moving.run,
+        moving.lines,
     ),
     "masks": _Plain(
         "Decode steps whose tokens follow a grammar, beside free ones.",

@@ -210,6 +210,7 @@ class Dispatcher:
 
     def receive(self, worker: str, message: ToDispatcher, now: float = 0.0) -> None:
         """Takes in what a worker says; `now` is in seconds of the host's clock."""
+        self.outbox += self._roles.balance(self._hosts, now)
         match message:
             case m.IndexChanged(added, removed):
                 self._router.index_changed(worker, added, removed)
@@ -217,7 +218,6 @@ class Dispatcher:
                 self._router.store_changed(added, removed)
             case m.Pending(id, tokens):
                 self._router.pending(worker, id, tokens)
-                self.outbox += self._roles.balance(self._hosts, now)
                 if (live := self._attempts.get(id)) is not None:
                     _note_prefill(live.times, tokens, now)
             case _:

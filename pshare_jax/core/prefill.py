@@ -23,7 +23,7 @@ from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.plans import Chunk, Offer, PrefillPlan, PrefillResult, StorePlan
 from pshare_jax.core.prefill_queue import PrefillQueue
-from pshare_jax.core.prefill_task import PrefillTask, PromptPages
+from pshare_jax.core.prefill_task import MAX_ASKED, PrefillTask, PromptPages
 from pshare_jax.core.reply_prefill import ReplyPrefill
 from pshare_jax.core.scheduling import next_prefill
 from pshare_jax.core.shares import FairClock, HasSequence, in_turn
@@ -32,9 +32,6 @@ from pshare_jax.core.store_client import StoreClient
 
 STORE_SECONDS = 0.01
 """Between two looks at the deadlines of what was asked of the KV store."""
-
-MAX_ASKED = 2
-"""Times that a prompt is looked for once more in the store since pages of it were evicted."""
 
 MAX_TRIES = 2
 """Calls in which a chunk may fail before its request does."""

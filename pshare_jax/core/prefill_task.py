@@ -9,6 +9,9 @@ from pshare_jax.core.messages import PromptUsage, Sequence
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.pages.prefix_index import Node
 
+MAX_ASKED = 2
+"""Times that a prompt is looked for once more in the KV store since pages of it were evicted."""
+
 
 @dataclass(eq=False)
 class PrefillTask:

@@ -13,6 +13,9 @@ from pshare_jax.core.balance import BalancePolicy, Balancer
 from pshare_jax.core.messages import Outbox, SetRole
 from pshare_jax.core.router import NoWorkerError, Router
 
+LOOK_SECONDS = 0.1
+"""Between two looks whether a mesh had better do the other."""
+
 Hosts = Mapping[str, Iterable[str]]
 """Decode workers by model."""
 
@@ -28,11 +31,13 @@ class Roles:
     def __init__(self, router: Router, policy: BalancePolicy | None = None):
         self._router = router
         self._balancer = None if policy is None else Balancer(policy)
+        self._next_look = 0.0
 
     def balance(self, hosts: Hosts, now: float) -> Outbox:
         """Gives a mesh to its other worker if that is lacking; `now` is in seconds."""
-        if self._balancer is None:
+        if self._balancer is None or now < self._next_look:
             return []
+        self._next_look = now + LOOK_SECONDS
         giver = self._balancer.decide(*self._router.loads(), now)
         if giver is None:
             return []

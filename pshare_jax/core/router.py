@@ -37,7 +37,7 @@ COMPUTE_WEIGHT = 2
 STAY_TOKENS = 1024
 """Tokens of waiting that a session bears to stay with its prefill worker."""
 
-MAX_STORED = 2**20
+MAX_STORED = 2**18
 """Keys that the KV store is known to have; those that were heard of first are forgotten."""
 
 STAY_SHARE = 4

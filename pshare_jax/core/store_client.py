@@ -16,7 +16,7 @@ from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.pages.prefix_index import Node, PageState
 from pshare_jax.core.plans import Commit, Load, Look, StorePlan
 from pshare_jax.core.prefetch import Prefetch
-from pshare_jax.core.prefill_task import PrefillTask
+from pshare_jax.core.prefill_task import MAX_ASKED, PrefillTask
 from pshare_jax.core.prices import Prices
 from pshare_jax.core.shares import HasSequence
 from pshare_jax.core.stats import StoreStats
@@ -162,6 +162,9 @@ class StoreClient:
         stale = number < looking.first or not computing.isdisjoint(keys)
         count = 0 if stale else self._count(task, number, places, queue)
         count = min(count, self._cache.num_available - reserve)
+        if count < len(places) and not stale:
+            # The rest is computed, and not looked for when its turn comes.
+            task.asked = MAX_ASKED
         fresh = self._cache.allocate(count) if count > 0 else None
         if fresh is None:
             self._cache.release(node.page for node in matched)

@@ -60,6 +60,9 @@ from pshare_jax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+ANSWER_SECONDS = 10.0
+"""How long the dispatcher's thread is waited for."""
+
 Sink = Callable[[RequestOutput], None]
 
 
@@ -305,7 +308,11 @@ class Orchestrator:
                 outcome.put(None)
 
         self._control.post(act)
-        if (error := outcome.get()) is not None:
+        try:
+            error = outcome.get(timeout=ANSWER_SECONDS)
+        except queue.Empty:
+            raise EngineDeadError("the engine does not answer; it may have been stopped") from None
+        if error is not None:
             raise error
 
     def stop(self) -> None:
