@@ -143,7 +143,9 @@ class EngineStats:
     the KV pages that decode dispatches read, counted once a dispatch, and those that they did not
     read again since rows share them; they are counted where `decode.shared_prefix` is in force.
     `ahead_tokens` and `foreseen_tokens` are those of `PrefillStats`. `store` is, by worker, what
-    was asked of the KV store, and `tiers` are its tiers by name.
+    was asked of the KV store, and `tiers` are its tiers by name. Where meshes may do either,
+    `moved_rows` are, by decode worker, sequences that left it with their KV, and `working` says of
+    every worker whether its mesh is its own at present; elsewhere both are empty.
     """
 
     prefill_tokens: Mapping[tuple[str, TokenSource], int] = field(default_factory=dict)
@@ -165,3 +167,5 @@ class EngineStats:
     busy_seconds: Mapping[str, float] = field(default_factory=dict)
     store: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     tiers: Mapping[str, TierStats] = field(default_factory=dict)
+    moved_rows: Mapping[str, int] = field(default_factory=dict)
+    working: Mapping[str, bool] = field(default_factory=dict)

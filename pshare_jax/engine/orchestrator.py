@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -122,7 +123,7 @@ class Orchestrator:
             for name, workers in self.workers.threads(meshes.one_processor)
         ]
         self._thread_of = {w.name: thread for thread in self._threads for w in thread.workers}
-        router = Router(
+        self._router = router = Router(
             self.workers.prefill_info(), self.workers.decode_info(), config.router.policy
         )
         policy = SessionPolicy(
@@ -366,7 +367,17 @@ class Orchestrator:
             },
             store=store,
             tiers=tiers,
+            **self._roles(),
         )
+
+    def _roles(self) -> dict[str, dict[str, Any]]:
+        """What there is to say of meshes that may do either."""
+        if not self.workers.num_prefill:
+            return {}
+        decode = {w.name: w.core.stats.moved_rows for w in self.workers.decode}
+        names = [w.name for w in (*self.workers.prefill, *self.workers.decode)]
+        working = set(self._router.working(names))
+        return {"moved_rows": decode, "working": {name: name in working for name in names}}
 
     def _hold(self, grammar: GrammarSpec | None) -> None:
         """Has the grammar of a request compiled and kept; callers who must not wait did so before.

@@ -56,13 +56,9 @@ SETTINGS = {
     ),
     "a store and one pool": Setting(one_pool=True, decode_pages=13, store=True),
     "a store that is read ahead": Setting(prefill_pages=11, store=True, prefetched=3),
-    "a store that is read ahead, for several": Setting(
-        prefill=2, decode=2, prefill_pages=16, decode_pages=12, store=True, prefetched=100
-    ),
     "a store that is read ahead, one pool": Setting(
         one_pool=True, decode_pages=15, store=True, prefetched=4
     ),
-    "meshes for either": Setting(either=True, prefill=1, decode=2, decode_pages=20),
     "meshes for either, tiny pools": Setting(
         either=True, prefill=2, decode=2, decode_pages=11, steps_per_dispatch=2, steps_ahead=2
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pshare_jax.core.stats import EngineStats, TierStats
 from pshare_jax.serve.metrics import Metrics
+from pshare_jax.serve.role_metrics import role_metrics
 from pshare_jax.serve.store_metrics import store_metrics
 
 TIER = TierStats(
@@ -60,5 +61,17 @@ def test_every_figure_of_the_store_is_shown() -> None:
         assert line in text, line
 
 
+def test_roles_are_shown() -> None:
+    stats = EngineStats(moved_rows={"decode1": 3}, working={"prefill1": True, "decode1": False})
+    text = Metrics(["model"], lambda: stats).render().decode()
+    for line in (
+        'pshare_engine_working{engine="prefill1"} 1.0',
+        'pshare_engine_working{engine="decode1"} 0.0',
+        'pshare_moved_sequences_total{engine="decode1"} 3.0',
+    ):
+        assert line in text, line
+
+
 def test_without_a_store_there_are_no_series() -> None:
+    assert all(family.samples == [] for family in role_metrics(EngineStats()))
     assert all(family.samples == [] for family in store_metrics(EngineStats()))
