@@ -244,7 +244,8 @@ def test_the_next_agents_pages_are_fetched_before_they_are_asked_for(
                 replies.append((name, contexts[name], reply.tokens))
                 knows = turn > 0 or (hints and i == 3)
                 if knows:
-                    arrived = before["early_bytes"] + 8 * page_bytes
+                    last = len(contexts[following]) - 4
+                    arrived = before["early_bytes"] + -(-(last - 1) // PAGE) * page_bytes
                     wait_until(lambda arrived=arrived: asked(client)["early_bytes"] == arrived)
                 if turn and (turn, i) != (1, 0):
                     fetched = asked(client)["fetched_tokens"] - before["fetched_tokens"]
