@@ -70,7 +70,7 @@ class TiersOptions:
     prompt: int = 704
     appended: int = 96
     generated: int = 24
-    pause: float = 0.5
+    pause: float = 4.0
     surprise: float = 0.15
     pool_share: float = 0.25
     sets: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0, 4.0])

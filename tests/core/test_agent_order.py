@@ -48,12 +48,11 @@ def test_the_order_is_learned_from_the_session() -> None:
 def test_who_follows_most_often_is_expected_and_the_latest_among_equals() -> None:
     order = AgentOrder()
     agents = {name: prompt(i) for i, name in enumerate("abc")}
-    for name in "abaca":
-        found = call(order, name, agents[name])
-    assert found == [agents["c"]]
-    for name in "ba":
-        found = call(order, name, agents[name])
-    assert found == [agents["b"]]
+    for name in "abac":
+        call(order, name, agents[name])
+    assert call(order, "a", agents["a"]) == [agents["c"]]
+    call(order, "b", agents["b"])
+    assert call(order, "a", agents["a"]) == [agents["b"]]
 
 
 def test_hints_come_first_and_agents_that_never_asked_are_left_out() -> None:
