@@ -192,7 +192,8 @@ class Station:
             return None
         refusal = self._refusal(hello)
         if refusal is not None:
-            logger.info("refused a frontend: %s", refusal.reason)
+            if not refusal.again:
+                logger.warning("refused a frontend: %s", refusal.reason)
             await socket.send_bytes(wire.encode([refusal]))
             return None
         assert isinstance(hello, wire.Hello)

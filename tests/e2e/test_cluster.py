@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -169,6 +171,16 @@ class Processes:
         with urllib.request.urlopen(f"{url}/health", timeout=SECONDS) as answer:
             return json.loads(answer.read())
 
+    def metric(self, name: str, label: str = "") -> float:
+        """The sum of a metric's series, of those with a label, at the first frontend."""
+        with urllib.request.urlopen(f"{self.urls[0]}/metrics", timeout=SECONDS) as answer:
+            lines = answer.read().decode().splitlines()
+        return sum(
+            float(line.rpartition(" ")[2])
+            for line in lines
+            if line.startswith((f"{name}{{", f"{name} ")) and label in line
+        )
+
     def whole(self) -> bool:
         """Whether all frontends answer, and are linked to all workers."""
         with contextlib.suppress(OSError, urllib.error.URLError):
@@ -213,6 +225,9 @@ def test_what_processes_answer_is_what_one_does(
         )
     assert texts == [expected(n) for n in range(24)]
     assert read(processes.urls[1], grammar_body(1), Stream()).text == expected(-1)
+    # Pages have come from other processes, and nothing was compiled for it.
+    assert processes.metric("pshare_handoff_pages_total") > 0
+    assert processes.metric("pshare_compiles_total") == 0
 
 
 @pytest.mark.slow
@@ -240,44 +255,59 @@ def test_a_frontend_is_killed_in_mid_stream(
     assert read(processes.urls[0], body, Stream()).text == expected(5)
 
 
+def attacks() -> list[tuple[str, int]]:
+    """Who is killed or stopped, one after the other."""
+    first = [
+        ("decode1", signal.SIGKILL),
+        ("prefill0", signal.SIGKILL),
+        ("decode0", signal.SIGSTOP),
+    ]
+    rng = random.Random(2)
+    names = ("prefill0", "prefill1", "decode0", "decode1")
+    kinds = (signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP)
+    return first + [(rng.choice(names), rng.choice(kinds)) for _ in range(CHAOS // 60)]
+
+
 @pytest.mark.slow
 def test_requests_while_workers_die_and_hang(
     processes: Processes, expected: Callable[[int], str]
 ) -> None:
-    """Killed or stopped at random: every stream ends with the text of one process."""
-    rng = random.Random(2)
+    """Every stream ends with the text of one process; there are streams until all was done."""
     over = threading.Event()
+    numbers = itertools.count()
 
     def attack() -> None:
-        names = ["prefill0", "prefill1", "decode0", "decode1"]
-        while not over.wait(rng.uniform(0.5, 2.0)):
-            name = rng.choice(names)
-            with contextlib.suppress(ProcessLookupError, AssertionError):
-                if rng.random() < 0.7:
-                    processes.send(name, signal.SIGKILL)
-                else:
-                    pid = processes.send(name, signal.SIGSTOP)
-                    over.wait(5.0)
+        try:
+            for name, kind in attacks():
+                pid = processes.send(name, kind)
+                if kind == signal.SIGSTOP:
+                    # Longer than `lost_seconds`.
+                    time.sleep(5.0)
                     os.kill(pid, signal.SIGCONT)
-            # Somebody must be there to be attacked again.
-            while not processes.whole() and not over.wait(0.2):
-                pass
+                time.sleep(2.0 if CHAOS > 100 else 0.3)
+        finally:
+            over.set()
 
-    attacker = threading.Thread(target=attack)
-    attacker.start()
-    try:
-        with ThreadPoolExecutor(6) as pool:
-            streams = list(
-                pool.map(lambda n: read(processes.urls[n % 2], body_of(n), Stream()), range(CHAOS))
-            )
-    finally:
-        over.set()
-        attacker.join()
-    for number, stream in enumerate(streams):
+    def play() -> list[tuple[int, Stream]]:
+        done = []
+        while (number := next(numbers)) < CHAOS or not over.is_set():
+            url = processes.urls[number % 2]
+            done.append((number, read(url, body_of(number), Stream())))
+        return done
+
+    with ThreadPoolExecutor(7) as pool:
+        attacker = pool.submit(attack)
+        players = [pool.submit(play) for _ in range(6)]
+        streams = [stream for player in players for stream in player.result()]
+        attacker.result()
+    assert len(streams) >= CHAOS
+    for number, stream in streams:
         assert stream.text == expected(number), number
         assert stream.reason == "length"
         assert len(set(stream.ids)) == len(stream.ids)
     wait_until(processes.whole, SECONDS)
+    # Nobody holds a page of the pools.
+    wait_until(lambda: processes.metric("pshare_pages", 'state="used"') == 0, SECONDS)
 
 
 @pytest.mark.slow
