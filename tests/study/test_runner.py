@@ -10,7 +10,7 @@ import pytest
 from pshare_jax.config import load_config
 from pshare_jax.convert.files import replace_section
 from pshare_jax.errors import ConfigError
-from pshare_jax.study import report, runner
+from pshare_jax.study import plots, report, runner
 from pshare_jax.study.config import SHARES, Runs, StudyConfig, TaskConfig, expand
 from pshare_jax.study.runner import Study
 from pshare_jax.train.report import Reporter
@@ -101,7 +101,7 @@ def test_the_report_shows_every_result(study, tmp_path):
     ]
     # Every run on the validation set; naive sharing and both kinds of PrefillShare against full.
     assert text.count("| code |") == 5 + 3
-    assert report.plot_shares(results, "code", tmp_path / "plot.png")
+    assert plots.plot_shares(results, "code", tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
