@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pshare_jax.config import ModelEntry
 from pshare_jax.convert.manifest import TOKENIZER_FOLDER, read_manifest
 from pshare_jax.convert.orbax import load_weights
 from pshare_jax.core.split_rule import LAST_TOKEN, TailSetting
@@ -20,7 +19,7 @@ from pshare_jax.evals.grading import grade
 from pshare_jax.evals.intervals import bootstrap_interval
 from pshare_jax.evals.items import Item
 from pshare_jax.frontend.chat import TemplateOptions, chat_messages, chat_prompt
-from pshare_jax.frontend.model_format import model_format
+from pshare_jax.frontend.model_format import tool_prompt
 from pshare_jax.frontend.params import Limits
 from pshare_jax.models.split import check_certificate
 from pshare_jax.study.recompute import recomputed_kv
@@ -117,8 +116,7 @@ class Evaluator:
                 )
         self._recipe = Recipe(manifest.config, _DTYPE, lora)
         self._tokenizer = Tokenizer.load(manifest.folder / TOKENIZER_FOLDER)
-        entry = ModelEntry("study", tool_parser=TOOL_PARSER)
-        self._tool_prompt = model_format(entry, self._tokenizer.chat_template).tool_prompt
+        self._tool_prompt = tool_prompt(TOOL_PARSER, self._tokenizer.chat_template)
 
     def answer(
         self,

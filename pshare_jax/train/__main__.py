@@ -52,7 +52,7 @@ def _show(config: TrainConfig) -> None:
     from pshare_jax.train.report import Reporter
     from pshare_jax.train.show import show_examples
 
-    inputs = read_inputs(config, Reporter())
+    inputs = read_inputs(config, Reporter(), ask=False)
     rule = None if config.mode == "full" else inputs.rule
     for line in show_examples(inputs.train.examples[: config.show], inputs.tokenizer, rule):
         print(line)

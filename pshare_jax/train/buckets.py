@@ -20,8 +20,10 @@ _DECODE_MULTIPLE = 4
 DECODE_COST = 10
 """What a decode token costs, in prompt tokens. It goes forward and backward through the model; of
 the prompt there is mostly KV already, which is only looked at."""
-# Rows whose lengths differ by less are of a kind: so there are some hundred kinds at most.
-_GROWTH = 1.12
+# Rows whose lengths differ by less than such a factor are of a kind: the smallest that makes few
+# enough kinds, since each is compared with each.
+_GROWTHS = (1.12, 1.25, 1.5, 2.0, 4.0)
+_MOST_KINDS = 400
 # Fewer shapes than allowed are used where they waste no more than this share of the cost.
 _SMALL_WASTE = 0.2
 
@@ -57,8 +59,7 @@ def choose_buckets(
     sizes = np.array(
         [(len(r.prompt), len(r.tokens), len(r.targets), len(r.sequence)) for r in rows], np.int64
     ).reshape(-1, 4)
-    kinds, kind_of_row = np.unique(_rounded_kinds(sizes[:, :2]), axis=0, return_inverse=True)
-    kind_of_row = kind_of_row.ravel()
+    kinds, kind_of_row = _kinds(sizes[:, :2])
     shapes = np.zeros((len(kinds), 4), np.int64)
     np.maximum.at(shapes, kind_of_row, sizes)
     shapes = _rounded_up(shapes)
@@ -80,11 +81,20 @@ def slots_used(rows: Sequence[Row], buckets: Sequence[Bucket], assigned: np.ndar
     )
 
 
-def _rounded_kinds(lengths: np.ndarray) -> np.ndarray:
+def _kinds(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Groups lengths `[rows, 2]` that differ little: the kinds, and each row's."""
+    for growth in _GROWTHS:
+        kinds, of_row = np.unique(_steps(lengths, growth), axis=0, return_inverse=True)
+        if len(kinds) <= _MOST_KINDS:
+            break
+    return kinds, of_row.ravel()
+
+
+def _steps(lengths: np.ndarray, growth: float) -> np.ndarray:
     """Lengths `[rows, 2]` as steps of a geometric scale."""
     least = np.array([_PROMPT_MULTIPLE, _DECODE_MULTIPLE])
     scaled = np.maximum(lengths / least, 1.0)
-    steps = np.ceil(np.log(scaled) / np.log(_GROWTH) - 1e-9).astype(np.int64)
+    steps = np.ceil(np.log(scaled) / np.log(growth) - 1e-9).astype(np.int64)
     return np.where(lengths == 0, -1, steps)
 
 

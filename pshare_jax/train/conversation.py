@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from pshare_jax.errors import DataError
+from pshare_jax.errors import DataError, RequestError
 from pshare_jax.frontend.chat import (
     TemplateOptions,
     chat_messages,
@@ -182,8 +182,9 @@ class Conversation:
         message = self._messages[index]
         for key in ("name", "arguments"):
             calls = [_changed(call, key) for call in message.get("tool_calls", [])]
-            if calls != message.get("tool_calls", []) and after == self._text(
-                index + 1, ask=False, instead=(index, {**message, "tool_calls": calls})
+            changed = {**message, "tool_calls": calls}
+            if calls != message.get("tool_calls", []) and self._is_same(
+                after, index + 1, (index, changed)
             ):
                 raise LineError(
                     f"messages[{index}]: the chat template does not write the {key} of its "
@@ -202,13 +203,21 @@ class Conversation:
                     continue
                 other = [] if name == "tool_calls" else f"{value}?"
                 changed = {**message, name: other}
-                if text == self._text(count, ask=False, instead=(index, changed)):
+                if self._is_same(text, count, (index, changed)):
                     dropped.add(f"messages[].{name} of {message['role']}")
                 elif name == "content" and self.weights[index]:
                     dropped.add("a part of messages[].content of assistant")
         if self._tools and not all(self._shows(text, t["function"]["name"]) for t in self._tools):
             dropped.add("tools")
         self.dropped = sorted(dropped)
+
+    def _is_same(self, text: str, count: int, instead: tuple[int, Mapping[str, Any]]) -> bool:
+        """Whether `text` is that of the first `count` messages with another one, too; it is not
+        where the template refuses that one."""
+        try:
+            return text == self._text(count, ask=False, instead=instead)
+        except RequestError:
+            return False
 
     def _shows(self, text: str, value: Any) -> bool:
         """Whether `value`, a text, is in `text`, as it is or as JSON; others are asked for by

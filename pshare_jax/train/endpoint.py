@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 import aiohttp
 
-from pshare_jax.convert.files import one_line
+from pshare_jax.convert.files import one_line, replace_file
 from pshare_jax.errors import TrainingError
 from pshare_jax.text.tools import in_openai_form
 from pshare_jax.train.config import DistillConfig
@@ -77,7 +77,8 @@ class EndpointTeacher:
         if not missing:
             return
         self._reporter.start(_TITLE, len(missing))
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        # A kill may have left half a line, which the next would be written behind.
+        replace_file(self._path, "".join(_line(*entry) for entry in self._answers.items()))
         try:
             with self._path.open("a", buffering=1) as file:
                 asyncio.run(self._ask_all(missing, file))
@@ -134,7 +135,7 @@ class EndpointTeacher:
                 for name, question in waiting:
                     answer = await self._ask_one(http, question)
                     self._answers[name] = answer
-                    file.write(json.dumps({"key": name, "answer": answer}) + "\n")
+                    file.write(_line(name, answer))
                     done += 1
                     self._reporter.advance(_TITLE, done, len(missing))
 
@@ -178,6 +179,10 @@ class EndpointTeacher:
         raise TrainingError(
             f"distill.teacher: {url}: {problem}; what was answered is kept: start again to go on"
         )
+
+
+def _line(key: str, answer: Answer) -> str:
+    return json.dumps({"key": key, "answer": answer}) + "\n"
 
 
 def _questions(paths: Sequence[str]) -> list[dict[str, Any]]:

@@ -128,15 +128,6 @@ class FineTune:
         update = np.tensordot(*factors, axes=1)
         return weight.astype(np.float32) + self.lora.alpha / self.lora.rank * update
 
-    def sha256(self) -> str:
-        """Hash (hex) of its files' names and bytes; of the name alone where it is no folder or
-        file here, but a version in a registry.
-
-        Raises:
-            CheckpointError: a file cannot be read.
-        """
-        return content_sha256(self.path)
-
 
 def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     """`array` on the devices of `sharding`."""
@@ -144,7 +135,8 @@ def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
 
 
 def content_sha256(path: str) -> str:
-    """See `FineTune.sha256`.
+    """Hash (hex) of the names and bytes of a folder's files; of `path` alone where it is no folder
+    or file here, but a version in a registry.
 
     Raises:
         CheckpointError: a file cannot be read.

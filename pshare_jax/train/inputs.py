@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pshare_jax.config import ModelEntry
 from pshare_jax.convert.manifest import TOKENIZER_FOLDER, Manifest, read_manifest
 from pshare_jax.core.split_rule import LAST_TOKEN, SplitRule
 from pshare_jax.errors import ConfigError, DataError
 from pshare_jax.frontend.chat import TemplateOptions
-from pshare_jax.frontend.model_format import model_format
+from pshare_jax.frontend.model_format import tool_prompt
+from pshare_jax.frontend.tool_calls import parser_named
 from pshare_jax.text.openings import split_rule
 from pshare_jax.text.tokenizer import Tokenizer
 from pshare_jax.train.answers import say_counts
@@ -62,20 +62,25 @@ def chat_options(config: TrainConfig, tokenizer: Tokenizer) -> TemplateOptions:
     Raises:
         ConfigError: `data.tool_parser` names no parser.
     """
-    entry = ModelEntry("data.tool_parser", tool_parser=config.data.tool_parser)
+    name = config.data.tool_parser
+    if name not in ("auto", "none"):
+        parser_named(name)
     return TemplateOptions(
-        tool_prompt=model_format(entry, tokenizer.chat_template).tool_prompt,
+        tool_prompt=tool_prompt(name, tokenizer.chat_template),
         special_tokens=config.data.special_tokens_in_text,
     )
 
 
-def read_inputs(config: TrainConfig, reporter: Reporter, *, first: bool = True) -> Inputs:
+def read_inputs(
+    config: TrainConfig, reporter: Reporter, *, first: bool = True, ask: bool = True
+) -> Inputs:
     """Reads all of it, and tells what the data is like.
 
     Args:
         config: the run's.
         reporter: tells the user.
         first: whether this process asks a teacher behind a URL; the others wait for it.
+        ask: whether such a teacher is asked at all; else what lacks an answer stays a question.
 
     Raises:
         ConfigError, DataError, CheckpointError, TrainingError: names the key, line, file or server.
@@ -96,7 +101,7 @@ def read_inputs(config: TrainConfig, reporter: Reporter, *, first: bool = True) 
     # An ordinary fine-tune prefills its prompts itself: any split is the same to it.
     rule = LAST_TOKEN if config.mode == "full" else split_rule(config.tail, lambda: tokenizer)
     server = None
-    if config.distill.is_url:
+    if config.distill.is_url and ask:
         server = EndpointTeacher(config.distill, config.folder, reporter)
         paths = [*config.data.train, *config.data.eval]
         if first:
@@ -108,7 +113,7 @@ def read_inputs(config: TrainConfig, reporter: Reporter, *, first: bool = True) 
         config.data.max_length,
         positions(base, teacher),
         rule,
-        unanswered=teacher is not None,
+        unanswered=config.mode == "distill" and server is None,
         turns=config.data.turns,
         options=chat_options(config, tokenizer),
         complete=None if server is None else server.complete,

@@ -78,17 +78,17 @@ def _answer(
     config: TrainConfig,
     dataset: Dataset,
     inputs: Inputs,
+    identity: dict[str, Any],
     recipe: Recipe,
     weights: Weights,
     reporter: Reporter,
 ) -> Dataset:
-    assert inputs.teacher is not None
     return answer_with_teacher(
         dataset,
         recipe,
         weights,
         inputs.tokenizer,
-        teacher=inputs.teacher.sha256(),
+        teacher=identity["sources"]["teacher"],
         max_tokens=config.distill.max_tokens,
         max_length=min(config.data.max_length, inputs.positions),
         folder=config.folder,
@@ -128,7 +128,7 @@ def prepare(config: TrainConfig, reporter: Reporter) -> Job:
         weights = frozen["teacher"] = teacher.load(mesh, jnp.dtype(recipe.dtype))
         reads = Recipe(teacher.config, recipe.dtype, matmul=recipe.matmul)
         train, held_out = (
-            dataset and _answer(config, dataset, inputs, reads, weights, reporter)
+            dataset and _answer(config, dataset, inputs, identity, reads, weights, reporter)
             for dataset in (train, held_out)
         )
         assert train is not None

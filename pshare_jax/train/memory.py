@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ class Need:
         return self.optimizer + self.gradients + self.activations + self.checkpoint
 
 
-def check_memory(job: Job, say: Any) -> None:
+def check_memory(job: Job, say: Callable[[str], None]) -> None:
     """Predicts what the largest micro-batch takes, tells it, and refuses what does not fit.
 
     Args:
@@ -57,6 +57,8 @@ def check_memory(job: Job, say: Any) -> None:
         return
     bucket = _largest_bucket(job)
     need = predict(job)
+    if need is None:
+        return
     free = free_bytes()
     # The virtual devices of a CPU are one memory.
     devices = jax.local_device_count() if jax.default_backend() == "cpu" else 1
@@ -80,11 +82,13 @@ def check_memory(job: Job, say: Any) -> None:
     say(f"warning: {advice}")
 
 
-def predict(job: Job) -> Need:
+def predict(job: Job) -> Need | None:
     """What the micro-batch of the largest shape needs; its program is compiled for that, and is
-    then the one that runs."""
+    then the one that runs. None where the compiler does not tell."""
     compiled = job.computations.jitted["gradients"].lower(*_arguments(job)).compile()
     found = compiled.memory_analysis()
+    if found is None:
+        return None
     weights = sum(_bytes_on_a_device(array) for array in job.trainable.values())
     accumulates = any(len(step) > 1 for step in job.plan.steps)
     saves = bool(job.config.checkpoint.every) or bool(job.evaluation)

@@ -12,8 +12,8 @@ from pshare_jax.train.data import Example
 _OPEN, _CLOSE = "⟦", "⟧"
 _SPLIT = "‖"
 LEGEND = (
-    f"{_OPEN}what is trained{_CLOSE}; from {_SPLIT} on the decode module reads the prompt itself, "
-    "what is before comes from the base's KV"
+    f"{_OPEN}what is trained{_CLOSE}; from {_SPLIT} on the decode module reads the last answer's "
+    "prompt itself, what is before comes from the base's KV"
 )
 
 

@@ -54,7 +54,7 @@ def test_methods_are_compared_with_full_fine_tuning_by_seed_and_item():
     full["evaluations"][NAIVE] = {"accuracy": 0.0, "correct": "0" * 100}
     lora = result("lora", "1" * 92 + "0" * 8)
     other_seed = result("prefillshare", "1" * 100, seed=1)
-    [naive, compared] = rows(report.tables([full, lora, other_seed]))
+    [naive, compared, pooled] = rows(report.tables([full, lora, other_seed]))
     assert naive[:3] == ["t", "1,600 examples", "naive sharing"]
     assert naive[5] == "-90.0 (-95.0 - -84.0)"
     assert float(naive[6]) == pytest.approx(2 * 0.5**90, rel=0.1)
@@ -62,6 +62,8 @@ def test_methods_are_compared_with_full_fine_tuning_by_seed_and_item():
     # Two items differ, both in favour of LoRA.
     assert compared[5].startswith("+2.0 (+0.0")
     assert compared[6] == "0.5"
+    assert pooled[1:4] == ["PrefillShare, LoRA", "1,600", "1"]
+    assert pooled[5] == "yes"
 
 
 def test_not_inferior_is_a_statement_on_all_seeds():

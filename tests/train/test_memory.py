@@ -131,6 +131,7 @@ def job(base, data, tmp_path_factory):
 
 def test_what_a_step_needs_is_what_its_arrays_are(job):
     need = memory.predict(job)
+    assert need is not None
     weights = sum(array.nbytes for array in job.trainable.values())
     assert need.optimizer == 2 * weights
     assert need.gradients == 2 * weights  # of a micro-batch, and their sum
@@ -150,7 +151,7 @@ def test_the_program_that_was_asked_is_the_one_that_runs(job):
     kv = arrays.pop("kv")
     with jax.log_compiles(True), _compilations() as names:
         compute.gradients(trainable, frozen, kv, arrays)
-    assert not [name for name in names if "gradients" in name]
+    assert names == []
 
 
 def test_a_run_that_would_not_fit_is_refused_with_numbers(base, data, tmp_path, monkeypatch):
