@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from pshare_jax.convert.files import one_line
-from pshare_jax.convert.manifest import MANIFEST_FILE, Manifest, read_manifest
+from pshare_jax.convert.manifest import MANIFEST_FILE, Manifest, read_json, read_manifest
 from pshare_jax.convert.orbax import open_weights
 from pshare_jax.convert.peft import ADAPTER_CONFIG, read_lora
 from pshare_jax.convert.sources import open_source
@@ -64,6 +64,9 @@ class FineTune:
             self._open_module(folder)
         elif (folder / ADAPTER_CONFIG).is_file():
             found = read_lora(folder, base.config)
+            # An activated LoRA reads the base's KV up to its invocation.
+            options = read_json(folder / ADAPTER_CONFIG)
+            self.cache_conditioned = bool(options.get("alora_invocation_tokens"))
             self.lora = LoraFactors(found.tensors, found.rank, found.alpha, found.targets)
         else:
             source = open_source(folder if folder.exists() else path, tokenizer=False)

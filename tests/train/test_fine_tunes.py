@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from pshare_jax.convert.conversions import export
 from pshare_jax.convert.manifest import read_manifest
 from pshare_jax.convert.orbax import load_weights
-from pshare_jax.errors import ConfigError
+from pshare_jax.errors import ConfigError, PshareError
 from pshare_jax.models.lora import LoraModule, merge
 from pshare_jax.train.config import DistillConfig, LoraConfig
 from pshare_jax.train.fine_tune import FineTune
@@ -121,6 +121,18 @@ def test_a_module_of_the_shared_cache_is_no_teacher(base, data, plain_run, tmp_p
         base, data, tmp_path / "run", mode="distill", distill=DistillConfig(teacher=teacher)
     )
     with pytest.raises(ConfigError, match=r"distill.teacher: .*trained on the base's KV.*init"):
+        train(config, QUIET)
+
+
+def test_an_activated_lora_is_no_teacher(base, data, peft, tmp_path):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(peft, teacher)
+    options = json.loads((teacher / "adapter_config.json").read_text())
+    options["alora_invocation_tokens"] = [5, 6]
+    (teacher / "adapter_config.json").write_text(json.dumps(options))
+    distill = DistillConfig(teacher=str(teacher))
+    config = train_config(base, data, tmp_path / "run", mode="distill", distill=distill)
+    with pytest.raises(PshareError, match=r"alora_invocation_tokens|trained on the base's KV"):
         train(config, QUIET)
 
 
