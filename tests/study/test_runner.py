@@ -163,6 +163,7 @@ def test_the_committed_modules_are_runs_of_the_study(monkeypatch):
     names = {
         run.name
         for runs in whole.runs
+        if runs.learning_rates or study.best_rate(runs) is not None
         for run in expand(runs, None if runs.learning_rates else study.best_rate(runs))
     }
     for runs in modules.runs:

@@ -25,7 +25,7 @@ from pshare_jax.train.config_check import check_config
 from tests.helpers import tiny_config
 from tests.text.tiny import write_byte_level
 
-MODEL: ModelConfig = tiny_config(vocab_size=416, max_position_embeddings=256)
+MODEL: ModelConfig = tiny_config(vocab_size=416, max_position_embeddings=512)
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "and", "then", "all")
 
 
