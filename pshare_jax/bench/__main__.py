@@ -24,6 +24,7 @@ from pshare_jax.bench import (
     agents_report,
     codec,
     compile_report,
+    int8,
     loading,
     machine,
     masks,
@@ -89,6 +90,12 @@ _PLAIN = {
         loading.LoadingOptions,
         loading.run,
         loading.lines,
+    ),
+    "int8": _Plain(
+        "Weights of 8 bits: bytes, and how far the next-token distributions move.",
+        int8.Int8Options,
+        int8.run,
+        int8.lines,
     ),
     "starve": _Plain(
         "How long a small request takes while others flood the server.",

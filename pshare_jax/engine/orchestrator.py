@@ -50,7 +50,8 @@ from pshare_jax.errors import (
     RequestError,
     UnknownModelError,
 )
-from pshare_jax.kernels.backends import backend_for
+from pshare_jax.kernels.backends import CPU_FFI, backend_for
+from pshare_jax.models.packed import unsupported
 from pshare_jax.runtime.compiles import compile_count
 from pshare_jax.runtime.layout import PageLayout
 from pshare_jax.text.grammar import GrammarCompiler
@@ -95,6 +96,7 @@ class Orchestrator:
         self.model_config = base.config
         self.ready = False
         self._tokenizer = tokenizer
+        self._tokenizers: dict[tuple[Path, int], Tokenizer] = {}
         self.grammars: GrammarCompiler | None = None
         if tokenizer is not None and tokenizer.eos_token_ids:
             self.grammars = GrammarCompiler(tokenizer)
@@ -104,6 +106,8 @@ class Orchestrator:
         specs = model_specs(base, sources, len(meshes.decode))
         self._served = ServedModels(config, base, sources, specs)
         backend = backend_for(config.kernel_backend, jax.default_backend())
+        if backend == CPU_FFI and (reason := unsupported(base.config)) is not None:
+            logger.info("layers are computed by XLA, not in C++, which does not have: %s", reason)
         loader = WeightLoader(base, sources, backend, config.decode, layout.dtype)
         assembly = Assembly(
             config, base.config, layout, sizes, backend, loader, specs, self.grammars
@@ -143,7 +147,8 @@ class Orchestrator:
             CertificateError: a decode module that does not fit the base.
         """
         prepare_jax(config)
-        dtype = compute_dtype(config, read_manifest(config.base).config)
+        model = read_manifest(config.base).config.with_weights(config.weights)
+        dtype = compute_dtype(config, model)
         base, sources = checkpoint_sources(config, dtype)
         tokenizer = Tokenizer.load(Path(config.base) / TOKENIZER_FOLDER)
         return cls(config, base, sources, tokenizer)
@@ -158,6 +163,22 @@ class Orchestrator:
         if self._tokenizer is None:
             raise RuntimeError("this engine was built without a tokenizer")
         return self._tokenizer
+
+    def tokenizer_of(self, model: str) -> Tokenizer:
+        """The base's tokenizer with a model's own chat template and end tokens.
+
+        Raises:
+            RuntimeError: the engine was built without one.
+        """
+        info = self._served.infos.get(model)
+        folder = info.tokenizer_folder if info else None
+        if folder is None or info is None:
+            return self.tokenizer
+        # A module that is loaded anew may have others.
+        key = (folder, info.created)
+        if key not in self._tokenizers:
+            self._tokenizers[key] = self.tokenizer.of_module(folder)
+        return self._tokenizers[key]
 
     @property
     def models(self) -> dict[str, ModelInfo]:
@@ -222,7 +243,7 @@ class Orchestrator:
         params = request.params
         ends = set(params.stop_token_ids)
         if self._tokenizer is not None and not (params.ignore_eos and params.grammar is None):
-            ends |= set(self._tokenizer.eos_token_ids)
+            ends |= set(self.tokenizer_of(request.model).eos_token_ids)
         seed = (secrets.randbits(32) if params.seed is None else params.seed) % 2**32
         self._hold(params.grammar)
         try:

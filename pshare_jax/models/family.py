@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import numpy as np
 
 from pshare_jax.models.config import MAX_LAYERS, LayerSpec, ModelConfig, with_layers
-from pshare_jax.models.hf_fields import Fields, read_rope, rope_to_hf
-from pshare_jax.models.rope import Rope
+from pshare_jax.models.hf_fields import Fields, longest_context, read_rope, rope_to_hf
+from pshare_jax.models.rope import LongRopeScaling, Rope, rope_frequencies
 
 if TYPE_CHECKING:
     from pshare_jax.models.weights import WeightSpec
@@ -164,9 +164,7 @@ class Family:
                 "num_kv_heads": num_kv_heads,
                 "head_dim": head_dim,
                 "rms_norm_eps": fields.positive("rms_norm_eps", float, self.rms_norm_eps),
-                "max_position_embeddings": fields.positive(
-                    "max_position_embeddings", int, self.max_position_embeddings
-                ),
+                "max_position_embeddings": longest_context(fields, self.max_position_embeddings),
                 "tie_word_embeddings": fields.get(
                     "tie_word_embeddings", bool, self.tie_word_embeddings
                 ),
@@ -174,7 +172,13 @@ class Family:
                 **self.options(fields, hidden_size, head_dim),
             }
         )
-        return with_layers(config, self.layers(fields, config))
+        config = with_layers(config, self.layers(fields, config))
+        for rope in dict.fromkeys(spec.rope for spec in config.layer_specs if spec.rope):
+            try:
+                rope_frequencies(rope, head_dim)
+            except ValueError as error:
+                raise fields.fail("rope_scaling", f"does not fit: {error}") from error
+        return config
 
     def intermediate_size(self, fields: Fields) -> int:
         """Of dense feed-forward blocks."""
@@ -231,6 +235,14 @@ class Family:
 def first_rope(config: ModelConfig) -> Rope:
     """The rotary embedding of the first layer that has one."""
     return next((spec.rope for spec in config.layer_specs if spec.rope is not None), Rope())
+
+
+def uses_long_factors(config: ModelConfig) -> bool:
+    """Whether LongRoPE's factors for long contexts are those of a configuration."""
+    scaling = first_rope(config).scaling
+    return isinstance(scaling, LongRopeScaling) and (
+        config.max_position_embeddings > scaling.original_max_position_embeddings
+    )
 
 
 def layers_of_types(

@@ -23,16 +23,21 @@ from pshare_jax.models.registry import family
 Weights = dict[str, Any]
 """`{name: array}`; arrays are jax.Array, numpy.ndarray or ShapeDtypeStruct."""
 
+SCALE = "_scale"
+"""What the name of a kernel's scales has at its end."""
+
 ATTENTION_TARGETS = ("q", "k", "v", "o")
 LORA_TARGETS = (*ATTENTION_TARGETS, "gate", "up", "down")
 
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """Shape of one weight and the logical axis name of each dimension (None: replicated)."""
+    """Shape of one weight, the logical axis name of each dimension (None: replicated), and its
+    dtype where it is not that of activations."""
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
+    dtype: str | None = None
 
     @property
     def inputs(self) -> int:
@@ -145,7 +150,20 @@ def weight_specs(config: ModelConfig) -> dict[str, WeightSpec]:
     specs["final_norm.scale"] = WeightSpec((e,), (None,))
     if not config.tie_word_embeddings:
         specs["lm_head.kernel"] = WeightSpec((e, v), ("embed", "vocab"))
-    return specs
+    return _in_int8(specs) if config.weight_format == "int8" else specs
+
+
+def _in_int8(specs: dict[str, WeightSpec]) -> dict[str, WeightSpec]:
+    """Kernels of whole numbers, and the scale of each of their outputs."""
+    quantised: dict[str, WeightSpec] = {}
+    for name, spec in specs.items():
+        if not name.endswith(".kernel"):
+            quantised[name] = spec
+            continue
+        inputs = 2 if name.endswith(".o.kernel") else 1
+        quantised[name] = WeightSpec(spec.shape, spec.axes, "int8")
+        quantised[name + SCALE] = WeightSpec(spec.shape[inputs:], spec.axes[inputs:], "float32")
+    return quantised
 
 
 def lora_targets(config: ModelConfig) -> tuple[str, ...]:
@@ -187,8 +205,10 @@ def lora_specs(
 
 
 def abstract_weights(specs: dict[str, WeightSpec], dtype: Any) -> Weights:
-    """The weights as ShapeDtypeStructs of one dtype."""
-    return {name: jax.ShapeDtypeStruct(spec.shape, dtype) for name, spec in specs.items()}
+    """The weights as ShapeDtypeStructs of one dtype, but for those that have their own."""
+    return {
+        name: jax.ShapeDtypeStruct(spec.shape, spec.dtype or dtype) for name, spec in specs.items()
+    }
 
 
 def same_memory(mesh: Mesh, other: Mesh) -> bool:

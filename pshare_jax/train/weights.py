@@ -17,6 +17,7 @@ from pshare_jax.convert.sources import open_source
 from pshare_jax.convert.tensors import LazyTensor
 from pshare_jax.errors import CheckpointError, ConfigError
 from pshare_jax.models.config import ModelConfig
+from pshare_jax.models.family import uses_long_factors
 from pshare_jax.models.weights import Weights, WeightSpec, lora_specs, weight_specs
 from pshare_jax.sharding.rules import weight_shardings
 from pshare_jax.train.loss import LoraShape
@@ -48,7 +49,8 @@ class Teacher:
             self.config = manifest.config
             self._tensors = open_weights(manifest)
         else:
-            source = open_source(path, tokenizer=False)
+            long_context = uses_long_factors(base.config)
+            source = open_source(path, tokenizer=False, long_context=long_context)
             self.config, self._tensors = source.config, source.tensors
         if self.config.vocab_size != base.config.vocab_size:
             raise ConfigError(

@@ -72,6 +72,15 @@ YARN_ROPE = {
     **THETA,
 }
 YARN_OPTIONS = {"mscale": 1.0, "mscale_all_dim": 0.5, "beta_fast": 8.0, "truncate": False}
+# Six of a head's eight components rotate. The tokens below are fewer, or more, than the length up
+# to which the first list counts.
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.1, 1.3],
+    "long_factor": [1.0, 2.5, 9.0],
+    "original_max_position_embeddings": 64,
+    **THETA,
+}
 VISION = {
     "hidden_size": 16,
     "intermediate_size": 16,
@@ -142,6 +151,15 @@ CASES: dict[str, PretrainedConfig] = {
         text_config=LlamaConfig(**TINY).to_dict(),
         vision_config=CLIPVisionConfig(**VISION).to_dict(),
         image_token_index=99,
+    ),
+    "phi3_short": Phi3Config(
+        **TINY, pad_token_id=0, partial_rotary_factor=0.75, rope_parameters=LONGROPE
+    ),
+    "phi3_long": Phi3Config(
+        **TINY,
+        pad_token_id=0,
+        partial_rotary_factor=0.75,
+        rope_parameters={**LONGROPE, "original_max_position_embeddings": 16},
     ),
 }
 """Its place decides a case's seed: new ones go to the end."""
