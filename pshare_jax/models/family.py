@@ -14,7 +14,7 @@ import numpy as np
 
 from pshare_jax.models.config import MAX_LAYERS, LayerSpec, ModelConfig, with_layers
 from pshare_jax.models.hf_fields import Fields, longest_context, read_rope, rope_to_hf
-from pshare_jax.models.rope import LongRopeScaling, Rope, rope_frequencies
+from pshare_jax.models.rope import LongRopeScaling, Rope
 
 if TYPE_CHECKING:
     from pshare_jax.models.weights import WeightSpec
@@ -173,11 +173,14 @@ class Family:
             }
         )
         config = with_layers(config, self.layers(fields, config))
-        for rope in dict.fromkeys(spec.rope for spec in config.layer_specs if spec.rope):
-            try:
-                rope_frequencies(rope, head_dim)
-            except ValueError as error:
-                raise fields.fail("rope_scaling", f"does not fit: {error}") from error
+        for rope in {spec.rope for spec in config.layer_specs if spec.rope}:
+            factors = getattr(rope.scaling, "factors", None)
+            if factors is not None and 2 * len(factors) != rope.rotated(head_dim):
+                raise fields.fail(
+                    "rope_scaling",
+                    f"of type longrope has {len(factors)} factors, but "
+                    f"{rope.rotated(head_dim) // 2} components rotate",
+                )
         return config
 
     def intermediate_size(self, fields: Fields) -> int:

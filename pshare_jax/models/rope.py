@@ -116,17 +116,8 @@ class LongRopeScaling:
     rope_type: ClassVar[str] = "longrope"
 
     def frequencies(self, theta: float, head_dim: int) -> np.ndarray:
-        """See `rope_frequencies`; float64.
-
-        Raises:
-            ValueError: not as many factors as components.
-        """
-        plain = _plain(theta, head_dim)
-        if len(self.factors) != len(plain):
-            raise ValueError(
-                f"longrope has {len(self.factors)} factors, but {len(plain)} components rotate"
-            )
-        return plain / np.asarray(self.factors)
+        """See `rope_frequencies`; float64."""
+        return _plain(theta, head_dim) / np.asarray(self.factors)
 
 
 RopeScaling = Llama3RopeScaling | LinearRopeScaling | YarnRopeScaling | LongRopeScaling

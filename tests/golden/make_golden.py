@@ -78,7 +78,6 @@ LONGROPE = {
     "rope_type": "longrope",
     "short_factor": [1.0, 1.1, 1.3],
     "long_factor": [1.0, 2.5, 9.0],
-    "original_max_position_embeddings": 64,
     **THETA,
 }
 VISION = {
@@ -152,15 +151,16 @@ CASES: dict[str, PretrainedConfig] = {
         vision_config=CLIPVisionConfig(**VISION).to_dict(),
         image_token_index=99,
     ),
-    "phi3_short": Phi3Config(
-        **TINY, pad_token_id=0, partial_rotary_factor=0.75, rope_parameters=LONGROPE
-    ),
-    "phi3_long": Phi3Config(
-        **TINY,
-        pad_token_id=0,
-        partial_rotary_factor=0.75,
-        rope_parameters={**LONGROPE, "original_max_position_embeddings": 16},
-    ),
+    **{
+        f"phi3_{name}": Phi3Config(
+            **TINY,
+            pad_token_id=0,
+            partial_rotary_factor=0.75,
+            original_max_position_embeddings=original,
+            rope_parameters=LONGROPE,
+        )
+        for name, original in (("short", 64), ("long", 16))
+    },
 }
 """Its place decides a case's seed: new ones go to the end."""
 TOKENS = 32

@@ -245,7 +245,7 @@ class FakeOrchestrator:
             return
         stops = set(params.stop_token_ids)
         if not params.ignore_eos:
-            stops.update(self.tokenizer.eos_token_ids)
+            stops.update(self.tokenizer_of(running.request.model).eos_token_ids)
         token_ids, reason, stop_token = [], None, None
         while reason is None and len(token_ids) < self.tokens_per_event:
             token_id = running.script[min(running.sent, len(running.script) - 1)]
