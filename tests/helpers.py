@@ -70,6 +70,15 @@ _LATER_FIELDS: dict[str, dict[str, Any]] = {
         "logit_divisor": 4.0,
     },
     "olmo2": {"norms": "after", "qk_norm": True, "qk_norm_scope": "all_heads"},
+    "gpt_oss": {
+        "qkv_bias": True,
+        "o_bias": True,
+        "attention_sinks": True,
+        "layers": (
+            LayerSpec(5, experts=Experts(4, 2, 64, biases=True, limit=0.5)),
+            LayerSpec(experts=Experts(4, 2, 64, biases=True, limit=0.5)),
+        ),
+    },
 }
 FAMILIES = (*ARCHITECTURES, *_LATER_FIELDS)
 """All of `models/families`."""

@@ -32,6 +32,7 @@ from pshare_jax.convert.tensors import DTYPES, LazyTensor
 from pshare_jax.convert.torch_files import torch_tensors
 from pshare_jax.errors import CheckpointError, printable
 from pshare_jax.models.config import ModelConfig
+from pshare_jax.models.registry import family
 from pshare_jax.models.text_part import text_names
 from pshare_jax.models.weights import weight_specs
 
@@ -219,7 +220,8 @@ def read_tensors(
             f"only {len(files)} tensors"
         )
     # Before a table of their names is made.
-    experts = sum(spec.experts.count for spec in config.layer_specs if spec.experts)
+    apart = bool(family(config.architecture).hf_experts)
+    experts = sum(spec.experts.count for spec in config.layer_specs if spec.experts and apart)
     if experts > len(files):
         raise CheckpointError(
             f"{folder / CONFIG_FILE}: all layers have {experts} experts, but the folder has only "

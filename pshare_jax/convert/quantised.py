@@ -1,4 +1,4 @@
-"""Quantised Hugging Face folders: GPTQ, AWQ, FP8 and compressed-tensors, dequantised.
+"""Quantised Hugging Face folders: GPTQ, AWQ, FP8, compressed-tensors and MXFP4, dequantised.
 
 Each scheme stores a linear module's weight as several tensors; what they stand for is computed in
 float32 when it is read. Activations, which some schemes round too, are not rounded here.
@@ -26,6 +26,11 @@ _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of eight neighbouring columns each nibble of a word holds, the lowest nibble first."""
 
 
+_FP4 = np.asarray([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+FP4_VALUES = np.concatenate([_FP4, -_FP4])
+"""What the 16 nibbles of MXFP4 stand for."""
+
+
 @dataclass(frozen=True)
 class Scheme:
     """How weights are quantised.
@@ -36,6 +41,8 @@ class Scheme:
         shape: the weight's `[out, in]`, from the parts.
         weight: the weight, float32.
         dropped: last parts of names of what only activations or KV are rounded by.
+        ending: what a weight's name has after its module's.
+        separator: what stands before parts.
     """
 
     title: str
@@ -43,6 +50,8 @@ class Scheme:
     shape: Callable[[Parts], tuple[int, ...]]
     weight: Callable[[Parts], np.ndarray]
     dropped: tuple[str, ...] = ()
+    ending: str = ".weight"
+    separator: str = "."
 
 
 def read_scheme(hf: Mapping[str, Any]) -> Scheme | None:
@@ -60,6 +69,7 @@ def read_scheme(hf: Mapping[str, Any]) -> Scheme | None:
         "awq": _awq,
         "fp8": _fp8,
         "compressed-tensors": _compressed,
+        "mxfp4": _mxfp4,
     }
     if method not in readers:
         raise about.fail(
@@ -91,7 +101,7 @@ def plain_tensors(scheme: Scheme, stored: Mapping[str, LazyTensor]) -> dict[str,
         else:
             plain[name] = tensor
     for module, parts in modules.items():
-        name = f"{module}.weight"
+        name = module + scheme.ending
         if set(parts) == {"weight"} and parts["weight"].dtype.name in DTYPES:
             # A module that was left as it is.
             plain[name] = parts["weight"]
@@ -110,7 +120,7 @@ def plain_tensors(scheme: Scheme, stored: Mapping[str, LazyTensor]) -> dict[str,
 
 def _split(name: str, scheme: Scheme) -> tuple[str, str]:
     for part in sorted((*scheme.parts, *scheme.dropped), key=len, reverse=True):
-        if name.endswith(f".{part}"):
+        if name.endswith(scheme.separator + part):
             return name[: -len(part) - 1], part
     return name, ""
 
@@ -296,3 +306,25 @@ def _compressed(about: Fields) -> Scheme:
     )
     dropped = ("input_scale", "input_zero_point", "output_scale", "k_scale", "v_scale", "q_scale")
     return Scheme(title, parts, shape, weight, dropped)
+
+
+def _mxfp4(about: Fields) -> Scheme:
+    """Blocks of 32 FP4 numbers along the inputs with a power of two each (OCP Microscaling).
+
+    gpt-oss's experts: `[X, out, in]` as blocks, `[X, in, out]` as plain weights.
+    """
+
+    def shape(parts: Parts) -> tuple[int, ...]:
+        *outer, out, groups, size = parts["blocks"].shape
+        if size != 16 or parts["scales"].shape != (*outer, out, groups):
+            raise ValueError("no blocks of 32")
+        return *outer, groups * 32, out
+
+    def weight(parts: Parts) -> np.ndarray:
+        blocks, scales = parts["blocks"].read(), parts["scales"].read()
+        both = np.stack([FP4_VALUES[blocks & 15], FP4_VALUES[blocks >> 4]], axis=-1)
+        factors = np.ldexp(np.float32(1), scales.astype(np.int32) - 127)
+        values = both.reshape(*scales.shape, 32) * factors[..., None]
+        return values.reshape(*scales.shape[:-1], -1).swapaxes(-1, -2)
+
+    return Scheme("MXFP4", ("blocks", "scales"), shape, weight, ending="", separator="_")

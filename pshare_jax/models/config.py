@@ -33,12 +33,17 @@ class Experts:
         intermediate_size: of each expert.
         normalised: whether the weights, a softmax over all experts, are divided by their sum over
             the chosen ones.
+        biases: whether the router and the experts have biases.
+        limit: what gates and the other factors are bounded by, in gpt-oss's way (see
+            `kernels/experts`), or None.
     """
 
     count: int
     per_token: int
     intermediate_size: int
     normalised: bool = True
+    biases: bool = False
+    limit: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("count", "per_token", "intermediate_size"):
@@ -101,6 +106,8 @@ class ModelConfig:
             or `all_heads` together.
         query_scale: what scores are multiplied by; None is 1 / sqrt(head_dim).
         attention_soft_cap: scores are bounded to c * tanh(score / c), or None.
+        attention_sinks: whether each head has a score besides, which takes weight and gives
+            nothing (arXiv 2309.17453).
         logit_soft_cap: the same for logits.
         embedding_scale: what token embeddings are multiplied by.
         residual_scale: what a block's output is multiplied by before it is added.
@@ -136,6 +143,7 @@ class ModelConfig:
     qk_norm_scope: QkNormScope = "head"
     query_scale: float | None = None
     attention_soft_cap: float | None = None
+    attention_sinks: bool = False
     logit_soft_cap: float | None = None
     embedding_scale: float = 1.0
     residual_scale: float = 1.0

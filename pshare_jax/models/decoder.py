@@ -194,7 +194,7 @@ def init_weights(config: ModelConfig, seed: int, dtype: jnp.dtype = jnp.float32)
     for name, spec in weight_specs(config).items():
         if name.endswith(".scale"):
             value = rng.uniform(0.75, 1.25, spec.shape) - config.norm_adds_one
-        elif name.endswith(".bias"):
+        elif name.endswith((".bias", ".sinks")):
             value = 0.1 * rng.standard_normal(spec.shape)
         else:
             value = rng.standard_normal(spec.shape, np.float32) * spec.inputs**-0.5

@@ -87,6 +87,8 @@ class Family:
         hf_layer: the same within a layer.
         hf_fused: names of Hugging Face tensors that hold several weights of a layer one after
             another, to the native names of these.
+        hf_stacked: names of Hugging Face tensors of a layer that hold all experts, native layout,
+            to the native names of the weights whose last axes alternate in them.
         hf_experts: native names of weights with an axis of experts to Hugging Face's name of one
             expert's part, with `{expert}` for its number.
         gguf: GGUF's name of the architecture; None where it has none.
@@ -116,6 +118,7 @@ class Family:
     hf_top: ClassVar[Mapping[str, str]] = HF_TOP
     hf_layer: ClassVar[Mapping[str, str]] = HF_LAYER
     hf_fused: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    hf_stacked: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     hf_experts: ClassVar[Mapping[str, str]] = {}
     gguf: ClassVar[str | None] = None
     gguf_tensors: ClassVar[str] = "LLAMA"

@@ -40,6 +40,7 @@ _BUILT_IN = {
     "smollm3": "smollm3",
     "granite": "granite",
     "olmo2": "olmo2",
+    "gpt_oss": "gpt_oss",
 }
 """Architecture: the file of its family. Files are read when they are asked for."""
 

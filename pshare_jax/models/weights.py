@@ -87,6 +87,17 @@ def expert_specs(config: ModelConfig, experts: Experts) -> dict[str, WeightSpec]
     }
 
 
+def expert_bias_specs(config: ModelConfig, experts: Experts) -> dict[str, WeightSpec]:
+    """The biases of a feed-forward block with experts, by name."""
+    e, f, count = config.hidden_size, experts.intermediate_size, experts.count
+    return {
+        "router": WeightSpec((count,), (None,)),
+        "gate": WeightSpec((count, f), ("expert", "mlp")),
+        "up": WeightSpec((count, f), ("expert", "mlp")),
+        "down": WeightSpec((count, e), ("expert", "embed")),
+    }
+
+
 def used_parameters(config: ModelConfig) -> int:
     """Elements of all layers' kernels that one token is multiplied by; of experts its own."""
     total = 0
@@ -123,6 +134,8 @@ def layer_weight_specs(config: ModelConfig, layer: int) -> dict[str, WeightSpec]
                 if config.qk_norm_scope == "head"
                 else WeightSpec((heads, d), (axis, "head_dim"))
             )
+    if config.attention_sinks:
+        specs["attn.sinks"] = WeightSpec((h,), ("heads",))
     if after:
         specs["attn_post_norm.scale"] = norm
     if before:
@@ -130,6 +143,9 @@ def layer_weight_specs(config: ModelConfig, layer: int) -> dict[str, WeightSpec]
     if (experts := config.layer(layer).experts) is not None:
         for name, spec in expert_specs(config, experts).items():
             specs[f"experts.{name}.kernel"] = spec
+        if experts.biases:
+            biases = expert_bias_specs(config, experts).items()
+            specs |= {f"experts.{name}.bias": spec for name, spec in biases}
     if after:
         specs["mlp_post_norm.scale"] = norm
     return specs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,19 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from pshare_jax.convert import hf
+from pshare_jax.convert import hf, names
 from pshare_jax.convert.conversions import export, import_model
-from pshare_jax.convert.quantised import plain_tensors, read_scheme
+from pshare_jax.convert.quantised import FP4_VALUES, plain_tensors, read_scheme
 from pshare_jax.convert.second_reader import read_folder
 from pshare_jax.convert.sources import open_source
+from pshare_jax.convert.tensors import as_lazy
 from pshare_jax.errors import CheckpointError
+from pshare_jax.models.config import with_layers
+from pshare_jax.models.rope import Rope, YarnRopeScaling
 from tests.convert.helpers import (
     gguf_config,
     hf_tensors,
+    model_config,
     random_weights,
     same_bits,
     write_hf_folder,
@@ -163,6 +168,20 @@ def test_compressed_tensors_are_read_as_their_library_does(scheme):
     np.testing.assert_allclose(tensor.read(), expected, rtol=1e-6, atol=1e-7)
 
 
+def test_mxfp4_are_nibbles_times_powers_of_two():
+    scheme = read_scheme({"quantization_config": {"quant_method": "mxfp4"}})
+    assert scheme is not None
+    blocks = np.arange(2 * 3 * 2 * 16, dtype=np.uint8).reshape(2, 3, 2, 16)
+    scales = np.arange(120, 132, dtype=np.uint8).reshape(2, 3, 2)
+    found = plain_tensors(scheme, {"a_blocks": as_lazy(blocks), "a_scales": as_lazy(scales)})
+    value = found["a"].read()
+    assert value.shape == found["a"].shape == (2, 64, 3)
+    power = 2.0 ** (int(scales[1, 2, 1]) - 127)
+    assert value[1, 32, 2] == FP4_VALUES[blocks[1, 2, 1, 0] & 15] * power
+    assert value[1, 33, 2] == FP4_VALUES[blocks[1, 2, 1, 0] >> 4] * power
+    assert list(FP4_VALUES[[1, 7, 9, 15]]) == [0.5, 6.0, -0.5, -6.0]
+
+
 @pytest.mark.parametrize(
     ("about", "words"),
     [
@@ -255,3 +274,35 @@ def test_without_a_quantization_config_whole_numbers_are_refused(tmp_path):
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=f"tensor {Q}.weight has dtype I8; supported are"):
         open_source(folder)
+
+
+def test_gpt_oss_with_experts_in_mxfp4(tmp_path):
+    config = model_config(architecture="gpt_oss", hidden_size=64, rope_scaling=None)
+    yarn = YarnRopeScaling(4.0, 64, 1.1, truncate=False)
+    layers = [replace(spec, rope=Rope(1e4, yarn)) for spec in config.layer_specs]
+    config = with_layers(config, layers)
+    weights = random_weights(config)
+    about = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.embed_tokens"]}
+    folder = write_hf_folder(tmp_path / "hf", config, {}, quantization_config=about)
+    stored: dict[str, np.ndarray] = {}
+    plain: dict[str, np.ndarray] = {}
+    rng = np.random.default_rng(0)
+    for name in names.hf_tensors(config):
+        value = np.ascontiguousarray(names.write_hf(name, config, weights.__getitem__))
+        plain[name] = value
+        if not name.endswith(("gate_up_proj", "down_proj")):
+            stored[name] = value
+            continue
+        experts, inputs, out = value.shape
+        blocks = rng.integers(0, 256, (experts, out, inputs // 32, 16), np.uint8)
+        scales = rng.integers(120, 125, (experts, out, inputs // 32)).astype(np.uint8)
+        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        nibbles = np.stack([blocks & 15, blocks >> 4], -1).reshape(experts, out, -1, 32)
+        wide = FP4_VALUES[nibbles] * 2.0 ** (scales[..., None].astype(int) - 127)
+        plain[name] = wide.reshape(experts, out, inputs).swapaxes(1, 2).astype(np.float32)
+    save_file(stored, folder / "model.safetensors")
+    source = open_source(folder)
+    assert source.config == config
+    for native, tensor in source.tensors.items():
+        expected = names.read_native(native, config, plain.__getitem__)
+        np.testing.assert_array_equal(tensor.read(), expected, err_msg=native)

@@ -26,6 +26,7 @@ from transformers import (
     Gemma3Config,
     Gemma3TextConfig,
     GemmaConfig,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     LlavaConfig,
@@ -161,6 +162,16 @@ CASES: dict[str, PretrainedConfig] = {
         )
         for name, original in (("short", 64), ("long", 16))
     },
+    "gpt_oss": GptOssConfig(
+        **TINY,
+        pad_token_id=0,
+        head_dim=16,
+        sliding_window=7,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        swiglu_limit=0.5,
+        rope_parameters={**YARN_ROPE, "truncate": False},
+    ),
 }
 """Its place decides a case's seed: new ones go to the end."""
 TOKENS = 32
@@ -176,7 +187,7 @@ def randomise(model: torch.nn.Module, generator: torch.Generator) -> None:
         if name.endswith("norm.weight"):
             # Gemma multiplies by 1 + weight.
             value = ("gemma" not in model.config.model_type) + 0.2 * noise
-        elif name.endswith("bias"):
+        elif name.endswith(("bias", "sinks")):
             value = 0.3 * noise
         else:
             value = noise * parameter.shape[-1] ** -0.5
