@@ -53,7 +53,7 @@ def _check_tied(
         saved[name].read().astype(own.dtype) if name in saved else own.read()
         for name in (_EMBEDDING, _HEAD)
     ]
-    if "lm_head" in source.modules or not np.array_equal(*values):
+    if not np.array_equal(*values):
         raise CheckpointError(
             f"{source.folder}: gives the output head other values than the embedding, but the base "
             "ties the two: not supported; convert an untied base, and the adapter merged with it "

@@ -42,7 +42,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         {"rank_pattern": {"model.layers.1.self_attn.q_proj": 2, "down_proj": 3}},
     ),
     "rank pattern by expression": ("llama3", {"rank_pattern": {r".*\.0\..*q_proj": 6}}),
-    "alpha pattern": ("llama3", {"alpha_pattern": {"q_proj": 3, r"layers\.1\..*": 20}}),
+    # In the order in which PEFT saves them, which counts when they are read.
+    "alpha pattern": ("llama3", {"alpha_pattern": {r"layers\.1\..*": 20, "q_proj": 3}}),
     "both patterns": (
         "llama3",
         {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 5}, "use_rslora": True},
