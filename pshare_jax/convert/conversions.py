@@ -96,34 +96,19 @@ def make_decoder(
     if (stated := exported.read_statement(lora or fine_tune, prefill)) is not None:
         cache_conditioned = cache_conditioned or stated.cache_conditioned
     if tail is not None:
-        folder = prefill.folder / TOKENIZER_FOLDER
-        rule = split_rule(tail, lambda: Tokenizer.load(folder))
+        tokenizer = prefill.folder / TOKENIZER_FOLDER
+        rule = split_rule(tail, lambda: Tokenizer.load(tokenizer))
     else:
         rule = stated.tail if stated else LAST_TOKEN
-    title = f"decoder {dest.name}"
-    if lora is not None and (adapter := peft.read_adapter(lora, prefill.config)).is_lora:
+    adapter = None if lora is None else peft.read_adapter(lora, prefill.config)
+    folder = None if lora is None else Path(lora)
+    if adapter is not None and folder is not None and adapter.is_lora:
         module = peft.as_lora(adapter, prefill.config)
         if module.invocation is not None:
-            rule, cache_conditioned = _invocation(lora, module.invocation, rule, tail), True
-        dtypes = {tensor.dtype.name for tensor in module.tensors.values()}
-        wanted = "bfloat16" if dtypes == {"bfloat16"} else "float32"
-        tensors = {name: t.astype(DTYPES[wanted]) for name, t in module.tensors.items()}
-        with progress_bar(title, total_bytes(tensors)) as report:
-            return write_decode(
-                dest,
-                prefill,
-                tensors,
-                tail=rule,
-                cache_conditioned=cache_conditioned,
-                lora_rank=module.rank,
-                lora_alpha=module.alpha,
-                lora_targets=module.targets,
-                tokenizer_files=_own_tokenizer(Path(lora), prefill, rule),
-                report=report,
-            )
+            rule, cache_conditioned = _invocation(folder, module.invocation, rule, tail), True
+        return _write_lora(dest, prefill, module, folder, rule, cache_conditioned)
     source_config: Mapping[str, Any] | None
-    folder = None if lora is None else Path(lora)
-    if lora is not None:
+    if adapter is not None:
         found = merged_tensors(adapter, prefill.config, open_weights(prefill))
         tensors = hf.native_tensors(prefill.config, found)
         source_config = prefill.source_config
@@ -137,7 +122,7 @@ def make_decoder(
         _check_same_shape(source.config, prefill, fine_tune)
         tensors, source_config = dict(source.tensors), source.hf_config
         folder = source.folder
-    with progress_bar(title, total_bytes(tensors)) as report:
+    with progress_bar(f"decoder {dest.name}", total_bytes(tensors)) as report:
         return write_decode(
             dest,
             prefill,
@@ -150,6 +135,33 @@ def make_decoder(
         )
 
 
+def _write_lora(
+    dest: Path,
+    base: Manifest,
+    module: peft.LoraSource,
+    folder: Path,
+    rule: SplitRule,
+    cache_conditioned: bool,
+) -> Manifest:
+    """A LoRA module from the PEFT folder `folder`, in one dtype."""
+    dtypes = {tensor.dtype.name for tensor in module.tensors.values()}
+    wanted = "bfloat16" if dtypes == {"bfloat16"} else "float32"
+    tensors = {name: t.astype(DTYPES[wanted]) for name, t in module.tensors.items()}
+    with progress_bar(f"decoder {dest.name}", total_bytes(tensors)) as report:
+        return write_decode(
+            dest,
+            base,
+            tensors,
+            tail=rule,
+            cache_conditioned=cache_conditioned,
+            lora_rank=module.rank,
+            lora_alpha=module.alpha,
+            lora_targets=module.targets,
+            tokenizer_files=_own_tokenizer(folder, base, rule),
+            report=report,
+        )
+
+
 def _own_tokenizer(folder: Path, base: Manifest, rule: SplitRule) -> dict[str, bytes]:
     files = own_tokenizer_files(folder, base)
     check_rule(folder, files, rule)
@@ -157,7 +169,7 @@ def _own_tokenizer(folder: Path, base: Manifest, rule: SplitRule) -> dict[str, b
 
 
 def _invocation(
-    folder: str | Path, tokens: tuple[int, ...], stated: SplitRule, asked: TailSetting | None
+    folder: Path, tokens: tuple[int, ...], stated: SplitRule, asked: TailSetting | None
 ) -> Invocation:
     """The rule of an activated LoRA, which leaves the KV before its invocation alone."""
     rule = Invocation(tokens)

@@ -116,7 +116,7 @@ class GGUFFile:
                 f"{self.path}: is part {part} of {parts}, one of {parts} parts of a model, whose "
                 f"files must be called NAME-{part:05d}-of-{parts:05d}.gguf and lie together"
             )
-        self._tensors = {}
+        self._tensors, first = {}, self.path
         for number in range(parts):
             path = self.path.with_name(f"{match[1]}-{number + 1:05d}-of-{match[2]}.gguf")
             if not path.is_file():

@@ -68,8 +68,8 @@ class Attention(nnx.Module):
         if self.query_factor != 1.0:
             q = (q.astype(jnp.float32) * self.query_factor).astype(q.dtype)
         k, v = self.kv(x, ropes, adapters)
-        sinks = None if self.sinks is None else self.sinks[...]
-        return self.o(attention.attend(self.layer, q, k, v, sinks), adapters)
+        sinks = () if self.sinks is None else (self.sinks[...],)
+        return self.o(attention.attend(self.layer, q, k, v, *sinks), adapters)
 
     def _rotated(self, x: jax.Array, ropes: RopeTables) -> jax.Array:
         return x if self.rope is None else apply_rope(x, ropes[self.rope])
