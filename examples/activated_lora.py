@@ -1,7 +1,6 @@
 """A LoRA module that acts from its invocation on: up to there, it is its base.
 
-    pshare convert decoder checkpoints/base checkpoints/mine --lora PEFT_FOLDER \\
-        --cache-conditioned --tail '{"invocation": [27, 91]}'
+    pshare convert decoder checkpoints/base checkpoints/mine --lora ALORA_FOLDER
     pshare serve --config mine.yaml             # `base` and the module `mine`
     python examples/activated_lora.py --model mine
 

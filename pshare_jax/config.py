@@ -17,6 +17,7 @@ from pshare_jax.errors import ConfigError
 
 Sharing = Literal["shared", "isolated"]
 DType = Literal["auto", "float32", "bfloat16"]
+WeightFormat = Literal["plain", "int8"]
 SharedPrefix = Literal["auto", "on", "off"]
 ConnectorName = Literal["auto", "device_put", "same-mesh"]
 KvCodec = Literal["auto", "planes", "top16", "raw"]
@@ -305,6 +306,8 @@ class ServeConfig:
         models: the served models, one entry a decode module.
         dtype: dtype of weights, activations and KV; `auto` is bfloat16, but float32 on CPUs
             without the kernels of `cpu_ffi`.
+        weights: `int8` loads projections as whole numbers of 8 bits, with a scale for each output:
+            half of the memory of bfloat16. The KV is another than that of `plain`.
         max_model_len: most tokens of prompt plus completion.
         page_size: token slots of one KV page.
         max_queue: waiting requests beyond which new ones get 429.
@@ -330,6 +333,7 @@ class ServeConfig:
     base: str
     models: list[ModelEntry] = field(default_factory=list)
     dtype: DType = "auto"
+    weights: WeightFormat = "plain"
     max_model_len: int = 2048
     page_size: int = 32
     max_queue: int = 256

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from pshare_jax.models.config import Experts, LayerSpec, ModelConfig
-from pshare_jax.models.rope import LinearRopeScaling, Llama3RopeScaling, Rope
+from pshare_jax.models.rope import LinearRopeScaling, Llama3RopeScaling, LongRopeScaling, Rope
 
 _FAMILY_FIELDS: dict[str, dict[str, Any]] = {
     "llama": {
@@ -57,7 +57,11 @@ _LATER_FIELDS: dict[str, dict[str, Any]] = {
         "qk_norm": True,
         "layers": (LayerSpec(experts=Experts(6, 3, 24, normalised=False)), _FULL),
     },
-    "phi3": {"sliding_window": 5},
+    "phi3": {
+        "sliding_window": 5,
+        "rope_fraction": 0.75,
+        "rope_scaling": LongRopeScaling((1.0, 1.1, 1.5, 2.0, 3.0, 5.0), 1.2, 64),
+    },
     "smollm3": {"layers": (_FULL, LayerSpec(rope=None)), "tie_word_embeddings": True},
     "granite": {
         "embedding_scale": 3.0,
@@ -66,6 +70,15 @@ _LATER_FIELDS: dict[str, dict[str, Any]] = {
         "logit_divisor": 4.0,
     },
     "olmo2": {"norms": "after", "qk_norm": True, "qk_norm_scope": "all_heads"},
+    "gpt_oss": {
+        "qkv_bias": True,
+        "o_bias": True,
+        "attention_sinks": True,
+        "layers": (
+            LayerSpec(5, experts=Experts(4, 2, 64, biases=True, limit=0.5)),
+            LayerSpec(experts=Experts(4, 2, 64, biases=True, limit=0.5)),
+        ),
+    },
 }
 FAMILIES = (*ARCHITECTURES, *_LATER_FIELDS)
 """All of `models/families`."""

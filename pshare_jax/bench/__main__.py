@@ -25,6 +25,7 @@ from pshare_jax.bench import (
     autoscale,
     codec,
     compile_report,
+    int8,
     loading,
     machine,
     masks,
@@ -131,6 +132,12 @@ _PLAIN = {
         fleet.RoutersOptions,
         fleet.run,
         fleet.lines,
+    ),
+    "int8": _Plain(
+        "Weights of 8 bits: bytes, and how far the next-token distributions move.",
+        int8.Int8Options,
+        int8.run,
+        int8.lines,
     ),
     "starve": _Plain(
         "How long a small request takes while others flood the server.",

@@ -127,7 +127,8 @@ class Side:
         specs = weight_specs(config)
         shardings = weight_shardings(mesh, specs)
         self.weights = {
-            name: abstract(spec.shape, DTYPE, shardings[name]) for name, spec in specs.items()
+            name: abstract(spec.shape, spec.dtype or DTYPE, shardings[name])
+            for name, spec in specs.items()
         }
         layout = PageLayout.of(config, sizes.page_size, DTYPE)
         decode = DecodeConfig(

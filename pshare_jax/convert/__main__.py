@@ -46,6 +46,13 @@ def _parser() -> argparse.ArgumentParser:
         help="default: the source's; float32 for float16 and quantised ones",
     )
 
+    command.add_argument(
+        "--long-context",
+        action="store_true",
+        help="of LongRoPE's two lists of factors (Phi-3 128k, Phi-4-mini), take that for long "
+        "contexts, at all lengths",
+    )
+
     command = commands.add_parser("decoder", help="make a decode module")
     command.add_argument("base", metavar="BASE", help="prefill checkpoint")
     command.add_argument("dest", metavar="DEST", help="folder to make")
@@ -94,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         default=1e-3,
         help="largest logit difference that counts as equal (default 1e-3)",
     )
+    command.add_argument("--long-context", action="store_true", help="as for import")
     return parser
 
 
@@ -104,7 +112,9 @@ def _run(args: argparse.Namespace) -> int:
 
     match args.command:
         case "import":
-            manifest = conversions.import_model(args.source, args.dest, dtype=args.dtype)
+            manifest = conversions.import_model(
+                args.source, args.dest, dtype=args.dtype, long_context=args.long_context
+            )
         case "decoder":
             manifest = conversions.make_decoder(
                 args.base,
@@ -114,6 +124,11 @@ def _run(args: argparse.Namespace) -> int:
                 tail=args.tail,
                 cache_conditioned=args.cache_conditioned,
             )
+            if (certificate := manifest.certificate) and not certificate.cache_conditioned:
+                print(
+                    "not trained on the base's KV: serve it with `sharing: isolated`, or have a "
+                    "module that may share learn from it (`pshare train`, mode distill)"
+                )
         case "export":
             conversions.export(args.checkpoint, args.dest, base=args.base, dtype=args.dtype)
             print(f"exported to {args.dest}")
@@ -126,7 +141,10 @@ def _run(args: argparse.Namespace) -> int:
             from pshare_jax.convert import verify
 
             prompts = verify.read_prompts(args.prompts) if args.prompts else verify.SAMPLE_PROMPTS
-            a, b = (verify.load_model(path, args.base) for path in (args.a, args.b))
+            a, b = (
+                verify.load_model(path, args.base, long_context=args.long_context)
+                for path in (args.a, args.b)
+            )
             difference = verify.compare(a, b, prompts)
             within = difference.largest <= args.tolerance
             for other in difference.others:

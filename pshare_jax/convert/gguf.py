@@ -27,7 +27,7 @@ from pshare_jax.convert.tensors import DTYPES, LazyTensor
 from pshare_jax.errors import CheckpointError, printable
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.registry import families, family
-from pshare_jax.models.rope import Llama3RopeScaling, RopeScaling
+from pshare_jax.models.rope import Llama3RopeScaling, LongRopeScaling, RopeScaling
 from pshare_jax.models.weights import weight_specs
 
 logger = logging.getLogger(__name__)
@@ -36,11 +36,12 @@ _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 
 ROPE_FACTORS = "rope_freqs.weight"
 
-KNOWN_ROPE_SCALINGS = (
-    Llama3RopeScaling(8.0, 1.0, 4.0, 8192),
-    Llama3RopeScaling(32.0, 1.0, 4.0, 8192),
-)
-"""Llama 3.1 and Llama 3.2: GGUF stores the resulting factors, not these numbers."""
+LLAMA3_BAND = (1.0, 4.0, 8192)
+"""Of every published `llama3` scaling: GGUF stores the resulting factors, not these numbers."""
+
+_PART = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
+MAX_PARTS = 1000
+"""More are taken for a damaged or hostile file."""
 
 MISTRAL_V01 = {
     "embedding_length": 4096,
@@ -59,10 +60,10 @@ class GGUFFile:
     """One model in a GGUF file.
 
     Args:
-        path: the file.
+        path: the file, or any of the files that a model was split into.
 
     Attributes:
-        path: the file.
+        path: the file; of a split model, the first.
         config: the architecture.
 
     Raises:
@@ -72,7 +73,9 @@ class GGUFFile:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._fields, self._tensors = read_header(self.path)
-        self._check_whole()
+        self._file_of: dict[str, Path] = {}
+        if (parts := self.get("split.count", int, 0)) > 1:
+            self._join(parts)
         architecture = self.get("general.architecture", str)
         by_name = {known.gguf: known for known in families() if known.gguf is not None}
         if architecture not in by_name:
@@ -104,13 +107,35 @@ class GGUFFile:
             )
         return value
 
-    def _check_whole(self) -> None:
-        """Refuses a part of a split model; only the first has the metadata of the model."""
-        if (parts := self.get("split.count", int, 0)) > 1:
+    def _join(self, parts: int) -> None:
+        """Takes the tensors of all parts; only the first has the metadata of the model."""
+        match = _PART.fullmatch(self.path.name)
+        if match is None or int(match[2]) != parts or parts > MAX_PARTS:
             part = self.get("split.no", int, 0) + 1
             raise CheckpointError(
-                f"{self.path}: is part {part} of {parts}, one of {parts} parts of a model; join "
-                "them first (llama.cpp's `llama-gguf-split --merge FIRST_PART OUTPUT`)"
+                f"{self.path}: is part {part} of {parts}, one of {parts} parts of a model, whose "
+                f"files must be called NAME-{part:05d}-of-{parts:05d}.gguf and lie together"
+            )
+        self._tensors, first = {}, self.path
+        for number in range(parts):
+            path = self.path.with_name(f"{match[1]}-{number + 1:05d}-of-{match[2]}.gguf")
+            if not path.is_file():
+                raise CheckpointError(f"{path}: no such file; the model has {parts} parts")
+            header = read_header(path)
+            stated = header.fields.get("split.no"), header.fields.get("split.count")
+            if stated != (number, parts):
+                raise CheckpointError(f"{path}: says that it is another part of another split")
+            if twice := sorted(set(header.tensors) & set(self._tensors)):
+                raise CheckpointError(f"{path}: tensor {twice[0]} is in another part too")
+            self._tensors |= header.tensors
+            self._file_of |= dict.fromkeys(header.tensors, path)
+            if number == 0:
+                self._fields, first = header.fields, path
+        self.path = first
+        total = self.get("split.tensors.count", int, len(self._tensors))
+        if total != len(self._tensors):
+            raise CheckpointError(
+                f"{self.path}: the parts hold {len(self._tensors)} tensors of {total}"
             )
 
     def names(self) -> list[str]:
@@ -220,13 +245,14 @@ class GGUFFile:
                 f"{list(self._tensors[ROPE_FACTORS].shape)}, but a head has {head_dim} components"
             )
         factors = self._read(ROPE_FACTORS)
-        for scaling in KNOWN_ROPE_SCALINGS:
-            expected = rope_factors(scaling, head_dim, theta)
-            if np.allclose(factors, expected, rtol=1e-4):
-                return scaling
-        raise CheckpointError(
-            f"{self.path}: tensor {ROPE_FACTORS}: unknown scaling; Llama 3.1's and 3.2's are known"
-        )
+        if not (np.isfinite(factors).all() and (factors > 0).all()):
+            raise CheckpointError(f"{self.path}: tensor {ROPE_FACTORS}: holds no positive factors")
+        llama3 = Llama3RopeScaling(float(factors.max()), *LLAMA3_BAND)
+        if np.allclose(factors, rope_factors(llama3, head_dim, theta), rtol=1e-4):
+            return llama3
+        # Whatever they were made by: frequencies divided one by one are all that is computed.
+        longest = metadata.size("context_length")
+        return LongRopeScaling(tuple(map(float, factors)), 1.0, longest)
 
     def tensors(self) -> dict[str, LazyTensor]:
         """Every weight by native name, in native layout.
@@ -295,7 +321,8 @@ class GGUFFile:
         tensor = self._tensors[name]
         # Plain reads: pages of the reader's memory map would count as this process's memory.
         try:
-            raw = np.fromfile(self.path, np.uint8, tensor.nbytes, offset=tensor.offset)
+            path = self._file_of.get(name, self.path)
+            raw = np.fromfile(path, np.uint8, tensor.nbytes, offset=tensor.offset)
         except OSError as error:
             raise CheckpointError(f"{self.path}: tensor {name}: {one_line(error)}") from error
         if raw.size != tensor.nbytes:

@@ -53,6 +53,16 @@ _QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_LETTERS = r"[^\r\n\p{L}\p{N}]?"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_TEKKEN_PATTERN = f"{_LETTERS}{_UPPER}*{_LOWER}+|{_LETTERS}{_UPPER}+{_LOWER}*" + r"|\p{N}" + _REST
+_GPT4O_PATTERN = (
+    f"{_LETTERS}{_UPPER}*{_LOWER}+{_SUFFIX}|{_LETTERS}{_UPPER}+{_LOWER}*{_SUFFIX}"
+    + r"|\p{N}{1,3}"
+    + _REST
+)
 
 
 def _split_by(pattern: str) -> pre_tokenizers.PreTokenizer:
@@ -82,14 +92,20 @@ class _PreTokenizer:
     nfc: bool = False
 
 
+_LLAMA3 = _PreTokenizer(lambda: _split_by(_LLAMA3_PATTERN), ignore_merges=True, add_bos=True)
+_CL100K = _PreTokenizer(lambda: _split_by(_LLAMA3_PATTERN))
+_GPT2, _SMOLLM = _PreTokenizer(_gpt2), _PreTokenizer(_smollm)
+_GPT4O = _PreTokenizer(lambda: _split_by(_GPT4O_PATTERN))
+
 PRE_TOKENIZERS = {
-    "default": _PreTokenizer(_gpt2),
-    "gpt-2": _PreTokenizer(_gpt2),
-    "smollm": _PreTokenizer(_smollm),
-    "llama-bpe": _PreTokenizer(
-        lambda: _split_by(_LLAMA3_PATTERN), ignore_merges=True, add_bos=True
-    ),
+    **dict.fromkeys(("default", "gpt-2", "olmo", "phi-2"), _GPT2),
+    **dict.fromkeys(("smollm", "starcoder", "refact"), _SMOLLM),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral"), _LLAMA3),
+    **dict.fromkeys(("dbrx", "smaug-bpe"), _CL100K),
     "qwen2": _PreTokenizer(lambda: _split_by(_QWEN2_PATTERN), nfc=True),
+    "deepseek-r1-qwen": _PreTokenizer(lambda: _split_by(_QWEN2_PATTERN)),
+    "tekken": _PreTokenizer(lambda: _split_by(_TEKKEN_PATTERN), ignore_merges=True, add_bos=True),
+    **dict.fromkeys(("gpt-4o", "llama4"), _GPT4O),
 }
 """The values of `tokenizer.ggml.pre` that are supported."""
 

@@ -1,16 +1,18 @@
-"""Hugging Face model folders: safetensors, reading and writing."""
+"""Hugging Face model folders: reading safetensors and torch's files, writing safetensors."""
 
 from __future__ import annotations
 
 import functools
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -25,9 +27,12 @@ from pshare_jax.convert.names import (
     to_native,
 )
 from pshare_jax.convert.progress import Report, quiet
+from pshare_jax.convert.quantised import Scheme, plain_tensors
 from pshare_jax.convert.tensors import DTYPES, LazyTensor
+from pshare_jax.convert.torch_files import torch_tensors
 from pshare_jax.errors import CheckpointError, printable
 from pshare_jax.models.config import ModelConfig
+from pshare_jax.models.registry import family
 from pshare_jax.models.text_part import text_names
 from pshare_jax.models.weights import weight_specs
 
@@ -38,10 +43,20 @@ HEAD = "lm_head.weight"
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+TORCH_FILE = "pytorch_model.bin"
 HUB_PATTERNS = (CONFIG_FILE, "*.safetensors", INDEX_FILE, *PATTERNS)
 
 _READ_AS = {"F32": "float32", "BF16": "bfloat16", "F16": "float32"}
 """Safetensors dtype -> the smallest of ours that holds its every value."""
+
+_RAW = {
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I8": np.dtype("i1"),
+    "U8": np.dtype("u1"),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+}
+"""What parts of quantised weights are stored as; see `quantised`."""
 
 _STORED_AS = {"float32": "F32", "bfloat16": "BF16"}
 
@@ -52,7 +67,20 @@ SHARD_BYTES = 4 << 30
 """Exported files are cut at about this size."""
 
 
-def safetensors_in(folder: Path, weights: str = WEIGHTS_FILE) -> dict[str, Path]:
+def weights_in(folder: Path) -> dict[str, Path]:
+    """The file of each tensor of a model by Hugging Face name: safetensors, or what torch saved.
+
+    Raises:
+        CheckpointError: as `files_in`.
+    """
+    torch_files = (folder / TORCH_FILE, folder / f"{TORCH_FILE}.index.json")
+    ours = (folder / WEIGHTS_FILE, folder / INDEX_FILE)
+    if any(path.is_file() for path in torch_files) and not any(path.is_file() for path in ours):
+        return files_in(folder, TORCH_FILE)
+    return files_in(folder, WEIGHTS_FILE)
+
+
+def files_in(folder: Path, weights: str) -> dict[str, Path]:
     """The file of each tensor by Hugging Face name, from `weights` or its index.
 
     Raises:
@@ -63,7 +91,9 @@ def safetensors_in(folder: Path, weights: str = WEIGHTS_FILE) -> dict[str, Path]
     if not index_path.is_file():
         path = folder / weights
         if not path.is_file():
-            raise CheckpointError(f"{path}: no such file (only safetensors can be read)")
+            raise CheckpointError(
+                f"{path}: no such file (safetensors can be read, and {TORCH_FILE} of models)"
+            )
         return dict.fromkeys(_names_in(path), path)
     index = read_json(index_path).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(v, str) for v in index.values()):
@@ -87,6 +117,8 @@ def safetensors_in(folder: Path, weights: str = WEIGHTS_FILE) -> dict[str, Path]
 def _names_in(path: Path) -> list[str]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
+    if path.suffix == ".bin":
+        return list(torch_tensors(path))
     with _open(path) as file:
         return list(file.keys())
 
@@ -98,15 +130,29 @@ def _open(path: Path) -> Any:
         raise CheckpointError(f"{path}: truncated or corrupt: {one_line(error)}") from error
 
 
-def lazy_safetensor(path: Path, name: str) -> LazyTensor:
+def lazy_tensor(path: Path, name: str, *, raw: bool = False) -> LazyTensor:
     """Tensor `name` of the file `path`; float16 becomes float32.
+
+    Args:
+        path: a file of safetensors, or one that torch has saved.
+        name: of the tensor.
+        raw: whether it may have a dtype that only quantised weights have.
 
     Raises:
         CheckpointError: a dtype that no checkpoint has.
     """
+    if path.suffix == ".bin":
+        tensor = torch_tensors(path)[name]
+        if tensor.dtype.name not in DTYPES and not raw:
+            raise CheckpointError(f"{path}: tensor {name} has dtype {tensor.dtype.name}")
+        return tensor
     with _open(path) as file:
         stored = file.get_slice(name)
         shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
+    if raw and dtype in _RAW:
+        return LazyTensor(
+            shape, _RAW[dtype], functools.partial(_read_raw, path, name, shape, dtype)
+        )
     if dtype not in _READ_AS:
         raise CheckpointError(
             f"{path}: tensor {name} has dtype {dtype}; supported are {', '.join(_READ_AS)}"
@@ -124,44 +170,82 @@ def lazy_safetensor(path: Path, name: str) -> LazyTensor:
     return LazyTensor(shape, target, read)
 
 
-def read_tensors(folder: Path, config: ModelConfig) -> dict[str, LazyTensor]:
+def _read_raw(path: Path, name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Values of a dtype that the library's numpy side may not know."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(length))[name]
+        file.seek(entry["data_offsets"][0], 1)
+        values = np.fromfile(file, _RAW[dtype], math.prod(shape))
+    if values.size != math.prod(shape):
+        raise CheckpointError(f"{path}: tensor {name}: truncated")
+    return values.reshape(shape)
+
+
+def stored_tensors(folder: Path, scheme: Scheme | None = None) -> dict[str, LazyTensor]:
+    """Every tensor of a model's folder by transformers' name for a model of text.
+
+    Args:
+        folder: where it is.
+        scheme: how its weights are quantised; they are dequantised when they are read.
+
+    Raises:
+        CheckpointError: as `read_tensors`.
+    """
+    files = weights_in(folder)
+    raw = scheme is not None
+    stored = {
+        name: lazy_tensor(files[original], original, raw=raw)
+        for original, name in text_names(files).items()
+    }
+    return stored if scheme is None else plain_tensors(scheme, stored)
+
+
+def read_tensors(
+    folder: Path, config: ModelConfig, scheme: Scheme | None = None
+) -> dict[str, LazyTensor]:
     """Every weight of a Hugging Face folder by native name, in native layout.
 
-    Each has the dtype in which it is stored; float16 becomes float32.
+    Each has the dtype in which it is stored; float16 becomes float32, and so does what is
+    quantised.
 
     Raises:
         CheckpointError: names file and tensor that is missing, unexpected, misshapen, of an
             unsupported dtype, or in a file that is truncated or corrupt.
     """
-    files = safetensors_in(folder)
+    files = weights_in(folder)
     if config.num_layers > len(files):
         raise CheckpointError(
             f"{folder / CONFIG_FILE}: num_hidden_layers is {config.num_layers}, but the folder has "
             f"only {len(files)} tensors"
         )
     # Before a table of their names is made.
-    experts = sum(spec.experts.count for spec in config.layer_specs if spec.experts)
+    apart = bool(family(config.architecture).hf_experts)
+    experts = sum(spec.experts.count for spec in config.layer_specs if spec.experts and apart)
     if experts > len(files):
         raise CheckpointError(
             f"{folder / CONFIG_FILE}: all layers have {experts} experts, but the folder has only "
             f"{len(files)} tensors"
         )
     expected = hf_tensors(config)
+    original = {name: stored for stored, name in text_names(files).items()}
     found: dict[str, LazyTensor] = {}
-    for stored, name in text_names(files).items():
-        path = files[stored]
+    for name, tensor in stored_tensors(folder, scheme).items():
+        stored = original.get(name, name)
+        path = files.get(stored, folder)
         if name not in expected:
             if is_redundant(name, config):
                 continue
             raise CheckpointError(
                 f"{path}: tensor {stored} is unexpected in a {config.architecture} by {CONFIG_FILE}"
             )
-        tensor = lazy_safetensor(path, stored)
         if tensor.shape != (shape := expected[name].shape):
             raise CheckpointError(
                 f"{path}: tensor {stored} has shape {list(tensor.shape)}, "
                 f"but {CONFIG_FILE} needs {list(shape)}"
             )
+        if tensor.dtype.name not in DTYPES:
+            raise CheckpointError(f"{path}: tensor {stored} has dtype {tensor.dtype.name}")
         found[name] = tensor
     for name in expected:
         if name not in found:
@@ -177,7 +261,7 @@ def with_saved_head(folder: Path, config: ModelConfig) -> ModelConfig:
     Raises:
         CheckpointError: as `read_tensors`.
     """
-    files = safetensors_in(folder) if config.tie_word_embeddings else {}
+    files = weights_in(folder) if config.tie_word_embeddings else {}
     stored = {name: original for original, name in text_names(files).items()}
     if HEAD not in stored or EMBEDDING not in stored:
         return config
@@ -193,7 +277,10 @@ def with_saved_head(folder: Path, config: ModelConfig) -> ModelConfig:
 
 
 def _same_values(path_a: Path, name_a: str, path_b: Path, name_b: str) -> bool:
-    """Whether two tensors hold the same numbers; reads both in parts."""
+    """Whether two tensors hold the same numbers; reads those of safetensors in parts."""
+    if path_a.suffix == ".bin":
+        a, b = (lazy_tensor(p, n).read() for p, n in ((path_a, name_a), (path_b, name_b)))
+        return np.array_equal(a.astype(np.float32), b.astype(np.float32), equal_nan=True)
     with _open(path_a) as file_a, _open(path_b) as file_b:
         a, b = file_a.get_slice(name_a), file_b.get_slice(name_b)
         if (shape := a.get_shape()) != b.get_shape():

@@ -6,7 +6,8 @@ factors follow PEFT: `lora_A.weight [rank, in]` and `lora_B.weight [out, rank]`,
 without PEFT's `base_model.model.` in front.
 
 Most tensors are one weight. A fused one holds several, one after another along its first axis; a
-weight with an axis of experts comes from one tensor for each of them.
+weight with an axis of experts comes from one tensor for each of them, or from a stacked one that
+holds all experts of several weights, whose last axes alternate.
 """
 
 from __future__ import annotations
@@ -42,10 +43,12 @@ class Part:
 
 @dataclass(frozen=True)
 class HfTensor:
-    """A Hugging Face tensor: its shape, and the parts that lie along its first axis."""
+    """A Hugging Face tensor: its shape, and the parts that lie along its first axis, or of a
+    stacked one along its last, in turn."""
 
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
+    stacked: bool = False
 
 
 @functools.lru_cache(maxsize=8)
@@ -58,10 +61,17 @@ def hf_tensors(config: ModelConfig) -> dict[str, HfTensor]:
     """Every tensor of a full model by Hugging Face name, in checkpoint order."""
     known = family(config.architecture)
     fused = {native: hf for hf, natives in known.hf_fused.items() for native in natives}
+    stacked = {native: hf for hf, natives in known.hf_stacked.items() for native in natives}
     tensors: dict[str, HfTensor] = {}
     for native, spec in weight_specs(config).items():
         match = _NATIVE_LAYER.fullmatch(native)
         prefix, suffix = (f"model.layers.{match[1]}.", match[2]) if match else ("", native)
+        if suffix in stacked:
+            name = prefix + stacked[suffix]
+            parts = (*tensors[name].parts, Part(native)) if name in tensors else (Part(native),)
+            shape = (*spec.shape[:-1], spec.shape[-1] * len(parts))
+            tensors[name] = HfTensor(shape, parts, stacked=True)
+            continue
         if (pattern := known.hf_experts.get(suffix)) is not None:
             for expert in range(spec.shape[0]):
                 name = prefix + pattern.format(expert=expert)
@@ -100,7 +110,8 @@ def read_native(native: str, config: ModelConfig, read: Callable[[str], Any]) ->
     """
     sources = hf_sources(config)[native]
     parts = [_native_part(native, config, name, read(name)) for name in sources]
-    return np.stack(parts) if has_experts(native, config) else parts[0]
+    per_expert = native.split(".", 2)[-1] in family(config.architecture).hf_experts
+    return np.stack(parts) if per_expert else parts[0]
 
 
 def _native_part(native: str, config: ModelConfig, name: str, array: Any) -> Any:
@@ -110,6 +121,9 @@ def _native_part(native: str, config: ModelConfig, name: str, array: Any) -> Any
             f"{name}: shape {list(array.shape)} in the file, {list(tensor.shape)} by the model's "
             "config"
         )
+    if tensor.stacked:
+        place = [part.native for part in tensor.parts].index(native)
+        return array[..., place :: len(tensor.parts)]
     start = 0
     for part in tensor.parts:
         rows = hf_shape(part.native, config)[0]
@@ -121,8 +135,12 @@ def _native_part(native: str, config: ModelConfig, name: str, array: Any) -> Any
 
 def write_hf(name: str, config: ModelConfig, read: Callable[[str], Any]) -> Any:
     """A Hugging Face tensor from native weights, which `read` gives by name."""
+    tensor = hf_tensors(config)[name]
+    if tensor.stacked:
+        arrays = [read(part.native) for part in tensor.parts]
+        return np.stack(arrays, axis=-1).reshape(tensor.shape)
     parts = []
-    for part in hf_tensors(config)[name].parts:
+    for part in tensor.parts:
         array = read(part.native)
         parts.append(
             to_hf(part.native, array if part.expert is None else array[part.expert], config)
@@ -194,6 +212,9 @@ def native_to_hf(name: str, config: ModelConfig) -> str:
     for hf, natives in known.hf_fused.items():
         if suffix in natives:
             return prefix + hf
+    for hf, natives in known.hf_stacked.items():
+        if suffix in natives:
+            return prefix + hf
     if suffix in known.hf_experts:
         return prefix + known.hf_experts[suffix].format(expert=0)
     return prefix + known.hf_layer[suffix]
@@ -231,7 +252,7 @@ def hf_shape(name: str, config: ModelConfig, rank: int = 1) -> tuple[int, ...]:
 
 
 def _is_matrix(name: str) -> bool:
-    return not name.endswith((".scale", ".embedding", ".bias"))
+    return not name.endswith((".scale", ".embedding", ".bias", ".sinks"))
 
 
 def to_native(name: str, array: Any, config: ModelConfig) -> Any:

@@ -201,6 +201,7 @@ def write_decode(
     lora_rank: int | None = None,
     lora_alpha: float | None = None,
     lora_targets: Sequence[str] | None = None,
+    tokenizer_files: Mapping[str, bytes] | None = None,
     extra_files: Mapping[str, bytes] | None = None,
     report: Report = quiet,
 ) -> Manifest:
@@ -217,6 +218,7 @@ def write_decode(
         lora_rank: rank of a LoRA module's factors; None for a full module, like the next two.
         lora_alpha: the update is `lora_alpha / lora_rank * a @ b`.
         lora_targets: adapted projections, out of `weights.LORA_TARGETS`.
+        tokenizer_files: its own chat template and end tokens, see `module_tokenizer`.
         extra_files: contents of files to lay beside, by name.
         report: called after each tensor.
 
@@ -240,6 +242,8 @@ def write_decode(
     specs = stored_specs(base.config, draft)
     dtype = _check_tensors(lazy, specs)
     with atomic_folder(dest) as folder:
+        if tokenizer_files:
+            write_files(folder / TOKENIZER_FOLDER, tokenizer_files)
         entries = _write_weights(Path(dest), folder, lazy, specs, report)
         fingerprint, former = fingerprints(base.config, entries, base.tokenizer_hash, draft)
         certificate = Certificate(**{**vars(draft), "weights_fingerprint": fingerprint})
@@ -331,6 +335,7 @@ def load_weights(
     *,
     dtype: Any = None,
     shardings: Mapping[str, Sharding] | None = None,
+    convert: Callable[[Weights], Weights] | None = None,
 ) -> Weights:
     """Loads a checkpoint's tensors as jax.Arrays.
 
@@ -339,6 +344,8 @@ def load_weights(
         dtype: cast to this while reading; None keeps the stored dtype.
         shardings: where each tensor goes; each device's shard is read on its own. A tensor without
             one goes to the default device.
+        convert: what becomes of some of the tensors, which are given up then; called with all of
+            them, a group at a time.
 
     Returns:
         The flat dict of a full module, or for a LoRA decode module of its factors.
@@ -350,6 +357,7 @@ def load_weights(
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     placed = {name: (shardings or {}).get(name, default) for name in manifest.tensors}
     target = np.dtype(dtype or DTYPES[manifest.dtype])
+    convert = convert or (lambda loaded: loaded)
     weights: Weights = {}
     group: list[str] = []
     size = 0
@@ -357,9 +365,9 @@ def load_weights(
         group.append(name)
         size += math.prod(entry.shape) * target.itemsize
         if size >= GROUP_BYTES:
-            weights |= _load_group(manifest, group, target, placed)
+            weights |= convert(_load_group(manifest, group, target, placed))
             group, size = [], 0
-    return weights | _load_group(manifest, group, target, placed)
+    return weights | convert(_load_group(manifest, group, target, placed))
 
 
 def open_weights(folder: str | Path | Manifest) -> dict[str, LazyTensor]:

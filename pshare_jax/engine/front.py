@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from pshare_jax.cluster.thread import DispatcherThread
 from pshare_jax.config import DecodeConfig, ServeConfig
@@ -72,6 +73,7 @@ class Front(ABC):
         if tokenizer is not None and tokenizer.eos_token_ids:
             self.grammars = GrammarCompiler(tokenizer)
         self._tokenizer = tokenizer
+        self._tokenizers: dict[tuple[Path, int], Tokenizer] = {}
         self._served = served
         self._order = order
         self._failed: dict[str, str] = {}
@@ -113,6 +115,22 @@ class Front(ABC):
             raise RuntimeError("this engine was built without a tokenizer")
         return self._tokenizer
 
+    def tokenizer_of(self, model: str) -> Tokenizer:
+        """The base's tokenizer with a model's own chat template and end tokens.
+
+        Raises:
+            RuntimeError: the engine was built without one.
+        """
+        info = self._served.infos.get(model)
+        folder = info.tokenizer_folder if info else None
+        if folder is None or info is None:
+            return self.tokenizer
+        # A module that is loaded anew may have others.
+        key = (folder, info.created)
+        if key not in self._tokenizers:
+            self._tokenizers[key] = self.tokenizer.of_module(folder)
+        return self._tokenizers[key]
+
     @property
     def models(self) -> dict[str, ModelInfo]:
         """The served models by name."""
@@ -148,7 +166,7 @@ class Front(ABC):
         params = request.params
         ends = set(params.stop_token_ids)
         if self._tokenizer is not None and not (params.ignore_eos and params.grammar is None):
-            ends |= set(self._tokenizer.eos_token_ids)
+            ends |= set(self.tokenizer_of(request.model).eos_token_ids)
         seed = (secrets.randbits(32) if params.seed is None else params.seed) % 2**32
         self._hold(params.grammar)
         try:

@@ -159,7 +159,8 @@ class HostedWorkers:
             CertificateError: a decode module that does not fit the base.
         """
         prepare_jax(_alone(config, role))
-        dtype = compute_dtype(config, read_manifest(config.base).config)
+        model = read_manifest(config.base).config.with_weights(config.weights)
+        dtype = compute_dtype(config, model)
         base, sources = checkpoint_sources(config, dtype)
         tokenizer = Tokenizer.load(Path(config.base) / TOKENIZER_FOLDER)
         return cls(config, role, name, base, sources, tokenizer, url, token)

@@ -6,27 +6,29 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Mesh
 
 from pshare_jax.config import DecodeConfig, ModelEntry, ServeConfig, Sharing
-from pshare_jax.convert.manifest import Manifest
-from pshare_jax.convert.orbax import load_weights
+from pshare_jax.convert.manifest import TOKENIZER_FOLDER
 from pshare_jax.convert.seals import open_checkpoint
 from pshare_jax.core.models import ModelKind, ModelSpec
 from pshare_jax.core.split_rule import LAST_TOKEN, SplitRule
 from pshare_jax.engine.adapter_stack import AdapterStack, check_room
 from pshare_jax.engine.host_memory import return_freed_memory
+from pshare_jax.engine.weight_format import LoadTensors, check_form, loader_of
 from pshare_jax.errors import CheckpointError, ConfigError
 from pshare_jax.kernels.backends import on_mesh
 from pshare_jax.kernels.decoder_layer.packing import PackedAdapters
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.lora import LoraModule, merge, stack_adapters
 from pshare_jax.models.packed import holds_packed, is_packed, pack_adapters, pack_weights
+from pshare_jax.models.quantise import in_int8, int8_name
 from pshare_jax.models.split import Certificate, check_certificate, isolated_namespace
 from pshare_jax.models.weights import (
     Weights,
@@ -37,9 +39,6 @@ from pshare_jax.models.weights import (
 )
 from pshare_jax.runtime.executor import GroupWeights
 from pshare_jax.sharding.rules import replicated, weight_shardings
-
-LoadTensors = Callable[[Mapping[str, Sharding]], Weights]
-"""Loads a checkpoint's tensors onto the given shardings."""
 
 BASE = "base"
 """Name of the base's weights, and of the group of models that decode with them: the base itself
@@ -60,10 +59,19 @@ class BaseSource:
     load: LoadTensors
     former_fingerprints: tuple[str, ...] = ()
 
+    @property
+    def kv_name(self) -> str:
+        """Names the KV that it writes as it is loaded."""
+        int8 = self.config.weight_format == "int8"
+        return int8_name(self.fingerprint) if int8 else self.fingerprint
+
 
 @dataclass(frozen=True)
 class ModelSource:
-    """One served model: its certificate (None for the base's own weights) and how to load it."""
+    """One served model: its certificate (None for the base's own weights) and how to load it.
+
+    `tokenizer_folder` has its own chat template and end tokens, where it has some.
+    """
 
     name: str
     kind: ModelKind
@@ -71,6 +79,7 @@ class ModelSource:
     load: LoadTensors
     certificate: Certificate | None = None
     decode_engines: tuple[int, ...] = ()
+    tokenizer_folder: Path | None = None
 
     @property
     def split_rule(self) -> SplitRule:
@@ -91,8 +100,9 @@ def checkpoint_sources(config: ServeConfig, dtype: Any) -> tuple[BaseSource, lis
     if manifest.kind != "prefill":
         raise ConfigError(f"base: {config.base} is a decode module; name a prefill checkpoint")
 
-    load = _loader(manifest, dtype)
-    base = BaseSource(manifest.config, manifest.fingerprint, load, manifest.former)
+    model = manifest.config if config.weights == "plain" else in_int8(manifest.config)
+    load = loader_of(manifest, dtype, model)
+    base = BaseSource(model, manifest.fingerprint, load, manifest.former)
     return base, [model_source(entry, base, dtype) for entry in config.models]
 
 
@@ -114,18 +124,16 @@ def model_source(entry: ModelEntry, base: BaseSource, dtype: Any) -> ModelSource
     check_certificate(
         manifest.certificate, base.fingerprint, entry.sharing, entry.name, base.former_fingerprints
     )
+    check_form(entry, manifest.certificate.kind, base.config)
     return ModelSource(
         entry.name,
         manifest.certificate.kind,
         entry.sharing,
-        _loader(manifest, dtype),
+        loader_of(manifest, dtype, base.config),
         manifest.certificate,
         engines,
+        own if (own := manifest.folder / TOKENIZER_FOLDER).is_dir() else None,
     )
-
-
-def _loader(manifest: Manifest, dtype: Any) -> LoadTensors:
-    return lambda shardings: load_weights(manifest, dtype=dtype, shardings=shardings)
 
 
 def model_specs(
@@ -156,7 +164,7 @@ def model_specs(
             sharing=source.sharing,
             split_rule=source.split_rule,
             prefill_weights=_prefill_weights(source),
-            namespace=_namespace(source, base.fingerprint),
+            namespace=_namespace(source, base.kv_name),
             group=_own_weights(source) if source.kind == "full" else BASE,
             adapter=num_lora if is_lora else -1,
             decode_workers=tuple(f"decode{e}" for e in engines),
@@ -184,7 +192,7 @@ def loaded_spec(
         sharing=source.sharing,
         split_rule=source.split_rule,
         prefill_weights=BASE,
-        namespace=base.fingerprint,
+        namespace=base.kv_name,
         group=group,
         adapter=adapter,
         decode_workers=tuple(f"decode{e}" for e in range(engines)),

@@ -187,6 +187,7 @@ class Modules:
 
     def _full_bytes(self) -> int:
         """Bytes of a full module on one device while it is loaded."""
+        # As loaded: weights of 8 bits are made of others, a group at a time.
         numbers = sum(int(np.prod(spec.shape)) for spec in weight_specs(self._base.config).values())
         programs = self._executors[0].programs
         # Packed weights are a second copy, made of the first.

@@ -173,7 +173,7 @@ class Engine:
         options = template_options or TemplateOptions()
         options = dataclasses.replace(options, tool_prompt=style.tool_prompt)
         conversation = chat_messages(messages)
-        prompt = chat_prompt(engine.tokenizer, limits, conversation, tools, options)
+        prompt = chat_prompt(engine.tokenizer_of(model), limits, conversation, tools, options)
         asked = restrictions.taken_from(params, "tool_choice", "parallel_tool_calls")
         params |= restrictions.chat_fields(engine, asked, style, prompt, tools)
         params = {"max_tokens": max(limits.max_model_len - len(prompt.token_ids), 1), **params}
@@ -196,7 +196,7 @@ class Engine:
         """How a model writes calls and thoughts."""
         if model not in self._formats:
             entries = {entry.name: entry for entry in self._orchestrator.config.models}
-            template = self._orchestrator.tokenizer.chat_template
+            template = self._orchestrator.tokenizer_of(model).chat_template
             self._formats[model] = model_format(entries.get(model, ModelEntry(model)), template)
         return self._formats[model]
 
@@ -212,8 +212,11 @@ class Engine:
             RequestError, CheckpointError, ConfigError: see `Orchestrator.load_module`.
         """
         entry = ModelEntry(name, str(folder), tool_parser=tool_parser)
+        # Before anything is loaded: a wrong `tool_parser` is refused.
         self._formats[name] = model_format(entry, self._orchestrator.tokenizer.chat_template)
         self._orchestrator.load_module(name, folder, replace=replace)
+        own = self._orchestrator.tokenizer_of(name)
+        self._formats[name] = model_format(entry, own.chat_template)
 
     def unload_module(self, name: str) -> None:
         """Serves a decode module no more; what runs goes on to its end.

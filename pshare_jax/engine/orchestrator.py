@@ -41,7 +41,8 @@ from pshare_jax.engine.modules import Modules
 from pshare_jax.engine.served import ModelInfo, ServedModels, free_retired
 from pshare_jax.engine.snapshot import worker_stats
 from pshare_jax.errors import EngineDeadError
-from pshare_jax.kernels.backends import backend_for
+from pshare_jax.kernels.backends import CPU_FFI, backend_for
+from pshare_jax.models.packed import unsupported
 from pshare_jax.runtime.compiles import compile_count
 from pshare_jax.runtime.layout import PageLayout
 from pshare_jax.text.tokenizer import Tokenizer
@@ -82,6 +83,8 @@ class Orchestrator(Front):
         served = ServedModels(config, base, sources, specs)
         super().__init__(config, base.config, tokenizer, served, itertools.count())
         backend = backend_for(config.kernel_backend, jax.default_backend())
+        if backend == CPU_FFI and (reason := unsupported(base.config)) is not None:
+            logger.info("layers are computed by XLA, not in C++, which does not have: %s", reason)
         loader = WeightLoader(base, sources, backend, config.decode, layout.dtype)
         assembly = Assembly(
             config, base.config, layout, sizes, backend, loader, specs, self.grammars
@@ -120,7 +123,8 @@ class Orchestrator(Front):
             CertificateError: a decode module that does not fit the base.
         """
         prepare_jax(config)
-        dtype = compute_dtype(config, read_manifest(config.base).config)
+        model = read_manifest(config.base).config.with_weights(config.weights)
+        dtype = compute_dtype(config, model)
         base, sources = checkpoint_sources(config, dtype)
         tokenizer = Tokenizer.load(Path(config.base) / TOKENIZER_FOLDER)
         return cls(config, base, sources, tokenizer)

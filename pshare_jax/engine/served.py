@@ -27,7 +27,7 @@ K = TypeVar("K")
 @dataclass(frozen=True)
 class ModelInfo:
     """A served model as clients see it; `tail` is the split rule as its certificate states it,
-    `created` is in Unix seconds."""
+    `created` is in Unix seconds, `tokenizer_folder` has its own template and end tokens."""
 
     name: str
     parent: str
@@ -35,6 +35,7 @@ class ModelInfo:
     kind: ModelKind
     tail: int | dict[str, Any]
     created: int
+    tokenizer_folder: Path | None = None
 
 
 class ServedModels:
@@ -160,6 +161,7 @@ class ServedModels:
             source.kind,
             source.split_rule.to_json(),
             int(time.time()),
+            source.tokenizer_folder,
         )
 
 

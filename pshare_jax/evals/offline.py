@@ -98,7 +98,7 @@ class OfflineBackend:
         self, items: Sequence[Item], bodies: Sequence[ChatRequest], limits: Limits
     ) -> list[tuple[int, ...]]:
         prompts: list[tuple[int, ...]] = []
-        tokenizer = self._engine.orchestrator.tokenizer
+        tokenizer = self._engine.orchestrator.tokenizer_of(self._model)
         entries = self._engine.orchestrator.config.models
         entry = next(entry for entry in entries if entry.name == self._model)
         options = TemplateOptions(

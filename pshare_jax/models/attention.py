@@ -40,6 +40,7 @@ def dense_attention(
     v: jax.Array,
     mask: jax.Array,
     soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Scaled dot-product attention with grouped KV heads; scores and softmax in float32.
 
@@ -49,20 +50,27 @@ def dense_attention(
         v: like k.
         mask: `[B, T, S]` or `[T, S]` bool, True where a query may look.
         soft_cap: scores are bounded to c * tanh(score / c).
+        sinks: `[heads]`, a score of each head's that takes weight and gives nothing.
 
     Returns:
         `[B, T, heads, head_dim]`, dtype of q.
     """
     # Heads are the second axis of a four-dimensional mask; one mask serves them all.
     mask = jnp.expand_dims(mask, -3 if mask.ndim == 3 else (0, 1))
-    if soft_cap is None:
+    if soft_cap is None and sinks is None:
         return jax.nn.dot_product_attention(q, k, v, mask=mask)
     B, T, H, D = q.shape
     grouped = q.reshape(B, T, k.shape[2], -1, D)
     scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32)
-    scores = soft_cap * jnp.tanh(scores * D**-0.5 / soft_cap)
+    scores = scores * D**-0.5
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
     scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    if sinks is not None:
+        own = sinks.astype(jnp.float32).reshape(1, k.shape[2], -1, 1, 1)
+        own = jnp.broadcast_to(own, (*scores.shape[:-1], 1))
+        scores = jnp.concatenate([scores, own], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)[..., : k.shape[1]]
     out = jnp.einsum("bkgts,bskd->btkgd", weights, v, preferred_element_type=jnp.float32)
     return out.reshape(B, T, H, D).astype(q.dtype)
 
@@ -75,8 +83,18 @@ class AttentionIO(Protocol):
     `ModelConfig`. Layers call in order, each at most once.
     """
 
-    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        """Stores k and v of `layer`, then attends; gives `[B, T, heads, head_dim]`."""
+    def attend(
+        self,
+        layer: int,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        sinks: jax.Array | None = None,
+    ) -> jax.Array:
+        """Stores k and v of `layer`, then attends; gives `[B, T, heads, head_dim]`.
+
+        `sinks` are as for `dense_attention`.
+        """
         ...
 
     def store(self, layer: int, k: jax.Array, v: jax.Array) -> None:
@@ -109,11 +127,18 @@ class CausalAttention:
         self._config = config
         self._masks = Masks(config)
 
-    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def attend(
+        self,
+        layer: int,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        sinks: jax.Array | None = None,
+    ) -> jax.Array:
         """See `AttentionIO.attend`."""
         steps = jnp.arange(q.shape[1])
         mask = self._masks.of(layer, lambda window: causal_mask(steps, steps, window))
-        return dense_attention(q, k, v, mask, self._config.attention_soft_cap)
+        return dense_attention(q, k, v, mask, self._config.attention_soft_cap, sinks)
 
     def store(self, layer: int, k: jax.Array, v: jax.Array) -> None:
         """Drops k and v: there is nowhere to keep them."""
@@ -163,11 +188,19 @@ class DenseCache:
         keys, values = self.cache[layer]
         self.cache[layer] = (self._write(keys, k), self._write(values, v))
 
-    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def attend(
+        self,
+        layer: int,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        sinks: jax.Array | None = None,
+    ) -> jax.Array:
         """See `AttentionIO.attend`."""
         self.store(layer, k, v)
         keys, values = self.cache[layer]
         positions, slots = self._start[..., None] + jnp.arange(q.shape[1]), keys.shape[1]
         mask = self._masks.of(layer, lambda w: causal_mask(positions, jnp.arange(slots), w))
         soft_cap = self._config.attention_soft_cap
-        return dense_attention(q, keys.astype(q.dtype), values.astype(q.dtype), mask, soft_cap)
+        keys, values = keys.astype(q.dtype), values.astype(q.dtype)
+        return dense_attention(q, keys, values, mask, soft_cap, sinks)

@@ -17,6 +17,7 @@ from pshare_jax.models.rope import Rope, RopeScaling, scaling_from_json, scaling
 Activation = Literal["silu", "gelu_tanh"]
 NormPlacement = Literal["before", "after", "both"]
 QkNormScope = Literal["head", "all_heads"]
+WeightFormat = Literal["plain", "int8"]
 
 MAX_LAYERS = 4096
 """More is taken for a damaged or hostile file; the deepest published decoders have about 130."""
@@ -32,12 +33,17 @@ class Experts:
         intermediate_size: of each expert.
         normalised: whether the weights, a softmax over all experts, are divided by their sum over
             the chosen ones.
+        biases: whether the router and the experts have biases.
+        limit: what gates and the other factors are bounded by, in gpt-oss's way (see
+            `kernels/experts`), or None.
     """
 
     count: int
     per_token: int
     intermediate_size: int
     normalised: bool = True
+    biases: bool = False
+    limit: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("count", "per_token", "intermediate_size"):
@@ -66,9 +72,9 @@ class LayerSpec:
 class ModelConfig:
     """Hyper-parameters of one decoder. Sizes are element counts.
 
-    Where all layers are alike, `rope_theta`, `rope_scaling`, `sliding_window` and `experts` say how
-    and `layers` is empty; otherwise `layers` has an entry for each, and those fields are as by
-    default. `with_layers` chooses; `layer` reads both.
+    Where all layers are alike, `rope_theta`, `rope_scaling`, `rope_fraction`, `sliding_window` and
+    `experts` say how and `layers` is empty; otherwise `layers` has an entry for each, and those
+    fields are as by default. `with_layers` chooses; `layer` reads both.
 
     Args:
         architecture: the family, a key of `models.registry`.
@@ -81,6 +87,7 @@ class ModelConfig:
         head_dim: size of a head.
         rope_theta: base of the rotary embedding's wavelengths.
         rope_scaling: how its frequencies are changed for longer contexts.
+        rope_fraction: what part of each head rotates, see `Rope`.
         rms_norm_eps: of every norm.
         max_position_embeddings: longest context, in tokens.
         tie_word_embeddings: whether the output head is the embedding.
@@ -99,11 +106,14 @@ class ModelConfig:
             or `all_heads` together.
         query_scale: what scores are multiplied by; None is 1 / sqrt(head_dim).
         attention_soft_cap: scores are bounded to c * tanh(score / c), or None.
+        attention_sinks: whether each head has a score besides, which takes weight and gives
+            nothing (arXiv 2309.17453).
         logit_soft_cap: the same for logits.
         embedding_scale: what token embeddings are multiplied by.
         residual_scale: what a block's output is multiplied by before it is added.
         logit_divisor: what logits are divided by.
         options: what a family of its own needs besides, as sorted pairs of name and value.
+        weight_format: `int8` for projections of 8 bits, see `quantise`.
     """
 
     architecture: str
@@ -116,6 +126,7 @@ class ModelConfig:
     head_dim: int
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
+    rope_fraction: float = 1.0
     rms_norm_eps: float = 1e-5
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
@@ -132,11 +143,13 @@ class ModelConfig:
     qk_norm_scope: QkNormScope = "head"
     query_scale: float | None = None
     attention_soft_cap: float | None = None
+    attention_sinks: bool = False
     logit_soft_cap: float | None = None
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_divisor: float = 1.0
     options: tuple[tuple[str, Any], ...] = ()
+    weight_format: WeightFormat = "plain"
 
     def __post_init__(self) -> None:
         for name in _SIZES:
@@ -170,6 +183,10 @@ class ModelConfig:
         """Whether some layer has experts."""
         return any(layer.experts is not None for layer in self.layer_specs)
 
+    def with_weights(self, form: WeightFormat) -> ModelConfig:
+        """The same decoder with weights in another form."""
+        return dataclasses.replace(self, weight_format=form)
+
     def option(self, name: str) -> Any:
         """A value of `options`."""
         return dict(self.options)[name]
@@ -188,6 +205,7 @@ _SIZES = (
 _OF_ALL_LAYERS = {
     "rope_theta": 10000.0,
     "rope_scaling": None,
+    "rope_fraction": 1.0,
     "sliding_window": None,
     "experts": None,
 }
@@ -202,7 +220,7 @@ def _check_size(name: str, size: Any) -> None:
 def _layer_specs(config: ModelConfig) -> tuple[LayerSpec, ...]:
     if config.layers:
         return config.layers
-    rope = Rope(config.rope_theta, config.rope_scaling)
+    rope = Rope(config.rope_theta, config.rope_scaling, config.rope_fraction)
     return (LayerSpec(config.sliding_window, rope, config.experts),) * config.num_layers
 
 
@@ -215,6 +233,7 @@ def with_layers(config: ModelConfig, layers: Sequence[LayerSpec]) -> ModelConfig
             plain,
             rope_theta=first.rope.theta,
             rope_scaling=first.rope.scaling,
+            rope_fraction=first.rope.fraction,
             sliding_window=first.sliding_window,
             experts=first.experts,
         )
@@ -231,7 +250,11 @@ def config_to_json(config: ModelConfig) -> dict[str, Any]:
         {
             "sliding_window": layer.sliding_window,
             "rope": layer.rope
-            and {"theta": layer.rope.theta, "scaling": scaling_to_json(layer.rope.scaling)},
+            and {
+                "theta": layer.rope.theta,
+                "scaling": scaling_to_json(layer.rope.scaling),
+                "fraction": layer.rope.fraction,
+            },
             "experts": layer.experts and dataclasses.asdict(layer.experts),
         }
         for layer in config.layers
@@ -253,7 +276,11 @@ def config_from_json(values: Mapping[str, Any]) -> ModelConfig:
         LayerSpec(
             layer["sliding_window"],
             layer["rope"]
-            and Rope(layer["rope"]["theta"], scaling_from_json(layer["rope"]["scaling"])),
+            and Rope(
+                layer["rope"]["theta"],
+                scaling_from_json(layer["rope"]["scaling"]),
+                layer["rope"].get("fraction", 1.0),
+            ),
             _experts_from_json(layer["experts"]),
         )
         for layer in fields.get("layers") or ()

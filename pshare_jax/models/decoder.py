@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pshare_jax.kernels.matmul.api import matmul
 from pshare_jax.models.attention import AttentionIO
 from pshare_jax.models.blocks.attention import RopeTables
 from pshare_jax.models.blocks.experts import ExpertsBackend
@@ -21,6 +20,7 @@ from pshare_jax.models.blocks.layer import DecoderLayer
 from pshare_jax.models.blocks.linear import Embedding, Projection, RMSNorm
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.lora import Adapters
+from pshare_jax.models.quantise import quantise
 from pshare_jax.models.recompute import Apply
 from pshare_jax.models.registry import family
 from pshare_jax.models.rope import rope_table
@@ -127,11 +127,8 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """`[..., embed]` hidden states -> `[..., vocab]` float32 logits."""
-        if self.lm_head is None:
-            logits = self.embed.logits(hidden)
-        else:
-            logits = matmul(hidden, self.lm_head.kernel[...], backend=self.lm_head.backend)
-        return scaled_logits(self.config, logits)
+        head = self.embed.logits if self.lm_head is None else self.lm_head.product
+        return scaled_logits(self.config, head(hidden))
 
     def write_kv(
         self,
@@ -193,12 +190,14 @@ def init_weights(config: ModelConfig, seed: int, dtype: jnp.dtype = jnp.float32)
     Kernels and embeddings are normal with variance 1 / inputs, biases normal with deviation 0.1,
     norm factors uniform in 0.75 .. 1.25, so that no part of the computation is an identity.
     """
+    if config.weight_format == "int8":
+        return quantise(config, init_weights(config.with_weights("plain"), seed, dtype))
     rng = np.random.default_rng(seed)
     weights: Weights = {}
     for name, spec in weight_specs(config).items():
         if name.endswith(".scale"):
             value = rng.uniform(0.75, 1.25, spec.shape) - config.norm_adds_one
-        elif name.endswith(".bias"):
+        elif name.endswith((".bias", ".sinks")):
             value = 0.1 * rng.standard_normal(spec.shape)
         else:
             value = rng.standard_normal(spec.shape, np.float32) * spec.inputs**-0.5

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import numpy as np
 
 from pshare_jax.models.config import MAX_LAYERS, LayerSpec, ModelConfig, with_layers
-from pshare_jax.models.hf_fields import Fields, read_rope, rope_to_hf
-from pshare_jax.models.rope import Rope
+from pshare_jax.models.hf_fields import Fields, longest_context, read_rope, rope_to_hf
+from pshare_jax.models.rope import LongRopeScaling, Rope
 
 if TYPE_CHECKING:
     from pshare_jax.models.weights import WeightSpec
@@ -87,6 +87,8 @@ class Family:
         hf_layer: the same within a layer.
         hf_fused: names of Hugging Face tensors that hold several weights of a layer one after
             another, to the native names of these.
+        hf_stacked: names of Hugging Face tensors of a layer that hold all experts, native layout,
+            to the native names of the weights whose last axes alternate in them.
         hf_experts: native names of weights with an axis of experts to Hugging Face's name of one
             expert's part, with `{expert}` for its number.
         gguf: GGUF's name of the architecture; None where it has none.
@@ -116,6 +118,7 @@ class Family:
     hf_top: ClassVar[Mapping[str, str]] = HF_TOP
     hf_layer: ClassVar[Mapping[str, str]] = HF_LAYER
     hf_fused: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    hf_stacked: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     hf_experts: ClassVar[Mapping[str, str]] = {}
     gguf: ClassVar[str | None] = None
     gguf_tensors: ClassVar[str] = "LLAMA"
@@ -164,9 +167,7 @@ class Family:
                 "num_kv_heads": num_kv_heads,
                 "head_dim": head_dim,
                 "rms_norm_eps": fields.positive("rms_norm_eps", float, self.rms_norm_eps),
-                "max_position_embeddings": fields.positive(
-                    "max_position_embeddings", int, self.max_position_embeddings
-                ),
+                "max_position_embeddings": longest_context(fields, self.max_position_embeddings),
                 "tie_word_embeddings": fields.get(
                     "tie_word_embeddings", bool, self.tie_word_embeddings
                 ),
@@ -174,7 +175,16 @@ class Family:
                 **self.options(fields, hidden_size, head_dim),
             }
         )
-        return with_layers(config, self.layers(fields, config))
+        config = with_layers(config, self.layers(fields, config))
+        for rope in {spec.rope for spec in config.layer_specs if spec.rope}:
+            factors = getattr(rope.scaling, "factors", None)
+            if factors is not None and 2 * len(factors) != rope.rotated(head_dim):
+                raise fields.fail(
+                    "rope_scaling",
+                    f"of type longrope has {len(factors)} factors, but "
+                    f"{rope.rotated(head_dim) // 2} components rotate",
+                )
+        return config
 
     def intermediate_size(self, fields: Fields) -> int:
         """Of dense feed-forward blocks."""
@@ -231,6 +241,14 @@ class Family:
 def first_rope(config: ModelConfig) -> Rope:
     """The rotary embedding of the first layer that has one."""
     return next((spec.rope for spec in config.layer_specs if spec.rope is not None), Rope())
+
+
+def uses_long_factors(config: ModelConfig) -> bool:
+    """Whether LongRoPE's factors for long contexts are those of a configuration."""
+    scaling = first_rope(config).scaling
+    return isinstance(scaling, LongRopeScaling) and (
+        config.max_position_embeddings > scaling.original_max_position_embeddings
+    )
 
 
 def layers_of_types(

@@ -6,12 +6,14 @@ import dataclasses
 import math
 import reprlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from pshare_jax.errors import CheckpointError
 from pshare_jax.models.rope import (
     LinearRopeScaling,
     Llama3RopeScaling,
+    LongRopeScaling,
     Rope,
     RopeScaling,
     YarnRopeScaling,
@@ -90,6 +92,10 @@ class Fields:
             raise self.fail(field, f"is {reprlib.repr(value)}, but must be an object")
         return Fields(value, f"{self._where}{field}.")
 
+    def having(self, values: Mapping[str, Any]) -> Fields:
+        """Other values at the same place."""
+        return Fields(values, self._where)
+
     def choices(self, field: str, length: int, possible: tuple[str, ...]) -> list[str] | None:
         """A list of `length` of the words `possible`, such as `layer_types`; None if absent."""
         value = self.values.get(field)
@@ -111,8 +117,24 @@ def read_rope(fields: Fields, default_theta: float = 10000.0) -> Rope:
     Raises:
         CheckpointError: names the field that is missing or not supported.
     """
-    name = "rope_parameters" if fields.values.get("rope_parameters") else "rope_scaling"
-    return rope_of(fields.part(name), fields, fields.positive("rope_theta", float, default_theta))
+    rope = _rope_part(fields)
+    return rope_of(rope, fields, fields.positive("rope_theta", float, default_theta))
+
+
+def read_partial_rope(fields: Fields, head_dim: int, default_theta: float = 10000.0) -> Rope:
+    """The same where a part of each head may rotate (`partial_rotary_factor`)."""
+    rope = _rope_part(fields)
+    where = rope if rope.values.get("partial_rotary_factor") is not None else fields
+    fraction = where.positive("partial_rotary_factor", float, 1.0)
+    rotated = int(head_dim * fraction)
+    if not 2 <= rotated <= head_dim or rotated % 2:
+        raise where.fail(
+            "partial_rotary_factor",
+            f"is {fraction:g}: {rotated} of a head's {head_dim} components cannot rotate in pairs",
+        )
+    whole = {k: v for k, v in rope.values.items() if k != "partial_rotary_factor"}
+    theta = fields.positive("rope_theta", float, default_theta)
+    return replace(rope_of(rope.having(whole), fields, theta), fraction=fraction)
 
 
 def rope_of(rope: Fields, fields: Fields, default_theta: float) -> Rope:
@@ -128,10 +150,67 @@ def rope_of(rope: Fields, fields: Fields, default_theta: float) -> Rope:
         # Beyond `max_position_embeddings` its frequencies depend on the length of the whole
         # sequence, which KV that many prompts share cannot: up to there they are the plain ones.
         "dynamic": _dynamic,
+        "longrope": _longrope,
+        "su": _longrope,
     }
     if kind not in readers:
         raise rope.fail("rope_type", f"is {kind!r}; supported are {', '.join(readers)}")
     return Rope(theta, readers[kind](rope, fields))
+
+
+def longest_context(fields: Fields, default: int) -> int:
+    """`max_position_embeddings`, or what the list of factors that is used was made for.
+
+    LongRoPE has one list for sequences up to a length, another for longer ones. KV that prompts of
+    all lengths share is rotated by one of them: the short one, unless `with_long_factors` was
+    asked for.
+    """
+    longest = fields.positive("max_position_embeddings", int, default)
+    rope = _rope_part(fields)
+    if rope.values.get("short_factor") == rope.values.get("long_factor"):
+        return longest
+    return min(longest, _original_context(rope, fields))
+
+
+def with_long_factors(hf: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A `config.json` whose LongRoPE uses the factors for long contexts at all lengths.
+
+    So does vLLM where `max_model_len` is beyond the original context.
+    """
+    changed = dict(hf)
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = hf.get(name)
+        if isinstance(rope, Mapping) and "long_factor" in rope:
+            changed[name] = {**rope, "short_factor": rope["long_factor"]}
+    return changed
+
+
+def _rope_part(fields: Fields) -> Fields:
+    return fields.part(
+        "rope_parameters" if fields.values.get("rope_parameters") else "rope_scaling"
+    )
+
+
+def _original_context(rope: Fields, fields: Fields) -> int:
+    # One beside the rope parameters comes first, as in transformers.
+    where = fields if fields.values.get("original_max_position_embeddings") else rope
+    longest = fields.values.get("max_position_embeddings")
+    return where.positive("original_max_position_embeddings", int, longest)
+
+
+def _longrope(rope: Fields, fields: Fields) -> RopeScaling:
+    original = _original_context(rope, fields)
+    factor = rope.optional("factor", float)
+    if factor is None:
+        factor = fields.positive("max_position_embeddings", int, original) / original
+    stated = rope.optional("attention_factor", float)
+    implied = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    for name in ("short_factor", "long_factor"):
+        values = rope.get(name, list)
+        if not all(type(value) in (int, float) and 0 < value < math.inf for value in values):
+            raise rope.fail(name, f"is {reprlib.repr(values)}, but must hold positive numbers")
+    factors = tuple(map(float, rope.values["short_factor"]))
+    return LongRopeScaling(factors, stated or implied, original)
 
 
 def _llama3(rope: Fields, fields: Fields) -> RopeScaling:
@@ -150,10 +229,7 @@ def _dynamic(rope: Fields, fields: Fields) -> None:
 def _yarn(rope: Fields, fields: Fields) -> RopeScaling:
     if not rope.has("factor"):
         raise rope.fail("factor", "is missing")
-    # One beside the rope parameters comes first, as in transformers.
-    where = fields if fields.values.get("original_max_position_embeddings") else rope
-    longest = fields.values.get("max_position_embeddings")
-    original = where.positive("original_max_position_embeddings", int, longest)
+    original = _original_context(rope, fields)
     factor = (
         rope.optional("factor", float) or fields.positive("max_position_embeddings", int) / original
     )
@@ -174,4 +250,8 @@ def rope_to_hf(scaling: RopeScaling | None) -> dict[str, object] | None:
     """A scaling as transformers writes it in `rope_scaling`; None for none."""
     if scaling is None:
         return None
-    return {"rope_type": scaling.rope_type, **dataclasses.asdict(scaling)}
+    values = dataclasses.asdict(scaling)
+    if isinstance(scaling, LongRopeScaling):
+        factors = list(values.pop("factors"))
+        values |= {"short_factor": factors, "long_factor": factors}
+    return {"rope_type": scaling.rope_type, **values}

@@ -114,13 +114,19 @@ def stack_adapters(modules: Sequence[LoraModule]) -> Weights:
 
 
 def merge(base: Weights, module: LoraModule) -> Weights:
-    """The full weights that `base` plus the module's updates amount to; `base` is not modified."""
+    """The full weights that `base` plus the module's updates amount to; `base` is not modified.
+
+    Raises:
+        ValueError: kernels of whole numbers, to which nothing can be added.
+    """
     merged = dict(base)
     for name, a in module.weights.items():
         path, _, factor = name.rpartition(".")
         if factor != "lora_a":
             continue
         kernel = merged[f"{path}.kernel"]
+        if jnp.issubdtype(kernel.dtype, jnp.integer):
+            raise ValueError(f"{path}.kernel: has whole numbers; merge before it is quantised")
         update = jnp.tensordot(
             jnp.asarray(a, jnp.float32),
             jnp.asarray(module.weights[f"{path}.lora_b"], jnp.float32),

@@ -43,6 +43,8 @@ def unsupported(config: ModelConfig) -> str | None:
     problems = {
         "layers of its own": family(config.architecture).decoder_layer is not None,
         "experts": config.has_experts,
+        "attention sinks": config.attention_sinks,
+        "weights of 8 bits": config.weight_format != "plain",
         "no norms before blocks": config.norms == "after",
         "norms over all heads": config.qk_norm and config.qk_norm_scope != "head",
         "biases of o or the feed-forward block": config.o_bias or config.mlp_bias,

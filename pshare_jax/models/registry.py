@@ -40,6 +40,7 @@ _BUILT_IN = {
     "smollm3": "smollm3",
     "granite": "granite",
     "olmo2": "olmo2",
+    "gpt_oss": "gpt_oss",
 }
 """Architecture: the file of its family. Files are read when they are asked for."""
 
@@ -80,7 +81,7 @@ def language_model(hf: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def family_of_hf(hf: Mapping[str, Any]) -> Family:
-    """The family of a Hugging Face `config.json`.
+    """The family of a Hugging Face `config.json`; where it names no class, by its `model_type`.
 
     Raises:
         CheckpointError: its `architectures` is none that is supported.
@@ -88,6 +89,10 @@ def family_of_hf(hf: Mapping[str, Any]) -> Family:
     names = hf.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
     by_name = {hf_name: known for known in families() for hf_name in known.hf_architectures}
+    if names is None and isinstance(kind := hf.get("model_type"), str):
+        by_type = {known.model_type: known for known in families()}
+        if kind in by_type:
+            return by_type[kind]
     if not isinstance(name, str) or name not in by_name:
         raise CheckpointError(
             f"config.json: architectures is {reprlib.repr(names)}; supported are "
@@ -103,18 +108,6 @@ def _shortly(names: Sequence[str]) -> str:
     return ", ".join((names[0], *short))
 
 
-def _check_not_quantised(fields: Fields) -> None:
-    about = fields.values.get("quantization_config")
-    if about is None:
-        return
-    method = about.get("quant_method") if isinstance(about, Mapping) else None
-    raise fields.fail(
-        "quantization_config",
-        f"says that the weights are quantised (quant_method {reprlib.repr(method)}), which is not "
-        "supported; convert the model that was quantised, or a GGUF file of it",
-    )
-
-
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     """The decoder that a Hugging Face `config.json` (parsed) describes.
 
@@ -122,10 +115,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         CheckpointError: names the field that is missing, of the wrong type or not supported.
     """
     hf = language_model(hf)
-    known = family_of_hf(hf)
-    fields = Fields(hf)
-    _check_not_quantised(fields)
-    return known.config_from_hf(fields)
+    return family_of_hf(hf).config_from_hf(Fields(hf))
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Rotary position embedding (Su et al., arXiv 2104.09864), and how it is stretched.
 
-A scaling changes the frequencies, and YaRN the size of what is rotated, as transformers computes
+A scaling changes the frequencies, and some the size of what is rotated, as transformers computes
 them. None depends on a sequence's length: a key is rotated once, by its position, and stays valid
 in the cache whatever comes after it.
 """
@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 RopeTable = tuple[jax.Array, jax.Array]
-"""Cosine and sine of every angle, each `[B, T, 1, head_dim / 2]` float32."""
+"""Cosine and sine of every angle, each `[B, T, 1, R / 2]` float32, where R components of a head
+rotate: all of them, or the first."""
 
 
 @dataclass(frozen=True)
@@ -98,20 +99,52 @@ class YarnRopeScaling:
         return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
 
-RopeScaling = Llama3RopeScaling | LinearRopeScaling | YarnRopeScaling
+@dataclass(frozen=True)
+class LongRopeScaling:
+    """Frequencies divided one by one: LongRoPE (arXiv 2402.13753), with one of its two lists.
+
+    Args:
+        factors: what each component's frequency is divided by.
+        attention_factor: what rotated queries and keys are multiplied by.
+        original_max_position_embeddings: tokens of the context before.
+    """
+
+    factors: tuple[float, ...]
+    attention_factor: float
+    original_max_position_embeddings: int
+
+    rope_type: ClassVar[str] = "longrope"
+
+    def frequencies(self, theta: float, head_dim: int) -> np.ndarray:
+        """See `rope_frequencies`; float64."""
+        return _plain(theta, head_dim) / np.asarray(self.factors)
+
+
+RopeScaling = Llama3RopeScaling | LinearRopeScaling | YarnRopeScaling | LongRopeScaling
 
 _SCALINGS: dict[str, type[RopeScaling]] = {
     scaling.rope_type: scaling
-    for scaling in (Llama3RopeScaling, LinearRopeScaling, YarnRopeScaling)
+    for scaling in (Llama3RopeScaling, LinearRopeScaling, YarnRopeScaling, LongRopeScaling)
 }
 
 
 @dataclass(frozen=True)
 class Rope:
-    """One rotary embedding: the base of its wavelengths, and their scaling."""
+    """One rotary embedding.
+
+    Args:
+        theta: base of its wavelengths.
+        scaling: how they are changed.
+        fraction: what part of a head rotates, its first components; the others stay.
+    """
 
     theta: float = 10000.0
     scaling: RopeScaling | None = None
+    fraction: float = 1.0
+
+    def rotated(self, head_dim: int) -> int:
+        """How many components of a head rotate."""
+        return int(head_dim * self.fraction)
 
 
 def scaling_to_json(scaling: RopeScaling | None) -> dict[str, Any] | None:
@@ -132,7 +165,7 @@ def scaling_from_json(values: Mapping[str, Any] | None) -> RopeScaling | None:
     """
     if values is None:
         return None
-    fields = dict(values)
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     return _SCALINGS[fields.pop("rope_type", Llama3RopeScaling.rope_type)](**fields)
 
 
@@ -153,10 +186,11 @@ def _plain(theta: float, head_dim: int) -> np.ndarray:
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-    """Angular frequencies, `[head_dim / 2]` float32, radians a position."""
+    """Angular frequencies, `[R / 2]` float32, radians a position; see `RopeTable`."""
+    rotated = rope.rotated(head_dim)
     if rope.scaling is None:
-        return _plain(rope.theta, head_dim).astype(np.float32)
-    return rope.scaling.frequencies(rope.theta, head_dim).astype(np.float32)
+        return _plain(rope.theta, rotated).astype(np.float32)
+    return rope.scaling.frequencies(rope.theta, rotated).astype(np.float32)
 
 
 def rope_table(rope: Rope, head_dim: int, positions: jax.Array) -> RopeTable:
@@ -180,9 +214,13 @@ def unrotated(head_dim: int, positions: jax.Array) -> RopeTable:
 def apply_rope(x: jax.Array, table: RopeTable) -> jax.Array:
     """Rotates `x [B, T, heads, head_dim]` by `table`, in float32; the dtype of x is kept.
 
-    Component i of the first half is paired with component i of the second half.
+    Component i of the first half of what rotates is paired with component i of the second half.
     """
     cos, sin = table
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    half = cos.shape[-1]
+    wide = x.astype(jnp.float32)
+    first, second = wide[..., :half], wide[..., half : 2 * half]
+    parts = [first * cos - second * sin, second * cos + first * sin]
+    if 2 * half < x.shape[-1]:
+        parts.append(wide[..., 2 * half :])
+    return jnp.concatenate(parts, axis=-1).astype(x.dtype)

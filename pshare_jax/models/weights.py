@@ -23,16 +23,21 @@ from pshare_jax.models.registry import family
 Weights = dict[str, Any]
 """`{name: array}`; arrays are jax.Array, numpy.ndarray or ShapeDtypeStruct."""
 
+SCALE = "_scale"
+"""What the name of a kernel's scales has at its end."""
+
 ATTENTION_TARGETS = ("q", "k", "v", "o")
 LORA_TARGETS = (*ATTENTION_TARGETS, "gate", "up", "down")
 
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """Shape of one weight and the logical axis name of each dimension (None: replicated)."""
+    """Shape of one weight, the logical axis name of each dimension (None: replicated), and its
+    dtype where it is not that of activations."""
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
+    dtype: str | None = None
 
     @property
     def inputs(self) -> int:
@@ -82,6 +87,17 @@ def expert_specs(config: ModelConfig, experts: Experts) -> dict[str, WeightSpec]
     }
 
 
+def expert_bias_specs(config: ModelConfig, experts: Experts) -> dict[str, WeightSpec]:
+    """The biases of a feed-forward block with experts, by name."""
+    e, f, count = config.hidden_size, experts.intermediate_size, experts.count
+    return {
+        "router": WeightSpec((count,), (None,)),
+        "gate": WeightSpec((count, f), ("expert", "mlp")),
+        "up": WeightSpec((count, f), ("expert", "mlp")),
+        "down": WeightSpec((count, e), ("expert", "embed")),
+    }
+
+
 def used_parameters(config: ModelConfig) -> int:
     """Elements of all layers' kernels that one token is multiplied by; of experts its own."""
     total = 0
@@ -118,6 +134,8 @@ def layer_weight_specs(config: ModelConfig, layer: int) -> dict[str, WeightSpec]
                 if config.qk_norm_scope == "head"
                 else WeightSpec((heads, d), (axis, "head_dim"))
             )
+    if config.attention_sinks:
+        specs["attn.sinks"] = WeightSpec((h,), ("heads",))
     if after:
         specs["attn_post_norm.scale"] = norm
     if before:
@@ -125,6 +143,9 @@ def layer_weight_specs(config: ModelConfig, layer: int) -> dict[str, WeightSpec]
     if (experts := config.layer(layer).experts) is not None:
         for name, spec in expert_specs(config, experts).items():
             specs[f"experts.{name}.kernel"] = spec
+        if experts.biases:
+            biases = expert_bias_specs(config, experts).items()
+            specs |= {f"experts.{name}.bias": spec for name, spec in biases}
     if after:
         specs["mlp_post_norm.scale"] = norm
     return specs
@@ -145,7 +166,20 @@ def weight_specs(config: ModelConfig) -> dict[str, WeightSpec]:
     specs["final_norm.scale"] = WeightSpec((e,), (None,))
     if not config.tie_word_embeddings:
         specs["lm_head.kernel"] = WeightSpec((e, v), ("embed", "vocab"))
-    return specs
+    return _in_int8(specs) if config.weight_format == "int8" else specs
+
+
+def _in_int8(specs: dict[str, WeightSpec]) -> dict[str, WeightSpec]:
+    """Kernels of whole numbers, and the scale of each of their outputs."""
+    quantised: dict[str, WeightSpec] = {}
+    for name, spec in specs.items():
+        if not name.endswith(".kernel"):
+            quantised[name] = spec
+            continue
+        inputs = 2 if name.endswith(".o.kernel") else 1
+        quantised[name] = WeightSpec(spec.shape, spec.axes, "int8")
+        quantised[name + SCALE] = WeightSpec(spec.shape[inputs:], spec.axes[inputs:], "float32")
+    return quantised
 
 
 def lora_targets(config: ModelConfig) -> tuple[str, ...]:
@@ -187,8 +221,10 @@ def lora_specs(
 
 
 def abstract_weights(specs: dict[str, WeightSpec], dtype: Any) -> Weights:
-    """The weights as ShapeDtypeStructs of one dtype."""
-    return {name: jax.ShapeDtypeStruct(spec.shape, dtype) for name, spec in specs.items()}
+    """The weights as ShapeDtypeStructs of one dtype, but for those that have their own."""
+    return {
+        name: jax.ShapeDtypeStruct(spec.shape, spec.dtype or dtype) for name, spec in specs.items()
+    }
 
 
 def same_memory(mesh: Mesh, other: Mesh) -> bool:

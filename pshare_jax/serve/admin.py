@@ -59,7 +59,10 @@ async def load_adapter(request: web.Request) -> web.Response:
     # Known before anybody can ask for it.
     service.formats.setdefault(body.lora_name, style)
     await asyncio.to_thread(_load, service, body)
-    if body.tool_parser or body.reasoning:
+    own = service.engine.tokenizer_of(body.lora_name)
+    if own is not service.tokenizer:
+        service.formats[body.lora_name] = model_format(entry, own.chat_template)
+    elif body.tool_parser or body.reasoning:
         service.formats[body.lora_name] = style
     service.metrics.add_model(body.lora_name)
     log.info("model %s is served from %s", ascii(body.lora_name), ascii(body.lora_path))

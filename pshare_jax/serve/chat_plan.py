@@ -126,7 +126,7 @@ async def chat_prompt_of(service: Service, body: ChatRequest, large: bool) -> Pr
     return await service.offload.run(
         large,
         chat_prompt,
-        service.tokenizer,
+        service.tokenizer_of(body.model),
         service.limits,
         body.messages,
         usable_tools(body),

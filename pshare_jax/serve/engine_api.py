@@ -91,6 +91,10 @@ class Engine(Submitter, Protocol):
         """The base's tokenizer."""
         ...
 
+    def tokenizer_of(self, model: str) -> Tokenizer:
+        """The same with a model's own chat template and end tokens, where it has some."""
+        ...
+
     @property
     def grammars(self) -> GrammarCompiler | None:
         """Compiles grammars; None without an end token."""

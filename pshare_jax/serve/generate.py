@@ -122,7 +122,8 @@ class Run:
         self._job = job
         self._generation = generation
         prompts = [prompt for prompt in job.prompts for _ in range(job.output.best_of)]
-        self.sequences = [SequenceOutput(service.tokenizer, job.output) for _ in prompts]
+        tokenizer = service.tokenizer_of(job.model)
+        self.sequences = [SequenceOutput(tokenizer, job.output) for _ in prompts]
         self._timers: list[SequenceTimer] = [
             service.metrics.timer(job.model, job.arrival, len(prompt.token_ids))
             for prompt in prompts

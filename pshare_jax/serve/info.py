@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 import msgspec
 from aiohttp import web
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_1_0_0
@@ -16,6 +19,7 @@ from pshare_jax.serve.offload import is_large
 from pshare_jax.serve.parsing import read_request
 from pshare_jax.serve.protocol import DetokenizeResponse, ModelCard, ModelList, TokenizeResponse
 from pshare_jax.serve.service import SERVICE, Service
+from pshare_jax.text.tokenizer import Tokenizer
 
 
 def json_response(value: object, status: int = 200) -> web.Response:
@@ -55,7 +59,8 @@ async def tokenize(request: web.Request) -> web.Response:
 def _tokenize(service: Service, body: TokenizeRequest) -> bytes:
     # Counting is what this is for: a text of any length that fits a body may be counted.
     limits = Limits(service.limits.vocab_size, max_model_len=2**63)
-    tokenizer = service.tokenizer
+    named = body.model
+    tokenizer = service.tokenizer if named is None else service.tokenizer_of(named)
     if body.prompt is not None:
         special = body.add_special_tokens is not False
         ids = encode(tokenizer, body.prompt, limits, "prompt", special)
@@ -139,4 +144,13 @@ def _card(service: Service, model: ModelInfo) -> ModelCard:
         kind=model.kind,
         tail=model.tail,
         max_model_len=service.limits.max_model_len,
+        chat_template=template_name(service.tokenizer_of(model.name)),
     )
+
+
+def template_name(tokenizer: Tokenizer) -> str | None:
+    """Names the chat templates of a model: prompts of two models begin alike if their names do."""
+    if not tokenizer.has_chat_template:
+        return None
+    text = json.dumps(tokenizer.chat_templates, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -181,7 +181,10 @@ class FanoutAnswer(Struct):
 
 
 class ModelCard(Struct):
-    """One served decode module; `parent` is the base whose KV it reads when `sharing` says so."""
+    """One served decode module; `parent` is the base whose KV it reads when `sharing` says so.
+
+    `chat_template` names how messages are rendered: chats of models with one name share prompts.
+    """
 
     id: str
     created: int
@@ -191,6 +194,7 @@ class ModelCard(Struct):
     kind: str
     tail: int | dict[str, Any]
     max_model_len: int
+    chat_template: str | None = None
     object: str = "model"
     owned_by: str = "pshare_jax"
 

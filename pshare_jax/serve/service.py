@@ -24,6 +24,7 @@ from pshare_jax.serve.metrics import Metrics
 from pshare_jax.serve.offload import Offload
 from pshare_jax.serve.tracing import tracing_of
 from pshare_jax.text.grammar import GrammarLimits
+from pshare_jax.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +54,10 @@ class Service:
             log.info("defaults of the base's generation_config.json: %s", self.sampling_defaults)
         self.offload = Offload(self.config.worker_threads)
         self.tracing = tracing_of(self.config)
-        template = self.tokenizer.chat_template
-        self.formats = {entry.name: model_format(entry, template) for entry in engine.config.models}
+        self.formats = {
+            entry.name: model_format(entry, engine.tokenizer_of(entry.name).chat_template)
+            for entry in engine.config.models
+        }
         self.access = Access(self.config)
         self.metrics = Metrics(engine.models, engine.stats, self.access)
         self.metrics.register(EngineInfo(engine))
@@ -116,6 +119,14 @@ class Service:
             served = ", ".join(self.engine.models)
             raise UnknownModelError(f"The model {name[:100]!r} does not exist; served: {served}")
         return self.engine.models[name]
+
+    def tokenizer_of(self, name: str) -> Tokenizer:
+        """The base's tokenizer with a model's own chat template and end tokens.
+
+        Raises:
+            UnknownModelError: there is no such model.
+        """
+        return self.engine.tokenizer_of(self.model(name).name)
 
     def format_of(self, name: str | None) -> ModelFormat:
         """The format of a model; of the first one if none is named."""

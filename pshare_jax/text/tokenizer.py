@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import os
@@ -90,6 +91,37 @@ class Tokenizer:
         except Exception as error:  # the Rust parser raises plain Exception
             raise CheckpointError(f"{folder}: not a readable tokenizer: {error}") from error
 
+    def of_module(self, folder: Path | None) -> Tokenizer:
+        """The same tokens with the chat template and end tokens of a decode module.
+
+        What ends a reply of the base ends one of the module too.
+
+        Args:
+            folder: of files as `load` reads them, each of which may be missing; None for none.
+
+        Raises:
+            CheckpointError: a malformed file.
+        """
+        if folder is None:
+            return self
+        own = copy.copy(self)
+        try:
+            further = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+            paths = {"default": folder / "chat_template.jinja", **{p.stem: p for p in further}}
+            templates = {name: p.read_text() for name, p in paths.items() if p.is_file()}
+            path = folder / "generation_config.json"
+            generation = json.loads(path.read_text()) if path.is_file() else {}
+            ends = _eos_token_ids(path, generation.get("eos_token_id"), None)
+        except (OSError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{folder}: not a readable tokenizer: {error}") from error
+        if templates:
+            own._hf = copy.copy(self._hf)
+            own._hf.chat_template = (
+                templates if len(templates) > 1 else templates.get("default", "")
+            )
+        own.eos_token_ids = tuple(dict.fromkeys((*ends, *self.eos_token_ids)))
+        return own
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; special tokens are the ones the tokenizer puts around a text.
 
@@ -168,6 +200,12 @@ class Tokenizer:
         if not self.has_chat_template:
             return ""
         return self._hf.get_chat_template(tools=[{}])
+
+    @property
+    def chat_templates(self) -> dict[str, str]:
+        """Sources of all chat templates by name, of which `default` is the usual one."""
+        stated = self._hf.chat_template
+        return dict(stated) if isinstance(stated, dict) else {"default": stated} if stated else {}
 
     @property
     def has_chat_template(self) -> bool:

@@ -20,6 +20,7 @@ from pshare_jax.convert.sources import open_source
 from pshare_jax.convert.tensors import LazyTensor
 from pshare_jax.errors import CheckpointError, ConfigError
 from pshare_jax.models.config import ModelConfig
+from pshare_jax.models.family import uses_long_factors
 from pshare_jax.models.weights import Weights, weight_specs
 from pshare_jax.sharding.rules import weight_shardings
 
@@ -69,7 +70,11 @@ class FineTune:
             self.cache_conditioned = bool(options.get("alora_invocation_tokens"))
             self.lora = LoraFactors(found.tensors, found.rank, found.alpha, found.targets)
         else:
-            source = open_source(folder if folder.exists() else path, tokenizer=False)
+            source = open_source(
+                folder if folder.exists() else path,
+                tokenizer=False,
+                long_context=uses_long_factors(base.config),
+            )
             self.config, self._tensors = source.config, source.tensors
         if self.config.vocab_size != base.config.vocab_size:
             raise ConfigError(

@@ -73,10 +73,17 @@ class KVRecorder(CausalAttention):
         del layer
         self.layers.append(jnp.stack([k, v], axis=2))
 
-    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def attend(
+        self,
+        layer: int,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        sinks: jax.Array | None = None,
+    ) -> jax.Array:
         """Keeps k and v, and attends within the tokens."""
         self.store(layer, k, v)
-        return super().attend(layer, q, k, v)
+        return super().attend(layer, q, k, v, sinks)
 
 
 def base_kv(recipe: Recipe, weights: Weights, prompt: jax.Array) -> jax.Array:
@@ -134,14 +141,21 @@ class SplitAttention:
     def store(self, layer: int, k: jax.Array, v: jax.Array) -> None:
         """Drops k and v: later tokens are in the same call."""
 
-    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def attend(
+        self,
+        layer: int,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        sinks: jax.Array | None = None,
+    ) -> jax.Array:
         """See `AttentionIO.attend`."""
         if self._kv is not None:
             base = self._kv[:, :, layer].astype(k.dtype)
             k = jnp.concatenate([base[:, :, 0], k], axis=1)
             v = jnp.concatenate([base[:, :, 1], v], axis=1)
         mask = self._masks[self._config.layer(layer).sliding_window]
-        return blocked_attention(q, k, v, mask, self._config.attention_soft_cap)
+        return blocked_attention(q, k, v, mask, self._config.attention_soft_cap, sinks)
 
 
 def _split_mask(window: int | None, kv: jax.Array | None, batch: Arrays) -> jax.Array:

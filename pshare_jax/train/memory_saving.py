@@ -20,12 +20,17 @@ CHUNK = 1024
 
 
 def blocked_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, soft_cap: float | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    soft_cap: float | None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """See `models.attention.dense_attention`; `mask` is `[B, T, S]` or `[T, S]`."""
     B, T = q.shape[:2]
     if T <= BLOCK:
-        return dense_attention(q, k, v, mask, soft_cap)
+        return dense_attention(q, k, v, mask, soft_cap, sinks)
     padding = -T % BLOCK
     mask = jnp.broadcast_to(mask, (B, *mask.shape[-2:]))
     # A padded query sees all keys: one that sees none would divide by zero.
@@ -35,7 +40,7 @@ def blocked_attention(
     @jax.checkpoint
     def attend(block: tuple[jax.Array, jax.Array]) -> jax.Array:
         queries, visible = block
-        return dense_attention(queries, k, v, visible, soft_cap)
+        return dense_attention(queries, k, v, visible, soft_cap, sinks)
 
     out = jax.lax.map(attend, (_blocks(q, BLOCK), _blocks(mask, BLOCK)))
     return jnp.moveaxis(out, 0, 1).reshape(B, T + padding, *out.shape[3:])[:, :T]
@@ -44,11 +49,18 @@ def blocked_attention(
 class BlockedCausalAttention(CausalAttention):
     """`CausalAttention` in blocks of queries."""
 
-    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def attend(
+        self,
+        layer: int,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        sinks: jax.Array | None = None,
+    ) -> jax.Array:
         """See `AttentionIO.attend`."""
         steps = jnp.arange(q.shape[1])
         mask = self._masks.of(layer, lambda window: causal_mask(steps, steps, window))
-        return blocked_attention(q, k, v, mask, self._config.attention_soft_cap)
+        return blocked_attention(q, k, v, mask, self._config.attention_soft_cap, sinks)
 
 
 def sum_over_chunks(

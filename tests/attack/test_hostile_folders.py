@@ -132,7 +132,7 @@ def test_names_reach_the_terminal_without_escape_codes(folder, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("field", "words"),
     [
-        ({"quantization_config": {"quant_method": "gptq", "x": ["y" * 100] * 9}}, "'gptq'"),
+        ({"quantization_config": {"quant_method": "hqq", "x": ["y" * 100] * 9}}, "'hqq'"),
         ({"architectures": ["\x1b[31m" * 1000]}, "supported are LlamaForCausalLM"),
         ({"hidden_size": ["x" * 100_000] * 10}, "must be of type int"),
         ({"rope_scaling": "x" * 100_000}, "must be an object"),

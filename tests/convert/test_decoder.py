@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from pshare_jax.convert import names
+from pshare_jax.convert import names, peft
 from pshare_jax.convert.conversions import export, import_model, make_decoder
-from pshare_jax.convert.orbax import load_weights, read_manifest
-from pshare_jax.core.split_rule import LastTokens
+from pshare_jax.convert.orbax import load_weights, read_manifest, write_decode, write_prefill
+from pshare_jax.core.split_rule import Invocation, LastTokens
 from pshare_jax.errors import CertificateError, CheckpointError
 from pshare_jax.models.weights import LORA_TARGETS, lora_specs
 from tests.convert.helpers import (
+    TOKENIZER_FILES,
     model_config,
     random_tensors,
     random_weights,
@@ -241,18 +242,21 @@ def test_rank_stabilised_lora_is_a_larger_alpha(base, tmp_path):
 @pytest.mark.parametrize(
     "option",
     [
-        {"use_dora": True},
-        {"modules_to_save": ["lm_head"]},
-        {"rank_pattern": {"q_proj": 8}},
-        {"alpha_pattern": {"q_proj": 8}},
-        {"bias": "lora_only"},
+        {"rank_pattern": {"q_proj": 0}},
+        {"rank_pattern": {"(.*)*x": 8}},
+        {"rank_pattern": {"a*b*c*d*e*": 8}},
+        {"alpha_pattern": {"q_proj": "8"}},
+        {"alpha_pattern": {"(q_proj": 8}},
+        {"alpha_pattern": 8},
+        {"bias": "some"},
         {"fan_in_fan_out": True},
-        {"layers_to_transform": [0]},
+        {"layers_to_transform": ["0"]},
         {"layer_replication": [[0, 2]]},
         {"lora_bias": True},
         {"init_lora_weights": "pissa"},
         {"peft_type": "IA3"},
-        {"alora_invocation_tokens": [1]},
+        {"alora_invocation_tokens": []},
+        {"alora_invocation_tokens": [-1]},
         {"trainable_token_indices": [1]},
         {"an_option_of_tomorrow": 3},
         {"r": 0},
@@ -284,7 +288,7 @@ Q_A = f"{PREFIX}model.layers.1.self_attn.q_proj.lora_A.weight"
 
 
 def test_a_missing_factor_is_named(base, tmp_path):
-    damaged(base, tmp_path, lambda t: t.pop(Q_A), f"tensor {Q_A} is missing", "all layers")
+    damaged(base, tmp_path, lambda t: t.pop(Q_A), f"tensor {Q_A} is missing")
 
 
 def test_a_misshapen_factor_is_named(base, tmp_path):
@@ -295,9 +299,9 @@ def test_a_misshapen_factor_is_named(base, tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        f"{PREFIX}lm_head.lora_A.weight",
         f"{PREFIX}model.layers.2.self_attn.q_proj.lora_A.weight",
-        f"{PREFIX}model.layers.0.self_attn.q_proj.weight",
+        f"{PREFIX}model.layers.0.self_attn.q_proj.lora_C.weight",
+        f"{PREFIX}model.embed_tokens.lora_embedding_A",
         Q_A.removeprefix(PREFIX),
         f"{PREFIX}model.layers.0.self_attn.q_proj.lora_magnitude_vector",
     ],
@@ -305,6 +309,93 @@ def test_a_misshapen_factor_is_named(base, tmp_path):
 def test_an_unexpected_tensor_is_named(base, tmp_path, name):
     value = np.zeros((4, 48), np.float32)
     damaged(base, tmp_path, lambda t: t.update({name: value}), f"tensor {name} is unexpected")
+
+
+def test_an_adapter_on_a_layer_that_the_options_leave_out_is_named(base, tmp_path):
+    folder = write_peft(tmp_path / "peft", factors_for("q"), layers_to_transform=[0])
+    check_refused(lambda dest: make_decoder(base, dest, lora=folder), tmp_path / "m", Q_A)
+
+
+def test_a_rank_that_its_pattern_denies_is_named(base, tmp_path):
+    folder = write_peft(tmp_path / "peft", factors_for("q"), rank_pattern={"q_proj": 8})
+    check_refused(
+        lambda dest: make_decoder(base, dest, lora=folder), tmp_path / "m", "but r=8 on this base"
+    )
+
+
+def test_dora_without_magnitudes_is_named(base, tmp_path):
+    folder = write_peft(tmp_path / "peft", factors_for("q"), use_dora=True)
+    check_refused(
+        lambda dest: make_decoder(base, dest, lora=folder),
+        tmp_path / "m",
+        "q_proj.lora_magnitude_vector is missing",
+    )
+
+
+def test_an_activated_lora_shares_without_being_told_to(base, tmp_path):
+    folder = write_peft(tmp_path / "peft", factors_for("q", "v"), alora_invocation_tokens=[7, 9])
+    certificate = make_decoder(base, tmp_path / "m", lora=folder).certificate
+    assert (certificate.tail, certificate.cache_conditioned) == (Invocation((7, 9)), True)
+    export(tmp_path / "m", tmp_path / "out")
+    about = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert about["alora_invocation_tokens"] == [7, 9]
+    again = make_decoder(base, tmp_path / "again", lora=tmp_path / "out").certificate
+    assert again == certificate
+    with pytest.raises(CertificateError, match="is an activated LoRA: its tail is"):
+        make_decoder(base, tmp_path / "other", lora=folder, tail=3)
+    assert not (tmp_path / "other").exists()
+
+
+def test_an_activated_lora_that_is_more_is_refused(base, tmp_path):
+    folder = write_peft(tmp_path / "peft", factors_for("q"), alora_invocation_tokens=[7])
+    path = folder / "adapter_model.safetensors"
+    norm = f"{PREFIX}model.norm.weight"
+    save_file({**load_file(path), norm: np.ones(48, np.float32)}, path)
+    check_refused(
+        lambda dest: make_decoder(base, dest, lora=folder),
+        tmp_path / "m",
+        "alora_invocation_tokens together with",
+    )
+
+
+def test_an_adapter_with_weights_of_its_own_is_a_full_module(base, tmp_path):
+    factors = factors_for("q")
+    folder = write_peft(tmp_path / "peft", factors, modules_to_save=["norm"])
+    path = folder / "adapter_model.safetensors"
+    norm = np.full(48, 3.0, np.float32)
+    save_file({**load_file(path), f"{PREFIX}model.norm.weight": norm}, path)
+    manifest = make_decoder(base, tmp_path / "m", lora=folder)
+    assert manifest.certificate.kind == "full"
+    assert not manifest.certificate.cache_conditioned
+    weights, before = load_weights(tmp_path / "m"), load_weights(base)
+    np.testing.assert_array_equal(weights["final_norm.scale"], norm)
+    a, b = (factors[f"layers.1.attn.q.lora_{x}"] for x in "ab")
+    update = weights["layers.1.attn.q.kernel"] - before["layers.1.attn.q.kernel"]
+    np.testing.assert_allclose(update, 2 * np.tensordot(a, b, 1), atol=1e-6)
+    assert same_bits(weights["layers.1.attn.k.kernel"], before["layers.1.attn.k.kernel"])
+
+
+def test_lora_on_projections_that_are_one_in_transformers_comes_back(tmp_path):
+    """PEFT adapts Phi-3's fused projections: ranks one after another, blocks of B."""
+    phi3 = model_config(architecture="phi3")
+    prefill = write_prefill(tmp_path / "base", phi3, random_weights(phi3), TOKENIZER_FILES)
+    targets = ("q", "v", "o", "gate", "up")
+    factors = random_tensors(lora_specs(phi3, 3, targets))
+    lora = {"lora_rank": 3, "lora_alpha": 6.0, "lora_targets": targets}
+    write_decode(tmp_path / "m", prefill, factors, cache_conditioned=True, **lora)
+    export(tmp_path / "m", tmp_path / "out")
+    about = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert about["target_modules"] == ["qkv_proj", "o_proj", "gate_up_proj"]
+    assert about["rank_pattern"] == {"qkv_proj": 6, "gate_up_proj": 6}
+    assert about["alpha_pattern"] == {"qkv_proj": 12, "gate_up_proj": 12}
+    found = peft.read_lora(tmp_path / "out", phi3)
+    assert (found.rank, found.alpha / found.rank) == (6, 2.0)
+    assert found.targets == ("q", "k", "v", "o", "gate", "up")
+    for path in ("layers.0.attn.q", "layers.1.attn.v", "layers.0.attn.o", "layers.1.mlp.up"):
+        ours = np.tensordot(factors[f"{path}.lora_a"], factors[f"{path}.lora_b"], 1)
+        a, b = (found.tensors[f"{path}.lora_{x}"].read() for x in "ab")
+        np.testing.assert_allclose(np.tensordot(a, b, 1), ours, atol=1e-6, err_msg=path)
+    assert not found.tensors["layers.0.attn.k.lora_b"].read().any()
 
 
 def test_truncated_adapter_weights_are_named(base, tmp_path):

@@ -11,13 +11,15 @@ import pytest
 from gguf import GGMLQuantizationType as QuantizationType
 
 from pshare_jax.convert import gguf as our_gguf
-from pshare_jax.convert.conversions import import_model
+from pshare_jax.convert.conversions import export, import_model
 from pshare_jax.convert.gguf import GGUFFile, rope_factors, unpermute_rope_rows
 from pshare_jax.convert.orbax import load_weights
 from pshare_jax.convert.sources import open_source
 from pshare_jax.errors import CheckpointError
-from pshare_jax.models.rope import Llama3RopeScaling
+from pshare_jax.models.rope import Llama3RopeScaling, Rope, rope_frequencies
 from tests.convert.helpers import (
+    add_gguf_config,
+    add_gguf_tokenizer,
     gguf_config,
     permute_rope_rows,
     random_weights,
@@ -112,8 +114,9 @@ def test_rope_rows_are_put_back():
     np.testing.assert_array_equal(unpermute_rope_rows(permuted, 8), rows)
 
 
-@pytest.mark.parametrize("scaling", our_gguf.KNOWN_ROPE_SCALINGS)
-def test_llama3_scaling_is_recognised(tmp_path, scaling):
+@pytest.mark.parametrize("factor", [8.0, 32.0, 16.0])
+def test_llama3_scaling_is_recognised(tmp_path, factor):
+    scaling = Llama3RopeScaling(factor, 1.0, 4.0, 8192)
     config = gguf_config(rope_scaling=scaling, rope_theta=500000.0, head_dim=64)
     factors = rope_factors(scaling, 64, 500000.0)
     write_gguf(
@@ -250,8 +253,8 @@ def test_an_integer_tensor_is_refused(tmp_path):
             ("rope.scaling.factor is missing",),
         ),
         (
-            lambda w: w.add_tensor("rope_freqs.weight", np.linspace(1, 9, 8, dtype=np.float32)),
-            ("tensor rope_freqs.weight: unknown scaling",),
+            lambda w: w.add_tensor("rope_freqs.weight", np.linspace(0, 9, 8, dtype=np.float32)),
+            ("tensor rope_freqs.weight: holds no positive factors",),
         ),
     ],
 )
@@ -296,3 +299,76 @@ def test_a_partial_rotation_is_refused(tmp_path):
 
     write_gguf(tmp_path / "m.gguf", CONFIG, WEIGHTS, edit=edit)
     check_refused(tmp_path / "m.gguf", tmp_path / "out", "rope.dimension_count is 8")
+
+
+# Models in several files
+
+
+def write_split(folder, parts: int = 3):
+    """A model as llama.cpp's `llama-gguf-split` cuts it, and the tensors of the whole."""
+    whole = folder / "whole" / "m.gguf"
+    write_gguf(whole, CONFIG, WEIGHTS)
+    reader = gguf.GGUFReader(whole)
+    for part in range(parts):
+        path = folder / f"m-{part + 1:05d}-of-{parts:05d}.gguf"
+        writer = gguf.GGUFWriter(path, "llama")
+        if part == 0:
+            add_gguf_config(writer, CONFIG)
+            add_gguf_tokenizer(writer, folder / "whole" / "source_tokenizer")
+        else:
+            writer.kv_data[0].pop("general.architecture")
+        writer.add_uint16("split.no", part)
+        writer.add_uint16("split.count", parts)
+        writer.add_int32("split.tensors.count", len(reader.tensors))
+        for tensor in reader.tensors[part::parts]:
+            writer.add_tensor(tensor.name, np.asarray(tensor.data))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return GGUFFile(whole)
+
+
+@pytest.mark.parametrize("named", [1, 3])
+def test_a_split_model_is_one(tmp_path, named):
+    whole = write_split(tmp_path)
+    source = open_source(tmp_path / f"m-{named:05d}-of-00003.gguf")
+    assert source.config == whole.config
+    assert "tokenizer.json" in source.tokenizer_files
+    for name, tensor in whole.tensors().items():
+        assert same_bits(source.tensors[name].read(), tensor.read()), name
+
+
+def test_a_split_model_without_a_part(tmp_path):
+    write_split(tmp_path)
+    (tmp_path / "m-00002-of-00003.gguf").unlink()
+    with pytest.raises(CheckpointError, match=r"m-00002-of-00003\.gguf: no such file; .* 3 parts"):
+        open_source(tmp_path / "m-00001-of-00003.gguf")
+
+
+def test_parts_that_are_not_of_one_split(tmp_path):
+    write_split(tmp_path)
+    (tmp_path / "m-00001-of-00003.gguf").rename(tmp_path / "m-00003-of-00003.gguf")
+    (tmp_path / "m-00002-of-00003.gguf").rename(tmp_path / "m-00001-of-00003.gguf")
+    (tmp_path / "m-00002-of-00003.gguf").write_bytes(
+        (tmp_path / "m-00003-of-00003.gguf").read_bytes()
+    )
+    with pytest.raises(CheckpointError, match="another part of another split"):
+        open_source(tmp_path / "m-00003-of-00003.gguf")
+
+
+def test_rope_factors_of_no_known_scaling_divide_frequencies(tmp_path):
+    factors = np.linspace(1, 9, 8, dtype=np.float32)
+    write_gguf(
+        tmp_path / "m.gguf",
+        CONFIG,
+        WEIGHTS,
+        edit=lambda writer: writer.add_tensor("rope_freqs.weight", factors),
+    )
+    rope = GGUFFile(tmp_path / "m.gguf").config.layer(0).rope
+    plain = rope_frequencies(Rope(rope.theta), CONFIG.head_dim)
+    np.testing.assert_allclose(rope_frequencies(rope, CONFIG.head_dim), plain / factors, rtol=1e-6)
+    manifest = import_model(tmp_path / "m.gguf", tmp_path / "base")
+    assert manifest.config.layer(0).rope == rope
+    export(tmp_path / "base", tmp_path / "out")
+    assert open_source(tmp_path / "out").config == manifest.config

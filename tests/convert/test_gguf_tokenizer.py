@@ -82,12 +82,24 @@ def test_every_text_comes_back(tmp_path, pre):
         ("smollm", ["I", "'m", " ", *"1234567", "!!", "\n", "\n", "DON", "'", "T", "  ", " x"]),
         ("llama-bpe", ["I", "'m", " ", "123", "456", "7", "!!\n\n", "DON", "'T", "  ", " x"]),
         ("qwen2", ["I", "'m", " ", *"1234567", "!!\n\n", "DON", "'T", "  ", " x"]),
+        ("refact", ["I", "'m", " ", *"1234567", "!!", "\n", "\n", "DON", "'", "T", "  ", " x"]),
+        ("dbrx", ["I", "'m", " ", "123", "456", "7", "!!\n\n", "DON", "'T", "  ", " x"]),
+        ("tekken", ["I", "'m", " ", *"1234567", "!!\n\n", "DON", "'T", "  ", " x"]),
+        ("gpt-4o", ["I'm", " ", "123", "456", "7", "!!\n\n", "DON'T", "  ", " x"]),
     ],
 )
 def test_text_is_cut_as_the_family_cuts_it(pre, pieces):
     text = "I'm 1234567!!\n\nDON'T   x"
     cut = PRE_TOKENIZERS[pre].build().pre_tokenize_str(text)
     assert [text[start:stop] for _, (start, stop) in cut] == pieces
+
+
+def test_tekken_and_gpt_4o_cut_where_capitals_begin():
+    text = "getHTTPResponse/a 42"
+    cut = PRE_TOKENIZERS["tekken"].build().pre_tokenize_str(text)
+    assert [text[a:b] for _, (a, b) in cut] == ["get", "HTTPResponse", "/a", " ", "4", "2"]
+    cut = PRE_TOKENIZERS["gpt-4o"].build().pre_tokenize_str(text)
+    assert [text[a:b] for _, (a, b) in cut] == ["get", "HTTPResponse", "/a", " ", "42"]
 
 
 @pytest.mark.parametrize(
@@ -218,8 +230,8 @@ def test_sentencepiece_text_comes_back(tmp_path, prefix):
     ("edit", "message"),
     [
         (
-            lambda kv: kv["tokenizer.ggml.pre"].__setattr__("value", "tekken"),
-            r"tokenizer\.ggml\.pre 'tekken' is not supported; supported are default, gpt-2, smol",
+            lambda kv: kv["tokenizer.ggml.pre"].__setattr__("value", "viking"),
+            r"tokenizer\.ggml\.pre 'viking' is not supported; supported are default, gpt-2, ",
         ),
         (
             lambda kv: kv["tokenizer.ggml.model"].__setattr__("value", "bert"),

@@ -341,7 +341,7 @@ def test_an_unsupported_config_is_named(folder, tmp_path, change, words):
     ("name", "word"),
     [
         ("config.json", "no such file"),
-        ("model.safetensors", "only safetensors"),
+        ("model.safetensors", "(safetensors can be read, and"),
         ("tokenizer.json", "fast tokenizer"),
     ],
 )

@@ -62,6 +62,13 @@ def test_fused_and_grouped_tensors():
         native_to_hf("layers.0.attn.q.lora_a", phi3)
     assert native_to_hf("layers.0.attn.o.lora_a", phi3).endswith("o_proj.lora_A.weight")
     assert hf_to_native("model.layers.0.self_attn.qkv_proj.lora_A.weight", phi3) is None
+    oss = tiny_config(architecture="gpt_oss")
+    assert hf_tensors(oss)["model.layers.1.mlp.experts.gate_up_proj"].shape == (4, 48, 128)
+    assert hf_tensors(oss)["model.layers.0.mlp.experts.down_proj_bias"].shape == (4, 48)
+    both = np.arange(4 * 128).reshape(4, 128)
+    for start, target in enumerate(("gate", "up")):
+        part = read_native(f"layers.0.experts.{target}.bias", oss, lambda _: both)
+        np.testing.assert_array_equal(part, both[:, start::2])
     mixtral = tiny_config(architecture="mixtral")
     name = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
     assert hf_tensors(mixtral)[name].shape == (48, 64)

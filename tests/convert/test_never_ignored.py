@@ -312,5 +312,5 @@ def test_the_second_part_of_a_split_gguf(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(CheckpointError, match=r"is part 2 of 3, .*llama-gguf-split --merge"):
+    with pytest.raises(CheckpointError, match=r"is part 2 of 3, .*NAME-00002-of-00003\.gguf"):
         open_source(tmp_path / "m.gguf")

@@ -26,7 +26,13 @@ def with_degree(prefill: int, decode: int) -> ServeConfig:
 
 @pytest.mark.parametrize(
     ("architecture", "degrees"),
-    [("gemma2", (1, 1)), ("gemma3", (1, 2)), ("qwen3_moe", (2, 4)), ("olmo2", (2, 1))],
+    [
+        ("gemma2", (1, 1)),
+        ("gemma3", (1, 2)),
+        ("qwen3_moe", (2, 4)),
+        ("olmo2", (2, 1)),
+        ("gpt_oss", (1, 2)),
+    ],
 )
 def test_greedy_tokens_are_the_oracles(architecture: str, degrees: tuple[int, int]) -> None:
     models = Models(tiny_config(architecture=architecture))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -225,3 +227,24 @@ def test_what_is_refused(client: Client, params: dict[str, Any], param: str) -> 
     with pytest.raises(RequestError) as caught:
         client.submit("full", PROMPT, 8, **params)
     assert caught.value.param == param
+
+
+def test_a_module_ends_at_an_end_token_of_its_own(
+    client: Client, models: Models, tmp_path: Path
+) -> None:
+    expected = models.expected("full", PROMPT, 6)
+    end = expected[3]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    infos = client.engine._served.infos
+    plain = infos["full"]
+    assert client.generate("full", PROMPT, 6, ignore_eos=False).tokens == expected
+    infos["full"] = dataclasses.replace(plain, tokenizer_folder=tmp_path)
+    try:
+        reply = client.generate("full", PROMPT, 6, ignore_eos=False)
+    finally:
+        infos["full"] = plain
+    first = expected.index(end)
+    assert (reply.tokens, reply.reason) == (expected[: first + 1], FinishReason.STOP)
+    tokenizer = client.engine.tokenizer
+    assert client.engine.tokenizer_of("full") is tokenizer
+    assert client.engine.tokenizer_of("unknown") is tokenizer

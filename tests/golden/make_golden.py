@@ -26,6 +26,7 @@ from transformers import (
     Gemma3Config,
     Gemma3TextConfig,
     GemmaConfig,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     LlavaConfig,
@@ -72,6 +73,14 @@ YARN_ROPE = {
     **THETA,
 }
 YARN_OPTIONS = {"mscale": 1.0, "mscale_all_dim": 0.5, "beta_fast": 8.0, "truncate": False}
+# Six of a head's eight components rotate. The tokens below are fewer, or more, than the length up
+# to which the first list counts.
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.1, 1.3],
+    "long_factor": [1.0, 2.5, 9.0],
+    **THETA,
+}
 VISION = {
     "hidden_size": 16,
     "intermediate_size": 16,
@@ -143,6 +152,26 @@ CASES: dict[str, PretrainedConfig] = {
         vision_config=CLIPVisionConfig(**VISION).to_dict(),
         image_token_index=99,
     ),
+    **{
+        f"phi3_{name}": Phi3Config(
+            **TINY,
+            pad_token_id=0,
+            partial_rotary_factor=0.75,
+            original_max_position_embeddings=original,
+            rope_parameters=LONGROPE,
+        )
+        for name, original in (("short", 64), ("long", 16))
+    },
+    "gpt_oss": GptOssConfig(
+        **TINY,
+        pad_token_id=0,
+        head_dim=16,
+        sliding_window=7,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        swiglu_limit=0.5,
+        rope_parameters={**YARN_ROPE, "truncate": False},
+    ),
 }
 """Its place decides a case's seed: new ones go to the end."""
 TOKENS = 32
@@ -158,7 +187,7 @@ def randomise(model: torch.nn.Module, generator: torch.Generator) -> None:
         if name.endswith("norm.weight"):
             # Gemma multiplies by 1 + weight.
             value = ("gemma" not in model.config.model_type) + 0.2 * noise
-        elif name.endswith("bias"):
+        elif name.endswith(("bias", "sinks")):
             value = 0.3 * noise
         else:
             value = noise * parameter.shape[-1] ** -0.5

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from pshare_jax.kernels.backends import BACKEND_NAMES
 from pshare_jax.kernels.experts.api import BACKENDS, experts
+from pshare_jax.kernels.experts.gating import Biases
 from pshare_jax.sharding.rules import sharding_for
 
 EMBED, UNITS = 24, 16
@@ -82,6 +83,49 @@ def test_a_mesh_computes_the_same(backend, axes):
     placed = [jax.device_put(a, s) for a, s in zip(operands, shardings, strict=True)]
     out = jax.jit(functools.partial(experts, mesh=mesh, backend=backend))(*placed)
     np.testing.assert_allclose(out, by_definition(*operands), atol=1e-5)
+
+
+LIMIT = 0.5
+
+
+def biased_arguments(tokens: int, count: int, per_token: int):
+    """The same, and a bias for each product."""
+    rng = np.random.default_rng(tokens)
+    shapes = ((count, UNITS), (count, UNITS), (count, EMBED))
+    biases = Biases(*(jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes))
+    return arguments(tokens, count, per_token), biases
+
+
+def biased_by_definition(operands, biases):
+    """gpt-oss's gate, one token and one expert at a time, in float64."""
+    x, weights, chosen, gate, up, down = (np.asarray(a, np.float64) for a in operands)
+    of_gate, of_up, of_down = (np.asarray(b, np.float64) for b in biases)
+    out = np.zeros(x.shape)
+    for n, i in np.ndindex(*chosen.shape):
+        of = int(chosen[n, i])
+        a = np.minimum(x[n] @ gate[of] + of_gate[of], LIMIT)
+        b = np.clip(x[n] @ up[of] + of_up[of], -LIMIT, LIMIT)
+        hidden = a / (1 + np.exp(-1.702 * a)) * (b + 1)
+        out[n] += weights[n, i] * (hidden @ down[of] + of_down[of])
+    return out
+
+
+@pytest.mark.parametrize("backend", ["ragged_dot", "xla", "reference", "pallas_tpu_interpret"])
+def test_biases_and_a_bounded_gate(backend):
+    operands, biases = biased_arguments(70, 4, 2)
+    compute = jax.jit(functools.partial(experts, limit=LIMIT, backend=backend))
+    out = compute(*operands, biases=biases)
+    np.testing.assert_allclose(out, biased_by_definition(operands, biases), atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["ragged_dot", "xla"])
+def test_on_a_mesh_each_bias_is_added_once(backend):
+    axes = {"expert": 2, "tensor": 2}
+    mesh = Mesh(np.asarray(jax.devices()[:4]).reshape(2, 2), tuple(axes))
+    operands, biases = biased_arguments(7, 8, 3)
+    compute = jax.jit(functools.partial(experts, limit=LIMIT, mesh=mesh, backend=backend))
+    out = compute(*operands, biases=biases)
+    np.testing.assert_allclose(out, biased_by_definition(operands, biases), atol=1e-5)
 
 
 def test_the_backend_for_training_has_gradients():

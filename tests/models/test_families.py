@@ -97,6 +97,7 @@ def test_configurations_come_back_from_json(architecture):
         ("smollm3", None),
         ("granite", None),
         ("mixtral", "experts"),
+        ("gpt_oss", "experts"),
         ("olmo2", "no norms before blocks"),
         ("phi3", None),
         ("llama", None),

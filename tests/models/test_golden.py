@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from pshare_jax.convert import names
 from pshare_jax.models.attention import CausalAttention
 from pshare_jax.models.decoder import bind
+from pshare_jax.models.hf_fields import with_long_factors
 from pshare_jax.models.registry import config_from_hf
 from pshare_jax.models.text_part import text_names
 from pshare_jax.models.weights import weight_specs
@@ -20,9 +21,14 @@ from tests.golden import CASES, GOLDEN
 from tests.helpers import FAMILIES
 
 
+def config_of(case):
+    hf = json.loads((GOLDEN / f"{case}.json").read_text())
+    return config_from_hf(with_long_factors(hf) if case == "phi3_long" else hf)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_logits_equal_transformers(case):
-    config = config_from_hf(json.loads((GOLDEN / f"{case}.json").read_text()))
+    config = config_of(case)
     tensors = load_file(GOLDEN / f"{case}.safetensors")
     expected = tensors.pop("golden.logits")
     tokens = jnp.asarray(tensors.pop("golden.input_ids"), jnp.int32)
@@ -44,11 +50,15 @@ def test_logits_equal_transformers(case):
 
 def test_the_cases_differ_where_they_should():
     """The golden files exercise what they are there for."""
-    configs = {
-        case: config_from_hf(json.loads((GOLDEN / f"{case}.json").read_text())) for case in CASES
-    }
+    configs = {case: config_of(case) for case in CASES}
     tokens = load_file(GOLDEN / "mistral.safetensors")["golden.input_ids"].shape[1]
     assert {config.architecture for config in configs.values()} == set(FAMILIES)
+    short, long = configs["phi3_short"], configs["phi3_long"]
+    assert short.rope_fraction == long.rope_fraction == 0.75
+    assert short.max_position_embeddings == 64
+    assert long.max_position_embeddings == 512
+    assert long.rope_scaling.original_max_position_embeddings < tokens
+    assert long.rope_scaling.factors == (1.0, 2.5, 9.0)
     for case in ("gemma2", "gemma3", "qwen2_windows", "phi3"):
         windows = [spec.sliding_window for spec in configs[case].layer_specs]
         assert min(window for window in windows if window) < tokens

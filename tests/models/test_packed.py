@@ -29,7 +29,10 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
 CONFIGS = {
     **{name: tiny_config(architecture=name) for name in ARCHITECTURES},
-    **{name: tiny_config(architecture=name) for name in ("gemma2", "gemma3", "smollm3", "granite")},
+    **{
+        name: tiny_config(architecture=name)
+        for name in ("gemma2", "gemma3", "smollm3", "granite", "phi3")
+    },
     "odd sizes": tiny_config(hidden_size=51, intermediate_size=77, vocab_size=131, head_dim=10),
     "more than one panel of everything": tiny_config(
         architecture="qwen2", hidden_size=96, intermediate_size=200, num_heads=6, head_dim=48

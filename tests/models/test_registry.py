@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
 from pshare_jax.errors import CheckpointError
+from pshare_jax.models.config import config_from_json, config_to_json
+from pshare_jax.models.family import uses_long_factors
+from pshare_jax.models.fingerprint import prefill_fingerprint
+from pshare_jax.models.hf_fields import with_long_factors
 from pshare_jax.models.registry import config_from_hf, config_to_hf
-from pshare_jax.models.rope import Llama3RopeScaling
+from pshare_jax.models.rope import Llama3RopeScaling, LongRopeScaling
 from tests.golden import CASES, GOLDEN
 from tests.helpers import ARCHITECTURES, tiny_config
 
@@ -23,6 +28,13 @@ LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
+}
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.5],
+    "long_factor": [2.0, 3.0],
+    "original_max_position_embeddings": 64,
 }
 
 
@@ -76,6 +88,28 @@ def test_absent_fields_have_the_architectures_defaults():
     assert (qwen3.head_dim, qwen3.qkv_bias, qwen3.qk_norm) == (128, False, True)
 
 
+def test_longrope_goes_by_the_list_that_is_asked_for():
+    hf = {
+        **MINIMAL,
+        "architectures": ["Phi3ForCausalLM"],
+        "partial_rotary_factor": 0.25,
+        "original_max_position_embeddings": 4096,
+        "max_position_embeddings": 131072,
+        "rope_scaling": LONGROPE | {"original_max_position_embeddings": 99},
+    }
+    short, long = config_from_hf(hf), config_from_hf(with_long_factors(hf))
+    assert short.rope_fraction == long.rope_fraction == 0.25
+    factor = math.sqrt(1 + math.log(32) / math.log(4096))
+    assert short.rope_scaling == LongRopeScaling((1.0, 1.5), pytest.approx(factor), 4096)
+    assert long.rope_scaling == LongRopeScaling((2.0, 3.0), pytest.approx(factor), 4096)
+    assert (short.max_position_embeddings, long.max_position_embeddings) == (4096, 131072)
+    assert (uses_long_factors(short), uses_long_factors(long)) == (False, True)
+    for config in (short, long):
+        assert config_from_hf(config_to_hf(config)) == config
+        assert config_from_json(config_to_json(config)) == config
+    assert prefill_fingerprint(short, {}, "t") != prefill_fingerprint(long, {}, "t")
+
+
 def test_sliding_windows():
     cases = [
         ("MistralForCausalLM", {"sliding_window": None}, None),
@@ -122,10 +156,23 @@ def test_sliding_windows():
             {"architectures": ["Gemma3ForCausalLM"], "use_bidirectional_attention": True},
             "use_bidirectional_attention is True",
         ),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings"),
-        ({"rope_scaling": {"type": "longrope"}}, "rope_scaling.rope_type is 'longrope'"),
+        ({"rope_scaling": {"type": "mrope"}}, "rope_scaling.rope_type is 'mrope'; supported are"),
+        (
+            {"rope_scaling": {"type": "longrope", "original_max_position_embeddings": 64}},
+            "rope_scaling.short_factor is missing",
+        ),
+        ({"rope_scaling": {**LONGROPE, "long_factor": [1, 0]}}, "long_factor is .*must hold pos"),
+        ({"rope_scaling": LONGROPE}, "longrope has 2 factors, but 8 components rotate"),
+        (
+            {"architectures": ["Phi3ForCausalLM"], "partial_rotary_factor": 0.2},
+            "partial_rotary_factor is 0.2: 3 of a head's 16 components",
+        ),
+        (
+            {"architectures": ["Phi3ForCausalLM"], "rope_scaling": {"type": "linear", "factor": 2}},
+            "rope_scaling.rope_type is 'linear'; of Phi-3",
+        ),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
         ({"rope_scaling": {"type": "dynamic", "factor": -1.0}}, "rope_scaling.factor is -1.0"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling.factor is missing"),

@@ -11,6 +11,7 @@ import pytest
 from pshare_jax.models.rope import (
     LinearRopeScaling,
     Llama3RopeScaling,
+    LongRopeScaling,
     Rope,
     YarnRopeScaling,
     apply_rope,
@@ -76,6 +77,18 @@ def test_yarn_keeps_fast_and_divides_slow_components():
     np.testing.assert_allclose(cos**2 + sin**2, size**2, rtol=1e-5)
 
 
+def test_a_part_of_a_head_may_rotate():
+    rope = Rope(1e4, LongRopeScaling((1.0, 2.0, 4.0), 1.5, 64), 0.75)
+    plain = 1e4 ** -(np.arange(3) / 3)
+    frequencies = rope_frequencies(rope, 8)
+    np.testing.assert_allclose(frequencies, plain / [1, 2, 4], rtol=1e-6)
+    x = np.random.default_rng(0).standard_normal((1, 1, 1, 8)).astype(np.float32)
+    rotated = np.asarray(apply_rope(jnp.asarray(x), rope_table(rope, 8, jnp.asarray([[5]]))))
+    np.testing.assert_array_equal(rotated[..., 6:], x[..., 6:])
+    first = complex(x[0, 0, 0, 1], x[0, 0, 0, 4]) * np.exp(5j * frequencies[1]) * 1.5
+    np.testing.assert_allclose(rotated[0, 0, 0, [1, 4]], [first.real, first.imag], rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("factor", "mscale", "all_dim", "expected"),
     [
@@ -97,8 +110,9 @@ def test_yarn_attention_factors(factor, mscale, all_dim, expected):
         Llama3RopeScaling(8.0, 1.0, 4.0, 8192),
         LinearRopeScaling(2.0),
         YarnRopeScaling(4.0, 128, 1.2, truncate=False),
+        LongRopeScaling((1.0, 2.5), 1.2, 64),
     ],
-    ids=["none", "llama3", "linear", "yarn"],
+    ids=["none", "llama3", "linear", "yarn", "longrope"],
 )
 def test_scalings_come_back_from_json(scaling):
     assert scaling_from_json(scaling_to_json(scaling)) == scaling

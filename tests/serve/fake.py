@@ -72,6 +72,7 @@ class FakeOrchestrator:
     completed: list[str] = field(default_factory=list)
     loaded: list[tuple[str, Path, bool]] = field(default_factory=list)
     load_error: Exception | None = None
+    tokenizers: dict[str, Tokenizer] = field(default_factory=dict)
 
     def __post_init__(self):
         self.model_config = ModelConfig("llama", self.tokenizer.vocab_size + 8, 8, 8, 1, 1, 1, 8)
@@ -87,6 +88,9 @@ class FakeOrchestrator:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self.gate.set()
         self.start_gate.set()
+
+    def tokenizer_of(self, model: str) -> Tokenizer:
+        return self.tokenizers.get(model, self.tokenizer)
 
     def start(self) -> None:
         self.start_gate.wait()
@@ -241,7 +245,7 @@ class FakeOrchestrator:
             return
         stops = set(params.stop_token_ids)
         if not params.ignore_eos:
-            stops.update(self.tokenizer.eos_token_ids)
+            stops.update(self.tokenizer_of(running.request.model).eos_token_ids)
         token_ids, reason, stop_token = [], None, None
         while reason is None and len(token_ids) < self.tokens_per_event:
             token_id = running.script[min(running.sent, len(running.script) - 1)]

@@ -53,7 +53,8 @@ def decoder_layer(
         pages: `[num_pages, 2, kv_heads, page_size, head_dim]` of the weights' dtype; in place when
             donated to the surrounding jit.
         rows: where the tokens live.
-        rope: cosine and sine, each `[B, T, 1, head_dim / 2]` float32.
+        rope: cosine and sine, each `[B, T, 1, R / 2]` float32; the first R components of a head
+            rotate.
         layer: number of the layer.
         layers: the weights of all layers.
         adapters: LoRA modules, if any.

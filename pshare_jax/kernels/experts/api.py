@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 
 from pshare_jax.kernels.backends import select_backend
 from pshare_jax.kernels.experts import grouped, reference, tiles
+from pshare_jax.kernels.experts.gating import Biases
 from pshare_jax.kernels.experts.over_mesh import over_mesh
 
 BACKENDS = {
@@ -31,6 +32,8 @@ def experts(
     up: jax.Array,
     down: jax.Array,
     *,
+    biases: Biases | None = None,
+    limit: float | None = None,
     mesh: Mesh | None = None,
     backend: str = "auto",
 ) -> jax.Array:
@@ -46,6 +49,8 @@ def experts(
         gate: `[X, embed, mlp]` of x's dtype.
         up: like gate.
         down: `[X, mlp, embed]` of x's dtype.
+        biases: of the three products.
+        limit: see `gating.gated`.
         mesh: the mesh that the arrays live on, as `sharding/rules.py` lays them out; None for one
             device.
         backend: a key of `BACKENDS`, or `auto`.
@@ -57,4 +62,5 @@ def experts(
         ValueError: an unknown backend.
     """
     compute = select_backend("experts", BACKENDS, backend)
-    return compute(x, weights, chosen, gate, up, down, mesh=mesh).astype(x.dtype)
+    out = compute(x, weights, chosen, gate, up, down, biases=biases, limit=limit, mesh=mesh)
+    return out.astype(x.dtype)

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pshare_jax.kernels.experts.gating import Biases, gated
+
 TILE = 128
 """Rows, inputs and outputs of one step of the Pallas kernel, at most."""
 
@@ -62,11 +64,21 @@ def _experts(
     gate: jax.Array,
     up: jax.Array,
     down: jax.Array,
+    biases: Biases | None = None,
+    limit: float | None = None,
 ) -> jax.Array:
     rows = sort_by_expert(chosen, gate.shape[0])
     inputs = x[rows.token]
-    hidden = jax.nn.silu(product(inputs, gate, rows.sizes)) * product(inputs, up, rows.sizes)
-    outputs = product(hidden.astype(x.dtype), down, rows.sizes)
+    of_gate, of_up, of_down = biases or (None,) * 3
+
+    def biased(a: jax.Array, kernels: jax.Array, bias: jax.Array | None) -> jax.Array:
+        out = product(a, kernels, rows.sizes)
+        if bias is None:
+            return out
+        return out + jnp.take(bias, rows.expert, axis=0, mode="clip").astype(jnp.float32)
+
+    hidden = gated(biased(inputs, gate, of_gate), biased(inputs, up, of_up), limit)
+    outputs = biased(hidden.astype(x.dtype), down, of_down)
     return combine(outputs, weights, rows.place, chosen < gate.shape[0])
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pshare_jax.kernels.experts.gating import Biases, gated
 from pshare_jax.kernels.experts.grouped import combine, sort_by_expert
 
 MOST_ROWS = 64
@@ -23,6 +24,8 @@ def experts(
     gate: jax.Array,
     up: jax.Array,
     down: jax.Array,
+    biases: Biases | None = None,
+    limit: float | None = None,
 ) -> jax.Array:
     """See `api.experts`; float32."""
     num_experts, count = gate.shape[0], chosen.size
@@ -41,16 +44,21 @@ def experts(
     slot = jnp.where(rows.expert < num_experts, first_slot[expert] + within, slots)
     token = jnp.zeros(slots, jnp.int32).at[slot].set(rows.token, mode="drop")
 
-    def product(a: jax.Array, kernels: jax.Array, of: jax.Array) -> jax.Array:
+    of_gate, of_up, of_down = biases or (None,) * 3
+
+    def product(
+        a: jax.Array, kernels: jax.Array, bias: jax.Array | None, of: jax.Array
+    ) -> jax.Array:
         kernel = lax.dynamic_index_in_dim(kernels, of, keepdims=False)
         precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
-        return jnp.dot(a, kernel, precision=precision, preferred_element_type=jnp.float32)
+        out = jnp.dot(a, kernel, precision=precision, preferred_element_type=jnp.float32)
+        return out if bias is None else out + bias[of].astype(jnp.float32)
 
     def compute(i: jax.Array, out: jax.Array) -> jax.Array:
         of = jnp.searchsorted(ends, i, side="right").astype(jnp.int32)
         inputs = x[lax.dynamic_slice(token, (i * tile,), (tile,))]
-        hidden = jax.nn.silu(product(inputs, gate, of)) * product(inputs, up, of)
-        outputs = product(hidden.astype(x.dtype), down, of)
+        hidden = gated(product(inputs, gate, of_gate, of), product(inputs, up, of_up, of), limit)
+        outputs = product(hidden.astype(x.dtype), down, of_down, of)
         return lax.dynamic_update_slice(out, outputs, (i * tile, jnp.int32(0)))
 
     out = lax.fori_loop(0, ends[-1], compute, jnp.zeros((slots, x.shape[1]), jnp.float32))

@@ -16,6 +16,7 @@ def paged_attention(
     *,
     sliding_window: int | None,
     soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
     mesh: Mesh | None = None,
 ) -> jax.Array:
     """See `api.paged_attention`; everything in float32."""
@@ -44,7 +45,12 @@ def paged_attention(
     scores = jnp.where(visible[:, None], scores, -jnp.inf)
     # A query that sees nothing (padding) has weights 0 and output 0.
     highest = jnp.max(scores, axis=-1, keepdims=True, initial=jnp.finfo(jnp.float32).min)
+    own = 0.0
+    if sinks is not None:
+        sink = sinks.astype(jnp.float32)[None, :, None, None]
+        highest = jnp.maximum(highest, sink)
+        own = jnp.exp(sink - highest)
     weights = jnp.exp(scores - highest)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
+    total = jnp.sum(weights, axis=-1, keepdims=True) + own
     weights = weights / jnp.where(total == 0.0, 1.0, total)
     return jnp.einsum("bhtj,bhjd->bthd", weights, v, precision="highest").astype(q.dtype)

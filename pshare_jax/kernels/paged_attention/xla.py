@@ -38,6 +38,7 @@ def paged_attention(
     *,
     sliding_window: int | None,
     soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
     mesh: Mesh | None = None,
 ) -> jax.Array:
     """See `api.paged_attention`."""
@@ -57,6 +58,12 @@ def paged_attention(
     q = jnp.pad(q, ((0, 0), (0, tiles * tile - T), (0, 0), (0, 0)))
     q = q.reshape(B, tiles, tile, KH, G, D).transpose(0, 1, 3, 2, 4, 5)
     q = q.reshape(B * tiles, KH, M, D)
+    # A sink is a score that has been seen before all others, with nothing to give.
+    highest, seen_before = jnp.full((KH, M, 1), MASKED, jnp.float32), 0.0
+    if sinks is not None:
+        of_heads = sinks.astype(jnp.float32).reshape(KH, 1, G)
+        highest = jnp.broadcast_to(of_heads, (KH, tile, G)).reshape(KH, M, 1)
+        seen_before = 1.0
     offset = jnp.repeat(jnp.arange(tile, dtype=jnp.int32), G)[:, None]
 
     def attend_tile(index: jax.Array, out: jax.Array) -> jax.Array:
@@ -99,8 +106,8 @@ def paged_attention(
             return new_highest, total, acc * rescale + update
 
         init = (
-            jnp.full((KH, M, 1), MASKED, jnp.float32),
-            jnp.zeros((KH, M, 1), jnp.float32),
+            highest,
+            jnp.full((KH, M, 1), seen_before, jnp.float32),
             jnp.zeros((KH, M, D), jnp.float32),
         )
         _, total, acc = lax.fori_loop(first // block, last_block, attend_block, init)

@@ -43,6 +43,7 @@ class Attention(nnx.Module):
 
         self.q_norm = norm("q_norm")
         self.k_norm = norm("k_norm")
+        self.sinks = nnx.Param(weights[f"{path}.sinks"]) if config.attention_sinks else None
         self.layer = layer
         self.rope = config.layer(layer).rope
         self.query_factor = query_factor(config)
@@ -67,7 +68,8 @@ class Attention(nnx.Module):
         if self.query_factor != 1.0:
             q = (q.astype(jnp.float32) * self.query_factor).astype(q.dtype)
         k, v = self.kv(x, ropes, adapters)
-        return self.o(attention.attend(self.layer, q, k, v), adapters)
+        sinks = () if self.sinks is None else (self.sinks[...],)
+        return self.o(attention.attend(self.layer, q, k, v, *sinks), adapters)
 
     def _rotated(self, x: jax.Array, ropes: RopeTables) -> jax.Array:
         return x if self.rope is None else apply_rope(x, ropes[self.rope])

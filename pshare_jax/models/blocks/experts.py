@@ -10,6 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from pshare_jax.kernels.experts.api import experts
+from pshare_jax.kernels.experts.gating import Biases
 from pshare_jax.kernels.matmul.api import matmul
 from pshare_jax.models.config import Experts
 from pshare_jax.models.weights import Weights
@@ -24,10 +25,12 @@ class ExpertsBackend:
 
 
 class Kernel(nnx.Module):
-    """One weight of a block."""
+    """One weight of a block, with its bias if it has one."""
 
     def __init__(self, path: str, weights: Weights):
         self.kernel = nnx.Param(weights[f"{path}.kernel"])
+        bias = weights.get(f"{path}.bias")
+        self.bias = None if bias is None else nnx.Param(bias)
 
 
 class ExpertsMLP(nnx.Module):
@@ -45,7 +48,10 @@ class ExpertsMLP(nnx.Module):
         """`[B, T, embed]` -> `[B, T, embed]`."""
         B, T, E = x.shape
         flat = x.reshape(B * T, E)
-        scores = jax.nn.softmax(matmul(flat, self.router.kernel[...], dtype=jnp.float32))
+        scores = matmul(flat, self.router.kernel[...], dtype=jnp.float32)
+        if self.router.bias is not None:
+            scores += self.router.bias[...].astype(jnp.float32)
+        scores = jax.nn.softmax(scores)
         weights, chosen = jax.lax.top_k(scores, self.about.per_token)
         if self.about.normalised:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
@@ -56,7 +62,14 @@ class ExpertsMLP(nnx.Module):
             self.gate.kernel[...],
             self.up.kernel[...],
             self.down.kernel[...],
+            biases=self._biases(),
+            limit=self.about.limit,
             mesh=self.backend.mesh,
             backend=self.backend.name,
         )
         return out.reshape(B, T, E)
+
+    def _biases(self) -> Biases | None:
+        kernels = (self.gate, self.up, self.down)
+        biases = [kernel.bias[...] for kernel in kernels if kernel.bias is not None]
+        return Biases(*biases) if biases else None

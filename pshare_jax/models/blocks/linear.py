@@ -6,13 +6,15 @@ one that multiplies, see `kernels/matmul`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from pshare_jax.kernels.matmul.api import matmul
 from pshare_jax.models.lora import Adapters
-from pshare_jax.models.weights import Weights
+from pshare_jax.models.weights import SCALE, Weights
 
 
 class RMSNorm(nnx.Module):
@@ -37,10 +39,15 @@ class RMSNorm(nnx.Module):
 
 
 class Projection(nnx.Module):
-    """A linear map with kernel `[*in, *out]`, an optional bias `[*out]`, and adapters on top."""
+    """A linear map with kernel `[*in, *out]`, an optional bias `[*out]`, and adapters on top.
+
+    A kernel of whole numbers has scales `[*out]`.
+    """
 
     def __init__(self, path: str, weights: Weights, backend: str, *, input_axes: int = 1):
         self.kernel = nnx.Param(weights[f"{path}.kernel"])
+        scale = weights.get(f"{path}.kernel{SCALE}")
+        self.kernel_scale = None if scale is None else nnx.Param(scale)
         bias = weights.get(f"{path}.bias")
         self.bias = None if bias is None else nnx.Param(bias)
         self.path = path
@@ -51,18 +58,24 @@ class Projection(nnx.Module):
         """`[B, T, *in]` -> `[B, T, *out]`; `adapters` add each row's own update."""
         update = None if adapters is None else adapters.update(self.path, x)
         alone = self.bias is None and update is None
-        y = matmul(
-            x,
-            self.kernel[...],
-            input_axes=self.input_axes,
-            dtype=x.dtype if alone else jnp.float32,
-            backend=self.backend,
-        )
+        y = self.product(x, x.dtype if alone else jnp.float32)
         if self.bias is not None:
             y += self.bias[...].astype(jnp.float32)
         if update is not None:
             y += update
         return y.astype(x.dtype)
+
+    def product(self, x: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+        """`[..., *in]` -> `[..., *out]` of `dtype`, without bias and adapters."""
+        scale = self.kernel_scale
+        y = matmul(
+            x,
+            self.kernel[...],
+            input_axes=self.input_axes,
+            dtype=dtype if scale is None else jnp.float32,
+            backend=self.backend,
+        )
+        return y if scale is None else (y * scale[...]).astype(dtype)
 
 
 class Embedding(nnx.Module):

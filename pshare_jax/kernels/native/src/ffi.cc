@@ -159,6 +159,7 @@ ffi::Error decoder_layer(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::
     layer.embed = call.dim(0, 2);
     layer.mlp = call.attr<int64_t>("mlp");
     layer.geometry = call.geometry(1, call.attr<int64_t>("heads"));
+    layer.rotated = 2 * call.dim(5, 3);
     layer.eps = call.attr<float>("eps");
     layer.query_factor = call.attr<float>("query_factor");
     layer.residual_scale = call.attr<float>("residual_scale");
@@ -170,6 +171,7 @@ ffi::Error decoder_layer(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::
     long number = call.attr<int64_t>("layer"), tokens = call.dim(0, 1);
     long vectors = call.dim(7, 1), matrices = call.dim(8, 1), factors = call.dim(9, 1);
     if (number < 0 || number >= call.dim(7, 0)) call.good("no such layer");
+    if (layer.rotated > layer.geometry.head_dim) call.good("more rotates than a head has");
     if (!call.good(problem(rows, tokens, layer.geometry, call.dim(1, 0))) ||
         !call.good(locate(layer, call.data<float>(7) + number * vectors, vectors,
                           call.data<E>(8) + number * matrices, matrices, call.attr<bool>("bias"),

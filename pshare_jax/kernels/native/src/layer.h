@@ -24,7 +24,7 @@ struct Adapter {
 
 template <class E>
 struct Layer {
-  long embed, mlp;
+  long embed, mlp, rotated;  // rotated: components of a head, its first; the others stay
   Geometry geometry;
   float eps;
   float query_factor, residual_scale;  // of rotated queries; of what is added to x
@@ -95,7 +95,7 @@ std::string locate_adapters(Layer<E>& l, const E* factors, long count, long batc
 template <class E>
 class LayerCall {
  public:
-  // x [batch * tokens, embed] is updated in place; cos and sin are [batch * tokens, head_dim / 2].
+  // x [batch * tokens, embed] is updated in place; cos and sin are [batch * tokens, rotated / 2].
   LayerCall(const Layer<E>& layer, const Rows& rows, long tokens, float* x, const float* cos,
             const float* sin, E* pages)
       : l_(layer), rows_(rows), g_(layer.geometry), x_(x), cos_(cos), sin_(sin), pages_(pages) {
@@ -235,7 +235,7 @@ class LayerCall {
   }
 
   void rotate_and_store(long r) {
-    long half = g_.head_dim / 2, b = row_[r], position = rows_.start[b] + r - first_[b];
+    long half = l_.rotated / 2, b = row_[r], position = rows_.start[b] + r - first_[b];
     const float *cos = cos_ + index_[r] * half, *sin = sin_ + index_[r] * half;
     float* all = qkv_ + r * qkv_panels_ * kPanel;
     auto rotate = [&](float* head, const float* scale) {
