@@ -6,6 +6,7 @@ Layers are unrolled: a scan over layers would pass the KV cache through its carr
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,9 @@ from pshare_jax.models.weights import (
     check_weights,
     weight_specs,
 )
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
 
 
 def rope_tables(config: ModelConfig, positions: jax.Array) -> RopeTables:
@@ -95,13 +99,13 @@ class Decoder(nnx.Module):
 
     def hidden(
         self,
-        tokens: jax.Array,
-        positions: jax.Array,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
         attention: AttentionIO,
         adapters: Adapters | None = None,
         *,
         remat: bool = False,
-    ) -> jax.Array:
+    ) -> Float[Array, "B T embed"]:
         """The last hidden states, after the final norm; KV of every layer goes to `attention`.
 
         Args:
@@ -122,7 +126,7 @@ class Decoder(nnx.Module):
             x = (jax.checkpoint(apply) if remat else apply)(x)
         return self.final_norm(x)
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
+    def logits(self, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
         """`[..., embed]` hidden states -> `[..., vocab]` float32 logits."""
         if self.lm_head is None:
             logits = self.embed.logits(hidden)
@@ -132,8 +136,8 @@ class Decoder(nnx.Module):
 
     def write_kv(
         self,
-        tokens: jax.Array,
-        positions: jax.Array,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
         attention: AttentionIO,
         adapters: Adapters | None = None,
     ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,9 @@ from pshare_jax.kernels.experts.api import experts
 from pshare_jax.kernels.matmul.api import matmul
 from pshare_jax.models.config import Experts
 from pshare_jax.models.weights import Weights
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class ExpertsMLP(nnx.Module):
         self.about = about
         self.backend = backend
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B T embed"]) -> Float[Array, "B T embed"]:
         """`[B, T, embed]` -> `[B, T, embed]`."""
         B, T, E = x.shape
         flat = x.reshape(B * T, E)
