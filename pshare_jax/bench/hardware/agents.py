@@ -57,9 +57,9 @@ def _sessions(scale: Scale, sharing: str) -> dict[str, Any]:
     model, dtype = scale.small, jnp.dtype(scale.dtype)
     calls = scale.agents * scale.turns
     room = calls * (scale.appended + scale.reply)
-    # Without sharing each model has its own pages of every context.
-    copies = 1 if sharing == SHARED else scale.agents
-    contexts = scale.sessions * (1 + copies)
+    # Without sharing each model has its own pages of every context. Both get as many, so that what
+    # is compiled for one is there for the other.
+    contexts = scale.sessions * (1 + scale.agents)
     config = engine_config(scale, scale.sessions, scale.context, room, contexts)
     names = [f"agent{i}" for i in range(scale.agents)]
     sources = [full_module(name, model, i + 1, dtype, sharing) for i, name in enumerate(names)]

@@ -87,7 +87,7 @@ class Scale:
     alone: bool = True
     context: int = 4096
     chunk: int = 512
-    window: int = 48
+    window: int = 64
     pages: int = 64
     codec_pages: int = 16
     agents: int = 4
@@ -111,7 +111,7 @@ TINY = Scale(
     alone=False,
     context=64,
     chunk=32,
-    window=2,
+    window=8,
     pages=4,
     codec_pages=2,
     agents=2,
