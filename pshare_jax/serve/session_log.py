@@ -56,7 +56,7 @@ class SessionLog:
             return
         with self._lock:
             session = self._sessions.setdefault(
-                key, _Session(request.session.id, request.owner.name)
+                key, _Session(request.session.id, request.owner.key)
             )
             session.calls[request.model] += 1
             session.running += 1

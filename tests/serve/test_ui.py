@@ -133,7 +133,7 @@ def test_the_stream_shows_what_happens(client, quick):
 
 def test_the_stream_shows_sessions(client, quick):
     script(client.engine, "xyz")
-    body = {"model": "planner", "prompt": "hello there", "max_tokens": 5}
+    body = {"model": "planner", "prompt": "hello there and once more", "max_tokens": 5}
     with watching(client) as following:
         assert following("sessions")["sessions"] == []
         assert client.complete(**body).status == 200  # which names none
