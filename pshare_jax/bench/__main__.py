@@ -45,6 +45,8 @@ from pshare_jax.bench import (
 )
 from pshare_jax.bench import compile as compile_bench
 from pshare_jax.bench.fleet import command as fleet
+from pshare_jax.bench.hardware import report as hardware_report
+from pshare_jax.bench.hardware import run as hardware
 from pshare_jax.bench.plan import command as plan
 from pshare_jax.bench.plan import plots as plan_plots
 from pshare_jax.bench.plan import report as plan_report
@@ -145,6 +147,12 @@ _PLAIN = {
         starve.run,
         starve.lines,
     ),
+    "hardware": _Plain(
+        "What this machine's accelerator does: kernels, serving, transfers; minutes.",
+        hardware.HardwareOptions,
+        hardware.run,
+        hardware_report.lines,
+    ),
 }
 
 # Columns of a table that goes into a file or a pipe.
@@ -244,6 +252,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The figures first: plots can be drawn again.
         keep(result)
         if arguments.command == "soak" and not all(v["kept"] for v in result["verdicts"].values()):
+            return 1
+        if arguments.command == "hardware" and hardware.failed(result):
             return 1
         if plots is not None:
             draws[arguments.command](result, Path(plots))

@@ -27,6 +27,9 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """XLA's description of an H100 SXM, which the CUDA compiler takes in place of a device."""
 
 
+_CUDA = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
+
+
 @dataclass(frozen=True)
 class Accelerator:
     """One kind of machine, and how its devices are divided.
@@ -64,10 +67,10 @@ class Accelerator:
         Raises:
             ConfigError: the platform's compiler is not installed.
         """
-        package = "libtpu" if self.platform == "tpu" else "jax_plugins.xla_cuda12"
-        if not _is_installed(package):
+        packages = ("libtpu",) if self.platform == "tpu" else _CUDA
+        if not any(map(_is_installed, packages)):
             raise ConfigError(
-                f"{self.name}: its compiler, {package}, is not installed; `make test-compile` "
+                f"{self.name}: its compiler, {packages[0]}, is not installed; `make test-compile` "
                 "sets up an environment that has it"
             )
         from jax.experimental import topologies
@@ -95,6 +98,13 @@ ACCELERATORS = {
         Accelerator("h100", "cuda", "1x1x2", 1, 1, 84942979072, 3352e9, 989e12, 450e9),
     )
 }
+
+
+IRONWOOD = Accelerator(
+    "tpu7x:2x2x1", "tpu", "tpu7x:2x2x1", 4, 4, 94.75 * 2**30, 3690e9, 1153e12, 300e9
+)
+"""The newest TPU: two devices a chip, to each of which half of the chip's figures belong. Tests
+compile for it; it is in no table yet."""
 
 
 def prepare() -> None:

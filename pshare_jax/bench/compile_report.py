@@ -29,6 +29,7 @@ accelerator, and no figure is a measured speed. `--merge` keeps the rows of earl
 
 On a machine with a TPU, `python -m pytest tests/kernels/test_on_hardware.py -m tpu --platform tpu`
 checks the kernels' numbers there; on one with an NVIDIA GPU, `-m gpu --platform cuda`.
+[`bench hardware`](hardware.md) measures such a machine.
 """
 _STEPS = """\
 Prefill chunk: {chunk} tokens, the last of a prompt of {context}. Decode step: {batch} rows at

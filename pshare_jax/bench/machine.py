@@ -8,6 +8,8 @@ import platform
 from pathlib import Path
 from typing import Any
 
+import pshare_jax
+
 PACKAGES = ("pshare_jax", "jax", "jaxlib", "flax", "numpy")
 _VECTORS = {"avx512_bf16": "AVX512-BF16", "avx512f": "AVX-512", "avx2": "AVX2"}
 """Flags of /proc/cpuinfo, best first: CPUs of one name may differ, and so do their figures."""
@@ -23,7 +25,7 @@ def describe() -> dict[str, Any]:
         "memory_gib": round(_memory_bytes() / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "packages": {name: _version(name) for name in PACKAGES},
     }
 
 
@@ -53,6 +55,12 @@ def cpu_model(info: str) -> str:
     vectors = next((name for flag, name in _VECTORS.items() if flag in flags), None)
     name = facts.get("model name", "")
     return f"{name} with {vectors}" if name and vectors else name
+
+
+def _version(package: str) -> str:
+    if package == "pshare_jax":
+        return pshare_jax.__version__  # which may be a checkout that is not installed
+    return importlib.metadata.version(package)
 
 
 def _cpu() -> str:

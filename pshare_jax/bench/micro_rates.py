@@ -75,17 +75,20 @@ class Rates:
                 rates[name].append(length / (time.perf_counter() - started))
         return rates
 
-    def decode(self, context: int, models: Sequence[str]) -> dict[str, list[float]]:
+    def decode(
+        self, context: int, models: Sequence[str], *, one_prompt: bool = False
+    ) -> dict[str, list[float]]:
         """Generated tokens a second of all rows, one row for each of `models` (names that a target
-        knows), of each target one a repeat.
+        knows), of each target one a repeat. With `one_prompt` all rows have the same.
 
         Raises:
             BenchmarkError: rows end within a window, which would then count too little.
         """
-        prompts = [self._prompt(context) for _ in models]
+        count = 1 if one_prompt else len(models)
+        prompts = [self._prompt(context) for _ in range(count)] * (len(models) // count)
         rates: dict[str, list[float]] = {name: [] for name in self._targets}
         for target in self._targets.values():
-            for prompt in prompts:  # their KV is cached from here on
+            for prompt in prompts[:count]:  # their KV is cached from here on
                 target.submit(prompt, 1, MODEL)
                 _until_end(target)
         for _ in range(self._repeats):

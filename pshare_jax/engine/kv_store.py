@@ -106,6 +106,7 @@ class EngineStore:
         self._config = config
         self._layout = layout
         self._workers = workers
+        self._ends: list[WorkerEnd] = []
         self._tokens = _calibration_tokens(workers[0], tokenizer)
         self._sample = prompt_pages(workers[0], self._tokens)
         shape, dtype = page_shape(layout), np.dtype(layout.dtype)
@@ -136,13 +137,15 @@ class EngineStore:
         for worker in self._workers:
             programs, name = worker.executor.programs, worker.name
             root = store_root(self._layout, programs.spec.backend, programs.staging.mesh.size)
-            worker.executor.store = WorkerEnd(
+            end = WorkerEnd(
                 programs,
                 worker.executor.pool,
                 self.service,
                 root,
                 lambda message, name=name: send(name, message),
             )
+            self._ends.append(end)
+            worker.executor.store = end
             ids = (secrets.randbits(63) for _ in itertools.count())
             client = StoreClient(worker.cache, self.prices, ids)
             if self._config.prefetch == "next-agent":
@@ -154,6 +157,10 @@ class EngineStore:
         """What each worker has asked for, and what each tier has done."""
         asked = {w.name: dict(vars(w.core.store.stats)) for w in self._workers if w.core.store}
         return asked, self.service.stats()
+
+    def held(self, keys: Sequence[bytes]) -> dict[str, list[bool]]:
+        """Which pages of prefill workers each tier has; from any thread."""
+        return self.service.held(self._ends[0].store_keys(keys)) if self._ends else {}
 
     def close(self) -> None:
         """Writes what was to be written, and leaves the pools; the workers have stopped."""

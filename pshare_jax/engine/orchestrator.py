@@ -273,7 +273,8 @@ class Orchestrator(Front):
 
     def sharing_map(self) -> SharingMap:
         """What the pools hold, who computed it and who reads it now: see `core.pages`."""
-        return sharing_map(self.caches, {w.name: w.core.readers() for w in self.workers.decode})
+        readers = {w.name: w.core.readers() for w in self.workers.decode}
+        return sharing_map(self.caches, readers, self.store.held if self.store else None)
 
     def _is_served(self, model: str) -> bool:
         """Whether there are workers left that can cover prompts and generate for a model."""

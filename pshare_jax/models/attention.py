@@ -8,20 +8,25 @@ or in an engine's pages.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from pshare_jax.models.config import ModelConfig
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float, Int
+
 KV = tuple[jax.Array, jax.Array]
 """Keys and values of one layer, each `[B, S, kv_heads, head_dim]`."""
 
 
 def causal_mask(
-    query_positions: jax.Array, key_positions: jax.Array, sliding_window: int | None
-) -> jax.Array:
+    query_positions: Int[Array, "*batch T"],
+    key_positions: Int[Array, " S"],
+    sliding_window: int | None,
+) -> Bool[Array, "*batch T S"]:
     """True where a query may look: `[..., T]` and `[S]` int32 positions -> `[..., T, S]` bool.
 
     A query sees keys at its own and earlier positions; with a sliding window only the
@@ -35,13 +40,13 @@ def causal_mask(
 
 
 def dense_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: jax.Array,
+    q: Float[Array, "B T heads head_dim"],
+    k: Float[Array, "B S kv_heads head_dim"],
+    v: Float[Array, "B S kv_heads head_dim"],
+    mask: Bool[Array, "B T S"] | Bool[Array, "T S"],
     soft_cap: float | None = None,
-    sinks: jax.Array | None = None,
-) -> jax.Array:
+    sinks: Float[Array, heads] | None = None,
+) -> Float[Array, "B T heads head_dim"]:
     """Scaled dot-product attention with grouped KV heads; scores and softmax in float32.
 
     Args:

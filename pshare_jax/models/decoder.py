@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,9 @@ from pshare_jax.models.weights import (
     check_weights,
     weight_specs,
 )
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
 
 
 def rope_tables(config: ModelConfig, positions: jax.Array) -> RopeTables:
@@ -97,13 +101,13 @@ class Decoder(nnx.Module):
 
     def hidden(
         self,
-        tokens: jax.Array,
-        positions: jax.Array,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
         attention: AttentionIO,
         adapters: Adapters | None = None,
         *,
         remat: Callable[[Apply], Apply] | None = None,
-    ) -> jax.Array:
+    ) -> Float[Array, "B T embed"]:
         """The last hidden states, after the final norm; KV of every layer goes to `attention`.
 
         Args:
@@ -125,15 +129,15 @@ class Decoder(nnx.Module):
             x = (apply if remat is None else remat(apply))(x)
         return self.final_norm(x)
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
+    def logits(self, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
         """`[..., embed]` hidden states -> `[..., vocab]` float32 logits."""
         head = self.embed.logits if self.lm_head is None else self.lm_head.product
         return scaled_logits(self.config, head(hidden))
 
     def write_kv(
         self,
-        tokens: jax.Array,
-        positions: jax.Array,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
         attention: AttentionIO,
         adapters: Adapters | None = None,
     ) -> None:

@@ -8,7 +8,7 @@ module's part, and the B factors of all modules map that back: two dense product
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,9 @@ import jax.numpy as jnp
 from pshare_jax.errors import CheckpointError
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.weights import LORA_TARGETS, Weights, lora_specs
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
 
 
 class LoraModule(NamedTuple):
@@ -36,14 +39,16 @@ class Adapters:
         row_index: `[B]` int32, index of each row's adapter; -1 for none.
     """
 
-    def __init__(self, weights: Weights, row_index: jax.Array):
+    def __init__(self, weights: Weights, row_index: Int[Array, " B"]):
         self._weights = weights
         a = next((a for name, a in weights.items() if name.endswith(".lora_a")), None)
         one_hot = jax.nn.one_hot(row_index, 0 if a is None else a.shape[-2], dtype=jnp.float32)
         self._mask = one_hot[:, None, :, None]
         self._adapted = row_index >= 0
 
-    def update(self, path: str, x: jax.Array) -> jax.Array | None:
+    def update(
+        self, path: str, x: Float[Array, "B T *inputs"]
+    ) -> Float[Array, "B T *outputs"] | None:
         """What the adapters add to projection `path`: `[B, T, *in]` -> `[B, T, *out]` float32.
 
         None when no adapter targets that projection.

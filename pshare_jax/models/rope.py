@@ -11,11 +11,14 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
 
 RopeTable = tuple[jax.Array, jax.Array]
 """Cosine and sine of every angle, each `[B, T, 1, R / 2]` float32, where R components of a head
@@ -193,7 +196,7 @@ def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
     return rope.scaling.frequencies(rope.theta, rotated).astype(np.float32)
 
 
-def rope_table(rope: Rope, head_dim: int, positions: jax.Array) -> RopeTable:
+def rope_table(rope: Rope, head_dim: int, positions: Int[Array, "*batch T"]) -> RopeTable:
     """Cosine and sine of every angle, times the attention factor, for positions `[B, T]`.
 
     One table serves all layers of a forward pass that rotate alike.
@@ -205,13 +208,15 @@ def rope_table(rope: Rope, head_dim: int, positions: jax.Array) -> RopeTable:
     return cos * rope.scaling.attention_factor, sin * rope.scaling.attention_factor
 
 
-def unrotated(head_dim: int, positions: jax.Array) -> RopeTable:
+def unrotated(head_dim: int, positions: Int[Array, "*batch T"]) -> RopeTable:
     """The table of no rotation at all, for positions `[B, T]`."""
     shape = (*positions.shape, 1, head_dim // 2)
     return jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
 
 
-def apply_rope(x: jax.Array, table: RopeTable) -> jax.Array:
+def apply_rope(
+    x: Float[Array, "*batch T heads head_dim"], table: RopeTable
+) -> Float[Array, "*batch T heads head_dim"]:
     """Rotates `x [B, T, heads, head_dim]` by `table`, in float32; the dtype of x is kept.
 
     Component i of the first half of what rotates is paired with component i of the second half.

@@ -257,7 +257,10 @@ async def generating(
     """
     with service.access.account(key).charge(job.prompt_tokens, job.most_generated) as charge:
         async with service.generation(requests) as generation:
-            with Run(service, job, generation) as run:
+            with (
+                Run(service, job, generation) as run,
+                service.sessions.call(requests[0], run.usage),
+            ):
                 charge.started = True
                 try:
                     yield run

@@ -16,10 +16,11 @@ from typing import Any
 import msgspec
 
 from pshare_jax.core.pages.sharing_map import SharingMap
-from pshare_jax.core.stats import EngineStats
+from pshare_jax.core.stats import EngineStats, TierStats
 from pshare_jax.errors import QueueFullError
 from pshare_jax.serve.engine_api import Engine
 from pshare_jax.serve.offload import Offload
+from pshare_jax.serve.session_log import SessionLog
 
 log = logging.getLogger(__name__)
 
@@ -34,12 +35,12 @@ MAX_WATCHERS = 16
 
 @dataclass(frozen=True)
 class _Look:
-    """What was seen: both as JSON. `map_number` counts the maps that differed from the last."""
+    """What was seen, as JSON. `changed` has events that are sent when they have changed: each with
+    the number of the look that first saw it so."""
 
     number: int
     state: bytes
-    map: bytes
-    map_number: int
+    changed: tuple[tuple[bytes, int], ...]
 
 
 class Live:
@@ -48,10 +49,12 @@ class Live:
     Args:
         engine: who is watched.
         offload: threads for the looking.
+        sessions: of the server.
     """
 
-    def __init__(self, engine: Engine, offload: Offload):
+    def __init__(self, engine: Engine, offload: Offload, sessions: SessionLog):
         self._engine = engine
+        self._sessions = sessions
         self._offload = offload
         self._watchers = 0
         self._task: asyncio.Task[None] | None = None
@@ -68,8 +71,8 @@ class Live:
     async def watch(self) -> AsyncGenerator[list[bytes], None]:
         """The events that a watcher has not seen yet, each JSON with a `type`.
 
-        `state` comes with every look, `map` with the first and when it has changed. A slow watcher
-        misses looks, and gets the newest. Ends when the server drains.
+        `state` comes with every look, `map` and `sessions` with the first and when they have
+        changed. A slow watcher misses looks, and gets the newest. Ends when the server drains.
 
         Raises:
             QueueFullError: too many watch.
@@ -80,13 +83,10 @@ class Live:
         try:
             if self._task is None:
                 self._task = asyncio.create_task(self._run())
-            number = map_number = 0
+            number = 0
             while (look := await self._newer_than(number)) is not None:
-                events = [look.state]
-                if look.map_number != map_number:
-                    events.append(look.map)
-                number, map_number = look.number, look.map_number
-                yield events
+                seen, number = number, look.number
+                yield [look.state, *(event for event, since in look.changed if since > seen)]
         finally:
             self._watchers -= 1
             if not self._watchers and self._task is not None:
@@ -119,12 +119,15 @@ class Live:
         """Looks at the engine; also gives the processor's seconds that it took."""
         started = time.thread_time()
         state = msgspec.json.encode(_state(self._engine))
-        sharing = msgspec.json.encode(_map_event(self._engine.sharing_map()))
-        number, map_number = (last.number, last.map_number) if last else (0, 0)
-        if last is None or sharing != last.map:
-            map_number += 1
-        look = _Look(number + 1, state, sharing, map_number)
-        return look, time.thread_time() - started
+        events = (
+            _map_event(self._engine.sharing_map()),
+            {"type": "sessions", "sessions": self._sessions.newest()},
+        )
+        number = last.number + 1 if last else 1
+        before = dict(last.changed) if last else {}
+        encoded = [msgspec.json.encode(event) for event in events]
+        changed = tuple((event, before.get(event, number)) for event in encoded)
+        return _Look(number, state, changed), time.thread_time() - started
 
 
 def _map_event(sharing: SharingMap) -> dict[str, Any]:
@@ -149,9 +152,24 @@ def _state(engine: Engine) -> dict[str, Any]:
                 "shared": pool.shared,
                 "cached": pool.cached,
                 "failed": engine.failed_workers.get(name),
+                "failed_transfers": stats.failed_transfers.get(name, 0),
             }
             for name, pool in stats.pools.items()
         },
+        "tiers": {name: _tier(tier) for name, tier in stats.tiers.items()},
+    }
+
+
+def _tier(tier: TierStats) -> dict[str, Any]:
+    return {
+        "slots": tier.slots,
+        "hits": tier.hits,
+        "missed": sum(tier.missed.values()),
+        "stored": tier.stored,
+        "refused": sum(tier.refused.values()),
+        "bytes_read": tier.bytes_read,
+        "bytes_written": tier.bytes_written,
+        "raw_bytes_written": tier.raw_bytes_written,
     }
 
 

@@ -10,8 +10,10 @@ from pathlib import Path
 import openai
 import pytest
 
+from pshare_jax.serve.process import running_server as running_server_process
 from pshare_jax.text.tokenizer import Tokenizer
 from tests.browser.chromium import browser
+from tests.e2e.conftest import write_config
 from tests.serve.fake import fake_config, fake_engine
 from tests.serve.server import running_server
 from tests.serve.test_completions import script
@@ -82,7 +84,56 @@ async def test_pages_become_shared(tiny_server, tmp_path):
         assert await page.evaluate(f"document.activeElement === {second}")
         figures = await page.text("#models")
         assert "planner" in figures
+        # No KV store, so nothing is said of one.
+        assert await page.evaluate("document.getElementById('tiers-table').hidden")
+        assert "0 on their way" in await page.text("#map-summary")
         assert page.problems == []
+
+
+async def test_sessions(tiny_server):
+    """Whatever a client calls its session is text, too."""
+    async with (
+        browser() as page,
+        openai.AsyncOpenAI(base_url=f"{tiny_server}/v1", api_key="none", max_retries=0) as api,
+    ):
+        await page.open(f"{tiny_server}/ui")
+        await page.until("document.getElementById('status').textContent === 'ready'")
+        assert await page.evaluate("document.getElementById('sessions-table').hidden")
+        for model in ("planner", "coder"):
+            extra = {"session_id": XSS, "ignore_eos": True}
+            await api.completions.create(
+                model=model, prompt=CONTEXT * 4 + "of a session", max_tokens=4, extra_body=extra
+            )
+        cells = "[...document.querySelectorAll('#sessions td')].map((cell) => cell.textContent)"
+        await page.until(f"{cells}[2] === 'planner, coder' && {cells}[3].endsWith(' ago')")
+        name, key, _, _, prompt, cached, shared, written = await page.evaluate(cells)
+        assert (name, key, written) == (XSS, "–", "8")
+        assert int(prompt) > int(cached.partition(" ")[0]) >= int(shared) > 0
+        assert await page.evaluate("document.querySelectorAll('#sessions img').length") == 0
+        assert await page.evaluate("window.hacked === undefined")
+        assert not await page.evaluate("document.getElementById('sessions-table').hidden")
+        assert page.problems == []
+
+
+async def test_tiers_of_the_store(tiny_folder, tmp_path):
+    """Pages that the store has are marked, and its table is there."""
+    store = {"path": str(tmp_path / "pool"), "bytes": 1 << 22}
+    config = write_config(tiny_folder, kv_store=store)
+    with running_server_process([f"--config={config}"]) as url:
+        async with (
+            browser() as page,
+            openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as api,
+        ):
+            await page.open(f"{url}/ui")
+            await page.until("document.getElementById('status').textContent === 'ready'")
+            await api.completions.create(model="planner", prompt=CONTEXT * 4, max_tokens=4)
+            label = "document.querySelector('#map .page')?.getAttribute('aria-label')"
+            await page.until(f"{label}?.includes('kept in shared memory')")
+            assert await page.evaluate("document.querySelectorAll('#map .page.kept').length > 4")
+            assert "in the KV store" in await page.text("#map-summary")
+            assert (await page.text("#tiers td")) == "shared memory"
+            assert not await page.evaluate("document.getElementById('tiers-table').hidden")
+            assert page.problems == []
 
 
 async def test_the_key_is_asked_for_and_kept(scripted):

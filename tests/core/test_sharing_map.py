@@ -124,3 +124,21 @@ def test_a_long_context_is_no_deep_recursion():
     hold(cache, tokens, "a" * len(tokens))
     (context,) = sharing_map({"prefill0": cache}, {}).contexts
     assert len(context.pages) == module.MAX_PAGES - 1
+
+
+def test_pages_that_the_store_has_name_its_tiers():
+    cache = PageCache(8, SIZE)
+    hold(cache, list(range(10)), "aaaaaaaaaa")
+    keys = block_keys(ROOT, list(range(10)), SIZE)
+    asked = []
+
+    def held(some):
+        asked.append(list(some))
+        return {"shared": [True, True], "disk": [key == keys[0] for key in some]}
+
+    (context,) = sharing_map({"prefill0": cache}, {}, held).contexts
+    assert [page.tiers for page in context.pages] == [["shared", "disk"], ["shared"], []]
+    # A page that is not full has no key.
+    assert asked == [keys]
+    assert sharing_map({"prefill0": PageCache(8, SIZE)}, {}, held).contexts == []
+    assert len(asked) == 1

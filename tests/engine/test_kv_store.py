@@ -138,6 +138,12 @@ def test_rule_2_oracle_with_a_store(tmp_path: Path, models: Models, connector: s
         assert stats.compiles == 0
         assert stats.tiers["shared"].hits > 30
         assert stats.tiers["disk"].stored > 10
+        shown = [page for c in client.engine.sharing_map().contexts for page in c.pages]
+        assert shown
+        # All was written that is full, and the disk has what was used twice.
+        assert all("shared" in page.tiers for page in shown if page.tokens == PAGE)
+        assert {tuple(page.tiers) for page in shown} <= {(), ("shared",), ("shared", "disk")}
+        assert any("disk" in page.tiers for page in shown)
 
 
 def test_a_restarted_engine_knows_what_it_has_computed(tmp_path: Path, models: Models) -> None:

@@ -6,6 +6,7 @@ jax itself depends on scipy, and flax on optax: those two are hidden from pshare
 import sys
 
 ABSENT = {"grain", "tensorboardX", "gguf", "matplotlib", "opentelemetry", "pyseccomp"}
+ABSENT |= {"jaxtyping", "beartype"}  # annotations are text, and checked by tests alone
 OF_OTHERS = {"optax", "scipy"}
 
 

@@ -13,6 +13,7 @@ from pshare_jax.errors import QueueFullError
 from pshare_jax.serve import live, ui
 from pshare_jax.serve.live import Live
 from pshare_jax.serve.offload import Offload
+from pshare_jax.serve.session_log import SessionLog
 from tests.serve.fake import fake_config, fake_engine
 from tests.serve.server import eventually, running_server
 from tests.serve.test_completions import script
@@ -113,19 +114,42 @@ def test_the_stream_shows_what_happens(client, quick):
         with client.raw_request("/v1/completions", body) as sock:
             shown = following("map")
             assert shown["contexts"][0]["pages"] == [
-                [4, [["planner", 4]], ["planner"], ["p"], False]
+                [4, [["planner", 4]], ["planner"], ["p"], False, []]
             ]
             client.engine.gate.set()
             assert sock.recv(100).startswith(b"HTTP/1.1 200")
             # A map that is the same is not sent again; this one is without a reader.
             (context,) = following("map")["contexts"]
-            assert context["pages"] == [[4, [["planner", 4]], [], ["p"], False]]
+            assert context["pages"] == [[4, [["planner", 4]], [], ["p"], False, []]]
         after = following("state")
         assert after["time"] > before["time"]
         planner = after["models"]["planner"]
         assert (planner["generated"], planner["running"]) == (5, 0)
         assert planner["computed"] > 0
         assert after["workers"]["prefill0"]["total"] == 99
+        assert after["workers"]["decode0"]["failed_transfers"] == 0
+        assert after["tiers"] == {}
+
+
+def test_the_stream_shows_sessions(client, quick):
+    script(client.engine, "xyz")
+    body = {"model": "planner", "prompt": "hello there and once more", "max_tokens": 5}
+    with watching(client) as following:
+        assert following("sessions")["sessions"] == []
+        assert client.complete(**body).status == 200  # which names none
+        assert client.complete(**body, session_id="<b>one").status == 200
+        for _ in range(20):  # when it began, and when it ended
+            (session,) = following("sessions")["sessions"]
+            if not session["running"]:
+                break
+        assert (session["id"], session["calls"]) == ("<b>one", {"planner": 1})
+        assert session["prompt"] > session["cached"] > 0
+        assert (session["shared"], session["generated"]) == (0, 4)
+        assert client.complete(**body | {"model": "coder"}, session_id="<b>one").status == 200
+        while session["running"] or session["calls"] != {"planner": 1, "coder": 1}:
+            (session,) = following("sessions")["sessions"]
+        assert session["shared"] > 0
+        assert session["last"] <= following("state")["time"]
 
 
 def test_draining_ends_the_stream(client, quick):
@@ -155,7 +179,7 @@ def test_nobody_looks_when_nobody_watches(client, quick):
 
 async def collect(engine, count: int) -> None:
     offload = Offload(1)
-    watched = Live(engine, offload)
+    watched = Live(engine, offload, SessionLog())
     try:
         async for _ in watched.watch():
             count -= 1
@@ -195,7 +219,7 @@ async def test_watchers_share_looks_and_are_limited(tokenizer, quick):
     see = engine.sharing_map
     engine.sharing_map = lambda: threads.add(threading.current_thread().name) or see()
     offload = Offload(1)
-    watched = Live(engine, offload)
+    watched = Live(engine, offload, SessionLog())
     watchers = [watched.watch() for _ in range(live.MAX_WATCHERS)]
     first = await asyncio.gather(*(anext(watcher) for watcher in watchers))
     assert all(events == first[0] for events in first)

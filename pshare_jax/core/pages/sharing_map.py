@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -37,6 +37,7 @@ class MapPage(msgspec.Struct, array_like=True, frozen=True):
         readers: models of running sequences that hold it, sorted.
         pools: workers in whose pools it lies, sorted; the first of those that share one.
         arriving: whether its contents are still on their way to a pool.
+        tiers: of the KV store that have it, too; nearest first.
     """
 
     tokens: int
@@ -44,6 +45,7 @@ class MapPage(msgspec.Struct, array_like=True, frozen=True):
     readers: list[str]
     pools: list[str]
     arriving: bool
+    tiers: list[str] = []
 
 
 class MapContext(msgspec.Struct, frozen=True):
@@ -76,7 +78,17 @@ class SharingMap(msgspec.Struct, frozen=True):
 class _Block:
     """One page's contents, wherever they lie."""
 
-    __slots__ = ("arriving", "children", "key", "node", "origins", "parent_key", "pools", "readers")
+    __slots__ = (
+        "arriving",
+        "children",
+        "key",
+        "node",
+        "origins",
+        "parent_key",
+        "pools",
+        "readers",
+        "tiers",
+    )
 
     def __init__(self, key: bytes, node: Node):
         self.key = key
@@ -86,22 +98,30 @@ class _Block:
         self.readers: set[str] = set()
         self.pools: set[str] = set()
         self.arriving = False
+        self.tiers: list[str] = []
         self.children: list[_Block] = []
 
     def page(self) -> MapPage:
         runs = [(name, len(list(same))) for name, same in itertools.groupby(self.origins)]
         readers, pools = sorted(self.readers), sorted(self.pools)
-        return MapPage(len(self.node.tokens), runs, readers, pools, self.arriving)
+        return MapPage(len(self.node.tokens), runs, readers, pools, self.arriving, self.tiers)
+
+
+Held = Callable[[Sequence[bytes]], Mapping[str, Sequence[bool]]]
+"""Which pages each tier of the KV store has, by the pages' keys."""
 
 
 def sharing_map(
-    caches: Mapping[str, PageCache], readers: Mapping[str, Iterable[Reader]]
+    caches: Mapping[str, PageCache],
+    readers: Mapping[str, Iterable[Reader]],
+    held: Held | None = None,
 ) -> SharingMap:
     """The contexts of all pools as one map.
 
     Args:
         caches: page accounts by worker; workers may share one.
         readers: by worker, the sequences that run and the pages of its pool that they hold.
+        held: of the KV store, if there is one.
     """
     blocks: dict[bytes, _Block] = {}
     pools: dict[int, dict[int, _Block]] = {}
@@ -115,6 +135,11 @@ def sharing_map(
         for model, pages in readers.get(worker, ()):
             for block in filter(None, map(by_page.get, tuple(pages))):
                 block.readers.add(model)
+    full = [block for block in blocks.values() if block.node.key is not None]
+    if held is not None and full:
+        for tier, has in held([block.key for block in full]).items():
+            for block, is_there in zip(full, has, strict=True):
+                block.tiers += [tier] * is_there
     page_size = next(iter(caches.values())).page_size if caches else 0
     return SharingMap(page_size, _contexts(blocks), hidden)
 

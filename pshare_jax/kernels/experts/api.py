@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import jax
+from typing import TYPE_CHECKING
+
 from jax.sharding import Mesh
 
 from pshare_jax.kernels.backends import select_backend
 from pshare_jax.kernels.experts import grouped, reference, tiles
 from pshare_jax.kernels.experts.gating import Biases
 from pshare_jax.kernels.experts.over_mesh import over_mesh
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
 
 BACKENDS = {
     "xla": over_mesh(tiles.experts),
@@ -25,18 +29,18 @@ BACKENDS = {
 
 
 def experts(
-    x: jax.Array,
-    weights: jax.Array,
-    chosen: jax.Array,
-    gate: jax.Array,
-    up: jax.Array,
-    down: jax.Array,
+    x: Float[Array, "N embed"],
+    weights: Float[Array, "N k"],
+    chosen: Int[Array, "N k"],
+    gate: Float[Array, "X embed mlp"],
+    up: Float[Array, "X embed mlp"],
+    down: Float[Array, "X mlp embed"],
     *,
     biases: Biases | None = None,
     limit: float | None = None,
     mesh: Mesh | None = None,
     backend: str = "auto",
-) -> jax.Array:
+) -> Float[Array, "N embed"]:
     """`sum_i weights[n, i] * down(silu(gate(x[n])) * up(x[n]))` of expert `chosen[n, i]`.
 
     Products accumulate in float32. What a token gets does not depend on the others but for the

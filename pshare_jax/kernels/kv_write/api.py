@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import jax
+from typing import TYPE_CHECKING
+
 from jax.sharding import Mesh
 
 from pshare_jax.kernels.backends import select_backend
 from pshare_jax.kernels.kv_write import cpu_ffi, pallas_tpu, reference, xla
 from pshare_jax.kernels.over_heads import write_over_heads
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
 
 BACKENDS = {
     "xla": xla.kv_write,
@@ -22,16 +26,16 @@ BACKENDS = {
 
 
 def kv_write(
-    pages: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    page_table: jax.Array,
-    q_start: jax.Array,
-    q_lens: jax.Array,
+    pages: Float[Array, "num_pages 2 kv_heads page_size head_dim"],
+    k: Float[Array, "B T kv_heads head_dim"],
+    v: Float[Array, "B T kv_heads head_dim"],
+    page_table: Int[Array, "B N"],
+    q_start: Int[Array, " B"],
+    q_lens: Int[Array, " B"],
     *,
     mesh: Mesh | None = None,
     backend: str = "auto",
-) -> jax.Array:
+) -> Float[Array, "num_pages 2 kv_heads page_size head_dim"]:
     """Stores row b's tokens i < q_lens[b] at positions q_start[b] + i.
 
     Position j goes to page `page_table[b, j // page_size]`, slot `j % page_size`. Tokens past

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import jax
 
 from pshare_jax.kernels.backends import BACKEND_NAMES, select_backend
 from pshare_jax.kernels.page_transfer import cpu_ffi, reference, xla
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int, UInt32
 
 Pool = tuple[jax.Array, ...]
 """One page array a layer, each `[num_pages, 2, kv_heads, page_size, head_dim]`."""
@@ -29,7 +32,9 @@ COPY = _backends(xla.copy_pages, reference.copy_pages, cpu_ffi.copy_pages)
 CHECKSUM = _backends(xla.page_checksums, reference.page_checksums, cpu_ffi.page_checksums)
 
 
-def gather_pages(pool: Pool, indices: jax.Array, *, backend: str = "auto") -> jax.Array:
+def gather_pages(
+    pool: Pool, indices: Int[Array, " n"], *, backend: str = "auto"
+) -> Float[Array, "L n 2 kv_heads page_size head_dim"]:
     """Copies pages of all layers into one staging array.
 
     Args:
@@ -47,7 +52,11 @@ def gather_pages(pool: Pool, indices: jax.Array, *, backend: str = "auto") -> ja
 
 
 def scatter_pages(
-    pool: Pool, staged: jax.Array, indices: jax.Array, *, backend: str = "auto"
+    pool: Pool,
+    staged: Float[Array, "L n 2 kv_heads page_size head_dim"],
+    indices: Int[Array, " n"],
+    *,
+    backend: str = "auto",
 ) -> Pool:
     """Writes a staging array's pages into the pool, in place when the pool is donated.
 
@@ -66,7 +75,9 @@ def scatter_pages(
     return select_backend("scatter_pages", SCATTER, backend)(pool, staged, indices)
 
 
-def copy_pages(pool: Pool, src: jax.Array, dst: jax.Array, *, backend: str = "auto") -> Pool:
+def copy_pages(
+    pool: Pool, src: Int[Array, " n"], dst: Int[Array, " n"], *, backend: str = "auto"
+) -> Pool:
     """Copies page src[i] to page dst[i] in all layers, in place when the pool is donated.
 
     Args:
@@ -84,7 +95,9 @@ def copy_pages(pool: Pool, src: jax.Array, dst: jax.Array, *, backend: str = "au
     return select_backend("copy_pages", COPY, backend)(pool, src, dst)
 
 
-def page_checksums(staged: jax.Array, *, backend: str = "auto") -> jax.Array:
+def page_checksums(
+    staged: Float[Array, "L n 2 kv_heads page_size head_dim"], *, backend: str = "auto"
+) -> UInt32[Array, " n"]:
     """A checksum of each page of a staging array, the same on every backend and mesh.
 
     The bits of the page's values, in order over all layers, are taken as unsigned integers w_i; the

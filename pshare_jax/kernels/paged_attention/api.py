@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import jax
+from typing import TYPE_CHECKING
+
 from jax.sharding import Mesh
 
 from pshare_jax.kernels.backends import select_backend
 from pshare_jax.kernels.over_heads import attention_over_heads
 from pshare_jax.kernels.paged_attention import cpu_ffi, pallas_gpu, pallas_tpu, reference, xla
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
 
 _TPU = (pallas_tpu.paged_attention, pallas_tpu.TILES, pallas_tpu.Tiles())
 _GPU = (pallas_gpu.paged_attention, pallas_gpu.TILES, pallas_gpu.Tiles())
@@ -24,18 +28,18 @@ BACKENDS = {
 
 
 def paged_attention(
-    q: jax.Array,
-    pages: jax.Array,
-    page_table: jax.Array,
-    q_start: jax.Array,
-    q_lens: jax.Array,
+    q: Float[Array, "B T heads head_dim"],
+    pages: Float[Array, "num_pages 2 kv_heads page_size head_dim"],
+    page_table: Int[Array, "B N"],
+    q_start: Int[Array, " B"],
+    q_lens: Int[Array, " B"],
     *,
     sliding_window: int | None = None,
     soft_cap: float | None = None,
     sinks: jax.Array | None = None,
     mesh: Mesh | None = None,
     backend: str = "auto",
-) -> jax.Array:
+) -> Float[Array, "B T heads head_dim"]:
     """Each row's queries attend to that row's KV, their own positions included.
 
     Query i of row b (i < q_lens[b]) is at position p = q_start[b] + i and sees the key positions

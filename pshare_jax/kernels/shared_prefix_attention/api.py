@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import jax
+from typing import TYPE_CHECKING
+
 from jax.sharding import Mesh
 
 from pshare_jax.kernels.backends import select_backend
@@ -12,6 +13,9 @@ from pshare_jax.kernels.paged_attention import pallas_tpu as plain_tpu
 from pshare_jax.kernels.paged_attention.api import BACKENDS as PLAIN
 from pshare_jax.kernels.shared_prefix_attention import pallas_gpu, pallas_tpu, xla
 from pshare_jax.kernels.shared_prefix_attention.reference import without_runs
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
 
 _TPU = (pallas_tpu.shared_prefix_attention, plain_tpu.TILES, plain_tpu.Tiles())
 _GPU = (pallas_gpu.shared_prefix_attention, plain_gpu.TILES, plain_gpu.Tiles())
@@ -34,19 +38,19 @@ plain paged attention."""
 
 
 def shared_prefix_attention(
-    q: jax.Array,
-    pages: jax.Array,
-    page_table: jax.Array,
-    q_start: jax.Array,
-    q_lens: jax.Array,
-    members: jax.Array,
-    run_lens: jax.Array,
+    q: Float[Array, "B 1 heads head_dim"],
+    pages: Float[Array, "num_pages 2 kv_heads page_size head_dim"],
+    page_table: Int[Array, "B N"],
+    q_start: Int[Array, " B"],
+    q_lens: Int[Array, " B"],
+    members: Int[Array, "E R"],
+    run_lens: Int[Array, " E"],
     *,
     sliding_window: int | None = None,
     soft_cap: float | None = None,
     mesh: Mesh | None = None,
     backend: str = "auto",
-) -> jax.Array:
+) -> Float[Array, "B 1 heads head_dim"]:
     """`paged_attention` for one query a row, where groups of rows begin with the same pages.
 
     Group e are the rows `members[e]`. Their first `run_lens[e]` positions, the run, lie in the same

@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PLACES = {"shared": SHARED, "disk": DISK}
+
+_HELD_AT_ONCE = 64
+"""Pages that are looked for in one go, while others wait."""
 """Where the pages of a tier are said to be."""
 
 
@@ -147,6 +150,19 @@ class StoreService:
     def stats(self) -> dict[str, TierStats]:
         """What each tier has done."""
         return {tier.name: self._stats(tier) for tier in self.tiers}
+
+    def held(self, keys: Sequence[bytes]) -> dict[str, list[bool]]:
+        """Which pages each tier has, by its name; from any thread, and counted nowhere."""
+        found: dict[str, list[bool]] = {}
+        for tier in () if self._closed else self._usable():
+            held: list[bool] = []
+            # Others wait for the books meanwhile.
+            for start in range(0, len(keys), _HELD_AT_ONCE):
+                some = keys[start : start + _HELD_AT_ONCE]
+                has = self._try(tier, lambda tier=tier, some=some: tier.pool.holds(some))
+                held += has or [False] * len(some)
+            found[tier.name] = held
+        return found
 
     def close(self) -> None:
         """Ends the threads, what they were given so far done, and leaves the pools."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,9 @@ from pshare_jax.kernels.experts.gating import Biases
 from pshare_jax.kernels.matmul.api import matmul
 from pshare_jax.models.config import Experts
 from pshare_jax.models.weights import Weights
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class ExpertsMLP(nnx.Module):
         self.about = about
         self.backend = backend
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B T embed"]) -> Float[Array, "B T embed"]:
         """`[B, T, embed]` -> `[B, T, embed]`."""
         B, T, E = x.shape
         flat = x.reshape(B * T, E)

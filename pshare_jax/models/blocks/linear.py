@@ -6,7 +6,7 @@ one that multiplies, see `kernels/matmul`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,9 @@ from flax import nnx
 from pshare_jax.kernels.matmul.api import matmul
 from pshare_jax.models.lora import Adapters
 from pshare_jax.models.weights import SCALE, Weights
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
 
 class RMSNorm(nnx.Module):
@@ -28,7 +31,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
         self.adds_one = adds_one
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
         """`[..., *N]` -> `[..., *N]`, where scale is `[*N]`."""
         wide = x.astype(jnp.float32)
         scale = self.scale[...].astype(jnp.float32)

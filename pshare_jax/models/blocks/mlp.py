@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 from flax import nnx
 
@@ -9,6 +11,9 @@ from pshare_jax.models.blocks.linear import Projection
 from pshare_jax.models.config import Activation
 from pshare_jax.models.lora import Adapters
 from pshare_jax.models.weights import Weights
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
 
 def activate(name: Activation, gate: jax.Array) -> jax.Array:
@@ -25,7 +30,9 @@ class MLP(nnx.Module):
         self.down = Projection(f"{path}.down", weights, backend)
         self.activation: Activation = activation
 
-    def __call__(self, x: jax.Array, adapters: Adapters | None = None) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "B T embed"], adapters: Adapters | None = None
+    ) -> Float[Array, "B T embed"]:
         """`[B, T, embed]` -> `[B, T, embed]`."""
         gate = activate(self.activation, self.gate(x, adapters))
         return self.down(gate * self.up(x, adapters), adapters)

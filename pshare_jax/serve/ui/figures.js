@@ -40,6 +40,7 @@ export function totals(before, state) {
     ["of all prompt tokens", percent(cached, cached + computed)],
     ["computed by another model", number(others)],
     ["handed over", bytes(total(state, "handoff_bytes"))],
+    ["handed over a second", bytes(rate(before, state, (s) => total(s, "handoff_bytes")))],
   ];
 }
 
@@ -67,5 +68,45 @@ export function workerRows(before, state) {
     number(worker.shared),
     number(worker.cached),
     number(worker.free),
+    number(worker.failed_transfers),
+  ]);
+}
+
+/** Rows of the KV store's table. Pages are those of all servers that share it. */
+export function tierRows(state) {
+  return Object.entries(state.tiers).map(([name, tier]) => {
+    const { free = 0, writing = 0, ready = 0 } = tier.slots;
+    const { bytes_written: written, raw_bytes_written: raw } = tier;
+    return [
+      name === "shared" ? "shared memory" : name,
+      `${number(writing + ready)} of ${number(free + writing + ready)}`,
+      number(tier.hits),
+      number(tier.missed),
+      number(tier.stored),
+      bytes(tier.bytes_read),
+      bytes(written),
+      written ? `${(raw / written).toFixed(2)} : 1` : "–",
+    ];
+  });
+}
+
+function ago(seconds) {
+  if (seconds < 60) return `${Math.max(Math.floor(seconds), 0)} s ago`;
+  return seconds < 3600 ? `${Math.floor(seconds / 60)} min ago` : `${Math.floor(seconds / 3600)} h ago`;
+}
+
+/** Rows of the sessions' table; `now` is on the clock of `state.time`. */
+export function sessionRows(sessions, now) {
+  return sessions.map((session) => [
+    session.id,
+    session.key || "–",
+    Object.entries(session.calls)
+      .map(([model, count]) => (count > 1 ? `${model} × ${count}` : model))
+      .join(", "),
+    session.running ? `${session.running} running` : ago(now - session.last),
+    number(session.prompt),
+    `${number(session.cached)} (${percent(session.cached, session.prompt)})`,
+    number(session.shared),
+    number(session.generated),
   ]);
 }

@@ -1,7 +1,7 @@
 // The page: listens to the engine's events, and hands them to its parts.
 
 import { events, key, request, setKey } from "./api.js";
-import { modelRows, totals, workerRows } from "./figures.js";
+import { modelRows, sessionRows, tierRows, totals, workerRows } from "./figures.js";
 import { Playground } from "./playground.js";
 import { SharingMap, colour, summary } from "./sharing_map.js";
 
@@ -13,6 +13,7 @@ const sharingMap = new SharingMap(at("map"), at("page-details"));
 let before = null;
 let models = [];
 let lastMap = null;
+let lastSessions = [];
 
 function element(tag, text) {
   const made = document.createElement(tag);
@@ -48,6 +49,9 @@ function showState(state) {
   fillTable("models", modelRows(before, state));
   fillTable("workers", workerRows(before, state));
   before = state;
+  fillTable("tiers", tierRows(state));
+  at("tiers-table").hidden = !Object.keys(state.tiers).length;
+  showSessions();
   const served = Object.keys(state.models);
   if (JSON.stringify(served) === JSON.stringify(models)) return;
   models = served;
@@ -70,6 +74,22 @@ function showMap(map) {
   at("map-summary").textContent = summary(map);
 }
 
+function showSessions() {
+  at("no-sessions").hidden = lastSessions.length > 0;
+  at("sessions-table").hidden = !lastSessions.length;
+  if (before) fillTable("sessions", sessionRows(lastSessions, before.time));
+}
+
+/** What each event of the stream does. */
+const SHOW = {
+  state: showState,
+  map: showMap,
+  sessions: ({ sessions }) => {
+    lastSessions = sessions;
+    showSessions();
+  },
+};
+
 let listening = null;
 
 /** Listens for good; after an error it tries again, unless the key is wrong. */
@@ -81,7 +101,7 @@ async function listen() {
       const response = await request("/ui/events", { signal });
       for await (const data of events(response)) {
         const event = JSON.parse(data);
-        (event.type === "map" ? showMap : showState)(event);
+        SHOW[event.type]?.(event);
       }
       showStatus("the server has ended the stream", true);
     } catch (error) {

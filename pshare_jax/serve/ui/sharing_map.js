@@ -9,9 +9,11 @@ export function colour(models, name) {
 }
 
 /** A page as the stream has it: an array of its fields. */
-export function page([tokens, computedBy, readers, pools, arriving]) {
-  return { tokens, computedBy, readers, pools, arriving };
+export function page([tokens, computedBy, readers, pools, arriving, tiers]) {
+  return { tokens, computedBy, readers, pools, arriving, tiers };
 }
+
+const TIERS = { shared: "in shared memory", disk: "on disk" };
 
 /** The background of a page: a stripe for each run of tokens, as wide as it is long. */
 export function background(models, { computedBy }) {
@@ -36,6 +38,9 @@ export function describe(page) {
     `in ${page.pools.join(" and ")}`,
   ];
   if (page.arriving) parts.push("on its way to a pool");
+  if (page.tiers.length) {
+    parts.push(`kept ${page.tiers.map((tier) => TIERS[tier] ?? `in ${tier}`).join(" and ")}`);
+  }
   return parts.join("; ");
 }
 
@@ -44,10 +49,13 @@ export function summary(map) {
   const pages = map.contexts.flatMap((context) => context.pages.map(page));
   const shared = pages.filter((page) => page.readers.length > 1).length;
   const several = pages.filter((p) => new Set(p.computedBy.map(([name]) => name)).size > 1).length;
+  const moving = pages.filter((page) => page.arriving).length;
+  const kept = pages.filter((page) => page.tiers.length).length;
+  const store = kept ? `; ${kept} in the KV store` : "";
   const hidden = map.hidden ? `; ${map.hidden} older pages are not shown` : "";
   return (
     `${pages.length} pages of ${map.page_size} tokens; ${shared} read by several models now; ` +
-    `${several} computed for several${hidden}`
+    `${several} computed for several; ${moving} on their way${store}${hidden}`
   );
 }
 
@@ -94,6 +102,7 @@ export class SharingMap {
     box.title = words;
     box.setAttribute("aria-label", words);
     box.addEventListener("focus", () => (this.#details.textContent = words));
+    if (page.tiers.length) box.classList.add(page.tiers.includes("shared") ? "kept" : "on-disk");
     const fill = document.createElement("b");
     fill.style.background = background(models, page);
     fill.style.width = `${(100 * page.tokens) / size}%`;

@@ -116,6 +116,19 @@ def test_the_disk_takes_what_is_used_a_second_time(asked):
     check(asked.load([DISK, DISK], 1, 2), 1, 2)
 
 
+def test_who_asks_what_is_held_changes_nothing(asked):
+    """In more goes than one, and of a service that has ended nothing."""
+    asked.service.always = True
+    asked.save(1, 2)
+    before = asked.service.stats()
+    keys = [key(n) for n in range(100)]
+    expected = [n in (1, 2) for n in range(100)]
+    assert asked.service.held(keys) == {"shared": expected, "disk": expected}
+    assert asked.service.stats() == before
+    asked.service.close()
+    assert asked.service.held(keys) == {}
+
+
 def test_the_disk_takes_everything_if_that_is_wanted(asked):
     asked.service.always = True
     asked.save(1, 2)
