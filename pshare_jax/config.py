@@ -39,10 +39,11 @@ class ModelEntry:
         sharing: `shared` reads the base's KV; `isolated` prefills with its own weights.
         decode_engines: indices of the decode engines that host it; empty means all.
         tool_parser: the form in which it writes calls of tools: `hermes`, `llama3_json`, `mistral`,
-            `pythonic`, or another that is registered; `auto` goes by the chat template, `none`
-            leaves calls in the text.
+            `pythonic`, `qwen3_coder`, or another that is registered; `auto` goes by the chat
+            template, `none` leaves calls in the text.
         reasoning: whether `<think>...</think>` is split from its answers; `auto` is where the chat
             template has that tag.
+        aliases: other names that clients may ask for; answers and metrics name it by `name`.
     """
 
     name: str
@@ -51,6 +52,7 @@ class ModelEntry:
     decode_engines: list[int] = field(default_factory=list)
     tool_parser: str = "auto"
     reasoning: Reasoning = "auto"
+    aliases: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -177,6 +177,11 @@ class Dispatcher:
         self._live[request.id] = live
         self._attempt(live)
 
+    def routed(self, request_id: str, now: float) -> None:
+        """Notes when a request that was just submitted had its workers; for who has a clock."""
+        if (live := self._live.get(request_id)) is not None:
+            live.times.routed = now
+
     def abort(self, request_id: str, *, complete: bool = False) -> None:
         """Ends a request; unknown and ended ones are ignored.
 
@@ -284,6 +289,9 @@ class Dispatcher:
             self._finish(live, FinishReason.ERROR, f"{error} ({causes})")
             return
         live.sequence, live.started = sequence, False
+        if not live.times.prefill_worker:
+            live.times.prefill_worker = sequence.prefill_worker
+            live.times.decode_worker = sequence.decode_worker
         self._attempts[sequence.id] = live
         self.outbox.append((sequence.prefill_worker, m.Prefill(sequence)))
 

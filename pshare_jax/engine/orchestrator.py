@@ -230,7 +230,8 @@ class Orchestrator:
         except PshareError:
             self._release(params.grammar)
             raise
-        self._control.post(lambda: self._take(request, order, seed, frozenset(ends)))
+        now = time.monotonic()
+        self._control.post(lambda: self._take(request, order, seed, frozenset(ends), now))
 
     def abort(self, request_id: str, *, complete: bool = False) -> None:
         """Ends a request; its last event says ABORT. Unknown ids are ignored.
@@ -389,10 +390,12 @@ class Orchestrator:
     def _running(self) -> Counter[str]:
         return Counter(self._served.total(w.core.running() for w in self.workers.decode))
 
-    def _take(self, request: Request, order: int, seed: int, ends: frozenset[int]) -> None:
+    def _take(
+        self, request: Request, order: int, seed: int, ends: frozenset[int], now: float
+    ) -> None:
         to = self._scorer if is_scored(request.params) else self._dispatcher
-        now = time.monotonic()
         to.submit(request, order=order, seed=seed, end_token_ids=ends, now=now)
+        self._dispatcher.routed(request.id, time.monotonic())
 
     def _abort(self, request_id: str, complete: bool = False) -> None:
         outputs = self._scorer.abort(request_id)

@@ -54,6 +54,9 @@ class Service:
         self.offload = Offload(self.config.worker_threads)
         self.tracing = tracing_of(self.config)
         template = self.tokenizer.chat_template
+        self.aliases = {
+            alias: entry.name for entry in engine.config.models for alias in entry.aliases
+        }
         self.formats = {entry.name: model_format(entry, template) for entry in engine.config.models}
         self.access = Access(self.config)
         self.metrics = Metrics(engine.models, engine.stats, self.access)
@@ -105,20 +108,25 @@ class Service:
             return _shutting_down()
         return GenerationError(reason or "the engine has ended the request")
 
+    def canonical(self, name: str) -> str:
+        """The name of the model that `name` may be an alias of."""
+        return self.aliases.get(name, name)
+
     def model(self, name: str) -> ModelInfo:
-        """The served model of that name.
+        """The served model of that name, or that alias.
 
         Raises:
             UnknownModelError: there is none.
         """
-        if name not in self.engine.models:
+        found = self.engine.models.get(self.canonical(name))
+        if found is None:
             served = ", ".join(self.engine.models)
             raise UnknownModelError(f"The model {name[:100]!r} does not exist; served: {served}")
-        return self.engine.models[name]
+        return found
 
     def format_of(self, name: str | None) -> ModelFormat:
         """The format of a model; of the first one if none is named."""
-        return self.formats[next(iter(self.formats)) if name is None else name]
+        return self.formats[next(iter(self.formats)) if name is None else self.canonical(name)]
 
     def warn_once(self, warning: str) -> None:
         """Logs `warning` unless this process has said it before."""

@@ -77,12 +77,17 @@ CASES = {
         [
             [
                 "edit",
-                '{"line": 12, "ratio": 0.5, "all": true, "lines": [1, 2], "options": {"deep": true}}',
+                '{"line": 12, "ratio": 0.5, "all": true, "lines": [1, 2], '
+                '"options": {"deep": true}}',
             ]
         ],
     ),
-    "a number that is whole": (edit(line="3.0", ratio="2"), "", [["edit", '{"line": 3, "ratio": 2}']]),
-    "python's literals": (edit(options="{'deep': True}"), "", [["edit", '{"options": {"deep": true}}']]),
+    "a number that is whole": (
+        edit(line="3.0", ratio="2"), "", [["edit", '{"line": 3, "ratio": 2}']],
+    ),
+    "python's literals": (
+        edit(options="{'deep': True}"), "", [["edit", '{"options": {"deep": true}}']],
+    ),
     "nothing": (edit(note="null"), "", [["edit", '{"note": null}']]),
     "text or nothing": (edit(note="nullable"), "", [["edit", '{"note": "nullable"}']]),
     "a choice": (edit(mode="fast"), "", [["edit", '{"mode": "fast"}']]),
