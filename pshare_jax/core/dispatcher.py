@@ -37,7 +37,10 @@ MAX_LOST_ATTEMPTS = 3
 
 @dataclass(eq=False)
 class _Live:
-    """A request that has not ended: what was delivered of it, and the present attempt."""
+    """A request that has not ended: what was delivered of it, and the present attempt.
+
+    The first `told` tokens of its output are known to whom covers replies.
+    """
 
     request: Request
     model: ModelSpec
@@ -52,6 +55,7 @@ class _Live:
     times: RequestTimes
     sequence: Sequence | None = None
     output: list[int] = field(default_factory=list)
+    told: int = 0
     usage: PromptUsage | None = None
     usage_sent: bool = False
     started: bool = False
@@ -334,6 +338,9 @@ class Dispatcher:
         if reason is not None:
             self._say_replied(live)
             self._end(live, reason)
+        elif 0 < self._sessions.streaming_step <= len(live.output) - live.told:
+            live.told = len(live.output)
+            self._say_replied(live)
         self.outputs.append(
             RequestOutput(
                 request_id=live.request.id,

@@ -29,10 +29,14 @@ class SessionPolicy:
     Args:
         reply_ahead: whether replies are covered before anybody asks.
         max_ttl: seconds for which pages may be pinned; longer hints are cut.
+        streaming_step: tokens after which a reply that has not ended is covered so far, again and
+            again; 0 waits for its end. Of use where prefill has a processor of its own, which is
+            idle while replies are generated.
     """
 
     reply_ahead: bool = False
     max_ttl: float = 3600.0
+    streaming_step: int = 0
 
 
 def session_key(request: Request) -> SessionKey | None:

@@ -118,7 +118,13 @@ class Orchestrator:
         ]
         self._thread_of = {w.name: thread for thread in self._threads for w in thread.workers}
         router = Router(self.workers.prefill_info(), self.workers.decode_info())
-        policy = SessionPolicy(config.reply_kv == "ahead", config.sessions.max_ttl_seconds)
+        apart = not (meshes.one_processor or meshes.one_pool)
+        policy = SessionPolicy(
+            config.reply_kv == "ahead",
+            config.sessions.max_ttl_seconds,
+            # Where decoding leaves no idle turn, there is time once a reply has ended at best.
+            streaming_step=min(config.prefill.chunk_buckets) if apart else 0,
+        )
         self._dispatcher = Dispatcher(specs, router, config.page_size, policy)
         self._control = DispatcherThread(self._deliver, self._dispatcher_failed)
         self._layout = layout

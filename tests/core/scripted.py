@@ -95,6 +95,7 @@ class Setting:
     wire: bool = True
     store: bool = False
     reply_ahead: bool = False
+    streaming_step: int = 0
     pinned_share: float = 0.5
     chunk_buckets: tuple[int, ...] = (4, 8)
 
@@ -173,7 +174,7 @@ class Host:
         self.router = Router(
             [self._info(name) for name in self.prefill], [self._info(name) for name in self.decode]
         )
-        policy = SessionPolicy(setting.reply_ahead, max_ttl=MAX_TTL)
+        policy = SessionPolicy(setting.reply_ahead, MAX_TTL, setting.streaming_step)
         self.dispatcher = Dispatcher(self.models, self.router, PAGE, policy)
 
     @property
