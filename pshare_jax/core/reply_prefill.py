@@ -62,7 +62,7 @@ class ReplyPrefill:
         self._task: PrefillTask | None = None
 
     def hear(self, reply: Replied) -> None:
-        """A reply has ended, or has come so far: the same one is heard of again, when it is longer."""
+        """A reply has ended, or has come so far, and will be heard of again when it is longer."""
         self._heard.append(reply)
 
     def pin_heard(self) -> None:
