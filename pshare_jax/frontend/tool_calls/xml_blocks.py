@@ -73,7 +73,7 @@ class XmlBlocks(ToolParser):
                 self._give_up("")
             return False
         if buffer[0] in _SPACE:
-            self._block += self._take(1)
+            self._block += self._take(len(buffer) - len(buffer.lstrip(_SPACE)))
             return True
         if buffer.startswith(_CLOSING):
             self._give_up(self._take(len(_CLOSING)))
@@ -131,7 +131,7 @@ class XmlBlocks(ToolParser):
         undecided = self._undecided(_PARAMETER, _FUNCTION_END, _CLOSING)
         if not buffer or (undecided and not self._ended):
             return False
-        self._take(1)
+        self._take(max(buffer.find("<", 1), 0) or len(buffer))
         return True
 
     def _in_value(self) -> bool:
