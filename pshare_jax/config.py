@@ -165,8 +165,8 @@ class ServerConfig:
         api_key: when set, requests must carry it as a bearer token. Not on the command line, which
             all users of the machine can read: in the file, or in the environment as
             `PSHARE_API_KEY`.
-        api_keys_file: YAML or JSON file of several keys with their limits, see docs/operating.md; the
-            environment's `PSHARE_API_KEYS` holds the same text. SIGHUP reads both again.
+        api_keys_file: YAML or JSON file of several keys with their limits, see docs/operating.md;
+            the environment's `PSHARE_API_KEYS` holds the same text. SIGHUP reads both again.
         metrics: who may read `/metrics`: all (`public`), who has a `key`, or an `admin` key, or
             nobody (`off`); `auto` is `admin` where there are several keys, which should not learn
             of each other.
