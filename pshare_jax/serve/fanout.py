@@ -148,7 +148,7 @@ def _names(body: FanoutRequest, service: Service) -> list[str]:
 
 async def _branch(service: Service, body: ChatRequest, large: bool, arrival: float) -> _Branch:
     try:
-        body.model = service.model(body.model).name
+        body.model = service.served_name(body.model)
         plan = await plan_chat(service, body, large)
     except Exception as error:
         api_error = as_api_error(error)

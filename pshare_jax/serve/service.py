@@ -112,6 +112,15 @@ class Service:
         """The name of the model that `name` may be an alias of."""
         return self.aliases.get(name, name)
 
+    def served_name(self, name: str) -> str:
+        """The name of the served model that `name` may be an alias of.
+
+        Raises:
+            UnknownModelError: there is none.
+        """
+        self.model(name)
+        return self.canonical(name)
+
     def model(self, name: str) -> ModelInfo:
         """The served model of that name, or that alias.
 

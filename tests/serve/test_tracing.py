@@ -165,6 +165,7 @@ def test_spans_come_to_a_collector(tokenizer):
     assert (path, content_type) == ("/v1/traces", "application/x-protobuf")
     spans = trace_service_pb2.ExportTraceServiceRequest.FromString(body).resource_spans[0]
     names = [span.name for span in spans.scope_spans[0].spans]
-    assert sorted(names) == ["POST /v1/completions", "decode", "handoff", "prefill", "queue"]
+    stages = ["decode", "handoff", "prefill", "queue", "router"]
+    assert sorted(names) == ["POST /v1/completions", *stages]
     [service] = [a.value.string_value for a in spans.resource.attributes if a.key == "service.name"]
     assert service == "pshare_jax"
