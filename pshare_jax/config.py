@@ -45,10 +45,11 @@ class ModelEntry:
         sharing: `shared` reads the base's KV; `isolated` prefills with its own weights.
         decode_engines: indices of the decode engines that host it; empty means all.
         tool_parser: the form in which it writes calls of tools: `hermes`, `llama3_json`, `mistral`,
-            `pythonic`, or another that is registered; `auto` goes by the chat template, `none`
-            leaves calls in the text.
+            `pythonic`, `qwen3_coder`, or another that is registered; `auto` goes by the chat
+            template, `none` leaves calls in the text.
         reasoning: whether `<think>...</think>` is split from its answers; `auto` is where the chat
             template has that tag.
+        aliases: other names that clients may ask for; answers and metrics name it by `name`.
     """
 
     name: str
@@ -57,6 +58,7 @@ class ModelEntry:
     decode_engines: list[int] = field(default_factory=list)
     tool_parser: str = "auto"
     reasoning: Reasoning = "auto"
+    aliases: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -230,8 +232,8 @@ class ServerConfig:
         api_key: when set, requests must carry it as a bearer token. Not on the command line, which
             all users of the machine can read: in the file, or in the environment as
             `PSHARE_API_KEY`.
-        api_keys_file: YAML or JSON file of several keys with their limits, see docs/serving.md; the
-            environment's `PSHARE_API_KEYS` holds the same text. SIGHUP reads both again.
+        api_keys_file: YAML or JSON file of several keys with their limits, see docs/operating.md;
+            the environment's `PSHARE_API_KEYS` holds the same text. SIGHUP reads both again.
         metrics: who may read `/metrics`: all (`public`), who has a `key`, or an `admin` key, or
             nobody (`off`); `auto` is `admin` where there are several keys, which should not learn
             of each other.

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Format
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from pshare_jax.bench.accelerators import Accelerator
 from pshare_jax.config import DecodeConfig
@@ -21,7 +21,7 @@ from pshare_jax.runtime.layout import PageLayout
 from pshare_jax.runtime.programs import Call, Programs, Slot
 from pshare_jax.runtime.steps import DecodeInput, StepSpec
 from pshare_jax.sharding.mesh import carve, carve_one
-from pshare_jax.sharding.rules import weight_shardings
+from pshare_jax.sharding.rules import TENSOR, weight_shardings
 
 DTYPE = jnp.bfloat16
 
@@ -108,6 +108,7 @@ NAMES = {
     "scatter": "handoff: scatter",
     "decode": "decode step",
     "decode, shared pages": "decode step, one shared context",
+    "choose": "choice of masked tokens",
 }
 """Programs of serving that have a row, and what they are called there."""
 
@@ -170,6 +171,7 @@ class Side:
             Slot.STAGED: abstract(
                 self.programs.staged_shape(call.size[0]), DTYPE, self.programs.staging
             ),
+            Slot.LEFT: self._logits(),
         }
         arguments = tuple(
             given[argument] if isinstance(argument, Slot) else self._everywhere(argument)
@@ -177,17 +179,25 @@ class Side:
         )
         floors = self._floors(call)
         weights = (self.weights, self.adapters) if Slot.WEIGHTS in _slots(call) else ()
+        pool = self.pool(self.num_pages) if Slot.POOL in _slots(call) else ()
         return Program(
             NAMES[call.name],
             call.function,
             arguments,
             weight_bytes=bytes_per_device(weights),
-            pool_bytes=bytes_per_device(self.pool(self.num_pages)),
-            bytes_per_token=self.bytes_per_token,
+            pool_bytes=bytes_per_device(pool),
+            bytes_per_token=self.bytes_per_token if pool else 0,
             least_bytes=floors.get("least_bytes", 0.0),
             least_flops=floors.get("least_flops", 0.0),
             pages_read=floors.get("pages_read", 0.0),
         )
+
+    def _logits(self) -> Any:
+        """Those of a step, split as the head is."""
+        sharding = self.weights.get("lm_head.kernel", self.weights["embed.embedding"]).sharding
+        axis = TENSOR if TENSOR in jax.tree.leaves(tuple(sharding.spec)) else None
+        spec = NamedSharding(self.mesh, PartitionSpec(None, axis))
+        return abstract((self.sizes.batch, self.config.vocab_size), jnp.float32, spec)
 
     def _everywhere(self, tree: Any) -> Any:
         """The arrays of a tree as abstract ones on every device."""
@@ -200,6 +210,9 @@ class Side:
             staged = self.programs.staged_shape(call.size[0])
             one = abstract(staged, DTYPE, self.programs.staging)
             return {"least_bytes": 2 * bytes_per_device(one)}
+        if call.name == "choose":
+            mask = call.arguments[-1].mask
+            return {"least_bytes": bytes_per_device(self._logits()) + mask.nbytes}
         if call.name == "chunk":
             return self._step_floors(*call.size, head=False)
         floors = self._step_floors(sizes.batch, 1, head=True)

@@ -40,7 +40,10 @@ MAX_LOST_ATTEMPTS = 3
 
 @dataclass(eq=False)
 class _Live:
-    """A request that has not ended: what was delivered of it, and the present attempt."""
+    """A request that has not ended: what was delivered of it, and the present attempt.
+
+    The first `told` tokens of its output are known to whom covers replies.
+    """
 
     request: Request
     model: ModelSpec
@@ -55,6 +58,7 @@ class _Live:
     times: RequestTimes
     sequence: Sequence | None = None
     output: list[int] = field(default_factory=list)
+    told: int = 0
     usage: PromptUsage | None = None
     usage_sent: bool = False
     started: bool = False
@@ -196,6 +200,11 @@ class Dispatcher:
         self._live[request.id] = live
         self._attempt(live)
         self._say_expected(live, begins=True)
+
+    def routed(self, request_id: str, now: float) -> None:
+        """Notes when a request that was just submitted had its workers; for who has a clock."""
+        if (live := self._live.get(request_id)) is not None:
+            live.times.routed = now
 
     def abort(self, request_id: str, *, complete: bool = False) -> None:
         """Ends a request; unknown and ended ones are ignored.
@@ -414,6 +423,9 @@ class Dispatcher:
                 self._finish(live, FinishReason.ERROR, self._no_worker(live.model, error))
             return
         live.sequence, live.started = sequence, False
+        if not live.times.prefill_worker:
+            live.times.prefill_worker = sequence.prefill_worker
+            live.times.decode_worker = sequence.decode_worker
         self._attempts[sequence.id] = live
         self.outbox.append((sequence.prefill_worker, m.Prefill(sequence)))
 
@@ -483,6 +495,9 @@ class Dispatcher:
             self._say_replied(live)
             self._say_expected(live)
             self._end(live, reason)
+        elif 0 < self._sessions.streaming_step <= len(live.output) - live.told:
+            live.told = len(live.output)
+            self._say_replied(live)
         self.outputs.append(
             RequestOutput(
                 request_id=live.request.id,

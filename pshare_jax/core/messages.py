@@ -153,16 +153,22 @@ class RequestTimes(msgspec.Struct):
     Only the first attempt's: a request that is routed again keeps them.
 
     Args:
-        submitted: it was taken.
+        submitted: it was taken; of the engine, before the dispatcher has heard of it.
         prefill: a prefill worker had begun with its prompt.
         covered: all of the prompt's KV was there, computed or found.
         started: a decode worker had its pages and a slot.
+        routed: its workers were chosen.
+        prefill_worker: which covers its prompt.
+        decode_worker: which generates.
     """
 
     submitted: float
     prefill: float | None = None
     covered: float | None = None
     started: float | None = None
+    routed: float | None = None
+    prefill_worker: str = ""
+    decode_worker: str = ""
 
 
 class RequestOutput(msgspec.Struct, frozen=True):

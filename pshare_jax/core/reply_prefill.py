@@ -62,7 +62,7 @@ class ReplyPrefill:
         self._task: PrefillTask | None = None
 
     def hear(self, reply: Replied) -> None:
-        """A reply has ended."""
+        """A reply has ended, or has come so far, and will be heard of again when it is longer."""
         self._heard.append(reply)
 
     def pin_heard(self) -> None:
@@ -72,7 +72,13 @@ class ReplyPrefill:
             job = _Job(reply, self._cache.now + reply.sequence.ttl)
             self._pin(job)
             if reply.ahead:
+                self._forget(reply.sequence.order)
                 self._jobs.append(job)
+
+    def _forget(self, order: int) -> None:
+        """What was known of a reply before it was longer."""
+        for job in [job for job in self._jobs if job.reply.sequence.order == order]:
+            self._jobs.remove(job)
 
     def plan(self) -> PrefillPlan | None:
         """The next chunk of a reply; to be carried out and applied before anything else is done."""

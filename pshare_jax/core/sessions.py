@@ -30,11 +30,15 @@ class SessionPolicy:
         reply_ahead: whether replies are covered before anybody asks.
         max_ttl: seconds for which pages may be pinned; longer hints are cut.
         prefetch: whether prefill workers are told what prompts are expected.
+        streaming_step: tokens after which a reply that has not ended is covered so far, again and
+            again; 0 waits for its end. Of use where prefill has a processor of its own, which is
+            idle while replies are generated.
     """
 
     reply_ahead: bool = False
     max_ttl: float = 3600.0
     prefetch: bool = False
+    streaming_step: int = 0
 
 
 def session_key(request: Request) -> SessionKey | None:

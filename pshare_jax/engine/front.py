@@ -174,7 +174,8 @@ class Front(ABC):
         except PshareError:
             self._release(params.grammar)
             raise
-        self._control.post(lambda: self._take(request, order, seed, frozenset(ends)))
+        now = time.monotonic()
+        self._control.post(lambda: self._take(request, order, seed, frozenset(ends), now))
 
     def abort(self, request_id: str, *, complete: bool = False) -> None:
         """Ends a request; its last event says ABORT. Unknown ids are ignored.
@@ -230,10 +231,12 @@ class Front(ABC):
     def _why(self) -> str:
         return "; ".join(f"{name}: {why}" for name, why in self._failed.items())
 
-    def _take(self, request: Request, order: int, seed: int, ends: frozenset[int]) -> None:
+    def _take(
+        self, request: Request, order: int, seed: int, ends: frozenset[int], now: float
+    ) -> None:
         to = self._scorer if is_scored(request.params) else self._dispatcher
-        now = time.monotonic()
         to.submit(request, order=order, seed=seed, end_token_ids=ends, now=now)
+        self._dispatcher.routed(request.id, time.monotonic())
 
     def _abort(self, request_id: str, complete: bool = False) -> None:
         outputs = self._scorer.abort(request_id)

@@ -69,6 +69,7 @@ def check_config(config: ServeConfig, model: ModelConfig, layout: PageLayout) ->
             "decode: max_loras and max_full must not be negative, max_lora_rank at least 1"
         )
     _check_sessions(config)
+    _check_aliases(config)
     _check_backend(config)
     _check_store(config)
     _check_roles(config)
@@ -114,6 +115,17 @@ def _check_sessions(config: ServeConfig) -> None:
             "sessions.max_ttl_seconds: must be a number of seconds, 0 or more, is "
             f"{config.sessions.max_ttl_seconds}"
         )
+
+
+def _check_aliases(config: ServeConfig) -> None:
+    taken = {entry.name for entry in config.models}
+    for entry in config.models:
+        for alias in entry.aliases:
+            if not alias or alias in taken:
+                raise ConfigError(
+                    f"models.{entry.name}.aliases: {alias!r} is empty, or a name that is used twice"
+                )
+            taken.add(alias)
 
 
 def _check_backend(config: ServeConfig) -> None:

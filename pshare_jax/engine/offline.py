@@ -19,7 +19,12 @@ from pshare_jax.engine.completion import ChatAnswer, Collector, Completion, Tool
 from pshare_jax.engine.orchestrator import Orchestrator
 from pshare_jax.errors import QueueFullError, RequestError
 from pshare_jax.frontend.answers import joined
-from pshare_jax.frontend.chat import TemplateOptions, chat_messages, chat_prompt
+from pshare_jax.frontend.chat import (
+    TemplateOptions,
+    chat_messages,
+    chat_prompt,
+    parameter_schemas,
+)
 from pshare_jax.frontend.model_format import ModelFormat, model_format
 from pshare_jax.frontend.params import Limits
 
@@ -180,9 +185,9 @@ class Engine:
         [completion] = self._generate(
             model, [prompt.token_ids], stop, None, cache_salt, None, params, style.markers
         )
-        names = [tool["function"]["name"] for tool in tools]
+        schemas = parameter_schemas(tools)
         one_call = asked.get("parallel_tool_calls") is False
-        reader = style.reader(names, prompt.in_reasoning, one_call)
+        reader = style.reader(schemas, prompt.in_reasoning, one_call)
         parts = reader.push(completion.text) + reader.finish()
         reasoning, content, calls = joined(parts)
         return ChatAnswer(

@@ -101,10 +101,13 @@ class Orchestrator(Front):
         self._router = Router(
             self.workers.prefill_info(), self.workers.decode_info(), config.router.policy
         )
+        apart = not (meshes.one_processor or meshes.one_pool)
         policy = SessionPolicy(
             config.reply_kv == "ahead",
             config.sessions.max_ttl_seconds,
             prefetch=config.kv_store.prefetch != "off",
+            # Where decoding leaves no idle turn, there is time once a reply has ended at best.
+            streaming_step=min(config.prefill.chunk_buckets) if apart else 0,
         )
         self._dispatch_with(
             Dispatcher(specs, self._router, config.page_size, policy, _balance(config))

@@ -17,6 +17,7 @@ from pshare_jax.core.models import ModelKind, ModelSpec
 from pshare_jax.engine.devices import compute_dtype
 from pshare_jax.engine.loader import BaseSource, ModelSource, model_source
 from pshare_jax.engine.modules import Modules
+from pshare_jax.engine.quietly import handing_on
 from pshare_jax.errors import RequestError, UnknownModelError
 
 MAX_NAME_CHARS = 256
@@ -99,7 +100,7 @@ class ServedModels:
             RequestError: a name that is taken, or no room; see `Modules.load`.
             CheckpointError, CertificateError, ConfigError: no decode module of this base.
         """
-        with self._loading:
+        with self._loading, handing_on():
             self._check_name(name, replace)
             source = folder
             if not isinstance(source, ModelSource):

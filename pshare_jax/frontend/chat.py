@@ -325,6 +325,11 @@ def usable_tools(body: ChatRequest) -> list[dict[str, Any]]:
     return tools
 
 
+def parameter_schemas(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The JSON schemas of the functions' parameters by name; None where a function has none."""
+    return {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
+
+
 def check_tools(tools: Sequence[Mapping[str, Any]]) -> None:
     """Raises RequestError unless all `tools` are functions in OpenAI's form."""
     if len(tools) > MAX_TOOLS:

@@ -59,7 +59,8 @@ def chat_grammar(
 ) -> AskedGrammar | None:
     """The grammar of a chat's answer, calls that are forced included.
 
-    Where a JSON answer is asked for and tools may be called, it is either of them.
+    Where a JSON answer is asked for and tools may be called, it is either of them; where they must
+    be, `response_format` has no text to be about, as with OpenAI.
 
     Raises:
         RequestError: what cannot be served; names the field.
@@ -74,7 +75,7 @@ def chat_grammar(
         if wanted is None:
             return asked
         raise RequestError(f"{param}: this model's calls have no known format", param=param)
-    if wanted is not None and asked is not None:
+    if wanted is not None and asked is not None and asked.param != "response_format":
         raise RequestError(f"{param} forces calls: leave {asked.param} out", param=asked.param)
     spec = calls_grammar(
         model.parser.style,
@@ -84,7 +85,7 @@ def chat_grammar(
         limits=limits,
         answer=None if wanted is not None or asked is None else asked.spec,
     )
-    return AskedGrammar(spec, param if asked is None else asked.param)
+    return AskedGrammar(spec, param if wanted is not None or asked is None else asked.param)
 
 
 def thoughts_before(

@@ -45,7 +45,8 @@ class ModelFormat:
         """A reader for one answer.
 
         Args:
-            names: the functions that may be called; with none, calls are not looked for.
+            names: the functions that may be called, and the JSON schemas of their parameters if
+                those are known; with none, calls are not looked for.
             in_reasoning: whether the prompt has opened the thoughts.
             one_call: whether all calls but the first are dropped.
         """

@@ -45,7 +45,7 @@ def dense_attention(
     v: Float[Array, "B S kv_heads head_dim"],
     mask: Bool[Array, "B T S"] | Bool[Array, "T S"],
     soft_cap: float | None = None,
-    sinks: Float[Array, heads] | None = None,
+    sinks: Float[Array, " heads"] | None = None,
 ) -> Float[Array, "B T heads head_dim"]:
     """Scaled dot-product attention with grouped KV heads; scores and softmax in float32.
 

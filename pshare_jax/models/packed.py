@@ -6,12 +6,14 @@ executable serves every module of a shape here too.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from pshare_jax.kernels.backends import CPU_FFI
 from pshare_jax.kernels.decoder_layer.cpu_ffi import LayerShape, Rows, decoder_layer, lm_head
@@ -73,15 +75,24 @@ def pack_weights(config: ModelConfig, weights: Weights) -> Weights:
     """
     check_weights(config, weights)
     library = require_library()
-    rows: list[_Rows] = []
+    columns = library.panel_columns
+    sharding = _replicated(weights["final_norm.scale"].sharding)
+    host = {name: np.asarray(weight) for name, weight in weights.items()}
+    rows: list[np.ndarray] = []
     for i in range(config.num_layers):
         prefix = f"layers.{i}."
-        own = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
-        layer = _pack_layer(library.panel_columns, config, own)
-        rows = rows or [_Rows(config.num_layers, row) for row in layer]
-        for all_, row in zip(rows, layer, strict=True):
-            all_.set(i, row)
-    vectors, matrices = (all_.on_device() for all_ in rows)
+        own = {n.removeprefix(prefix): w for n, w in host.items() if n.startswith(prefix)}
+        layer = _layer_vectors(columns, config, own), _layer_matrices(columns, config, own)
+        rows = rows or [_aligned((config.num_layers, _length(p)), p[0].dtype) for p in layer]
+        for all_, parts in zip(rows, layer, strict=True):
+            np.concatenate(parts, out=all_[i])
+    tied = config.tie_word_embeddings
+    kernel = host["embed.embedding"].T if tied else host["lm_head.kernel"]
+    parts = pack([kernel], columns)
+    head = _aligned((_length(parts),), kernel.dtype)
+    np.concatenate(parts, out=head)
+    scale = _norm_factors(config, host["final_norm.scale"])
+    vectors, matrices, head, scale = jax.device_put([*rows, head, scale], sharding)
     layers = PackedLayers(
         vectors,
         matrices,
@@ -89,79 +100,68 @@ def pack_weights(config: ModelConfig, weights: Weights) -> Weights:
         qk_norm=config.qk_norm,
         post_norms=config.norms == "both",
     )
-    embedding = weights["embed.embedding"]
-    tied = config.tie_word_embeddings
-    head = _pack_head(library.panel_columns, tied, embedding if tied else weights["lm_head.kernel"])
     library.advise_large_pages([layers.matrices, head])
-    arrays = {
-        "layers": layers,
-        "final_norm.scale": _norm_factors(config, weights["final_norm.scale"]),
-        "head": head,
-    }
-    return arrays if tied else arrays | {"embed.embedding": embedding}
+    arrays = {"layers": layers, "final_norm.scale": scale, "head": head}
+    return arrays if tied else arrays | {"embed.embedding": weights["embed.embedding"]}
 
 
-class _Rows:
-    """Rows of one large array, which is there once: XLA would stack them by way of copies.
-
-    Args:
-        count: number of rows.
-        like: one of them.
-    """
-
-    def __init__(self, count: int, like: jax.Array):
-        shape, size = (count, *like.shape), count * like.nbytes
-        memory = np.empty(size + ALIGNMENT, np.uint8)
-        start = -memory.ctypes.data % ALIGNMENT
-        self._host = memory[start : start + size].view(like.dtype).reshape(shape)
-        self._sharding = like.sharding
-
-    def set(self, index: int, row: jax.Array) -> None:
-        """Copies a row in."""
-        self._host[index] = np.asarray(row)
-
-    def on_device(self) -> jax.Array:
-        """The array, in the memory that the rows were copied to."""
-        return jax.device_put(self._host, self._sharding)
+def _replicated(sharding: Sharding) -> Sharding:
+    """Where what is made of such an array lies: whole, on the same devices."""
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, PartitionSpec())
+    return sharding
 
 
-def _norm_factors(config: ModelConfig, scale: jax.Array) -> jax.Array:
-    return scale.astype(jnp.float32) + config.norm_adds_one
+def _length(parts: Sequence[np.ndarray]) -> int:
+    return sum(len(part) for part in parts)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _pack_layer(columns: int, config: ModelConfig, own: Weights) -> tuple[jax.Array, jax.Array]:
-    """One layer's row of `PackedLayers.vectors` and of `.matrices`."""
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array of any content, in memory that JAX takes as it is, in large pages."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
 
-    def matrix(target: str) -> jax.Array:
-        kernel = own[f"{projection_path(target)}.kernel"]
-        # `o` alone has two input axes.
-        return kernel.reshape((-1, kernel.shape[-1]) if target == "o" else (kernel.shape[0], -1))
 
-    qkv = ("q", "k", "v")
+def _norm_factors(config: ModelConfig, scale: np.ndarray) -> np.ndarray:
+    return scale.astype(np.float32) + np.float32(config.norm_adds_one)
 
-    def norms(*names: str) -> list[jax.Array]:
+
+Named = Mapping[str, np.ndarray]
+
+
+def _layer_vectors(columns: int, config: ModelConfig, own: Named) -> list[np.ndarray]:
+    """The parts of one layer's row of `PackedLayers.vectors`."""
+
+    def norms(*names: str) -> list[np.ndarray]:
         return [_norm_factors(config, own[f"{name}.scale"]) for name in names]
 
     vectors = norms("attn_norm", "mlp_norm")
     if config.qkv_bias:
-        vectors.append(pad_columns([own[f"attn.{t}.bias"].reshape(-1) for t in qkv], columns))
+        biases = [own[f"attn.{t}.bias"].reshape(-1).astype(np.float32) for t in "qkv"]
+        vectors.append(pad_columns(biases, columns))
     if config.qk_norm:
         vectors += norms("attn.q_norm", "attn.k_norm")
     if config.norms == "both":
         vectors += norms("attn_post_norm", "mlp_post_norm")
-    matrices = [
-        pack([matrix(target) for target in qkv], columns),
-        pack([matrix("o")], columns),
-        pack([matrix("gate"), matrix("up")], columns, interleave=True),
-        pack([matrix("down")], columns),
+    return vectors
+
+
+def _layer_matrices(columns: int, config: ModelConfig, own: Named) -> list[np.ndarray]:
+    """The parts of one layer's row of `PackedLayers.matrices`."""
+
+    def matrix(target: str) -> np.ndarray:
+        kernel = own[f"{projection_path(target)}.kernel"]
+        # `o` alone has two input axes.
+        return kernel.reshape((-1, kernel.shape[-1]) if target == "o" else (kernel.shape[0], -1))
+
+    return [
+        *pack([matrix(target) for target in "qkv"], columns),
+        *pack([matrix("o")], columns),
+        *pack([matrix("gate"), matrix("up")], columns, interleave=True),
+        *pack([matrix("down")], columns),
     ]
-    return jnp.concatenate([v.astype(jnp.float32) for v in vectors]), jnp.concatenate(matrices)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _pack_head(columns: int, tied: bool, head: jax.Array) -> jax.Array:
-    return pack([head.T if tied else head], columns)
 
 
 def pack_adapters(config: ModelConfig, stacked: Weights) -> PackedAdapters:
@@ -172,35 +172,39 @@ def pack_adapters(config: ModelConfig, stacked: Weights) -> PackedAdapters:
     """
     library = require_library()
     targets = tuple(t for t in TARGETS if f"layers.0.{projection_path(t)}.lora_a" in stacked)
-    path = f"layers.0.{projection_path(targets[0])}"
-    num, rank = stacked[f"{path}.lora_a"].shape[-2:]
-    rows: _Rows | None = None
+    first = stacked[f"layers.0.{projection_path(targets[0])}.lora_a"]
+    num, rank = first.shape[-2:]
+    rows: np.ndarray | None = None
     for i in range(config.num_layers):
         paths = [f"layers.{i}.{projection_path(t)}" for t in targets]
-        row = _pack_factors(
-            library.panel_columns,
-            [(stacked[f"{path}.lora_a"], stacked[f"{path}.lora_b"]) for path in paths],
-        )
-        # Not by one operation on all of them, behind which steps that run would have to wait.
-        rows = rows or _Rows(config.num_layers, row)
-        rows.set(i, row)
+        parts = [
+            part
+            for path in paths
+            for part in _factors(
+                library.panel_columns,
+                np.asarray(stacked[f"{path}.lora_a"]),
+                np.asarray(stacked[f"{path}.lora_b"]),
+            )
+        ]
+        if rows is None:
+            rows = _aligned((config.num_layers, _length(parts)), parts[0].dtype)
+        np.concatenate(parts, out=rows[i])
     assert rows is not None
-    factors = rows.on_device()
+    if isinstance(first, jax.Array):
+        factors = jax.device_put(rows, _replicated(first.sharding))
+    else:
+        factors = jax.device_put(rows)
     library.advise_large_pages([factors])
     return PackedAdapters(factors, num, rank + rank % 2, targets)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _pack_factors(columns: int, factors: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
-    """One layer's row of `PackedAdapters.factors`: `[*in, n, r]` and `[n, r, *out]` a target."""
-    packed = []
-    for a, b in factors:
-        num, rank = b.shape[:2]
-        both = num * (rank + rank % 2)
-        a = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, rank % 2)]).reshape(-1, both)
-        b = jnp.pad(b, [(0, 0), (0, rank % 2)] + [(0, 0)] * (b.ndim - 2)).reshape(both, -1)
-        packed += [pack([a], columns), pack([b], columns)]
-    return jnp.concatenate(packed)
+def _factors(columns: int, a: np.ndarray, b: np.ndarray) -> list[np.ndarray]:
+    """The parts of one target's factors, `[*in, n, r]` and `[n, r, *out]`."""
+    num, rank = b.shape[:2]
+    both = num * (rank + rank % 2)
+    a = np.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, rank % 2)]).reshape(-1, both)
+    b = np.pad(b, [(0, 0), (0, rank % 2)] + [(0, 0)] * (b.ndim - 2)).reshape(both, -1)
+    return pack([a], columns) + pack([b], columns)
 
 
 class PackedDecoder:
@@ -283,11 +287,12 @@ class PackedDecoder:
         return unpack_columns(self._weights["head"], self._config.hidden_size, columns, tokens)
 
     def logits(
-        self, x: jax.Array, lens: jax.Array, wanted: jax.Array
+        self, x: jax.Array, lens: jax.Array, wanted: jax.Array, mask: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """`[B, embed]` of `hidden` -> logits `[B, vocab]` float32 and most likely tokens `[B]`.
 
-        Logits are undefined unless the bool scalar `wanted` is true; 0 where `lens [B]` is 0.
+        Logits are undefined unless the bool scalar `wanted` is true; 0 where `lens [B]` is 0. The
+        tokens are among those that `mask` allows, see `lm_head`.
         """
         logits, tokens = lm_head(
             x,
@@ -295,6 +300,7 @@ class PackedDecoder:
             self._weights["head"],
             lens,
             wanted,
+            mask,
             vocab_size=self._config.vocab_size,
             eps=self._config.rms_norm_eps,
         )

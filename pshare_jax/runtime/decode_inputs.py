@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pshare_jax.config import SharedPrefix
 from pshare_jax.core.plans import Admit, Step
@@ -13,7 +14,7 @@ from pshare_jax.kernels.shared_prefix_attention.api import READS_RUNS_ONCE, WORT
 from pshare_jax.runtime.host_arrays import host_array, padded
 from pshare_jax.runtime.layout import PageLayout
 from pshare_jax.runtime.sampler import pack_rows
-from pshare_jax.runtime.steps import DecodeInput, Rows, Runs, StepSpec
+from pshare_jax.runtime.steps import Choice, DecodeInput, Rows, Runs, StepSpec
 
 _NO_RUNS = SharedRuns((), (), 0, 0)
 
@@ -88,6 +89,13 @@ class DecodeInputs:
     def deferred(inputs: DecodeInput) -> DecodeInput:
         """The same step without the choice of tokens."""
         return inputs._replace(sampling=inputs.sampling.later())
+
+    @staticmethod
+    def choice(inputs: DecodeInput, mask: NDArray[np.uint32]) -> Choice:
+        """How the tokens of such a step are chosen, with the mask of its rows."""
+        rows = inputs.rows
+        mask_on_device = host_array(mask, np.uint32)
+        return Choice(mask_on_device, inputs.slots, rows.start, rows.lens, inputs.sampling)
 
     def warm_up(self, bucket: int) -> Iterator[DecodeInput]:
         """One dispatch without sequences for each executable that `decode` may ask for."""

@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -132,12 +133,20 @@ class PrefillExecutor:
         return self.pool.update(lambda pages: self.programs.chunk(weights, pages, ids, rows))
 
 
+class _Later(NamedTuple):
+    """What a step has left to the choice of its tokens, by what weights if any, and its input."""
+
+    weights: Weights | None
+    inputs: DecodeInput
+    left: jax.Array
+
+
 @dataclass(eq=False)
 class _Dispatched:
     """A step under way.
 
     `known` and `masks` are what was known of its rows: slots may have others by its end. `later`
-    are its input and logits until its tokens are chosen, `tokens` what it gave once that was read.
+    is what its tokens are chosen by, until they are; `tokens` are what it gave once that was read.
     """
 
     plan: DecodePlan
@@ -146,7 +155,7 @@ class _Dispatched:
     masks: list[RowMask | None]
     reads: SharedRuns
     sampled: Sampled
-    later: tuple[DecodeInput, jax.Array] | None
+    later: _Later | None
     tokens: list[list[int]] | None = None
     failed: dict[int, str] = field(default_factory=dict)
 
@@ -323,9 +332,9 @@ class DecodeExecutor:
             )
             return pages, tuple(results)
 
-        sampled, logits = self.pool.update(run)
+        sampled, left = self.pool.update(run)
         known = [self._slots[row.slot] for row in step.rows]
-        later = (inputs, logits) if deferred else None
+        later = _Later(self.programs.head_of(group.weights), inputs, left) if deferred else None
         return _Dispatched(plan, step, known, masks, reads, sampled, later)
 
     def _choose(self, step: _Dispatched) -> None:
@@ -336,19 +345,13 @@ class DecodeExecutor:
             if earlier is step:
                 break
             self._read(earlier)
-        inputs, logits = step.later
         mask = self._masks.fill(step.masks, step.step.bucket)
         for row, state in enumerate(step.masks):
             if state is not None and (told := _told(step, row, state)) is not None:
                 mask[row] = only(self.programs.spec.config.vocab_size, told)
-        self._history, step.sampled = self.programs.choose(
-            self._history,
-            logits,
-            host_array(mask, np.uint32),
-            inputs.slots,
-            inputs.rows.start,
-            inputs.sampling,
-        )
+        weights, inputs, left = step.later
+        choice = self.programs.inputs.choice(inputs, mask)
+        self._history, step.sampled = self.programs.choose(weights, self._history, left, choice)
         step.later = None
 
     def _read(self, step: _Dispatched) -> list[list[int]]:

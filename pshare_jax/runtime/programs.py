@@ -10,7 +10,7 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -42,6 +42,8 @@ from pshare_jax.runtime.steps import (
 )
 from pshare_jax.sharding.rules import pool_sharding, replicated
 
+T = TypeVar("T")
+
 
 class Slot(Enum):
     """An argument or result that lies on the devices from call to call."""
@@ -51,7 +53,8 @@ class Slot(Enum):
     POOL = "pool"
     HISTORY = "history"
     STAGED = "staged"
-    LOGITS = "logits"
+    LEFT = "left"
+    """What a step whose choice is deferred leaves to it."""
 
 
 @dataclass(frozen=True)
@@ -169,20 +172,25 @@ class Programs:
                     "decode" if inputs.runs is None else "decode, shared pages",
                     self.decode,
                     (*modules, Slot.HISTORY, inputs),
-                    (Slot.POOL, Slot.HISTORY, None, Slot.LOGITS),
+                    (Slot.POOL, Slot.HISTORY, None, Slot.LEFT),
                     (bucket,),
                 )
             yield self._choose_call(bucket)
+
+    def head_of(self, weights: T) -> T | None:
+        """What `choose` reads of a step's weights: nothing where steps leave logits to it."""
+        return weights if self.spec.packed else None
 
     def _choose_call(self, bucket: int) -> Call:
         """Choosing the tokens of the decode call before it."""
         inputs = next(self.inputs.warm_up(bucket))
         mask = np.zeros((bucket, mask_words(self.spec.config.vocab_size)), np.uint32)
-        arguments = (host_array(mask, np.uint32), inputs.slots, inputs.rows.start, inputs.sampling)
+        choice = self.inputs.choice(inputs, mask)
+        weights = self.head_of(Slot.WEIGHTS)
         return Call(
             "choose",
             self.choose,
-            (Slot.HISTORY, Slot.LOGITS, *arguments),
+            (weights, Slot.HISTORY, Slot.LEFT, choice),
             (Slot.HISTORY, None),
             (bucket,),
         )
@@ -252,10 +260,10 @@ def _jitted(
         decode=jax.jit(
             functools.partial(decode_steps, spec, steps_per_dispatch),
             donate_argnums=(2, 3),
-            # Logits stay as they are computed: split over the vocabulary, where there is a mesh.
+            # What is left to `choose` stays as it is: split over the vocabulary, if on a mesh.
             out_shardings=(pages, everywhere, everywhere, None),
         ),
-        choose=jax.jit(choose, donate_argnums=0, out_shardings=everywhere),
+        choose=jax.jit(functools.partial(choose, spec), donate_argnums=1, out_shardings=everywhere),
     )
 
 

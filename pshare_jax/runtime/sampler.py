@@ -128,8 +128,7 @@ def _has_filter(p: SamplingParams) -> bool:
 
 def needs_logits(rows: SamplingRows) -> jax.Array:
     """Whether any row wants more of the logits than which is the highest; bool scalar."""
-    any_random = rows.any_random | rows.any_logprobs
-    return rows.any_penalty | rows.any_bias | any_random | rows.deferred
+    return rows.any_penalty | rows.any_bias | rows.any_random | rows.any_logprobs
 
 
 def sample(
@@ -148,22 +147,21 @@ def sample(
         history: the rows' tokens and biases.
         lengths: `[B]` int32, known tokens of each row; also the position of the new token, which
             together with the seed determines the random draw.
-        best: `[B]` int32, the most likely tokens, if they are known; then the logits need not be
-            defined unless `needs_logits`.
+        best: `[B]` int32, the most likely tokens that may be chosen, if they are known; then the
+            logits need not be defined unless `needs_logits`.
         mask: `[B, ceil(V / 32)]` uint32, the tokens that may be chosen: bit i % 32 of word i // 32
             is that of token i. Log-probabilities are those without it.
     """
-    if mask is not None:
-        tokens = _choose(_masked(logits, mask), rows, history, lengths)
-    elif best is None:
-        tokens = _choose(logits, rows, history, lengths)
+
+    def chosen(logits: jax.Array) -> jax.Array:
+        scores = logits if mask is None else _masked(logits, mask)
+        return _choose(scores, rows, history, lengths)
+
+    if best is None:
+        tokens = chosen(logits)
     else:
-        tokens = lax.cond(
-            rows.any_penalty | rows.any_bias | rows.any_random,
-            lambda x: _choose(x, rows, history, lengths),
-            lambda x: best,
-            logits,
-        )
+        by_best = ~(rows.any_penalty | rows.any_bias | rows.any_random)
+        tokens = lax.cond(by_best, lambda x: best, chosen, logits)
     logprobs, top_ids, top_logprobs = lax.cond(
         rows.any_logprobs, _logprobs, _no_logprobs, logits, tokens
     )

@@ -186,23 +186,28 @@ def _next_logits(
     tokens: jax.Array,
     rows: Rows,
     inputs: DecodeInput,
-) -> tuple[Pages, jax.Array, jax.Array | None]:
+) -> tuple[Pages, jax.Array, jax.Array | None, jax.Array]:
     """Feeds one token a row, `[B]`.
 
-    Returns the pages, the logits `[B, vocab]`, and the most likely tokens `[B]` if those came with
-    them; then the logits are undefined where `sampler.needs_logits` says no.
+    Returns the pages, the logits `[B, vocab]`, the most likely tokens `[B]` if those came with
+    them, and what `choose` takes. If the tokens came, the logits are undefined where
+    `sampler.needs_logits` says no, and both are where sampling is deferred.
     """
     tokens, positions = tokens[:, None], _positions(rows, 1)
     if spec.packed:
         decoder = PackedDecoder(spec.config, weights, _packed(adapters), inputs.adapter_index)
         hidden, pages = decoder.hidden(tokens, positions, pages, rows)
-        return pages, *decoder.logits(hidden[:, 0], rows.lens, needs_logits(inputs.sampling))
+        last, sampling = hidden[:, 0], inputs.sampling
+        # The head of a deferred step is left to `choose`, which knows the masks.
+        lens = jnp.where(sampling.deferred, 0, rows.lens)
+        return pages, *decoder.logits(last, lens, needs_logits(sampling)), last
     io = PagedAttention(spec, pages, rows, inputs.runs)
     decoder = spec.bind(weights)
     # Lives for one trace; this function is traced more than once.
     stacked = _stacked(adapters, inputs.adapter_index)
     hidden = decoder.hidden(tokens, positions, io, stacked)
-    return tuple(io.pages), decoder.logits(hidden[:, 0]), None
+    logits = decoder.logits(hidden[:, 0])
+    return tuple(io.pages), logits, None, logits
 
 
 def _stacked(adapters: Weights | PackedAdapters | None, index: jax.Array | None) -> Adapters | None:
@@ -244,63 +249,76 @@ def decode_steps(
     the tokens of the last one are known to the host.
 
     Returns the pages, the history, `Sampled` with leading axis `max_steps` (entries past num_steps
-    are 0), and the last step's logits `[B, vocab]`, which `choose` takes if sampling is deferred.
+    are 0), and what `choose` takes of the last step if sampling is deferred: its logits
+    `[B, vocab]`, or for packed weights the last layer's output `[B, embed]`.
     """
 
     def step(
         i: jax.Array | int, tokens: jax.Array, pages: Pages, history: History
     ) -> tuple[Pages, History, Sampled, jax.Array]:
         rows = inputs.rows._replace(start=inputs.rows.start + i)
-        pages, logits, best = _next_logits(spec, weights, adapters, pages, tokens, rows, inputs)
+        pages, logits, best, left = _next_logits(
+            spec, weights, adapters, pages, tokens, rows, inputs
+        )
         lengths = rows.start + 1
         view = History(*(array[inputs.slots] for array in history))
         sampled = sample(logits, inputs.sampling, view, lengths, best)
         written = history.tokens.at[inputs.slots, lengths].set(sampled.tokens, mode="drop")
-        return pages, history._replace(tokens=written), sampled, logits
+        return pages, history._replace(tokens=written), sampled, left
 
     first = history.tokens[inputs.slots, inputs.rows.start]
     if max_steps == 1:
-        pages, history, sampled, logits = step(0, first, pages, history)
-        return pages, history, Sampled(*(array[None] for array in sampled)), logits
+        pages, history, sampled, left = step(0, first, pages, history)
+        return pages, history, Sampled(*(array[None] for array in sampled)), left
 
     shapes, last = jax.eval_shape(lambda: step(0, first, pages, history)[2:])
     outputs = Sampled(*(jnp.zeros((max_steps, *s.shape), s.dtype) for s in shapes))
 
     def body(i: jax.Array, carry: tuple) -> tuple:
         tokens, pages, history, outputs, _ = carry
-        pages, history, sampled, logits = step(i, tokens, pages, history)
+        pages, history, sampled, left = step(i, tokens, pages, history)
         outputs = Sampled(
             *(all_.at[i].set(one) for all_, one in zip(outputs, sampled, strict=True))
         )
-        return sampled.tokens, pages, history, outputs, logits
+        return sampled.tokens, pages, history, outputs, left
 
     carry = first, pages, history, outputs, jnp.zeros(last.shape, last.dtype)
     _, *results = lax.fori_loop(0, inputs.num_steps, body, carry)
     return tuple(results)
 
 
+class Choice(NamedTuple):
+    """How tokens of a step are chosen: `mask [B, ceil(vocab / 32)]` uint32, see `sampler.sample`;
+    the rest as in the step's `DecodeInput`, `start` and `lens` of its rows."""
+
+    mask: jax.Array
+    slots: jax.Array
+    start: jax.Array
+    lens: jax.Array
+    sampling: SamplingRows
+
+
 def choose(
-    history: History,
-    logits: jax.Array,
-    mask: jax.Array,
-    slots: jax.Array,
-    start: jax.Array,
-    sampling: SamplingRows,
+    spec: StepSpec, weights: Weights | None, history: History, left: jax.Array, choice: Choice
 ) -> tuple[History, Sampled]:
     """The tokens of a decode step whose sampling was deferred, since masks were not known yet.
 
     Args:
+        spec: as of the step.
+        weights: packed ones, as of the step; else None.
         history: of all slots.
-        logits: `[B, vocab]` float32, the step's.
-        mask: `[B, ceil(vocab / 32)]` uint32, see `sampler.sample`.
-        slots: `[B]` int32, as in the step's input.
-        start: `[B]` int32, positions of the tokens that the step has fed.
-        sampling: the rows' parameters.
+        left: what `decode_steps` has left, float32.
+        choice: how they are chosen.
 
     Returns the history, and `Sampled` with a leading axis of 1.
     """
+    mask, slots, start, lens, sampling = choice
+    logits, best = left, None
+    if weights is not None:
+        decoder = PackedDecoder(spec.config, weights)
+        logits, best = decoder.logits(left, lens, needs_logits(sampling), mask)
     view = History(*(array[slots] for array in history))
-    sampled = sample(logits, sampling, view, start + 1, mask=mask)
+    sampled = sample(logits, sampling, view, start + 1, best, mask)
     written = history.tokens.at[slots, start + 1].set(sampled.tokens, mode="drop")
     return history._replace(tokens=written), Sampled(*(array[None] for array in sampled))
 

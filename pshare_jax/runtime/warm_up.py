@@ -29,7 +29,7 @@ class WarmUp:
         self._pool = pool
         self._weights = weights
         self._adapters = adapters
-        self._logits: jax.Array | None = None
+        self._left: jax.Array | None = None
 
     def run(self, call: Call) -> None:
         """Runs a program once, so that it is compiled."""
@@ -41,8 +41,8 @@ class WarmUp:
                 Slot.POOL: pages,
                 Slot.HISTORY: self.history,
             }
-            if self._logits is not None:
-                given[Slot.LOGITS] = self._logits
+            if self._left is not None:
+                given[Slot.LEFT] = self._left
             if any(argument is Slot.STAGED for argument in call.arguments):
                 given[Slot.STAGED] = self._staged(call.size[0])
             arguments = [given[a] if isinstance(a, Slot) else a for a in call.arguments]
@@ -54,8 +54,8 @@ class WarmUp:
                     self.history = result
                 elif slot is Slot.POOL:
                     pages = result
-                elif slot is Slot.LOGITS:
-                    self._logits = result
+                elif slot is Slot.LEFT:
+                    self._left = result
             return pages, results
 
         jax.block_until_ready(self._pool.update(update))

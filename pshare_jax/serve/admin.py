@@ -45,6 +45,12 @@ async def load_adapter(request: web.Request) -> web.Response:
     """`POST /v1/load_lora_adapter`: full modules too. Answers when it is served."""
     service = _admitted(request)
     body = await read_request(request, LoadAdapter)
+    if body.lora_name in service.aliases:
+        raise ApiError(
+            400,
+            f"{body.lora_name!r} is an alias of model {service.canonical(body.lora_name)!r}",
+            param="lora_name",
+        )
     # A thread of its own: it takes seconds, and requests go on meanwhile.
     entry = ModelEntry(
         body.lora_name,

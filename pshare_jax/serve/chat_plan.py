@@ -10,7 +10,13 @@ import msgspec
 from pshare_jax.core.messages import SamplingParams
 from pshare_jax.errors import RequestError
 from pshare_jax.frontend.answers import AnswerReader
-from pshare_jax.frontend.chat import Prompt, TemplateOptions, chat_prompt, usable_tools
+from pshare_jax.frontend.chat import (
+    Prompt,
+    TemplateOptions,
+    chat_prompt,
+    parameter_schemas,
+    usable_tools,
+)
 from pshare_jax.frontend.constraints import chat_grammar, thoughts_before
 from pshare_jax.frontend.params import (
     OutputParams,
@@ -91,7 +97,7 @@ async def plan_chat(
         wanted, None, len(prompt.token_ids), service.limits, "messages", output.least_tokens
     )
     check_scored(output, len(prompt.token_ids), service.limits)
-    names = [tool["function"]["name"] for tool in tools]
+    schemas = parameter_schemas(tools)
     one_call = bool(body.functions) or body.parallel_tool_calls is False
     grammar = await service.offload.run_if(
         large, chat_grammar, body, model, service.tokenizer, service.grammar_limits
@@ -103,7 +109,7 @@ async def plan_chat(
         prompt,
         await restricted(service, sampling, body, grammar),
         output,
-        lambda: model.reader(names, prompt.in_reasoning, one_call),
+        lambda: model.reader(schemas, prompt.in_reasoning, one_call),
         (model.parser or ToolParser).new_call_id,
         request_priority(body),
     )

@@ -137,17 +137,18 @@ def _names(body: FanoutRequest, service: Service) -> list[str]:
             f"model must list 1 .. {most} models (server.max_fanout), got {len(body.model)}",
             param="model",
         )
-    twice = [name for name in body.model if body.model.count(name) > 1]
+    names = [service.canonical(name) for name in body.model]
+    twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise RequestError(
             f"model lists {twice[0][:100]!r} more than once; use n for samples", param="model"
         )
-    return body.model
+    return names
 
 
 async def _branch(service: Service, body: ChatRequest, large: bool, arrival: float) -> _Branch:
     try:
-        service.model(body.model)
+        body.model = service.served_name(body.model)
         plan = await plan_chat(service, body, large)
     except Exception as error:
         api_error = as_api_error(error)

@@ -37,7 +37,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     service = request.app[SERVICE]
     service.require_serving()
     body = await read_request(request, CompletionRequest)
-    service.model(body.model)
+    body.model = service.served_name(body.model)
     output = output_params(body, service.limits.max_n)
     # Checked before the work of tokenising, for one token; each prompt then gets its own number.
     template = sampling_params(body, service.limits, 1, output.logprobs, service.sampling_defaults)
@@ -105,7 +105,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     service = request.app[SERVICE]
     service.require_serving()
     body = await read_request(request, ChatRequest)
-    service.model(body.model)
+    body.model = service.served_name(body.model)
     plan = await plan_chat(service, body, is_large(request))
     chat_format = ChatFormat(
         heading("chatcmpl", body.model, plan.output.include_usage),

@@ -32,13 +32,21 @@ def json_response(value: object, status: int = 200) -> web.Response:
 async def list_models(request: web.Request) -> web.Response:
     """`GET /v1/models`."""
     service = request.app[SERVICE]
-    return json_response(ModelList([_card(service, m) for m in service.engine.models.values()]))
+    models = service.engine.models
+    cards = [_card(service, model) for model in models.values()]
+    cards += [
+        _card(service, models[name], alias)
+        for alias, name in service.aliases.items()
+        if name in models
+    ]
+    return json_response(ModelList(cards))
 
 
 async def get_model(request: web.Request) -> web.Response:
     """`GET /v1/models/{id}`; the id may hold slashes."""
     service = request.app[SERVICE]
-    return json_response(_card(service, service.model(request.match_info["model"])))
+    name = request.match_info["model"]
+    return json_response(_card(service, service.model(name), name))
 
 
 async def tokenize(request: web.Request) -> web.Response:
@@ -134,9 +142,9 @@ async def version(_: web.Request) -> web.Response:
     return json_response({"version": __version__})
 
 
-def _card(service: Service, model: ModelInfo) -> ModelCard:
+def _card(service: Service, model: ModelInfo, alias: str | None = None) -> ModelCard:
     return ModelCard(
-        id=model.name,
+        id=alias or model.name,
         created=model.created,
         root=model.name,
         parent=model.parent,

@@ -28,7 +28,7 @@ async def responses(request: web.Request) -> web.StreamResponse:
     service = request.app[SERVICE]
     service.require_serving()
     body = await read_request(request, ResponsesRequest)
-    service.model(body.model)
+    body.model = service.served_name(body.model)
     _say_ignored_tools(request, body)
     large = is_large(request)
     chat = await service.offload.run_if(large, responses_api.as_chat, body)
@@ -77,7 +77,7 @@ async def messages(request: web.Request) -> web.StreamResponse:
     service = request.app[SERVICE]
     service.require_serving()
     body = await read_request(request, MessagesRequest)
-    service.model(body.model)
+    body.model = service.served_name(body.model)
     large = is_large(request)
     chat = await service.offload.run_if(large, messages_api.as_chat, body)
     # Clients have to name a number, and name that of larger models.
@@ -90,7 +90,7 @@ async def count_tokens(request: web.Request) -> web.Response:
     """`POST /v1/messages/count_tokens`."""
     service = request.app[SERVICE]
     body = await read_request(request, CountTokensRequest)
-    service.model(body.model)
+    body.model = service.served_name(body.model)
     large = is_large(request)
     chat = await service.offload.run_if(large, messages_api.as_chat, body)
     prompt = await chat_prompt_of(service, chat, large)

@@ -55,6 +55,9 @@ class Service:
             log.info("defaults of the base's generation_config.json: %s", self.sampling_defaults)
         self.offload = Offload(self.config.worker_threads)
         self.tracing = tracing_of(self.config)
+        self.aliases = {
+            alias: entry.name for entry in engine.config.models for alias in entry.aliases
+        }
         self.formats = {
             entry.name: model_format(entry, engine.tokenizer_of(entry.name).chat_template)
             for entry in engine.config.models
@@ -111,16 +114,30 @@ class Service:
             return _shutting_down()
         return GenerationError(reason or "the engine has ended the request")
 
-    def model(self, name: str) -> ModelInfo:
-        """The served model of that name.
+    def canonical(self, name: str) -> str:
+        """The name of the model that `name` may be an alias of."""
+        return self.aliases.get(name, name)
+
+    def served_name(self, name: str) -> str:
+        """The name of the served model that `name` may be an alias of.
 
         Raises:
             UnknownModelError: there is none.
         """
-        if name not in self.engine.models:
+        self.model(name)
+        return self.canonical(name)
+
+    def model(self, name: str) -> ModelInfo:
+        """The served model of that name, or that alias.
+
+        Raises:
+            UnknownModelError: there is none.
+        """
+        found = self.engine.models.get(self.canonical(name))
+        if found is None:
             served = ", ".join(self.engine.models)
             raise UnknownModelError(f"The model {name[:100]!r} does not exist; served: {served}")
-        return self.engine.models[name]
+        return found
 
     def tokenizer_of(self, name: str) -> Tokenizer:
         """The base's tokenizer with a model's own chat template and end tokens.
@@ -132,7 +149,7 @@ class Service:
 
     def format_of(self, name: str | None) -> ModelFormat:
         """The format of a model; of the first one if none is named."""
-        return self.formats[next(iter(self.formats)) if name is None else name]
+        return self.formats[next(iter(self.formats)) if name is None else self.canonical(name)]
 
     def warn_once(self, warning: str) -> None:
         """Logs `warning` unless this process has said it before."""

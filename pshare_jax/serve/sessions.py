@@ -36,7 +36,7 @@ def session_of(request: web.Request, service: Service, hints: SessionHints) -> S
     ttl = hints.ttl or 0.0
     if not 0.0 <= ttl < math.inf:
         raise RequestError(f"ttl must be a number of seconds, 0 or more, got {ttl}", param="ttl")
-    names = tuple(dict.fromkeys(hints.next_models or ()))
+    names = tuple(dict.fromkeys(map(service.canonical, hints.next_models or ())))
     unknown = [name for name in names if name not in service.engine.models]
     if unknown:
         served = ", ".join(service.engine.models)

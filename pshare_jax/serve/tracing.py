@@ -1,8 +1,8 @@
 """Traces of requests by OpenTelemetry: where the time of each went. Comes with the extra `otel`.
 
 A request has a span from its arrival to the end of its answer, below that of the caller if it sends
-a `traceparent`; below it each sequence has `queue`, `prefill`, `handoff` and `decode`, by what the
-dispatcher heard when. Prompts and answers are in none of them.
+a `traceparent`; below it each sequence has `router`, `queue`, `prefill`, `handoff` and `decode`, by
+what the dispatcher heard when. Prompts and answers are in none of them.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class Tracing:
                     stage,
                     context=context,
                     start_time=self._wall(start),
-                    attributes={"pshare.sequence": index},
+                    attributes={"pshare.sequence": index, **_attributes(stage, times)},
                 )
                 child.end(self._wall(stop))
 
@@ -134,10 +134,20 @@ class Tracing:
         return int(seconds * 1e9) + self._offset
 
 
+def _attributes(stage: str, times: RequestTimes) -> dict[str, str]:
+    if stage != "router":
+        return {}
+    return {
+        "pshare.prefill_worker": times.prefill_worker,
+        "pshare.decode_worker": times.decode_worker,
+    }
+
+
 def _stages(times: RequestTimes, end: float) -> Iterator[tuple[str, float, float]]:
     """The stages that a sequence has come to, with their begin and end."""
     marks: list[tuple[str, float | None]] = [
-        ("queue", times.submitted),
+        ("router", None if times.routed is None else times.submitted),
+        ("queue", times.submitted if times.routed is None else times.routed),
         ("prefill", times.prefill),
         ("handoff", times.covered),
         ("decode", times.started),

@@ -105,6 +105,7 @@ class Setting:
     store: bool = False
     prefetched: int = 0
     reply_ahead: bool = False
+    streaming_step: int = 0
     pinned_share: float = 0.5
     chunk_buckets: tuple[int, ...] = (4, 8)
 
@@ -193,7 +194,10 @@ class Host:
             [self._info(name) for name in self.prefill], [self._info(name) for name in self.decode]
         )
         policy = SessionPolicy(
-            setting.reply_ahead, max_ttl=MAX_TTL, prefetch=setting.prefetched > 0
+            setting.reply_ahead,
+            max_ttl=MAX_TTL,
+            prefetch=setting.prefetched > 0,
+            streaming_step=setting.streaming_step,
         )
         balance = BalancePolicy(setting.balanced, setting.max_num_seqs)
         self.dispatcher = Dispatcher(

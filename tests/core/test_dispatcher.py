@@ -146,7 +146,7 @@ def test_events(desk: Desk) -> None:
     desk.say(m.Started(id, USAGE), m.Tokens(id, (7,)))
     desk.say(m.Tokens(id, (8, 50), entries, FinishReason.STOP))
     first, last = desk.events()
-    times = RequestTimes(0.0, started=0.0)
+    times = RequestTimes(0.0, started=0.0, prefill_worker="prefill0", decode_worker="decode0")
     assert first == RequestOutput("r0", (7,), usage=USAGE, times=times)
     assert last == RequestOutput(
         "r0",
@@ -163,6 +163,8 @@ def test_events(desk: Desk) -> None:
 def test_the_last_event_says_when_what_was_heard(desk: Desk) -> None:
     dispatcher = desk.dispatcher
     id = desk.submit([1, 2, 3]).id
+    dispatcher.routed("r0", 0.5)
+    dispatcher.routed("unknown", 0.6)
     for now, message in (
         (1.0, m.Pending(id, 2)),
         (2.0, m.Pending(id, 1)),
@@ -179,7 +181,7 @@ def test_the_last_event_says_when_what_was_heard(desk: Desk) -> None:
     ):
         dispatcher.receive("decode0", message, now)
     [event] = desk.events()
-    assert event.times == RequestTimes(0.0, prefill=1.0, covered=3.0, started=4.0)
+    assert event.times == RequestTimes(0.0, 1.0, 3.0, 4.0, 0.5, "prefill0", "decode0")
 
 
 def test_what_was_found_has_no_time_of_its_own(desk: Desk) -> None:
@@ -187,7 +189,7 @@ def test_what_was_found_has_no_time_of_its_own(desk: Desk) -> None:
     desk.dispatcher.receive("prefill0", m.Pending(id, 0), 2.0)
     desk.dispatcher.receive("prefill0", m.Dropped(id), 3.0)
     [event] = desk.events()
-    assert event.times == RequestTimes(0.0, prefill=2.0, covered=2.0)
+    assert (event.times.prefill, event.times.covered, event.times.started) == (2.0, 2.0, None)
 
 
 def test_only_a_stop_token_is_named(desk: Desk) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from pshare_jax.core import messages as m
@@ -206,7 +207,44 @@ def test_replies_that_pile_up_are_bounded_and_the_newest_are_covered() -> None:
         last_key=b"",
         params=reply.request.params,
     )
-    for _ in range(MAX_REPLIES + 5):
-        core.receive(m.Replied(sequence, 0, True))
+    for order in range(MAX_REPLIES + 5):
+        core.receive(m.Replied(msgspec.structs.replace(sequence, order=order), 0, True))
     core.schedule(0.0)
     assert len(core._replies._jobs) == MAX_REPLIES
+    # The same one, when it is longer, takes no place of another.
+    core.receive(m.Replied(msgspec.structs.replace(sequence, order=order), 0, True))
+    core.schedule(0.0)
+    assert [job.reply.sequence.order for job in core._replies._jobs] == list(range(5, order + 1))
+
+
+@pytest.mark.parametrize("step", [0, 1, 3, 8])
+def test_a_reply_is_covered_while_it_is_generated(step: int) -> None:
+    """Where prefill has a processor of its own: the next call may come as soon as it has ended."""
+    host = Host(Setting(reply_ahead=True, streaming_step=step, prefill_pages=40, decode_pages=40))
+    first = host.submit("lora", PROMPT, 20)
+    while first.reason is None:
+        host.round()
+        # A processor of its own has nothing else to do.
+        host.work_ahead("prefill0")
+    second = host.submit("identity", [*context(first), 50], 3)
+    host.drain()
+    assert (first.tokens, second.tokens) == (first.expected, second.expected)
+    assert second.usage is not None
+    # 12 tokens of 33 were covered for the first call, the rest of them was not there at once.
+    left = second.usage.computed_tokens
+    assert left == 21 if step == 0 else left <= step + PAGE + 1
+    stats = host.prefill["prefill0"].core.stats
+    assert stats.ahead_tokens["lora"] == 21 - left, "nothing is computed twice"
+
+
+def test_a_reply_that_is_given_up_was_covered_as_far_as_it_came() -> None:
+    setting = Setting(reply_ahead=True, streaming_step=4, prefill_pages=40, decode_pages=40)
+    host = Host(setting)
+    reply = host.submit("lora", PROMPT, 20)
+    while len(reply.tokens) < 9:
+        host.round()
+        host.work_ahead("prefill0")
+    host.abort(reply)
+    host.drain()
+    covered = host.prefill["prefill0"].core.stats.ahead_tokens["lora"]
+    assert 1 + 4 <= covered <= 1 + len(reply.tokens)

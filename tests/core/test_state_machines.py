@@ -72,6 +72,7 @@ SETTINGS = {
         reply_ahead=True,
         prefill=2,
         decode=2,
+        streaming_step=2,
         prefill_pages=12,
         decode_pages=12,
         pinned_share=0.2,

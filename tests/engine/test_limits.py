@@ -58,6 +58,9 @@ def test_pool_sizes() -> None:
         ({"prefill": {"num_pages": 16}}, "prefill.num_pages.*17"),
         ({"decode": {"num_pages": 16}}, "decode.num_pages.*17"),
         ({"decode": {"num_pages": -1}}, "decode.num_pages"),
+        ({"models": [ModelEntry("a", aliases=[""])]}, "models.a.aliases: '' is empty"),
+        ({"models": [ModelEntry("a", aliases=["b"]), ModelEntry("b")]}, "models.a.aliases: 'b'"),
+        ({"models": [ModelEntry("a", aliases=["c", "c"])]}, "models.a.aliases: 'c' .* twice"),
     ],
 )
 def test_what_cannot_be_served_is_refused_by_key(overrides: dict[str, Any], message: str) -> None:

@@ -90,7 +90,7 @@ def test_no_step_copies_the_pool(steps: int) -> None:
             Slot.POOL: executor.pool._pages,
             Slot.HISTORY: decode._history,
             Slot.STAGED: jax.device_put(staged, executor.programs.staging),
-            Slot.LOGITS: np.zeros((4, models.config.vocab_size), np.float32),
+            Slot.LEFT: np.zeros((4, models.config.vocab_size), np.float32),
         }
 
     def one_of_each(calls: Iterable[Call]) -> list[Call]:

@@ -239,6 +239,41 @@ def test_a_tied_head_gives_the_embedding_back():
     assert "embed.embedding" in pack_weights(tiny_config(), init_weights(tiny_config(), 1))
 
 
+@pytest.mark.parametrize("wanted", [False, True])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_the_best_token_is_one_that_may_be(dtype, wanted):
+    """Whatever the mask, and with equal logits the first; logits are those without it."""
+    config = tiny_config(hidden_size=51, vocab_size=131)
+    weights = init_weights(config, 1, jnp.dtype(dtype))
+    weights["lm_head.kernel"] = (
+        weights["lm_head.kernel"].at[:, 70:].set(weights["lm_head.kernel"][:, :61])
+    )
+    decoder = PackedDecoder(config, pack_weights(config, weights))
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((8, 51)), jnp.float32)
+    lens = np.asarray([1, 1, 1, 1, 0, 1, 1, 1], np.int32)
+    may = rng.random((8, 160)) < np.asarray([0.5, 0.02, 1.0, 0.0, 0.5, 0.1, 0.9, 0.5])[:, None]
+    may[5] = np.arange(160) == 130
+    mask = np.packbits(may, axis=1, bitorder="little").view(np.uint32)
+    plain, best = decoder.logits(x, lens, jnp.asarray(True))
+    np.testing.assert_array_equal(best, np.argmax(plain, axis=1))
+    logits, chosen = decoder.logits(x, lens, jnp.asarray(wanted), mask)
+    if wanted:
+        np.testing.assert_array_equal(logits, plain)
+    allowed = np.where(may[:, :131], plain, -np.inf)
+    np.testing.assert_array_equal(chosen, np.where(lens, np.argmax(allowed, axis=1), 0))
+    assert chosen[5] == 130
+
+
+def test_a_mask_that_does_not_fit_is_an_error():
+    config = tiny_config(vocab_size=131)
+    decoder = PackedDecoder(config, pack_weights(config, init_weights(config, 1)))
+    x, lens = jnp.zeros((2, config.hidden_size)), np.ones(2, np.int32)
+    for shape in ((2, 4), (1, 5)):
+        with pytest.raises(Exception, match="the mask is of another vocabulary or batch"):
+            decoder.logits(x, lens, jnp.asarray(False), np.zeros(shape, np.uint32))
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_a_row_depends_on_nothing_beside_it(dtype):
     """To the bit: alone, in a batch, in one chunk or token by token."""

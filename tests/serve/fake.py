@@ -301,8 +301,11 @@ class FakeOrchestrator:
 
 
 def _times(now: float) -> RequestTimes:
-    """A queue of 1 s, a prefill of 2 s and a handoff of 3 s, though nothing takes its time here."""
-    return RequestTimes(now - 6, now - 5, now - 3, now)
+    """A router of 0.5 s, a queue of 0.5 s, a prefill of 2 s and a handoff of 3 s.
+
+    Though nothing takes its time here.
+    """
+    return RequestTimes(now - 6, now - 5, now - 3, now, now - 5.5, "prefill0", "decode0")
 
 
 def fake_config(max_model_len: int = 256, max_queue: int = 64, **server) -> ServeConfig:

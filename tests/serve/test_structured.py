@@ -290,6 +290,15 @@ def test_a_json_answer_or_a_call(server):
     assert kinds == {"call", "answer"}
 
 
+def test_calls_that_are_forced_come_before_the_format_of_text(server):
+    """Instructor asks for both; OpenAI gives the call."""
+    body = {"model": "hermes", "messages": [{"role": "user", "content": "x"}], "max_tokens": 300}
+    body |= {"tools": TOOLS, "tool_choice": "required", "response_format": JSON_SCHEMA}
+    answer = server.post("/v1/chat/completions", body)
+    assert answer.status == 200, answer.body
+    assert answer.json["choices"][0]["message"]["tool_calls"]
+
+
 def test_anthropic_tool_choice(server):
     tools = [{"name": "get_weather", "input_schema": SCHEMA}, {"name": "halt", "input_schema": {}}]
     ask = {"model": "hermes", "max_tokens": 300, "messages": [{"role": "user", "content": "x"}]}
@@ -313,9 +322,9 @@ def test_anthropic_tool_choice(server):
             "no tool 'f'",
         ),
         (
-            {"tool_choice": "required", "tools": TOOLS, "response_format": JSON_SCHEMA},
-            "response_format",
-            "leave response_format out",
+            {"tool_choice": "required", "tools": TOOLS, "structured_outputs": {"regex": "a"}},
+            "structured_outputs",
+            "leave structured_outputs out",
         ),
         (
             {

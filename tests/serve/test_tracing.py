@@ -68,8 +68,14 @@ def test_a_request_has_its_stages_below_it(traced, exporter, stream):
         "gen_ai.response.finish_reasons": ("length",),
     }
     seconds = {name: (span.end_time - span.start_time) / 1e9 for name, span in spans.items()}
-    assert list(seconds) == ["queue", "prefill", "handoff", "decode"]
-    assert seconds["queue"] == pytest.approx(1, abs=1e-3)
+    assert list(seconds) == ["router", "queue", "prefill", "handoff", "decode"]
+    assert seconds["router"] == pytest.approx(0.5, abs=1e-3)
+    assert seconds["queue"] == pytest.approx(0.5, abs=1e-3)
+    assert dict(spans["router"].attributes) == {
+        "pshare.sequence": 0,
+        "pshare.prefill_worker": "prefill0",
+        "pshare.decode_worker": "decode0",
+    }
     assert seconds["prefill"] == pytest.approx(2, abs=1e-3)
     assert seconds["handoff"] == pytest.approx(3, abs=1e-3)
     assert 0 <= seconds["decode"] < 20
@@ -81,7 +87,7 @@ def test_a_request_has_its_stages_below_it(traced, exporter, stream):
 
 def test_a_stop_string_has_stages_too(traced, exporter):
     post(traced, {"stop": "hello"})
-    assert {"queue", "prefill", "handoff", "decode"} < set(spans_of(exporter))
+    assert {"router", "queue", "prefill", "handoff", "decode"} < set(spans_of(exporter))
 
 
 def test_errors_are_marked_and_nothing_private_is_exported(traced, exporter):
@@ -159,6 +165,7 @@ def test_spans_come_to_a_collector(tokenizer):
     assert (path, content_type) == ("/v1/traces", "application/x-protobuf")
     spans = trace_service_pb2.ExportTraceServiceRequest.FromString(body).resource_spans[0]
     names = [span.name for span in spans.scope_spans[0].spans]
-    assert sorted(names) == ["POST /v1/completions", "decode", "handoff", "prefill", "queue"]
+    stages = ["decode", "handoff", "prefill", "queue", "router"]
+    assert sorted(names) == ["POST /v1/completions", *stages]
     [service] = [a.value.string_value for a in spans.resource.attributes if a.key == "service.name"]
     assert service == "pshare_jax"

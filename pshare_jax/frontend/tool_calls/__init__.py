@@ -6,12 +6,14 @@ from pshare_jax.errors import ConfigError
 from pshare_jax.frontend.tool_calls.json_blocks import Hermes, Llama3Json, Mistral
 from pshare_jax.frontend.tool_calls.parser import ToolParser
 from pshare_jax.frontend.tool_calls.pythonic import Pythonic
+from pshare_jax.frontend.tool_calls.xml_blocks import XmlBlocks
 
 _PARSERS: dict[str, type[ToolParser]] = {
     "hermes": Hermes,
     "llama3_json": Llama3Json,
     "mistral": Mistral,
     "pythonic": Pythonic,
+    "qwen3_coder": XmlBlocks,
 }
 # What a chat template that has tools tells the model to write, and the parser of that.
 _SIGNS = (
@@ -21,8 +23,8 @@ _SIGNS = (
     ("<|python_tag|>", "llama3_json"),
     ('"parameters": dictionary', "llama3_json"),
 )
-# A format of its own, whose opening tag looks like Hermes'.
-_XML_SIGN = "<function="
+# Formats whose opening tag looks like Hermes': Qwen 3 Coder's, and others, which are not known.
+_XML_SIGN, _XML_PARAMETER = "<function=", "<parameter="
 
 
 def register(name: str, parser: type[ToolParser]) -> None:
@@ -50,5 +52,5 @@ def detect(chat_template: str) -> str | None:
     """The name of the parser for what a chat template asks a model to write; None if it says
     nothing that is known."""
     if _XML_SIGN in chat_template:
-        return None
+        return "qwen3_coder" if _XML_PARAMETER in chat_template else None
     return next((name for sign, name in _SIGNS if sign in chat_template), None)

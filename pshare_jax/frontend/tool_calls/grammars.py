@@ -8,6 +8,7 @@ from typing import Any
 
 from pshare_jax.core.constraints import GrammarSpec
 from pshare_jax.errors import RequestError
+from pshare_jax.frontend.tool_calls.xml_grammar import xml_call
 from pshare_jax.text.grammar import JSON_OPTIONS, GrammarLimits
 from pshare_jax.text.grammar_spec import check_schema
 
@@ -30,7 +31,8 @@ def calls_grammar(
     """The grammar of an answer that calls at least one of `functions`.
 
     Args:
-        style: a parser's name for how calls are written: hermes, llama3_json, mistral, pythonic.
+        style: a parser's name for how calls are written: hermes, llama3_json, mistral, pythonic,
+            qwen3_coder.
         functions: name and JSON schema of the `parameters` of each.
         one_call: whether there may be no more than one call.
         token_id: of a token that is spelled out, None if there is no such token.
@@ -47,6 +49,8 @@ def calls_grammar(
         name = f"f{number}"
         if style == "pythonic":
             rules[name] = _python_call(function["name"], schema, rules, name)
+        elif style == "qwen3_coder":
+            rules[name] = xml_call(function["name"], schema, rules, name, _json)
         else:
             rules[f"{name}_arguments"] = _json(schema)
             key = "parameters" if style == "llama3_json" else "arguments"
@@ -67,7 +71,7 @@ def calls_grammar(
 def _several(style: str, one_call: bool, token_id: Callable[[str], int | None]) -> str:
     """How calls follow each other."""
     match style:
-        case "hermes":
+        case "hermes" | "qwen3_coder":
             one = f"{_text('<tool_call>' + chr(10))} call {_text(chr(10) + '</tool_call>')}"
             return one if one_call else f"{one} ({_text(chr(10))} {one})*"
         case "llama3_json":
@@ -82,7 +86,7 @@ def _several(style: str, one_call: bool, token_id: Callable[[str], int | None]) 
         case _:
             raise RequestError(
                 f"calls in the format {style!r} cannot be forced; only those of hermes, "
-                "llama3_json, mistral and pythonic can",
+                "llama3_json, mistral, pythonic and qwen3_coder can",
                 param="tool_choice",
             )
 

@@ -32,9 +32,10 @@ class JsonBlocks(ToolParser):
         return self._step_now()
 
     def _outside(self) -> bool:
-        if not self._say_until(self.opening):
+        opened = self._say_until(self.opening)
+        if opened is None:
             return False
-        self._block, self._step_now = self.opening, self._between
+        self._block, self._step_now = opened, self._between
         return True
 
     def _between(self) -> bool:
@@ -48,8 +49,10 @@ class JsonBlocks(ToolParser):
         elif buffer[0] == "{":
             self._reader, self._step_now = JsonCallReader(self._allowed()), self._inside
         elif self.closing and buffer.startswith(self.closing):
-            self._take(len(self.closing))
-            self._close()
+            tag = self._take(len(self.closing))
+            if self._block.strip(_SEPARATORS):  # no call was between the tags
+                self._say(self._block + tag)
+            self._leave()
         elif self.closing and self.closing.startswith(buffer) and not self._ended:
             return False
         else:
@@ -61,9 +64,6 @@ class JsonBlocks(ToolParser):
         self._say(self._block)
         self._leave()
         return True
-
-    def _close(self) -> None:
-        self._leave()
 
     def _leave(self) -> None:
         self._block, self._step_now = "", self._outside
@@ -168,7 +168,7 @@ class Mistral(JsonBlocks):
 
     def _between(self) -> bool:
         if self._buffer.startswith(self.opening):
-            if self._block.startswith(self.opening):  # no call came after the last one
+            if self._block.lstrip().startswith(self.opening):  # no call came after the last one
                 self._say(self._block)
             self._block = self._take(len(self.opening))
             return True

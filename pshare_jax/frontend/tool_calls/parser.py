@@ -5,7 +5,8 @@ from __future__ import annotations
 import secrets
 import string
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from pshare_jax.frontend.tool_calls.parts import CallArguments, CallStart, Part, Text
 
@@ -17,9 +18,11 @@ class ToolParser(ABC):
     no call comes out unchanged. White space around calls is dropped.
 
     Args:
-        names: the functions that may be called.
+        names: the functions that may be called, and the JSON schemas of their parameters if those
+            are known.
 
     Attributes:
+        schemas: of parameters, by function.
         markers: special tokens that the format consists of, which the text must show.
         style: the form of calls that `grammars.calls_grammar` writes; empty where they cannot be
             forced.
@@ -30,6 +33,7 @@ class ToolParser(ABC):
 
     def __init__(self, names: Collection[str]):
         self.names = frozenset(names)
+        self.schemas: dict[str, Any] = dict(names) if isinstance(names, Mapping) else {}
         self._buffer = ""
         self._ended = False
         self._calls = 0
@@ -73,22 +77,25 @@ class ToolParser(ABC):
         if text:
             self._parts.append(CallArguments(self._calls - 1, text))
 
-    def _say_until(self, tag: str) -> bool:
-        """Says the text before `tag` and drops the tag; whether it was there.
+    def _say_until(self, *tags: str) -> str | None:
+        """Says the text before the first of `tags`; takes the tag if it is there.
 
-        What may yet become the tag, and white space that may stand before it, is held back.
+        What may yet become a tag, and white space that may stand before it, is held back.
+
+        Returns:
+            The white space and the tag: text, if no call follows. None if there is no tag.
         """
-        found = self._buffer.find(tag)
-        if found >= 0:
-            self._say(self._take(found).rstrip())
-            self._take(len(tag))
-            return True
+        found = [(at, tag) for tag in tags if (at := self._buffer.find(tag)) >= 0]
+        if found:
+            at, tag = min(found)
+            self._say(self._take(len(self._buffer[:at].rstrip())))
+            return self._take(self._buffer.index(tag) + len(tag))
         if self._ended:
             self._say(self._take(len(self._buffer)))
-            return False
-        certain = len(self._buffer) - begun(self._buffer, tag)
+            return None
+        certain = len(self._buffer) - max(begun(self._buffer, tag) for tag in tags)
         self._say(self._take(len(self._buffer[:certain].rstrip())))
-        return False
+        return None
 
 
 def begun(text: str, tag: str) -> int:

@@ -116,6 +116,7 @@ def lm_head(
     head: jax.Array,
     lens: jax.Array,
     wanted: jax.Array,
+    mask: jax.Array | None = None,
     *,
     vocab_size: int,
     eps: float,
@@ -128,6 +129,8 @@ def lm_head(
         head: packed `[embed, vocab]`.
         lens: `[B]` int32.
         wanted: bool scalar, whether logits are looked at; if not they are left undefined.
+        mask: `[B, words]` uint32, from which tokens the most likely is taken, as in
+            `runtime.sampler.sample`; logits are those without it.
         vocab_size: columns of the head without padding.
         eps: of the norm.
 
@@ -143,5 +146,7 @@ def lm_head(
         jax.ShapeDtypeStruct((x.shape[0],), jnp.int32),
     )
     call = jax.ffi.ffi_call("pshare_lm_head", out)
-    logits, tokens = call(x, scale, head, lens, wanted, eps=np.float32(eps))
+    if mask is None:
+        mask = jnp.zeros((x.shape[0], 0), jnp.uint32)
+    logits, tokens = call(x, scale, head, lens, wanted, mask, eps=np.float32(eps))
     return logits, tokens

@@ -10,9 +10,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 """The projections that adapters may be on, in the order of the C++ side."""
@@ -68,21 +70,27 @@ class PackedAdapters:
     targets: tuple[str, ...]
 
 
-def pack(matrices: Sequence[jax.Array], columns: int, *, interleave: bool = False) -> jax.Array:
+def pack(
+    matrices: Sequence[np.ndarray], columns: int, *, interleave: bool = False
+) -> list[np.ndarray]:
     """Matrices `[K, N_i]` side by side as panels `[panels, K / unit, columns, unit]`, flattened.
 
     A unit is two rows of bfloat16 or one of float32. Each matrix begins with a panel of its own and
-    is padded with zeros to whole panels.
+    is padded with zeros to whole panels. It is done by numpy, on one core and mostly without the
+    GIL: modules are packed while others are being served.
 
     Args:
         matrices: of one dtype and one K.
         columns: of a panel, `Library.panel_columns`.
         interleave: let the panels of the matrices, which are of one shape, alternate.
+
+    Returns:
+        Parts that make up the whole, one after the other.
     """
-    unit = _unit(matrices[0].dtype)
-    packed = [_panels(matrix, columns, unit) for matrix in matrices]
-    panels = jnp.stack(packed, axis=1) if interleave else jnp.concatenate(packed)
-    return panels.reshape(-1)
+    packed = [_panels(matrix, columns) for matrix in matrices]
+    if interleave:
+        packed = [np.stack(packed, axis=1)]
+    return [panels.view(matrices[0].dtype).reshape(-1) for panels in packed]
 
 
 def unpack_columns(packed: jax.Array, inputs: int, columns: int, index: jax.Array) -> jax.Array:
@@ -103,17 +111,29 @@ def unpack_columns(packed: jax.Array, inputs: int, columns: int, index: jax.Arra
     return found.reshape(*index.shape, -1)[..., :inputs]
 
 
-def pad_columns(rows: Sequence[jax.Array], columns: int) -> jax.Array:
+def pad_columns(rows: Sequence[np.ndarray], columns: int) -> np.ndarray:
     """Vectors `[N_i]` one after the other, laid out like the columns of `pack`."""
-    return jnp.concatenate([jnp.pad(row, (0, -row.shape[0] % columns)) for row in rows])
+    return np.concatenate([np.pad(row, (0, -row.shape[0] % columns)) for row in rows])
 
 
-def _unit(dtype: jnp.dtype) -> int:
+def _unit(dtype: Any) -> int:
     return 2 if dtype == jnp.bfloat16 else 1
 
 
-def _panels(matrix: jax.Array, columns: int, unit: int) -> jax.Array:
+def _panels(matrix: np.ndarray, columns: int) -> np.ndarray:
+    """`[panels, units, columns]`, each unit as one number of four bytes."""
     k, n = matrix.shape
-    padded = jnp.pad(matrix, ((0, -k % unit), (0, -n % columns)))
-    split = padded.reshape(-1, unit, padded.shape[1] // columns, columns)
-    return split.transpose(2, 0, 3, 1)
+    unit = _unit(matrix.dtype)
+    if k % unit or n % columns:
+        matrix = np.pad(matrix, ((0, -k % unit), (0, -n % columns)))
+    words = matrix.view(np.uint32) if unit == 1 else _pairs(matrix.view(np.uint16))
+    split = words.reshape(len(words), -1, columns)
+    return np.ascontiguousarray(split.transpose(1, 0, 2))
+
+
+def _pairs(halves: np.ndarray) -> np.ndarray:
+    """Each two rows of uint16 as one of uint32, the first in the lower half."""
+    words = halves[1::2].astype(np.uint32)
+    words <<= np.uint32(16)
+    words |= halves[0::2]
+    return words

@@ -36,7 +36,7 @@ def paged_attention(
     *,
     sliding_window: int | None = None,
     soft_cap: float | None = None,
-    sinks: jax.Array | None = None,
+    sinks: Float[Array, " heads"] | None = None,
     mesh: Mesh | None = None,
     backend: str = "auto",
 ) -> Float[Array, "B T heads head_dim"]:

@@ -289,7 +289,7 @@ ffi::Error copy_pages(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dic
   });
 }
 
-// x, scale, head, lens, whether logits are wanted -> logits, best tokens
+// x, scale, head, lens, whether logits are wanted, mask of no or enough words -> logits, best tokens
 ffi::Error lm_head(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dictionary attrs) {
   Call call(args, rets, attrs);
   return typed(call, 2, [&](auto element) {
@@ -297,9 +297,12 @@ ffi::Error lm_head(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dictio
     long vocab = call.ret(0).dimensions()[1];
     bool fits = call.dim(2, 0) == panels(vocab) * panel_size<E>(call.dim(0, 1));
     if (!call.good(fits ? "" : "the packed head is of another model")) return;
+    long words = call.dim(5, 1);
+    bool covers = words == 0 || (words * 32 >= vocab && call.dim(5, 0) == call.dim(0, 0));
+    if (!call.good(covers ? "" : "the mask is of another vocabulary or batch")) return;
     head<E>(call.data<float>(0), call.data<float>(1), call.data<E>(2), call.data<int32_t>(3),
             call.dim(0, 0), call.dim(0, 1), vocab, call.attr<float>("eps"),
-            *call.data<bool>(4), static_cast<float*>(call.ret(0).untyped_data()),
+            *call.data<bool>(4), call.data<uint32_t>(5), words, static_cast<float*>(call.ret(0).untyped_data()),
             static_cast<int32_t*>(call.ret(1).untyped_data()));
   });
 }

@@ -1,6 +1,7 @@
 // The final norm, the head, and the choice of the most likely token.
 #pragma once
 
+#include <limits>
 #include <vector>
 
 #include "gemm.h"
@@ -8,17 +9,38 @@
 
 namespace pshare {
 
-// The most likely token of each row with lens > 0, and its logits [batch, vocab] if they are wanted:
-// final norm, then the head. Other rows get 0.
+// The columns of a panel that a row may choose from, a bit each; a mask of nothing allows all.
+inline uint32_t panel_bits(const uint32_t* mask, long panel) {
+  static_assert(32 % kPanel == 0);
+  constexpr uint32_t all = kPanel == 32 ? ~0u : (1u << kPanel % 32) - 1;
+  long first = panel * kPanel;
+  return mask == nullptr ? all : mask[first / 32] >> first % 32 & all;
+}
+
+// Leaves -inf where a row may not choose.
+inline void forbid(float* tile, long width, uint32_t bits) {
+  for (long j = 0; j < width; j++) {
+    tile[j] = bits >> j & 1 ? tile[j] : -std::numeric_limits<float>::infinity();
+  }
+}
+
+// The most likely token of each row with lens > 0, of those that its bits in mask [batch, words]
+// allow, and its logits [batch, vocab] if they are wanted, allowed or not: final norm, then the
+// head. Other rows get 0.
 template <class E>
 void head(const float* x, const float* scale, const E* packed, const int32_t* lens, long batch,
-          long embed, long vocab, float eps, bool wanted, float* logits, int32_t* best) {
+          long embed, long vocab, float eps, bool wanted, const uint32_t* mask, long words,
+          float* logits, int32_t* best) {
   std::vector<long> rows;
   for (long b = 0; b < batch; b++) {
     best[b] = 0;
     if (lens[b] > 0) rows.push_back(b);
     else if (wanted) std::fill_n(logits + b * vocab, vocab, 0.0f);
   }
+  if (rows.empty()) return;
+  auto allowed = [&](long r, long panel) {
+    return panel_bits(mask == nullptr ? nullptr : mask + rows[r] * words, panel);
+  };
   long count = static_cast<long>(rows.size()), stride = round_up(embed, 2), all = panels(vocab);
   static thread_local Buffer<Left<E>> memory;
   static thread_local Buffer<float> tops;
@@ -33,11 +55,13 @@ void head(const float* x, const float* scale, const E* packed, const int32_t* le
                 [&](long r, long n, long panel, float* tile) {
                   long width = std::min<long>(kPanel, vocab - panel * kPanel);
                   for (long i = 0; i < n; i++) {
-                    const float* from = tile + i * kPanel;
+                    float* from = tile + i * kPanel;
+                    if (wanted) {
+                      float* to = logits + rows[r + i] * vocab + panel * kPanel;
+                      std::memcpy(to, from, width * sizeof(float));
+                    }
+                    if (mask != nullptr) forbid(from, width, allowed(r + i, panel));
                     top[panel * count + r + i] = *std::max_element(from, from + width);
-                    if (!wanted) continue;
-                    float* to = logits + rows[r + i] * vocab + panel * kPanel;
-                    std::memcpy(to, from, width * sizeof(float));
                   }
                 });
     // The first of the highest: its panel is computed again.
@@ -50,6 +74,7 @@ void head(const float* x, const float* scale, const E* packed, const int32_t* le
       multiply_panel<E>(1, normed + r * stride, stride, packed + panel * panel_size<E>(embed),
                         units<E>(embed), tile, kPanel, false);
       long width = std::min<long>(kPanel, vocab - panel * kPanel);
+      if (mask != nullptr) forbid(tile, width, allowed(r, panel));
       best[rows[r]] = panel * kPanel + (std::max_element(tile, tile + width) - tile);
     });
   });
