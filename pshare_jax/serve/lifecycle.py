@@ -15,6 +15,7 @@ from collections.abc import Callable
 from aiohttp import web
 
 from pshare_jax.config import ServerConfig
+from pshare_jax.engine.host_memory import return_freed_memory
 from pshare_jax.errors import ConfigError
 from pshare_jax.serve.access_log import access_log_options
 from pshare_jax.serve.api_keys import load_keys
@@ -212,6 +213,7 @@ async def serve(engine: Engine, sock: socket.socket, on_ready: Callable[[str], N
             # longer than the event loop may stand still.
             gc.collect()
             gc.freeze()
+            return_freed_memory()
             on_ready(url)
         await stopped
         code = await _drain(server, engine, warm_up)
