@@ -208,7 +208,8 @@ class Station:
             await old.gone.wait()
         frontend = _Frontend(hello.incarnation, FrameQueue(self._loop), socket)
         self._frontends[hello.incarnation] = frontend
-        await socket.send_bytes(wire.encode([wire.Welcome(self.incarnation, self._parts)]))
+        welcome = wire.Welcome(self.incarnation, self._parts, self._shape.dtype)
+        await socket.send_bytes(wire.encode([welcome]))
         await self._in_thread(lambda: self._join(frontend))
         return frontend
 
