@@ -170,7 +170,7 @@ class Station:
     def send(self, source: str, to: str, message: Message) -> None:
         """Carries a worker's message to where it belongs; in the workers' thread."""
         frame = wire.Carry(source, to, message)
-        if isinstance(message, m.IndexChanged):
+        if isinstance(message, m.IndexChanged | m.IndexSnapshot):
             for queue in self._linked.values():
                 queue.put(frame)
             return
@@ -282,8 +282,7 @@ class Station:
         for worker in sorted(self._thread.workers, key=lambda worker: not worker.covers):
             if all(worker.cache is not cache for cache in told):
                 told.append(worker.cache)
-                changed = m.IndexChanged(worker.cache.keys(), [])
-                frontend.queue.put(wire.Carry(worker.name, DISPATCHER, changed))
+                frontend.queue.put(wire.Carry(worker.name, DISPATCHER, worker.index_snapshot()))
         self._linked[frontend.incarnation] = frontend.queue
 
     def _leave(self, incarnation: int) -> None:

@@ -7,7 +7,7 @@ from typing import Generic, Protocol, TypeVar
 
 from pshare_jax.core.decode import DecodeCore
 from pshare_jax.core.fairness import Share
-from pshare_jax.core.messages import Message, Outbox, WeightsFreed
+from pshare_jax.core.messages import IndexSnapshot, Message, Outbox, WeightsFreed
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.plans import DecodePlan, DecodeResult, Landed, PrefillPlan, PrefillResult
 from pshare_jax.core.prefill import PrefillCore
@@ -113,6 +113,10 @@ class Worker(Protocol):
         """What each sequence means here: tokens to be computed, or pages to be read."""
         ...
 
+    def index_snapshot(self) -> IndexSnapshot:
+        """What its prefix index holds."""
+        ...
+
     @property
     def has_begun(self) -> bool:
         """Whether the device still computes something for it."""
@@ -194,6 +198,10 @@ class PrefillWorker(Generic[P]):
     def loads(self) -> dict[int, int]:
         """See Worker."""
         return self.core.loads()
+
+    def index_snapshot(self) -> IndexSnapshot:
+        """See Worker."""
+        return self.core.index_feed.snapshot()
 
     @property
     def has_begun(self) -> bool:
@@ -281,6 +289,10 @@ class DecodeWorker(Generic[D]):
     def loads(self) -> dict[int, int]:
         """See Worker."""
         return self.core.loads()
+
+    def index_snapshot(self) -> IndexSnapshot:
+        """See Worker."""
+        return self.core.index_feed.snapshot()
 
     @property
     def has_begun(self) -> bool:

@@ -77,7 +77,8 @@ class ClusterEngine(Front):
         policy = SessionPolicy(config.reply_kv == "ahead", config.sessions.max_ttl_seconds)
         dispatcher = Dispatcher(
             specs,
-            Router([], []),
+            # Other frontends may send sequences to the same workers.
+            Router([], [], replicas=2),
             config.page_size,
             policy,
             ids=wire.sequence_ids(self.incarnation),
