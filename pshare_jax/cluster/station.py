@@ -170,7 +170,8 @@ class Station:
     def send(self, source: str, to: str, message: Message) -> None:
         """Carries a worker's message to where it belongs; in the workers' thread."""
         frame = wire.Carry(source, to, message)
-        if isinstance(message, m.IndexChanged | m.IndexSnapshot):
+        if isinstance(message, m.IndexChanged | m.IndexSnapshot | m.StoreChanged):
+            # Of no sequence, and for all.
             for queue in self._linked.values():
                 queue.put(frame)
             return

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from pshare_jax.core import messages as m
 from pshare_jax.core.messages import FinishReason
 from tests.cluster.symbolic import NAMES, Cluster, Frontend, Reply, symbolic_cluster
 from tests.engine.harness import wait_until
@@ -326,3 +327,12 @@ def test_frontends_hear_what_others_have_sent(cluster: Cluster) -> None:
     check(busy)
     for workers in (theirs._decode, theirs._prefill):
         wait_until(lambda workers=workers: not any(w.others for w in workers.values()))
+
+
+def test_what_is_of_no_sequence_is_told_to_all(cluster: Cluster) -> None:
+    host = cluster.hosts["prefill0"]
+    changed = m.StoreChanged([b"key"], [])
+    host.thread.call(lambda: host.station.send(host.name, m.DISPATCHER, changed))
+    for frontend in cluster.frontends:
+        router = frontend.engine._dispatcher._router
+        wait_until(lambda router=router: b"key" in router._stored)
