@@ -154,19 +154,24 @@ class Station:
             max_msg_size=wire.MAX_FRAME_BYTES,
             compress=False,
         )
-        await socket.prepare(request)
         try:
-            frontend = await self._welcome(socket)
-            if frontend is not None:
-                await self._serve(frontend)
-        finally:
-            await socket.close()
+            await socket.prepare(request)
+            try:
+                frontend = await self._welcome(socket)
+                if frontend is not None:
+                    await self._serve(frontend)
+            finally:
+                await socket.close()
+        except ConnectionError as error:
+            # Such as one that has waited while this process was started, and has given up.
+            logger.info("a frontend has gone: %s", error)
         return socket
 
     def send(self, source: str, to: str, message: Message) -> None:
         """Carries a worker's message to where it belongs; in the workers' thread."""
         frame = wire.Carry(source, to, message)
-        if isinstance(message, m.IndexChanged | m.IndexSnapshot):
+        if isinstance(message, m.IndexChanged | m.IndexSnapshot | m.StoreChanged):
+            # Of no sequence, and for all.
             for queue in self._linked.values():
                 queue.put(frame)
             return
@@ -204,7 +209,8 @@ class Station:
             await old.gone.wait()
         frontend = _Frontend(hello.incarnation, FrameQueue(self._loop), socket)
         self._frontends[hello.incarnation] = frontend
-        await socket.send_bytes(wire.encode([wire.Welcome(self.incarnation, self._parts)]))
+        welcome = wire.Welcome(self.incarnation, self._parts, self._shape.dtype)
+        await socket.send_bytes(wire.encode([welcome]))
         await self._in_thread(lambda: self._join(frontend))
         return frontend
 
