@@ -154,13 +154,17 @@ class Station:
             max_msg_size=wire.MAX_FRAME_BYTES,
             compress=False,
         )
-        await socket.prepare(request)
         try:
-            frontend = await self._welcome(socket)
-            if frontend is not None:
-                await self._serve(frontend)
-        finally:
-            await socket.close()
+            await socket.prepare(request)
+            try:
+                frontend = await self._welcome(socket)
+                if frontend is not None:
+                    await self._serve(frontend)
+            finally:
+                await socket.close()
+        except ConnectionError as error:
+            # Such as one that has waited while this process was started, and has given up.
+            logger.info("a frontend has gone: %s", error)
         return socket
 
     def send(self, source: str, to: str, message: Message) -> None:

@@ -8,6 +8,7 @@ way: when it dies, the children go on.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pshare_jax.config import ServeConfig
@@ -218,19 +219,19 @@ class Launcher:
             child.start()
 
     def restart(self) -> None:
-        """Replaces one after the other; requests go on."""
-        for child in self.children:
-            log.info("replacing %s", child.plan.name)
-            child.restart()
+        """Replaces one of each side at a time; requests go on, or wait."""
+        sides: dict[str, list[Child]] = {}
+        for child in self.workers:
+            sides.setdefault(child.plan.name.rstrip("0123456789"), []).append(child)
+        groups = [[c for c in group if c] for group in itertools.zip_longest(*sides.values())]
+        for group in (*groups, *([frontend] for frontend in self.frontends)):
+            log.info("replacing %s", ", ".join(child.plan.name for child in group))
+            _at_once([child.restart for child in group])
 
     def stop(self) -> None:
         """Ends all in good order: frontends first, since these need the workers."""
         for group in (self.frontends, self.workers):
-            stopping = [threading.Thread(target=child.stop) for child in group]
-            for thread in stopping:
-                thread.start()
-            for thread in stopping:
-                thread.join()
+            _at_once([child.stop for child in group])
         for sock in self._sockets:
             sock.close()
 
@@ -251,10 +252,19 @@ class Launcher:
         return Plan(f"frontend{index}", command, sock, READY)
 
 
+def _at_once(actions: Sequence[Callable[[], None]]) -> None:
+    """Does all of them, each in a thread, and waits for them."""
+    threads = [threading.Thread(target=action) for action in actions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def launch(config: ServeConfig, args: Sequence[str]) -> int:
     """Runs a cluster until a signal; returns the exit code.
 
-    SIGTERM and SIGINT end it in good order, SIGHUP replaces all processes one after the other.
+    SIGTERM and SIGINT end it in good order; SIGHUP replaces all processes, see `Launcher.restart`.
 
     Raises:
         ConfigError: an address that cannot be had.

@@ -1,0 +1,124 @@
+"""Processes that are started again when they end; programs without models stand for them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from pshare_jax.serve import launcher
+from pshare_jax.serve.launcher import BAD_CONFIG, Child, Launcher, Plan
+from tests.serve.server import eventually
+
+_BEGIN = "import signal, sys, time; print('up', flush=True); "
+LIVES = _BEGIN + "time.sleep(1000)"
+DRAINS = (
+    "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]); "
+    f"{_BEGIN}signal.sigwait([signal.SIGTERM]); sys.exit(0)"
+)
+STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + LIVES
+WRONG = f"import sys; sys.exit({BAD_CONFIG})"
+SERVES = (
+    "import http.server, socket, sys; "
+    "sock = socket.socket(fileno=int(sys.argv[1].removeprefix('--listen-fd='))); "
+    "answer = lambda self: (self.send_response(200), self.end_headers()); "
+    "kind = type('H', (http.server.BaseHTTPRequestHandler,), "
+    "{'do_GET': answer, 'log_message': lambda *a: None}); "
+    "server = http.server.HTTPServer(('127.0.0.1', 0), kind, bind_and_activate=False); "
+    "server.socket = sock; print('up', flush=True); server.serve_forever()"
+)
+
+
+@pytest.fixture
+def child() -> Iterator[Callable[..., Child]]:
+    made: list[Child] = []
+
+    def make(program: str, *, health: bool = False, name: str = "w", drain: float = 20.0) -> Child:
+        sock = socket.create_server(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{sock.getsockname()[1]}/health" if health else ""
+        plan = Plan(name, (sys.executable, "-S", "-c", program), sock, "up", url)
+        made.append(Child(plan, drain))
+        made[-1].start()
+        return made[-1]
+
+    yield make
+    for one in made:
+        pid = one.pid
+        one._drain_seconds = 0.0
+        if pid is not None:
+            os.kill(pid, signal.SIGCONT)
+        one.stop()
+        one.plan.socket.close()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(launcher, "MAX_AGAIN_SECONDS", 0.02)
+    monkeypatch.setattr(launcher, "END_SECONDS", 0.1)
+    monkeypatch.setattr(launcher, "HEALTH_SECONDS", 0.2)
+
+
+def test_who_dies_is_started_again(child: Callable[..., Child]) -> None:
+    one = child(LIVES)
+    assert one.is_ready.wait(60)
+    for _ in range(3):
+        pid = one.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        eventually(lambda pid=pid: one.pid not in (None, pid) and one.is_ready.is_set())
+    assert not one.gave_up.is_set()
+
+
+def test_who_cannot_be_configured_is_not(child: Callable[..., Child]) -> None:
+    one = child(WRONG)
+    assert one.gave_up.wait(60)
+    assert one.code == BAD_CONFIG
+    assert one.pid is None
+
+
+def test_who_is_stopped_has_time_to_end(child: Callable[..., Child]) -> None:
+    one = child(DRAINS)
+    assert one.is_ready.wait(60)
+    one.stop()
+    assert one.code == 0
+    assert one.gave_up.is_set()
+
+
+def test_who_does_not_end_is_killed(child: Callable[..., Child]) -> None:
+    one = child(STUBBORN, drain=0.1)
+    assert one.is_ready.wait(60)
+    one.stop()
+    assert one.code == -signal.SIGKILL
+
+
+def test_who_hangs_is_killed_and_started_again(
+    child: Callable[..., Child], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "HANGS", 3)
+    one = child(SERVES, health=True)
+    assert one.is_ready.wait(60)
+    pid = one.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    eventually(lambda: one.pid not in (None, pid) and one.is_ready.is_set())
+
+
+def test_one_of_each_side_is_replaced_at_a_time(child: Callable[..., Child]) -> None:
+    names = ["prefill0", "prefill1", "decode0", "frontend0"]
+    children = {name: child(DRAINS, name=name) for name in names}
+    for one in children.values():
+        assert one.is_ready.wait(60)
+    before = {name: one.pid for name, one in children.items()}
+    all_of_them = Launcher.__new__(Launcher)
+    all_of_them.workers = [children[name] for name in names[:3]]
+    all_of_them.frontends = [children["frontend0"]]
+    all_of_them.restart()
+    for name, one in children.items():
+        assert one.is_ready.is_set()
+        assert one.pid not in (None, before[name])
+        assert one.code == 0, "it has ended by itself"
