@@ -117,7 +117,7 @@ class Arrivals:
             return
         transfer.pulled = True
         sequence, pages = transfer.arrival.sequence, transfer.arrival.reservation.pages
-        chain = sequence.chain
+        chain = sequence.held_keys
         self.pulls.append(
             Pull(
                 transfer_id,
@@ -216,7 +216,7 @@ class Arrivals:
         self._transfers[transfer_id] = Transfer(arrival, numbers)
         arrival.transfers.add(transfer_id)
         sequence = arrival.sequence
-        fetch = m.Fetch(self._worker, transfer_id, sequence.id, numbers)
+        fetch = m.Fetch(self._worker, transfer_id, sequence.held_id, numbers)
         self._outbox.append((sequence.prefill_worker, fetch))
 
     def _cancel(self, transfer_id: int) -> None:

@@ -26,10 +26,14 @@ class Offer(msgspec.Struct, frozen=True):
 
 
 class Look(msgspec.Struct, frozen=True):
-    """Which of these pages, of one prompt and in order, are in the KV store?"""
+    """Which of these pages, of one prompt and in order, are in the KV store?
+
+    Nobody waits for one that looks `ahead`; so it is with loads.
+    """
 
     id: int
     keys: list[bytes]
+    ahead: bool = False
 
 
 class Load(msgspec.Struct, frozen=True):
@@ -39,6 +43,7 @@ class Load(msgspec.Struct, frozen=True):
     keys: list[bytes]
     tokens: list[tuple[int, ...]]
     places: list[int]
+    ahead: bool = False
 
 
 class Commit(msgspec.Struct, frozen=True):

@@ -13,17 +13,24 @@ Several routers may send sequences to the same workers; they do not know of each
 others have sent is part of the load that workers tell of now and then. A context that is new to
 all of them goes to a place that its keys give, where it meets with what the others sent.
 
+With the policy `load` what the KV store has counts as held by every worker. So a prompt that is
+known goes where least waits, whoever has computed it; among equals to the one whose pool holds most
+of it. One that the store does not have yet is routed by prefix. Sessions do not stay anywhere.
+
 A session stays where it was unless that is overloaded, that is, costs more than elsewhere by more
 than its further calls are worth.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Sequence_
 
 import msgspec
 
+from pshare_jax.config import RoutingPolicy
 from pshare_jax.core.fleet import Among, Cost, Fleet
 from pshare_jax.core.messages import IndexChanged, IndexSnapshot, Sequence
 from pshare_jax.core.sessions import SessionKey, SessionTable
@@ -40,6 +47,9 @@ STAY_TOKENS = 1024
 STAY_SHARE = 4
 """A session stays with a decode worker that has more to read, up to this part of its pool."""
 
+MAX_STORED = 2**18
+"""Keys that the KV store is known to have; those that were heard of first are forgotten."""
+
 MEET_TOKENS = 1024
 """Tokens of waiting that a sequence bears to meet with what other routers send."""
 
@@ -54,6 +64,7 @@ class Router:
     Args:
         prefill: the prefill workers.
         decode: the decode workers.
+        policy: how prefill workers are chosen.
         replicas: routers that send sequences to these workers, this one included.
     """
 
@@ -61,14 +72,19 @@ class Router:
         self,
         prefill: Sequence_[WorkerInfo],
         decode: Sequence_[WorkerInfo],
+        policy: RoutingPolicy = "prefix",
         *,
         replicas: int = 1,
     ):
+        self._policy = policy
+        self._stored: OrderedDict[bytes, None] = OrderedDict()
         self._covering = Fleet(lambda view: view.pending_tokens + view.others, spreads=True)
         self._generating = Fleet(lambda view: view.load + view.others, spreads=False)
         self._prefill, self._decode = self._covering.views, self._generating.views
         self._meeting = MEET_TOKENS if replicas > 1 else 0
-        self._assigned: dict[int, tuple[WorkerView, WorkerView, int]] = {}
+        self._assigned: dict[int, tuple[WorkerView | None, WorkerView, int]] = {}
+        self._resting: set[str] = set()
+        self._twins: dict[str, str] = {}
         self._able: dict[tuple[str, ...], tuple[Among, Among]] = {}
         self._sessions = SessionTable()
         for info in prefill:
@@ -84,12 +100,51 @@ class Router:
     def add(self, info: WorkerInfo, *, prefill: bool) -> None:
         """A worker has come, or come again with nothing in its pool."""
         (self._covering if prefill else self._generating).add(info)
-        self._able.clear()
+        if info.twin:
+            self._twins[info.name] = info.twin
+        self.set_role(info.name, works=not info.rests)
 
     def lose(self, worker: str) -> None:
         """A worker is not alive any more, or takes no more sequences."""
         self._covering.lose(worker)
         self._generating.lose(worker)
+        self._able.clear()
+
+    @property
+    def prefill_workers(self) -> list[str]:
+        """Names of the prefill workers that are alive."""
+        return list(self._prefill)
+
+    def twin(self, worker: str) -> str:
+        """The other worker of a mesh that may do either, or nothing."""
+        return self._twins.get(worker, "")
+
+    def working(self, names: Iterable[str]) -> list[str]:
+        """Those of some workers that are alive and take sequences."""
+        alive = {*self._prefill, *self._decode} - self._resting
+        return [name for name in names if name in alive]
+
+    def loads(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Prompt tokens that wait, by prefill worker that works, and covered sequences by decode
+        worker that does."""
+        waiting = {n: self._prefill[n].pending_tokens for n in self.working(self._prefill)}
+        sequences = dict.fromkeys(self.working(self._decode), 0)
+        pending = {id for view in self._prefill.values() for id in view.pending}
+        for id, (_, decode, _) in self._assigned.items():
+            if decode.info.name in sequences and id not in pending:
+                sequences[decode.info.name] += 1
+        return waiting, sequences
+
+    def unserved(self, hosts: Mapping[str, Iterable[str]]) -> str:
+        """What nobody does, `hosts` being decode workers by model; empty if there is no such."""
+        if not self.working(self._prefill):
+            return "cover prompts"
+        lacking = (name for name, workers in hosts.items() if not self.working(workers))
+        return next((f"generate for {name}" for name in lacking), "")
+
+    def set_role(self, worker: str, *, works: bool) -> None:
+        """A worker takes sequences from now on, or takes none."""
+        (self._resting.discard if works else self._resting.add)(worker)
         self._able.clear()
 
     def route(
@@ -135,14 +190,42 @@ class Router:
             num_uncached=uncached,
         )
 
+    def move(
+        self,
+        sequence: Sequence,
+        decode_workers: Iterable[str],
+        session: SessionKey | None = None,
+    ) -> Sequence:
+        """A sequence that takes its KV along, with the worker that goes on with it.
+
+        Args:
+            sequence: a new attempt; its `prefill_worker` holds the KV.
+            decode_workers: those that host its model.
+            session: that it is a call of.
+
+        Raises:
+            NoWorkerError: none of those that could do it is alive.
+        """
+        hosts = self._generating.among(self.working(decode_workers))
+        if not hosts.slots:
+            raise NoWorkerError(f"no decode worker of model {sequence.model} is alive")
+        decode, num_pages = self._best_decode(sequence, hosts, [], {})
+        self._sessions.moved(session, decode.info.name)
+        decode.load += num_pages
+        self._touch(decode)
+        self._assigned[sequence.id] = None, decode, num_pages
+        return msgspec.structs.replace(sequence, decode_worker=decode.info.name)
+
     def forget(self, id: int) -> None:
         """The sequence has ended, or is routed again under another id. Idempotent."""
         assigned = self._assigned.pop(id, None)
         if assigned is not None:
             prefill, decode, num_pages = assigned
-            prefill.set_pending(id, 0)
             decode.load -= num_pages
-            self._touch(prefill, decode)
+            self._touch(decode)
+            if prefill is not None:
+                prefill.set_pending(id, 0)
+                self._touch(prefill)
 
     def pending(self, worker: str, id: int, tokens: int) -> None:
         """A prefill worker says how much of a sequence it still has to compute."""
@@ -157,6 +240,7 @@ class Router:
         views = self._views(worker)
         asks = [view.changed(change) for view in views]
         self._touch(*views)
+        self._tell_twin(worker, change.added, change.removed)
         return any(asks)
 
     def index_snapshot(self, worker: str, snapshot: IndexSnapshot) -> None:
@@ -165,6 +249,24 @@ class Router:
         for view in views:
             view.snapshot(snapshot)
         self._touch(*views)
+        self._tell_twin(worker, snapshot.keys, [])
+
+    def _tell_twin(self, worker: str, added: list[bytes], removed: list[bytes]) -> None:
+        """What has the same pages hears of them, too."""
+        views = self._views(self.twin(worker))
+        for view in views:
+            view.note(added, removed)
+        self._touch(*views)
+
+    def store_changed(self, added: list[bytes], removed: list[bytes]) -> None:
+        """A prefill worker says which keys the KV store has, and which it has no longer."""
+        for key in added:
+            self._stored[key] = None
+            self._stored.move_to_end(key)
+        for key in removed:
+            self._stored.pop(key, None)
+        while len(self._stored) > MAX_STORED:
+            self._stored.popitem(last=False)
 
     def note_others(self, worker: str, load: int) -> None:
         """A worker says what it has of sequences that other routers have sent."""
@@ -192,10 +294,11 @@ class Router:
         """
         found = self._able.get(decode_workers)
         if found is None:
-            hosts = {name for name in decode_workers if name in self._decode}
+            hosts = {*self.working(decode_workers)} & {*self._decode}
             if not hosts:
                 raise NoWorkerError(f"no decode worker of model {model} is alive")
-            partners = {n: view.info.partner for n, view in self._prefill.items()}
+            covering = self.working(self._prefill)
+            partners = {name: self._prefill[name].info.partner for name in covering}
             paired = {name for name in hosts if self._decode[name].info.partner}
             alone = self._generating.among(hosts - paired - {*partners.values()})
             able = [n for n, to in partners.items() if (to in hosts if to else alone.slots)]
@@ -222,6 +325,8 @@ class Router:
         def price(run: int) -> int:
             return COMPUTE_WEIGHT * uncached(run)
 
+        if self._policy == "load":
+            return self._least_waiting(sequence, able, uncached)
         best = fleet.cheapest(chain, able, price, self._meeting)
         view = fleet.views.get(last)
         if view is not None and able.mask >> view.slot & 1:
@@ -229,6 +334,31 @@ class Router:
             if there.total <= best.total + STAY_TOKENS:
                 best = there
         return fleet.at(best.slot), uncached(best.run)
+
+    def _least_waiting(
+        self, sequence: Sequence, able: Among, uncached: Callable[[int], int]
+    ) -> tuple[WorkerView, int]:
+        """The cheapest worker where what the KV store has is everywhere, as `_best_prefill`."""
+        fleet = self._covering
+        page_size = fleet.at(able.slots[0]).info.page_size
+        lacking = self._not_stored(sequence, page_size)
+
+        def cost(slot: int) -> tuple[int, int, Cost]:
+            view = fleet.at(slot)
+            run = fleet.run(view, sequence.chain)
+            found = fleet.cost(view, run, lambda run: COMPUTE_WEIGHT * min(uncached(run), lacking))
+            # Among equals to the one that has most of it.
+            return found.total, uncached(run), found
+
+        _, tokens, best = min(map(cost, able.slots))
+        return fleet.at(best.slot), min(tokens, lacking)
+
+    def _not_stored(self, sequence: Sequence, page_size: int) -> int:
+        """Prompt tokens whose KV the store is not known to have."""
+        if sequence.last_key in self._stored:
+            return 0
+        run = itertools.takewhile(self._stored.__contains__, sequence.keys)
+        return sequence.covered - page_size * sum(1 for _ in run)
 
     def _best_decode(
         self,

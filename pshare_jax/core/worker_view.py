@@ -27,12 +27,17 @@ class WorkerInfo(msgspec.Struct, frozen=True):
         partner: of a prefill worker that shares its pool with a decode worker: that one, which
             then generates for all prompts that are covered there. A decode worker may name its
             partner, too, so that it is never taken for one that gets pages from elsewhere.
+        twin: the worker of the other kind on the same mesh, where a mesh may do either: one of the
+            two works, or while it changes both, and they have the same pages.
+        rests: whether it is the one that does not.
     """
 
     name: str
     num_pages: int
     page_size: int
     partner: str = ""
+    twin: str = ""
+    rests: bool = False
 
 
 @dataclass(eq=False)
@@ -46,7 +51,9 @@ class WorkerView:
         held: keys in its index.
         sent: keys of prompts that were sent there and that it does not hold as far as is known;
             their KV will soon be there. Oldest first.
-        pending_tokens: prompt tokens that this router has sent there and that it has not computed.
+        pending: prompt tokens that this router has sent there and that it has not computed, by
+            sequence.
+        pending_tokens: these in all.
         load: pages that the sequences which this router has sent there read in each step.
         others: what routers elsewhere have sent there, as it said last: tokens to a prefill worker,
             pages to a decode worker.
@@ -58,11 +65,11 @@ class WorkerView:
     known: KeyMap
     held: set[bytes] = field(default_factory=set)
     sent: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
+    pending: dict[int, int] = field(default_factory=dict)
     pending_tokens: int = 0
     load: int = 0
     others: int = 0
     in_step: bool = True
-    _pending: dict[int, int] = field(default_factory=dict)
     _incarnation: int | None = None
     _number: int = 0
 
@@ -73,9 +80,9 @@ class WorkerView:
 
     def set_pending(self, id: int, tokens: int) -> None:
         """How many tokens of a sequence it still has to compute."""
-        self.pending_tokens += tokens - self._pending.pop(id, 0)
+        self.pending_tokens += tokens - self.pending.pop(id, 0)
         if tokens:
-            self._pending[id] = tokens
+            self.pending[id] = tokens
 
     def remember(self, chain: Iterable[bytes]) -> None:
         """A prompt of these keys was sent there."""
@@ -87,20 +94,24 @@ class WorkerView:
         while len(self.sent) > self.info.num_pages:
             self.known.discard(self.sent.popitem(last=False)[0], self.slot)
 
+    def note(self, added: Iterable[bytes], removed: Iterable[bytes]) -> None:
+        """Keys have entered and then others left its index."""
+        for key in added:
+            self.held.add(key)
+            self.sent.pop(key, None)
+            self.known.add(key, self.slot)
+        for key in removed:
+            self.held.discard(key)
+            if key not in self.sent:
+                self.known.discard(key, self.slot)
+
     def changed(self, change: IndexChanged) -> bool:
         """Its index has changed. Whether a snapshot should be asked for, now.
 
         A change that does not follow the one before is taken in all the same: keys are right
         or wrong one by one, and most will be right.
         """
-        for key in change.added:
-            self.held.add(key)
-            self.sent.pop(key, None)
-            self.known.add(key, self.slot)
-        for key in change.removed:
-            self.held.discard(key)
-            if key not in self.sent:
-                self.known.discard(key, self.slot)
+        self.note(change.added, change.removed)
         if self._incarnation is None:
             self._incarnation = change.incarnation
         follows = change.incarnation == self._incarnation and change.number == self._number + 1

@@ -5,20 +5,23 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import queue
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from pshare_jax.cluster.thread import WorkerThread
 from pshare_jax.config import ServeConfig
 from pshare_jax.convert.manifest import TOKENIZER_FOLDER, read_manifest
+from pshare_jax.core.balance import BalancePolicy
 from pshare_jax.core.dispatcher import Dispatcher
 from pshare_jax.core.messages import DISPATCHER, Message
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.pages.sharing_map import SharingMap, sharing_map
-from pshare_jax.core.router import Router
+from pshare_jax.core.router import NoWorkerError, Router
 from pshare_jax.core.sessions import SessionPolicy
 from pshare_jax.core.stats import EngineStats
 from pshare_jax.engine.assembly import Assembly
@@ -37,12 +40,16 @@ from pshare_jax.engine.loader import (
 from pshare_jax.engine.modules import Modules
 from pshare_jax.engine.served import ModelInfo, ServedModels, free_retired
 from pshare_jax.engine.snapshot import worker_stats
+from pshare_jax.errors import EngineDeadError
 from pshare_jax.kernels.backends import backend_for
 from pshare_jax.runtime.compiles import compile_count
 from pshare_jax.runtime.layout import PageLayout
 from pshare_jax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+ANSWER_SECONDS = 10.0
+"""How long the dispatcher's thread is waited for."""
 
 
 class Orchestrator(Front):
@@ -88,9 +95,17 @@ class Orchestrator(Front):
             for name, workers in self.workers.threads(meshes.one_processor)
         ]
         self._thread_of = {w.name: thread for thread in self._threads for w in thread.workers}
-        router = Router(self.workers.prefill_info(), self.workers.decode_info())
-        policy = SessionPolicy(config.reply_kv == "ahead", config.sessions.max_ttl_seconds)
-        self._dispatch_with(Dispatcher(specs, router, config.page_size, policy))
+        self._router = Router(
+            self.workers.prefill_info(), self.workers.decode_info(), config.router.policy
+        )
+        policy = SessionPolicy(
+            config.reply_kv == "ahead",
+            config.sessions.max_ttl_seconds,
+            prefetch=config.kv_store.prefetch != "off",
+        )
+        self._dispatch_with(
+            Dispatcher(specs, self._router, config.page_size, policy, _balance(config))
+        )
         self._layout = layout
         self.store: EngineStore | None = None
         self._compiles_at_start = 0
@@ -178,6 +193,35 @@ class Orchestrator(Front):
             name, lambda name: self._control.post(lambda: self._dispatcher.remove_model(name))
         )
 
+    def give_mesh(self, worker: str) -> None:
+        """Has a mesh that may do either work for `worker` from now on, such as `prefill2`.
+
+        Rows that run there go on elsewhere, with their KV; compiles nothing. Blocks until that has
+        been decided, not until they have gone.
+
+        Raises:
+            EngineDeadError: the engine does not run.
+            NoWorkerError: no such worker, or nobody would be left to do what the mesh does now.
+        """
+        self._check_running()
+        outcome: queue.SimpleQueue[NoWorkerError | None] = queue.SimpleQueue()
+
+        def act() -> None:
+            try:
+                self._dispatcher.give_mesh(worker)
+            except NoWorkerError as error:
+                outcome.put(error)
+            else:
+                outcome.put(None)
+
+        self._control.post(act)
+        try:
+            error = outcome.get(timeout=ANSWER_SECONDS)
+        except queue.Empty:
+            raise EngineDeadError("the engine does not answer; it may have been stopped") from None
+        if error is not None:
+            raise error
+
     def stop(self) -> None:
         """Ends the threads; requests that still run get an ERROR event."""
         self.ready = False
@@ -211,7 +255,17 @@ class Orchestrator(Front):
             waiting={name: max(live[name] - running[name], 0) for name in names},
             store=store,
             tiers=tiers,
+            **self._roles(),
         )
+
+    def _roles(self) -> dict[str, dict[str, Any]]:
+        """What there is to say of meshes that may do either."""
+        if not self.workers.num_prefill:
+            return {}
+        decode = {w.name: w.core.stats.moved_rows for w in self.workers.decode}
+        names = [w.name for w in (*self.workers.prefill, *self.workers.decode)]
+        working = set(self._router.working(names))
+        return {"moved_rows": decode, "working": {name: name in working for name in names}}
 
     def sharing_map(self) -> SharingMap:
         """What the pools hold, who computed it and who reads it now: see `core.pages`."""
@@ -246,3 +300,9 @@ class Orchestrator(Front):
         self._failed[worker] = reason
         self.workers.exchange.drop_worker(worker)
         self._control.post(lambda: self._dispatcher.lose_worker(worker, reason))
+
+
+def _balance(config: ServeConfig) -> BalancePolicy | None:
+    if config.router.roles == "fixed" or not config.router.backlog_tokens:
+        return None
+    return BalancePolicy(config.router.backlog_tokens, config.decode.max_num_seqs)
