@@ -18,9 +18,12 @@ from pshare_jax.core.worker_view import WorkerInfo, WorkerView
 
 _KNOWN_BITS = 32
 _KNOWN = (1 << _KNOWN_BITS) - 1
-_ROUND = 1 << 64
+_ROUND = (1 << 64) - 1
 _FEW = 32
 """Workers that are put in order one by one, rather than looked for along the ring."""
+
+_POINTS = 16
+"""Places of a worker on the ring: the more there are, the more equal their parts."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Fleet:
         self._known = KeyMap()
         self._slots: list[WorkerView | None] = []
         self._ranks: list[int] = []
-        self._points: list[int] = []
+        self._points: list[list[int]] = []
         self._ring: list[tuple[int, int]] = []
 
     def add(self, info: WorkerInfo) -> WorkerView:
@@ -77,10 +80,11 @@ class Fleet:
             slot = len(self._slots)
             self._slots.append(None)
             self._ranks.append(0)
-            self._points.append(0)
+            self._points.append([])
         view = WorkerView(info, slot, self._known)
-        self._points[slot] = _point(hashlib.blake2b(info.name.encode(), digest_size=8).digest())
-        bisect.insort(self._ring, (self._points[slot], slot))
+        self._points[slot] = _points(info.name)
+        for point in self._points[slot]:
+            bisect.insort(self._ring, (point, slot))
         self.views[info.name], self._slots[slot] = view, view
         self.touch(view)
         return view
@@ -91,7 +95,8 @@ class Fleet:
         if view is not None:
             view.clear()
             self._slots[view.slot] = None
-            self._ring.remove((self._points[view.slot], view.slot))
+            for point in self._points[view.slot]:
+                del self._ring[bisect.bisect_left(self._ring, (point, view.slot))]
         return view
 
     def touch(self, view: WorkerView) -> None:
@@ -174,9 +179,9 @@ class Fleet:
         return best
 
     def _from(self, start: int, mask: Mask) -> Iterator[int]:
-        """Workers along the ring that their names make, the same for every router."""
+        """Workers in an order that a place and their names give, the same for every router."""
         if mask.bit_count() <= _FEW:
-            yield from sorted(members(mask), key=lambda s: (self._points[s] - start) % _ROUND)
+            yield from sorted(members(mask), key=lambda slot: _mixed(self._points[slot][0], start))
             return
         first = bisect.bisect_left(self._ring, (start, 0))
         for part in (self._ring[first:], self._ring[:first]):
@@ -186,3 +191,16 @@ class Fleet:
 def _point(digest: bytes) -> int:
     """A place on the ring."""
     return int.from_bytes(digest[:8])
+
+
+def _points(name: str) -> list[int]:
+    """The places of a worker."""
+    names = (f"{name}/{number}".encode() for number in range(_POINTS))
+    return [_point(hashlib.blake2b(name, digest_size=8).digest()) for name in names]
+
+
+def _mixed(one: int, other: int) -> int:
+    """A number that looks random, the same for the same two."""
+    mixed = (one ^ other) * 0x9E3779B97F4A7C15 & _ROUND
+    mixed ^= mixed >> 29
+    return mixed * 0xBF58476D1CE4E5B9 & _ROUND

@@ -70,6 +70,8 @@ class Roles:
     def wake(self, hosts: Hosts) -> Outbox:
         """Has workers that rest work again where others have failed and nobody is left."""
         router, woken = self._router, []
+        if not router.unserved(hosts):
+            return woken
         for worker in router.workers:
             lacking = router.unserved(hosts)
             if not lacking or router.working([worker]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 
 import hypothesis.strategies as st
 import pytest
@@ -226,6 +226,24 @@ def test_routers_meet_without_knowing_of_each_other(routers) -> None:
         assert sent[0].prefill_worker == sent[1].prefill_worker
         places.add(sent[0].prefill_worker)
     assert len(places) > 1
+
+
+@pytest.mark.parametrize("count", [2, 5, 64])
+def test_new_contexts_are_spread_over_all_workers(count: int) -> None:
+    fleet = Fleet(lambda view: view.pending_tokens, spreads=True)
+    for number in range(count):
+        fleet.add(WorkerInfo(f"prefill{number}", 100, PAGE))
+    everybody = fleet.among(fleet.views)
+    sent = Counter(
+        fleet.cheapest(block_keys(b"", [n, n], PAGE), everybody, lambda run: 9, 1000).slot
+        for n in range(100 * count)
+    )
+    assert len(sent) == count
+    assert max(sent.values()) < 200
+    # Who goes and comes again has the places that it had.
+    before = list(fleet._ring)
+    fleet.add(fleet.views["prefill1"].info)
+    assert fleet._ring == before
 
 
 def test_what_others_have_sent_counts_once_a_worker_says_so(routers) -> None:

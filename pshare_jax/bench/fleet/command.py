@@ -106,7 +106,7 @@ def simulate(options: RoutersOptions, routers: int) -> dict[str, Any]:
 
     Returns:
         `hit_ratio` (tokens found over tokens that were to be covered), `requests`, `errors`,
-        `failures`, and `decision_ms`: percentiles by this machine's clock.
+        `failures`, and `decision_ms`: percentiles of processor time.
     """
     fleet = RoutedFleet(options.fleet, routers, options.seed)
     arrivals = random.Random(options.seed)
