@@ -27,6 +27,8 @@ PrefetchPolicy = Literal["off", "next-agent"]
 Reasoning = Literal["auto", "on", "off"]
 GenerationConfig = Literal["auto", "none"]
 ReplyKV = Literal["off", "ahead", "while-decoding"]
+Launcher = Literal["none", "local"]
+Role = Literal["prefill", "decode", "both"]
 MetricsAccess = Literal["auto", "public", "key", "admin", "off"]
 AccessLogFormat = Literal["text", "json", "off"]
 T = TypeVar("T")
@@ -179,6 +181,41 @@ class RouterConfig:
 
 
 @dataclass(frozen=True)
+class ClusterConfig:
+    """Workers in processes of their own. Without a launcher and without workers there is one
+    process for everything.
+
+    Args:
+        launcher: `local` starts `prefill.engines` and `decode.engines` worker processes and
+            `frontends` servers on this machine, and starts again what ends.
+        frontends: servers that the launcher starts; the first listens on `server.port`, the others
+            on the ports after it.
+        workers: addresses, `HOST:PORT`, of worker processes that somebody else starts with
+            `pshare worker`; this process then is a frontend.
+        token_file: file of the secret by which the processes of a cluster know each other; empty is
+            none, which is for 127.0.0.1 only.
+        shm_path: folder in memory through which pages go between processes of one host.
+        beat_seconds: between two signs of life of a worker's engine.
+        lost_seconds: after this without one its sequences go on elsewhere.
+        patience_seconds: how long a request waits while no worker that could do it is there.
+        max_attempts: attempts of a request that may be lost with the workers that had them.
+        take_turns: whether the engines of a CPU compute one at a time, as those of one process do;
+            `false` where each has cores of its own.
+    """
+
+    launcher: Launcher = "none"
+    frontends: int = 1
+    workers: list[str] = field(default_factory=list)
+    token_file: str = ""
+    shm_path: str = "/dev/shm"
+    beat_seconds: float = 0.25
+    lost_seconds: float = 5.0
+    patience_seconds: float = 60.0
+    max_attempts: int = 6
+    take_turns: bool = True
+
+
+@dataclass(frozen=True)
 class ServerConfig:
     """The HTTP side.
 
@@ -286,6 +323,7 @@ class ServeConfig:
         kv_store: pages of prompts beyond the pools, in shared memory and on disk.
         router: which engine does what.
         sessions: what is done for calls to come.
+        cluster: workers in processes of their own.
         server: the HTTP side.
     """
 
@@ -304,6 +342,7 @@ class ServeConfig:
     kv_store: KvStoreConfig = field(default_factory=KvStoreConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     sessions: SessionsConfig = field(default_factory=SessionsConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
 
 

@@ -22,6 +22,7 @@ from pshare_jax.bench import (
     agents_markdown,
     agents_plots,
     agents_report,
+    autoscale,
     codec,
     compile_report,
     loading,
@@ -42,6 +43,7 @@ from pshare_jax.bench import (
     turns,
 )
 from pshare_jax.bench import compile as compile_bench
+from pshare_jax.bench.fleet import command as fleet
 from pshare_jax.bench.plan import command as plan
 from pshare_jax.bench.plan import plots as plan_plots
 from pshare_jax.bench.plan import report as plan_report
@@ -117,6 +119,18 @@ _PLAIN = {
         loading.LoadingOptions,
         loading.run,
         loading.lines,
+    ),
+    "autoscale": _Plain(
+        "Workers that change sides while the load changes, in virtual time.",
+        autoscale.AutoscaleOptions,
+        autoscale.run,
+        autoscale.lines,
+    ),
+    "fleet": _Plain(
+        "Routers of a thousand engines in virtual time, beside one that knows everything.",
+        fleet.RoutersOptions,
+        fleet.run,
+        fleet.lines,
     ),
     "starve": _Plain(
         "How long a small request takes while others flood the server.",

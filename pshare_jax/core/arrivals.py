@@ -108,8 +108,10 @@ class Arrivals:
         self._arrivals[sequence.id] = arrival
         self._fetch(arrival, reservation.fill)
 
-    def offered(self, transfer_id: int, descriptors: list[PageDescriptor]) -> None:
-        """The pages of a transfer can be pulled."""
+    def offered(
+        self, transfer_id: int, descriptors: list[PageDescriptor], address: str = ""
+    ) -> None:
+        """The pages of a transfer can be pulled, from `address`."""
         transfer = self._transfers.get(transfer_id)
         if transfer is None or transfer.pulled:
             return
@@ -123,6 +125,7 @@ class Arrivals:
                 descriptors,
                 [chain[number] for number in transfer.numbers],
                 [pages[number] for number in transfer.numbers],
+                address,
             )
         )
 

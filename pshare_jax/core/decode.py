@@ -22,6 +22,7 @@ from pshare_jax.core.admission import Admission, Reservation
 from pshare_jax.core.arrivals import Arrival, Arrivals
 from pshare_jax.core.buckets import bucket_for
 from pshare_jax.core.decode_queue import DecodeQueue
+from pshare_jax.core.index_feed import IndexFeed
 from pshare_jax.core.messages import (
     DISPATCHER,
     Message,
@@ -67,6 +68,7 @@ class DecodeCore:
     Attributes:
         outbox: messages to others; who carries them empties it.
         stats: what has been done.
+        index_feed: what routers are told of its index.
         elsewhere: what holds pages of this pool in a prefill core, and could give way there.
         crowded: whether anything holds pages in a prefill core of the same pool.
         starved: which of `elsewhere` is to give way now.
@@ -98,6 +100,7 @@ class DecodeCore:
         self._models = dict(models)
         self._config = config
         self._bytes_per_page = bytes_per_page
+        self.index_feed = IndexFeed(cache)
         self._owns_cache = owns_cache
         ids = transfer_ids or (secrets.randbits(63) for _ in itertools.count())
         self._arrivals = Arrivals(name, cache, self.outbox, ids)
@@ -139,6 +142,12 @@ class DecodeCore:
         """Sequences that are known here, in any state."""
         return self._queue.ids() | self.inside_ids()
 
+    def loads(self) -> dict[int, int]:
+        """Pages of all sequences that are known here, by sequence."""
+        rows = [row.sequence for row in self._rows.values()]
+        known = [*rows, *self._arrivals.sequences(), *self._queue.sequences()]
+        return {one.id: -(-one.num_tokens // self.cache.page_size) for one in known}
+
     def inside_ids(self) -> set[int]:
         """Sequences that have a slot and pages here."""
         return set(self._rows) | self._arrivals.ids()
@@ -156,12 +165,15 @@ class DecodeCore:
                     self._let_waiting_go()
             case m.Withdrawn(id):
                 self._queue.remove(id)
-            case m.Offered(transfer, descriptors):
-                self._arrivals.offered(transfer, descriptors)
+            case m.Offered(transfer, descriptors, address):
+                self._arrivals.offered(transfer, descriptors, address)
             case m.NotOffered(transfer, reason):
                 self._fetch_failed(transfer, reason)
             case m.Abort(id):
                 self._abort(id)
+            case m.IndexWanted():
+                if self._owns_cache:
+                    self._send(DISPATCHER, self.index_feed.snapshot())
             case m.ModelAdded(spec):
                 self._models[spec.name] = spec
             case m.ModelRemoved(model):
@@ -268,9 +280,9 @@ class DecodeCore:
     def _publish(self) -> None:
         if not self._owns_cache:
             return
-        added, removed = self.cache.changes()
-        if added or removed:
-            self._send(DISPATCHER, m.IndexChanged(added, removed))
+        change = self.index_feed.change()
+        if change is not None:
+            self._send(DISPATCHER, change)
 
     def make_room(self, newcomer: Sequence) -> bool:
         """Preempts a sequence for the sake of one that has nothing, if somebody has too much."""

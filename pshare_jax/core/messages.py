@@ -341,23 +341,33 @@ class Fetch(msgspec.Struct, frozen=True, tag=True):
 
 
 class Offered(msgspec.Struct, frozen=True, tag=True):
-    """Prefill to decode: the pages of a transfer can be pulled; one descriptor each."""
+    """Prefill to decode: the pages of a transfer can be pulled; one descriptor each.
+
+    `address` says where, to a connector that needs to know; `id` is the sequence's.
+    """
 
     transfer: int
     descriptors: list[PageDescriptor]
+    address: str = ""
+    id: int = -1
 
 
 class NotOffered(msgspec.Struct, frozen=True, tag=True):
-    """Prefill to decode: the pages of a transfer cannot be had."""
+    """Prefill to decode: the pages of a transfer, for the sequence `id`, cannot be had."""
 
     transfer: int
     reason: str
+    id: int = -1
 
 
 class Release(msgspec.Struct, frozen=True, tag=True):
     """Decode to prefill: the pages of that sequence need not be held any more."""
 
     id: int
+
+
+class IndexWanted(msgspec.Struct, frozen=True, tag=True):
+    """To any worker: a change of your index was missed; say what it holds."""
 
 
 class Replied(msgspec.Struct, frozen=True, tag=True):
@@ -445,10 +455,24 @@ class Pending(msgspec.Struct, frozen=True, tag=True):
 
 
 class IndexChanged(msgspec.Struct, frozen=True, tag=True):
-    """Chain keys of full pages that have entered and left a worker's prefix index."""
+    """Chain keys of full pages that have entered and left a worker's prefix index.
+
+    `number` counts the changes of one worker from 1 on, so that who misses one notices;
+    `incarnation` is another one whenever the worker has started anew.
+    """
 
     added: list[bytes]
     removed: list[bytes]
+    number: int = 0
+    incarnation: int = 0
+
+
+class IndexSnapshot(msgspec.Struct, frozen=True, tag=True):
+    """Chain keys of all full pages in a worker's prefix index, after its change `number`."""
+
+    keys: list[bytes]
+    number: int
+    incarnation: int = 0
 
 
 class StoreChanged(msgspec.Struct, frozen=True, tag=True):
@@ -510,6 +534,7 @@ ToWorker = (
     | Offered
     | NotOffered
     | Release
+    | IndexWanted
     | Replied
     | Expected
     | SetRole
@@ -518,7 +543,15 @@ ToWorker = (
     | WeightsFreed
 )
 ToDispatcher = (
-    Pending | IndexChanged | StoreChanged | Started | Tokens | Returned | Dropped | Failed
+    Pending
+    | IndexChanged
+    | IndexSnapshot
+    | StoreChanged
+    | Started
+    | Tokens
+    | Returned
+    | Dropped
+    | Failed
 )
 Message = ToWorker | FromStore | ToDispatcher
 

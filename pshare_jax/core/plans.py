@@ -106,22 +106,28 @@ class PrefillPlan(msgspec.Struct, frozen=True):
 class PrefillResult(msgspec.Struct, frozen=True):
     """What came of a prefill plan: descriptors by transfer, and what failed, with why.
 
-    `failed` has the ids of chunks whose KV is not there, `not_offered` transfers.
+    `failed` has the ids of chunks whose KV is not there, `not_offered` transfers. What is offered
+    can be pulled from `address`, see `core.connector`.
     """
 
     offered: dict[int, list[PageDescriptor]] = {}
     not_offered: dict[int, str] = {}
     failed: dict[int, str] = {}
+    address: str = ""
 
 
 class Pull(msgspec.Struct, frozen=True):
-    """A transfer to be pulled into pool pages `targets`; `keys` are those that were asked for."""
+    """A transfer to be pulled into pool pages `targets`; `keys` are those that were asked for.
+
+    `address` is where they are on offer, to a connector that needs to know.
+    """
 
     transfer: int
     source: str
     descriptors: list[PageDescriptor]
     keys: list[bytes]
     targets: list[int]
+    address: str = ""
 
 
 class Admit(msgspec.Struct, frozen=True):

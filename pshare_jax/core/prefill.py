@@ -18,6 +18,7 @@ import msgspec
 
 from pshare_jax.core import messages as m
 from pshare_jax.core.buckets import bucket_for
+from pshare_jax.core.index_feed import IndexFeed
 from pshare_jax.core.messages import DISPATCHER, Message, Outbox
 from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.pages.page_cache import PageCache
@@ -63,6 +64,7 @@ class PrefillCore:
         outbox: messages to others; who carries them empties it.
         stats: what has been done.
         queue: tasks that wait for pages.
+        index_feed: what routers are told of its index.
         store: its side of the KV store, if there is one.
         rests: whether no prompts are taken, since the mesh does something else.
     """
@@ -81,6 +83,7 @@ class PrefillCore:
         self.outbox: Outbox = []
         self.stats = PrefillStats()
         self.queue = PrefillQueue(cache)
+        self.index_feed = IndexFeed(cache)
         self.store: StoreClient | None = None
         self.rests = False
         self._clock = FairClock()
@@ -124,6 +127,8 @@ class PrefillCore:
                 self._fetch(message)
             case m.Release(id):
                 self._release(id)
+            case m.IndexWanted():
+                self._send(DISPATCHER, self.index_feed.snapshot())
             case m.Replied():
                 self._replies.hear(message)
             case m.Expected(sequence):
@@ -195,11 +200,13 @@ class PrefillCore:
             return
         for offer in plan.offers:
             transfer = offer.transfer
+            id = self._offer_of.get(transfer, -1)
             if transfer in result.offered:
-                self._send(offer.target, m.Offered(transfer, result.offered[transfer]))
+                descriptors = result.offered[transfer]
+                self._send(offer.target, m.Offered(transfer, descriptors, result.address, id))
             else:
                 reason = result.not_offered.get(transfer, "the pages were not put on offer")
-                self._send(offer.target, m.NotOffered(transfer, reason))
+                self._send(offer.target, m.NotOffered(transfer, reason, id))
         if plan.store is not None and self.store is not None:
             self.store.landed(plan.store)
         planned = {chunk.id for chunk in plan.chunks}
@@ -328,9 +335,9 @@ class PrefillCore:
         return task.sequence.chain[task.filled // self.cache.page_size :]
 
     def _publish(self) -> None:
-        added, removed = self.cache.changes()
-        if added or removed:
-            self._send(DISPATCHER, m.IndexChanged(added, removed))
+        change = self.index_feed.change()
+        if change is not None:
+            self._send(DISPATCHER, change)
 
     def _abort(self, id: int, decode_worker: str) -> None:
         for tasks in (self.queue.tasks, self._active):
@@ -353,7 +360,7 @@ class PrefillCore:
         task = self._held.get(fetch.id)
         if task is None:
             reason = f"{self.name} does not hold sequence {fetch.id}"
-            self._send(fetch.worker, m.NotOffered(fetch.transfer, reason))
+            self._send(fetch.worker, m.NotOffered(fetch.transfer, reason, fetch.id))
             return
         chain = task.sequence.chain
         self._offer_of[fetch.transfer] = fetch.id
@@ -498,6 +505,10 @@ class PrefillCore:
             self.queue.add(PrefillTask(task.sequence, tries=task.tries + 1))
         else:
             self._send(DISPATCHER, m.Failed(task.sequence.id, f"{self.name}: {error}"))
+
+    def loads(self) -> dict[int, int]:
+        """Prompt tokens still to be computed, by sequence."""
+        return {task.sequence.id: task.remaining for task in (*self.queue.tasks, *self._active)}
 
     def held_ids(self) -> set[int]:
         """Sequences whose pages are held here, in any state."""

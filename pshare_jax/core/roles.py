@@ -7,7 +7,7 @@ elsewhere with their KV; what is being computed or fetched from there ends in it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from pshare_jax.core.balance import BalancePolicy, Balancer
 from pshare_jax.core.messages import Outbox, SetRole
@@ -33,7 +33,7 @@ class Roles:
         self._balancer = None if policy is None else Balancer(policy)
         self._next_look = 0.0
 
-    def balance(self, hosts: Hosts, now: float) -> Outbox:
+    def balance(self, hosts: Callable[[], Hosts], now: float) -> Outbox:
         """Gives a mesh to its other worker if that is lacking; `now` is in seconds."""
         if self._balancer is None or now < self._next_look:
             return []
@@ -42,7 +42,7 @@ class Roles:
         if giver is None:
             return []
         try:
-            return self.give(self._router.twin(giver), hosts)
+            return self.give(self._router.twin(giver), hosts())
         except NoWorkerError:
             return []
 

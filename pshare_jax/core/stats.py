@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from pshare_jax.core.messages import FinishReason, PromptUsage
 
@@ -169,3 +170,21 @@ class EngineStats:
     tiers: Mapping[str, TierStats] = field(default_factory=dict)
     moved_rows: Mapping[str, int] = field(default_factory=dict)
     working: Mapping[str, bool] = field(default_factory=dict)
+
+
+def together(parts: Iterable[EngineStats]) -> EngineStats:
+    """Snapshots of several processes as one: numbers are added up, what is by worker is joined."""
+    parts = list(parts)
+    fields: dict[str, Any] = {}
+    for one in dataclasses.fields(EngineStats):
+        values = [getattr(part, one.name) for part in parts]
+        if one.name == "compiles":
+            fields[one.name] = sum(values)
+        elif one.name in ("pools", "store", "tiers", "working"):
+            fields[one.name] = {key: of for value in values for key, of in value.items()}
+        else:
+            added: Counter[Any] = Counter()
+            for value in values:
+                added.update(value)
+            fields[one.name] = dict(added)
+    return EngineStats(**fields)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from jax.sharding import Mesh
@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from pshare_jax.cluster.worker import DecodeWorker, PrefillWorker, Worker
 from pshare_jax.config import ServeConfig
 from pshare_jax.core.buckets import TRANSFER_BUCKETS
+from pshare_jax.core.connector import Connector
 from pshare_jax.core.decode import DecodeCore
 from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.one_pool import OnePool
@@ -32,6 +33,9 @@ from pshare_jax.runtime.pool import PagePool
 from pshare_jax.runtime.programs import Programs
 from pshare_jax.runtime.steps import StepSpec
 from pshare_jax.text.grammar import GrammarCompiler
+
+NewEnd = Callable[[str, Programs, PagePool], Connector]
+"""Makes a worker's end of a connector: of its name, the programs of its mesh, and its pool."""
 
 
 @dataclass(frozen=True)
@@ -164,35 +168,45 @@ class Assembly:
         """All workers on their meshes, weights loaded, nothing compiled."""
         if meshes.one_pool or meshes.either:
             moves = not meshes.one_pool
-            pairs = [self._pair(i, mesh, moves=moves) for i, mesh in enumerate(meshes.decode)]
+            names = [(f"prefill{i}", f"decode{i}") for i in range(len(meshes.decode))]
+            pairs = [
+                self.pair(names[i], i, mesh, moves=moves) for i, mesh in enumerate(meshes.decode)
+            ]
             prefill, decode = [p for p, _ in pairs], [d for _, d in pairs]
             return Workers(prefill, decode, meshes.one_pool, self._exchange, meshes.num_prefill)
-        decode = [self._decode(i, mesh) for i, mesh in enumerate(meshes.decode)]
-        prefill = [self._prefill(i, mesh) for i, mesh in enumerate(meshes.prefill)]
+        decode = [
+            self.decode(f"decode{i}", i, mesh, self._device_put)
+            for i, mesh in enumerate(meshes.decode)
+        ]
+        prefill = [
+            self.prefill(f"prefill{i}", mesh, self._device_put)
+            for i, mesh in enumerate(meshes.prefill)
+        ]
         return Workers(prefill, decode, False, self._exchange)
 
-    def _prefill(self, index: int, mesh: Mesh) -> PrefillWorker[PrefillExecutor]:
-        name = f"prefill{index}"
+    def prefill(self, name: str, mesh: Mesh, new_end: NewEnd) -> PrefillWorker[PrefillExecutor]:
+        """A prefill worker over a pool of its own."""
         programs, pool, cache = self._pool(mesh, self._sizes.prefill)
         core = self._prefill_core(name, cache, pads=not programs.spec.packed)
-        end = DevicePut(name, programs, pool, self._exchange)
+        end = new_end(name, programs, pool)
         executor = PrefillExecutor(programs, pool, self._loader.prefill(mesh), end)
         return PrefillWorker(core, executor)
 
-    def _decode(self, index: int, mesh: Mesh) -> DecodeWorker[DecodeExecutor]:
-        name = f"decode{index}"
+    def decode(
+        self, name: str, index: int, mesh: Mesh, new_end: NewEnd
+    ) -> DecodeWorker[DecodeExecutor]:
+        """A decode worker over a pool of its own, for the models of engine `index`."""
         programs, pool, cache = self._pool(mesh, self._sizes.decode)
         core = self._decode_core(name, cache, self._layout.bytes_per_page, owns_cache=True)
-        end = DevicePut(name, programs, pool, self._exchange)
+        end = new_end(name, programs, pool)
         groups = self._loader.decode(mesh, index, self._models)
         return DecodeWorker(core, DecodeExecutor(programs, pool, groups, end, self._masks()))
 
-    def _pair(
-        self, index: int, mesh: Mesh, *, moves: bool
+    def pair(
+        self, names: tuple[str, str], index: int, mesh: Mesh, *, moves: bool = False
     ) -> tuple[PrefillWorker[PrefillExecutor], DecodeWorker[DecodeExecutor]]:
-        """A prefill and a decode worker over one pool; `moves` says whether pages come from other
-        pools, and rows go there."""
-        names = f"prefill{index}", f"decode{index}"
+        """A prefill and a decode worker over one pool, for the models of engine `index`; `moves`
+        says whether pages come from other pools, and rows go there."""
         programs, pool, cache = self._pool(mesh, self._sizes.shared)
         cores = OnePool(
             self._prefill_core(names[0], cache, pads=not programs.spec.packed),
@@ -212,6 +226,9 @@ class Assembly:
             PrefillWorker(cores.prefill, prefill, cores.schedule_prefill),
             DecodeWorker(cores.decode, decode, cores.schedule_decode),
         )
+
+    def _device_put(self, name: str, programs: Programs, pool: PagePool) -> Connector:
+        return DevicePut(name, programs, pool, self._exchange)
 
     def _masks(self) -> Masks:
         return Masks(self._model.vocab_size, self._grammars)

@@ -79,6 +79,26 @@ def check_config(config: ServeConfig, model: ModelConfig, layout: PageLayout) ->
     )
 
 
+def check_cluster(config: ServeConfig) -> None:
+    """Checks what a cluster is told.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    cluster = config.cluster
+    for name in ("beat_seconds", "lost_seconds", "patience_seconds"):
+        value = getattr(cluster, name)
+        if not 0 < value < math.inf:
+            raise ConfigError(f"cluster.{name}: must be a positive number of seconds, is {value}")
+    if cluster.lost_seconds < 2 * cluster.beat_seconds:
+        raise ConfigError(
+            f"cluster.lost_seconds: must be at least two beats of {cluster.beat_seconds} s, is "
+            f"{cluster.lost_seconds}"
+        )
+    if cluster.max_attempts < 1 or cluster.frontends < 1:
+        raise ConfigError("cluster: max_attempts and frontends must be at least 1")
+
+
 def _check_sessions(config: ServeConfig) -> None:
     if config.reply_kv == "while-decoding":
         raise ConfigError(

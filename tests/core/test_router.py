@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from pshare_jax.config import RoutingPolicy
-from pshare_jax.core.messages import Sequence
+from pshare_jax.core.messages import IndexChanged, Sequence
 from pshare_jax.core.router import NoWorkerError, Router, WorkerInfo
 from pshare_jax.core.sessions import SessionKey
 from tests.core.sequences import make_sequence
@@ -102,7 +102,7 @@ def test_pages_that_are_held_count_though_nothing_was_sent() -> None:
     probe = Fleet().send(prompt)
     fleet = Fleet()
     away = other(probe.prefill_worker)
-    fleet.router.index_changed(away, probe.keys, [])
+    fleet.router.index_changed(away, IndexChanged(probe.keys, []))
     sequence = fleet.send(prompt)
     assert (sequence.prefill_worker, sequence.num_uncached) == (away, 0)
 
@@ -112,11 +112,11 @@ def test_pages_count_up_to_the_first_that_has_left() -> None:
     keys = Fleet().send(prompt).keys
     for removed, uncached in [(2, 2), (1, 4), (0, 6)]:
         fleet = Fleet(prefill=1)
-        fleet.router.index_changed("prefill0", keys, [])
-        fleet.router.index_changed("prefill0", [], [keys[removed]])
+        fleet.router.index_changed("prefill0", IndexChanged(keys, []))
+        fleet.router.index_changed("prefill0", IndexChanged([], [keys[removed]]))
         assert fleet.send(prompt).num_uncached == uncached
     fleet = Fleet(prefill=1)
-    fleet.router.index_changed("prefill0", keys, keys)
+    fleet.router.index_changed("prefill0", IndexChanged(keys, keys))
     assert fleet.send(prompt).num_uncached == 6, "they have entered and then left"
 
 
@@ -145,7 +145,7 @@ def test_decode_load_counts_what_is_on_its_way() -> None:
 def test_decode_prefers_the_pool_that_has_the_prompt() -> None:
     probe = Fleet().send([1] * 9)
     fleet = Fleet()
-    fleet.router.index_changed("decode1", probe.keys, [])
+    fleet.router.index_changed("decode1", IndexChanged(probe.keys, []))
     assert fleet.send([1] * 9).decode_worker == "decode1"
     assert fleet.send([2] * 9).decode_worker == "decode0"
 
@@ -201,7 +201,7 @@ def test_a_lost_worker_is_never_chosen() -> None:
         fleet.router.lose(lost)
         fleet.router.lose(lost)
     # Not even by its session, nor by what it still says.
-    fleet.router.index_changed(sent.prefill_worker, sent.keys, [])
+    fleet.router.index_changed(sent.prefill_worker, IndexChanged(sent.keys, []))
     fleet.router.pending(sent.prefill_worker, sent.id, 5)
     fleet.router.forget(sent.id)
     again = [fleet.send(context), *(fleet.send([i] * 10) for i in range(4))]

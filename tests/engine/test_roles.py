@@ -67,7 +67,7 @@ def test_tokens_are_the_oracles_through_a_migration(either: Client, some_models:
     start, before = either.engine.stats(), moved(either)
     with held(either, rows=2, number=2):
         asked = ask(either, 6, seed=1)
-        wait_until(lambda: len(either.engine.workers.decode[2].core.running()) > 0)
+        wait_until(lambda: sum(either.engine.workers.decode[2].core.running().values()) >= 2)
         either.engine.give_mesh("prefill2")
         computed = either.computed()
     wait(asked)

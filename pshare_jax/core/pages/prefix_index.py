@@ -133,6 +133,14 @@ class PrefixIndex:
         # One call of the interpreter's own code, which other threads do not interrupt.
         return list(itertools.islice(reversed(self._by_page.values()), count))
 
+    def keys(self) -> list[bytes]:
+        """Keys of all full pages."""
+        return list(self._full)
+
+    def has(self, key: bytes) -> bool:
+        """Whether a full page of that key is indexed."""
+        return key in self._full
+
     def get(self, key: bytes, tokens: Sequence[int]) -> Node | None:
         """The full page of chain key `key`, if its tokens are really `tokens`.
 
