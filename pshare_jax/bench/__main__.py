@@ -22,6 +22,7 @@ from pshare_jax.bench import (
     agents_markdown,
     agents_plots,
     agents_report,
+    ahead,
     autoscale,
     codec,
     compile_report,
@@ -98,6 +99,12 @@ _PLAIN = {
         routes.RoutesOptions,
         routes.run,
         routes.lines,
+    ),
+    "ahead": _Plain(
+        "First tokens of agents whose contexts do not fit into the pool, in a real engine.",
+        ahead.AheadOptions,
+        ahead.run,
+        ahead.lines,
     ),
     "shift": _Plain(
         "Meshes given from decode to prefill while rows run; virtual time.",

@@ -231,12 +231,11 @@ class StoreClient:
 
     def work(self, *, saves: bool) -> StorePlan | None:
         """What is to be done next, or None; with `saves` also what nobody waits for."""
-        if saves:
-            self._work_ahead()
         room = MAX_LOADS - self._num_loading
         loads, self._queued = self._queued[:room], self._queued[room:]
         self._num_loading += len(loads)
         if saves:
+            self._work_ahead()
             loads += self._early_loads
             self._early.update(load.transfer for load in self._early_loads)
             self._early_loads = []
@@ -382,11 +381,10 @@ class StoreClient:
 
     def _cancel(self, run: Run) -> None:
         for piece in reversed(list(run.pieces.values())):
-            transfer = piece.transfer
-            unsent = [*self._queued, *self._early_loads]
-            if all(load.transfer != transfer for load in unsent):
+            transfer, unsent = piece.transfer, (self._queued, self._early_loads)
+            if all(load.transfer != transfer for loads in unsent for load in loads):
                 self._dropped.append(transfer)
-            for loads in (self._queued, self._early_loads):
+            for loads in unsent:
                 loads[:] = [load for load in loads if load.transfer != transfer]
             self._commits = [commit for commit in self._commits if commit.transfer != transfer]
             self._piece_failed(run, piece)

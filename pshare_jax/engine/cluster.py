@@ -74,11 +74,15 @@ class ClusterEngine(Front):
         served = ServedModels(config, base, sources, specs)
         orders = wire.arrival_orders(self.incarnation)
         super().__init__(config, base.config, tokenizer, served, orders)
-        policy = SessionPolicy(config.reply_kv == "ahead", config.sessions.max_ttl_seconds)
+        policy = SessionPolicy(
+            config.reply_kv == "ahead",
+            config.sessions.max_ttl_seconds,
+            prefetch=config.kv_store.prefetch != "off",
+        )
         dispatcher = Dispatcher(
             specs,
             # Other frontends may send sequences to the same workers.
-            Router([], [], replicas=2),
+            Router([], [], config.router.policy, replicas=2),
             config.page_size,
             policy,
             ids=wire.sequence_ids(self.incarnation),

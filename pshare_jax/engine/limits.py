@@ -96,6 +96,11 @@ def check_cluster(config: ServeConfig) -> None:
             f"cluster.lost_seconds: must be at least two beats of {cluster.beat_seconds} s, is "
             f"{cluster.lost_seconds}"
         )
+    if config.router.roles == "flexible":
+        raise ConfigError(
+            "router.roles: `flexible` is for meshes of one process; a worker in its own process "
+            "covers prompts or generates"
+        )
     if cluster.max_attempts < 1 or cluster.frontends < 1:
         raise ConfigError("cluster: max_attempts and frontends must be at least 1")
 

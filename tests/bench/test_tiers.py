@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from pshare_jax.bench import routes, shift, tiers
+from pshare_jax.bench import ahead, moving, routes, shift, tiers
 from pshare_jax.bench.plan.costs import Line, TableCosts
 
 COSTS = TableCosts(
@@ -77,3 +77,23 @@ def test_rows_that_move_pause_for_less_time_than_rows_that_are_replayed() -> Non
     assert drained["flip_seconds"] > moved["flip_seconds"]
     assert alone["moved_rows"] > 0
     assert len(shift.lines(result)) == 4 + len(shift.WAYS)
+
+
+def test_tables_of_real_engines() -> None:
+    store = {"stall_seconds": 1.5, "early_bytes": 3e6, "early_used_bytes": 2e6}
+    row = {"ttft_median": 0.1, "ttft_p95": 0.25, "computed": 71.6}
+    found = ahead.lines(
+        {"rows": [{"way": "on demand", **row, "store": {}}, {"way": "told", **row, "store": store}]}
+    )
+    assert found[2:] == [
+        "| on demand | 100 (250) | 72 | 0.00 | 0, 0, 0 |",
+        "| told | 100 (250) | 72 | 1.50 | 3, 2, 0 |",
+    ]
+    result = {"options": {"replies": 8}, "moved": 4, "moved_bytes": 2.5e6, "compiles": 0}
+    assert moving.lines({**result, "pause": {"moved": [0.05, 0.06]}}) == [
+        "4 of 8 replies moved, 2.5 MB; the same tokens; 0 compilations.",
+        "Longest pause of a reply, ms, median and worst:",
+        "  moved: 50, 60",
+    ]
+    options = ahead.AheadOptions()
+    assert options.pool_pages == 2 * 4 * 15 // 4 + 1

@@ -10,6 +10,7 @@ import pytest
 
 from pshare_jax.config import RouterConfig
 from pshare_jax.core.router import NoWorkerError
+from pshare_jax.engine.limits import check_cluster
 from pshare_jax.errors import ConfigError
 from tests.engine.harness import (
     Client,
@@ -124,6 +125,8 @@ def test_settings_that_cannot_be_flexible(some_models: Models) -> None:
         running(some_models, serve_config(router=flexible, connector="same-mesh")),
     ):
         pass
+    with pytest.raises(ConfigError, match="is for meshes of one process"):
+        check_cluster(serve_config(router=flexible))
     uneven = serve_config(router=flexible)
     uneven = replace(uneven, prefill=replace(uneven.prefill, tensor_parallel=2))
     with (
