@@ -21,7 +21,6 @@ from pshare_jax.core.models import ModelKind, ModelSpec
 from pshare_jax.core.split_rule import LAST_TOKEN, SplitRule
 from pshare_jax.engine.adapter_stack import AdapterStack, check_room
 from pshare_jax.engine.host_memory import return_freed_memory
-from pshare_jax.engine.quietly import at_once, quietly
 from pshare_jax.engine.weight_format import LoadTensors, check_form, loader_of
 from pshare_jax.errors import CheckpointError, ConfigError
 from pshare_jax.kernels.backends import on_mesh
@@ -47,9 +46,6 @@ BASE = "base"
 
 SPARE = "spare"
 """Name of weights that no model has: the base's, in the place of a full module's."""
-
-Call = Callable[..., Any]
-"""Calls what it is given with the arguments that follow: at once, or quietly."""
 
 T = TypeVar("T")
 
@@ -321,7 +317,7 @@ class WeightLoader:
         for number, mesh in enumerate(meshes):
             twin = next((i for i in range(number) if same_memory(meshes[i], mesh)), None)
             if twin is None:
-                made.append(jax.block_until_ready(self._full(source.load, mesh, quietly)))
+                made.append(jax.block_until_ready(self._full(source.load, mesh)))
             else:
                 made.append(alias_on(made[twin], meshes[twin], mesh))
         return made
@@ -330,7 +326,7 @@ class WeightLoader:
         self, stacked: Weights, meshes: Sequence[Mesh]
     ) -> list[Weights | PackedAdapters]:
         """Stacked adapters on each of the decode meshes."""
-        return [jax.block_until_ready(self._placed(stacked, mesh, quietly)) for mesh in meshes]
+        return [jax.block_until_ready(self._placed(stacked, mesh)) for mesh in meshes]
 
     def lora_factors(self, source: ModelSource, mesh: Mesh) -> LoraModule:
         """A LoRA module's factors, read now.
@@ -354,8 +350,8 @@ class WeightLoader:
     def _base_weights(self, mesh: Mesh) -> Weights:
         return self._once(BASE, mesh, lambda: self._full(self._base.load, mesh))
 
-    def _full(self, load: LoadTensors, mesh: Mesh, call: Call = at_once) -> Weights:
-        return self._packed(load(self._shardings(mesh)), mesh, call)
+    def _full(self, load: LoadTensors, mesh: Mesh) -> Weights:
+        return self._packed(load(self._shardings(mesh)), mesh)
 
     def _unpacked(self, base: Weights, mesh: Mesh) -> Weights:
         """The base's weights by name, of those that the steps of `mesh` read."""
@@ -374,22 +370,20 @@ class WeightLoader:
             self.stack.put(slot, module)
         return self._placed(self.stack.weights(), mesh)
 
-    def _placed(
-        self, stacked: Weights, mesh: Mesh, call: Call = at_once
-    ) -> Weights | PackedAdapters:
+    def _placed(self, stacked: Weights, mesh: Mesh) -> Weights | PackedAdapters:
         """Stacked adapters as the steps of `mesh` read them."""
         if is_packed(on_mesh(self._backend, mesh.size), self._base.config):
-            packed = call(pack_adapters, self._base.config, stacked)
+            packed = pack_adapters(self._base.config, stacked)
             # A CPU takes the host's memory as it is, but copies from device to device.
             factors = jax.device_put(np.asarray(packed.factors), replicated(mesh))
             return dataclasses.replace(packed, factors=factors)
         return jax.device_put(stacked, replicated(mesh))
 
-    def _packed(self, weights: Weights, mesh: Mesh, call: Call = at_once) -> Weights:
+    def _packed(self, weights: Weights, mesh: Mesh) -> Weights:
         """`weights` as the steps of `mesh` read them."""
         if not is_packed(on_mesh(self._backend, mesh.size), self._base.config):
             return weights
-        return call(pack_weights, self._base.config, weights)
+        return pack_weights(self._base.config, weights)
 
     def _shardings(self, mesh: Mesh) -> dict[str, Any]:
         return weight_shardings(mesh, weight_specs(self._base.config))
