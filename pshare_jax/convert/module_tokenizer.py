@@ -25,6 +25,8 @@ from pshare_jax.errors import CheckpointError
 from pshare_jax.text.tokenizer import Tokenizer
 
 DEFAULT = "default"
+MAX_TEMPLATE_BYTES = 1 << 20
+"""Published ones have some 20 KB at most."""
 
 
 def own_tokenizer_files(folder: Path, base: Manifest) -> dict[str, bytes]:
@@ -98,6 +100,8 @@ def _templates(folder: Path) -> dict[str, str]:
     paths |= {path.stem: path for path in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))}
     for name, path in paths.items():
         if path.is_file():
+            if (size := path.stat().st_size) > MAX_TEMPLATE_BYTES:
+                raise CheckpointError(f"{path}: has {size} bytes, which no chat template has")
             try:
                 templates[name] = path.read_text()
             except (OSError, UnicodeDecodeError) as error:

@@ -49,11 +49,11 @@ def _check_tied(
 ) -> None:
     """A base that ties its head to its embedding is a decoder with one matrix for both."""
     own = base["embed.embedding"]
-    values = [
+    embedding, head = (
         saved[name].read().astype(own.dtype) if name in saved else own.read()
         for name in (_EMBEDDING, _HEAD)
-    ]
-    if not np.array_equal(*values):
+    )
+    if not np.array_equal(embedding, head):
         raise CheckpointError(
             f"{source.folder}: gives the output head other values than the embedding, but the base "
             "ties the two: not supported; convert an untied base, and the adapter merged with it "

@@ -82,7 +82,7 @@ class _Storage(NamedTuple):
 
     dtype: np.dtype
     key: str
-    count: int
+    length: int
 
 
 class _Tensor(NamedTuple):
@@ -103,7 +103,7 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any
     if 0 not in shape:
         last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
         # A stride of 0 would make a large tensor of a small storage.
-        if last >= storage.count or math.prod(shape) > storage.count:
+        if last >= storage.length or math.prod(shape) > storage.length:
             raise pickle.UnpicklingError("a tensor that reaches beyond its storage")
     return _Tensor(storage, offset, tuple(shape), tuple(strides))
 
@@ -194,7 +194,7 @@ class TorchFile:
     def _lazy(self, name: str, tensor: _Tensor) -> LazyTensor:
         storage = tensor.storage
         entry = self._members.get(self._prefix + storage.key)
-        size = storage.count * storage.dtype.itemsize
+        size = storage.length * storage.dtype.itemsize
         if (
             entry is None
             or entry.compress_type != zipfile.ZIP_STORED
@@ -212,8 +212,8 @@ class TorchFile:
                 names = int.from_bytes(header[26:28], "little")
                 extra = int.from_bytes(header[28:30], "little")
                 file.seek(names + extra, 1)
-                values = np.fromfile(file, storage.dtype, storage.count)
-            if values.size != storage.count:
+                values = np.fromfile(file, storage.dtype, storage.length)
+            if values.size != storage.length:
                 raise CheckpointError(f"{self._path}: tensor {name}: truncated")
             strides = [stride * storage.dtype.itemsize for stride in tensor.strides]
             view = np.lib.stride_tricks.as_strided(

@@ -86,6 +86,7 @@ def test_version_and_models(client):
     assert client.get("/version").json == {"version": "0.1.0"}
     card = client.get("/v1/models").json["data"][2]
     assert client.get("/v1/models/team/critic").json == card
+    assert len(card.pop("chat_template")) == 12
     assert card == {
         "id": "team/critic",
         "object": "model",
