@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.rope import Llama3RopeScaling
 
-_ROPE = {"rope_theta": 500000.0, "max_position_embeddings": 131072}
-
 SHAPE_1B = ModelConfig(
     architecture="llama",
     vocab_size=128256,
@@ -20,7 +18,8 @@ SHAPE_1B = ModelConfig(
     head_dim=64,
     rope_scaling=Llama3RopeScaling(32.0, 1.0, 4.0, 8192),
     tie_word_embeddings=True,
-    **_ROPE,
+    rope_theta=500000.0,
+    max_position_embeddings=131072,
 )
 """Llama-3.2-1B's shape."""
 
@@ -34,7 +33,8 @@ SHAPE_8B = ModelConfig(
     num_kv_heads=8,
     head_dim=128,
     rope_scaling=Llama3RopeScaling(8.0, 1.0, 4.0, 8192),
-    **_ROPE,
+    rope_theta=500000.0,
+    max_position_embeddings=131072,
 )
 """Llama-3.1-8B's shape."""
 

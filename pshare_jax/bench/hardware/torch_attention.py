@@ -6,6 +6,7 @@ of a group are queries of one KV head that see all keys: the shape in which it i
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import statistics
 import time
@@ -25,8 +26,10 @@ def run(scale: Scale, keep: Keep) -> None:
     """
     if importlib.util.find_spec("torch") is None:
         raise SkippedError("PyTorch is not installed")
-    import torch
-
+    # By name: nothing of this project needs it.
+    torch: Any = importlib.import_module("torch")
+    for part in ("attention", "attention.bias"):
+        importlib.import_module(f"torch.nn.{part}")
     if not torch.cuda.is_available():
         raise SkippedError("PyTorch has no GPU here")
     keep("torch", torch.__version__)
