@@ -130,3 +130,8 @@ def test_llama_index(run: Any, answers: Answers) -> None:
         "by_schema": ANNA,
         "responses": ANSWER,
     }
+
+
+def test_aider(run: Any, answers: Answers) -> None:
+    answers("hello.py\n```python\nprint('new')\n```")
+    assert run("aider", "use_aider") == {"file": "print('new')\n"}
