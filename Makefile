@@ -62,7 +62,7 @@ quick: .venv/.test
 test-browser: .venv/.browser
 	$(BIN)/python -m pytest tests/browser -m browser
 
-# Clients that agree with nobody on versions: environments of their own, 1 GB.
+# Clients that agree with nobody on versions: environments of their own, 2 GB.
 test-clients: .venv/.test $(CLIENTS)
 	$(BIN)/python -m pytest tests/frameworks -m clients
 

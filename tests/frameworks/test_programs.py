@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from tests.clients.conftest import ANSWER, CALL, Answers
+from tests.clients.conftest import ANSWER, CALL, TEMPLATE, Answers
 from tests.clients.test_structured import JSON, call
+from tests.text.tiny import write_byte_level
 
 pytestmark = [pytest.mark.clients, pytest.mark.timeout(600)]
 
@@ -135,3 +136,21 @@ def test_llama_index(run: Any, answers: Answers) -> None:
 def test_aider(run: Any, answers: Answers) -> None:
     answers("hello.py\n```python\nprint('new')\n```")
     assert run("aider", "use_aider") == {"file": "print('new')\n"}
+
+
+def test_lm_eval(run: Any, answers: Answers, tmp_path: Path) -> None:
+    """The server's own tokenizer, whose ids are sent as prompts."""
+    write_byte_level(tmp_path / "tokenizer", TEMPLATE)
+    answers(ANSWER)
+    told = run("evals", "use_lm_eval")
+    assert (told["generated"], told["chat"]) == (1.0, 1.0)
+    assert 0 <= told["chosen"] <= 1
+
+
+def test_inspect(run: Any, answers: Answers) -> None:
+    answers(CALL, "It is sunny.")
+    assert run("evals", "use_inspect") == {
+        "status": "success",
+        "score": "C",
+        "roles": ["user", "assistant", "tool", "assistant"],
+    }
