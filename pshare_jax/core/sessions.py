@@ -32,11 +32,13 @@ class SessionPolicy:
         streaming_step: tokens after which a reply that has not ended is covered so far, again and
             again; 0 waits for its end. Of use where prefill has a processor of its own, which is
             idle while replies are generated.
+        prefetch: whether prefill workers are told what prompts are expected.
     """
 
     reply_ahead: bool = False
     max_ttl: float = 3600.0
     streaming_step: int = 0
+    prefetch: bool = False
 
 
 def session_key(request: Request) -> SessionKey | None:
@@ -108,3 +110,10 @@ class SessionTable:
         self._stays.move_to_end(key)
         if len(self._stays) > MAX_SESSIONS:
             self._stays.popitem(last=False)
+
+    def moved(self, key: SessionKey | None, decode: str) -> None:
+        """A call of the session goes on at another decode worker."""
+        stay = self.find(key)
+        if stay is not None:
+            stay.decode.pop(decode, None)
+            stay.decode[decode] = None
