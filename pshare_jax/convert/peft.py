@@ -188,7 +188,7 @@ def _module_adapter(
 ) -> ModuleAdapter:
     rank = options.rank_of(module)
     out, inputs = hf_tensors(config)[f"{module}.weight"].shape
-    shapes = {"A": (rank, inputs), "B": (out, rank)}
+    shapes: dict[str, tuple[int, ...]] = {"A": (rank, inputs), "B": (out, rank)}
     if options.dora:
         shapes["magnitude"] = (out,)
     for part, expected in shapes.items():

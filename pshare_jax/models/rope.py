@@ -168,7 +168,9 @@ def scaling_from_json(values: Mapping[str, Any] | None) -> RopeScaling | None:
     """
     if values is None:
         return None
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    fields: dict[str, Any] = dict(values)
+    if "factors" in fields:
+        fields["factors"] = tuple(fields["factors"])
     return _SCALINGS[fields.pop("rope_type", Llama3RopeScaling.rope_type)](**fields)
 
 
