@@ -30,8 +30,8 @@ from pshare_jax.train.config import (
     OptimizerConfig,
     ReportConfig,
     TrainConfig,
-    check_config,
 )
+from pshare_jax.train.config_check import check_config
 from pshare_jax.train.report import Reporter
 
 FULL = "full fine-tuning"
@@ -136,8 +136,9 @@ def _ways(options: TrainingOptions) -> dict[str, TrainConfig]:
         base=options.base,
         output="",
         dtype=options.dtype,
+        tail=1,
         compilation_cache_dir=options.compilation_cache_dir,
-        optimizer=OptimizerConfig(batch_size=options.batch_size),
+        optimizer=OptimizerConfig(2e-5, batch_size=options.batch_size, epochs=1),
         kv_cache=KVCacheConfig(memory_gb=_MEMORY_GB),
         checkpoint=CheckpointConfig(every=0),
         # The peak would be measured, which takes seconds.

@@ -21,10 +21,11 @@ from pshare_jax.core.split_rule import LAST_TOKEN
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.weights import LORA_TARGETS
 from pshare_jax.sharding.rules import DATA, FSDP, TENSOR
+from pshare_jax.train.buckets import choose_buckets
 from pshare_jax.train.config import OptimizerConfig
 from pshare_jax.train.data import Example, Turn
 from pshare_jax.train.flops import row_flops
-from pshare_jax.train.layout import Row, choose_buckets, collate, make_row
+from pshare_jax.train.layout import Row, collate, make_row
 from pshare_jax.train.loss import LoraShape, Recipe
 from pshare_jax.train.optimizer import make_optimizer
 from pshare_jax.train.step import Computations, Gradients
@@ -82,7 +83,7 @@ class _Training:
         self.recipe = Recipe(config, DTYPE.__name__, lora, remat=True)
         self.mesh, self.row, self.batch_size = mesh, row, batch_size
         specs = trainable_specs(config, lora)
-        optimizer = make_optimizer(OptimizerConfig(), _STEPS)
+        optimizer = make_optimizer(OptimizerConfig(2e-5), _STEPS)
         self.compute = Computations(self.recipe, optimizer, mesh, specs)
         shardings = self.compute.trainable_shardings
         self.trainable = {

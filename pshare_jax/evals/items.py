@@ -123,13 +123,25 @@ def _messages(record: Mapping[str, Any]) -> list[dict[str, Any]]:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise DataError(f'messages[{index}] is not {{"role": ..., "content": ...}}')
         calls = message["role"] == "assistant" and message.get("tool_calls")
-        if not isinstance(message.get("content"), str) and not calls:
+        if not _is_text(message.get("content")) and not calls:
             raise DataError(f"messages[{index}]: content is missing or no text")
     if messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     if not messages:
         raise DataError("messages holds no question")
     return messages
+
+
+def _is_text(content: Any) -> bool:
+    """Whether `content` is a text, or a list of text parts, which servers join."""
+    if isinstance(content, list):
+        return bool(content) and all(
+            isinstance(part, dict)
+            and part.get("type") == "text"
+            and isinstance(part.get("text"), str)
+            for part in content
+        )
+    return isinstance(content, str)
 
 
 def _tools(record: Mapping[str, Any]) -> list[dict[str, Any]]:

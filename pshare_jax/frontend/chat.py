@@ -21,6 +21,8 @@ from pshare_jax.frontend.tool_prompt import ToolPrompt, with_tools
 from pshare_jax.text.tokenizer import Tokenizer
 
 MAX_TOOLS = 1024
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""`function` is taken too; it is an older name of `tool`."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,8 @@ def chat_messages(messages: Sequence[Mapping[str, Any]]) -> list[ChatMessage]:
         return msgspec.convert(list(messages), list[ChatMessage])
     except msgspec.ValidationError as error:
         reason = str(error).replace("`", "'").replace("$", "messages")
+        if "enum" in reason and ".role" in reason:
+            reason += f"; the roles are {', '.join(ROLES)}"
         raise RequestError(f"messages: {reason}", param="messages") from None
 
 
@@ -165,16 +169,8 @@ def chat_prompt(
         )
     check_tools(tools or ())
     keep = _truncation(options.truncate, limits)
-    conversation = [_template_message(message, index) for index, message in enumerate(messages)]
-    if options.tool_prompt != "template":
-        conversation, tools = with_tools(conversation, tools or (), options.tool_prompt), None
     plain = PlainText(tokenizer)
-    variables = options.variables
-    if not options.special_tokens:
-        conversation, tools, variables = plain.hide([conversation, tools, variables])
-    text = tokenizer.apply_chat_template(
-        conversation, tools, options.add_generation_prompt, variables
-    )
+    text = render_chat(tokenizer, template_messages(messages), tools, options, plain)
     check_length(tokenizer, text, limits, "messages", keep)
     ids = plain.encode(text, options.add_special_tokens)
     ids = cut_to_fit(ids, limits, "messages", keep)
@@ -183,6 +179,36 @@ def chat_prompt(
     end = text.rstrip()
     return Prompt(
         tuple(ids), in_reasoning=end.endswith(OPENING), after_reasoning=end.endswith(CLOSING)
+    )
+
+
+def render_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None,
+    options: TemplateOptions,
+    plain: PlainText,
+) -> str:
+    """The text of a conversation, to be encoded by `plain`. Training data goes the same way.
+
+    Args:
+        tokenizer: whose chat template it is.
+        messages: see `template_messages`.
+        tools: functions in OpenAI's form.
+        options: see there.
+        plain: hides special tokens; may be used for several beginnings of one conversation.
+
+    Raises:
+        RequestError: the template refuses or fails on them.
+    """
+    conversation = [dict(message) for message in messages]
+    if options.tool_prompt != "template":
+        conversation, tools = with_tools(conversation, tools or (), options.tool_prompt), None
+    variables = options.variables
+    if not options.special_tokens:
+        conversation, tools, variables = plain.hide([conversation, tools, variables])
+    return tokenizer.apply_chat_template(
+        conversation, tools, options.add_generation_prompt, variables
     )
 
 
@@ -222,6 +248,15 @@ def cut_to_fit(ids: list[int], limits: Limits, param: str, keep: int | None) -> 
         return ids[-keep:]
     resolve_max_tokens(None, None, len(ids), limits, param)
     return ids
+
+
+def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+    """The messages as chat templates get them: text parts joined by line feeds, arguments decoded.
+
+    Raises:
+        RequestError: a content that is missing or no text; names the message.
+    """
+    return [_template_message(message, index) for index, message in enumerate(messages)]
 
 
 def _template_message(message: ChatMessage, index: int) -> dict[str, Any]:

@@ -56,6 +56,13 @@ class ModelFormat:
         )
 
 
+def tool_prompt(parser: str | None, chat_template: str) -> ToolPrompt:
+    """How a model is told of its tools whose calls the parser of that name reads."""
+    if _TOOLS.search(chat_template):
+        return "template"
+    return "pythonic" if parser == "pythonic" else "hermes"
+
+
 def model_format(entry: ModelEntry, chat_template: str) -> ModelFormat:
     """What the configuration says of a model, or its chat template where that says `auto`.
 
@@ -73,8 +80,6 @@ def model_format(entry: ModelEntry, chat_template: str) -> ModelFormat:
                 entry.name,
             )
     parser = None if name in (None, "none") else parser_named(name)
-    prompt: ToolPrompt = "template"
-    if not knows_tools:
-        prompt = "pythonic" if name == "pythonic" else "hermes"
+    prompt = tool_prompt(name, chat_template)
     reasoning = entry.reasoning == "on" or (entry.reasoning == "auto" and OPENING in chat_template)
     return ModelFormat(parser, prompt, reasoning)

@@ -20,7 +20,8 @@ class PlainText:
     """Hides special tokens in a conversation from a tokenizer, and encodes them as text.
 
     Each is replaced by a word that nobody can guess before the template is rendered, and that word
-    by the token's letters afterwards.
+    by the token's letters afterwards. The same token is always the same word, so that a beginning
+    of a conversation is rendered as the beginning of the whole.
 
     Args:
         tokenizer: whose special tokens they are.
@@ -59,8 +60,9 @@ class PlainText:
         return ids
 
     def _hide(self, match: re.Match[str]) -> str:
-        self._hidden.append(match[0])
-        return f"x{self._nonce}x{len(self._hidden) - 1}x"
+        if match[0] not in self._hidden:
+            self._hidden.append(match[0])
+        return f"x{self._nonce}x{self._hidden.index(match[0])}x"
 
 
 def _map_texts(value: Any, change: Callable[[str], str]) -> Any:

@@ -6,6 +6,7 @@ Layers are unrolled: a scan over layers would pass the KV cache through its carr
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from pshare_jax.models.blocks.layer import DecoderLayer
 from pshare_jax.models.blocks.linear import Embedding, Projection, RMSNorm
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.lora import Adapters
+from pshare_jax.models.recompute import Apply
 from pshare_jax.models.registry import family
 from pshare_jax.models.rope import rope_table
 from pshare_jax.models.weights import (
@@ -100,7 +102,7 @@ class Decoder(nnx.Module):
         attention: AttentionIO,
         adapters: Adapters | None = None,
         *,
-        remat: bool = False,
+        remat: Callable[[Apply], Apply] | None = None,
     ) -> jax.Array:
         """The last hidden states, after the final norm; KV of every layer goes to `attention`.
 
@@ -109,8 +111,9 @@ class Decoder(nnx.Module):
             positions: `[B, T]` int32, the position of each token in its sequence.
             attention: where earlier KV is and new KV goes.
             adapters: LoRA updates of each row, if any.
-            remat: keep only each layer's input for the gradient and compute the rest again. Then
-                `attention` may not change while the layers run.
+            remat: makes a layer keep only its input for the gradient and compute the rest again:
+                `jax.checkpoint`, or `recomputed` on CPUs. Then `attention` may not change while
+                the layers run.
 
         Returns:
             `[B, T, embed]` of the weights' dtype.
@@ -119,7 +122,7 @@ class Decoder(nnx.Module):
         x = scaled_embedding(self.config, self.embed(tokens))
         for layer in self.layers:
             apply = functools.partial(layer, ropes=ropes, attention=attention, adapters=adapters)
-            x = (jax.checkpoint(apply) if remat else apply)(x)
+            x = (apply if remat is None else remat(apply))(x)
         return self.final_norm(x)
 
     def logits(self, hidden: jax.Array) -> jax.Array:

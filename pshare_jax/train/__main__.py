@@ -15,7 +15,8 @@ from typing import Any
 from pshare_jax.config import load_config
 from pshare_jax.errors import PshareError
 from pshare_jax.extras import require
-from pshare_jax.train.config import TrainConfig, check_config
+from pshare_jax.train.config import TrainConfig
+from pshare_jax.train.config_check import check_config
 
 _DESCRIPTION = (
     "Trains a decode module on the frozen prefill module's KV. Every key of the configuration file "
@@ -45,6 +46,18 @@ class _StopSignal:
         signal.signal(number, signal.SIG_DFL)
 
 
+def _show(config: TrainConfig) -> None:
+    """Prints `config.show` examples, and what the data is like."""
+    from pshare_jax.train.inputs import read_inputs
+    from pshare_jax.train.report import Reporter
+    from pshare_jax.train.show import show_examples
+
+    inputs = read_inputs(config, Reporter(), ask=False)
+    rule = None if config.mode == "full" else inputs.rule
+    for line in show_examples(inputs.train.examples[: config.show], inputs.tokenizer, rule):
+        print(line)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the training; returns the exit code."""
     args = sys.argv[1:] if argv is None else argv
@@ -56,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         from pshare_jax.train import distributed, loop
         from pshare_jax.train.report import Reporter
 
+        if config.show:
+            _show(config)
+            return 0
         distributed.start(config)
         import jax
 

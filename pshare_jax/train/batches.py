@@ -13,7 +13,8 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from pshare_jax.train.layout import Batch, Bucket, Row, collate
+from pshare_jax.train.buckets import Bucket
+from pshare_jax.train.layout import Batch, Row, collate
 
 _READ_AHEAD = 4
 
@@ -59,6 +60,27 @@ def fill_micro_batches(
     return batches
 
 
+def group_steps(micro: Sequence[MicroBatch], batch_size: int) -> list[Step]:
+    """Steps of `batch_size` rows each; the last has what is left.
+
+    What remains of each bucket at the end of an epoch is no step of its own, which would change the
+    weights as much as a whole one: such micro-batches share a step, and one is cut where it holds
+    more than a step lacks.
+    """
+    steps: list[Step] = []
+    lacking = 0
+    for batch in micro:
+        rows = batch.rows
+        while rows:
+            if not lacking:
+                steps.append([])
+                lacking = batch_size
+            part, rows = rows[:lacking], rows[lacking:]
+            steps[-1].append(MicroBatch(batch.bucket, part))
+            lacking -= len(part)
+    return steps
+
+
 @dataclass(frozen=True)
 class Plan:
     """Every step of a run.
@@ -81,7 +103,7 @@ def make_plan(
     assigned: np.ndarray,
     *,
     micro_batch_size: int,
-    accumulation: int,
+    batch_size: int,
     epochs: int,
     max_steps: int,
     seed: int,
@@ -91,8 +113,8 @@ def make_plan(
     Args:
         buckets: the shapes.
         assigned: index of each row's bucket.
-        micro_batch_size: rows of a micro-batch.
-        accumulation: micro-batches of a step; the last step of an epoch may have fewer.
+        micro_batch_size: most rows of a micro-batch.
+        batch_size: rows of a step; the last step of an epoch may have fewer.
         epochs: passes over the rows.
         max_steps: most steps in all; 0 for no limit.
         seed: of the shuffling.
@@ -101,7 +123,7 @@ def make_plan(
     per_epoch = 0
     for order in epoch_orders(len(assigned), epochs, seed):
         micro = fill_micro_batches(order, buckets, assigned, micro_batch_size)
-        epoch = [micro[i : i + accumulation] for i in range(0, len(micro), accumulation)]
+        epoch = group_steps(micro, batch_size)
         per_epoch = per_epoch or len(epoch)
         steps += epoch
         if max_steps and len(steps) >= max_steps:

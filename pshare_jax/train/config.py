@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pshare_jax.config import DType
-from pshare_jax.core.split_rule import LAST_MESSAGE, Invocation, TailSetting, parse_rule
-from pshare_jax.errors import ConfigError
+from pshare_jax.core.split_rule import TailSetting
 
 Mode = Literal["cache-conditioned", "full", "distill"]
 BadLine = Literal["error", "skip"]
 KernelBackend = Literal["auto", "xla", "cpu_ffi"]
+MemoryCheck = Literal["refuse", "warn", "off"]
 Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
 
 
@@ -26,16 +25,26 @@ class DataConfig:
         train: JSONL files, one example a line: `{"messages": [...], "tools": [...]}` or
             `{"prompt": ..., "completion": ...}`.
         eval: JSONL files of held-out examples; none turns evaluation off.
-        max_length: most tokens of one example; a longer one is a bad line.
+        max_length: most tokens of one example; a longer one is a bad line, and so is one that is
+            longer than the base has positions.
         on_bad_line: `error` stops at the first line that cannot be used, `skip` counts them.
-        buckets: number of shapes that batches are padded to; each one is compiled.
+        turns: which answers of a conversation are trained: `all`, or the `last` alone.
+        tool_parser: `models[].tool_parser` of the server that is to serve the module: where the
+            base's chat template knows no tools, they are written in its form.
+        special_tokens_in_text: `special_tokens_in_text` of that server: whether special tokens that
+            messages spell out are such, and not text.
+        buckets: most shapes that batches are padded to; each one is compiled. Fewer are used where
+            that wastes little.
     """
 
     train: list[str] = field(default_factory=list)
     eval: list[str] = field(default_factory=list)
     max_length: int = 1024
     on_bad_line: BadLine = "error"
-    buckets: int = 3
+    turns: Literal["all", "last"] = "all"
+    tool_parser: str = "auto"
+    special_tokens_in_text: bool = False
+    buckets: int = 10
 
 
 @dataclass(frozen=True)
@@ -60,15 +69,26 @@ class DistillConfig:
     """The teacher of `mode: distill`.
 
     Args:
-        teacher: an ordinary fine-tune of the base: a Hugging Face folder, or a full decode module.
-        init: what a full student starts from: the `teacher`'s weights or the `base`'s. A LoRA
-            student always starts from the base.
+        teacher: an ordinary fine-tune of the base: a Hugging Face folder, PEFT's folder of a LoRA,
+            or a decode module with KV of its own (full or LoRA); or the URL of a server with
+            OpenAI's API, whose answers are learned as texts.
+        init: what a student of all weights starts from: the `teacher`'s or the `base`'s. A LoRA
+            student starts from the base.
         max_tokens: most tokens of the teacher's answer to a prompt that comes without one.
+        model: the model's name at a URL. The key is taken from OPENAI_API_KEY.
+        concurrency: requests to a URL that are on their way at once.
     """
 
     teacher: str = ""
     init: Literal["teacher", "base"] = "teacher"
     max_tokens: int = 256
+    model: str = ""
+    concurrency: int = 16
+
+    @property
+    def is_url(self) -> bool:
+        """Whether the teacher is a server."""
+        return self.teacher.startswith(("http://", "https://"))
 
 
 @dataclass(frozen=True)
@@ -76,7 +96,7 @@ class OptimizerConfig:
     """AdamW and its schedule.
 
     Args:
-        learning_rate: the largest.
+        learning_rate: the largest; 0 is 1e-3 for LoRA and 3e-4 for all weights.
         schedule: how it falls after the warm-up: `cosine` or `linear` to zero, or `constant`.
         warmup: share of all steps in which the rate rises linearly from zero.
         beta1: decay of the first moment.
@@ -84,13 +104,15 @@ class OptimizerConfig:
         epsilon: added to the root of the second moment.
         weight_decay: decoupled decay of matrices; norm scales and biases have none.
         clip_norm: largest global norm of a gradient; 0 turns clipping off.
-        batch_size: examples of one step.
+        batch_size: examples of one step; the last of an epoch has what is left.
         micro_batch_size: examples of one forward and backward pass; 0 means `batch_size`.
         epochs: passes over the training set.
         max_steps: ends earlier, after so many steps; 0 does not.
+        factory: `module:function` of your own that makes the optimizer: it gets this configuration
+            and the schedule, and gives an optax gradient transformation. Empty is AdamW.
     """
 
-    learning_rate: float = 2e-5
+    learning_rate: float = 0.0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = 0.03
     beta1: float = 0.9
@@ -98,10 +120,11 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 0.0
-    batch_size: int = 128
+    batch_size: int = 16
     micro_batch_size: int = 0
-    epochs: int = 1
+    epochs: int = 2
     max_steps: int = 0
+    factory: str = ""
 
 
 @dataclass(frozen=True)
@@ -182,6 +205,8 @@ class ReportConfig:
         log_every: steps between two lines of metrics.
         eval_every: steps between two evaluations; 0 evaluates at the end only.
         tensorboard: whether metrics are written for TensorBoard too.
+        wandb: project of Weights & Biases that gets the metrics too; empty is none. Needs the extra
+            `wandb`.
         peak_tflops: arithmetic rate of one device that utilisation is relative to; 0 measures that
             of a large matrix product.
     """
@@ -189,6 +214,7 @@ class ReportConfig:
     log_every: int = 1
     eval_every: int = 100
     tensorboard: bool = True
+    wandb: str = ""
     peak_tflops: float = 0.0
 
 
@@ -199,15 +225,26 @@ class TrainConfig:
     Args:
         base: the prefill checkpoint folder.
         output: the run folder: metrics, checkpoints, and the decode module in `decode_module/`.
-        mode: `cache-conditioned` trains on the base's KV, `full` is ordinary fine-tuning, `distill`
-            matches an ordinary fine-tune from the base's KV.
+        mode: `cache-conditioned` trains on the base's KV, `full` is ordinary fine-tuning (of all
+            weights, or LoRA), `distill` matches an ordinary fine-tune from the base's KV.
         tail: what of a prompt the decode module reads itself: a number of last tokens;
             `last-message`, from the last user or tool message on; or `{invocation: [token ids]}`,
             from the last occurrence of these tokens on (LoRA only).
+        init: what the weights start from: a decode module of this base, PEFT's folder, or a
+            Hugging Face folder; a LoRA run takes a LoRA of its own rank and targets. Empty is the
+            base.
+        loss: `module:function` of your own: it gets float32 logits `[B, Y, vocab]` and the batch
+            (`labels [B, Y]`, `weights [B, Y]`; when distilling `teacher_logits` too), and gives the
+            loss of each target, `[B, Y]` float32. Empty is cross-entropy, or the divergence from
+            the teacher.
         seed: order of the examples, initial LoRA factors.
         dtype: dtype of activations and KV; master weights are float32. `auto` is bfloat16,
             but float32 on CPUs where C++ does not multiply.
         remat: keep each layer's input only and compute the rest again for the gradient.
+        memory_check: what is done when the first step is predicted to need more memory than there
+            is: `refuse` to start, `warn`, or `off`: nothing is predicted.
+        show: print so many examples, with what of them is trained, and a report on the data; then
+            end without training.
         kernel_backend: what multiplies matrices. `auto` is `cpu_ffi`, C++, for bfloat16 on one
             device that is a CPU, and `xla` elsewhere.
         compilation_cache_dir: folder of XLA's persistent compilation cache; empty turns it off.
@@ -225,10 +262,14 @@ class TrainConfig:
     base: str
     output: str
     mode: Mode = "cache-conditioned"
-    tail: TailSetting = 1
+    tail: TailSetting = 32
+    init: str = ""
+    loss: str = ""
     seed: int = 0
     dtype: DType = "auto"
     remat: bool = False
+    memory_check: MemoryCheck = "refuse"
+    show: int = 0
     kernel_backend: KernelBackend = "auto"
     compilation_cache_dir: str = "~/.cache/pshare_jax/xla"
     data: DataConfig = field(default_factory=DataConfig)
@@ -257,95 +298,12 @@ class TrainConfig:
         return self.lora.alpha or 2.0 * self.lora.rank
 
 
-_AT_LEAST: dict[str, float] = {
-    "seed": 0,
-    "data.max_length": 2,
-    "data.buckets": 1,
-    "distill.max_tokens": 1,
-    "lora.rank": 0,
-    "lora.alpha": 0,
-    "optimizer.learning_rate": 0,
-    "optimizer.weight_decay": 0,
-    "optimizer.epsilon": 0,
-    "optimizer.clip_norm": 0,
-    "optimizer.batch_size": 1,
-    "optimizer.micro_batch_size": 0,
-    "optimizer.epochs": 1,
-    "optimizer.max_steps": 0,
-    "kv_cache.memory_gb": 0,
-    "kv_cache.disk_gb": 0,
-    "mesh.data": 1,
-    "mesh.fsdp": 1,
-    "mesh.tensor": 1,
-    "checkpoint.every": 0,
-    "checkpoint.keep": 1,
-    "report.log_every": 1,
-    "report.eval_every": 0,
-    "report.peak_tflops": 0,
-}
-
-
-def _value(config: TrainConfig, key: str) -> Any:
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def check_config(config: TrainConfig) -> None:
-    """Checks what types alone cannot.
-
-    Raises:
-        ConfigError: names the key, its value, and what it should be.
-    """
-    for key, least in _AT_LEAST.items():
-        value = _value(config, key)
-        if not (math.isfinite(value) and value >= least):
-            raise ConfigError(f"{key} is {value}; it must be at least {least:g}")
-    _check_tail(config)
-    for key in ("optimizer.beta1", "optimizer.beta2", "optimizer.warmup"):
-        if not 0 <= (value := _value(config, key)) < 1:
-            raise ConfigError(f"{key} is {value}; it must be at least 0 and less than 1")
-    optimizer, mesh = config.optimizer, config.mesh
-    if not config.data.train:
-        raise ConfigError("data.train: name at least one JSONL file")
-    if optimizer.batch_size % config.micro_batch_size:
-        raise ConfigError(
-            f"optimizer.batch_size is {optimizer.batch_size}; it must be a multiple of "
-            f"optimizer.micro_batch_size, {config.micro_batch_size}"
-        )
-    if config.micro_batch_size % (mesh.data * mesh.fsdp):
-        raise ConfigError(
-            f"a micro-batch of {config.micro_batch_size} examples cannot be split evenly over "
-            f"mesh.data x mesh.fsdp = {mesh.data * mesh.fsdp} devices"
-        )
-    if config.mode == "full" and config.lora.rank:
-        raise ConfigError("mode full trains all weights; set lora.rank to 0 or choose another mode")
-    if config.lora.rank and len(set(config.lora.targets)) != max(len(config.lora.targets), 1):
-        raise ConfigError("lora.targets: name at least one projection, and none twice")
-    if (config.mode == "distill") != bool(config.distill.teacher):
-        raise ConfigError(
-            "distill.teacher: mode distill needs one, the other modes have none; it is "
-            f"{config.distill.teacher!r} in mode {config.mode}"
-        )
-    if config.kv_cache.keep and not (config.kv_cache.folder and config.kv_cache.disk_gb):
-        raise ConfigError("kv_cache.keep needs kv_cache.folder, and kv_cache.disk_gb above 0")
-    if config.checkpoint.export == "best" and not config.data.eval:
-        raise ConfigError("checkpoint.export: best needs data.eval to tell which weights are best")
-
-
-def _check_tail(config: TrainConfig) -> None:
-    if config.tail == LAST_MESSAGE:
-        return
-    try:
-        rule = parse_rule(config.tail)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    if isinstance(rule, Invocation) and not config.lora.rank:
-        raise ConfigError(
-            "tail: an invocation is for LoRA modules, since the base answers without it; set "
-            "lora.rank"
-        )
+def with_rate(config: TrainConfig) -> TrainConfig:
+    """`config` with a learning rate: that which suits what is trained, where it names none."""
+    if config.optimizer.learning_rate:
+        return config
+    rate = 1e-3 if config.lora.rank else 3e-4
+    return replace(config, optimizer=replace(config.optimizer, learning_rate=rate))
 
 
 def as_json(config: TrainConfig) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import os
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from pshare_jax.errors import ConfigError
@@ -65,6 +66,12 @@ def _number(variable: str, default: int) -> int:
         return default if text is None else int(text)
     except ValueError as error:
         raise ConfigError(f"{variable} is {text!r}; it must be an integer") from error
+
+
+def wait_for_all(name: str) -> None:
+    """Waits until all processes, if there are several, have come to the point `name`."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
 
 
 def make_mesh(config: MeshConfig) -> Mesh:

@@ -18,8 +18,8 @@ import numpy as np
 from pshare_jax.models.attention import KV, DenseCache, init_cache
 from pshare_jax.models.weights import Weights
 from pshare_jax.train.batches import MicroBatch
+from pshare_jax.train.buckets import Bucket
 from pshare_jax.train.kv_store import KVStore
-from pshare_jax.train.layout import Bucket
 from pshare_jax.train.loss import Recipe, base_kv, bind_trainable
 
 _PROMPT_MULTIPLE = 32
@@ -58,6 +58,7 @@ def generate(
     end_token_ids: Sequence[int],
     batch_size: int = 32,
     store: KVStore | None = None,
+    make_kv: Callable[[np.ndarray], jax.Array] | None = None,
     report: Callable[[int], None] = lambda count: None,
 ) -> list[list[int]]:
     """Completes prompts greedily.
@@ -72,6 +73,8 @@ def generate(
         batch_size: prompts that are completed together.
         store: has the prefill module's KV of each prompt, in the order of `prompts`, as far as the
             prompt is covered; None computes it.
+        make_kv: computes what takes the place of that KV, as `loss.base_kv` gives it, from
+            `prompt [B, P]` int32.
         report: gets the number of prompts done after each batch.
 
     Returns:
@@ -91,7 +94,7 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens))
     for start in range(0, len(order), batch_size):
         members = order[start : start + batch_size]
-        kv = _covered_kv(recipe, base, prompts, members, batch_size, store)
+        kv = _covered_kv(recipe, base, prompts, members, batch_size, store, make_kv)
         batch = _collate([prompts[i] for i in members], kv, batch_size)
         tokens = np.asarray(_complete(recipe, max_tokens, trainable, base, batch, ends))
         for row, i in enumerate(members):
@@ -116,6 +119,7 @@ def _covered_kv(
     members: Sequence[int],
     size: int,
     store: KVStore | None,
+    make_kv: Callable[[np.ndarray], jax.Array] | None,
 ) -> jax.Array:
     """KV of what the prefill module covers of the prompts `members`, padded to `size` rows."""
     length = _round_up(max(prompts[i].cover for i in members))
@@ -127,7 +131,7 @@ def _covered_kv(
         cover = prompts[i].cover
         prompt[row, :cover] = prompts[i].tokens[:cover]
     if length:
-        return prompt_kv(recipe, base, prompt)
+        return make_kv(prompt) if make_kv is not None else prompt_kv(recipe, base, prompt)
     config = recipe.config
     return jnp.zeros(
         (size, 0, config.num_layers, 2, config.num_kv_heads, config.head_dim), recipe.dtype

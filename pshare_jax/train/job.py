@@ -13,29 +13,32 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from pshare_jax.convert.manifest import TOKENIZER_FOLDER, Manifest, read_manifest
+from pshare_jax.convert.manifest import Manifest
 from pshare_jax.core.split_rule import LAST_TOKEN, SplitRule
-from pshare_jax.errors import ConfigError
 from pshare_jax.kernels.backends import CPU_FFI
 from pshare_jax.kernels.matmul.api import training_backend
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.packed import is_packed, pack_weights, unsupported
 from pshare_jax.models.weights import Weights
-from pshare_jax.text.openings import split_rule
-from pshare_jax.text.tokenizer import Tokenizer
 from pshare_jax.train.answers import answer_with_teacher
 from pshare_jax.train.batches import MicroBatch, Plan, fill_micro_batches, make_plan
+from pshare_jax.train.buckets import Bucket, choose_buckets
 from pshare_jax.train.config import TrainConfig
-from pshare_jax.train.data import Dataset, read_dataset
+from pshare_jax.train.data import Dataset
 from pshare_jax.train.distributed import make_mesh
+from pshare_jax.train.fine_tune import FineTune
+from pshare_jax.train.hooks import load_hook
+from pshare_jax.train.inputs import Inputs, read_inputs
 from pshare_jax.train.kv_store import KVStore, open_store, store_key
-from pshare_jax.train.layout import Bucket, Row, choose_buckets, make_row
+from pshare_jax.train.layout import Row, make_row
 from pshare_jax.train.loss import LoraShape, Recipe
 from pshare_jax.train.optimizer import make_optimizer
 from pshare_jax.train.output import open_run
 from pshare_jax.train.report import Reporter
 from pshare_jax.train.step import Computations
-from pshare_jax.train.weights import Teacher, initial_weights, load_base, trainable_specs
+from pshare_jax.train.weights import initial_weights, load_base, trainable_specs
+
+_FEW_STEPS = 50
 
 
 @dataclass
@@ -71,41 +74,23 @@ class Job:
     store: KVStore | None
 
 
-def _read(
-    config: TrainConfig, paths: list[str], tokenizer: Tokenizer, rule: SplitRule, say: Reporter
-) -> Dataset:
-    data = config.data
-    dataset = read_dataset(
-        paths,
-        tokenizer,
-        max_length=data.max_length,
-        on_bad_line=data.on_bad_line,
-        unanswered=config.mode == "distill",
-        rule=rule,
-    )
-    skipped = f", {dataset.num_bad_lines} bad lines skipped" if dataset.num_bad_lines else ""
-    say.say(f"{', '.join(paths)}: {len(dataset.examples)} examples{skipped}")
-    for line in dataset.bad_lines:
-        say.say(f"  skipped {line}")
-    return dataset
-
-
 def _answer(
     config: TrainConfig,
     dataset: Dataset,
+    inputs: Inputs,
+    identity: dict[str, Any],
     recipe: Recipe,
     weights: Weights,
-    tokenizer: Tokenizer,
     reporter: Reporter,
 ) -> Dataset:
     return answer_with_teacher(
         dataset,
         recipe,
         weights,
-        tokenizer,
-        teacher=config.distill.teacher,
+        inputs.tokenizer,
+        teacher=identity["sources"]["teacher"],
         max_tokens=config.distill.max_tokens,
-        max_length=config.data.max_length,
+        max_length=min(config.data.max_length, inputs.positions),
         folder=config.folder,
         write=jax.process_index() == 0,
         reporter=reporter,
@@ -129,28 +114,21 @@ def prepare(config: TrainConfig, reporter: Reporter) -> Job:
     Raises:
         ConfigError, DataError, CheckpointError: names the key, line or file that cannot be used.
     """
-    base = read_manifest(config.base)
-    if base.kind != "prefill":
-        raise ConfigError(f"base: {config.base} is a decode module; name a prefill checkpoint")
-    teacher = Teacher(config.distill.teacher, base) if config.distill.teacher else None
-    tokenizer = Tokenizer.load(base.folder / TOKENIZER_FOLDER)
-    # An ordinary fine-tune prefills its prompts itself: any split is the same to it.
-    rule = LAST_TOKEN if config.mode == "full" else split_rule(config.tail, lambda: tokenizer)
-    train = _read(config, config.data.train, tokenizer, rule, reporter)
-    held_out = None
-    if config.data.eval:
-        held_out = _read(config, config.data.eval, tokenizer, rule, reporter)
+    is_first = jax.process_index() == 0
+    inputs = read_inputs(config, reporter, first=is_first)
+    base, rule, teacher = inputs.base, inputs.rule, inputs.teacher
+    train, held_out = inputs.train, inputs.held_out
     mesh = make_mesh(config.mesh)
     recipe = _recipe(config, base, teacher, mesh)
     known = replace(config, dtype=recipe.dtype)
-    identity = open_run(known, base, train, held_out, write=jax.process_index() == 0)
+    identity = open_run(known, inputs.base, train, held_out, write=is_first)
 
     frozen: dict[str, Weights] = {}
     if teacher is not None:
         weights = frozen["teacher"] = teacher.load(mesh, jnp.dtype(recipe.dtype))
         reads = Recipe(teacher.config, recipe.dtype, matmul=recipe.matmul)
         train, held_out = (
-            dataset and _answer(config, dataset, reads, weights, tokenizer, reporter)
+            dataset and _answer(config, dataset, inputs, identity, reads, weights, reporter)
             for dataset in (train, held_out)
         )
         assert train is not None
@@ -158,19 +136,28 @@ def prepare(config: TrainConfig, reporter: Reporter) -> Job:
     examples = train.examples + (held_out.examples if held_out else [])
     rows = [make_row(example, None if config.mode == "full" else rule) for example in examples]
     plan, evaluation = _plan(config, rows, num_train)
+    if len(plan.steps) < _FEW_STEPS and not config.optimizer.max_steps:
+        reporter.say(
+            f"warning: {num_train:,} examples make {len(plan.steps)} steps, which is few to learn "
+            "from; raise optimizer.epochs, or lower optimizer.batch_size"
+        )
     computations = Computations(
         recipe,
         make_optimizer(config.optimizer, len(plan.steps)),
         mesh,
         trainable_specs(base.config, recipe.lora),
     )
-    start = teacher if config.distill.init == "teacher" else None
-    trainable = initial_weights(base, recipe.lora, start, mesh, config.seed)
+    trainable = initial_weights(base, recipe.lora, inputs.start, mesh, config.seed)
     base_weights, store = None, None
-    if config.mode != "full":
+    if config.mode != "full" or recipe.lora is not None:
         base_weights = load_base(base, mesh, jnp.dtype(recipe.dtype))
-        if recipe.lora is not None:
-            frozen["base"] = base_weights
+    if recipe.lora is not None:
+        assert base_weights is not None
+        frozen["base"] = base_weights
+    if config.mode == "full":
+        base_weights = None
+    else:
+        assert base_weights is not None
         if is_packed(recipe.matmul, base.config):
             base_weights = pack_weights(base.config, base_weights)
         used = {row for step in plan.steps for micro in step for row in micro.rows}
@@ -196,7 +183,7 @@ def prepare(config: TrainConfig, reporter: Reporter) -> Job:
     )
 
 
-def _recipe(config: TrainConfig, base: Manifest, teacher: Teacher | None, mesh: Mesh) -> Recipe:
+def _recipe(config: TrainConfig, base: Manifest, teacher: FineTune | None, mesh: Mesh) -> Recipe:
     platform = mesh.devices.flat[0].platform
     dtype = _dtype(config, base.config, platform, mesh.size)
     lora = None
@@ -209,6 +196,8 @@ def _recipe(config: TrainConfig, base: Manifest, teacher: Teacher | None, mesh: 
         teacher.config if teacher else None,
         config.remat,
         training_backend(config.kernel_backend, platform, mesh.size, dtype),
+        load_hook(config.loss, "loss") if config.loss else None,
+        barriers=platform != "cpu",
     )
 
 
@@ -222,7 +211,7 @@ def _plan(
         buckets,
         assigned[:num_train],
         micro_batch_size=size,
-        accumulation=optimizer.batch_size // size,
+        batch_size=optimizer.batch_size,
         epochs=optimizer.epochs,
         max_steps=optimizer.max_steps,
         seed=config.seed,
@@ -244,7 +233,7 @@ def _kept_kv(
     fit its budget."""
     dtype, matmul = computations.recipe.dtype, computations.recipe.matmul
     folder = Path(config.kv_cache.folder or config.output).expanduser()
-    buckets, assigned = choose_buckets(rows, config.data.buckets)
+    buckets, assigned = choose_buckets(rows, config.data.buckets, decode_cost=0)
     size = config.micro_batch_size
     key = store_key(base.fingerprint, dtype, rows, buckets, size)
     if matmul != "xla":

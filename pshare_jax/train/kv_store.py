@@ -27,8 +27,9 @@ from pshare_jax.convert.manifest import read_json
 from pshare_jax.errors import CheckpointError
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.train.batches import MicroBatch, fill_micro_batches
+from pshare_jax.train.buckets import Bucket
 from pshare_jax.train.config import KVCacheConfig
-from pshare_jax.train.layout import Bucket, Row, collate
+from pshare_jax.train.layout import Row, collate
 
 _GB = 1e9
 # A run that is killed loses the work of fewer batches than this.

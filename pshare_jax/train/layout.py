@@ -13,17 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
 from pshare_jax.core.split_rule import LAST_TOKEN, SplitRule
+from pshare_jax.train.buckets import Bucket
 from pshare_jax.train.data import Example, Turn
-
-_PROMPT_MULTIPLE = 16
-_DECODE_MULTIPLE = 4
-# Batches of like cost belong together: a decode token costs a forward and a backward pass.
-_DECODE_COST = 3
 
 
 @dataclass(frozen=True)
@@ -38,6 +33,7 @@ class Row:
         covers: `[T]` int32: how many of the prefill module's positions each sees.
         targets: `[Y]` int32: the indices into `tokens` after which an answer token follows.
         labels: `[Y]` int32: those answer tokens.
+        weights: `[Y]` float32: what each counts in the loss.
         sequence: `[N]` int32: the whole, but for the last token.
         sequence_targets: `[Y]` int32: like `targets`, indices into `sequence`.
     """
@@ -49,6 +45,7 @@ class Row:
     covers: np.ndarray
     targets: np.ndarray
     labels: np.ndarray
+    weights: np.ndarray
     sequence: np.ndarray
     sequence_targets: np.ndarray
 
@@ -64,6 +61,7 @@ def make_row(example: Example, rule: SplitRule | None) -> Row:
     tokens = example.tokens
     # The token before each answer token, as positions in the sequence.
     before = np.concatenate([np.arange(t.start - 1, t.end - 1) for t in example.turns])
+    answers = [turn.end - turn.start for turn in example.turns]
     if rule is None:
         reads = [np.arange(example.turns[-1].end - 1)]
         covered = [0]
@@ -76,7 +74,6 @@ def make_row(example: Example, rule: SplitRule | None) -> Row:
             for cover, turn in zip(covered, example.turns, strict=True)
         ]
         ends = np.cumsum([len(read) for read in reads])
-        answers = [turn.end - turn.start for turn in example.turns]
         targets = np.concatenate(
             [np.arange(end - n, end) for end, n in zip(ends, answers, strict=True)]
         )
@@ -94,6 +91,7 @@ def make_row(example: Example, rule: SplitRule | None) -> Row:
         covers=int32(np.repeat(covered, lengths)),
         targets=int32(targets),
         labels=tokens[before + 1],
+        weights=np.repeat([turn.weight for turn in example.turns], answers).astype(np.float32),
         sequence=tokens[:-1],
         sequence_targets=int32(before),
     )
@@ -105,43 +103,6 @@ def prompt_row(tokens: Sequence[int]) -> Row:
     return make_row(Example(answered, (Turn(len(tokens), len(answered)),), ""), LAST_TOKEN)
 
 
-class Bucket(NamedTuple):
-    """A shape that rows are padded to: prompt, decode, target and sequence tokens."""
-
-    prompt: int
-    decode: int
-    targets: int
-    sequence: int
-
-
-def _round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
-
-
-def choose_buckets(rows: Sequence[Row], count: int) -> tuple[list[Bucket], np.ndarray]:
-    """At most `count` shapes for `rows`, and the index of each row's.
-
-    Rows are sorted by cost and cut into groups of equal size; a group's bucket is the smallest
-    shape (in small multiples) that all of its rows fit. Depends on the rows alone.
-    """
-    cost = [len(row.prompt) + _DECODE_COST * len(row.tokens) for row in rows]
-    order = np.argsort(cost, kind="stable")
-    buckets: list[Bucket] = []
-    assigned = np.zeros(len(rows), np.int64)
-    for group in np.array_split(order, min(count, len(rows))):
-        members = [rows[i] for i in group]
-        bucket = Bucket(
-            _round_up(max(len(row.prompt) for row in members), _PROMPT_MULTIPLE),
-            _round_up(max(len(row.tokens) for row in members), _DECODE_MULTIPLE),
-            _round_up(max(len(row.targets) for row in members), _DECODE_MULTIPLE),
-            _round_up(max(len(row.sequence) for row in members), _PROMPT_MULTIPLE),
-        )
-        if bucket not in buckets:
-            buckets.append(bucket)
-        assigned[group] = buckets.index(bucket)
-    return buckets, assigned
-
-
 Batch = dict[str, np.ndarray]
 """Rows of one bucket, padded and stacked; see `collate`."""
 
@@ -151,8 +112,8 @@ def collate(rows: Sequence[Row], bucket: Bucket, size: int, *, teacher: bool) ->
 
     Returns:
         `prompt [B, P]`, `tokens`, `positions`, `segments` (-1: padding) and `covers [B, T]`,
-        `targets` and `labels [B, Y]`, all int32, and `weights [B, Y]` float32: 1 for a target, 0
-        for padding. With `teacher` also `sequence [B, N]` and `sequence_targets [B, Y]`.
+        `targets` and `labels [B, Y]`, all int32, and `weights [B, Y]` float32: 0 for padding.
+        With `teacher` also `sequence [B, N]` and `sequence_targets [B, Y]`.
     """
 
     def padded(name: str, length: int, fill: int = 0) -> np.ndarray:
@@ -164,7 +125,7 @@ def collate(rows: Sequence[Row], bucket: Bucket, size: int, *, teacher: bool) ->
 
     weights = np.zeros((size, bucket.targets), np.float32)
     for i, row in enumerate(rows):
-        weights[i, : len(row.targets)] = 1
+        weights[i, : len(row.targets)] = row.weights
     batch = {
         "prompt": padded("prompt", bucket.prompt),
         "tokens": padded("tokens", bucket.decode),

@@ -10,11 +10,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from pshare_jax.errors import CheckpointError
 from pshare_jax.train.batches import BatchStream, MicroBatch
 from pshare_jax.train.checkpoint import Checkpoints, TrainState
-from pshare_jax.train.config import TrainConfig
+from pshare_jax.train.config import TrainConfig, with_rate
 from pshare_jax.train.job import Job, prepare
 from pshare_jax.train.layout import collate
+from pshare_jax.train.memory import check_memory
 from pshare_jax.train.meter import TITLE, Meter, summary
 from pshare_jax.train.output import finished_record, write_module
 from pshare_jax.train.report import MetricsLog, Reporter
@@ -49,13 +51,19 @@ def train(
 
     Raises:
         ConfigError, DataError, CheckpointError: something that cannot be used, by name.
+        MissingExtraError: `report.wandb` without the extra.
         TrainingError: the loss is not finite.
         StopRequestedError: `should_stop` said so.
     """
+    config = with_rate(config)
     if (record := finished_record(config)) is not None:
-        reporter.say(f"{config.output}: finished already; remove the folder to train again")
+        reporter.say(
+            f"{config.output}: finished already; raise optimizer.epochs or optimizer.max_steps to "
+            "go on, or remove the folder to train again"
+        )
         return record
     job = prepare(config, reporter)
+    check_memory(job, reporter.say)
     folder = config.folder
     with contextlib.ExitStack() as stack:
         stack.callback(reporter.stop)
@@ -67,9 +75,14 @@ def train(
         if restored is not None:
             step, state = restored.step, restored.state
             reporter.say(f"{config.output}: going on after step {step}")
+        elif any("steps" in before for before in job.identity.get("extended", [])):
+            raise CheckpointError(
+                f"{config.output}: was finished, but the checkpoint of its last step is gone, so "
+                "it cannot be made longer; choose another output, with init naming its module"
+            )
         log = None
         if jax.process_index() == 0:
-            log = MetricsLog(folder, step + 1, config.report.tensorboard, reporter.say)
+            log = MetricsLog(folder, step + 1, config.report, reporter.say, job.identity)
             stack.callback(log.close)
         run = _Run(job, checkpoints, reporter, log, step, state)
         if restored is not None:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
-from pshare_jax.models.attention import CausalAttention, causal_mask, dense_attention
+from pshare_jax.errors import ConfigError
+from pshare_jax.models.attention import CausalAttention, causal_mask
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.decoder import Decoder, bind
 from pshare_jax.models.lora import Adapters, LoraModule, stack_adapters
 from pshare_jax.models.packed import PackedDecoder, holds_packed
+from pshare_jax.models.recompute import recomputed
 from pshare_jax.models.weights import Weights
+from pshare_jax.train.memory_saving import (
+    BlockedCausalAttention,
+    blocked_attention,
+    sum_over_chunks,
+)
 
 Arrays = Mapping[str, jax.Array]
 """A batch as `layout.collate` makes it."""
@@ -37,8 +44,11 @@ class Recipe:
         dtype: dtype name of weights and activations within the computation.
         lora: the shape of the LoRA module, or None for a full module.
         teacher: the teacher's architecture when distilling.
-        remat: see `Decoder.hidden`.
+        remat: whether layers are computed again for the gradient; on CPUs logits too, in chunks.
+        barriers: whether the compiler keeps the barriers that `jax.checkpoint` relies on; XLA for
+            CPUs does not.
         matmul: backend of the decoder's products, see `kernels/matmul`.
+        loss: the user's own, see `TrainConfig.loss`; None for the usual one.
     """
 
     config: ModelConfig
@@ -47,9 +57,11 @@ class Recipe:
     teacher: ModelConfig | None = None
     remat: bool = False
     matmul: str = "xla"
+    loss: Callable[..., jax.Array] | None = None
+    barriers: bool = True
 
 
-class _KVRecorder(CausalAttention):
+class KVRecorder(CausalAttention):
     """Causal attention that keeps each layer's keys and values."""
 
     def __init__(self, config: ModelConfig):
@@ -57,10 +69,12 @@ class _KVRecorder(CausalAttention):
         self.layers: list[jax.Array] = []
 
     def store(self, layer: int, k: jax.Array, v: jax.Array) -> None:
+        """Keeps k and v."""
         del layer
         self.layers.append(jnp.stack([k, v], axis=2))
 
     def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        """Keeps k and v, and attends within the tokens."""
         self.store(layer, k, v)
         return super().attend(layer, q, k, v)
 
@@ -79,7 +93,7 @@ def base_kv(recipe: Recipe, weights: Weights, prompt: jax.Array) -> jax.Array:
     """
     if holds_packed(weights):
         return _packed_kv(recipe, weights, prompt)
-    recorder = _KVRecorder(recipe.config)
+    recorder = KVRecorder(recipe.config)
     positions = jnp.broadcast_to(jnp.arange(prompt.shape[1]), prompt.shape)
     _bind(recipe, recipe.config, weights).write_kv(prompt, positions, recorder)
     return jnp.stack(recorder.layers, axis=2)
@@ -127,7 +141,7 @@ class SplitAttention:
             k = jnp.concatenate([base[:, :, 0], k], axis=1)
             v = jnp.concatenate([base[:, :, 1], v], axis=1)
         mask = self._masks[self._config.layer(layer).sliding_window]
-        return dense_attention(q, k, v, mask, self._config.attention_soft_cap)
+        return blocked_attention(q, k, v, mask, self._config.attention_soft_cap)
 
 
 def _split_mask(window: int | None, kv: jax.Array | None, batch: Arrays) -> jax.Array:
@@ -177,22 +191,35 @@ def target_logits(
         kv: the prefill module's KV of `batch["prompt"]`, or None.
         batch: see `layout.collate`.
     """
+    decoder, hidden = _target_hidden(recipe, trainable, base, kv, batch)
+    return decoder.logits(hidden)
+
+
+def _target_hidden(
+    recipe: Recipe,
+    trainable: Weights,
+    base: Weights | None,
+    kv: jax.Array | None,
+    batch: Arrays,
+) -> tuple[Decoder, jax.Array]:
+    """The decode module, and its last hidden state at each target: `[B, Y, embed]`."""
     decoder, adapters = bind_trainable(recipe, trainable, base, batch["tokens"].shape[0])
     attention = SplitAttention(recipe.config, kv, batch)
-    hidden = decoder.hidden(
-        batch["tokens"], batch["positions"], attention, adapters, remat=recipe.remat
-    )
-    return decoder.logits(_pick(hidden, batch["targets"]))
+    remat = None
+    if recipe.remat:
+        remat = jax.checkpoint if recipe.barriers else recomputed
+    hidden = decoder.hidden(batch["tokens"], batch["positions"], attention, adapters, remat=remat)
+    return decoder, _pick(hidden, batch["targets"])
 
 
-def teacher_logits(recipe: Recipe, weights: Weights, batch: Arrays) -> jax.Array:
-    """The teacher's logits, with its own KV, at the same targets: `[B, Y, vocab]` float32."""
+def _teacher_hidden(recipe: Recipe, weights: Weights, batch: Arrays) -> tuple[Decoder, jax.Array]:
+    """The teacher, and its last hidden state, with its own KV, at the same targets."""
     assert recipe.teacher is not None
     sequence = batch["sequence"]
     decoder = _bind(recipe, recipe.teacher, weights)
     positions = jnp.broadcast_to(jnp.arange(sequence.shape[1]), sequence.shape)
-    hidden = decoder.hidden(sequence, positions, CausalAttention(recipe.teacher))
-    return decoder.logits(_pick(hidden, batch["sequence_targets"]))
+    hidden = decoder.hidden(sequence, positions, BlockedCausalAttention(recipe.teacher))
+    return decoder, _pick(hidden, batch["sequence_targets"])
 
 
 def loss_sum(
@@ -202,10 +229,10 @@ def loss_sum(
     kv: jax.Array | None,
     batch: Arrays,
 ) -> jax.Array:
-    """The loss in nats, summed over the batch's target tokens; float32 scalar.
+    """The loss in nats, summed over the batch's target tokens by their weights; float32 scalar.
 
     Cross-entropy with the labels or, with a teacher, the divergence KL(teacher || decode module)
-    (Hinton et al., arXiv 1503.02531, at temperature 1).
+    (Hinton et al., arXiv 1503.02531, at temperature 1); or the user's own.
 
     Args:
         recipe: static facts.
@@ -214,15 +241,43 @@ def loss_sum(
         kv: the prefill module's KV, a constant.
         batch: see `layout.collate`.
     """
-    logits = target_logits(recipe, trainable, frozen.get("base"), kv, batch)
+    decoder, hidden = _target_hidden(recipe, trainable, frozen.get("base"), kv, batch)
+    targets = {name: batch[name] for name in ("labels", "weights")}
+    teacher: Decoder | None = None
+    if recipe.teacher is not None:
+        teacher, targets["teacher"] = _teacher_hidden(recipe, frozen["teacher"], batch)
+
+    def losses(hidden: jax.Array, targets: Arrays) -> jax.Array:
+        logits = decoder.logits(hidden)
+        wanted = teacher.logits(targets["teacher"]) if teacher is not None else None
+        return jnp.sum(_losses(recipe, logits, wanted, targets) * targets["weights"])
+
+    # The user's own loss may look at all targets of a row.
+    if recipe.remat and not recipe.barriers and recipe.loss is None:
+        return sum_over_chunks(losses, hidden, targets)
+    return losses(hidden, targets)
+
+
+def _losses(
+    recipe: Recipe, logits: jax.Array, teacher: jax.Array | None, batch: Arrays
+) -> jax.Array:
+    """The loss of each target: `[B, Y]` float32."""
+    if recipe.loss is not None:
+        own = {name: batch[name] for name in ("labels", "weights")}
+        if teacher is not None:
+            own["teacher_logits"] = teacher
+        losses = recipe.loss(logits, own)
+        if losses.shape != logits.shape[:2]:
+            raise ConfigError(
+                f"loss: gave shape {list(losses.shape)}, but one loss for each target is "
+                f"{list(logits.shape[:2])}"
+            )
+        return losses.astype(jnp.float32)
     log_probs = jax.nn.log_softmax(logits)
-    if recipe.teacher is None:
-        picked = jnp.take_along_axis(log_probs, batch["labels"][..., None], axis=-1)
-        losses = -picked[..., 0]
-    else:
-        teacher = jax.nn.log_softmax(teacher_logits(recipe, frozen["teacher"], batch))
-        losses = jnp.sum(jnp.exp(teacher) * (teacher - log_probs), axis=-1)
-    return jnp.sum(losses * batch["weights"])
+    if teacher is None:
+        return -jnp.take_along_axis(log_probs, batch["labels"][..., None], axis=-1)[..., 0]
+    wanted = jax.nn.log_softmax(teacher)
+    return jnp.sum(jnp.exp(wanted) * (wanted - log_probs), axis=-1)
 
 
 def _bind(recipe: Recipe, config: ModelConfig, weights: Weights) -> Decoder:

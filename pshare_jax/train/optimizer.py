@@ -6,8 +6,10 @@ import math
 
 import optax
 
+from pshare_jax.errors import ConfigError
 from pshare_jax.models.weights import Weights
 from pshare_jax.train.config import OptimizerConfig
+from pshare_jax.train.hooks import load_hook
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -36,7 +38,20 @@ def decays(weights: Weights) -> dict[str, bool]:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW with the schedule of a run of `steps` and, if asked for, clipping by global norm."""
+    """AdamW with the schedule of a run of `steps` and, if asked for, clipping by global norm; or
+    what `config.factory` makes of the configuration and the schedule.
+
+    Raises:
+        ConfigError: the factory cannot be used, or does not give an optimizer.
+    """
+    if config.factory:
+        made = load_hook(config.factory, "optimizer.factory")(config, learning_rate(config, steps))
+        if not isinstance(made, optax.GradientTransformation):
+            raise ConfigError(
+                f"optimizer.factory: {config.factory} gave a {type(made).__name__}, not an optax "
+                "gradient transformation"
+            )
+        return made
     adamw = optax.adamw(
         learning_rate(config, steps),
         b1=config.beta1,

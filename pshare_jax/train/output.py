@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from pshare_jax.core.split_rule import SplitRule
 from pshare_jax.errors import ConfigError
 from pshare_jax.train.config import TrainConfig, as_json
 from pshare_jax.train.data import Dataset, files_sha256
+from pshare_jax.train.fine_tune import content_sha256
+from pshare_jax.train.hooks import hook_sha256
 
 RUN_FILE = "run.json"
 RECORD_FILE = "training.json"
@@ -25,11 +28,16 @@ MODULE_FOLDER = "decode_module"
 _PACKAGES = ("pshare_jax", "jax", "jaxlib", "flax", "optax", "grain", "orbax-checkpoint", "numpy")
 _CHANGEABLE = (
     "output",
-    # The base and the data are compared by their contents.
+    # What these name is compared by its content.
     "base",
     "data.train",
     "data.eval",
+    "init",
+    "distill.teacher",
+    "distill.concurrency",
     "remat",
+    "memory_check",
+    "show",
     "kernel_backend",
     "compilation_cache_dir",
     "kv_cache",
@@ -40,10 +48,30 @@ _CHANGEABLE = (
 )
 
 
+def sources(config: TrainConfig) -> dict[str, str]:
+    """Hashes (hex) of what decides a run's weights besides base and data: the teacher, what the
+    weights start from, and code of the user's. A server is known by its model's name alone.
+
+    Raises:
+        ConfigError, CheckpointError: one of them cannot be read.
+    """
+    paths = {"init": config.init}
+    if not config.distill.is_url:
+        paths["teacher"] = config.distill.teacher
+    hooks = {"loss": config.loss, "optimizer.factory": config.optimizer.factory}
+    return {
+        **{name: content_sha256(path) for name, path in paths.items() if path},
+        **{name: hook_sha256(path, name) for name, path in hooks.items() if path},
+    }
+
+
 def open_run(
     config: TrainConfig, base: Manifest, train: Dataset, evaluation: Dataset | None, write: bool
 ) -> dict[str, Any]:
     """Starts or continues the run in `config.output`, and gives what identifies it.
+
+    A run that is asked for more steps than it was planned for is continued: its decode module, if
+    it has one, is set aside as `decode_module-STEPS`.
 
     Args:
         config: the run's.
@@ -53,12 +81,13 @@ def open_run(
         write: whether this process writes `run.json`.
 
     Raises:
-        ConfigError: the folder holds a run with another configuration, base or data.
+        ConfigError: the folder holds a run with another configuration, base, teacher or data.
         CheckpointError: its `run.json` is damaged.
     """
-    identity = {
+    identity: dict[str, Any] = {
         "config": as_json(config),
         "base": base.fingerprint,
+        "sources": sources(config),
         "data": {
             "train_sha256": train.sha256,
             "train_examples": len(train.examples),
@@ -69,11 +98,31 @@ def open_run(
         },
     }
     path = config.folder / RUN_FILE
-    if path.is_file():
-        _check_resumable(config, _recorded(path, base), identity)
-    elif write:
-        replace_file(path, json.dumps(identity, indent=2) + "\n")
+    if not path.is_file():
+        if write:
+            replace_file(path, json.dumps(identity, indent=2) + "\n")
+        return identity
+    recorded = _recorded(path, base)
+    extended = list(recorded.get("extended", []))
+    if _check_resumable(config, recorded, identity):
+        before = recorded["config"]["optimizer"]
+        extended.append({name: before[name] for name in ("epochs", "max_steps")})
+        if (record := config.folder / MODULE_FOLDER / RECORD_FILE).is_file():
+            extended[-1]["steps"] = read_json(record)["steps"]
+    if extended:
+        identity["extended"] = extended
+    if write:
+        if extended:
+            replace_file(path, json.dumps(identity, indent=2) + "\n")
+        _set_aside(config)
     return identity
+
+
+def _set_aside(config: TrainConfig) -> None:
+    """Moves the decode module of a run that is being extended out of the way."""
+    module = config.folder / MODULE_FOLDER
+    if (record := module / RECORD_FILE).is_file():
+        module.rename(config.folder / f"{MODULE_FOLDER}-{read_json(record)['steps']}")
 
 
 def _recorded(path: Path, base: Manifest) -> dict[str, Any]:
@@ -87,7 +136,8 @@ def _recorded(path: Path, base: Manifest) -> dict[str, Any]:
 
 
 def finished_record(config: TrainConfig) -> dict[str, Any] | None:
-    """The training record of a run that is done, or None.
+    """The training record of a run that is done, or None; None too where more steps are asked for
+    than it was planned for.
 
     Raises:
         ConfigError: that run had another configuration, base or data.
@@ -108,8 +158,22 @@ def finished_record(config: TrainConfig) -> dict[str, Any] | None:
         "eval_sha256": files_sha256(config.data.eval) if config.data.eval else None,
     }
     now = {"config": known, "base": base.fingerprint, "data": hashes}
-    _check_resumable(config, record, now)
-    return record
+    now["sources"] = _sources_there(config, record)
+    return None if _check_resumable(config, record, now) else record
+
+
+def _sources_there(config: TrainConfig, record: Mapping[str, Any]) -> dict[str, str]:
+    """As `sources`, without those of the same name that are gone: a finished run needs none."""
+    before = record.get("config", {})
+    named = {
+        "init": (config.init, before.get("init")),
+        "teacher": (config.distill.teacher, before.get("distill", {}).get("teacher")),
+    }
+    found = sources(config)
+    for name, (path, recorded) in named.items():
+        if path == recorded and not Path(path).expanduser().exists():
+            found.pop(name, None)
+    return found
 
 
 def write_module(
@@ -155,31 +219,57 @@ def write_module(
     return record
 
 
+_LENGTH = ("optimizer.epochs", "optimizer.max_steps")
+
+
 def _check_resumable(
     config: TrainConfig, recorded: Mapping[str, Any], now: Mapping[str, Any]
-) -> None:
+) -> bool:
     """Checks that a run may go on: what decides its weights must be as it was at its start.
 
-    Where it is reported, saved, kept and computed may change.
+    Where it is reported, saved, kept and computed may change, and it may become longer.
 
     Args:
         config: of now.
         recorded: of the start, `config` (see `as_json`) and other facts as JSON objects.
         now: the same of now.
 
+    Returns:
+        Whether it becomes longer.
+
     Raises:
         ConfigError: names the first key that differs.
     """
     before = _flat(recorded)
+    known = {key.removeprefix("config."): value for key, value in before.items()}
+    longer = _is_longer(known, config)
     for key, value in _flat(now).items():
         name = key.removeprefix("config.")
         if name != key and any(name == c or name.startswith(f"{c}.") for c in _CHANGEABLE):
             continue
+        if name in _LENGTH and longer:
+            continue
         if before.get(key) != value:
+            if key.startswith("sources."):
+                what = f"another {key.removeprefix('sources.')}: its content differs"
+            else:
+                what = f"{name} = {before.get(key)!r}, not {value!r}"
             raise ConfigError(
-                f"output: {config.output} holds a run with {name} = {before.get(key)!r}, not "
-                f"{value!r}; choose another output, or remove that folder"
+                f"output: {config.output} holds a run with {what}; choose another output, or "
+                "remove that folder"
             )
+    return longer
+
+
+def _is_longer(before: Mapping[str, Any], config: TrainConfig) -> bool:
+    """Whether `config` asks for more epochs or steps than `before` (flat keys), and not less."""
+    if not all(name in before for name in _LENGTH):
+        return False
+    epochs, steps = config.optimizer.epochs, config.optimizer.max_steps or math.inf
+    old_epochs, old_steps = before[_LENGTH[0]], before[_LENGTH[1]] or math.inf
+    return (
+        epochs >= old_epochs and steps >= old_steps and (epochs, steps) != (old_epochs, old_steps)
+    )
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

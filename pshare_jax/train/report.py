@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -25,6 +26,8 @@ from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
 
 from pshare_jax.convert.files import one_line, replace_file
 from pshare_jax.errors import CheckpointError
+from pshare_jax.train.config import ReportConfig
+from pshare_jax.train.wandb_log import WandbLog
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -94,19 +97,28 @@ class MetricsLog:
         folder: the run folder.
         first_step: a resumed run's first step; what was logged from there on is dropped, since it
             will be logged again.
-        tensorboard: whether to write events.
+        config: whether to write events, and which project of Weights & Biases gets the figures.
         warn: told once when the disk takes no more; training goes on without what is lost.
+        facts: what identifies the run, as a JSON object.
     """
 
     def __init__(
-        self, folder: Path, first_step: int, tensorboard: bool, warn: Callable[[str], None]
+        self,
+        folder: Path,
+        first_step: int,
+        config: ReportConfig,
+        warn: Callable[[str], None],
+        facts: Mapping[str, Any] | None = None,
     ):
         self._path = folder / METRICS_FILE
+        self._wandb = None
+        if config.wandb:
+            self._wandb = WandbLog(config.wandb, folder, facts or {}, warn)
         replace_file(self._path, "".join(_lines(self._path, first_step)))
         self._warn: Callable[[str], None] | None = warn
         try:
             events = folder / TENSORBOARD_FOLDER
-            self._events = _EventFile(events, first_step) if tensorboard else None
+            self._events = _EventFile(events, first_step) if config.tensorboard else None
             self._file = self._path.open("a", buffering=1)
         except OSError as error:
             raise CheckpointError(f"{folder}: cannot be written: {one_line(error)}") from error
@@ -119,6 +131,8 @@ class MetricsLog:
             self._file.write(json.dumps(record) + "\n")
             if self._events is not None:
                 self._events.write(step, finite)
+        if self._wandb is not None:
+            self._wandb.write(step, finite)
 
     def close(self) -> None:
         """Flushes and closes the files."""
@@ -127,6 +141,8 @@ class MetricsLog:
         with self._warning_once():
             if self._events is not None:
                 self._events.close()
+        if self._wandb is not None:
+            self._wandb.close()
 
     @contextlib.contextmanager
     def _warning_once(self) -> Iterator[None]:

@@ -1,68 +1,23 @@
-"""Where the weights of a run come from: the frozen base, the teacher, the decode module's start."""
+"""Where the weights of a run come from: the frozen base, and the decode module's start."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from pshare_jax.convert.manifest import MANIFEST_FILE, Manifest, read_manifest
-from pshare_jax.convert.orbax import load_weights, open_weights
-from pshare_jax.convert.sources import open_source
+from pshare_jax.convert.manifest import Manifest
+from pshare_jax.convert.orbax import load_weights
 from pshare_jax.convert.tensors import LazyTensor
 from pshare_jax.errors import CheckpointError, ConfigError
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.weights import Weights, WeightSpec, lora_specs, weight_specs
 from pshare_jax.sharding.rules import weight_shardings
+from pshare_jax.train.fine_tune import FineTune, place
 from pshare_jax.train.loss import LoraShape
-
-
-class Teacher:
-    """An ordinary fine-tune: a Hugging Face folder, or a full decode module.
-
-    Args:
-        path: the folder.
-        base: the base, whose vocabulary it must have.
-
-    Raises:
-        CheckpointError: it cannot be read.
-        ConfigError: a checkpoint that is no full fine-tune of this base.
-    """
-
-    def __init__(self, path: str, base: Manifest):
-        self._tensors: Mapping[str, LazyTensor]
-        if (Path(path) / MANIFEST_FILE).is_file():
-            manifest = read_manifest(path)
-            certificate = manifest.certificate
-            if certificate is None or certificate.kind != "full":
-                raise ConfigError(
-                    f"distill.teacher: {path} is no full decode module; name an ordinary fine-tune"
-                )
-            if base.current(certificate.prefill_fingerprint) != base.fingerprint:
-                raise ConfigError(f"distill.teacher: {path} was made for another base")
-            self.config = manifest.config
-            self._tensors = open_weights(manifest)
-        else:
-            source = open_source(path, tokenizer=False)
-            self.config, self._tensors = source.config, source.tensors
-        if self.config.vocab_size != base.config.vocab_size:
-            raise ConfigError(
-                f"distill.teacher: {path} has {self.config.vocab_size} tokens, the base "
-                f"{base.config.vocab_size}; it must be a fine-tune of the base"
-            )
-
-    def load(self, mesh: Mesh, dtype: Any) -> Weights:
-        """Its weights in `dtype` on `mesh`, read one at a time."""
-        shardings = weight_shardings(mesh, weight_specs(self.config))
-        return {
-            name: _place(np.asarray(tensor.read()).astype(dtype), shardings[name])
-            for name, tensor in self._tensors.items()
-        }
 
 
 def load_base(base: Manifest, mesh: Mesh, dtype: Any) -> Weights:
@@ -80,24 +35,34 @@ def trainable_specs(config: ModelConfig, lora: LoraShape | None) -> dict[str, We
 def initial_weights(
     base: Manifest,
     lora: LoraShape | None,
-    teacher: Teacher | None,
+    start: FineTune | None,
     mesh: Mesh,
     seed: int,
 ) -> Weights:
-    """Float32 master weights to start from: the teacher's, else the base's; LoRA factors whose
-    update is zero (a random, b zero, as in arXiv 2106.09685).
+    """Float32 master weights to start from.
+
+    Args:
+        base: the prefill checkpoint.
+        lora: the LoRA module that is trained, or None for all weights.
+        start: where they come from. Without, they are the base's, or LoRA factors whose update is
+            zero (a random, b zero, as in arXiv 2106.09685).
+        mesh: where they lie.
+        seed: of the random factors.
 
     Raises:
-        CheckpointError: a teacher of another architecture than the base.
+        ConfigError: `start` is a LoRA of another shape than is trained, or none.
+        CheckpointError: `start` has another architecture than the base.
     """
-    if lora is None and teacher is None:
-        return load_base(base, mesh, jnp.float32)
-    if lora is None:
-        assert teacher is not None
-        _check_same(teacher.config, base.config)
-        return teacher.load(mesh, np.float32)
     specs = trainable_specs(base.config, lora)
     shardings = weight_shardings(mesh, specs)
+    if lora is None:
+        if start is None:
+            return load_base(base, mesh, jnp.float32)
+        _check_same(start, base.config)
+        return start.load(mesh, np.float32)
+    if start is not None:
+        tensors = _same_factors(start, lora)
+        return {n: place(np.asarray(tensors[n].read(), np.float32), shardings[n]) for n in specs}
     rng = np.random.default_rng(seed)
     weights: Weights = {}
     for name, spec in specs.items():
@@ -105,18 +70,34 @@ def initial_weights(
         if name.endswith(".lora_a"):
             bound = np.prod(spec.shape[:-1]) ** -0.5
             factor = rng.uniform(-bound, bound, spec.shape).astype(np.float32)
-        weights[name] = _place(factor, shardings[name])
+        weights[name] = place(factor, shardings[name])
     return weights
 
 
-def _check_same(teacher: ModelConfig, base: ModelConfig) -> None:
-    for field, value in vars(base).items():
-        if field != "max_position_embeddings" and (own := getattr(teacher, field)) != value:
-            raise CheckpointError(
-                f"distill.teacher: its {field} is {own!r}, the base's {value!r}, so the decode "
-                "module cannot start from its weights; set distill.init=base"
+def _same_factors(start: FineTune, lora: LoraShape) -> Mapping[str, LazyTensor]:
+    found = start.lora
+    if found is None:
+        raise ConfigError(
+            f"{start.key}: {start.path} has all weights, but lora.rank is {lora.rank}; set "
+            "lora.rank=0, or name a LoRA"
+        )
+    for key, value, own in (
+        ("lora.rank", lora.rank, found.rank),
+        ("lora.alpha", lora.alpha, found.alpha),
+        ("lora.targets", sorted(lora.targets), sorted(found.targets)),
+    ):
+        if value != own:
+            raise ConfigError(
+                f"{start.key}: {start.path} has {key} {own}, not {value}; train with its own"
             )
+    return found.tensors
 
 
-def _place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+def _check_same(start: FineTune, base: ModelConfig) -> None:
+    for field, value in vars(base).items():
+        if field != "max_position_embeddings" and (own := getattr(start.config, field)) != value:
+            raise CheckpointError(
+                f"{start.key}: its {field} is {own!r}, the base's {value!r}, so the decode "
+                "module cannot start from its weights; "
+                + ("set distill.init=base" if start.key == "distill.teacher" else "leave init out")
+            )

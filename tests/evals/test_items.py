@@ -46,6 +46,15 @@ def test_only_the_last_answer_is_dropped():
     assert item(messages=messages[:-1]).messages == messages[:-1]
 
 
+def test_text_parts_are_text():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    messages = [{"role": "user", "content": parts}]
+    assert item(messages=messages).messages == messages
+    for wrong in ([], [{"type": "image_url"}], [{"type": "text"}]):
+        with pytest.raises(DataError, match=r"messages\[0\]: content is missing or no text"):
+            item(messages=[{"role": "user", "content": wrong}])
+
+
 def test_tools_become_openais():
     wrapped = {"type": "function", "function": FUNCTION}
     fields = {"kind": "tools", "reference": [{"weather": {"city": ["Oslo"]}}]}

@@ -20,12 +20,12 @@ from pshare_jax.train.config import (
     OptimizerConfig,
     ReportConfig,
     TrainConfig,
-    check_config,
 )
+from pshare_jax.train.config_check import check_config
 from tests.helpers import tiny_config
 from tests.text.tiny import write_byte_level
 
-MODEL: ModelConfig = tiny_config(vocab_size=416, max_position_embeddings=256)
+MODEL: ModelConfig = tiny_config(vocab_size=416, max_position_embeddings=512)
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "and", "then", "all")
 
 
@@ -59,7 +59,7 @@ def train_config(base: Path, data: str, output: Path, /, **overrides: Any) -> Tr
     """A run of small steps; `overrides` are fields, `optimizer` and the like dicts of fields."""
     sections: dict[str, Any] = {
         "data": {"train": [data], "max_length": 128, "buckets": 1},
-        "optimizer": {"learning_rate": 1e-2, "batch_size": 8},
+        "optimizer": {"learning_rate": 1e-2, "batch_size": 8, "epochs": 1},
         "report": {"tensorboard": False, "peak_tflops": 1.0, "eval_every": 0},
         "checkpoint": {"every": 0},
     }
@@ -69,7 +69,7 @@ def train_config(base: Path, data: str, output: Path, /, **overrides: Any) -> Tr
         "report": ReportConfig,
         "checkpoint": CheckpointConfig,
     }
-    plain: dict[str, Any] = {"dtype": "float32"}
+    plain: dict[str, Any] = {"dtype": "float32", "tail": 1}
     for name, value in overrides.items():
         if name in types and isinstance(value, dict):
             sections[name] = {**sections.get(name, {}), **value}

@@ -3,9 +3,10 @@
 import numpy as np
 
 from pshare_jax.core.split_rule import LAST_TOKEN
-from pshare_jax.train.batches import BatchStream, make_plan
+from pshare_jax.train.batches import BatchStream, MicroBatch, group_steps, make_plan
+from pshare_jax.train.buckets import choose_buckets
 from pshare_jax.train.data import Example, Turn
-from pshare_jax.train.layout import choose_buckets, make_row
+from pshare_jax.train.layout import make_row
 
 ROWS = [
     make_row(Example(np.arange(n, dtype=np.int32), (Turn(n - 2, n),), "file:1"), LAST_TOKEN)
@@ -14,12 +15,12 @@ ROWS = [
 BUCKETS, ASSIGNED = choose_buckets(ROWS, 2)
 
 
-def plan(seed=0, epochs=2, max_steps=0, accumulation=2):
+def plan(seed=0, epochs=2, max_steps=0, batch_size=4):
     return make_plan(
         BUCKETS,
         ASSIGNED,
         micro_batch_size=2,
-        accumulation=accumulation,
+        batch_size=batch_size,
         epochs=epochs,
         max_steps=max_steps,
         seed=seed,
@@ -48,9 +49,23 @@ def test_micro_batches_have_one_shape_and_steps_their_number():
         for micro in step:
             assert {BUCKETS[ASSIGNED[row]] for row in micro.rows} == {micro.bucket}
             assert len(micro.rows) <= 2
-    sizes = [len(step) for step in whole.steps[: whole.steps_per_epoch]]
-    assert set(sizes[:-1]) == {2}
-    assert sizes[-1] in (1, 2)
+
+
+def test_steps_are_full_but_for_an_epochs_last():
+    """What is left of each bucket shares steps: none of a single row moves the weights as far."""
+    for batch_size in (2, 4, 6):
+        whole = plan(batch_size=batch_size)
+        epoch = [sum(len(m.rows) for m in s) for s in whole.steps[: whole.steps_per_epoch]]
+        assert sum(epoch) == len(ROWS)
+        assert set(epoch[:-1]) == {batch_size}
+        assert epoch[-1] == (len(ROWS) % batch_size or batch_size)
+
+
+def test_a_step_cuts_what_it_cannot_hold():
+    bucket = BUCKETS[0]
+    micro = [MicroBatch(bucket, (0, 1, 2)), MicroBatch(bucket, (3, 4, 5)), MicroBatch(bucket, (6,))]
+    steps = group_steps(micro, 4)
+    assert [[m.rows for m in step] for step in steps] == [[(0, 1, 2), (3,)], [(4, 5), (6,)]]
 
 
 def test_max_steps_ends_early_or_not_at_all():

@@ -9,9 +9,10 @@ from pshare_jax.engine.monolithic import Monolithic
 from pshare_jax.models.decoder import init_weights
 from pshare_jax.models.lora import LoraModule, merge
 from pshare_jax.models.weights import lora_specs
+from pshare_jax.train.buckets import choose_buckets
 from pshare_jax.train.generate import Prompt, generate, prompt_kv
 from pshare_jax.train.kv_store import KVStore
-from pshare_jax.train.layout import choose_buckets, prompt_row
+from pshare_jax.train.layout import prompt_row
 from pshare_jax.train.loss import LoraShape, Recipe
 from tests.train.helpers import MODEL
 

@@ -11,10 +11,11 @@ from pshare_jax.core.split_rule import LAST_TOKEN
 from pshare_jax.errors import CheckpointError, ConfigError
 from pshare_jax.models.decoder import init_weights
 from pshare_jax.train.batches import MicroBatch
+from pshare_jax.train.buckets import Bucket, choose_buckets
 from pshare_jax.train.config import KVCacheConfig
 from pshare_jax.train.data import Example, Turn
 from pshare_jax.train.kv_store import KVStore, kv_bytes, open_store, store_key
-from pshare_jax.train.layout import Bucket, choose_buckets, make_row
+from pshare_jax.train.layout import make_row
 from pshare_jax.train.loop import train
 from pshare_jax.train.loss import Recipe, base_kv
 from pshare_jax.train.report import Reporter

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from pshare_jax.core.split_rule import Invocation, LastMessage, LastTokens
+from pshare_jax.train.buckets import Bucket
 from pshare_jax.train.data import Example, Turn
-from pshare_jax.train.layout import Bucket, choose_buckets, collate, make_row
+from pshare_jax.train.layout import collate, make_row
 
 
 def example(length: int, *turns: tuple[int, int]) -> Example:
@@ -96,18 +97,6 @@ def test_the_token_after_every_target_is_its_label(rule):
     after = TWO_TURNS.tokens[row.positions[row.targets] + 1]
     assert after.tolist() == row.labels.tolist()
     assert TWO_TURNS.tokens[row.sequence_targets + 1].tolist() == row.labels.tolist()
-
-
-def test_buckets_hold_their_rows_and_are_few():
-    rows = [make_row(example(n, (n // 2, n)), LastTokens(1)) for n in (8, 90, 10, 60, 12, 61)]
-    buckets, assigned = choose_buckets(rows, 2)
-    assert len(buckets) == 2
-    assert assigned.tolist() == [0, 1, 0, 1, 0, 1]
-    for row, index in zip(rows, assigned, strict=True):
-        bucket = buckets[index]
-        sizes = (len(row.prompt), len(row.tokens), len(row.targets), len(row.sequence))
-        assert all(size <= limit for size, limit in zip(sizes, bucket, strict=True))
-    assert choose_buckets(rows[:1], 3)[0] == [Bucket(16, 4, 4, 16)]
 
 
 def test_padding_weighs_nothing():

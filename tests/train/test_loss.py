@@ -16,8 +16,9 @@ from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.decoder import bind, init_weights
 from pshare_jax.models.split import Certificate, DecodeModule, PrefillModule
 from pshare_jax.models.weights import Weights
+from pshare_jax.train.buckets import Bucket
 from pshare_jax.train.data import Example, Turn
-from pshare_jax.train.layout import Bucket, Row, collate, make_row
+from pshare_jax.train.layout import Row, collate, make_row
 from pshare_jax.train.loss import LoraShape, Recipe, base_kv, loss_sum, target_logits
 from tests.engine.harness import lora_module
 from tests.helpers import tiny_config
@@ -190,16 +191,16 @@ def test_loss_is_the_mean_negative_log_likelihood_of_the_labels():
     assert float(loss) == pytest.approx(expected, rel=1e-5)
 
 
-def test_remat_changes_no_gradient():
+@pytest.mark.parametrize("barriers", [True, False], ids=["accelerator", "cpu"])
+def test_remat_changes_no_gradient(barriers):
     base = weights(LLAMA, 0)
     lora = lora_module(LLAMA, 3, rank=2, targets=("q", "down"))
     shape = LoraShape(lora.rank, lora.alpha, tuple(lora.targets))
     batch = batch_of([make_row(conversation(), LastTokens(2))])
+    recipe = Recipe(LLAMA, "float32", shape, barriers=barriers)
     plain, remat = (
-        loss_and_gradient(
-            Recipe(LLAMA, "float32", shape, remat=remat), lora.weights, {"base": base}, base, batch
-        )
-        for remat in (False, True)
+        loss_and_gradient(each, lora.weights, {"base": base}, base, batch)
+        for each in (recipe, dataclasses.replace(recipe, remat=True))
     )
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(remat), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)

@@ -66,7 +66,7 @@ def test_moments_exist_for_decode_parameters_only(lora):
     specs = trainable_specs(MODEL, lora)
     expected = weight_specs(MODEL) if lora is None else lora_specs(MODEL, 2, ("q", "v"))
     assert set(specs) == set(expected)
-    optimizer = make_optimizer(OptimizerConfig(), 10)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3), 10)
     computations = Computations(
         Recipe(MODEL, "float32", lora), optimizer, make_mesh(MeshConfig()), specs
     )

@@ -7,7 +7,7 @@ import pytest
 
 from pshare_jax.core.split_rule import LAST_TOKEN
 from pshare_jax.errors import CheckpointError
-from pshare_jax.train.config import LoraConfig
+from pshare_jax.train.config import LoraConfig, ReportConfig
 from pshare_jax.train.data import Example, Turn
 from pshare_jax.train.flops import row_flops
 from pshare_jax.train.layout import make_row
@@ -58,13 +58,13 @@ def test_only_one_process_speaks(capsys):
 
 
 def test_metrics_after_the_resumed_step_are_dropped(tmp_path):
-    log = MetricsLog(tmp_path, 1, tensorboard=True, warn=pytest.fail)
+    log = MetricsLog(tmp_path, 1, ReportConfig(), warn=pytest.fail)
     for step in (1, 2, 3):
         log.write(step, {"loss": step / 2})
     log.close()
     whole = (tmp_path / "metrics.jsonl").read_text()
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "lo\n' + whole + '{"step": 4, "lo')
-    log = MetricsLog(tmp_path, 3, tensorboard=True, warn=pytest.fail)
+    log = MetricsLog(tmp_path, 3, ReportConfig(), warn=pytest.fail)
     log.write(3, {"loss": float("nan"), "seconds": 0.25})
     log.close()
     assert metrics(tmp_path) == [
@@ -81,7 +81,7 @@ def test_metrics_after_the_resumed_step_are_dropped(tmp_path):
 @pytest.mark.parametrize("tensorboard", [False, True])
 def test_a_full_disk_costs_metrics_and_nothing_else(tmp_path, tensorboard):
     warnings: list[str] = []
-    log = MetricsLog(tmp_path, 1, tensorboard=tensorboard, warn=warnings.append)
+    log = MetricsLog(tmp_path, 1, ReportConfig(tensorboard=tensorboard), warn=warnings.append)
     if tensorboard:
         writer = log._events._writer._py_recordio_writer
         writer._writer.close()
@@ -111,4 +111,4 @@ def test_more_than_a_day_left(capsys, monkeypatch):
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "tensorboard").write_text("in the way")
     with pytest.raises(CheckpointError, match=f"{tmp_path}: cannot be written: File exists"):
-        MetricsLog(tmp_path, 1, tensorboard=True, warn=pytest.fail)
+        MetricsLog(tmp_path, 1, ReportConfig(), warn=pytest.fail)

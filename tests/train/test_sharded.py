@@ -35,7 +35,7 @@ def test_eight_devices_give_the_losses_of_one(base, data, held_out, plain_run, t
 def test_weights_moments_and_batches_are_split():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     specs = weight_specs(MODEL)
-    optimizer = make_optimizer(OptimizerConfig(), 10)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=2e-5), 10)
     computations = Computations(Recipe(MODEL, "float32"), optimizer, mesh, specs)
     weights = {
         name: jax.device_put(np.zeros(spec.shape, np.float32), sharding)
