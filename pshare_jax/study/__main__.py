@@ -73,16 +73,23 @@ def _quick(folder: Path) -> None:
 def _report(config: StudyConfig) -> None:
     """Writes the plots beside the results, and the tables into the document, if there is one."""
     from pshare_jax.convert.files import replace_section
-    from pshare_jax.study import report
+    from pshare_jax.study import plots, report
+    from pshare_jax.study.teams import team_table
 
     folder = Path(config.results).expanduser()
     results = report.read_results(folder)
-    text = report.tables(results)
+    text = report.tables(results, config.margin)
+    if config.teams:
+        text += "\n" + team_table(report.read_teams(folder), report.METHODS)
     for task in config.tasks:
-        plot = folder / f"{task.name}-shares.png"
-        if report.plot_shares(results, task.name, plot):
-            link = os.path.relpath(plot, Path(config.document).parent)
-            text += f"\n![{task.name}: accuracy by share]({link})\n"
+        for kind, title, draw in (
+            ("shares", "accuracy by share", plots.plot_shares),
+            ("saved", "accuracy by prefill saved", plots.plot_saved),
+        ):
+            plot = folder / f"{task.name}-{kind}.png"
+            if draw(results, task.name, plot):
+                link = os.path.relpath(plot, Path(config.document).parent)
+                text += f"\n![{task.name}: {title}]({link})\n"
     if config.document:
         replace_section(config.document, "study", text)
         print(f"{config.document}: {len(results)} results")

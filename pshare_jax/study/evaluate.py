@@ -7,21 +7,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pshare_jax.convert.manifest import TOKENIZER_FOLDER, read_manifest
 from pshare_jax.convert.orbax import load_weights
-from pshare_jax.core.split_rule import LAST_TOKEN, LastMessage, LastTokens
+from pshare_jax.core.split_rule import LAST_TOKEN, TailSetting
+from pshare_jax.errors import ConfigError
 from pshare_jax.evals.grading import grade
 from pshare_jax.evals.intervals import bootstrap_interval
 from pshare_jax.evals.items import Item
+from pshare_jax.frontend.chat import TemplateOptions, chat_messages, chat_prompt
+from pshare_jax.frontend.model_format import tool_prompt
+from pshare_jax.frontend.params import Limits
 from pshare_jax.models.split import check_certificate
+from pshare_jax.study.recompute import recomputed_kv
+from pshare_jax.study.tasks import TOOL_PARSER, plain_question
+from pshare_jax.text.openings import split_rule
 from pshare_jax.text.tokenizer import Tokenizer
+from pshare_jax.train.buckets import choose_buckets
 from pshare_jax.train.config import KVCacheConfig
 from pshare_jax.train.generate import Prompt, generate, prompt_kv
 from pshare_jax.train.kv_store import KVStore, open_store, store_key
-from pshare_jax.train.layout import choose_buckets, prompt_row
+from pshare_jax.train.layout import prompt_row
 from pshare_jax.train.loss import LoraShape, Recipe
 
 _DTYPE = "float32"
@@ -33,10 +42,20 @@ Cover = Callable[[Sequence[int]], int]
 
 @dataclass(frozen=True)
 class Answers:
-    """What a module answered: for each item the text, and whether it is right."""
+    """What a module answered: for each item the text, and whether it is right.
+
+    Args:
+        texts: of each item.
+        correct: of each item.
+        prompt_tokens: of all items.
+        saved: the share, 0 to 1, of the prompts' prefill that the module did not compute itself:
+            tokens times layers.
+    """
 
     texts: list[str]
     correct: list[bool]
+    prompt_tokens: int
+    saved: float
 
     def as_json(self) -> dict[str, Any]:
         """A JSON object; which items were right is kept as a string of 0s and 1s."""
@@ -45,6 +64,8 @@ class Answers:
             "interval": bootstrap_interval(self.correct),
             "correct": "".join(str(int(right)) for right in self.correct),
             "first_answers": self.texts[:5],
+            "prompt_tokens": self.prompt_tokens,
+            "saved": self.saved,
         }
 
 
@@ -56,6 +77,7 @@ class Evaluator:
         module: the decode module's folder; None: the base's own weights.
         batch_size: prompts that are answered together.
         kv_cache: where the base's KV of the prompts is kept for later evaluations on them.
+        plain_text: whether questions are plain texts.
 
     Raises:
         CheckpointError: one of them cannot be read, or they do not belong together.
@@ -67,12 +89,14 @@ class Evaluator:
         module: str | Path | None,
         batch_size: int,
         kv_cache: KVCacheConfig,
+        plain_text: bool = False,
     ):
         manifest = read_manifest(base)
         self._base = load_weights(manifest, dtype=jnp.float32)
         self._weights = self._base
         self._batch_size = batch_size
         self._kv_cache = kv_cache
+        self._plain_text = plain_text
         self._fingerprint = manifest.fingerprint
         lora = None
         if module is not None:
@@ -92,6 +116,7 @@ class Evaluator:
                 )
         self._recipe = Recipe(manifest.config, _DTYPE, lora)
         self._tokenizer = Tokenizer.load(manifest.folder / TOKENIZER_FOLDER)
+        self._tool_prompt = tool_prompt(TOOL_PARSER, self._tokenizer.chat_template)
 
     def answer(
         self,
@@ -99,6 +124,7 @@ class Evaluator:
         cover: Cover,
         max_tokens: int,
         report: Callable[[int], None],
+        layers: tuple[int, int] | None = None,
     ) -> Answers:
         """Answers `items` greedily.
 
@@ -107,9 +133,11 @@ class Evaluator:
             cover: how much of a prompt the base covers.
             max_tokens: most tokens of an answer.
             report: gets the number of items done, now and then.
+            layers: first and end of those in which the module computes the covered KV itself.
         """
         tokens = [self._prompt(item) for item in items]
         prompts = [Prompt(prompt, cover(prompt)) for prompt in tokens]
+        covered = sum(prompt.cover for prompt in prompts)
         outputs = generate(
             self._recipe,
             self._weights,
@@ -118,12 +146,28 @@ class Evaluator:
             max_tokens=max_tokens,
             end_token_ids=self._tokenizer.eos_token_ids,
             batch_size=self._batch_size,
-            store=self._store(tokens) if any(prompt.cover for prompt in prompts) else None,
+            store=self._store(tokens) if covered and layers is None else None,
+            make_kv=None if layers is None else self._recompute(layers),
             report=report,
         )
         texts = [self._tokenizer.decode(tokens) for tokens in outputs]
         correct = [grade(item, text).correct for item, text in zip(items, texts, strict=True)]
-        return Answers(texts, correct)
+        total = sum(map(len, tokens))
+        own = 0.0 if layers is None else (layers[1] - layers[0]) / self._recipe.config.num_layers
+        return Answers(texts, correct, total, covered / total * (1 - own))
+
+    def cover_by(self, tail: TailSetting) -> Cover:
+        """As a module of that `tail` is served."""
+        rule = split_rule(tail, lambda: self._tokenizer)
+        return lambda prompt: rule.split(prompt).covered
+
+    def _recompute(self, layers: tuple[int, int]) -> Callable[[np.ndarray], jax.Array]:
+        count = self._recipe.config.num_layers
+        if layers[1] > count:
+            raise ConfigError(f"runs: recompute names layer {layers[1]}, but there are {count}")
+        return lambda prompt: recomputed_kv(
+            self._recipe, layers, self._weights, self._base, jnp.asarray(prompt)
+        )
 
     def _store(self, prompts: Sequence[list[int]]) -> KVStore | None:
         """The base's KV of all but the last token of each prompt; None when it is not kept."""
@@ -147,15 +191,14 @@ class Evaluator:
         return store
 
     def _prompt(self, item: Item) -> list[int]:
-        text = self._tokenizer.apply_chat_template(item.messages, item.tools or None)
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        if self._plain_text:
+            return self._tokenizer.encode(plain_question(item.messages))
+        options = TemplateOptions(tool_prompt=self._tool_prompt)
+        limits = Limits(self._tokenizer.vocab_size, self._recipe.config.max_position_embeddings)
+        messages = chat_messages(item.messages)
+        return list(chat_prompt(self._tokenizer, limits, messages, item.tools, options).token_ids)
 
 
 def cover_share(share: float) -> Cover:
     """The base covers that share of a prompt, rounded down; never its last token."""
     return lambda prompt: min(int(share * len(prompt)), LAST_TOKEN.split(prompt).covered)
-
-
-def cover_by(rule: LastTokens | LastMessage) -> Cover:
-    """As a module of that split rule is served."""
-    return lambda prompt: rule.split(prompt).covered

@@ -9,25 +9,30 @@ from pathlib import Path
 from typing import Any
 
 from pshare_jax.convert.manifest import read_json
-from pshare_jax.errors import ConfigError, DataError
+from pshare_jax.errors import DataError
 from pshare_jax.evals.intervals import (
     item_bootstrap_interval,
     mcnemar,
     paired_bootstrap_interval,
 )
-from pshare_jax.study.config import SHARES
+from pshare_jax.study.config import ORDINARY, TEAM_TASK, tail_name
 from pshare_jax.study.tasks import SUMMARY_FILE
 
 Result = Mapping[str, Any]
 
-_METHODS = {
+METHODS = {
     "base": "base, not trained",
     "full": "full fine-tuning",
+    "ordinary-lora": "LoRA with KV of its own",
     "prefillshare": "PrefillShare, all weights",
     "lora": "PrefillShare, LoRA",
+    "alora": "activated LoRA",
 }
-_NAIVE = "naive sharing"
-_NAIVE_SHARE = "test, share 1.0"
+NAIVE = "naive sharing"
+MARGIN = 0.02
+"""See `StudyConfig.margin`."""
+NAIVE_SHARE = "test, share 1.0"
+_LAYERS = "validation, layers "
 
 
 def read_results(folder: Path) -> list[Result]:
@@ -39,31 +44,44 @@ def read_results(folder: Path) -> list[Result]:
     paths = [path for path in sorted(folder.glob("*.json")) if path.name != SUMMARY_FILE]
     if not paths:
         raise DataError(f"{folder}: no results; make them with python -m pshare_jax.study run")
-    return [read_json(path) for path in paths]
+    return [result for path in paths if "evaluations" in (result := read_json(path))]
 
 
-def tables(results: Sequence[Result]) -> str:
-    """Markdown: the accuracies of each task, and what was tried on the validation sets."""
+def read_teams(folder: Path) -> list[Result]:
+    """All results of teams of `folder`."""
+    found = [read_json(path) for path in sorted(folder.glob(f"{TEAM_TASK}-*.json"))]
+    return [result for result in found if "modes" in result]
+
+
+def tables(results: Sequence[Result], margin: float = MARGIN) -> str:
+    """Markdown: the accuracies of each task, and what was tried on the validation sets.
+
+    Args:
+        results: see `read_results`.
+        margin: see `StudyConfig.margin`.
+    """
     tasks = list(dict.fromkeys(result["task"] for result in results))
     parts = [_test_table(task, [r for r in results if r["task"] == task]) for task in tasks]
-    return "\n".join([*parts, *_comparisons(results), _validation_table(results)])
+    return "\n".join([*parts, *_comparisons(results, margin), _validation_table(results)])
 
 
 def _test_table(task: str, results: Sequence[Result]) -> str:
     """One row a method and size; accuracies of several seeds are averaged."""
-    groups: dict[tuple[str, int, int], list[Result]] = defaultdict(list)
+    groups: dict[tuple[str, int, str], list[Result]] = defaultdict(list)
     for result in results:
         if "test" in result["evaluations"]:
-            key = (result["method"], result.get("examples", 0), result.get("tail", 1))
+            key = (result["method"], result.get("examples", 0), str(result.get("tail", 1)))
             groups[key].append(result)
-    order = {method: place for place, method in enumerate(_METHODS)}
+    order = {method: place for place, method in enumerate(METHODS)}
     rows = []
     for method, examples, tail in sorted(groups, key=lambda k: (order[k[0]], k[1:])):
         group = groups[method, examples, tail]
-        name = _METHODS[method] + (f", tail {tail}" if tail > 1 else "")
-        rows.append(_row(name, group, "test", group))
-        if method == "full" and all(_NAIVE_SHARE in r["evaluations"] for r in group):
-            rows.append(_row(f"{_NAIVE} (those weights)", group, _NAIVE_SHARE, []))
+        rows.append(_row(name_of(group[0]), group, "test", group))
+        if method in ORDINARY and all(NAIVE_SHARE in r["evaluations"] for r in group):
+            rows.append(_row(f"{NAIVE} (those weights)", group, NAIVE_SHARE, []))
+        for name in best_layers(group):
+            label = f"{name.removeprefix('test, ')} computed anew (those weights)"
+            rows.append(_row(label, group, name, []))
     if not rows:
         return f"**{task}**: not measured yet.\n"
     head = (
@@ -71,6 +89,29 @@ def _test_table(task: str, results: Sequence[Result]) -> str:
         "steps, min | the base's KV, min |\n|---|--:|--:|--:|--:|--:|\n"
     )
     return head + "\n".join(rows) + "\n"
+
+
+def name_of(result: Result) -> str:
+    """Method and tail in words."""
+    tail = result.get("tail", 1)
+    return METHODS[result["method"]] + (f", {tail_name(tail)}" if tail != 1 else "")
+
+
+def best_layers(group: Sequence[Result]) -> list[str]:
+    """Evaluations on the test set with layers computed anew: of each number of layers the ones
+    that were best on the validation set."""
+    best: dict[int, tuple[float, str]] = {}
+    for name in group[0]["evaluations"]:
+        if not name.startswith(_LAYERS):
+            continue
+        first, _, end = name.removeprefix(_LAYERS).partition("-")
+        test = name.replace("validation", "test", 1)
+        if not all(e in r["evaluations"] for r in group for e in (name, test)):
+            continue
+        accuracy = statistics.mean(r["evaluations"][name]["accuracy"] for r in group)
+        count = int(end) - int(first)
+        best[count] = max(best.get(count, (-1.0, "")), (accuracy, test))
+    return [best[count][1] for count in sorted(best)]
 
 
 def _row(name: str, group: Sequence[Result], evaluation: str, trained: Sequence[Result]) -> str:
@@ -97,7 +138,7 @@ def _accuracies(group: Sequence[Result], evaluation: str) -> list[float]:
     return [statistics.mean(item) for item in zip(*runs, strict=True)]
 
 
-def _comparisons(results: Sequence[Result]) -> list[str]:
+def _comparisons(results: Sequence[Result], margin: float) -> list[str]:
     """Everything that reads the base's KV against full fine-tuning, paired by seed and item."""
     rows = []
     for full in results:
@@ -106,12 +147,10 @@ def _comparisons(results: Sequence[Result]) -> list[str]:
         for other in results:
             if other["task"] != full["task"] or other.get("seed") != full["seed"]:
                 continue
-            if other is full and _NAIVE_SHARE in full["evaluations"]:
-                rows.append(_comparison(_NAIVE, full, other, _NAIVE_SHARE))
+            if other is full and NAIVE_SHARE in full["evaluations"]:
+                rows.append(_comparison(NAIVE, full, other, NAIVE_SHARE))
             elif other["method"] not in ("full", "base") and "test" in other["evaluations"]:
-                tail = f", tail {other['tail']}" if other["tail"] > 1 else ""
-                name = f"{_METHODS[other['method']]}{tail}"
-                rows.append(_comparison(name, full, other, "test"))
+                rows.append(_comparison(name_of(other), full, other, "test"))
     if not rows:
         return []
     head = (
@@ -119,6 +158,48 @@ def _comparisons(results: Sequence[Result]) -> list[str]:
         "points, and the p-value of McNemar's exact test.\n\n"
         "| task | full fine-tuning | against | examples | seed | difference (95 % interval) | p |\n"
         "|---|--:|---|--:|--:|--:|--:|\n"
+    )
+    return [head + "\n".join(rows) + "\n", *_pooled(results, margin)]
+
+
+def _pooled(results: Sequence[Result], margin: float) -> list[str]:
+    """Each method against full fine-tuning over all seeds that both have: not inferior or not."""
+    full = {
+        (r["task"], r["examples"], r["seed"]): r
+        for r in results
+        if r["method"] == "full" and "test" in r["evaluations"]
+    }
+    pairs: dict[tuple[str, str, int], list[tuple[Result, Result]]] = defaultdict(list)
+    for other in results:
+        if other["method"] in ("full", "base") or "test" not in other["evaluations"]:
+            continue
+        key = (other["task"], other["examples"], other["seed"])
+        if key in full:
+            pairs[other["task"], name_of(other), other["examples"]].append((full[key], other))
+    rows = []
+    for (task, name, examples), group in sorted(pairs.items()):
+        own = _accuracies([other for _, other in group], "test")
+        theirs = _accuracies([one for one, _ in group], "test")
+        differences = [a - b for a, b in zip(own, theirs, strict=True)]
+        low, high = item_bootstrap_interval(differences)
+        verdict = "yes" if low > -margin else "no" if high < -margin else "open"
+        cells = (
+            task,
+            name,
+            f"{examples:,}",
+            str(len(group)),
+            f"{100 * statistics.mean(differences):+.1f} ({100 * low:+.1f} - {100 * high:+.1f})",
+            verdict,
+        )
+        rows.append(f"| {' | '.join(cells)} |")
+    if not rows:
+        return []
+    head = (
+        "The same with equal data, over all seeds that both have. *Not inferior* means: by at most "
+        f"{100 * margin:g} points (`margin`), the whole 95 % interval; `no`: inferior by more, the "
+        "whole interval; `open`: neither is shown.\n\n"
+        "| task | method | examples | seeds | difference (95 % interval) | not inferior |\n"
+        "|---|---|--:|--:|--:|---|\n"
     )
     return [head + "\n".join(rows) + "\n"]
 
@@ -152,7 +233,7 @@ def _validation_table(results: Iterable[Result]) -> str:
         if (evaluation := result["evaluations"].get("validation")) is not None:
             low, high = evaluation["interval"]
             rows.append(
-                f"| {result['task']} | {_METHODS[result['method']]} | {result['tail']} | "
+                f"| {result['task']} | {METHODS[result['method']]} | {result['tail']} | "
                 f"{result['learning_rate']:g} | {result['examples']:,} | {result['seed']} | "
                 f"{100 * evaluation['accuracy']:.1f} ({100 * low:.1f} - {100 * high:.1f}) |"
             )
@@ -162,44 +243,3 @@ def _validation_table(results: Iterable[Result]) -> str:
         "|---|---|--:|--:|--:|--:|--:|\n"
     )
     return head + "\n".join(rows) + "\n"
-
-
-def plot_shares(results: Sequence[Result], task: str, path: Path) -> bool:
-    """Accuracy against the share of the prompt that is read from the base's KV (the paper's
-    Figure 2), as a PNG, of runs with all of `SHARES`; whether there are any.
-
-    Raises:
-        ConfigError: there are some, and matplotlib is not installed.
-    """
-    lines: dict[str, list[Result]] = defaultdict(list)
-    wanted = {f"test, share {share}" for share in SHARES}
-    for result in results:
-        if result["task"] == task and wanted.issubset(result["evaluations"]):
-            name = _NAIVE if result["method"] == "full" else _METHODS[result["method"]]
-            lines[f"{name}, {result['examples']:,} examples"].append(result)
-    if not lines:
-        return False
-    # Imported late: it is an extra.
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError(
-            "the report's plots need matplotlib: pip install 'pshare_jax[study]'"
-        ) from error
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for name, group in sorted(lines.items()):
-        shares = [100 * share for share in SHARES]
-        means = [
-            100 * statistics.mean(r["evaluations"][f"test, share {s}"]["accuracy"] for r in group)
-            for s in SHARES
-        ]
-        axes.plot(shares, means, marker="o", label=name)
-    axes.set_xlabel("share of the prompt read from the base's KV, %")
-    axes.set_ylabel("test accuracy, %")
-    axes.set_title(task)
-    axes.set_ylim(0, 100)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    return True

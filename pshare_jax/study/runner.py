@@ -20,11 +20,23 @@ from typing import Any
 from pshare_jax.bench import machine
 from pshare_jax.convert.files import replace_file
 from pshare_jax.convert.manifest import Manifest, read_json, read_manifest
-from pshare_jax.core.split_rule import LastTokens
+from pshare_jax.core.split_rule import TailSetting
 from pshare_jax.errors import DataError
 from pshare_jax.evals.items import Item, read_items
-from pshare_jax.study.config import Run, Runs, StudyConfig, check_result, expand
-from pshare_jax.study.tasks import SUMMARY_FILE, make_tasks
+from pshare_jax.study.config import (
+    ORDINARY,
+    Evaluation,
+    Run,
+    Runs,
+    StudyConfig,
+    Team,
+    check_result,
+    expand,
+    trained_tail,
+)
+from pshare_jax.study.relay import ROLES, task_of
+from pshare_jax.study.tasks import SUMMARY_FILE, TOOL_PARSER, make_tasks, write_plain
+from pshare_jax.study.teams import play_as_team
 from pshare_jax.train.config import KVCacheConfig
 from pshare_jax.train.output import MODULE_FOLDER, RECORD_FILE
 from pshare_jax.train.report import Reporter
@@ -72,6 +84,9 @@ class Study:
                 self._make(run)
             if not self._is_needed_later(runs):
                 shutil.rmtree(self._kv_folder(runs.task), ignore_errors=True)
+        for team in self._config.teams:
+            for seed in team.seeds:
+                self._make_team(team, seed)
 
     def best_rate(self, runs: Runs) -> float | None:
         """The learning rate with the best accuracy on the validation set, among the runs of the
@@ -117,7 +132,7 @@ class Study:
             check_result(path, self._result(path), settings, ["test"])
             return
         facts = {"task": task, "method": BASE_NAME, "settings": settings}
-        evaluations = {"test": self._evaluate(task, None, "test", None, 1)}
+        evaluations = {"test": self._evaluate(task, None, Evaluation("test", None), 1)}
         _write_json(path, {**facts, "evaluations": evaluations})
 
     def _make(self, run: Run) -> None:
@@ -152,15 +167,64 @@ class Study:
         if not runs.keep:
             shutil.rmtree(folder)
 
+    def _make_team(self, team: Team, seed: int) -> None:
+        """Trains a module for each role, and lets them answer each other."""
+        path = self._results / f"{team.name(seed)}.json"
+        members = [run for runs in team.runs(seed) for run in expand(runs, None)]
+        settings = {
+            role: run.settings(self._config, self._base.fingerprint)
+            for role, run in zip(ROLES, members, strict=True)
+        }
+        if path.is_file():
+            found = read_json(path).get("settings")
+            if found != settings:
+                raise DataError(
+                    f"{path}: was made with other settings than the configuration's; remove it to "
+                    "have it made again, or name another folder and results"
+                )
+            return
+        folders = {}
+        for role, run in zip(ROLES, members, strict=True):
+            self._evaluate_base(run.runs.task)
+            self._make(run)
+            folders[role] = self._folder / "models" / run.name / MODULE_FOLDER
+            if not folders[role].is_dir():
+                raise DataError(f"{folders[role]}: is gone; remove {run.name}.json of the results")
+        items = self._items(task_of(ROLES[-1]), "test")
+        tail = trained_tail(members[0].runs, self._config)
+        modes = {}
+        for mode, share in team.modes.items():
+            self._reporter.say(f"{team.name(seed)}: {mode}")
+            modes[mode] = play_as_team(items, folders, share, tail, self._texts)
+        result = {"method": team.method, "examples": team.examples, "seed": seed}
+        _write_json(path, {**result, "tail": team.tail, "settings": settings, "modes": modes})
+
+    def _texts(
+        self, module: Path, items: Sequence[Item], share: float | None, tail: TailSetting
+    ) -> Sequence[str]:
+        """A module's answers to items that other modules have had a part in."""
+        from pshare_jax.study.evaluate import Evaluator, cover_share
+
+        config = self._config
+        evaluator = Evaluator(
+            config.base, module, config.eval_batch_size, KVCacheConfig(), config.plain_text
+        )
+        cover = evaluator.cover_by(tail) if share is None else cover_share(share)
+        most = config.task(task_of(ROLES[-1])).max_tokens
+        return evaluator.answer(items, cover, most, lambda count: None).texts
+
     def _evaluate_module(self, runs: Runs, module: Path) -> dict[str, Any]:
         # Nothing is evaluated twice: this share is how the module is served.
-        served_share = 0.0 if runs.method == "full" else 1.0 if runs.tail == 1 else None
+        by_tail = runs.method != "alora" and runs.tail == 1
+        served_share = 0.0 if runs.method in ORDINARY else 1.0 if by_tail else None
+        tail = trained_tail(runs, self._config)
         found: dict[str, Any] = {}
-        for name, (split, share) in runs.evaluations.items():
-            if share == served_share and "test" in found:
+        for name, evaluation in runs.evaluations.items():
+            same = evaluation.layers is None and evaluation.share == served_share
+            if same and evaluation.split == "test" and "test" in found:
                 found[name] = found["test"]
             else:
-                found[name] = self._evaluate(runs.task, module, split, share, runs.tail)
+                found[name] = self._evaluate(runs.task, module, evaluation, tail)
         return found
 
     def _train(self, run: Run, folder: Path) -> dict[str, Any]:
@@ -185,7 +249,9 @@ class Study:
         flags = {
             "base": config.base,
             "output": folder,
-            "data.train": f"[{self._folder / 'data' / task / 'train.jsonl'}]",
+            # The questions of `tools` show the functions in this form already.
+            "data.tool_parser": TOOL_PARSER,
+            "data.train": f"[{self._training_items(task)}]",
             **run.training(config),
             # A run uses each example once; other runs use the same.
             "kv_cache.memory_gb": 0,
@@ -199,14 +265,15 @@ class Study:
         return [f"--{key}={value}" for key, value in flags.items()]
 
     def _evaluate(
-        self, task: str, module: Path | None, split: str, share: float | None, tail: int
+        self, task: str, module: Path | None, evaluation: Evaluation, tail: TailSetting
     ) -> dict[str, Any]:
         """`Answers.as_json`, and the seconds that they took."""
         # Imported late: JAX is not needed when all results are there.
-        from pshare_jax.study.evaluate import Evaluator, cover_by, cover_share
+        from pshare_jax.study.evaluate import Evaluator, cover_share
 
-        items = self._items(task, split)
-        title = f"{module.parent.name if module else BASE_NAME}: {split}"
+        items = self._items(task, evaluation.split)
+        share = evaluation.share
+        title = f"{module.parent.name if module else BASE_NAME}: {evaluation.split}"
         self._reporter.start(title, len(items))
         done = 0
 
@@ -222,17 +289,30 @@ class Study:
             folder=str(self._kv_folder(task)),
             keep=self._config.kv_cache_gb > 0,
         )
-        evaluator = Evaluator(self._config.base, module, self._config.eval_batch_size, kv_cache)
+        config = self._config
+        evaluator = Evaluator(
+            config.base, module, config.eval_batch_size, kv_cache, config.plain_text
+        )
         answers = evaluator.answer(
             items,
-            cover_by(LastTokens(tail)) if share is None else cover_share(share),
+            evaluator.cover_by(tail) if share is None else cover_share(share),
             self._config.task(task).max_tokens,
             report,
+            evaluation.layers,
         )
         self._reporter.stop()
         graded = answers.as_json()
-        self._reporter.say(f"{title}, share {share}: {graded['accuracy']:.3f}")
+        said = f"layers {evaluation.layers}" if evaluation.layers else f"share {share}"
+        self._reporter.say(f"{title}, {said}: {graded['accuracy']:.3f}")
         return graded | {"seconds": round(time.perf_counter() - start, 1)}
+
+    def _training_items(self, task: str) -> Path:
+        items = self._folder / "data" / task / "train.jsonl"
+        if not self._config.plain_text:
+            return items
+        plain = items.with_name("train-plain.jsonl")
+        write_plain(items, plain)
+        return plain
 
     def _items(self, task: str, split: str) -> list[Item]:
         return read_items(self._folder / "data" / task / f"{split}.jsonl")

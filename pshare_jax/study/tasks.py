@@ -7,9 +7,10 @@ the results, keeps the counts and hashes, and that the overlap was counted as ze
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from pshare_jax.convert.files import replace_file
 from pshare_jax.convert.manifest import read_json
 from pshare_jax.errors import ConfigError, DataError
 from pshare_jax.evals.items import file_sha256
-from pshare_jax.study import programs, quick, tools
+from pshare_jax.study import programs, quick, relay, tools
 from pshare_jax.study.config import TaskConfig
 
 SPLITS = ("train", "validation", "test")
 SUMMARY_FILE = "tasks.json"
+TOOL_PARSER = "pythonic"
+"""The form in which `tools` shows functions and wants calls, see `frontend/tool_prompt.py`."""
 
 Item = dict[str, Any]
 Sizes = tuple[int, int, int]
@@ -78,12 +81,25 @@ def _lookup(seed: int, size: int) -> Iterator[Item]:
         yield _item("exact", question, answer, answer, question)
 
 
+def _relay(role: str, seed: int, size: int) -> Iterator[Item]:
+    """A turn in a conversation of several modules, after the right answers of the others."""
+    for one in relay.relays(seed, size):
+        answer = one.answers[relay.ROLES.index(role)]
+        yield {
+            "kind": "exact",
+            "messages": one.messages(role),
+            "reference": answer,
+            "key": one.questions[0],
+        }
+
+
 _GENERATED: dict[str, tuple[Callable[[int, int], Iterator[Item]], float]] = {
     # How many items to draw for each one that is kept, since duplicates are dropped.
     "family": (_family, 1.2),
     "math": (_math, 2.5),
     "code": (_code, 3.0),
     quick.TASK: (_lookup, 1.1),
+    **{relay.task_of(r): (functools.partial(_relay, r), 1.1) for r in relay.ROLES},
 }
 TASKS = (*_GENERATED, "tools")
 
@@ -167,6 +183,21 @@ def make_task(task: str, sizes: Sizes, folder: Path) -> dict[str, Any]:
         digest = hashlib.sha256(content.encode()).hexdigest()
         summary[split] = {"asked": size, "items": len(lines), "sha256": digest}
     return summary
+
+
+def plain_question(messages: Sequence[Mapping[str, Any]]) -> str:
+    """What a base without a chat template is asked."""
+    return "\n".join(message["content"] for message in messages) + "\nAnswer:"
+
+
+def write_plain(items: Path, path: Path) -> None:
+    """Writes the items of a file as prompts and completions, for a base without a template."""
+    lines = []
+    for line in items.read_text().splitlines():
+        *asked, answer = json.loads(line)["messages"]
+        record = {"prompt": plain_question(asked), "completion": f" {answer['content']}"}
+        lines.append(json.dumps(record) + "\n")
+    replace_file(path, "".join(lines))
 
 
 def make_tasks(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from pshare_jax.convert.orbax import write_decode, write_prefill
-from pshare_jax.errors import CertificateError
+from pshare_jax.errors import CertificateError, ConfigError
+from pshare_jax.evals.items import Item
 from pshare_jax.models.decoder import init_weights
-from pshare_jax.study.evaluate import Evaluator
+from pshare_jax.study.evaluate import Evaluator, cover_share
+from pshare_jax.study.recompute import recomputed_kv
 from pshare_jax.train.config import KVCacheConfig
+from pshare_jax.train.loss import Recipe, base_kv
 from tests.train.helpers import MODEL, write_base
 
 
@@ -21,3 +25,44 @@ def test_a_module_of_another_base_is_refused(tmp_path):
     Evaluator(str(tmp_path / "other"), module, 2, KVCacheConfig())
     with pytest.raises(CertificateError, match="module"):
         Evaluator(str(base), module, 2, KVCacheConfig())
+
+
+def items(count: int) -> list[Item]:
+    words = ("the quick", "brown fox", "lazy dog")
+    return [
+        Item(str(i), "exact", [{"role": "user", "content": words[i % 3]}], [], "fox")
+        for i in range(count)
+    ]
+
+
+def test_what_is_saved_is_counted_in_tokens_and_layers(tmp_path):
+    base = write_base(tmp_path)
+    evaluator = Evaluator(str(base), None, 2, KVCacheConfig())
+
+    def answer(cover, layers=None):
+        return evaluator.answer(items(3), cover, 2, lambda count: None, layers)
+
+    isolated, shared = answer(cover_share(0.0)), answer(cover_share(1.0))
+    assert isolated.saved == 0
+    assert shared.saved == pytest.approx(1 - 3 / shared.prompt_tokens)
+    assert evaluator.cover_by("last-message")([*range(5)]) == 4  # no message: a plain text
+    # With the base's own weights it does not matter which layers are computed anew.
+    anew = answer(cover_share(1.0), (1, 2))
+    assert anew.texts == shared.texts == isolated.texts
+    assert anew.saved == pytest.approx(shared.saved * (1 - 1 / MODEL.num_layers))
+    with pytest.raises(ConfigError, match="recompute names layer 99"):
+        answer(cover_share(1.0), (0, 99))
+
+
+def test_kv_that_is_computed_anew_is_the_fine_tunes(tmp_path):
+    base, own = init_weights(MODEL, 0), init_weights(MODEL, 1)
+    prompt = np.random.default_rng(0).integers(0, 400, (2, 9), dtype=np.int32)
+    recipe = Recipe(MODEL, "float32")
+    theirs = np.asarray(base_kv(recipe, base, prompt))
+    mixed = np.asarray(recomputed_kv(recipe, (1, MODEL.num_layers), own, base, prompt))
+    np.testing.assert_allclose(mixed[:, :, 0], theirs[:, :, 0], atol=1e-6)
+    assert np.abs(mixed[:, :, 1] - theirs[:, :, 1]).max() > 0.1
+    # All layers, on the same embedding, are those of the fine-tune alone.
+    same = {**own, "embed.embedding": base["embed.embedding"]}
+    whole = np.asarray(recomputed_kv(recipe, (0, MODEL.num_layers), same, base, prompt))
+    np.testing.assert_allclose(whole, base_kv(recipe, same, prompt), atol=1e-5)

@@ -10,7 +10,7 @@ import pytest
 from pshare_jax.config import load_config
 from pshare_jax.convert.files import replace_section
 from pshare_jax.errors import ConfigError
-from pshare_jax.study import report, runner
+from pshare_jax.study import plots, report, runner
 from pshare_jax.study.config import SHARES, Runs, StudyConfig, TaskConfig, expand
 from pshare_jax.study.runner import Study
 from pshare_jax.train.report import Reporter
@@ -99,9 +99,10 @@ def test_the_report_shows_every_result(study, tmp_path):
         "PrefillShare, all weights",
         "PrefillShare, LoRA",
     ]
-    # Every run on the validation set; naive sharing and both kinds of PrefillShare against full.
-    assert text.count("| code |") == 5 + 3
-    assert report.plot_shares(results, "code", tmp_path / "plot.png")
+    # Every run on the validation set; naive sharing and both kinds of PrefillShare against full;
+    # LoRA with as much data.
+    assert text.count("| code |") == 5 + 3 + 1
+    assert plots.plot_shares(results, "code", tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -162,6 +163,7 @@ def test_the_committed_modules_are_runs_of_the_study(monkeypatch):
     names = {
         run.name
         for runs in whole.runs
+        if runs.learning_rates or study.best_rate(runs) is not None
         for run in expand(runs, None if runs.learning_rates else study.best_rate(runs))
     }
     for runs in modules.runs:

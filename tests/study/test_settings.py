@@ -228,6 +228,8 @@ def test_the_committed_results_are_those_of_the_configuration(monkeypatch):
     found = set()
     for runs in config.runs:
         best = None if runs.learning_rates else study.best_rate(runs)
+        if not runs.learning_rates and best is None:
+            continue  # its learning rate has not been chosen yet
         for run in expand(runs, best):
             path = results / f"{run.name}.json"
             if not path.is_file():
