@@ -1,5 +1,6 @@
 """Set-up of the whole run: platform, virtual devices and a compilation cache, before JAX starts."""
 
+import gc
 from pathlib import Path
 
 import jax
@@ -13,6 +14,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="cpu",
         help="where JAX runs; tests marked `tpu` and `gpu` need theirs",
     )
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: garbage collections need not walk it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_configure(config: pytest.Config) -> None:

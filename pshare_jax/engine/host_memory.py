@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 
 
 def return_freed_memory() -> None:
@@ -12,7 +11,6 @@ def return_freed_memory() -> None:
     For after large temporary arrays and after compilation: of what start-up frees, glibc keeps
     hundreds of megabytes for later allocations, which serving does not make.
     """
-    gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -105,47 +105,22 @@ class Programs:
             decode.max_num_seqs, layout, max_model_len, spec, decode.shared_prefix
         )
         self.pool_sharding = pool_sharding(mesh, layout.num_kv_heads)
-        self.staging = NamedSharding(mesh, PartitionSpec(None, *self.pool_sharding.spec))
+        self.staging = _staging(self.pool_sharding)
         """How pages lie that are on their way to or from a pool of this mesh."""
         self.everywhere = replicated(mesh)
-        pages = layout.placement(self.pool_sharding)
-        backend = spec.backend
-        self.history = jax.jit(
-            functools.partial(empty_history, decode.max_num_seqs, max_model_len),
-            out_shardings=self.everywhere,
+        jitted = _jitted(
+            spec, layout, mesh, decode.max_num_seqs, max_model_len, decode.steps_per_dispatch
         )
-        self.chunk = jax.jit(
-            functools.partial(prefill_chunk, spec),
-            donate_argnums=1,
-            out_shardings=(pages, self.everywhere),
-        )
-        self.copy = jax.jit(
-            functools.partial(copy_pages, backend=backend), donate_argnums=0, out_shardings=pages
-        )
-        self.gather = jax.jit(
-            functools.partial(gather_pages, backend=backend), out_shardings=self.staging
-        )
-        self.checksum = jax.jit(
-            functools.partial(page_checksums, backend=backend), out_shardings=self.everywhere
-        )
-        self.scatter = jax.jit(
-            functools.partial(scatter_pages, backend=backend),
-            donate_argnums=0,
-            out_shardings=pages,
-        )
-        self.admit = jax.jit(admit, donate_argnums=0, out_shardings=self.everywhere)
-        self.replay = jax.jit(
-            functools.partial(replay_chunk, spec),
-            donate_argnums=2,
-            out_shardings=(pages, self.everywhere),
-        )
-        self.decode = jax.jit(
-            functools.partial(decode_steps, spec, decode.steps_per_dispatch),
-            donate_argnums=(2, 3),
-            # Logits stay as they are computed: split over the vocabulary, where there is a mesh.
-            out_shardings=(pages, self.everywhere, self.everywhere, None),
-        )
-        self.choose = jax.jit(choose, donate_argnums=0, out_shardings=self.everywhere)
+        self.history = jitted.history
+        self.chunk = jitted.chunk
+        self.copy = jitted.copy
+        self.gather = jitted.gather
+        self.checksum = jitted.checksum
+        self.scatter = jitted.scatter
+        self.admit = jitted.admit
+        self.replay = jitted.replay
+        self.decode = jitted.decode
+        self.choose = jitted.choose
 
     def staged_shape(self, count: int) -> tuple[int, ...]:
         """Shape of `count` pages of all layers on their way."""
@@ -214,6 +189,78 @@ class Programs:
 
     def _no_rows(self, batch: int) -> Rows:
         return self.inputs.rows([], [], [], batch)
+
+
+@dataclass(frozen=True)
+class _Jitted:
+    """The functions of a mesh under jit, see `Programs`."""
+
+    history: Any
+    chunk: Any
+    copy: Any
+    gather: Any
+    checksum: Any
+    scatter: Any
+    admit: Any
+    replay: Any
+    decode: Any
+    choose: Any
+
+
+@functools.lru_cache(maxsize=16)
+def _jitted(
+    spec: StepSpec,
+    layout: PageLayout,
+    mesh: Mesh,
+    max_num_seqs: int,
+    max_model_len: int,
+    steps_per_dispatch: int,
+) -> _Jitted:
+    """Kept, so that an engine like an earlier one of this process compiles nothing anew."""
+    sharding, everywhere = pool_sharding(mesh, layout.num_kv_heads), replicated(mesh)
+    pages, backend = layout.placement(sharding), spec.backend
+    return _Jitted(
+        history=jax.jit(
+            functools.partial(empty_history, max_num_seqs, max_model_len),
+            out_shardings=everywhere,
+        ),
+        chunk=jax.jit(
+            functools.partial(prefill_chunk, spec),
+            donate_argnums=1,
+            out_shardings=(pages, everywhere),
+        ),
+        copy=jax.jit(
+            functools.partial(copy_pages, backend=backend), donate_argnums=0, out_shardings=pages
+        ),
+        gather=jax.jit(
+            functools.partial(gather_pages, backend=backend), out_shardings=_staging(sharding)
+        ),
+        checksum=jax.jit(
+            functools.partial(page_checksums, backend=backend), out_shardings=everywhere
+        ),
+        scatter=jax.jit(
+            functools.partial(scatter_pages, backend=backend),
+            donate_argnums=0,
+            out_shardings=pages,
+        ),
+        admit=jax.jit(admit, donate_argnums=0, out_shardings=everywhere),
+        replay=jax.jit(
+            functools.partial(replay_chunk, spec),
+            donate_argnums=2,
+            out_shardings=(pages, everywhere),
+        ),
+        decode=jax.jit(
+            functools.partial(decode_steps, spec, steps_per_dispatch),
+            donate_argnums=(2, 3),
+            # Logits stay as they are computed: split over the vocabulary, where there is a mesh.
+            out_shardings=(pages, everywhere, everywhere, None),
+        ),
+        choose=jax.jit(choose, donate_argnums=0, out_shardings=everywhere),
+    )
+
+
+def _staging(pool: NamedSharding) -> NamedSharding:
+    return NamedSharding(pool.mesh, PartitionSpec(None, *pool.spec))
 
 
 def _ints(*shape: int) -> jax.Array:

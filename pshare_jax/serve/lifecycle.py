@@ -15,6 +15,7 @@ from collections.abc import Callable
 from aiohttp import web
 
 from pshare_jax.config import ServerConfig
+from pshare_jax.engine.host_memory import return_freed_memory
 from pshare_jax.errors import ConfigError
 from pshare_jax.serve.access_log import access_log_options
 from pshare_jax.serve.api_keys import load_keys
@@ -39,10 +40,14 @@ _POSITIVE = (
 )
 
 
-def bind(config: ServerConfig) -> socket.socket:
+def bind(config: ServerConfig, descriptor: int | None = None) -> socket.socket:
     """A socket that listens on the configured address, so that nobody else can have it.
 
     Who connects before `HttpServer.start` waits.
+
+    Args:
+        config: the HTTP side.
+        descriptor: a socket that was inherited and listens already, in place of the address.
 
     Raises:
         ConfigError: the address cannot be had, or a limit, keys or a file of TLS cannot be used.
@@ -56,6 +61,8 @@ def bind(config: ServerConfig) -> socket.socket:
         raise ConfigError(f"server.ping_seconds must not be negative, got {config.ping_seconds}")
     load_keys(config)
     tls_context(config)
+    if descriptor is not None:
+        return socket.socket(fileno=descriptor)
     sock = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -206,6 +213,7 @@ async def serve(engine: Engine, sock: socket.socket, on_ready: Callable[[str], N
             # longer than the event loop may stand still.
             gc.collect()
             gc.freeze()
+            return_freed_memory()
             on_ready(url)
         await stopped
         code = await _drain(server, engine, warm_up)

@@ -60,6 +60,7 @@ class Service:
         self.metrics.register(EngineInfo(engine))
         self.live = Live(engine, self.offload)
         self.draining = False
+        self.resumable = bool(engine.config.cluster.workers)
         self._loop_lag = LoopLag(self.metrics)
         self._warned: set[str] = set()
         self._bridge = EventBridge(asyncio.get_running_loop())
