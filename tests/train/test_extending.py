@@ -81,12 +81,12 @@ def test_without_its_last_checkpoint_it_cannot(finished):
 def test_the_longer_plan_is_kept_when_it_is_stopped(finished):
     from pshare_jax.train.loop import StopRequestedError
 
-    more = longer(finished, max_steps=6)
+    more = longer(finished, max_steps=5)
     with pytest.raises(StopRequestedError, match="after step 4"):
         train(more, QUIET, should_stop=lambda: True)
     assert not (finished.folder / "decode_module").exists()
     kept = json.loads((finished.folder / "run.json").read_text())
-    assert kept["config"]["optimizer"]["max_steps"] == 6
-    with pytest.raises(ConfigError, match=r"optimizer.max_steps = 6, not 3"):
+    assert kept["config"]["optimizer"]["max_steps"] == 5
+    with pytest.raises(ConfigError, match=r"optimizer.max_steps = 5, not 3"):
         train(finished, QUIET)
-    assert train(more, QUIET)["steps"] == 6
+    assert train(more, QUIET)["steps"] == 5

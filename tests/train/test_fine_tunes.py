@@ -53,7 +53,7 @@ def merged(base, lora_run) -> dict[str, np.ndarray]:
 
 def test_ordinary_lora_fine_tuning_may_not_share(base, lora_run):
     curve = losses(lora_run)
-    assert curve[-1] < 0.7 * curve[0]
+    assert curve[-1] < 0.85 * curve[0]
     certificate = read_manifest(lora_run / "decode_module").certificate
     assert certificate is not None
     assert (certificate.kind, certificate.lora_rank, certificate.lora_alpha) == ("lora", 2, 8.0)
