@@ -16,13 +16,18 @@ REPORT = $(BIN)/python -m pshare_jax.bench report --results="[$$(for result in \
   $(patsubst %,docs/results/agents-%.json,$(BENCHES) $(BENCHES_VLLM)); do \
   if [ -f $$result ]; then echo $$result; fi; done | paste -sd,)]"
 
-.PHONY: demo serve bench bench-vllm modules results test quick test-browser test-compile test-newest test-compile-newest docs attack chaos soak lock audit lint format clean
+.PHONY: demo serve serve-cluster bench bench-vllm modules results test quick test-browser test-compile test-newest test-compile-newest docs attack chaos soak lock audit lint format clean
 
 demo: .venv/.run $(MODULES)
 	$(BIN)/python -m pshare_jax.demo
 
 serve: .venv/.run $(MODULES)
 	$(BIN)/python -m pshare_jax.serve --config $(CONFIG)
+
+# Two frontends, two prefill and two decode workers, each a process of its own.
+serve-cluster: .venv/.run $(MODULES)
+	$(BIN)/python -m pshare_jax.serve --config $(CONFIG) --launcher=local --cluster.frontends=2 \
+	  --prefill.engines=2 --decode.engines=2
 
 bench: .venv/.bench $(BASE)-full/pshare.json
 	$(foreach name,$(BENCHES),$(AGENTS) --config configs/bench/$(name).yaml \
@@ -96,9 +101,11 @@ lock: .venv/.lock
 audit: .venv/.lock
 	$(BIN)/python .ci/audit.py
 
-# The members of a store's pool are killed at random for ten minutes.
+# The members of a store's pool are killed at random for ten minutes, and the workers of a cluster
+# while it answers a thousand requests.
 chaos: .venv/.test
 	CHAOS_SECONDS=600 $(BIN)/python -m pytest tests/attack/test_kv_store.py
+	CHAOS_REQUESTS=1000 $(BIN)/python -m pytest -o timeout=7200 tests/e2e/test_cluster.py
 
 lint: .venv/.test
 	$(BIN)/ruff check .

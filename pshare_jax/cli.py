@@ -14,6 +14,7 @@ from pshare_jax import __version__
 
 COMMANDS = {
     "serve": ("pshare_jax.serve", "serve decode modules over one prefill module"),
+    "worker": ("pshare_jax.serve.worker", "one worker process of a cluster, for `pshare serve`"),
     "train": ("pshare_jax.train", "train a decode module on the base's KV cache"),
     "convert": ("pshare_jax.convert", "make checkpoints from Hugging Face, PEFT and GGUF, or back"),
     "eval": ("pshare_jax.evals", "grade the answers of served models"),

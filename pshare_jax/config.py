@@ -21,9 +21,14 @@ SharedPrefix = Literal["auto", "on", "off"]
 ConnectorName = Literal["auto", "device_put", "same-mesh"]
 KvCodec = Literal["auto", "planes", "top16", "raw"]
 Admission = Literal["second-use", "always"]
+RoutingPolicy = Literal["prefix", "load"]
+Roles = Literal["fixed", "flexible"]
+PrefetchPolicy = Literal["off", "next-agent"]
 Reasoning = Literal["auto", "on", "off"]
 GenerationConfig = Literal["auto", "none"]
 ReplyKV = Literal["off", "ahead", "while-decoding"]
+Launcher = Literal["none", "local"]
+Role = Literal["prefill", "decode", "both"]
 MetricsAccess = Literal["auto", "public", "key", "admin", "off"]
 AccessLogFormat = Literal["text", "json", "off"]
 T = TypeVar("T")
@@ -139,6 +144,10 @@ class KvStoreConfig:
         codec: how pages are compressed, without loss. `planes` and `top16` are for bfloat16; `auto`
             is `planes` where it pays, and `raw` elsewhere.
         admission: what the disk takes: pages that are used a second time, or every page.
+        prefetch: whether pages are fetched before a prompt asks for them. `next-agent` fetches
+            those of the agent that a session calls next, see docs/kv-tiers.md.
+        prefetch_bytes: most bytes of a prefill worker's pool that hold pages which were fetched so
+            and which nobody has used yet.
     """
 
     path: str = ""
@@ -147,6 +156,63 @@ class KvStoreConfig:
     disk_bytes: int = 0
     codec: KvCodec = "auto"
     admission: Admission = "second-use"
+    prefetch: PrefetchPolicy = "off"
+    prefetch_bytes: int = 2**28
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """Who does what, where there are several engines.
+
+    Args:
+        policy: which prefill engine covers a prompt. `prefix` is the one that has most of it,
+            unless it is behind by more than that is worth; with `load` it is the one with least to
+            do, once the KV store has the prompt, so that all have it (it needs `kv_store.path`).
+        roles: with `flexible` every mesh can do both prefill and decode, over one pool, and is
+            given to the other while serving, see docs/kv-tiers.md; `prefill.engines` and
+            `decode.engines` say how it begins. Each mesh then has the weights of both sides.
+        backlog_tokens: with `flexible` roles, prompt tokens that wait at each prefill engine when
+            another mesh is given to prefill; 0 leaves meshes as they are until they are told.
+    """
+
+    policy: RoutingPolicy = "prefix"
+    roles: Roles = "fixed"
+    backlog_tokens: int = 8192
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """Workers in processes of their own. Without a launcher and without workers there is one
+    process for everything.
+
+    Args:
+        launcher: `local` starts `prefill.engines` and `decode.engines` worker processes and
+            `frontends` servers on this machine, and starts again what ends.
+        frontends: servers that the launcher starts; the first listens on `server.port`, the others
+            on the ports after it.
+        workers: addresses, `HOST:PORT`, of worker processes that somebody else starts with
+            `pshare worker`; this process then is a frontend.
+        token_file: file of the secret by which the processes of a cluster know each other; empty is
+            none, which is for 127.0.0.1 only.
+        shm_path: folder in memory through which pages go between processes of one host.
+        beat_seconds: between two signs of life of a worker's engine.
+        lost_seconds: after this without one its sequences go on elsewhere.
+        patience_seconds: how long a request waits while no worker that could do it is there.
+        max_attempts: attempts of a request that may be lost with the workers that had them.
+        take_turns: whether the engines of a CPU compute one at a time, as those of one process do;
+            `false` where each has cores of its own.
+    """
+
+    launcher: Launcher = "none"
+    frontends: int = 1
+    workers: list[str] = field(default_factory=list)
+    token_file: str = ""
+    shm_path: str = "/dev/shm"
+    beat_seconds: float = 0.25
+    lost_seconds: float = 5.0
+    patience_seconds: float = 60.0
+    max_attempts: int = 6
+    take_turns: bool = True
 
 
 @dataclass(frozen=True)
@@ -255,7 +321,9 @@ class ServeConfig:
         prefill: the prefill side.
         decode: the decode side.
         kv_store: pages of prompts beyond the pools, in shared memory and on disk.
+        router: which engine does what.
         sessions: what is done for calls to come.
+        cluster: workers in processes of their own.
         server: the HTTP side.
     """
 
@@ -272,7 +340,9 @@ class ServeConfig:
     prefill: PrefillConfig = field(default_factory=PrefillConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     kv_store: KvStoreConfig = field(default_factory=KvStoreConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
     sessions: SessionsConfig = field(default_factory=SessionsConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
 
 

@@ -12,11 +12,14 @@ import tempfile
 import zlib
 from pathlib import Path
 
+import xxhash
+
 logger = logging.getLogger(__name__)
 
 _ENTRY_SUFFIX = "-cache"
 _ACCESS_SUFFIX = "-atime"
 _CHECKED = "checked-entries.json"
+_CHECKSUM = "xxh3 "
 _ZLIB, _ZSTANDARD = b"\x78", b"\x28\xb5\x2f\xfd"
 """How an entry of JAX's compilation cache starts, by how it is compressed."""
 
@@ -91,7 +94,8 @@ def clean_compilation_cache(folder: str | Path) -> int:
     A full disk or a power cut leaves files that are empty, cut short or full of zeros. JAX compiles
     anew when it cannot read an entry, but never replaces a file that is there, so that it would at
     every start. To decompress an entry takes 13 ms a megabyte, so those that were whole are listed
-    beside them, with size and time, and not read again. An entry that another process is writing
+    beside them with a checksum, and only that is compared the next time. It also finds what has
+    changed in entries without a checksum of their own. An entry that another process is writing
     right now may be removed too; it is then compiled once more.
     """
     removed = 0
@@ -100,9 +104,12 @@ def clean_compilation_cache(folder: str | Path) -> int:
         names = [entry.path for entry in entries if entry.name.endswith(_ENTRY_SUFFIX)]
         for path in names:
             with contextlib.suppress(OSError):
-                about = os.stat(path)
-                name, mark = os.path.basename(path), f"{about.st_size} {about.st_mtime_ns}"
-                if checked.get(name) == mark or _is_whole(Path(path).read_bytes()):
+                name, entry = os.path.basename(path), Path(path).read_bytes()
+                mark = _CHECKSUM + xxhash.xxh3_128_hexdigest(entry)
+                before = checked.get(name, "")
+                # Nobody replaces an entry: one that is not what it was is damaged.
+                is_new = not before.startswith(_CHECKSUM)
+                if before == mark or (is_new and _is_whole(entry)):
                     whole[name] = mark
                 else:
                     os.unlink(path)
@@ -120,7 +127,9 @@ def _read_checked(folder: str | Path) -> dict[str, str]:
         known = json.loads((Path(folder) / _CHECKED).read_bytes())
     except (OSError, ValueError):
         return {}
-    return known if isinstance(known, dict) else {}
+    if not isinstance(known, dict):
+        return {}
+    return {name: mark for name, mark in known.items() if isinstance(mark, str)}
 
 
 def _write_checked(folder: str | Path, whole: dict[str, str]) -> None:
@@ -146,6 +155,7 @@ def _is_whole_zstandard(entry: bytes) -> bool:
     """The same where the package zstandard is installed, which JAX then takes.
 
     What is cut is found, a changed byte only where the form no longer holds: JAX adds no checksum.
+    So a change is noticed if it comes after the first check, see `clean_compilation_cache`.
     """
     try:
         import zstandard

@@ -22,6 +22,7 @@ from pshare_jax.bench import (
     agents_markdown,
     agents_plots,
     agents_report,
+    autoscale,
     codec,
     compile_report,
     loading,
@@ -29,15 +30,20 @@ from pshare_jax.bench import (
     masks,
     micro,
     micro_report,
+    moving,
     restart,
+    routes,
     shared_prefix,
+    shift,
     soak,
     soak_options,
     starve,
+    tiers,
     training,
     turns,
 )
 from pshare_jax.bench import compile as compile_bench
+from pshare_jax.bench.fleet import command as fleet
 from pshare_jax.bench.hardware import report as hardware_report
 from pshare_jax.bench.hardware import run as hardware
 from pshare_jax.bench.plan import command as plan
@@ -80,6 +86,30 @@ _PLAIN = {
         restart.run,
         restart.lines,
     ),
+    "tiers": _Plain(
+        "KV fetched ahead from tiers below the pools, against fetching on demand; virtual time.",
+        tiers.TiersOptions,
+        tiers.run,
+        tiers.lines,
+    ),
+    "routes": _Plain(
+        "Routing by load alone over a KV store, against routing by prefix; virtual time.",
+        routes.RoutesOptions,
+        routes.run,
+        routes.lines,
+    ),
+    "shift": _Plain(
+        "Meshes given from decode to prefill while rows run; virtual time.",
+        shift.ShiftOptions,
+        shift.run,
+        shift.lines,
+    ),
+    "moving": _Plain(
+        "What replies notice when the mesh that generates them is given to prefill.",
+        moving.MovingOptions,
+        moving.run,
+        moving.lines,
+    ),
     "masks": _Plain(
         "Decode steps whose tokens follow a grammar, beside free ones.",
         masks.MasksOptions,
@@ -91,6 +121,18 @@ _PLAIN = {
         loading.LoadingOptions,
         loading.run,
         loading.lines,
+    ),
+    "autoscale": _Plain(
+        "Workers that change sides while the load changes, in virtual time.",
+        autoscale.AutoscaleOptions,
+        autoscale.run,
+        autoscale.lines,
+    ),
+    "fleet": _Plain(
+        "Routers of a thousand engines in virtual time, beside one that knows everything.",
+        fleet.RoutersOptions,
+        fleet.run,
+        fleet.lines,
     ),
     "starve": _Plain(
         "How long a small request takes while others flood the server.",

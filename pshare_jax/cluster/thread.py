@@ -14,11 +14,15 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from pshare_jax.cluster.turns import Turns
 from pshare_jax.cluster.worker import Worker
 from pshare_jax.core.fairness import FairTurns
 from pshare_jax.core.messages import Message
 
 logger = logging.getLogger(__name__)
+
+_FORGETS = 0.98
+"""What is left of a long piece after each further one."""
 
 Send = Callable[[str, str, Message], None]
 """Carries a message: from whom, to whom, what."""
@@ -36,9 +40,11 @@ class WorkerThread:
         send: carries messages to parts that are elsewhere.
         on_failure: called with a worker's name and the reason when it has failed.
         clock: seconds, from any start.
+        host_turns: asked before each piece of work, where other processes use the same processor.
 
     Attributes:
         busy_seconds: time spent in pieces of work, by worker; written by the thread alone.
+        longest_seconds: about the longest piece of work of late.
     """
 
     def __init__(
@@ -48,17 +54,21 @@ class WorkerThread:
         send: Send,
         on_failure: Callable[[str, str], None],
         clock: Callable[[], float] = time.monotonic,
+        host_turns: Turns | None = None,
     ):
         self.name = name
         self.workers = list(workers)
         self.busy_seconds = {worker.name: 0.0 for worker in workers}
+        self.longest_seconds = 0.0
         self._alive = {worker.name: worker for worker in workers}
         self._send = send
         self._on_failure = on_failure
         self._clock = clock
+        self._host_turns = host_turns
         self._turns = FairTurns()
         self._last: Worker | None = None
         self._inbox: list[tuple[str, Message]] = []
+        self._calls: list[Callable[[], None]] = []
         self._condition = threading.Condition()
         self._stopping = False
         self._thread: threading.Thread | None = None
@@ -72,6 +82,15 @@ class WorkerThread:
         """Gives a hosted worker a message; from any thread."""
         with self._condition:
             self._inbox.append((to, message))
+            self._condition.notify()
+
+    def call(self, action: Callable[[], None]) -> None:
+        """Has the thread call `action` between two pieces of work; from any thread.
+
+        What raises there is a bug, and ends nothing but the action.
+        """
+        with self._condition:
+            self._calls.append(action)
             self._condition.notify()
 
     def stop(self) -> None:
@@ -92,10 +111,15 @@ class WorkerThread:
         """
         with self._condition:
             inbox, self._inbox = self._inbox, []
+            calls, self._calls = self._calls, []
         for to, message in inbox:
             self._receive(to, message)
+        for action in calls:
+            self._call(action)
         self._flush()
         progress = self._work() or self._work_ahead()
+        if not progress and self._host_turns is not None:
+            self._host_turns.rests()
         # Planning alone may have something to say, such as that a prompt was all cached.
         return self._flush() or progress
 
@@ -105,7 +129,7 @@ class WorkerThread:
         idle = False
         while True:
             with self._condition:
-                if idle and not self._inbox and not self._stopping:
+                if idle and not (self._inbox or self._calls or self._stopping):
                     self._condition.wait(self._patience())
                 if self._stopping:
                     break
@@ -120,6 +144,12 @@ class WorkerThread:
         worker = self._alive.get(to)
         if worker is not None:
             self._guard(worker, lambda: worker.receive(message))
+
+    def _call(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception:
+            logger.exception("%s: what it was asked to do has failed", self.name)
 
     def _flush(self) -> bool:
         """Carries messages: first those to workers here, until none of them has more to say.
@@ -160,6 +190,8 @@ class WorkerThread:
         workers = tuple(self._alive.values())
         if self._inbox or not all(worker.at_rest for worker in workers):
             return False
+        if self._host_turns is not None and self._host_turns.is_wanted:
+            return False
         return any(self._guard(worker, lambda w=worker: self._piece_ahead(w)) for worker in workers)
 
     def _piece_ahead(self, worker: Worker) -> bool:
@@ -183,7 +215,20 @@ class WorkerThread:
             # One computes at a time; what only moves pages need not wait for that.
             self._drain()
             self._last = worker
-        return self._timed(worker, piece)
+        if urgent or self._host_turns is None:
+            return self._timed(worker, piece)
+        return self._in_turn(self._host_turns, worker, piece)
+
+    def _in_turn(self, turns: Turns, worker: Worker, piece: Callable[[], bool | None]) -> bool:
+        """A piece of work that no other process's engine works beside."""
+        turns.begin()
+        try:
+            progress = self._timed(worker, piece)
+            if turns.is_wanted:
+                self._drain()
+            return progress
+        finally:
+            turns.end()
 
     def _drain(self) -> None:
         """Finishes what the last worker has begun, in its time."""
@@ -199,6 +244,7 @@ class WorkerThread:
         seconds = self._clock() - started
         if progress is False:
             return False
+        self.longest_seconds = max(seconds, _FORGETS * self.longest_seconds)
         self.busy_seconds[worker.name] += seconds
         if counts:
             self._turns.worked(worker.share, seconds)

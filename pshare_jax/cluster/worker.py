@@ -7,7 +7,7 @@ from typing import Generic, Protocol, TypeVar
 
 from pshare_jax.core.decode import DecodeCore
 from pshare_jax.core.fairness import Share
-from pshare_jax.core.messages import Message, Outbox, WeightsFreed
+from pshare_jax.core.messages import IndexSnapshot, Message, Outbox, WeightsFreed
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.plans import DecodePlan, DecodeResult, Landed, PrefillPlan, PrefillResult
 from pshare_jax.core.prefill import PrefillCore
@@ -59,11 +59,13 @@ class Worker(Protocol):
 
     Attributes:
         name: what messages go by.
+        covers: whether it covers prompts; otherwise it generates.
         share: its part of the processor that it shares with others.
         outbox: messages to others.
     """
 
     name: str
+    covers: bool
     share: Share
     outbox: Outbox
 
@@ -103,6 +105,18 @@ class Worker(Protocol):
         """Whether nobody waits for anything here."""
         ...
 
+    def held_ids(self) -> set[int]:
+        """Sequences that are known here, in any state."""
+        ...
+
+    def loads(self) -> dict[int, int]:
+        """What each sequence means here: tokens to be computed, or pages to be read."""
+        ...
+
+    def index_snapshot(self) -> IndexSnapshot:
+        """What its prefix index holds."""
+        ...
+
     @property
     def has_begun(self) -> bool:
         """Whether the device still computes something for it."""
@@ -123,6 +137,8 @@ D = TypeVar("D", bound=DecodeRuns)
 
 class PrefillWorker(Generic[P]):
     """Covers prompts. `schedule` is the core's, or that of a pool which it shares."""
+
+    covers = True
 
     def __init__(
         self,
@@ -175,6 +191,18 @@ class PrefillWorker(Generic[P]):
         """See Worker."""
         return not self.core.held_ids()
 
+    def held_ids(self) -> set[int]:
+        """See Worker."""
+        return self.core.held_ids()
+
+    def loads(self) -> dict[int, int]:
+        """See Worker."""
+        return self.core.loads()
+
+    def index_snapshot(self) -> IndexSnapshot:
+        """See Worker."""
+        return self.core.index_feed.snapshot()
+
     @property
     def has_begun(self) -> bool:
         """See Worker. A chunk is waited for at once."""
@@ -194,6 +222,8 @@ class PrefillWorker(Generic[P]):
 
 class DecodeWorker(Generic[D]):
     """Generates. `schedule` is the core's, or that of a pool which it shares."""
+
+    covers = False
 
     def __init__(
         self,
@@ -251,6 +281,18 @@ class DecodeWorker(Generic[D]):
     def at_rest(self) -> bool:
         """See Worker."""
         return not self.core.held_ids()
+
+    def held_ids(self) -> set[int]:
+        """See Worker."""
+        return self.core.held_ids()
+
+    def loads(self) -> dict[int, int]:
+        """See Worker."""
+        return self.core.loads()
+
+    def index_snapshot(self) -> IndexSnapshot:
+        """See Worker."""
+        return self.core.index_feed.snapshot()
 
     @property
     def has_begun(self) -> bool:

@@ -81,7 +81,7 @@ class Admission:
         return Reservation(
             slot=self._free_slots.pop(),
             pages=pages,
-            fill=list(range(len(shared), -(-sequence.covered // cache.page_size))),
+            fill=list(range(len(shared), -(-sequence.num_held // cache.page_size))),
             arriving=self._index_arriving(sequence, shared, pages),
             awaited={
                 number: node

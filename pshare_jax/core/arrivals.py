@@ -108,14 +108,16 @@ class Arrivals:
         self._arrivals[sequence.id] = arrival
         self._fetch(arrival, reservation.fill)
 
-    def offered(self, transfer_id: int, descriptors: list[PageDescriptor]) -> None:
-        """The pages of a transfer can be pulled."""
+    def offered(
+        self, transfer_id: int, descriptors: list[PageDescriptor], address: str = ""
+    ) -> None:
+        """The pages of a transfer can be pulled, from `address`."""
         transfer = self._transfers.get(transfer_id)
         if transfer is None or transfer.pulled:
             return
         transfer.pulled = True
         sequence, pages = transfer.arrival.sequence, transfer.arrival.reservation.pages
-        chain = sequence.chain
+        chain = sequence.held_keys
         self.pulls.append(
             Pull(
                 transfer_id,
@@ -123,6 +125,7 @@ class Arrivals:
                 descriptors,
                 [chain[number] for number in transfer.numbers],
                 [pages[number] for number in transfer.numbers],
+                address,
             )
         )
 
@@ -213,7 +216,7 @@ class Arrivals:
         self._transfers[transfer_id] = Transfer(arrival, numbers)
         arrival.transfers.add(transfer_id)
         sequence = arrival.sequence
-        fetch = m.Fetch(self._worker, transfer_id, sequence.id, numbers)
+        fetch = m.Fetch(self._worker, transfer_id, sequence.held_id, numbers)
         self._outbox.append((sequence.prefill_worker, fetch))
 
     def _cancel(self, transfer_id: int) -> None:

@@ -28,7 +28,13 @@ class TransferState(Enum):
 
 
 class Connector(Protocol):
-    """One worker's end. All methods belong to the thread that owns the worker's pool."""
+    """One worker's end. All methods belong to the thread that owns the worker's pool.
+
+    Attributes:
+        address: where other processes find what it offers; empty where all are in one.
+    """
+
+    address: str
 
     def offer(self, offer: Offer) -> list[PageDescriptor]:
         """Sending side: puts pages of the pool on offer, until pulled or aborted.

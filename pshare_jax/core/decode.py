@@ -22,6 +22,7 @@ from pshare_jax.core.admission import Admission, Reservation
 from pshare_jax.core.arrivals import Arrival, Arrivals
 from pshare_jax.core.buckets import bucket_for
 from pshare_jax.core.decode_queue import DecodeQueue
+from pshare_jax.core.index_feed import IndexFeed
 from pshare_jax.core.messages import (
     DISPATCHER,
     Message,
@@ -67,10 +68,12 @@ class DecodeCore:
     Attributes:
         outbox: messages to others; who carries them empties it.
         stats: what has been done.
+        index_feed: what routers are told of its index.
         elsewhere: what holds pages of this pool in a prefill core, and could give way there.
         crowded: whether anything holds pages in a prefill core of the same pool.
         starved: which of `elsewhere` is to give way now.
         short: arrival order of a row that waits for pages, after the last plan.
+        leaves: whether all sequences are to go, since the mesh does something else.
     """
 
     def __init__(
@@ -92,10 +95,12 @@ class DecodeCore:
         self.crowded = False
         self.starved: HasSequence | None = None
         self.short: int | None = None
+        self.leaves = False
         self.admission = Admission(cache, config.max_num_seqs)
         self._models = dict(models)
         self._config = config
         self._bytes_per_page = bytes_per_page
+        self.index_feed = IndexFeed(cache)
         self._owns_cache = owns_cache
         ids = transfer_ids or (secrets.randbits(63) for _ in itertools.count())
         self._arrivals = Arrivals(name, cache, self.outbox, ids)
@@ -137,6 +142,12 @@ class DecodeCore:
         """Sequences that are known here, in any state."""
         return self._queue.ids() | self.inside_ids()
 
+    def loads(self) -> dict[int, int]:
+        """Pages of all sequences that are known here, by sequence."""
+        rows = [row.sequence for row in self._rows.values()]
+        known = [*rows, *self._arrivals.sequences(), *self._queue.sequences()]
+        return {one.id: -(-one.num_tokens // self.cache.page_size) for one in known}
+
     def inside_ids(self) -> set[int]:
         """Sequences that have a slot and pages here."""
         return set(self._rows) | self._arrivals.ids()
@@ -146,14 +157,23 @@ class DecodeCore:
         match message:
             case m.Covered():
                 self._queue.add(message)
+                if self.leaves:
+                    self._let_waiting_go()
+            case m.SetRole(works):
+                self.leaves = not works
+                if self.leaves:
+                    self._let_waiting_go()
             case m.Withdrawn(id):
                 self._queue.remove(id)
-            case m.Offered(transfer, descriptors):
-                self._arrivals.offered(transfer, descriptors)
+            case m.Offered(transfer, descriptors, address):
+                self._arrivals.offered(transfer, descriptors, address)
             case m.NotOffered(transfer, reason):
                 self._fetch_failed(transfer, reason)
             case m.Abort(id):
                 self._abort(id)
+            case m.IndexWanted():
+                if self._owns_cache:
+                    self._send(DISPATCHER, self.index_feed.snapshot())
             case m.ModelAdded(spec):
                 self._models[spec.name] = spec
             case m.ModelRemoved(model):
@@ -175,8 +195,10 @@ class DecodeCore:
             # Alone, so that those who wait for the pages do not wait for a step as well.
             return self._plan()
         self._start_rows()
-        replay = self._catch_up()
-        step = self._next_step()
+        if self.leaves:
+            self._let_rows_go()
+        replay = None if self.leaves else self._catch_up()
+        step = None if self.leaves else self._next_step()
         if not (replay or step or self._admits or arrivals.cancelled or arrivals.is_pulling):
             self._publish()
             return None
@@ -228,6 +250,19 @@ class DecodeCore:
         self._enter()
         self._publish()
 
+    def movable(self) -> list[DecodeRow]:
+        """Rows that are to go, and of which nothing is under way."""
+        return [row for row in self._rows.values() if row.planned == 0] if self.leaves else []
+
+    def move(self, row: DecodeRow, moved: m.Moved) -> list[int]:
+        """Lets a row go with its KV; the pages of that, whose references go to the caller."""
+        count = len(moved.keys)
+        pages, row.pages = row.pages[:count], row.pages[count:]
+        self.stats.moved_rows += 1
+        self._remove(row)
+        self._send(DISPATCHER, m.Returned(row.sequence.id, "moved", moved=moved))
+        return pages
+
     def release_all(self) -> None:
         """Gives all pages back, of sequences that nobody will end."""
         for row in tuple(self._rows.values()):
@@ -245,9 +280,9 @@ class DecodeCore:
     def _publish(self) -> None:
         if not self._owns_cache:
             return
-        added, removed = self.cache.changes()
-        if added or removed:
-            self._send(DISPATCHER, m.IndexChanged(added, removed))
+        change = self.index_feed.change()
+        if change is not None:
+            self._send(DISPATCHER, change)
 
     def make_room(self, newcomer: Sequence) -> bool:
         """Preempts a sequence for the sake of one that has nothing, if somebody has too much."""
@@ -282,6 +317,8 @@ class DecodeCore:
         num_bytes = moved * self._bytes_per_page
         if num_bytes:
             self.stats.handed_over(sequence.model, moved, num_bytes)
+        if sequence.moved is not None:
+            self.stats.moved_pages += moved
         usage = PromptUsage(
             covered.usage.prompt_tokens,
             covered.usage.computed_tokens,
@@ -304,7 +341,7 @@ class DecodeCore:
     def _start_rows(self) -> None:
         for arrival in self._arrivals.complete():
             sequence, room = arrival.sequence, arrival.reservation
-            self._send(sequence.prefill_worker, m.Release(sequence.id))
+            self._send(sequence.prefill_worker, m.Release(sequence.held_id))
             self._send(DISPATCHER, m.Started(sequence.id, arrival.usage))
             tokens = (*sequence.prompt, *sequence.output)
             self._admits.append(
@@ -319,7 +356,7 @@ class DecodeCore:
                 )
             )
             self._rows[sequence.id] = DecodeRow(
-                sequence, room.slot, room.pages, sequence.covered, list(sequence.output)
+                sequence, room.slot, room.pages, sequence.num_held, list(sequence.output)
             )
 
     def _fetch_failed(self, transfer: int, reason: str) -> None:
@@ -330,6 +367,24 @@ class DecodeCore:
         if given_up is not None:
             self._give_back(given_up, reason)
 
+    def _let_waiting_go(self) -> None:
+        """Gives back what does not run yet; where it goes its pages are fetched again."""
+        for id in self._queue.ids():
+            if (covered := self._queue.remove(id)) is not None:
+                sequence = covered.sequence
+                self._send(sequence.prefill_worker, m.Release(sequence.held_id))
+                self._send(DISPATCHER, m.Returned(id, "moved"))
+        for id in self._arrivals.ids():
+            if (arrival := self._arrivals.remove(id)) is not None:
+                self._release(arrival)
+                self._send(DISPATCHER, m.Returned(id, "moved"))
+
+    def _let_rows_go(self) -> None:
+        """Gives back rows that nobody has taken with their KV: they will be replayed."""
+        for row in self.movable():
+            self._remove(row)
+            self._send(DISPATCHER, m.Returned(row.sequence.id, "moved"))
+
     def _give_back(self, arrival: Arrival, reason: str) -> None:
         self._release(arrival)
         self._send(DISPATCHER, m.Returned(arrival.sequence.id, "fetch", reason))
@@ -337,7 +392,7 @@ class DecodeCore:
     def _release(self, arrival: Arrival) -> None:
         self._changes += 1
         self.admission.leave(arrival.reservation.slot, arrival.reservation.pages)
-        self._send(arrival.sequence.prefill_worker, m.Release(arrival.sequence.id))
+        self._send(arrival.sequence.prefill_worker, m.Release(arrival.sequence.held_id))
 
     def _abort(self, id: int) -> None:
         row = self._rows.get(id)
@@ -346,7 +401,7 @@ class DecodeCore:
         elif arrival := self._arrivals.remove(id):
             self._release(arrival)
         elif queued := self._queue.remove(id):
-            self._send(queued.sequence.prefill_worker, m.Release(id))
+            self._send(queued.sequence.prefill_worker, m.Release(queued.sequence.held_id))
         self._send(DISPATCHER, m.Dropped(id))
 
     def _remove(self, row: DecodeRow) -> None:

@@ -34,6 +34,10 @@ class DecodeQueue:
         """Sequences that wait."""
         return set(self._waiting)
 
+    def sequences(self) -> list[Sequence]:
+        """Sequences that wait."""
+        return [covered.sequence for covered in self._waiting.values()]
+
     def add(self, covered: Covered) -> None:
         """A sequence has been covered."""
         self._waiting[covered.sequence.id] = covered

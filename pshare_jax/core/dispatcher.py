@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import msgspec
 
 from pshare_jax.core import messages as m
+from pshare_jax.core.agent_order import AgentOrder
+from pshare_jax.core.balance import BalancePolicy
 from pshare_jax.core.messages import (
     FinishReason,
     Outbox,
@@ -27,7 +29,8 @@ from pshare_jax.core.messages import (
 )
 from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.pages.prefix_index import block_key, block_keys, root_key
-from pshare_jax.core.router import NoWorkerError, Router
+from pshare_jax.core.roles import Roles
+from pshare_jax.core.router import NoWorkerError, Router, WorkerInfo
 from pshare_jax.core.sessions import SessionPolicy, replied, session_key
 from pshare_jax.core.stats import DispatcherStats
 
@@ -67,6 +70,11 @@ class Dispatcher:
         router: chooses workers.
         page_size: tokens of a page.
         sessions: what is done for calls to come.
+        balance: when meshes that may do either change; None is never by themselves.
+        ids: of attempts, never used twice by anybody whom the workers hear.
+        max_lost: attempts that may be lost to failures before a request fails.
+        patience: seconds that a request waits for a worker to come where none could do it; see
+            `tick`. 0 is not at all.
 
     Attributes:
         outbox: messages to workers; who carries them empties it.
@@ -82,6 +90,11 @@ class Dispatcher:
         router: Router,
         page_size: int,
         sessions: SessionPolicy | None = None,
+        balance: BalancePolicy | None = None,
+        *,
+        ids: Iterator[int] | None = None,
+        max_lost: int = MAX_LOST_ATTEMPTS,
+        patience: float = 0.0,
     ):
         self.outbox: Outbox = []
         self.outputs: list[RequestOutput] = []
@@ -93,10 +106,16 @@ class Dispatcher:
         self._router = router
         self._page_size = page_size
         self._sessions = sessions or SessionPolicy()
+        self._agents = AgentOrder()
+        self._roles = Roles(router, balance)
         self._live: dict[str, _Live] = {}
         self._attempts: dict[int, _Live] = {}
-        self._ids = itertools.count()
+        self._ids = itertools.count() if ids is None else ids
+        self._max_lost = max_lost
+        self._patience = patience
         self._lost_workers: dict[str, str] = {}
+        self._hosted: dict[str, frozenset[str]] = {}
+        self._parked: dict[str, float | None] = {}
 
     @property
     def num_live(self) -> int:
@@ -176,6 +195,7 @@ class Dispatcher:
         )
         self._live[request.id] = live
         self._attempt(live)
+        self._say_expected(live, begins=True)
 
     def abort(self, request_id: str, *, complete: bool = False) -> None:
         """Ends a request; unknown and ended ones are ignored.
@@ -189,9 +209,11 @@ class Dispatcher:
         if complete:
             self._say_replied(live)
         sequence = live.sequence
-        assert sequence is not None
+        if sequence is None:
+            self._finish(live, FinishReason.ABORT)
+            return
         to = sequence.prefill_worker
-        if live.started or to in self._lost_workers:
+        if live.started or sequence.moved or to in self._lost_workers:
             to = sequence.decode_worker
         self.outbox.append((to, m.Abort(sequence.id, sequence.decode_worker)))
 
@@ -202,9 +224,15 @@ class Dispatcher:
 
     def receive(self, worker: str, message: ToDispatcher, now: float = 0.0) -> None:
         """Takes in what a worker says; `now` is in seconds of the host's clock."""
+        self.outbox += self._roles.balance(self._hosts, now)
         match message:
-            case m.IndexChanged(added, removed):
-                self._router.index_changed(worker, added, removed)
+            case m.IndexChanged():
+                if self._router.index_changed(worker, message):
+                    self.outbox.append((worker, m.IndexWanted()))
+            case m.IndexSnapshot():
+                self._router.index_snapshot(worker, message)
+            case m.StoreChanged(added, removed):
+                self._router.store_changed(added, removed)
             case m.Pending(id, tokens):
                 self._router.pending(worker, id, tokens)
                 if (live := self._attempts.get(id)) is not None:
@@ -214,18 +242,74 @@ class Dispatcher:
                 if live is not None:
                     self._about(live, message, now)
 
+    def is_current(self, id: int) -> bool:
+        """Whether a sequence is what its request goes on with; another thread may ask."""
+        return id in self._attempts
+
+    def needs(self, worker: str) -> bool:
+        """Whether any sequence waits for something of a worker."""
+        return any(
+            sequence.decode_worker == worker
+            or (sequence.prefill_worker == worker and not live.started)
+            for live in self._live.values()
+            if (sequence := live.sequence) is not None
+        )
+
+    def running(self) -> Counter[str]:
+        """Sequences that have a slot, by the model's id; another thread may ask."""
+        lives = tuple(self._live.values())
+        return Counter(e.model.name for e in lives if e.started and not e.request.probe)
+
+    def add_worker(self, info: WorkerInfo, *, prefill: bool, models: Collection[str] = ()) -> None:
+        """A worker has come, or come again; it holds nothing that was sent there before.
+
+        Args:
+            info: what the router is told.
+            prefill: whether it covers prompts; otherwise it generates.
+            models: names of the models that it generates for, beside those that say so.
+        """
+        self._lost_workers.pop(info.name, None)
+        self._hosted[info.name] = frozenset(models)
+        self._router.add(info, prefill=prefill)
+        parked, self._parked = self._parked, {}
+        for id in parked:
+            if (live := self._live.get(id)) is not None:
+                self._attempt(live)
+        for id in self._parked:
+            # Who waits on has waited before.
+            self._parked[id] = parked[id]
+
+    def note_others(self, worker: str, load: int) -> None:
+        """A worker says what it has of other dispatchers' sequences, see `Router.note_others`."""
+        self._router.note_others(worker, load)
+
+    def drain_worker(self, worker: str) -> None:
+        """A worker takes no more sequences; those that it has go on."""
+        self._router.lose(worker)
+
+    def tick(self, now: float) -> None:
+        """Gives up on requests that have waited too long for a worker; `now` is in seconds."""
+        for id, deadline in tuple(self._parked.items()):
+            if deadline is None:
+                self._parked[id] = now + self._patience
+            elif now >= deadline:
+                live = self._live[id]
+                self._finish(live, FinishReason.ERROR, self._no_worker(live.model))
+
     def lose_worker(self, worker: str, reason: str) -> None:
         """A worker has failed: what it held is computed elsewhere, or fails."""
         self._lost_workers[worker] = reason
         self._router.lose(worker)
+        self.outbox += self._roles.wake(self._hosts())
         for live in tuple(self._live.values()):
             sequence = live.sequence
-            assert sequence is not None
+            if sequence is None:
+                continue
             if sequence.decode_worker == worker:
                 if sequence.prefill_worker not in self._lost_workers:
                     # In this order: between the two the prompt may become complete.
                     self.outbox.append((sequence.prefill_worker, m.Abort(sequence.id)))
-                    self.outbox.append((sequence.prefill_worker, m.Release(sequence.id)))
+                    self.outbox.append((sequence.prefill_worker, m.Release(sequence.held_id)))
                 self._retry(live, f"{worker}: {reason}")
             elif sequence.prefill_worker == worker and not live.started:
                 self.outbox.append((sequence.decode_worker, m.Abort(sequence.id)))
@@ -241,7 +325,9 @@ class Dispatcher:
             case m.Tokens(_, tokens, logprobs, reason):
                 self._deliver(live, tokens, logprobs, reason)
             case m.Returned(_, cause, detail):
-                if cause == "preempted":
+                if cause == "moved":
+                    self._move(live, message.moved)
+                elif cause == "preempted":
                     self._attempt(live)
                 else:
                     self._retry(live, detail)
@@ -249,6 +335,47 @@ class Dispatcher:
                 self._finish(live, FinishReason.ABORT)
             case m.Failed(_, error):
                 self._finish(live, FinishReason.ERROR, error)
+
+    def give_mesh(self, worker: str) -> None:
+        """Has a mesh that may do either work for `worker` from now on, see `Roles.give`.
+
+        Raises:
+            NoWorkerError: see there.
+        """
+        self.outbox += self._roles.give(worker, self._hosts())
+
+    def _hosts(self) -> dict[str, list[str]]:
+        """Decode workers of each model that is served, or used by a request."""
+        specs = (*self._models.values(), *self._leaving.values())
+        return {spec.name: self._hosts_of(spec) for spec in specs}
+
+    def _move(self, live: _Live, moved: m.Moved | None) -> None:
+        """A sequence goes on elsewhere, with the KV that it has if it takes any along."""
+        before, usage = live.sequence, live.usage
+        if moved is None or before is None or usage is None or live.aborted:
+            if moved is not None:
+                self.outbox.append((moved.worker, m.Release(moved.id)))
+            self._attempt(live)
+            return
+        self._leave(live)
+        sequence = msgspec.structs.replace(
+            before,
+            id=next(self._ids),
+            output=tuple(live.output),
+            prefill_worker=moved.worker,
+            num_uncached=0,
+            moved=moved,
+        )
+        try:
+            hosts, key = self._hosts_of(live.model), session_key(live.request)
+            sequence = self._router.move(sequence, hosts, key)
+        except NoWorkerError:
+            self.outbox.append((moved.worker, m.Release(moved.id)))
+            self._attempt(live)
+            return
+        live.sequence, live.started = sequence, False
+        self._attempts[sequence.id] = live
+        self.outbox.append((sequence.decode_worker, m.Covered(sequence, usage)))
 
     def _attempt(self, live: _Live) -> None:
         """Routes a request (again), with what is known of it."""
@@ -276,21 +403,50 @@ class Dispatcher:
             owner=request.owner,
         )
         try:
+            hosts = self._hosts_of(live.model)
             sequence = self._router.route(
-                sequence, live.model.decode_workers, session_key(request), self._next_hosts(request)
+                sequence, hosts, session_key(request), self._next_hosts(request)
             )
         except NoWorkerError as error:
-            causes = "; ".join(f"{name}: {why}" for name, why in self._lost_workers.items())
-            self._finish(live, FinishReason.ERROR, f"{error} ({causes})")
+            if self._patience:
+                live.sequence, self._parked[request.id] = None, None
+            else:
+                self._finish(live, FinishReason.ERROR, self._no_worker(live.model, error))
             return
         live.sequence, live.started = sequence, False
         self._attempts[sequence.id] = live
         self.outbox.append((sequence.prefill_worker, m.Prefill(sequence)))
 
+    def _hosts_of(self, model: ModelSpec) -> list[str]:
+        """Decode workers that can generate for a model, if they are alive."""
+        hosting = [name for name, models in self._hosted.items() if model.name in models]
+        return [*model.decode_workers, *hosting]
+
+    def _no_worker(self, model: ModelSpec, error: NoWorkerError | None = None) -> str:
+        causes = "; ".join(f"{name}: {why}" for name, why in self._lost_workers.items())
+        what = error or f"no worker of model {model.name} has come"
+        return f"{what} ({causes})"
+
+    def _say_expected(self, live: _Live, *, begins: bool = False) -> None:
+        """A call of a session begins or ends: the worker that covers its prompts is told which of
+        them to expect next."""
+        request, sequence, key = live.request, live.sequence, session_key(live.request)
+        if not self._sessions.prefetch or key is None or sequence is None or sequence.probe:
+            return
+        if begins:
+            self._agents.asked(key, request.model, sequence)
+        worker, hints = sequence.prefill_worker, request.session.next_models
+        if worker in self._lost_workers:
+            return
+        for expected in self._agents.expected(key, request.model, hints, sequence):
+            ttl = sequence.ttl or expected.ttl
+            expected = msgspec.structs.replace(expected, id=next(self._ids), ttl=ttl)
+            self.outbox.append((worker, m.Expected(expected)))
+
     def _next_hosts(self, request: Request) -> Counter[str]:
         """Decode workers by how many of the models that are to be asked next they host."""
         names = [name for name in request.session.next_models if name in self._models]
-        return Counter(host for name in names for host in self._models[name].decode_workers)
+        return Counter(host for name in names for host in self._hosts_of(self._models[name]))
 
     def _say_replied(self, live: _Live) -> None:
         """Tells the worker that has covered a prompt of the reply to it."""
@@ -304,7 +460,7 @@ class Dispatcher:
 
     def _retry(self, live: _Live, reason: str) -> None:
         live.lost += 1
-        if live.aborted or live.lost < MAX_LOST_ATTEMPTS:
+        if live.aborted or live.lost < self._max_lost:
             self._attempt(live)
         else:
             self._finish(live, FinishReason.ERROR, f"tried {live.lost} times; {reason}")
@@ -325,6 +481,7 @@ class Dispatcher:
         usage = self._first_usage(live)
         if reason is not None:
             self._say_replied(live)
+            self._say_expected(live)
             self._end(live, reason)
         self.outputs.append(
             RequestOutput(
@@ -360,6 +517,7 @@ class Dispatcher:
     def _end(self, live: _Live, reason: FinishReason) -> None:
         self._leave(live)
         del self._live[live.request.id]
+        self._parked.pop(live.request.id, None)
         self.release(live.model)
         if not live.request.probe:
             self.stats.ended(live.request.model, reason, len(live.request.prompt_token_ids))

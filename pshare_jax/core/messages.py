@@ -186,6 +186,23 @@ class RequestOutput(msgspec.Struct, frozen=True):
     times: RequestTimes | None = None
 
 
+class Moved(msgspec.Struct, frozen=True):
+    """KV that a sequence takes along from a mesh that it leaves.
+
+    Args:
+        worker: prefill worker of that mesh, which holds the pages until they are released.
+        id: of the attempt that they are held for.
+        num_kv: first positions that have KV.
+        keys: of all pages with KV. Those of full pages of the covered positions are in an index;
+            the others, which a decode module has written in, name model and tokens and never are.
+    """
+
+    worker: str
+    id: int
+    num_kv: int
+    keys: list[bytes]
+
+
 class Sequence(msgspec.Struct, frozen=True, kw_only=True):
     """One attempt at a request, as workers know it.
 
@@ -210,6 +227,7 @@ class Sequence(msgspec.Struct, frozen=True, kw_only=True):
         probe: whether counters leave it out, see `Request`.
         owner: whose it is, for fair shares.
         ttl: seconds for which its pages should outlive it.
+        moved: KV that it takes along, if another mesh has generated some of `output`.
     """
 
     id: int
@@ -231,6 +249,22 @@ class Sequence(msgspec.Struct, frozen=True, kw_only=True):
     probe: bool = False
     owner: Owner = Owner()
     ttl: float = 0.0
+    moved: Moved | None = None
+
+    @property
+    def held_id(self) -> int:
+        """What `prefill_worker` knows it by."""
+        return self.id if self.moved is None else self.moved.id
+
+    @property
+    def num_held(self) -> int:
+        """First positions whose KV lies there."""
+        return self.covered if self.moved is None else self.moved.num_kv
+
+    @property
+    def held_keys(self) -> list[bytes]:
+        """Keys of the pages that lie there."""
+        return self.chain if self.moved is None else self.moved.keys
 
     @property
     def num_tokens(self) -> int:
@@ -307,23 +341,33 @@ class Fetch(msgspec.Struct, frozen=True, tag=True):
 
 
 class Offered(msgspec.Struct, frozen=True, tag=True):
-    """Prefill to decode: the pages of a transfer can be pulled; one descriptor each."""
+    """Prefill to decode: the pages of a transfer can be pulled; one descriptor each.
+
+    `address` says where, to a connector that needs to know; `id` is the sequence's.
+    """
 
     transfer: int
     descriptors: list[PageDescriptor]
+    address: str = ""
+    id: int = -1
 
 
 class NotOffered(msgspec.Struct, frozen=True, tag=True):
-    """Prefill to decode: the pages of a transfer cannot be had."""
+    """Prefill to decode: the pages of a transfer, for the sequence `id`, cannot be had."""
 
     transfer: int
     reason: str
+    id: int = -1
 
 
 class Release(msgspec.Struct, frozen=True, tag=True):
     """Decode to prefill: the pages of that sequence need not be held any more."""
 
     id: int
+
+
+class IndexWanted(msgspec.Struct, frozen=True, tag=True):
+    """To any worker: a change of your index was missed; say what it holds."""
 
 
 class Replied(msgspec.Struct, frozen=True, tag=True):
@@ -338,6 +382,22 @@ class Replied(msgspec.Struct, frozen=True, tag=True):
     sequence: Sequence
     known: int
     ahead: bool
+
+
+class Expected(msgspec.Struct, frozen=True, tag=True):
+    """To a prefill worker: a prompt that begins with this one is expected soon."""
+
+    sequence: Sequence
+
+
+class SetRole(msgspec.Struct, frozen=True, tag=True):
+    """To a worker of a mesh that may have either role: it works from now on, or lets all go.
+
+    A prefill worker that works and has got a colleague gives back what waits, to be divided anew.
+    """
+
+    works: bool
+    anew: bool = False
 
 
 class ModelAdded(msgspec.Struct, frozen=True, tag=True):
@@ -395,7 +455,28 @@ class Pending(msgspec.Struct, frozen=True, tag=True):
 
 
 class IndexChanged(msgspec.Struct, frozen=True, tag=True):
-    """Chain keys of full pages that have entered and left a worker's prefix index."""
+    """Chain keys of full pages that have entered and left a worker's prefix index.
+
+    `number` counts the changes of one worker from 1 on, so that who misses one notices;
+    `incarnation` is another one whenever the worker has started anew.
+    """
+
+    added: list[bytes]
+    removed: list[bytes]
+    number: int = 0
+    incarnation: int = 0
+
+
+class IndexSnapshot(msgspec.Struct, frozen=True, tag=True):
+    """Chain keys of all full pages in a worker's prefix index, after its change `number`."""
+
+    keys: list[bytes]
+    number: int
+    incarnation: int = 0
+
+
+class StoreChanged(msgspec.Struct, frozen=True, tag=True):
+    """Chain keys of pages that the KV store has, and of those that it has no longer."""
 
     added: list[bytes]
     removed: list[bytes]
@@ -420,12 +501,14 @@ class Tokens(msgspec.Struct, frozen=True, tag=True):
 class Returned(msgspec.Struct, frozen=True, tag=True):
     """The worker has let go of a sequence, which has to be routed again.
 
-    `cause` is `preempted` (an older one needed its pages) or `fetch` (its pages did not arrive).
+    `cause` is `preempted` (an older one needed its pages), `fetch` (its pages did not arrive) or
+    `moved` (the mesh does something else from now on; it may take its KV along).
     """
 
     id: int
-    cause: Literal["preempted", "fetch"]
+    cause: Literal["preempted", "fetch", "moved"]
     detail: str = ""
+    moved: Moved | None = None
 
 
 class Dropped(msgspec.Struct, frozen=True, tag=True):
@@ -451,12 +534,25 @@ ToWorker = (
     | Offered
     | NotOffered
     | Release
+    | IndexWanted
     | Replied
+    | Expected
+    | SetRole
     | ModelAdded
     | ModelRemoved
     | WeightsFreed
 )
-ToDispatcher = Pending | IndexChanged | Started | Tokens | Returned | Dropped | Failed
+ToDispatcher = (
+    Pending
+    | IndexChanged
+    | IndexSnapshot
+    | StoreChanged
+    | Started
+    | Tokens
+    | Returned
+    | Dropped
+    | Failed
+)
 Message = ToWorker | FromStore | ToDispatcher
 
 Outbox = list[tuple[str, Message]]

@@ -2,14 +2,21 @@
 
 Sequences that run and prompts that are being covered hold pages of the same pool. The oldest gets
 on: a sequence that finds no page takes them from the youngest, wherever that is.
+
+Where a mesh may do either, rows of a decode core that is to let all go are handed to the prefill
+core, which holds their pages as it holds those of a prompt, until who generates now has them.
 """
 
 from __future__ import annotations
 
+from hashlib import blake2b
+
 from pshare_jax.core.decode import DecodeCore
-from pshare_jax.core.messages import Withdrawn
+from pshare_jax.core.messages import Moved, Withdrawn
+from pshare_jax.core.pages.prefix_index import block_key
 from pshare_jax.core.plans import DecodePlan, PrefillPlan
 from pshare_jax.core.prefill import PrefillCore
+from pshare_jax.core.rows import DecodeRow
 
 
 class OnePool:
@@ -18,9 +25,12 @@ class OnePool:
     Args:
         prefill: the prefill core.
         decode: the decode core, over the same page cache.
+        moves: whether rows take their KV along when the mesh is given to prefill; else they are
+            replayed.
     """
 
-    def __init__(self, prefill: PrefillCore, decode: DecodeCore):
+    def __init__(self, prefill: PrefillCore, decode: DecodeCore, *, moves: bool = True):
+        self._moves = moves
         if prefill.cache is not decode.cache:
             raise ValueError("the cores of one pool must have the same page cache")
         self.prefill = prefill
@@ -44,6 +54,8 @@ class OnePool:
 
     def schedule_decode(self, now: float) -> DecodePlan | None:
         """The decode core's next plan; what it lacks is taken from prompts that hold pages."""
+        if self._moves:
+            self._move_rows()
         while True:
             holders = self.prefill.holders(self.decode.inside_ids())
             self.decode.elsewhere, self.decode.crowded = holders, self.prefill.holds_pages
@@ -55,3 +67,21 @@ class OnePool:
                 self.decode.receive(Withdrawn(starved.sequence.id))
             if plan is not None or not gave:
                 return plan
+
+    def _move_rows(self) -> None:
+        for row in self.decode.movable():
+            moved = moved_kv(self.prefill.name, row, self.decode.cache.page_size)
+            pages = self.decode.move(row, moved)
+            self.prefill.hold_moved(row.sequence, moved, pages)
+
+
+def moved_kv(worker: str, row: DecodeRow, page_size: int) -> Moved:
+    """What a row takes along; `worker` holds it."""
+    sequence, keys = row.sequence, list(row.sequence.keys)
+    # What a decode module writes is its own: it never has a key that an index knows.
+    writer = f"{sequence.model} {sequence.adapted}".encode()
+    parent = blake2b(sequence.parent_key(len(keys)) + writer, digest_size=16).digest()
+    for start in range(len(keys) * page_size, row.num_kv, page_size):
+        parent = block_key(parent, row.known_tokens(start, min(start + page_size, row.num_kv)))
+        keys.append(parent)
+    return Moved(worker, sequence.id, row.num_kv, keys)

@@ -26,10 +26,14 @@ class Offer(msgspec.Struct, frozen=True):
 
 
 class Look(msgspec.Struct, frozen=True):
-    """Which of these pages, of one prompt and in order, are in the KV store?"""
+    """Which of these pages, of one prompt and in order, are in the KV store?
+
+    Nobody waits for one that looks `ahead`; so it is with loads.
+    """
 
     id: int
     keys: list[bytes]
+    ahead: bool = False
 
 
 class Load(msgspec.Struct, frozen=True):
@@ -39,6 +43,7 @@ class Load(msgspec.Struct, frozen=True):
     keys: list[bytes]
     tokens: list[tuple[int, ...]]
     places: list[int]
+    ahead: bool = False
 
 
 class Commit(msgspec.Struct, frozen=True):
@@ -101,22 +106,28 @@ class PrefillPlan(msgspec.Struct, frozen=True):
 class PrefillResult(msgspec.Struct, frozen=True):
     """What came of a prefill plan: descriptors by transfer, and what failed, with why.
 
-    `failed` has the ids of chunks whose KV is not there, `not_offered` transfers.
+    `failed` has the ids of chunks whose KV is not there, `not_offered` transfers. What is offered
+    can be pulled from `address`, see `core.connector`.
     """
 
     offered: dict[int, list[PageDescriptor]] = {}
     not_offered: dict[int, str] = {}
     failed: dict[int, str] = {}
+    address: str = ""
 
 
 class Pull(msgspec.Struct, frozen=True):
-    """A transfer to be pulled into pool pages `targets`; `keys` are those that were asked for."""
+    """A transfer to be pulled into pool pages `targets`; `keys` are those that were asked for.
+
+    `address` is where they are on offer, to a connector that needs to know.
+    """
 
     transfer: int
     source: str
     descriptors: list[PageDescriptor]
     keys: list[bytes]
     targets: list[int]
+    address: str = ""
 
 
 class Admit(msgspec.Struct, frozen=True):

@@ -14,14 +14,17 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Sequence_
 
+import msgspec
+
 from pshare_jax.core import messages as m
 from pshare_jax.core.buckets import bucket_for
+from pshare_jax.core.index_feed import IndexFeed
 from pshare_jax.core.messages import DISPATCHER, Message, Outbox
 from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.plans import Chunk, Offer, PrefillPlan, PrefillResult, StorePlan
 from pshare_jax.core.prefill_queue import PrefillQueue
-from pshare_jax.core.prefill_task import PrefillTask, PromptPages
+from pshare_jax.core.prefill_task import MAX_ASKED, PrefillTask, PromptPages
 from pshare_jax.core.reply_prefill import ReplyPrefill
 from pshare_jax.core.scheduling import next_prefill
 from pshare_jax.core.shares import FairClock, HasSequence, in_turn
@@ -61,7 +64,9 @@ class PrefillCore:
         outbox: messages to others; who carries them empties it.
         stats: what has been done.
         queue: tasks that wait for pages.
+        index_feed: what routers are told of its index.
         store: its side of the KV store, if there is one.
+        rests: whether no prompts are taken, since the mesh does something else.
     """
 
     def __init__(
@@ -78,7 +83,9 @@ class PrefillCore:
         self.outbox: Outbox = []
         self.stats = PrefillStats()
         self.queue = PrefillQueue(cache)
+        self.index_feed = IndexFeed(cache)
         self.store: StoreClient | None = None
+        self.rests = False
         self._clock = FairClock()
         self._pages = PromptPages(cache)
         self._models = dict(models)
@@ -106,16 +113,27 @@ class PrefillCore:
     def receive(self, message: Message) -> None:
         """Takes a message in."""
         match message:
+            case m.Prefill(sequence) if self.rests:
+                self._send(DISPATCHER, m.Returned(sequence.id, "moved"))
             case m.Prefill(sequence):
                 self._enter(PrefillTask(sequence))
+            case m.SetRole(works, anew):
+                self.rests = not works
+                if self.rests or anew:
+                    self._let_waiting_go()
             case m.Abort(id, decode_worker):
                 self._abort(id, decode_worker)
             case m.Fetch():
                 self._fetch(message)
             case m.Release(id):
                 self._release(id)
+            case m.IndexWanted():
+                self._send(DISPATCHER, self.index_feed.snapshot())
             case m.Replied():
                 self._replies.hear(message)
+            case m.Expected(sequence):
+                if self.store is not None and self.store.ahead is not None:
+                    self.store.ahead.expect(sequence)
             case m.ModelAdded(spec):
                 self._models[spec.name] = spec
             case m.ModelRemoved(model):
@@ -136,8 +154,8 @@ class PrefillCore:
         if self._offers:
             offers, self._offers = self._offers, []
             return PrefillPlan(offers=offers, withdrawn=withdrawn)
-        store = self._store_plan(now)
-        if store is not None and not store.saves:
+        store, alone = self._store_plan(now)
+        if store is not None and alone:
             return PrefillPlan(withdrawn=withdrawn, store=store)
         self._start_waiting()
         copies: list[tuple[int, int]] = []
@@ -182,11 +200,13 @@ class PrefillCore:
             return
         for offer in plan.offers:
             transfer = offer.transfer
+            id = self._offer_of.get(transfer, -1)
             if transfer in result.offered:
-                self._send(offer.target, m.Offered(transfer, result.offered[transfer]))
+                descriptors = result.offered[transfer]
+                self._send(offer.target, m.Offered(transfer, descriptors, result.address, id))
             else:
                 reason = result.not_offered.get(transfer, "the pages were not put on offer")
-                self._send(offer.target, m.NotOffered(transfer, reason))
+                self._send(offer.target, m.NotOffered(transfer, reason, id))
         if plan.store is not None and self.store is not None:
             self.store.landed(plan.store)
         planned = {chunk.id for chunk in plan.chunks}
@@ -207,7 +227,11 @@ class PrefillCore:
         """
         tasks = (*self._active, *self._held.values())
         runs = self.store.runs if self.store is not None else ()
-        found = (task for task in tasks if task.pages and task.sequence.id not in inside)
+        found = (
+            task
+            for task in tasks
+            if task.pages and not task.moved and task.sequence.id not in inside
+        )
         return [*found, *runs]
 
     def give_way(self, task: HasSequence) -> bool:
@@ -228,6 +252,19 @@ class PrefillCore:
         self.queue.add(PrefillTask(task.sequence))
         return True
 
+    def hold_moved(self, sequence: m.Sequence, moved: m.Moved, pages: list[int]) -> None:
+        """Holds the KV of a row that leaves the mesh until it has been fetched.
+
+        Args:
+            sequence: of the row.
+            moved: what it takes along.
+            pages: of that, each with a reference.
+        """
+        sequence = msgspec.structs.replace(
+            sequence, covered=moved.num_kv, keys=moved.keys[:-1], last_key=moved.keys[-1]
+        )
+        self._held[moved.id] = PrefillTask(sequence, pages, filled=moved.num_kv, moved=True)
+
     def release_all(self) -> None:
         """Gives all pages back, of sequences that nobody will end."""
         for task in (*self.queue.tasks, *self._active, *self._held.values()):
@@ -247,6 +284,22 @@ class PrefillCore:
     def _send(self, to: str, message: Message) -> None:
         self.outbox.append((to, message))
 
+    def _let_waiting_go(self) -> None:
+        """Gives back prompts of which nothing has been computed here."""
+        looked_for = self.store.ids() if self.store is not None else set()
+        waiting = {task.sequence.id for task in self.queue.tasks}
+        self.queue.tasks.clear()
+        for task in tuple(self._active):
+            if not task.computed and task.planned is None:
+                self._active.remove(task)
+                self.cache.release(task.pages)
+                waiting.add(task.sequence.id)
+        for id in looked_for:
+            if self.store is not None and self.store.abort(id) is not None:
+                waiting.add(id)
+        for id in sorted(waiting):
+            self._send(DISPATCHER, m.Returned(id, "moved"))
+
     def _enter(self, task: PrefillTask) -> None:
         """A prompt has come: what the pool does not hold of it is looked for in the store."""
         if self.store is None or not self.store.ask(task):
@@ -264,22 +317,27 @@ class PrefillCore:
                 store.loaded(message)
             case m.Stored():
                 store.behind.stored(message)
+        added, removed = store.behind.changes()
+        if added or removed:
+            self._send(DISPATCHER, m.StoreChanged(added, removed))
 
-    def _store_plan(self, now: float) -> StorePlan | None:
+    def _store_plan(self, now: float) -> tuple[StorePlan | None, bool]:
+        """What is to be done with the store, and whether somebody waits for it."""
         if self.store is None:
-            return None
+            return None, False
         for task in self.store.expired(now):
             self.queue.add(task)
+        urgent = self.store.urgent
         # Before pages are given away: what is to be written is copied before it is overwritten.
-        return self.store.work(saves=not self.store.urgent)
+        return self.store.work(saves=not urgent), urgent
 
     def _uncomputed(self, task: PrefillTask) -> list[bytes]:
         return task.sequence.chain[task.filled // self.cache.page_size :]
 
     def _publish(self) -> None:
-        added, removed = self.cache.changes()
-        if added or removed:
-            self._send(DISPATCHER, m.IndexChanged(added, removed))
+        change = self.index_feed.change()
+        if change is not None:
+            self._send(DISPATCHER, change)
 
     def _abort(self, id: int, decode_worker: str) -> None:
         for tasks in (self.queue.tasks, self._active):
@@ -302,7 +360,7 @@ class PrefillCore:
         task = self._held.get(fetch.id)
         if task is None:
             reason = f"{self.name} does not hold sequence {fetch.id}"
-            self._send(fetch.worker, m.NotOffered(fetch.transfer, reason))
+            self._send(fetch.worker, m.NotOffered(fetch.transfer, reason, fetch.id))
             return
         chain = task.sequence.chain
         self._offer_of[fetch.transfer] = fetch.id
@@ -323,7 +381,7 @@ class PrefillCore:
         for transfer in [t for t, owner in self._offer_of.items() if owner == id]:
             del self._offer_of[transfer]
             self._withdrawn.append(transfer)
-        if self.store is not None:
+        if self.store is not None and not task.moved:
             self.store.behind.released(task)
         self.cache.release(task.pages)
 
@@ -331,11 +389,27 @@ class PrefillCore:
         """Gives pages to waiting tasks."""
         arriving = self.store.arriving() if self.store is not None else ()
         for task in self.queue.enter(self._active, self._held.values(), arriving):
+            if self._ask_again(task):
+                continue
             if task.remaining:
                 self._active.append(task)
                 self._send(DISPATCHER, m.Pending(task.sequence.id, task.remaining))
             else:
                 self._cover(task)
+
+    def _ask_again(self, task: PrefillTask) -> bool:
+        """Has what the store is known to have fetched, if it was evicted while a prompt waited."""
+        sequence, number = task.sequence, task.filled // self.cache.page_size
+        known = number < len(sequence.keys) and self.store is not None
+        if not (known and self.store and self.store.behind.knows(sequence.keys[number])):
+            return False
+        if task.asked >= MAX_ASKED:
+            return False
+        again = PrefillTask(sequence, tries=task.tries, asked=task.asked + 1)
+        asked = self.store.ask(again)
+        if asked:
+            self.cache.release(task.pages)
+        return asked
 
     def _cover(self, task: PrefillTask) -> None:
         """All is there: it is held until the decode worker has it."""
@@ -431,6 +505,10 @@ class PrefillCore:
             self.queue.add(PrefillTask(task.sequence, tries=task.tries + 1))
         else:
             self._send(DISPATCHER, m.Failed(task.sequence.id, f"{self.name}: {error}"))
+
+    def loads(self) -> dict[int, int]:
+        """Prompt tokens still to be computed, by sequence."""
+        return {task.sequence.id: task.remaining for task in (*self.queue.tasks, *self._active)}
 
     def held_ids(self) -> set[int]:
         """Sequences whose pages are held here, in any state."""

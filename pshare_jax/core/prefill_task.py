@@ -9,6 +9,9 @@ from pshare_jax.core.messages import PromptUsage, Sequence
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.pages.prefix_index import Node
 
+MAX_ASKED = 2
+"""Times that a prompt is looked for once more in the KV store since pages of it were evicted."""
+
 
 @dataclass(eq=False)
 class PrefillTask:
@@ -18,8 +21,9 @@ class PrefillTask:
     is the page that the planned chunk extends, `copied_origins` belong to the tokens of a copied
     page. `planned` is where the chunk ends that is being computed. While it waited, smaller ones
     that went past it took `passed` pages. For one that is `favoured` others were made to give way.
-    A task that runs `ahead` covers a reply that nobody asks for yet; `foreseen` are the found
-    tokens that such a task had computed.
+    It was looked for in the KV store `asked` times more than once. A task that runs `ahead` covers
+    a reply that nobody asks for yet; `foreseen` are the found tokens that such a task had computed.
+    One that was `moved` is a decode module's row that leaves the mesh: nobody else may use its KV.
     """
 
     sequence: Sequence
@@ -30,11 +34,13 @@ class PrefillTask:
     computed: int = 0
     planned: int | None = None
     tries: int = 0
+    asked: int = 0
     passed: int = 0
     favoured: bool = False
     reused: Counter[str] = field(default_factory=Counter)
     ahead: bool = False
     foreseen: int = 0
+    moved: bool = False
 
     @property
     def order(self) -> int:
@@ -50,6 +56,7 @@ class PrefillTask:
         """Counts the first tokens of an indexed page as found."""
         self.reused.update(node.origins[:length])
         self.filled += length
+        node.early = False
         if node.ahead and not self.ahead:
             self.foreseen += node.use(length)
 

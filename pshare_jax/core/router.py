@@ -9,6 +9,13 @@ costs the pages that its sequences read in each step, plus the pages that it wou
 
 The router knows workers by what they have said: which keys entered and left their prefix indexes,
 and how many prompt tokens wait. It may be wrong for a moment; then something is computed twice.
+Several routers may send sequences to the same workers; they do not know of each other. What the
+others have sent is part of the load that workers tell of now and then. A context that is new to
+all of them goes to a place that its keys give, where it meets with what the others sent.
+
+With the policy `load` what the KV store has counts as held by every worker. So a prompt that is
+known goes where least waits, whoever has computed it; among equals to the one whose pool holds most
+of it. One that the store does not have yet is routed by prefix. Sessions do not stay anywhere.
 
 A session stays where it was unless that is overloaded, that is, costs more than elsewhere by more
 than its further calls are worth.
@@ -16,15 +23,20 @@ than its further calls are worth.
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Sequence_
-from dataclasses import dataclass, field
 
 import msgspec
 
-from pshare_jax.core.messages import Sequence
+from pshare_jax.config import RoutingPolicy
+from pshare_jax.core.fleet import Among, Cost, Fleet
+from pshare_jax.core.messages import IndexChanged, IndexSnapshot, Sequence
 from pshare_jax.core.sessions import SessionKey, SessionTable
+from pshare_jax.core.worker_view import WorkerInfo, WorkerView
+
+__all__ = ["NoWorkerError", "Router", "WorkerInfo"]
 
 COMPUTE_WEIGHT = 2
 """What computing a token costs, in tokens of waiting."""
@@ -35,55 +47,15 @@ STAY_TOKENS = 1024
 STAY_SHARE = 4
 """A session stays with a decode worker that has more to read, up to this part of its pool."""
 
+MAX_STORED = 2**18
+"""Keys that the KV store is known to have; those that were heard of first are forgotten."""
 
-class WorkerInfo(msgspec.Struct, frozen=True):
-    """A worker as the router sees it.
-
-    Args:
-        name: of the worker.
-        num_pages: what its pool can hold.
-        page_size: tokens of a page.
-        partner: of a prefill worker that shares its pool with a decode worker: that one, which
-            then generates for all prompts that are covered there.
-    """
-
-    name: str
-    num_pages: int
-    page_size: int
-    partner: str = ""
+MEET_TOKENS = 1024
+"""Tokens of waiting that a sequence bears to meet with what other routers send."""
 
 
 class NoWorkerError(Exception):
     """No worker that could do it is alive; says which were asked for."""
-
-
-@dataclass(eq=False)
-class _Worker:
-    """`sent` are keys of prompts that were sent there, since their KV will soon be there;
-    `pending` prompt tokens still to be computed, by sequence."""
-
-    info: WorkerInfo
-    held: set[bytes] = field(default_factory=set)
-    sent: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
-    pending: dict[int, int] = field(default_factory=dict)
-    pending_tokens: int = 0
-    load: int = 0
-
-    def set_pending(self, id: int, tokens: int) -> None:
-        self.pending_tokens += tokens - self.pending.pop(id, 0)
-        if tokens:
-            self.pending[id] = tokens
-
-    def remember(self, chain: Iterable[bytes]) -> None:
-        for key in chain:
-            self.sent[key] = None
-            self.sent.move_to_end(key)
-        while len(self.sent) > self.info.num_pages:
-            self.sent.popitem(last=False)
-
-    def held_tokens(self, keys: Sequence_[bytes]) -> int:
-        """Leading tokens whose full pages the worker has said to hold."""
-        return self.info.page_size * _run(keys, self.held)
 
 
 class Router:
@@ -92,18 +64,88 @@ class Router:
     Args:
         prefill: the prefill workers.
         decode: the decode workers.
+        policy: how prefill workers are chosen.
+        replicas: routers that send sequences to these workers, this one included.
     """
 
-    def __init__(self, prefill: Sequence_[WorkerInfo], decode: Sequence_[WorkerInfo]):
-        self._prefill = {info.name: _Worker(info) for info in prefill}
-        self._decode = {info.name: _Worker(info) for info in decode}
-        self._assigned: dict[int, tuple[str, str, int]] = {}
+    def __init__(
+        self,
+        prefill: Sequence_[WorkerInfo],
+        decode: Sequence_[WorkerInfo],
+        policy: RoutingPolicy = "prefix",
+        *,
+        replicas: int = 1,
+    ):
+        self._policy = policy
+        self._stored: OrderedDict[bytes, None] = OrderedDict()
+        self._covering = Fleet(lambda view: view.pending_tokens + view.others, spreads=True)
+        self._generating = Fleet(lambda view: view.load + view.others, spreads=False)
+        self._prefill, self._decode = self._covering.views, self._generating.views
+        self._meeting = MEET_TOKENS if replicas > 1 else 0
+        self._assigned: dict[int, tuple[WorkerView | None, WorkerView, int]] = {}
+        self._resting: set[str] = set()
+        self._twins: dict[str, str] = {}
+        self._able: dict[tuple[str, ...], tuple[Among, Among]] = {}
         self._sessions = SessionTable()
+        for info in prefill:
+            self.add(info, prefill=True)
+        for info in decode:
+            self.add(info, prefill=False)
 
     @property
     def workers(self) -> list[str]:
         """Names of the workers that are alive."""
         return [*self._prefill, *self._decode]
+
+    def add(self, info: WorkerInfo, *, prefill: bool) -> None:
+        """A worker has come, or come again with nothing in its pool."""
+        (self._covering if prefill else self._generating).add(info)
+        if info.twin:
+            self._twins[info.name] = info.twin
+        self.set_role(info.name, works=not info.rests)
+
+    def lose(self, worker: str) -> None:
+        """A worker is not alive any more, or takes no more sequences."""
+        self._covering.lose(worker)
+        self._generating.lose(worker)
+        self._able.clear()
+
+    @property
+    def prefill_workers(self) -> list[str]:
+        """Names of the prefill workers that are alive."""
+        return list(self._prefill)
+
+    def twin(self, worker: str) -> str:
+        """The other worker of a mesh that may do either, or nothing."""
+        return self._twins.get(worker, "")
+
+    def working(self, names: Iterable[str]) -> list[str]:
+        """Those of some workers that are alive and take sequences."""
+        alive = {*self._prefill, *self._decode} - self._resting
+        return [name for name in names if name in alive]
+
+    def loads(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Prompt tokens that wait, by prefill worker that works, and covered sequences by decode
+        worker that does."""
+        waiting = {n: self._prefill[n].pending_tokens for n in self.working(self._prefill)}
+        sequences = dict.fromkeys(self.working(self._decode), 0)
+        pending = {id for view in self._prefill.values() for id in view.pending}
+        for id, (_, decode, _) in self._assigned.items():
+            if decode.info.name in sequences and id not in pending:
+                sequences[decode.info.name] += 1
+        return waiting, sequences
+
+    def unserved(self, hosts: Mapping[str, Iterable[str]]) -> str:
+        """What nobody does, `hosts` being decode workers by model; empty if there is no such."""
+        if not self.working(self._prefill):
+            return "cover prompts"
+        lacking = (name for name, workers in hosts.items() if not self.working(workers))
+        return next((f"generate for {name}" for name in lacking), "")
+
+    def set_role(self, worker: str, *, works: bool) -> None:
+        """A worker takes sequences from now on, or takes none."""
+        (self._resting.discard if works else self._resting.add)(worker)
+        self._able.clear()
 
     def route(
         self,
@@ -123,109 +165,235 @@ class Router:
         Raises:
             NoWorkerError: none of those that could do it is alive.
         """
-        hosts = [name for name in decode_workers if name in self._decode]
-        partners = {name: worker.info.partner for name, worker in self._prefill.items()}
-        able = [name for name, partner in partners.items() if not partner or partner in hosts]
-        if not hosts:
-            raise NoWorkerError(f"no decode worker of model {sequence.model} is alive")
-        if not able:
-            raise NoWorkerError("no prefill worker is alive")
+        able, alone = self._who_can(tuple(decode_workers), sequence.model)
         stay = self._sessions.find(session)
         prefill, uncached = self._best_prefill(sequence, able, stay.prefill if stay else "")
-        if partners[prefill]:
-            hosts = [partners[prefill]]
-        latest = [name for name in reversed(stay.decode) if name in hosts] if stay else []
-        decode, num_pages = self._best_decode(sequence, hosts, latest[:1], next_hosts or {})
-        self._sessions.went(session, prefill, decode)
-        self._prefill[prefill].set_pending(sequence.id, uncached)
-        self._prefill[prefill].remember(sequence.chain)
-        self._decode[decode].load += num_pages
+        hosts = alone
+        if prefill.info.partner:
+            hosts = self._generating.among([prefill.info.partner])
+        latest = (
+            [name for name in reversed(stay.decode) if self._is_one(name, hosts)][:1]
+            if stay
+            else []
+        )
+        decode, num_pages = self._best_decode(sequence, hosts, latest, next_hosts or {})
+        self._sessions.went(session, prefill.info.name, decode.info.name)
+        prefill.set_pending(sequence.id, uncached)
+        prefill.remember(sequence.chain)
+        decode.load += num_pages
+        self._touch(prefill, decode)
         self._assigned[sequence.id] = prefill, decode, num_pages
         return msgspec.structs.replace(
-            sequence, prefill_worker=prefill, decode_worker=decode, num_uncached=uncached
+            sequence,
+            prefill_worker=prefill.info.name,
+            decode_worker=decode.info.name,
+            num_uncached=uncached,
         )
+
+    def move(
+        self,
+        sequence: Sequence,
+        decode_workers: Iterable[str],
+        session: SessionKey | None = None,
+    ) -> Sequence:
+        """A sequence that takes its KV along, with the worker that goes on with it.
+
+        Args:
+            sequence: a new attempt; its `prefill_worker` holds the KV.
+            decode_workers: those that host its model.
+            session: that it is a call of.
+
+        Raises:
+            NoWorkerError: none of those that could do it is alive.
+        """
+        hosts = self._generating.among(self.working(decode_workers))
+        if not hosts.slots:
+            raise NoWorkerError(f"no decode worker of model {sequence.model} is alive")
+        decode, num_pages = self._best_decode(sequence, hosts, [], {})
+        self._sessions.moved(session, decode.info.name)
+        decode.load += num_pages
+        self._touch(decode)
+        self._assigned[sequence.id] = None, decode, num_pages
+        return msgspec.structs.replace(sequence, decode_worker=decode.info.name)
 
     def forget(self, id: int) -> None:
         """The sequence has ended, or is routed again under another id. Idempotent."""
-        prefill, decode, num_pages = self._assigned.pop(id, ("", "", 0))
-        if prefill in self._prefill:
-            self._prefill[prefill].set_pending(id, 0)
-        if decode in self._decode:
-            self._decode[decode].load -= num_pages
+        assigned = self._assigned.pop(id, None)
+        if assigned is not None:
+            prefill, decode, num_pages = assigned
+            decode.load -= num_pages
+            self._touch(decode)
+            if prefill is not None:
+                prefill.set_pending(id, 0)
+                self._touch(prefill)
 
     def pending(self, worker: str, id: int, tokens: int) -> None:
         """A prefill worker says how much of a sequence it still has to compute."""
         # What is heard of a sequence that has gone on or ended meanwhile is old.
-        if id in self._assigned and worker in self._prefill:
-            self._prefill[worker].set_pending(id, tokens)
+        view = self._prefill.get(worker)
+        if view is not None and id in self._assigned:
+            view.set_pending(id, tokens)
+            self._covering.touch(view)
 
-    def index_changed(self, worker: str, added: list[bytes], removed: list[bytes]) -> None:
-        """Keys have entered and then others left a worker's prefix index."""
-        for workers in (self._prefill, self._decode):
-            if worker in workers:
-                held = workers[worker].held
-                held.update(added)
-                held.difference_update(removed)
+    def index_changed(self, worker: str, change: IndexChanged) -> bool:
+        """A worker's prefix index has changed. Whether it should be asked for a snapshot."""
+        views = self._views(worker)
+        asks = [view.changed(change) for view in views]
+        self._touch(*views)
+        self._tell_twin(worker, change.added, change.removed)
+        return any(asks)
 
-    def lose(self, worker: str) -> None:
-        """A worker is not alive any more."""
-        self._prefill.pop(worker, None)
-        self._decode.pop(worker, None)
+    def index_snapshot(self, worker: str, snapshot: IndexSnapshot) -> None:
+        """A worker says what all its prefix index holds."""
+        views = self._views(worker)
+        for view in views:
+            view.snapshot(snapshot)
+        self._touch(*views)
+        self._tell_twin(worker, snapshot.keys, [])
 
-    def _best_prefill(self, sequence: Sequence, able: list[str], last: str) -> tuple[str, int]:
+    def _tell_twin(self, worker: str, added: list[bytes], removed: list[bytes]) -> None:
+        """What has the same pages hears of them, too."""
+        views = self._views(self.twin(worker))
+        for view in views:
+            view.note(added, removed)
+        self._touch(*views)
+
+    def store_changed(self, added: list[bytes], removed: list[bytes]) -> None:
+        """A prefill worker says which keys the KV store has, and which it has no longer."""
+        for key in added:
+            self._stored[key] = None
+            self._stored.move_to_end(key)
+        for key in removed:
+            self._stored.pop(key, None)
+        while len(self._stored) > MAX_STORED:
+            self._stored.popitem(last=False)
+
+    def note_others(self, worker: str, load: int) -> None:
+        """A worker says what it has of sequences that other routers have sent."""
+        views = self._views(worker)
+        for view in views:
+            view.others = load
+        self._touch(*views)
+
+    def _views(self, worker: str) -> list[WorkerView]:
+        fleets = (self._covering, self._generating)
+        return [fleet.views[worker] for fleet in fleets if worker in fleet.views]
+
+    def _touch(self, *views: WorkerView) -> None:
+        for view in views:
+            for fleet in (self._covering, self._generating):
+                if fleet.views.get(view.info.name) is view:
+                    fleet.touch(view)
+
+    def _who_can(self, decode_workers: tuple[str, ...], model: str) -> tuple[Among, Among]:
+        """Prefill workers that may cover a prompt for these decode workers, and those of the decode
+        workers that are nobody's partner.
+
+        Raises:
+            NoWorkerError: there is none of a kind.
+        """
+        found = self._able.get(decode_workers)
+        if found is None:
+            hosts = {*self.working(decode_workers)} & {*self._decode}
+            if not hosts:
+                raise NoWorkerError(f"no decode worker of model {model} is alive")
+            covering = self.working(self._prefill)
+            partners = {name: self._prefill[name].info.partner for name in covering}
+            paired = {name for name in hosts if self._decode[name].info.partner}
+            alone = self._generating.among(hosts - paired - {*partners.values()})
+            able = [n for n, to in partners.items() if (to in hosts if to else alone.slots)]
+            if not able:
+                raise NoWorkerError("no prefill worker is alive")
+            if len(self._able) >= _MAX_ABLE:
+                self._able.clear()
+            found = self._able[decode_workers] = self._covering.among(able), alone
+        return found
+
+    def _is_one(self, name: str, among: Among) -> bool:
+        view = self._decode.get(name)
+        return view is not None and bool(among.mask >> view.slot & 1)
+
+    def _best_prefill(self, sequence: Sequence, able: Among, last: str) -> tuple[WorkerView, int]:
         """The cheapest worker, or `last` if it is able and not overloaded; and how many tokens it
         would compute."""
-        uncached = {name: self._num_uncached(self._prefill[name], sequence) for name in able}
+        chain, fleet = sequence.chain, self._covering
+        page_size = fleet.at(able.slots[0]).info.page_size
 
-        def cost(name: str) -> tuple[int, int]:
-            worker = self._prefill[name]
-            # Among equals the emptiest pool, so that new sessions spread.
-            return COMPUTE_WEIGHT * uncached[name] + worker.pending_tokens, len(worker.sent)
+        def uncached(run: int) -> int:
+            return max(0, sequence.covered - run * page_size)
 
-        best = min(able, key=cost)
-        if last in able and cost(last)[0] <= cost(best)[0] + STAY_TOKENS:
-            best = last
-        return best, uncached[best]
+        def price(run: int) -> int:
+            return COMPUTE_WEIGHT * uncached(run)
 
-    def _num_uncached(self, worker: _Worker, sequence: Sequence) -> int:
-        if sequence.last_key in worker.sent:
+        if self._policy == "load":
+            return self._least_waiting(sequence, able, uncached)
+        best = fleet.cheapest(chain, able, price, self._meeting)
+        view = fleet.views.get(last)
+        if view is not None and able.mask >> view.slot & 1:
+            there = fleet.cost(view, fleet.run(view, chain), price)
+            if there.total <= best.total + STAY_TOKENS:
+                best = there
+        return fleet.at(best.slot), uncached(best.run)
+
+    def _least_waiting(
+        self, sequence: Sequence, able: Among, uncached: Callable[[int], int]
+    ) -> tuple[WorkerView, int]:
+        """The cheapest worker where what the KV store has is everywhere, as `_best_prefill`."""
+        fleet = self._covering
+        page_size = fleet.at(able.slots[0]).info.page_size
+        lacking = self._not_stored(sequence, page_size)
+
+        def cost(slot: int) -> tuple[int, int, Cost]:
+            view = fleet.at(slot)
+            run = fleet.run(view, sequence.chain)
+            found = fleet.cost(view, run, lambda run: COMPUTE_WEIGHT * min(uncached(run), lacking))
+            # Among equals to the one that has most of it.
+            return found.total, uncached(run), found
+
+        _, tokens, best = min(map(cost, able.slots))
+        return fleet.at(best.slot), min(tokens, lacking)
+
+    def _not_stored(self, sequence: Sequence, page_size: int) -> int:
+        """Prompt tokens whose KV the store is not known to have."""
+        if sequence.last_key in self._stored:
             return 0
-        coming = worker.info.page_size * _run(sequence.keys, worker.sent)
-        return sequence.covered - max(worker.held_tokens(sequence.keys), coming)
+        run = itertools.takewhile(self._stored.__contains__, sequence.keys)
+        return sequence.covered - page_size * sum(1 for _ in run)
 
     def _best_decode(
         self,
         sequence: Sequence,
-        hosts: list[str],
+        hosts: Among,
         last: list[str],
         next_hosts: Mapping[str, int],
-    ) -> tuple[str, int]:
+    ) -> tuple[WorkerView, int]:
         """The cheapest of the workers that host the model, and the sequence's pages there.
 
         `last` is where the session was, and stays unless that is overloaded. A model that is asked
         next elsewhere will have the pages moved there, too.
         """
+        fleet = self._generating
+        num_pages = -(-sequence.num_tokens // fleet.at(hosts.slots[0]).info.page_size)
 
-        def num_pages(name: str) -> int:
-            return -(-sequence.num_tokens // self._decode[name].info.page_size)
+        def price(run: int) -> int:
+            return num_pages - run
 
-        def cost(name: str) -> int:
-            worker = self._decode[name]
-            held = worker.held_tokens(sequence.keys) // worker.info.page_size
-            elsewhere = most_hosted - next_hosts.get(name, 0)
-            return worker.load + num_pages(name) - held + elsewhere * num_pages(name)
+        def cost(view: WorkerView) -> Cost:
+            here = fleet.cost(view, fleet.run(view, sequence.keys), price)
+            elsewhere = most_hosted - next_hosts.get(view.info.name, 0)
+            return msgspec.structs.replace(here, total=here.total + elsewhere * num_pages)
 
         most_hosted = max(next_hosts.values(), default=0)
-        best = min(hosts, key=cost)
+        if most_hosted:
+            best = min(cost(fleet.at(slot)) for slot in hosts.slots)
+        else:
+            best = fleet.cheapest(sequence.keys, hosts, price, num_pages if self._meeting else 0)
         for name in last:
-            if cost(name) <= cost(best) + self._decode[name].info.num_pages // STAY_SHARE:
-                best = name
-        return best, num_pages(best)
+            view = fleet.views[name]
+            if (there := cost(view)).total <= best.total + view.info.num_pages // STAY_SHARE:
+                best = there
+        return fleet.at(best.slot), num_pages
 
 
-def _run(keys: Sequence_[bytes], known: Iterable[bytes]) -> int:
-    """How many of the first keys are known, up to the first that is not."""
-    for count, key in enumerate(keys):
-        if key not in known:
-            return count
-    return len(keys)
+_MAX_ABLE = 4096
+"""Sets of decode workers that are remembered: one a model, as a rule."""

@@ -29,10 +29,12 @@ class SessionPolicy:
     Args:
         reply_ahead: whether replies are covered before anybody asks.
         max_ttl: seconds for which pages may be pinned; longer hints are cut.
+        prefetch: whether prefill workers are told what prompts are expected.
     """
 
     reply_ahead: bool = False
     max_ttl: float = 3600.0
+    prefetch: bool = False
 
 
 def session_key(request: Request) -> SessionKey | None:
@@ -104,3 +106,10 @@ class SessionTable:
         self._stays.move_to_end(key)
         if len(self._stays) > MAX_SESSIONS:
             self._stays.popitem(last=False)
+
+    def moved(self, key: SessionKey | None, decode: str) -> None:
+        """A call of the session goes on at another decode worker."""
+        stay = self.find(key)
+        if stay is not None:
+            stay.decode.pop(decode, None)
+            stay.decode[decode] = None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from pshare_jax.core.messages import FinishReason, PromptUsage
 
@@ -37,7 +38,10 @@ class PrefillStats:
 class StoreStats:
     """What a prefill core has asked of the KV store: prompts looked for, tokens fetched, pages not
     fetched since computing them was cheaper or there was no room, what came too late, and seconds
-    that prompts have waited for it."""
+    that prompts have waited for it.
+
+    Of the pages that were fetched before anybody asked, in bytes of the pool: all of them, those
+    that a prompt then used, and those that were evicted before."""
 
     def __init__(self) -> None:
         self.looks = 0
@@ -45,12 +49,16 @@ class StoreStats:
         self.declined = 0
         self.late = 0
         self.stall_seconds = 0.0
+        self.early_bytes = 0
+        self.early_used_bytes = 0
+        self.early_wasted_bytes = 0
 
 
 class DecodeStats:
     """What a decode core has done, by model; `forced_tokens` are those of the generated ones that
     were not sampled, `pages` KV pages read and not read again, `failed_transfers` those whose pages
-    did not come or were not what was asked for."""
+    did not come or were not what was asked for, `moved_rows` sequences that left with their KV
+    since the mesh was given to prefill, `moved_pages` pages of such that came."""
 
     def __init__(self) -> None:
         self.generation_tokens: Counter[str] = Counter()
@@ -60,6 +68,8 @@ class DecodeStats:
         self.preemptions: Counter[str] = Counter()
         self.pages: Counter[PageRead] = Counter()
         self.failed_transfers = 0
+        self.moved_rows = 0
+        self.moved_pages = 0
 
     def handed_over(self, model: str, pages: int, num_bytes: int) -> None:
         """Pages were moved to the pool."""
@@ -134,7 +144,9 @@ class EngineStats:
     the KV pages that decode dispatches read, counted once a dispatch, and those that they did not
     read again since rows share them; they are counted where `decode.shared_prefix` is in force.
     `ahead_tokens` and `foreseen_tokens` are those of `PrefillStats`. `store` is, by worker, what
-    was asked of the KV store, and `tiers` are its tiers by name.
+    was asked of the KV store, and `tiers` are its tiers by name. Where meshes may do either,
+    `moved_rows` are, by decode worker, sequences that left it with their KV, and `working` says of
+    every worker whether its mesh is its own at present; elsewhere both are empty.
     """
 
     prefill_tokens: Mapping[tuple[str, TokenSource], int] = field(default_factory=dict)
@@ -156,3 +168,23 @@ class EngineStats:
     busy_seconds: Mapping[str, float] = field(default_factory=dict)
     store: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     tiers: Mapping[str, TierStats] = field(default_factory=dict)
+    moved_rows: Mapping[str, int] = field(default_factory=dict)
+    working: Mapping[str, bool] = field(default_factory=dict)
+
+
+def together(parts: Iterable[EngineStats]) -> EngineStats:
+    """Snapshots of several processes as one: numbers are added up, what is by worker is joined."""
+    parts = list(parts)
+    fields: dict[str, Any] = {}
+    for one in dataclasses.fields(EngineStats):
+        values = [getattr(part, one.name) for part in parts]
+        if one.name == "compiles":
+            fields[one.name] = sum(values)
+        elif one.name in ("pools", "store", "tiers", "working"):
+            fields[one.name] = {key: of for value in values for key, of in value.items()}
+        else:
+            added: Counter[Any] = Counter()
+            for value in values:
+                added.update(value)
+            fields[one.name] = dict(added)
+    return EngineStats(**fields)

@@ -10,16 +10,17 @@ for, is computed.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 from pshare_jax.core import messages as m
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.pages.prefix_index import Node, PageState
 from pshare_jax.core.plans import Commit, Load, Look, StorePlan
-from pshare_jax.core.prefill_task import PrefillTask
+from pshare_jax.core.prefetch import Prefetch
+from pshare_jax.core.prefill_task import MAX_ASKED, PrefillTask
 from pshare_jax.core.prices import Prices
 from pshare_jax.core.shares import HasSequence
 from pshare_jax.core.stats import StoreStats
+from pshare_jax.core.store_runs import Looking, Piece, Run
 from pshare_jax.core.write_behind import WriteBehind, page_keys
 
 PIECE_PAGES = 16
@@ -38,37 +39,6 @@ SLACK = 4.0
 """A fetch may take so many times what it should, or as long as computing would."""
 
 
-@dataclass(eq=False)
-class _Looking:
-    """A prompt that is looked for; `seconds` is how long its answer is worth waiting for."""
-
-    task: PrefillTask
-    first: int
-    seconds: float
-    since: float | None = None
-
-
-@dataclass(eq=False)
-class _Piece:
-    """Pages that are fetched together: nodes by page number within the sequence."""
-
-    transfer: int
-    nodes: list[Node]
-    load: Load
-    loaded: bool = False
-
-
-@dataclass(eq=False)
-class _Run:
-    """Pages that are fetched for one prompt; all of them, and those before them, are referenced."""
-
-    sequence: m.Sequence
-    pages: list[int]
-    seconds: float
-    pieces: dict[int, _Piece] = field(default_factory=dict)
-    since: float | None = None
-
-
 class StoreClient:
     """What a prefill core knows of the store.
 
@@ -80,21 +50,26 @@ class StoreClient:
     Attributes:
         stats: what has been done.
         behind: what is written.
+        prices: what computing and fetching cost.
+        ahead: what is fetched before anybody asks, if anything is.
     """
 
     def __init__(self, cache: PageCache, prices: Prices, transfer_ids: Iterator[int]):
         self.stats = StoreStats()
         self.behind = WriteBehind(cache)
+        self.prices = prices
+        self.ahead: Prefetch | None = None
         self._cache = cache
-        self._prices = prices
         self._ids = transfer_ids
-        self._looking: dict[int, _Looking] = {}
-        self._runs: dict[int, _Run] = {}
-        self._run_of: dict[int, _Run] = {}
+        self._looking: dict[int, Looking] = {}
+        self._runs: dict[int, Run] = {}
+        self._run_of: dict[int, Run] = {}
         self._overdue: set[int] = set()
         self._looks: list[Look] = []
         self._queued: list[Load] = []
+        self._early_loads: list[Load] = []
         self._num_loading = 0
+        self._early: set[int] = set()
         self._commits: list[Commit] = []
         self._dropped: list[int] = []
         self._now = 0.0
@@ -128,21 +103,34 @@ class StoreClient:
 
         The task is kept here until there is an answer.
         """
-        sequence, page_size = task.sequence, self._cache.page_size
-        if len(self._overdue) >= MAX_LATE:
+        sequence = task.sequence
+        if self.ahead is not None:
+            self.ahead.asked(sequence)
+        lacking = self.lacks(sequence)
+        if lacking is None:
             return False
-        first = self._cache.matched_tokens(sequence.keys, sequence.prompt)
-        block = sequence.prompt[first : min(first + page_size, sequence.covered)]
-        part = self._cache.best_child(sequence.parent_key(first // page_size), block)
-        filled = first + (part[1] if part else 0)
-        seconds = self._prices.compute(filled, sequence.covered)
-        if seconds <= min(self._prices.call.values()) + min(self._prices.page.values()):
-            return False
-        self._looking[sequence.id] = _Looking(task, first // page_size, seconds)
-        keys = page_keys(task.sequence, self._cache.page_size)[first // page_size :]
+        first, keys = lacking
+        seconds = self.prices.compute(first * self._cache.page_size, sequence.covered)
+        self._looking[sequence.id] = Looking(task, first, seconds)
         self._looks.append(Look(sequence.id, keys))
         self.stats.looks += 1
         return True
+
+    def lacks(self, sequence: m.Sequence) -> tuple[int, list[bytes]] | None:
+        """The first page that the pool does not hold of a prompt, and the keys from there on.
+
+        None where looking for them is not worth it.
+        """
+        page_size, prices = self._cache.page_size, self.prices
+        if len(self._overdue) >= MAX_LATE:
+            return None
+        first = self._cache.matched_tokens(sequence.keys, sequence.prompt)
+        block = sequence.prompt[first : min(first + page_size, sequence.covered)]
+        part = self._cache.best_child(sequence.parent_key(first // page_size), block)
+        seconds = prices.compute(first + (part[1] if part else 0), sequence.covered)
+        if seconds <= min(prices.call.values()) + min(prices.page.values()):
+            return None
+        return first // page_size, page_keys(sequence, page_size)[first // page_size :]
 
     def looked(
         self, answer: m.Looked, computing: set[bytes], queue: int, reserve: int
@@ -158,6 +146,8 @@ class StoreClient:
         Returns:
             The prompt, which goes on to wait for its turn; None if it is gone.
         """
+        if self.ahead is not None and self.ahead.looked(answer):
+            return None
         looking = self._looking.pop(answer.id, None)
         if looking is None:
             self._overdue.discard(answer.id)
@@ -172,18 +162,43 @@ class StoreClient:
         stale = number < looking.first or not computing.isdisjoint(keys)
         count = 0 if stale else self._count(task, number, places, queue)
         count = min(count, self._cache.num_available - reserve)
+        if count < len(places) and not stale:
+            # The rest is computed, and not looked for when its turn comes.
+            task.asked = MAX_ASKED
         fresh = self._cache.allocate(count) if count > 0 else None
         if fresh is None:
             self._cache.release(node.page for node in matched)
             self.stats.declined += len(places)
         else:
-            self._begin(task, matched, fresh, places[:count])
+            self._queued += self._begin(task.sequence, matched, fresh, places[:count])
         return task
+
+    def begin_early(
+        self, sequence: m.Sequence, matched: list[Node], fresh: list[int], places: list[int]
+    ) -> tuple[int, list[Node]]:
+        """Begins to fetch pages that nobody has asked for; the transfer, and their nodes.
+
+        Args:
+            sequence: a prompt that they are part of.
+            matched: the pages before them, referenced.
+            fresh: pages for at most one piece, allocated.
+            places: where they are in the store.
+        """
+        (load,) = self._begin(sequence, matched, fresh, places, early=True)
+        self._early_loads.append(load)
+        return load.transfer, self._run_of[load.transfer].pieces[load.transfer].nodes
+
+    def is_fetching(self, transfer: int) -> bool:
+        """Whether a piece is on its way."""
+        return transfer in self._run_of
 
     def loaded(self, answer: m.Loaded) -> None:
         """A piece lies in the host's memory, or could not be had."""
-        self._num_loading -= 1
         run = self._run_of.get(answer.transfer)
+        if answer.transfer in self._early:
+            self._early.discard(answer.transfer)
+        else:
+            self._num_loading -= 1
         if run is None:
             # Nobody wants it any more, but it lies there.
             if answer.error is None:
@@ -208,14 +223,23 @@ class StoreClient:
                 # One whose predecessor has failed is not in the index any more.
                 if node.state is PageState.ARRIVING:
                     node.state, node.filler = PageState.READY, None
-                    self.stats.fetched_tokens += len(node.tokens)
+                    self.stats.fetched_tokens += 0 if run.early else len(node.tokens)
+            if run.early and self.ahead is not None:
+                self.ahead.landed(piece.nodes)
+                self._cache.pin(run.pages, self._cache.now + run.sequence.ttl)
             self._ended(run)
 
     def work(self, *, saves: bool) -> StorePlan | None:
         """What is to be done next, or None; with `saves` also what nobody waits for."""
+        if saves:
+            self._work_ahead()
         room = MAX_LOADS - self._num_loading
         loads, self._queued = self._queued[:room], self._queued[room:]
         self._num_loading += len(loads)
+        if saves:
+            loads += self._early_loads
+            self._early.update(load.transfer for load in self._early_loads)
+            self._early_loads = []
         plan = StorePlan(
             looks=self._looks,
             loads=loads,
@@ -235,6 +259,9 @@ class StoreClient:
                 run.since = now
             elif now >= run.since + run.seconds:
                 self.stats.late += len(run.pieces)
+                for piece in run.pieces.values():
+                    # What is too slow to be had is not asked for again.
+                    self.behind.know_not(piece.load.keys)
                 self._cancel(run)
         late: list[PrefillTask] = []
         for id, looking in tuple(self._looking.items()):
@@ -255,7 +282,7 @@ class StoreClient:
 
     def give_way(self, run: HasSequence) -> bool:
         """Ends one of `runs`; False when it has ended already."""
-        if not isinstance(run, _Run) or id(run) not in self._runs:
+        if not isinstance(run, Run) or id(run) not in self._runs:
             return False
         self._cancel(run)
         return True
@@ -265,35 +292,53 @@ class StoreClient:
         for run in tuple(self._runs.values()):
             self._cancel(run)
         self._looking.clear()
+        if self.ahead is not None:
+            self.ahead.clear()
 
-    def _pieces(self) -> Iterator[_Piece]:
+    def _work_ahead(self) -> None:
+        """Has pages fetched that nobody asks for, if nobody waits for any, or for any's writing."""
+        asked = any(not run.early for run in self._runs.values())
+        if self.ahead is None or self._looking or asked or self.behind.has_more:
+            return
+        look = self.ahead.work()
+        if look is not None:
+            self._looks.append(look)
+
+    def _pieces(self) -> Iterator[Piece]:
         for run in self._runs.values():
             yield from run.pieces.values()
 
     def _count(self, task: PrefillTask, number: int, places: list[int], queue: int) -> int:
         sequence, page_size = task.sequence, self._cache.page_size
         ends = [min((number + i + 1) * page_size, sequence.covered) for i in range(len(places))]
-        ahead = sum(self._prices.fetch(piece.load.places) for piece in self._pieces())
-        return self._prices.pages_to_fetch(
+        ahead = sum(self.prices.fetch(piece.load.places) for piece in self._pieces())
+        return self.prices.pages_to_fetch(
             places,
             ends,
             number * page_size,
             sequence.covered,
-            queue * self._prices.token,
+            queue * self.prices.token,
             ahead,
         )
 
     def _begin(
-        self, task: PrefillTask, matched: list[Node], fresh: list[int], places: list[int]
-    ) -> None:
-        sequence, page_size = task.sequence, self._cache.page_size
+        self,
+        sequence: m.Sequence,
+        matched: list[Node],
+        fresh: list[int],
+        places: list[int],
+        *,
+        early: bool = False,
+    ) -> list[Load]:
+        """Enters pages that will be fetched into the index; what to fetch, piece by piece."""
+        page_size, loads = self._cache.page_size, []
         number, parent = len(matched), matched[-1] if matched else None
         pages = [*(node.page for node in matched), *fresh]
         end = min((number + len(fresh)) * page_size, sequence.covered)
-        computing = self._prices.compute(number * page_size, end)
-        seconds = max(computing, SLACK * self._prices.fetch(places), LEAST_SECONDS)
-        run = _Run(sequence, pages, seconds)
-        chain = page_keys(task.sequence, self._cache.page_size)
+        computing = self.prices.compute(number * page_size, end)
+        seconds = max(computing, SLACK * self.prices.fetch(places), LEAST_SECONDS)
+        run = Run(sequence, pages, seconds, early)
+        chain = page_keys(sequence, self._cache.page_size)
         for first in range(number, len(pages), PIECE_PAGES):
             transfer, nodes = next(self._ids), []
             for at in range(first, min(first + PIECE_PAGES, len(pages))):
@@ -308,6 +353,7 @@ class StoreClient:
                     key=sequence.keys[at] if at < len(sequence.keys) else None,
                     state=PageState.ARRIVING,
                     filler=sequence.id,
+                    early=early,
                 )
                 self._cache.insert(parent)
                 nodes.append(parent)
@@ -316,13 +362,15 @@ class StoreClient:
                 chain[first : first + len(nodes)],
                 [node.tokens for node in nodes],
                 places[first - number : first - number + len(nodes)],
+                early,
             )
-            run.pieces[transfer] = _Piece(transfer, nodes, load)
+            run.pieces[transfer] = Piece(transfer, nodes, load)
             self._run_of[transfer] = run
-            self._queued.append(load)
+            loads.append(load)
         self._runs[id(run)] = run
+        return loads
 
-    def _piece_failed(self, run: _Run, piece: _Piece) -> None:
+    def _piece_failed(self, run: Run, piece: Piece) -> None:
         """Takes a piece out of the index, with all that follows it."""
         del run.pieces[piece.transfer]
         self._run_of.pop(piece.transfer, None)
@@ -332,18 +380,23 @@ class StoreClient:
                 self._cache.forget(node)
         self._ended(run)
 
-    def _cancel(self, run: _Run) -> None:
+    def _cancel(self, run: Run) -> None:
         for piece in reversed(list(run.pieces.values())):
-            self._dropped.append(piece.transfer)
-            self._queued = [load for load in self._queued if load.transfer != piece.transfer]
-            self._commits = [c for c in self._commits if c.transfer != piece.transfer]
+            transfer = piece.transfer
+            unsent = [*self._queued, *self._early_loads]
+            if all(load.transfer != transfer for load in unsent):
+                self._dropped.append(transfer)
+            for loads in (self._queued, self._early_loads):
+                loads[:] = [load for load in loads if load.transfer != transfer]
+            self._commits = [commit for commit in self._commits if commit.transfer != transfer]
             self._piece_failed(run, piece)
 
-    def _ended(self, run: _Run) -> None:
+    def _ended(self, run: Run) -> None:
         if not run.pieces and self._runs.pop(id(run), None) is not None:
-            self._waited(run)
+            if not run.early:
+                self._waited(run)
             self._cache.release(run.pages)
 
-    def _waited(self, what: _Looking | _Run) -> None:
+    def _waited(self, what: Looking | Run) -> None:
         if what.since is not None:
             self.stats.stall_seconds += self._now - what.since

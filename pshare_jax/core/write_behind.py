@@ -41,11 +41,19 @@ class WriteBehind:
         self._candidates: OrderedDict[bytes, tuple[Node, tuple[int, ...]]] = OrderedDict()
         self._touched: list[bytes] = []
         self._saving: set[bytes] = set()
+        self.added: list[bytes] = []
+        """Keys that have become known since somebody last looked, see `changes`."""
+        self.removed: list[bytes] = []
 
     @property
     def idle(self) -> bool:
         """Whether nothing is left to be written or being written."""
         return not (self._candidates or self._touched or self._saving)
+
+    @property
+    def has_more(self) -> bool:
+        """Whether pages are left to be copied out of the pool."""
+        return bool(self._candidates)
 
     def released(self, task: PrefillTask) -> None:
         """A prompt lets its pages go: they are written, or touched if the store has them."""
@@ -84,9 +92,21 @@ class WriteBehind:
         self.know(answer.kept)
         self.know_not(answer.gone)
 
+    def changes(self) -> tuple[list[bytes], list[bytes]]:
+        """Keys of pages that the store has, or has no longer, as was heard since the last call."""
+        added, self.added = self.added, []
+        removed, self.removed = self.removed, []
+        return added, removed
+
+    def knows(self, key: bytes) -> bool:
+        """Whether the store is known to have a page."""
+        return key in self._known
+
     def know(self, keys: Sequence[bytes]) -> None:
         """The store has these pages."""
         for key in keys:
+            if key not in self._known:
+                self.added.append(key)
             self._known[key] = None
             self._known.move_to_end(key)
         while len(self._known) > MAX_REMEMBERED:
@@ -95,4 +115,5 @@ class WriteBehind:
     def know_not(self, keys: Collection[bytes]) -> None:
         """The store does not have these pages any more."""
         for key in keys:
-            self._known.pop(key, None)
+            if self._known.pop(key, key) is None:
+                self.removed.append(key)

@@ -25,13 +25,21 @@ class Meshes:
     """The meshes of an engine's workers.
 
     With `one_pool` the prefill worker and the decode worker of each number share a mesh and its
-    pool. With `one_processor` all meshes are virtual devices of one CPU.
+    pool. So they do where a mesh may do `either`; but there the first `num_prefill` meshes begin
+    with prefill and the others with decode, and pages are moved between them. With `one_processor`
+    all meshes are virtual devices of one CPU.
     """
 
     prefill: list[Mesh]
     decode: list[Mesh]
     one_pool: bool
     one_processor: bool
+    num_prefill: int = 0
+
+    @property
+    def either(self) -> bool:
+        """Whether each mesh may do prefill or decode."""
+        return self.num_prefill > 0
 
 
 def place(config: ServeConfig) -> Meshes:
@@ -54,6 +62,9 @@ def place(config: ServeConfig) -> Meshes:
             decode.engines,
             decode.tensor_parallel,
         )
+        if config.router.roles == "flexible":
+            both = [*meshes[0], *meshes[1]]
+            return Meshes(both, both, False, one_processor, num_prefill=len(meshes[0]))
         return Meshes(*meshes, one_pool=False, one_processor=one_processor)
     for key in ("engines", "tensor_parallel"):
         if getattr(prefill, key) != getattr(decode, key):
@@ -63,6 +74,11 @@ def place(config: ServeConfig) -> Meshes:
                 f"(connector is {config.connector}, {needed} devices would be needed for meshes "
                 f"of their own, there are {len(devices)})"
             )
+    if config.router.roles == "flexible":
+        raise ConfigError(
+            "router.roles: `flexible` needs a mesh for each engine of either side: "
+            f"{needed} devices, there are {len(devices)} (connector is {config.connector})"
+        )
     shared = carve_one(devices, decode.engines, decode.tensor_parallel)
     return Meshes(shared, shared, one_pool=True, one_processor=one_processor)
 

@@ -21,6 +21,7 @@ from pshare_jax.cluster.worker import PrefillWorker
 from pshare_jax.config import KvStoreConfig
 from pshare_jax.core import messages as m
 from pshare_jax.core import plans, prefill, router, scheduling, split_rule
+from pshare_jax.core.prefetch import Prefetch
 from pshare_jax.core.prices import Prices
 from pshare_jax.core.stats import TierStats
 from pshare_jax.core.store_client import StoreClient
@@ -102,6 +103,7 @@ class EngineStore:
         workers: Sequence[Worker],
         tokenizer: Tokenizer | None,
     ):
+        self._config = config
         self._layout = layout
         self._workers = workers
         self._ends: list[WorkerEnd] = []
@@ -145,7 +147,11 @@ class EngineStore:
             self._ends.append(end)
             worker.executor.store = end
             ids = (secrets.randbits(63) for _ in itertools.count())
-            worker.core.store = StoreClient(worker.cache, self.prices, ids)
+            client = StoreClient(worker.cache, self.prices, ids)
+            if self._config.prefetch == "next-agent":
+                budget, page_bytes = self._config.prefetch_bytes, self._layout.bytes_per_page
+                client.ahead = Prefetch(client, worker.cache, budget, page_bytes)
+            worker.core.store = client
 
     def stats(self) -> tuple[dict[str, dict[str, float]], dict[str, TierStats]]:
         """What each worker has asked for, and what each tier has done."""

@@ -71,11 +71,32 @@ def check_config(config: ServeConfig, model: ModelConfig, layout: PageLayout) ->
     _check_sessions(config)
     _check_backend(config)
     _check_store(config)
+    _check_roles(config)
     longest = layout.pages_for(config.max_model_len)
     return PoolSizes(
         _pool_size("prefill.num_pages", config.prefill.num_pages, longest),
         _pool_size("decode.num_pages", config.decode.num_pages, longest),
     )
+
+
+def check_cluster(config: ServeConfig) -> None:
+    """Checks what a cluster is told.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    cluster = config.cluster
+    for name in ("beat_seconds", "lost_seconds", "patience_seconds"):
+        value = getattr(cluster, name)
+        if not 0 < value < math.inf:
+            raise ConfigError(f"cluster.{name}: must be a positive number of seconds, is {value}")
+    if cluster.lost_seconds < 2 * cluster.beat_seconds:
+        raise ConfigError(
+            f"cluster.lost_seconds: must be at least two beats of {cluster.beat_seconds} s, is "
+            f"{cluster.lost_seconds}"
+        )
+    if cluster.max_attempts < 1 or cluster.frontends < 1:
+        raise ConfigError("cluster: max_attempts and frontends must be at least 1")
 
 
 def _check_sessions(config: ServeConfig) -> None:
@@ -128,8 +149,35 @@ def _check_store(config: ServeConfig) -> None:
                 f"kv_store.{size}: must be the size of the file {getattr(store, path)}, is "
                 f"{getattr(store, size)}"
             )
+    if store.prefetch != "off" and (not store.path or store.prefetch_bytes <= 0):
+        raise ConfigError(
+            "kv_store.prefetch: needs a `path`, and `prefetch_bytes` above 0 (it is "
+            f"{store.prefetch_bytes})"
+        )
+    if config.router.policy == "load" and not store.path:
+        raise ConfigError(
+            "router.policy: `load` needs a `kv_store.path`: without a store each engine would "
+            "compute prompts that another has"
+        )
     if store.path and store.path == store.disk_path:
         raise ConfigError(f"kv_store: path and disk_path are the same file, {store.path}")
+
+
+def _check_roles(config: ServeConfig) -> None:
+    if config.router.roles == "fixed":
+        return
+    degrees = config.prefill.tensor_parallel, config.decode.tensor_parallel
+    if degrees[0] != degrees[1]:
+        raise ConfigError(
+            "router.roles: with `flexible` a mesh does either, but prefill.tensor_parallel is "
+            f"{degrees[0]} and decode.tensor_parallel {degrees[1]}"
+        )
+    for entry in config.models:
+        if entry.decode_engines:
+            raise ConfigError(
+                f"models.{entry.name}.decode_engines: with router.roles `flexible` every mesh "
+                "hosts every model"
+            )
 
 
 def _check_buckets(key: str, buckets: list[int]) -> None:

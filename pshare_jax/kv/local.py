@@ -15,11 +15,17 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from pshare_jax.core.buckets import TRANSFER_BUCKETS, pieces
 from pshare_jax.core.connector import TransferError, TransferState, check_descriptors
 from pshare_jax.core.messages import PageDescriptor
 from pshare_jax.core.plans import Offer, Pull
-from pshare_jax.runtime.layout import PageLayout
+from pshare_jax.kv.pieces import (
+    check_contents,
+    describe,
+    gather_pieces,
+    padded,
+    page_descriptor,
+    scatter_pieces,
+)
 from pshare_jax.runtime.pool import PagePool, Pages
 from pshare_jax.runtime.programs import Programs
 
@@ -78,25 +84,6 @@ class Exchange:
                 del self._offers[transfer]
 
 
-def page_descriptor(layout: PageLayout) -> PageDescriptor:
-    """What every page of a layout looks like, but for its key and contents."""
-    return PageDescriptor(
-        key=b"",
-        layers=(0, layout.num_layers),
-        shape=layout.layer_shape(1)[1:],
-        dtype=np.dtype(layout.dtype).name,
-    )
-
-
-def describe(layout: PageLayout, keys: list[bytes], checksums: list[int]) -> list[PageDescriptor]:
-    """Descriptors of pages of a pool."""
-    one = page_descriptor(layout)
-    return [
-        PageDescriptor(key, one.layers, one.shape, one.dtype, one.codec, checksum)
-        for key, checksum in zip(keys, checksums, strict=True)
-    ]
-
-
 @dataclass
 class _Arriving:
     """A transfer that was accepted: its pages as they lie here, and checksums of each piece."""
@@ -115,6 +102,8 @@ class _End(ABC):
         pool: its pages.
         exchange: that of the process.
     """
+
+    address = ""
 
     def __init__(self, worker: str, programs: Programs, pool: PagePool, exchange: Exchange):
         self._worker = worker
@@ -179,16 +168,9 @@ class DevicePut(_End):
 
     def offer(self, offer: Offer) -> list[PageDescriptor]:
         """See `Connector.offer`."""
-        staged, checksums, start = [], [], 0
-        for length, bucket in pieces(len(offer.pages), TRANSFER_BUCKETS):
-            indices = _padded(offer.pages[start : start + length], bucket)
-            piece = self._gather(indices)
-            staged.append(piece)
-            checksums.append((length, self._programs.checksum(piece)))
-            start += length
+        staged, checksums = gather_pieces(self._programs, self._pool, offer.pages)
         self._exchange.put(offer.transfer, _OnOffer(self._worker, staged, offer.pages))
-        values = [int(v) for length, sums in checksums for v in np.asarray(sums)[:length]]
-        return describe(self._programs.layout, offer.keys, values)
+        return describe(self._programs.layout, offer.keys, checksums)
 
     def _begin(self, pull: Pull, offer: _OnOffer) -> _Arriving:
         staged = [jax.device_put(piece, self._programs.staging) for piece in offer.staged]
@@ -196,22 +178,8 @@ class DevicePut(_End):
         return _Arriving(pull, _OnOffer(offer.worker, staged, offer.pages), checksums)
 
     def _write(self, arriving: _Arriving) -> None:
-        _check_contents(arriving)
-        start = 0
-        for piece in arriving.offer.staged:
-            bucket = piece.shape[1]
-            indices = _padded(arriving.pull.targets[start : start + bucket], bucket)
-            start += bucket
-
-            def scatter(
-                pages: Pages, piece: jax.Array = piece, indices: np.ndarray = indices
-            ) -> tuple[Pages, None]:
-                return self._programs.scatter(pages, piece, indices), None
-
-            self._pool.update(scatter)
-
-    def _gather(self, indices: np.ndarray) -> jax.Array:
-        return self._pool.read(lambda pages: self._programs.gather(pages, indices))
+        check_contents(arriving.pull, arriving.checksums)
+        scatter_pieces(self._programs, self._pool, arriving.offer.staged, arriving.pull.targets)
 
 
 class SamePool(_End):
@@ -232,7 +200,7 @@ class SamePool(_End):
 
     def _write(self, arriving: _Arriving) -> None:
         for source, target in zip(arriving.offer.pages, arriving.pull.targets, strict=True):
-            src, dst = _padded([source], 1), _padded([target], 1)
+            src, dst = padded([source], 1), padded([target], 1)
 
             def copy(
                 pages: Pages, src: np.ndarray = src, dst: np.ndarray = dst
@@ -240,27 +208,3 @@ class SamePool(_End):
                 return self._programs.copy(pages, src, dst), None
 
             self._pool.update(copy)
-
-
-def _check_contents(arriving: _Arriving) -> None:
-    """Checks that what has come is what was offered; waits for it.
-
-    Raises:
-        TransferError: names the first page that is different.
-    """
-    sums = [int(s) for piece in arriving.checksums for s in np.asarray(piece)]
-    pull = arriving.pull
-    # Only the last piece is padded, so pages are numbered as they lie.
-    for number, (found, said) in enumerate(zip(sums, pull.descriptors, strict=False)):
-        if found != said.checksum:
-            raise TransferError(
-                f"transfer {pull.transfer}, page {number}: its checksum is {found:08x}, but "
-                f"{said.checksum:08x} was offered"
-            )
-
-
-def _padded(pages: list[int], bucket: int) -> np.ndarray:
-    """int32 page numbers, padded with the padding page 0 to length `bucket`."""
-    indices = np.zeros(bucket, np.int32)
-    indices[: len(pages)] = pages
-    return indices

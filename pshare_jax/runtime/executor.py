@@ -108,7 +108,7 @@ class PrefillExecutor:
             self._copy(source, target)
         if plan.chunks:
             self.compute(plan)
-        return PrefillResult(offered, refused)
+        return PrefillResult(offered, refused, address=self.connector.address)
 
     def _copy(self, source: int, target: int) -> None:
         src, dst = np.asarray([source], np.int32), np.asarray([target], np.int32)

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -34,6 +34,7 @@ from pshare_jax.serve.formats import Event as StreamEvent
 from pshare_jax.serve.formats import Format, encode_answer, with_usage
 from pshare_jax.serve.metrics import SequenceTimer
 from pshare_jax.serve.protocol import Usage
+from pshare_jax.serve.resume import StreamPosition, resumable, single_tokens
 from pshare_jax.serve.service import REQUEST_ID, Service
 from pshare_jax.serve.sessions import session_of
 from pshare_jax.serve.sse import EventStream
@@ -51,7 +52,8 @@ class Job:
     """A checked request: what to generate, and how to answer.
 
     Sequence i is sample `i % best_of` of prompt `i // best_of`. `arrival` is in seconds of
-    `time.monotonic`. `hints` are what the client says of calls to come.
+    `time.monotonic`. `hints` are what the client says of calls to come. A job that is `stepwise`
+    is answered token by token; `again` tells its sequences from those of the same answer before.
     """
 
     model: str
@@ -63,6 +65,8 @@ class Job:
     arrival: float
     hints: SessionHints
     priority: int = 0
+    stepwise: bool = False
+    again: str = ""
 
     @property
     def prompt_tokens(self) -> int:
@@ -85,7 +89,7 @@ class Job:
         salt = key.cache_salt(self.cache_salt)
         return [
             Request(
-                id=f"{self.format.heading.id}-{index * samples + sample}",
+                id=f"{self.format.heading.id}{self.again}-{index * samples + sample}",
                 model=self.model,
                 prompt_token_ids=prompt.token_ids,
                 params=self._params(params, sample),
@@ -143,9 +147,16 @@ class Run:
         turn = Turn()
         async for events in self._generation.batches(patience):
             for event in events:
-                self._feed(event)
+                if not self._job.stepwise:
+                    self._feed(event)
+                else:
+                    for output in single_tokens(event.output):
+                        if self.sequences[event.index].finish_reason is None:
+                            self._feed(replace(event, output=output))
+                            yield [event.index]
                 await turn.pause()
-            yield sorted({event.index for event in events})
+            if not (self._job.stepwise and events):
+                yield sorted({event.index for event in events})
 
     @property
     def completion_tokens(self) -> int:
@@ -224,11 +235,14 @@ async def respond(request: web.Request, service: Service, job: Job) -> web.Strea
     """
     check_count(service, [job])
     key = request[KEY]
+    position = None
+    if service.resumable and job.output.stream:
+        job, position = resumable(request, job)
     requests = job.requests(key, session_of(request, service, job.hints))
     request.setdefault(REQUEST_ID, job.format.heading.id)
     async with generating(service, key, job, requests) as run:
         request[REPORT] = run
-        return await _answer(request, service, job, run)
+        return await _answer(request, service, job, run, position)
 
 
 @asynccontextmanager
@@ -270,7 +284,9 @@ def check_count(service: Service, jobs: Sequence[Job]) -> None:
     )
 
 
-async def _answer(request: web.Request, service: Service, job: Job, run: Run) -> web.StreamResponse:
+async def _answer(
+    request: web.Request, service: Service, job: Job, run: Run, position: StreamPosition | None
+) -> web.StreamResponse:
     if not job.output.stream:
         async for _ in run.progress():
             pass
@@ -282,7 +298,7 @@ async def _answer(request: web.Request, service: Service, job: Job, run: Run) ->
     stream = EventStream(request, service.config.write_timeout_seconds, job.format.named_events)
     await stream.open()
     try:
-        await write_stream(stream, job, run, service.config.ping_seconds or None)
+        await write_stream(stream, job, run, service.config.ping_seconds or None, position)
     except (asyncio.CancelledError, ConnectionError):
         raise
     except Exception as error:  # the status is sent: what is left is an event that says so
@@ -312,8 +328,17 @@ def _whole(job: Job, run: Run) -> bytes:
     return encode_answer(job.format.answer(pieces, chosen, run.usage()))
 
 
-async def write_stream(stream: EventStream, job: Job, run: Run, ping_seconds: float | None) -> None:
-    """Writes a job's answer piece by piece; others may write to the stream meanwhile."""
+async def write_stream(
+    stream: EventStream,
+    job: Job,
+    run: Run,
+    ping_seconds: float | None,
+    position: StreamPosition | None = None,
+) -> None:
+    """Writes a job's answer piece by piece; others may write to the stream meanwhile.
+
+    With a position, events have ids, and those that the client has already are left out.
+    """
     opened: set[int] = set()
     turn = Turn()
     async for indices in run.progress(ping_seconds):
@@ -325,16 +350,25 @@ async def write_stream(stream: EventStream, job: Job, run: Run, ping_seconds: fl
             if index not in opened:
                 opened.add(index)
                 for event in job.format.opening(index, run.usage()):
-                    stream.add(with_usage(event, usage))
+                    _add(stream, with_usage(event, usage), position, index)
             piece = sequence.take()
             ids = job.output.token_ids and piece.token_ids
             events: Sequence[StreamEvent] = []
             if piece.text or piece.tokens or ids or sequence.finish_reason is not None:
                 events = job.format.chunk(index, piece, sequence)
             for event in events:
-                stream.add(with_usage(event, usage))
+                _add(stream, with_usage(event, usage), position, index)
             await turn.pause()
         await stream.flush()
     for event in job.format.closing(run.usage()):
-        stream.add(event)
+        _add(stream, event, position)
     await stream.flush()
+
+
+def _add(
+    stream: EventStream, event: StreamEvent, position: StreamPosition | None, *choice: int
+) -> None:
+    if position is None:
+        stream.add(event)
+    elif (id := position.next(*choice)) is not None:
+        stream.add(event, id)

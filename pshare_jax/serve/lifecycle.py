@@ -40,10 +40,14 @@ _POSITIVE = (
 )
 
 
-def bind(config: ServerConfig) -> socket.socket:
+def bind(config: ServerConfig, descriptor: int | None = None) -> socket.socket:
     """A socket that listens on the configured address, so that nobody else can have it.
 
     Who connects before `HttpServer.start` waits.
+
+    Args:
+        config: the HTTP side.
+        descriptor: a socket that was inherited and listens already, in place of the address.
 
     Raises:
         ConfigError: the address cannot be had, or a limit, keys or a file of TLS cannot be used.
@@ -57,6 +61,8 @@ def bind(config: ServerConfig) -> socket.socket:
         raise ConfigError(f"server.ping_seconds must not be negative, got {config.ping_seconds}")
     load_keys(config)
     tls_context(config)
+    if descriptor is not None:
+        return socket.socket(fileno=descriptor)
     sock = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(

@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from pshare_jax.core.messages import FinishReason, RequestOutput, RequestTimes
 from pshare_jax.core.stats import EngineStats, TokenSource
+from pshare_jax.serve.role_metrics import role_metrics
 from pshare_jax.serve.store_metrics import store_metrics
 
 _SOURCES: tuple[TokenSource, ...] = ("computed", "same_model", "other_model")
@@ -123,6 +124,7 @@ class _EngineCollector(Collector):
         yield self._decode_pages(stats)
         yield self._failed_transfers(stats)
         yield from store_metrics(stats)
+        yield from role_metrics(stats)
 
     def _by_model(
         self,

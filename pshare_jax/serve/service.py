@@ -62,6 +62,7 @@ class Service:
         self.sessions = SessionLog()
         self.live = Live(engine, self.offload, self.sessions)
         self.draining = False
+        self.resumable = bool(engine.config.cluster.workers)
         self._loop_lag = LoopLag(self.metrics)
         self._warned: set[str] = set()
         self._bridge = EventBridge(asyncio.get_running_loop())

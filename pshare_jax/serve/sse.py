@@ -71,8 +71,10 @@ class EventStream:
         self._named = named
         self.response = web.StreamResponse(headers=_HEADERS)
 
-    def add(self, event: msgspec.Struct | Mapping[str, Any] | bytes) -> None:
-        """Queues `event` as JSON; bytes are encoded already."""
+    def add(self, event: msgspec.Struct | Mapping[str, Any] | bytes, id: str | None = None) -> None:
+        """Queues `event` as JSON, under an `id` if it has one; bytes are encoded already."""
+        if id is not None:
+            self._pending += b"id: %s\n" % id.encode()
         if self._named and isinstance(event, Mapping):
             self._pending += b"event: %s\n" % event["type"].encode()
         self._pending += b"data: "

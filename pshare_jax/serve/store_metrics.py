@@ -33,6 +33,9 @@ _WORKER = (
     ("declined", "Pages in the store that were computed since that was cheaper or room lacked."),
     ("late", "Answers of the store that were not waited for any longer."),
     ("stall_seconds", "Seconds that prompts have waited for the store."),
+    ("early_bytes", "Bytes of pages that were fetched before a prompt asked for them."),
+    ("early_used_bytes", "Of these, bytes of pages that a prompt then used."),
+    ("early_wasted_bytes", "Of these, bytes of pages that were evicted before."),
 )
 
 

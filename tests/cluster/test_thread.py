@@ -310,3 +310,70 @@ def test_who_fails_ahead_has_failed() -> None:
     hosted.thread.turn()
     assert hosted.failures == [("a", "ZeroDivisionError: division by zero")]
     assert not hosted.thread.turn()
+
+
+class FakeTurns:
+    """Writes down what a thread asks for."""
+
+    def __init__(self, log: list[str]):
+        self.log = log
+        self.is_wanted = False
+
+    def begin(self) -> None:
+        self.log.append("begins")
+
+    def end(self) -> None:
+        self.log.append("ends")
+
+    def rests(self) -> None:
+        self.log.append("rests")
+
+
+def test_pieces_are_done_in_turns_with_other_processes() -> None:
+    """But not what only moves pages; and what was begun is ended before another's turn."""
+    log: list[str] = []
+    worker = FakeWorker("a", log, pieces=3)
+    turns = FakeTurns(log)
+    thread = Hosted(worker).thread
+    thread._host_turns = turns
+    assert thread.turn()
+    turns.is_wanted = True
+    assert thread.turn()
+    worker.urgent = True
+    assert thread.turn()
+    assert not thread.turn()
+    assert log == ["begins", "a", "ends", "begins", "a", "a drained", "ends", "a", "rests"]
+
+
+def test_nothing_is_done_ahead_while_another_process_has_work() -> None:
+    log: list[str] = []
+    worker = FakeWorker("a", log)
+    worker.pieces_ahead = 1
+    turns = FakeTurns(log)
+    thread = Hosted(worker).thread
+    thread._host_turns = turns
+    turns.is_wanted = True
+    assert not thread.turn()
+    turns.is_wanted = False
+    assert thread.turn()
+    assert log == ["rests", "a ahead"]
+
+
+def test_what_is_called_comes_between_pieces_in_the_thread() -> None:
+    """What it raises is logged, and ends nothing."""
+    worker = FakeWorker("a", [])
+    called = threading.Event()
+
+    def fail() -> None:
+        raise ValueError("a bug")
+
+    with running(worker) as hosted:
+        wait_until(lambda: worker.plans)
+        hosted.thread.call(fail)
+        hosted.thread.call(lambda: (worker.setup(), called.set()))
+        assert called.wait(30)
+        assert len(worker.threads) == 1
+        worker.pieces = 1
+        hosted.thread.post("a", Abort(1))
+        wait_until(lambda: "a" in worker.log)
+        assert hosted.failures == []

@@ -12,9 +12,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from pshare_jax.cluster.worker import DecodeWorker, PrefillWorker
 from pshare_jax.config import DecodeConfig
 from pshare_jax.core import messages as m
+from pshare_jax.core.balance import BalancePolicy
 from pshare_jax.core.constraints import GrammarSpec
 from pshare_jax.core.decode import DecodeCore
 from pshare_jax.core.dispatcher import Dispatcher
@@ -34,8 +37,9 @@ from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.one_pool import OnePool
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.pages.prefix_index import PageState, root_key
+from pshare_jax.core.prefetch import Prefetch
 from pshare_jax.core.prefill import PrefillCore
-from pshare_jax.core.router import Router, WorkerInfo
+from pshare_jax.core.router import NoWorkerError, Router, WorkerInfo
 from pshare_jax.core.sessions import SessionPolicy
 from pshare_jax.core.split_rule import Invocation, LastTokens, SplitRule
 from pshare_jax.core.store_client import StoreClient
@@ -82,11 +86,16 @@ def model_specs(decode_workers: Sequence[str]) -> dict[str, ModelSpec]:
 @dataclass(frozen=True)
 class Setting:
     """What a host is made of. `wire` sends messages through their encoding, `reply_ahead` covers
-    replies before anybody asks; with a `store` prefill workers write pages to it and fetch them."""
+    replies before anybody asks; with a `store` prefill workers write pages to it and fetch them, so
+    many `prefetched` ones before anybody asks. Meshes that may do `either` are as many as there are
+    prefill and decode workers; each has one of both, of which one works. With `balanced` waiting
+    tokens at each prefill worker they change by themselves."""
 
     prefill: int = 1
     decode: int = 1
     one_pool: bool = False
+    either: bool = False
+    balanced: int = 0
     prefill_pages: int = 24
     decode_pages: int = 24
     steps_ahead: int = 1
@@ -94,9 +103,15 @@ class Setting:
     max_num_seqs: int = 4
     wire: bool = True
     store: bool = False
+    prefetched: int = 0
     reply_ahead: bool = False
     pinned_share: float = 0.5
     chunk_buckets: tuple[int, ...] = (4, 8)
+
+    @property
+    def num_decode(self) -> int:
+        """Decode workers, those that rest included."""
+        return self.prefill + self.decode if self.either else self.decode
 
 
 @dataclass
@@ -163,7 +178,11 @@ class Host:
             steps_per_dispatch=setting.steps_per_dispatch,
             group_quantum=2,
         )
-        self.models = model_specs([f"decode{i}" for i in range(setting.decode)])
+        names = [f"decode{i}" for i in range(setting.num_decode)]
+        self.models = model_specs(names)
+        if setting.either:
+            own = msgspec.structs.replace(self.models["isolated"], decode_workers=tuple(names))
+            self.models["isolated"] = own
         self.prefill: dict[str, PrefillWorker[SymbolicPrefill]] = {}
         self.decode: dict[str, DecodeWorker[SymbolicDecode]] = {}
         self._partner: dict[str, str] = {}
@@ -173,8 +192,13 @@ class Host:
         self.router = Router(
             [self._info(name) for name in self.prefill], [self._info(name) for name in self.decode]
         )
-        policy = SessionPolicy(setting.reply_ahead, max_ttl=MAX_TTL)
-        self.dispatcher = Dispatcher(self.models, self.router, PAGE, policy)
+        policy = SessionPolicy(
+            setting.reply_ahead, max_ttl=MAX_TTL, prefetch=setting.prefetched > 0
+        )
+        balance = BalancePolicy(setting.balanced, setting.max_num_seqs)
+        self.dispatcher = Dispatcher(
+            self.models, self.router, PAGE, policy, balance if setting.balanced else None
+        )
 
     @property
     def alive(self) -> list[str]:
@@ -243,6 +267,15 @@ class Host:
         self.dispatcher.abort(reply.request.id, complete=complete)
         self._collect_dispatcher()
 
+    def give_mesh(self, name: str) -> bool:
+        """Has a mesh work for this worker of it from now on; False if that cannot be."""
+        try:
+            self.dispatcher.give_mesh(name)
+        except NoWorkerError:
+            return False
+        self._collect_dispatcher()
+        return True
+
     def deliver(self, source: str, to: str) -> None:
         """Delivers the first message from `source` to `to`."""
         data = self.queues[source, to].popleft()
@@ -254,7 +287,7 @@ class Host:
         if message is None:
             self.dispatcher.lose_worker(source, "killed")
         else:
-            self.dispatcher.receive(source, message)  # type: ignore[arg-type]
+            self.dispatcher.receive(source, message, self.now)  # type: ignore[arg-type]
         self._collect_dispatcher()
 
     def deliver_all(self, *names: str) -> None:
@@ -371,7 +404,7 @@ class Host:
 
     def _build(self) -> None:
         setting = self.setting
-        for i in range(setting.decode):
+        for i in range(setting.num_decode):
             name = f"decode{i}"
             pool = SymbolicPool(setting.decode_pages, PAGE)
             cache = PageCache(setting.decode_pages, PAGE, setting.pinned_share)
@@ -381,16 +414,16 @@ class Host:
                 self.models,
                 self.config,
                 0 if setting.one_pool else 64,
-                owns_cache=not setting.one_pool,
+                owns_cache=not (setting.one_pool or setting.either),
                 transfer_ids=self._transfer_ids,
             )
             end = SymbolicConnector(name, pool, self.link)
             schedule = None
-            if setting.one_pool:
+            if setting.one_pool or setting.either:
                 schedule = self._pair(i, core, end)
             executor = SymbolicDecode(end, self.config)
             self.decode[name] = DecodeWorker(core, executor, schedule, setting.steps_ahead)
-        for i in range(0 if setting.one_pool else setting.prefill):
+        for i in range(0 if setting.one_pool or setting.either else setting.prefill):
             name = f"prefill{i}"
             pool = SymbolicPool(setting.prefill_pages, PAGE)
             cache = PageCache(setting.prefill_pages, PAGE, setting.pinned_share)
@@ -399,7 +432,10 @@ class Host:
             self.prefill[name] = PrefillWorker(core, self._prefill_executor(end))
         for name, worker in self.prefill.items():
             if setting.store:
-                worker.core.store = StoreClient(worker.cache, PRICES, self._transfer_ids)
+                client = StoreClient(worker.cache, PRICES, self._transfer_ids)
+                if setting.prefetched:
+                    client.ahead = Prefetch(client, worker.cache, setting.prefetched, 1)
+                worker.core.store = client
                 worker.executor.store = SymbolicStoreEnd(
                     worker.executor.pool,
                     self.store,
@@ -421,8 +457,12 @@ class Host:
 
     def _info(self, name: str) -> WorkerInfo:
         worker = self.prefill.get(name) or self.decode[name]
-        partner = self._partner.get(name, "") if name in self.prefill else ""
-        return WorkerInfo(name, worker.cache.num_usable, PAGE, partner)
+        other, pages = self._partner.get(name, ""), worker.cache.num_usable
+        if self.setting.either:
+            prefills = int(name.removeprefix("prefill").removeprefix("decode"))
+            rests = (prefills < self.setting.prefill) != (name in self.prefill)
+            return WorkerInfo(name, pages, PAGE, twin=other, rests=rests)
+        return WorkerInfo(name, pages, PAGE, other if name in self.prefill else "")
 
     def _receive(self, to: str, message: Any) -> None:
         if to in self.dead:

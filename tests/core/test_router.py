@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 
-from pshare_jax.core.messages import Sequence
+from pshare_jax.config import RoutingPolicy
+from pshare_jax.core.messages import IndexChanged, Sequence
 from pshare_jax.core.router import NoWorkerError, Router, WorkerInfo
 from pshare_jax.core.sessions import SessionKey
 from tests.core.sequences import make_sequence
@@ -21,13 +22,14 @@ class Fleet:
         pairs: whether each of them shares its pool with the decode worker of its number.
     """
 
-    def __init__(self, prefill: int = 2, *, pairs: bool = False):
+    def __init__(self, prefill: int = 2, *, pairs: bool = False, policy: RoutingPolicy = "prefix"):
         self.router = Router(
             [
                 WorkerInfo(f"prefill{i}", NUM_PAGES, PAGE, f"decode{i}" if pairs else "")
                 for i in range(prefill)
             ],
             [WorkerInfo(name, NUM_PAGES, PAGE) for name in BOTH],
+            policy,
         )
         self.waiting: list[Sequence] = []
         self._ids = itertools.count()
@@ -100,7 +102,7 @@ def test_pages_that_are_held_count_though_nothing_was_sent() -> None:
     probe = Fleet().send(prompt)
     fleet = Fleet()
     away = other(probe.prefill_worker)
-    fleet.router.index_changed(away, probe.keys, [])
+    fleet.router.index_changed(away, IndexChanged(probe.keys, []))
     sequence = fleet.send(prompt)
     assert (sequence.prefill_worker, sequence.num_uncached) == (away, 0)
 
@@ -110,11 +112,11 @@ def test_pages_count_up_to_the_first_that_has_left() -> None:
     keys = Fleet().send(prompt).keys
     for removed, uncached in [(2, 2), (1, 4), (0, 6)]:
         fleet = Fleet(prefill=1)
-        fleet.router.index_changed("prefill0", keys, [])
-        fleet.router.index_changed("prefill0", [], [keys[removed]])
+        fleet.router.index_changed("prefill0", IndexChanged(keys, []))
+        fleet.router.index_changed("prefill0", IndexChanged([], [keys[removed]]))
         assert fleet.send(prompt).num_uncached == uncached
     fleet = Fleet(prefill=1)
-    fleet.router.index_changed("prefill0", keys, keys)
+    fleet.router.index_changed("prefill0", IndexChanged(keys, keys))
     assert fleet.send(prompt).num_uncached == 6, "they have entered and then left"
 
 
@@ -143,7 +145,7 @@ def test_decode_load_counts_what_is_on_its_way() -> None:
 def test_decode_prefers_the_pool_that_has_the_prompt() -> None:
     probe = Fleet().send([1] * 9)
     fleet = Fleet()
-    fleet.router.index_changed("decode1", probe.keys, [])
+    fleet.router.index_changed("decode1", IndexChanged(probe.keys, []))
     assert fleet.send([1] * 9).decode_worker == "decode1"
     assert fleet.send([2] * 9).decode_worker == "decode0"
 
@@ -199,7 +201,7 @@ def test_a_lost_worker_is_never_chosen() -> None:
         fleet.router.lose(lost)
         fleet.router.lose(lost)
     # Not even by its session, nor by what it still says.
-    fleet.router.index_changed(sent.prefill_worker, sent.keys, [])
+    fleet.router.index_changed(sent.prefill_worker, IndexChanged(sent.keys, []))
     fleet.router.pending(sent.prefill_worker, sent.id, 5)
     fleet.router.forget(sent.id)
     again = [fleet.send(context), *(fleet.send([i] * 10) for i in range(4))]
@@ -244,3 +246,47 @@ def test_only_the_pool_that_hosts_the_model_covers_its_prompts() -> None:
     with pytest.raises(NoWorkerError, match=r"^no prefill worker is alive$"):
         fleet.send([5] * 20, hosts=("decode1",))
     assert fleet.send([5] * 20).decode_worker == "decode0"
+
+
+def test_by_load_what_the_store_has_is_everywhere() -> None:
+    fleet = Fleet(policy="load")
+    prompt = list(range(41))
+    first = fleet.send(prompt)
+    fleet.work_off()
+    assert fleet.send(prompt).prefill_worker == first.prefill_worker, "nobody else has it"
+    fleet.router.store_changed(first.chain, [])
+    busy = fleet.send(list(range(100, 120)))
+    assert busy.prefill_worker == other(first.prefill_worker)
+    again = fleet.send(prompt)
+    assert (again.prefill_worker, again.num_uncached) == (first.prefill_worker, 0), "least waits"
+    fleet.send(list(range(200, 260)))
+    third = fleet.send([*prompt, 1, 2])
+    assert third.prefill_worker == busy.prefill_worker
+    assert third.num_uncached == 2
+
+
+def test_by_load_what_the_store_has_lost_is_routed_by_prefix() -> None:
+    fleet = Fleet(policy="load")
+    prompt = list(range(41))
+    first = fleet.send(prompt)
+    fleet.work_off()
+    fleet.router.store_changed(first.chain, [])
+    fleet.router.store_changed([], first.chain[3:4])
+    fleet.send(list(range(100, 110)))
+    busy = fleet.send(list(range(200, 210)))
+    assert busy.prefill_worker == first.prefill_worker
+    again = fleet.send(prompt)
+    assert again.prefill_worker == first.prefill_worker, "what it would compute is worth the wait"
+
+
+def test_by_load_among_equals_who_has_it() -> None:
+    fleet = Fleet(policy="load")
+    prompt = list(range(41))
+    first = fleet.send(prompt)
+    second = fleet.send(list(range(100, 141)))
+    fleet.router.store_changed([*first.chain, *second.chain], [])
+    fleet.work_off()
+    for sequence in (first, second):
+        found = fleet.send(list(sequence.prompt))
+        assert found.prefill_worker == sequence.prefill_worker
+        fleet.work_off()

@@ -55,6 +55,16 @@ SETTINGS = {
         prefill=2, decode=2, prefill_pages=9, decode_pages=12, store=True
     ),
     "a store and one pool": Setting(one_pool=True, decode_pages=13, store=True),
+    "a store that is read ahead": Setting(prefill_pages=11, store=True, prefetched=3),
+    "a store that is read ahead, one pool": Setting(
+        one_pool=True, decode_pages=15, store=True, prefetched=4
+    ),
+    "meshes for either, tiny pools": Setting(
+        either=True, prefill=2, decode=2, decode_pages=11, steps_per_dispatch=2, steps_ahead=2
+    ),
+    "meshes for either and a store": Setting(
+        either=True, prefill=1, decode=2, decode_pages=15, store=True, prefetched=3, balanced=10
+    ),
     "replies ahead, tiny pools": Setting(
         reply_ahead=True, prefill_pages=9, decode_pages=9, pinned_share=1.0
     ),
@@ -190,6 +200,11 @@ class Machine(RuleBasedStateMachine):
         for name in self.host.alive:
             for _ in range(count):
                 self.host.work_ahead(name)
+
+    @precondition(lambda self: self.setting.either and self.host.alive)
+    @rule(data=st.data())
+    def give_mesh(self, data: st.DataObject) -> None:
+        self.host.give_mesh(data.draw(st.sampled_from(self.host.alive)))
 
     @rule(count=st.integers(1, 4))
     def everybody(self, count: int) -> None:

@@ -11,7 +11,7 @@ from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.pages.prefix_index import PageState, block_key, block_keys, root_key
 from pshare_jax.core.plans import PrefillPlan, PrefillResult, StorePlan
 from pshare_jax.core.prefill import STORE_SECONDS, PrefillCore
-from pshare_jax.core.prices import SHARED, Prices
+from pshare_jax.core.prices import DISK, SHARED, Prices
 from pshare_jax.core.store_client import MAX_LATE, MAX_LOADS, PIECE_PAGES, StoreClient
 from tests.core.scripted import model_specs
 
@@ -218,6 +218,44 @@ def test_computing_what_is_cheaper():
     bench.ask(8)
     assert bench.chunk()
     assert bench.client.stats.looks == 0
+
+
+def test_what_was_declined_is_not_looked_for_again():
+    prices = Prices(0.001, 0.0, {SHARED: 0.0, DISK: 0.1}, {SHARED: 0.001, DISK: 0.1})
+    bench = Bench(prices=prices)
+    sequence = bench.ask(8)
+    bench.store()
+    bench.core.receive(m.Looked(sequence.id, [DISK, DISK]))
+    (chunk,) = bench.chunk().chunks
+    assert (chunk.start, bench.client.stats.looks) == (0, 1)
+
+
+def test_what_is_evicted_while_a_prompt_waits_is_fetched_again():
+    bench = Bench(pages=9)
+    first = bench.ask(16)
+    bench.store()
+    bench.core.receive(m.Looked(first.id, [SHARED] * 4))
+    plan = bench.store()
+    assert plan is not None
+    # Somebody else takes the pages as soon as they have landed.
+    bench.core.receive(m.Loaded(plan.loads[0].transfer))
+    bench.store()
+    taken = bench.cache.allocate(8)
+    assert taken is not None
+    bench.cache.release(taken)
+    plan = bench.store()
+    assert plan is None, "it is looked for once more"
+    plan = bench.store()
+    assert plan is not None
+    assert [look.id for look in plan.looks] == [first.id]
+    bench.core.receive(m.Looked(first.id, [SHARED] * 4))
+    plan = bench.store()
+    assert plan is not None
+    bench.core.receive(m.Loaded(plan.loads[0].transfer))
+    bench.store()
+    assert bench.store() is None
+    assert bench.covered() == [first.id]
+    assert (bench.client.stats.looks, bench.client.stats.fetched_tokens) == (2, 32)
 
 
 def test_a_run_holds_what_it_goes_on_from():

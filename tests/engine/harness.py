@@ -24,6 +24,7 @@ from pshare_jax.core.messages import (
     Request,
     RequestOutput,
     SamplingParams,
+    Session,
 )
 from pshare_jax.core.split_rule import LAST_TOKEN, LastTokens, SplitRule
 from pshare_jax.engine.loader import BaseSource, LoadTensors, ModelSource
@@ -233,6 +234,7 @@ class Client:
     ) -> Reply:
         """Greedy without end tokens unless asked otherwise; `then` is called after each event."""
         salt, owner = params.pop("cache_salt", ""), params.pop("owner", Owner())
+        session = params.pop("session", Session())
         params = {"temperature": 0.0, "ignore_eos": True, **params}
         self._count += 1
         reply = Reply(params.pop("id", f"r{self._count}"))
@@ -243,7 +245,8 @@ class Client:
             then(event)
 
         self.engine.submit(
-            Request(reply.id, model, tuple(prompt), sampling, salt, owner=owner), sink
+            Request(reply.id, model, tuple(prompt), sampling, salt, owner=owner, session=session),
+            sink,
         )
         return reply
 
@@ -285,9 +288,9 @@ def wait_until(condition: Callable[[], Any], timeout: float = 60) -> None:
 
 
 @contextmanager
-def held(client: Client, rows: int = 1) -> Iterator[None]:
-    """The first decode worker's thread stands still once so many sequences run there."""
-    worker = client.engine.workers.decode[0]
+def held(client: Client, rows: int = 1, number: int = 0) -> Iterator[None]:
+    """A decode worker's thread stands still once so many sequences run there."""
+    worker = client.engine.workers.decode[number]
     executor = worker.executor
     gate, plain = threading.Event(), executor.finish
 

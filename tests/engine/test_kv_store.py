@@ -14,8 +14,14 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from pshare_jax.config import DecodeConfig, KvStoreConfig, PrefillConfig, ServeConfig
-from pshare_jax.core.messages import FinishReason
+from pshare_jax.config import (
+    DecodeConfig,
+    KvStoreConfig,
+    PrefillConfig,
+    RouterConfig,
+    ServeConfig,
+)
+from pshare_jax.core.messages import FinishReason, Session
 from pshare_jax.core.prices import DISK, SHARED, Prices
 from pshare_jax.engine.kv_store import EngineStore, page_shape, store_root
 from pshare_jax.errors import ConfigError
@@ -230,6 +236,67 @@ def test_two_engines_share_a_pool(tmp_path: Path, models: Models) -> None:
         assert second.engine.stats().tiers["shared"].slots["ready"] == 24
 
 
+@pytest.mark.parametrize("hints", [True, False])
+def test_the_next_agents_pages_are_fetched_before_they_are_asked_for(
+    tmp_path: Path, models: Models, hints: bool
+) -> None:
+    """Four agents of a session with contexts of their own, of which the pool holds two."""
+    agents = ["identity", "full", "lora", "full-tail2"]
+    contexts = {name: context(i, 60) for i, name in enumerate(agents)}
+    config = with_store(tmp_path, prefetch="next-agent")
+    replies: list[tuple[str, list[int], list[int]]] = []
+    with served(models, config) as client:
+        page_bytes = client.engine._layout.bytes_per_page
+        for turn in range(3):
+            for i, name in enumerate(agents):
+                before = asked(client)
+                following = agents[(i + 1) % 4]
+                session = Session("s", next_models=(following,) if hints else ())
+                reply = client.generate(name, contexts[name], session=session)
+                replies.append((name, contexts[name], reply.tokens))
+                knows = turn > 0 or (hints and i == 3)
+                if knows:
+                    last = len(contexts[following]) - 4
+                    arrived = before["early_bytes"] + -(-(last - 1) // PAGE) * page_bytes
+                    wait_until(lambda arrived=arrived: asked(client)["early_bytes"] == arrived)
+                if turn and (turn, i) != (1, 0):
+                    fetched = asked(client)["fetched_tokens"] - before["fetched_tokens"]
+                    assert fetched == 0, "it was there"
+                    assert reply.usage is not None
+                    assert reply.usage.computed_tokens <= 4
+                settle(client)
+                contexts[name] = [*contexts[name], *context(100 * turn + i, 4)]
+        found = asked(client)
+        assert found["early_used_bytes"] + found["early_wasted_bytes"] <= found["early_bytes"]
+        assert found["early_used_bytes"] >= 7 * 7 * page_bytes
+        assert client.engine.stats().compiles == 0
+    for name, prompt, tokens in replies:
+        assert tokens == models.expected(name, prompt)
+
+
+def test_by_load_engines_use_what_others_have_computed(tmp_path: Path, models: Models) -> None:
+    config = with_store(tmp_path)
+    config = replace(
+        config,
+        prefill=replace(config.prefill, engines=2),
+        router=RouterConfig("load"),
+    )
+    prompt = context(1, 60)
+    with served(models, config) as client:
+        client.generate("identity", prompt)
+        settle(client)
+        wait_until(lambda: client.engine._dispatcher._router._stored)
+        requests = [("identity", [*prompt, *context(i, 20)]) for i in range(12)]
+        replies = [client.submit(*request) for request in requests]
+        replies = [reply.wait() for reply in replies]
+        assert client.engine.stats().compiles == 0
+        workers = client.engine.stats().store
+        assert client.computed() <= 59 + 12 * 24
+        assert max(workers[name]["fetched_tokens"] for name in workers) >= 56
+    for request, reply in zip(requests, replies, strict=True):
+        assert reply.tokens == models.expected(*request)
+
+
 def test_bfloat16_pages_are_compressed_and_come_back_bit_for_bit(
     tmp_path: Path, models: Models
 ) -> None:
@@ -287,6 +354,7 @@ def test_settings_that_cannot_be_served_are_refused_by_name(tmp_path: Path, mode
         r"kv_store\.bytes: must be the size": {"bytes": 0},
         r"kv_store\.disk_bytes: must be the size": {"disk_path": "/x"},
         "are the same file": {"disk_path": str(tmp_path / "pool"), "disk_bytes": 1},
+        r"kv_store\.prefetch: needs": {"prefetch": "next-agent", "prefetch_bytes": 0},
     }
     for message, settings in cases.items():
         with (

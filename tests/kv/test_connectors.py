@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import msgspec
 import numpy as np
 import pytest
+from aiohttp import web
 from jax.sharding import Mesh
 
 from pshare_jax.config import DecodeConfig
@@ -17,11 +20,15 @@ from pshare_jax.core.messages import PageDescriptor
 from pshare_jax.core.plans import Offer, Pull
 from pshare_jax.kernels.backends import on_mesh
 from pshare_jax.kv.local import DevicePut, Exchange, SamePool
+from pshare_jax.kv.offers import PREFIX, OfferFolder, file_of
+from pshare_jax.kv.remote import RemotePages
 from pshare_jax.runtime.layout import PageLayout
 from pshare_jax.runtime.pool import PagePool
 from pshare_jax.runtime.programs import Programs
 from pshare_jax.runtime.steps import StepSpec
+from pshare_jax.serve.worker_app import send_pages
 from pshare_jax.sharding.mesh import carve
+from tests.cluster.harness import TOKEN, Loop
 from tests.engine.harness import wait_until
 from tests.helpers import tiny_config
 
@@ -51,23 +58,58 @@ def fill(programs: Programs, pool: PagePool, seed: int) -> None:
 
 
 class Link:
-    """A sending and a receiving end, and what both pools hold."""
+    """A sending and a receiving end, and what both pools hold.
 
-    def __init__(self, kind: type[DevicePut] | type[SamePool], programs: list[Programs]):
-        self.exchange = Exchange()
+    `exchange` is what the sending end has on offer; a receiver of another process takes from it
+    only what it then reads, so that withdrawing the rest is the sender's.
+    """
+
+    def __init__(
+        self, kind: str, programs: list[Programs], folder: Path | None = None, url: str = ""
+    ):
+        self.kind = kind
         pools = [PagePool(LAYOUT, NUM_PAGES, p.pool_sharding) for p in programs]
         for seed, (own, pool) in enumerate(zip(programs, pools, strict=True)):
             pool.own()
             fill(own, pool, seed)
+        self.remote = folder is not None
+        self._folders: list[OfferFolder] = []
         names = ("prefill0", "decode0")
-        ends = [
-            kind(name, own, pool, self.exchange)
-            for name, own, pool in zip(names, programs, pools, strict=False)
-        ]
+        ends: list[Any] = []
+        if folder is None:
+            exchange = Exchange()
+            self.exchange: Any = exchange
+            end = DevicePut if kind == "device_put" else SamePool
+            for name, own, pool in zip(names, programs, pools, strict=False):
+                ends.append(end(name, own, pool, exchange))
+        else:
+            for name, own, pool in zip(names, programs, pools, strict=False):
+                # Another parent is another host.
+                parent = folder / name if kind == "http" else folder
+                parent.mkdir(exist_ok=True)
+                self._folders.append(OfferFolder(parent))
+                ends.append(RemotePages(name, own, pool, self._folders[-1], url, TOKEN))
+            self.exchange = self._folders[0]
         self.sender, self.receiver = ends[0], ends[-1]
         self.source, self.target = pools[0], pools[-1]
-        self.moves = kind is DevicePut
+        self.moves = kind != "same-mesh"
         self._next = 0
+
+    def close(self) -> None:
+        if self.remote:
+            self.sender.close()
+            self.receiver.close()
+        for folder in self._folders:
+            folder.close()
+
+    def withdraw(self) -> None:
+        """What a sender of another process hears when a sequence was given up."""
+        if self.remote:
+            for transfer in range(self._next + 1):
+                self.sender.abort(transfer)
+
+    def pull(self, transfer: int) -> Pull:
+        return Pull(transfer, "prefill0", [], [], [], self.sender.address)
 
     def offer(self, pages: list[int]) -> Pull:
         """Offers pages; the pull asks for them, into pages 81 and on."""
@@ -75,10 +117,20 @@ class Link:
         keys = [b"key %d" % page for page in pages]
         descriptors = self.sender.offer(Offer(self._next, "decode0", pages, keys))
         targets = [81 + i for i in range(len(pages))]
-        return Pull(self._next, "prefill0", descriptors, keys, targets)
+        return Pull(self._next, "prefill0", descriptors, keys, targets, self.sender.address)
 
-    def flip(self, transfer: int, page: int) -> None:
-        """Flips the lowest bit of one value of one page that is on offer."""
+    def flip(self, transfer: int, page: int, count: int) -> None:
+        """Flips the lowest bit of one value of one page of the `count` that are on offer."""
+        if self.remote:
+            size = LAYOUT.bytes_per_page // LAYOUT.num_layers
+            piece, inside = divmod(page, 16)
+            length = min(16, count - 16 * piece)
+            at = LAYOUT.bytes_per_page * 16 * piece + size * (length + inside) + 8
+            file = file_of(self.exchange.path, transfer)
+            data = bytearray(file.read_bytes())
+            data[at] ^= 1
+            file.write_bytes(data)
+            return
         offer = self.exchange._offers[transfer]
         piece = np.array(offer.staged[page // 16])
         bits = piece.view(np.uint32)
@@ -92,18 +144,53 @@ class Link:
 
 
 @pytest.fixture(scope="module")
+def pages_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    """A folder of offers that is another host's, and the URL where that serves them."""
+    folder = tmp_path_factory.mktemp("host")
+    loop, app = Loop(), web.Application()
+
+    async def serve(request: web.Request) -> web.StreamResponse:
+        assert request.headers["Authorization"] == f"Bearer {TOKEN}"
+        (found,) = (folder / "prefill0").glob(f"{PREFIX}*")
+        return await send_pages(request, found)
+
+    app.router.add_get("/pages/{transfer:[0-9a-f]{16}}", serve)
+    runner = web.AppRunner(app, access_log=None)
+    loop.run(runner.setup())
+    loop.run(web.TCPSite(runner, "127.0.0.1", 0).start())
+    yield folder, f"http://127.0.0.1:{runner.addresses[0][1]}"
+    loop.run(runner.cleanup())
+    loop.close()
+
+
+@pytest.fixture(scope="module")
 def two_meshes() -> list[Programs]:
     prefill, decode = carve(jax.devices(), 1, 1, 1, 1)
     return [programs_of(prefill[0]), programs_of(decode[0])]
 
 
-@pytest.fixture(params=[DevicePut, SamePool])
-def link(request: pytest.FixtureRequest, two_meshes: list[Programs]) -> Iterator[Link]:
+@pytest.fixture(params=["device_put", "same-mesh", "shm", "http"])
+def link(
+    request: pytest.FixtureRequest,
+    two_meshes: list[Programs],
+    tmp_path: Path,
+    pages_server: tuple[Path, str],
+) -> Iterator[Link]:
     """Both ends. At the end nothing is on offer, and nothing is on its way."""
-    link = Link(request.param, two_meshes if request.param is DevicePut else two_meshes[:1])
+    match request.param:
+        case "device_put":
+            link = Link("device_put", two_meshes)
+        case "same-mesh":
+            link = Link("same-mesh", two_meshes[:1])
+        case "shm":
+            link = Link("shm", two_meshes, tmp_path)
+        case _:
+            link = Link("http", two_meshes, *pages_server)
     yield link
+    link.withdraw()
     assert len(link.exchange) == 0
     assert link.sender.num_arriving == link.receiver.num_arriving == 0
+    link.close()
 
 
 @pytest.fixture
@@ -182,7 +269,7 @@ class TestFailures:
 
     def test_never_offered(self, link: Link) -> None:
         with pytest.raises(TransferError, match="transfer 77: nothing is on offer"):
-            link.receiver.accept(Pull(77, "prefill0", [], [], []))
+            link.move(link.pull(77))
 
     @pytest.mark.parametrize("what", ["poll", "commit"])
     def test_never_accepted(self, link: Link, what: str) -> None:
@@ -210,14 +297,14 @@ class TestFailures:
         assert len(link.exchange) == 1, "an offer of another worker stays"
         link.exchange.drop_worker("prefill0")
         with pytest.raises(TransferError, match="transfer 1: nothing is on offer"):
-            link.receiver.accept(pull)
+            link.move(pull)
 
     def test_the_sender_withdraws(self, link: Link) -> None:
         pull = link.offer([1, 2])
         link.sender.abort(pull.transfer)
         link.sender.abort(pull.transfer)
         with pytest.raises(TransferError, match="nothing is on offer"):
-            link.receiver.accept(pull)
+            link.move(pull)
 
     def test_the_receiver_gives_up(self, link: Link) -> None:
         pull = link.offer([1, 2])
@@ -230,8 +317,9 @@ class TestFailures:
     def test_the_receiver_gives_up_before_it_has_begun(self, link: Link) -> None:
         pull = link.offer([1, 2])
         link.receiver.abort(pull.transfer)
+        link.withdraw()
         with pytest.raises(TransferError, match="nothing is on offer"):
-            link.receiver.accept(pull)
+            link.move(pull)
 
     @pytest.mark.parametrize(
         ("field", "value", "error"),
@@ -272,9 +360,10 @@ class TestFailures:
         """Descriptors and keys agree, but the exchange has another number of pages."""
         pull = link.offer([1, 2, 3])
         more: list[PageDescriptor] = [*pull.descriptors, pull.descriptors[0]]
-        pull = Pull(1, "prefill0", more, [*pull.keys, pull.keys[0]], [*pull.targets, 99])
+        keys, targets = [*pull.keys, pull.keys[0]], [*pull.targets, 99]
+        pull = Pull(1, "prefill0", more, keys, targets, pull.address)
         with pytest.raises(TransferError, match="3 pages are on offer for 4 keys and 4 places"):
-            link.receiver.accept(pull)
+            link.move(pull)
 
     def test_another_sender(self, link: Link) -> None:
         pull = msgspec.structs.replace(link.offer([1]), source="prefill1")
@@ -294,14 +383,15 @@ def test_commit_ends_a_transfer(link: Link) -> None:
     np.testing.assert_array_equal(contents_of(link.target), before)
 
 
+@pytest.mark.parametrize("kind", ["device_put", "shm"])
 @pytest.mark.parametrize(("count", "page"), [(1, 0), (5, 4), (70, 0), (70, 37), (70, 69)])
 def test_a_bit_that_flips_on_the_way_is_found(
-    two_meshes: list[Programs], count: int, page: int
+    two_meshes: list[Programs], tmp_path: Path, kind: str, count: int, page: int
 ) -> None:
     """Nothing of the transfer is written, not even the pages that are as they should be."""
-    link = Link(DevicePut, two_meshes)
+    link = Link(kind, two_meshes, tmp_path if kind == "shm" else None)
     pull, before = link.offer(list(range(1, 1 + count))), contents_of(link.target)
-    link.flip(pull.transfer, page)
+    link.flip(pull.transfer, page, count)
     link.receiver.accept(pull)
     said = pull.descriptors[page].checksum
     error = f"transfer 1, page {page}: its checksum is [0-9a-f]{{8}}, but {said:08x} was offered"
@@ -311,11 +401,12 @@ def test_a_bit_that_flips_on_the_way_is_found(
     with pytest.raises(TransferError, match="was not accepted, or has ended"):
         link.receiver.poll(pull.transfer)
     assert (len(link.exchange), link.receiver.num_arriving) == (0, 0)
+    link.close()
 
 
 def test_one_pool_takes_no_pages_of_another(two_meshes: list[Programs]) -> None:
     """With several shared pools a page number means nothing in the pool next door."""
-    links = [Link(SamePool, two_meshes[:1]) for _ in range(2)]
+    links = [Link("same-mesh", two_meshes[:1]) for _ in range(2)]
     other = SamePool("prefill1", two_meshes[0], links[1].target, links[0].exchange)
     pull, before = links[0].offer([1]), contents_of(links[1].target)
     with pytest.raises(TransferError, match="prefill0 are in another pool than those of prefill1"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pshare_jax.core.stats import EngineStats, TierStats
 from pshare_jax.serve.metrics import Metrics
+from pshare_jax.serve.role_metrics import role_metrics
 from pshare_jax.serve.store_metrics import store_metrics
 
 TIER = TierStats(
@@ -20,7 +21,16 @@ TIER = TierStats(
     buried=1,
     rebuilt=2,
 )
-ASKED = {"looks": 3, "fetched_tokens": 64, "declined": 1, "late": 0, "stall_seconds": 0.125}
+ASKED = {
+    "looks": 3,
+    "fetched_tokens": 64,
+    "declined": 1,
+    "late": 0,
+    "stall_seconds": 0.125,
+    "early_bytes": 4096,
+    "early_used_bytes": 2048,
+    "early_wasted_bytes": 1024,
+}
 
 
 def test_every_figure_of_the_store_is_shown() -> None:
@@ -44,9 +54,24 @@ def test_every_figure_of_the_store_is_shown() -> None:
         'pshare_store_declined_total{engine="prefill0"} 1.0',
         'pshare_store_late_total{engine="prefill0"} 0.0',
         'pshare_store_stall_seconds_total{engine="prefill0"} 0.125',
+        'pshare_store_early_bytes_total{engine="prefill0"} 4096.0',
+        'pshare_store_early_used_bytes_total{engine="prefill0"} 2048.0',
+        'pshare_store_early_wasted_bytes_total{engine="prefill0"} 1024.0',
+    ):
+        assert line in text, line
+
+
+def test_roles_are_shown() -> None:
+    stats = EngineStats(moved_rows={"decode1": 3}, working={"prefill1": True, "decode1": False})
+    text = Metrics(["model"], lambda: stats).render().decode()
+    for line in (
+        'pshare_engine_working{engine="prefill1"} 1.0',
+        'pshare_engine_working{engine="decode1"} 0.0',
+        'pshare_moved_sequences_total{engine="decode1"} 3.0',
     ):
         assert line in text, line
 
 
 def test_without_a_store_there_are_no_series() -> None:
+    assert all(family.samples == [] for family in role_metrics(EngineStats()))
     assert all(family.samples == [] for family in store_metrics(EngineStats()))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from pshare_jax.bench.plan.clock import Processor
 from pshare_jax.bench.plan.costs import CostModel
+from pshare_jax.bench.plan.store import SimStoreEnd
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.plans import (
     Chunk,
@@ -59,15 +60,19 @@ class CostPrefill(_Costed):
 
     Attributes:
         computed_tokens: prompt tokens that were computed.
+        store: the end of the KV store, if there is one.
     """
 
     def __init__(self, processor: Processor, costs: CostModel, cache: PageCache):
         super().__init__(processor, costs, cache)
         self.computed_tokens = 0
+        self.store: SimStoreEnd | None = None
 
     def run(self, plan: PrefillPlan) -> PrefillResult:
-        """Waits for as long as offers and chunks take."""
+        """Waits for as long as offers, copies from and for the store, and chunks take."""
         seconds = sum(self._costs.send(len(offer.pages)) for offer in plan.offers)
+        if plan.store is not None and self.store is not None:
+            seconds += self.store.run(plan.store, self._processor.now)
         if plan.chunks:
             seconds += chunk_seconds(self._costs, plan.shape, plan.chunks)
             self.computed_tokens += sum(len(chunk.tokens) for chunk in plan.chunks)

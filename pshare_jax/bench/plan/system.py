@@ -9,20 +9,34 @@ from dataclasses import dataclass, field
 from pshare_jax.bench.plan.clock import Clock, Processor
 from pshare_jax.bench.plan.costs import CostModel
 from pshare_jax.bench.plan.executors import CostDecode, CostPrefill
+from pshare_jax.bench.plan.store import SimStore, SimStoreEnd, StoreSpec
 from pshare_jax.cluster.thread import WorkerThread
 from pshare_jax.cluster.worker import DecodeWorker, PrefillWorker, Worker
-from pshare_jax.config import DecodeConfig
+from pshare_jax.config import DecodeConfig, RoutingPolicy
+from pshare_jax.core.balance import BalancePolicy
 from pshare_jax.core.decode import DecodeCore
 from pshare_jax.core.dispatcher import Dispatcher
-from pshare_jax.core.messages import DISPATCHER, Message, Outbox, Owner, Request, SamplingParams
+from pshare_jax.core.messages import (
+    DISPATCHER,
+    Message,
+    Outbox,
+    Owner,
+    Request,
+    SamplingParams,
+    Session,
+)
 from pshare_jax.core.models import ModelSpec
+from pshare_jax.core.one_pool import OnePool
 from pshare_jax.core.pages.page_cache import PageCache
+from pshare_jax.core.plans import DecodePlan, PrefillPlan
+from pshare_jax.core.prefetch import Prefetch
 from pshare_jax.core.prefill import PrefillCore
 from pshare_jax.core.router import Router, WorkerInfo
 from pshare_jax.core.sessions import SessionPolicy
 from pshare_jax.core.split_rule import LastTokens
+from pshare_jax.core.store_client import StoreClient
 
-NOBODY = Owner()
+NOBODY, NO_SESSION = Owner(), Session()
 
 _ANY_BYTES = 1
 """Of a page that is moved; what a handoff takes is told by the costs."""
@@ -56,6 +70,12 @@ class ServerSpec:
         decode: its decode engines.
         tail: prompt tokens that decode modules read themselves.
         reply_ahead: whether replies are covered before anybody asks.
+        store: the KV store, if there is one.
+        routing: how prefill engines are chosen, see `Router`.
+        either: where meshes may do either, how many of `decode` begin with prefill; there is no
+            `prefill` then.
+        moves: whether rows take their KV along when such a mesh is given to prefill.
+        balance: when such meshes change by themselves, if they do.
     """
 
     models: Sequence[int]
@@ -68,6 +88,11 @@ class ServerSpec:
     decode: Sequence[EngineSpec]
     tail: int = 1
     reply_ahead: bool = False
+    store: StoreSpec | None = None
+    routing: RoutingPolicy = "prefix"
+    either: int = 0
+    moves: bool = True
+    balance: BalancePolicy | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +113,7 @@ class SimCall:
     """A call of a model.
 
     Attributes:
+        prefix: a text's number, and how many of the prompt's first tokens are of it.
         arrivals: when each generated token came.
         cached: prompt tokens whose KV was there.
         shared: of these, those that were computed for another model.
@@ -98,6 +124,8 @@ class SimCall:
     max_tokens: int
     on_finish: Callable[[], None]
     owner: Owner = NOBODY
+    session: Session = NO_SESSION
+    prefix: tuple[int, int] = (0, 0)
     arrivals: list[float] = field(default_factory=list)
     cached: int = 0
     shared: int = 0
@@ -121,6 +149,8 @@ class System:
         ]
         self._host_of = {worker.name: host for host in hosts for worker in host.workers}
         self._server_of = {w.name: s for s in self._servers for w in s.workers}
+        for server in self._servers:
+            server.attach_store(lambda to, message: self._host_of[to].post(to, message))
 
     def submit(
         self,
@@ -130,13 +160,33 @@ class System:
         tokens: int,
         on_finish: Callable[[], None],
         owner: Owner = NOBODY,
+        hints: Session = NO_SESSION,
+        prefix: tuple[int, int] = (0, 0),
     ) -> SimCall:
-        """Asks a model for `tokens` tokens after a session's first `prompt` tokens."""
-        call = SimCall(model, prompt, tokens, on_finish, owner)
+        """Asks a model for `tokens` tokens after a session's first `prompt` tokens.
+
+        Before those is a `prefix`: another text's number, and how many tokens of it.
+        """
+        call = SimCall(model, prompt + prefix[1], tokens, on_finish, owner, hints, prefix)
         server = self._of_model[model]
         server.submit(session, call)
         self._deliver(server)
         return call
+
+    def give_mesh(self, worker: str) -> None:
+        """Has a mesh that may do either work for a worker from now on; see `Dispatcher`."""
+        server = self._server_of[worker]
+        server.dispatcher.give_mesh(worker)
+        self._deliver(server)
+
+    def rest(self, worker: str) -> None:
+        """Sends a worker nothing more; what it has ends there."""
+        self._server_of[worker].router.set_role(worker, works=False)
+
+    @property
+    def stores(self) -> list[SimStore]:
+        """KV stores of the servers that have one."""
+        return [server.store for server in self._servers if server.store is not None]
 
     @property
     def prefill(self) -> list[PrefillWorker[CostPrefill]]:
@@ -161,7 +211,7 @@ class System:
         for source, to, message in messages:
             if to == DISPATCHER:
                 server = self._server_of[source]
-                server.dispatcher.receive(source, message)  # type: ignore[arg-type]
+                server.dispatcher.receive(source, message, self.clock.now)  # type: ignore[arg-type]
                 heard[id(server)] = server
             else:
                 self._host_of[to].post(to, message)
@@ -193,17 +243,68 @@ class _Server:
             self._processors[name] = processor
             return processor, engine.costs, PageCache(engine.num_pages, spec.page_size)
 
-        self.decode = [
-            self._decode(name, *parts(name, engine))
-            for name, engine in zip(names, spec.decode, strict=True)
-        ]
-        self.prefill = [
-            self._prefill(name, *parts(name, engine))
-            for name, engine in ((f"{prefix}prefill{i}", e) for i, e in enumerate(spec.prefill))
-        ]
-        router = Router([_info(w) for w in self.prefill], [_info(w) for w in self.decode])
-        policy = SessionPolicy(spec.reply_ahead)
-        self.dispatcher = Dispatcher(self._models, router, spec.page_size, policy)
+        self.decode: list[DecodeWorker[CostDecode]] = []
+        self.prefill: list[PrefillWorker[CostPrefill]] = []
+        for i, engine in enumerate(spec.decode):
+            part = parts(names[i], engine)
+            if spec.either:
+                self._pair(f"{prefix}prefill{i}", names[i], *part)
+            else:
+                self.decode.append(self._decode(self._decode_core(names[i], part[2]), *part))
+        for i, engine in enumerate(spec.prefill):
+            part = parts(name := f"{prefix}prefill{i}", engine)
+            self.prefill.append(self._prefill(self._prefill_core(name, *part[1:]), *part))
+        self.router = router = Router(
+            [self._info(w, self.decode, i) for i, w in enumerate(self.prefill)],
+            [self._info(w, self.prefill, i) for i, w in enumerate(self.decode)],
+            spec.routing,
+        )
+        self.store = SimStore(clock, spec.store) if spec.store is not None else None
+        prefetch = spec.store is not None and spec.store.prefetch_pages > 0
+        policy = SessionPolicy(spec.reply_ahead, prefetch=prefetch)
+        self.dispatcher = Dispatcher(self._models, router, spec.page_size, policy, spec.balance)
+
+    def _pair(
+        self,
+        prefill: str,
+        decode: str,
+        processor: Processor,
+        costs: CostModel,
+        cache: PageCache,
+    ) -> None:
+        """The two workers of a mesh that may do either, over one pool."""
+        cores = OnePool(
+            self._prefill_core(prefill, costs, cache),
+            self._decode_core(decode, cache),
+            moves=self.spec.moves,
+        )
+        self._processors[prefill] = processor
+        part = processor, costs, cache
+        self.prefill.append(self._prefill(cores.prefill, *part, cores.schedule_prefill))
+        self.decode.append(self._decode(cores.decode, *part, cores.schedule_decode))
+
+    def _info(self, worker: Worker, others: Sequence[Worker], number: int) -> WorkerInfo:
+        """A worker as the router sees it; of a mesh that may do either it has a twin."""
+        pages, size, either = worker.cache.num_usable, worker.cache.page_size, self.spec.either
+        if not either:
+            return WorkerInfo(worker.name, pages, size)
+        rests = (number < either) == isinstance(worker, DecodeWorker)
+        return WorkerInfo(worker.name, pages, size, twin=others[number].name, rests=rests)
+
+    def attach_store(self, send: Callable[[str, Message], None]) -> None:
+        """Gives prefill workers their sides of the store; `send` carries a message to a worker."""
+        if self.store is None:
+            return
+        engines = self.spec.decode if self.spec.either else self.spec.prefill
+        for worker, engine in zip(self.prefill, engines, strict=True):
+            prices = self.store.spec.prices(*_compute_prices(engine.costs, self.spec.chunk_buckets))
+            client = StoreClient(worker.cache, prices, self._transfers)
+            if self.store.spec.prefetch_pages:
+                client.ahead = Prefetch(client, worker.cache, self.store.spec.prefetch_pages, 1)
+            worker.core.store = client
+            worker.executor.store = SimStoreEnd(
+                self.store, lambda message, name=worker.name: send(name, message)
+            )
 
     @property
     def workers(self) -> list[Worker]:
@@ -217,8 +318,11 @@ class _Server:
         """Gives the dispatcher a call."""
         order = next(self._orders)
         params = SamplingParams(max_tokens=call.max_tokens)
-        prompt = (session,) * call.prompt
-        request = Request(str(order), str(call.model), prompt, params, owner=call.owner)
+        text, length = call.prefix
+        prompt = (text,) * length + (session,) * (call.prompt - length)
+        request = Request(
+            str(order), str(call.model), prompt, params, owner=call.owner, session=call.session
+        )
         self._calls[request.id] = call
         self.dispatcher.submit(request, order=order, seed=0, end_token_ids=frozenset())
 
@@ -253,28 +357,47 @@ class _Server:
             decode_workers=tuple(n for n, e in hosts if not e.models or model in e.models),
         )
 
-    def _prefill(
-        self, name: str, processor: Processor, costs: CostModel, cache: PageCache
-    ) -> PrefillWorker[CostPrefill]:
-        core = PrefillCore(name, cache, self._models, self.spec.chunk_buckets, pads=costs.padded)
-        return PrefillWorker(core, CostPrefill(processor, costs, cache))
+    def _prefill_core(self, name: str, costs: CostModel, cache: PageCache) -> PrefillCore:
+        return PrefillCore(name, cache, self._models, self.spec.chunk_buckets, pads=costs.padded)
 
-    def _decode(
-        self, name: str, processor: Processor, costs: CostModel, cache: PageCache
-    ) -> DecodeWorker[CostDecode]:
-        core = DecodeCore(
+    def _decode_core(self, name: str, cache: PageCache) -> DecodeCore:
+        return DecodeCore(
             name,
             cache,
             self._models,
             self.spec.settings,
             _ANY_BYTES,
+            owns_cache=not self.spec.either,
             transfer_ids=self._transfers,
         )
-        return DecodeWorker(core, CostDecode(processor, costs, cache))
+
+    def _prefill(
+        self,
+        core: PrefillCore,
+        processor: Processor,
+        costs: CostModel,
+        cache: PageCache,
+        schedule: Callable[[float], PrefillPlan | None] | None = None,
+    ) -> PrefillWorker[CostPrefill]:
+        return PrefillWorker(core, CostPrefill(processor, costs, cache), schedule)
+
+    def _decode(
+        self,
+        core: DecodeCore,
+        processor: Processor,
+        costs: CostModel,
+        cache: PageCache,
+        schedule: Callable[[float], DecodePlan | None] | None = None,
+    ) -> DecodeWorker[CostDecode]:
+        return DecodeWorker(core, CostDecode(processor, costs, cache), schedule)
 
 
-def _info(worker: Worker) -> WorkerInfo:
-    return WorkerInfo(worker.name, worker.cache.num_usable, worker.cache.page_size)
+def _compute_prices(costs: CostModel, chunk_buckets: Sequence[int]) -> tuple[float, float]:
+    """Seconds to compute a token, and to attend for half of a square of positions."""
+    size, far = max(chunk_buckets), 4096
+    near = costs.chunk(size, size, 0)
+    pair = max(costs.chunk(size, size, far) - near, 0.0) / (2 * far * size)
+    return (near - pair * size * size) / size, pair
 
 
 class _Host:
@@ -306,8 +429,18 @@ class _Host:
         self._processor.wait(self._clock.now)
         if self._thread.turn():
             self._clock.at(self._processor.now, self._turn)
-        else:
-            self._idle = True
+            return
+        self._idle = True
+        waits = [w.patience for w in self.workers if isinstance(w, PrefillWorker)]
+        for seconds in waits:
+            # What the store owes is waited for until a deadline, as in the engine.
+            if seconds is not None:
+                self._clock.at(self._processor.now + seconds, self._wake)
+
+    def _wake(self) -> None:
+        if self._idle:
+            self._idle = False
+            self._turn()
 
     def _send(self, source: str, to: str, message: Message) -> None:
         """Messages of one moment go together."""

@@ -143,10 +143,19 @@ class PageCache:
         self._allocator.unkeep(node.page)
 
     def changes(self) -> tuple[list[bytes], list[bytes]]:
-        """Keys of full pages that have entered and left the index since the last call."""
+        """Keys of full pages that have entered and left the index since the last call.
+
+        A key that has done both is told of as it is now.
+        """
         added, removed = self._index.added, self._index.removed
         self._index.added, self._index.removed = [], []
-        return added, removed
+        removed = [key for key in removed if not self._index.has(key)]
+        gone = set(removed)
+        return [key for key in added if key not in gone], removed
+
+    def keys(self) -> list[bytes]:
+        """Keys of all full pages that are indexed now."""
+        return self._index.keys()
 
     def extend(
         self, node: Node, tokens: tuple[int, ...], origins: list[str], key: bytes | None

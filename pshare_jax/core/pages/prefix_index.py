@@ -64,7 +64,8 @@ class Node:
     `key` is None while the page is only partly filled. `origins` names, for each token, the model
     whose request had it computed. `filler` is the id of the sequence that brings the contents of a
     page that is arriving. A page that is `extending` is being filled further in place. `ahead` are
-    tokens that were computed before anybody asked for them, and that nobody has used yet.
+    tokens that were computed before anybody asked for them, and that nobody has used yet; a page
+    that was fetched `early` is one that came from the KV store so.
     """
 
     parent: Node | None
@@ -78,6 +79,7 @@ class Node:
     extending: bool = False
     num_children: int = 0
     ahead: set[int] = field(default_factory=set)
+    early: bool = False
 
     def use(self, length: int) -> int:
         """Somebody uses the first `length` tokens; how many of them were waiting for that."""
@@ -130,6 +132,14 @@ class PrefixIndex:
         """The pages that were indexed last, newest first."""
         # One call of the interpreter's own code, which other threads do not interrupt.
         return list(itertools.islice(reversed(self._by_page.values()), count))
+
+    def keys(self) -> list[bytes]:
+        """Keys of all full pages."""
+        return list(self._full)
+
+    def has(self, key: bytes) -> bool:
+        """Whether a full page of that key is indexed."""
+        return key in self._full
 
     def get(self, key: bytes, tokens: Sequence[int]) -> Node | None:
         """The full page of chain key `key`, if its tokens are really `tokens`.

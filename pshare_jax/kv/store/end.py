@@ -72,7 +72,9 @@ class WorkerEnd:
 
     def _look(self, look: Look) -> None:
         self._service.look(
-            self.store_keys(look.keys), lambda places: self._send(m.Looked(look.id, places))
+            self.store_keys(look.keys),
+            lambda places: self._send(m.Looked(look.id, places)),
+            ahead=look.ahead,
         )
 
     def _load(self, load: Load) -> None:

@@ -1,4 +1,4 @@
-"""The store of one process: its tiers, and the two threads that read and write them.
+"""The store of one process: its tiers, and the threads that read and write them.
 
 Nobody waits for these threads: answers come by a callback, in the thread that gives them. What goes
 wrong with a tier is a miss, and is counted; a tier whose file is damaged is not used any more.
@@ -90,11 +90,16 @@ class StoreService:
     def __post_init__(self) -> None:
         slot_bytes = max(tier.pool.spec.slot_bytes for tier in self.tiers)
         self._read_buffer, self._write_buffer = Buffer(slot_bytes), Buffer(slot_bytes)
+        self._early_buffer = Buffer(slot_bytes)
         self._reader, self._writer = _Thread("kv-store-reader"), _Thread("kv-store-writer")
+        # What nobody waits for yet is not in the way of what somebody does.
+        self._early = _Thread("kv-store-ahead")
 
-    def look(self, keys: Sequence[bytes], answer: Callable[[list[int]], None]) -> None:
-        """Answers where pages are, up to the first that is nowhere."""
-        self._reader.post(lambda: answer(self._look(keys)))
+    def look(
+        self, keys: Sequence[bytes], answer: Callable[[list[int]], None], *, ahead: bool = False
+    ) -> None:
+        """Answers where pages are, up to the first that is nowhere; nobody waits for it `ahead`."""
+        (self._early if ahead else self._reader).post(lambda: answer(self._look(keys)))
 
     def load(
         self,
@@ -123,7 +128,7 @@ class StoreService:
             finally:
                 answer(result)
 
-        self._reader.post(act)
+        (self._early if load.ahead else self._reader).post(act)
 
     def save(self, batches: Sequence[Batch], answer: Callable[[list[bytes]], None]) -> None:
         """Writes pages; answers those that are in the store."""
@@ -164,6 +169,7 @@ class StoreService:
         if self._closed:
             return
         self._closed = True
+        self._early.stop()
         self._reader.stop()
         self._writer.stop()
         for tier in self.tiers:
@@ -179,7 +185,7 @@ class StoreService:
         end = places.index(NOWHERE) if NOWHERE in places else len(places)
         if end < len(keys):
             for tier in self._usable():
-                tier.counters.missed["missing"] += len(keys) - end
+                tier.counters.miss("missing", len(keys) - end)
         return places[:end]
 
     def _load(self, load: Load, keys: Sequence[bytes]) -> list[np.ndarray] | str:
@@ -211,10 +217,10 @@ class StoreService:
                     [load.tokens[i] for i in here],
                     piece,
                     [i - chosen.start for i in here],
-                    self._read_buffer,
+                    self._early_buffer if load.ahead else self._read_buffer,
                 ),
             )
-            tier.counters.read_seconds += time.monotonic() - started
+            tier.counters.add_read_seconds(time.monotonic() - started)
             if read is not None:
                 reasons, first_used = read
                 wrong.update(zip(here, reasons, strict=True))
@@ -306,7 +312,7 @@ class StoreService:
 
     def _note(self, tier: Tier, error: Exception) -> None:
         """Counts what went wrong with a tier, and leaves out one that is damaged."""
-        tier.counters.missed["io"] += 1
+        tier.counters.miss("io")
         logger.warning("KV store, %s: %s", tier.name, error)
         if isinstance(error, PoolDamagedError):
             logger.error("KV store: the %s tier is not used any more", tier.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,23 @@ class TierCounters:
     raw_bytes_written: int = 0
     read_seconds: float = 0.0
     write_seconds: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def miss(self, why: str, count: int = 1) -> None:
+        """Counts pages that were not had; from any thread."""
+        with self._lock:
+            self.missed[why] += count
+
+    def hit(self, num_bytes: int) -> None:
+        """Counts a page that was read; from any thread."""
+        with self._lock:
+            self.hits += 1
+            self.bytes_read += num_bytes
+
+    def add_read_seconds(self, seconds: float) -> None:
+        """Counts time spent in reading; from any thread."""
+        with self._lock:
+            self.read_seconds += seconds
 
 
 class Tier:
@@ -157,10 +175,9 @@ class Tier:
     def _count(self, pins: Sequence[Pin | None], reasons: Sequence[str | None]) -> None:
         for pin, why in zip(pins, reasons, strict=True):
             if why is not None:
-                self.counters.missed[why] += 1
+                self.counters.miss(why)
             elif pin is not None:
-                self.counters.hits += 1
-                self.counters.bytes_read += pin.length
+                self.counters.hit(pin.length)
 
     def _refuse(self, reservation: Reservation, why: str) -> str:
         self.pool.cancel(reservation)

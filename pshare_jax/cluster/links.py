@@ -1,0 +1,211 @@
+"""All links of a frontend, in a thread of their own: which workers there are, and the way there."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import aiohttp
+
+from pshare_jax.cluster import wire
+from pshare_jax.cluster.link import Link, LinkTimes
+from pshare_jax.core.messages import DISPATCHER, Message
+from pshare_jax.core.stats import EngineStats, together
+
+logger = logging.getLogger(__name__)
+
+MAX_RETAINED = 64
+"""Lost processes that may yet come again; of others only the sum is kept."""
+
+
+class Links:
+    """Links to worker processes. Methods are for any thread; callbacks come from its own.
+
+    Args:
+        addresses: `HOST:PORT` of each worker process.
+        hello: who we are.
+        token: that the processes of the cluster know each other by.
+        times: how patient links are.
+        on_join: called with a worker that has come.
+        on_message: called with the worker and its message to the dispatcher.
+        on_load: called with a worker's name and what others have sent there.
+        on_drain: called with the name of a worker that wants to go.
+        on_lost: called with a worker's name and why it is lost.
+        may_pass: whether a message of one worker to another is still of use.
+        each_beat: called about as often as workers beat.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        hello: wire.Hello,
+        token: str,
+        times: LinkTimes,
+        *,
+        on_join: Callable[[wire.Part], None],
+        on_message: Callable[[str, Message], None],
+        on_load: Callable[[str, int], None],
+        on_drain: Callable[[str], None],
+        on_lost: Callable[[str, str], None],
+        may_pass: Callable[[str, Message], bool],
+        each_beat: Callable[[], None],
+    ):
+        self._links = [
+            Link(address, hello, token, times, self._joined, self._heard, self._lost)
+            for address in addresses
+        ]
+        self._times = times
+        self._on_join = on_join
+        self._on_message = on_message
+        self._on_load = on_load
+        self._on_drain = on_drain
+        self._on_lost = on_lost
+        self._may_pass = may_pass
+        self._each_beat = each_beat
+        self._link_of: dict[str, Link] = {}
+        self._ended_stats = EngineStats()
+        self._retained: OrderedDict[str, EngineStats] = OrderedDict()
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="links", daemon=True)
+        self._loop = asyncio.new_event_loop()
+        self._ended: asyncio.Future[None] = self._loop.create_future()
+
+    def start(self) -> None:
+        """Begins to link."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends all links."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._end)
+            self._thread.join()
+
+    def send(self, source: str, to: str, message: Message) -> None:
+        """Carries a message to a worker; to one that is not there it is lost."""
+        link = self._link_of.get(to)
+        if link is not None:
+            link.send(wire.Carry(source, to, message))
+
+    def left(self, worker: str) -> None:
+        """Tells a worker that wants to go that nothing needs its process any more."""
+        link = self._link_of.get(worker)
+        if link is not None:
+            link.send(wire.Left())
+
+    def parts_of(self, worker: str) -> list[str]:
+        """Names of the workers of the same process."""
+        link = self._link_of.get(worker)
+        return [name for name, other in tuple(self._link_of.items()) if other is link]
+
+    def missing(self) -> dict[str, str]:
+        """Addresses without a link, and why."""
+        return {link.address: link.why for link in self._links if link.welcome is None}
+
+    def stats(self) -> list[EngineStats]:
+        """What the worker processes have last said that they have done, those that ended too."""
+        with self._lock:
+            retained = dict(self._retained)
+            found = [self._ended_stats]
+        for link in self._links:
+            welcome, last = link.welcome, link.last
+            if welcome is not None and last is not None:
+                # One that was lost and has come again has not begun anew.
+                retained.pop(welcome.incarnation, None)
+                found.append(last.stats)
+        return [*found, *retained.values()]
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_until_complete(self._main())
+        finally:
+            self._loop.close()
+
+    async def _main(self) -> None:
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(connector=connector) as session:
+            tasks = [asyncio.create_task(link.run(session)) for link in self._links]
+            tasks.append(asyncio.create_task(self._beat()))
+            try:
+                await self._ended
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _end(self) -> None:
+        if not self._ended.done():
+            self._ended.set_result(None)
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(self._times.beat_seconds)
+            self._each_beat()
+
+    def _joined(self, link: Link) -> None:
+        assert link.welcome is not None
+        logger.info(
+            "linked to %s: %s", link.address, ", ".join(p.info.name for p in link.welcome.parts)
+        )
+        for part in link.welcome.parts:
+            name = part.info.name
+            if name in self._link_of:
+                logger.error(
+                    "%s calls itself %s, as %s does: give each worker process a name of its own",
+                    link.address,
+                    name,
+                    self._link_of[name].address,
+                )
+                continue
+            self._link_of[name] = link
+            self._on_join(part)
+
+    def _lost(self, link: Link, reason: str) -> None:
+        if link.last is not None and link.welcome is not None:
+            with self._lock:
+                self._retained[link.welcome.incarnation] = _counters(link.last.stats)
+                if len(self._retained) > MAX_RETAINED:
+                    _, oldest = self._retained.popitem(last=False)
+                    self._ended_stats = together([self._ended_stats, oldest])
+        for name in [name for name, other in self._link_of.items() if other is link]:
+            del self._link_of[name]
+            self._on_lost(name, reason)
+
+    def _heard(self, link: Link, frame: wire.Frame) -> None:
+        match frame:
+            case wire.Carry(source, to, message) if self._link_of.get(source) is link:
+                if to == DISPATCHER:
+                    self._on_message(source, message)
+                elif self._may_pass(source, message):
+                    self.send(source, to, message)
+            case wire.Beat(_, _, others):
+                for name, load in others.items():
+                    if self._link_of.get(name) is link:
+                        self._on_load(name, load)
+            case wire.Draining():
+                for name, other in tuple(self._link_of.items()):
+                    if other is link:
+                        self._on_drain(name)
+            case _:
+                logger.warning("%s says what only frontends say: %s", link.address, frame)
+
+
+def _counters(stats: EngineStats) -> EngineStats:
+    """What of a process that has ended still counts."""
+    return EngineStats(
+        prefill_tokens=stats.prefill_tokens,
+        ahead_tokens=stats.ahead_tokens,
+        foreseen_tokens=stats.foreseen_tokens,
+        generation_tokens=stats.generation_tokens,
+        forced_tokens=stats.forced_tokens,
+        handoff_bytes=stats.handoff_bytes,
+        handoff_pages=stats.handoff_pages,
+        failed_transfers=stats.failed_transfers,
+        preemptions=stats.preemptions,
+        decode_pages=stats.decode_pages,
+        compiles=stats.compiles,
+        busy_seconds=stats.busy_seconds,
+    )

@@ -1,0 +1,170 @@
+"""Turns at a processor that several processes share: one computes at a time, by fair shares.
+
+Engines of one CPU take each other's caches and threads when they compute at once. In one process
+they share a thread, see `cluster.thread`; between processes a lock stands for it. Shares are those
+of weighted fair queueing: of those who have work, who has had least of its weight is next. It is a
+matter of speed alone, and nobody waits for long for who does not run: a process that is stopped
+must not stop the others.
+
+The table of a processor is a file with a slot for each process: the share that it has had, and
+whether it has work. Who holds the lock of the file has the turn.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from pshare_jax.kv.store.members import MAX_MEMBERS, Members
+
+WAIT_SECONDS = 1.0
+"""How long a turn is waited for; after that it is taken without."""
+
+YIELD_SECONDS = 0.02
+"""How long a turn that is free is left to who comes first by his share and does not take it."""
+
+PAUSE_SECONDS = 100e-6
+"""Between two looks."""
+
+_HEAD = 64
+_SLOT = np.dtype([("virtual", "<f8"), ("works", "<u8")])
+_SIZE = _HEAD + MAX_MEMBERS * _SLOT.itemsize
+
+
+class Turns(Protocol):
+    """What a thread that hosts workers asks before it computes."""
+
+    def begin(self) -> None:
+        """Waits for a turn."""
+        ...
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether another process has work."""
+        ...
+
+    def end(self) -> None:
+        """Gives the turn up; there may be more work."""
+        ...
+
+    def rests(self) -> None:
+        """There is no work."""
+        ...
+
+
+class HostTurns:
+    """One process's place in the turns at a processor. Belongs to one thread.
+
+    Args:
+        path: file of the table, which all processes of the processor name.
+        weight: its share, relative to other processes that have work.
+        clock: seconds.
+
+    Raises:
+        OSError: the file cannot be made or used, or too many use it.
+    """
+
+    def __init__(
+        self, path: str | Path, weight: float, clock: Callable[[], float] = time.monotonic
+    ):
+        self._weight = weight
+        self._clock = clock
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        os.posix_fallocate(self._file, 0, _SIZE)
+        self._members = Members(self._file)
+        if not self._members.join(str(path)):
+            os.close(self._file)
+            raise OSError(f"{path}: {MAX_MEMBERS} processes take turns already")
+        memory = mmap.mmap(self._file, _SIZE)
+        self._now = np.frombuffer(memory, "<f8", 1)
+        slots = np.frombuffer(memory, _SLOT, MAX_MEMBERS, _HEAD)
+        self._virtual, self._works = slots["virtual"], slots["works"]
+        self._me = self._members.me
+        self._works[self._me] = 0
+        self._virtual[self._me] = self._now[0]
+        self._has_turn = False
+        self._begun = 0.0
+        self._impatient = False
+
+    @property
+    def virtual_seconds(self) -> float:
+        """What this process has had, divided by its weight."""
+        return float(self._virtual[self._me])
+
+    def begin(self) -> None:
+        """Waits for a turn; not for ever."""
+        if not self._works[self._me]:
+            # Time that a member had no use for is not made up for.
+            self._virtual[self._me] = max(self._virtual[self._me], self._now[0])
+        end = self._clock() + (0.0 if self._impatient else WAIT_SECONDS)
+        self._has_turn = self._wait(end)
+        # After one that was waited for in vain, none is waited for until there is one to be had.
+        self._impatient = not self._has_turn
+        self._now[0] = max(self._now[0], self._virtual[self._me])
+        self._begun = self._clock()
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether another process has work."""
+        return np.count_nonzero(self._works) > int(self._works[self._me] != 0)
+
+    def end(self) -> None:
+        """Gives the turn up; others who have had less leave it to this process meanwhile."""
+        self._virtual[self._me] += (self._clock() - self._begun) / self._weight
+        self._unlock()
+
+    def rests(self) -> None:
+        """There is no work; nobody leaves a turn to this process until it begins again."""
+        self._works[self._me] = 0
+
+    def close(self) -> None:
+        """Leaves."""
+        self.rests()
+        self._members.leave()
+        os.close(self._file)
+
+    def _wait(self, end: float) -> bool:
+        """Whether a turn came before the clock says `end`."""
+        free_since: float | None = None
+        while True:
+            self._works[self._me] = 1
+            if self._lock():
+                now = self._clock()
+                free_since = now if free_since is None else free_since
+                first = self._before_me()
+                if not len(first):
+                    return True
+                if now - free_since > YIELD_SECONDS:
+                    # Whoever lives and has work says so again.
+                    self._works[first] = 0
+                    return True
+                self._unlock()
+            else:
+                free_since = None
+            if self._clock() >= end:
+                return False
+            time.sleep(PAUSE_SECONDS)
+
+    def _before_me(self) -> np.ndarray:
+        """Slots of those who have work and have had less."""
+        return np.flatnonzero((self._works != 0) & (self._virtual < self._virtual[self._me]))
+
+    def _lock(self) -> bool:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        self._has_turn = True
+        return True
+
+    def _unlock(self) -> None:
+        if self._has_turn:
+            self._has_turn = False
+            fcntl.flock(self._file, fcntl.LOCK_UN)

@@ -1,0 +1,295 @@
+"""The workers of one process that hosts nothing else: one engine's side, or both on one mesh."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import msgspec
+import numpy as np
+
+from pshare_jax.cluster.thread import Send, WorkerThread
+from pshare_jax.cluster.turns import HostTurns
+from pshare_jax.cluster.wire import Part, Shape
+from pshare_jax.cluster.worker import DecodeWorker, PrefillWorker, Worker
+from pshare_jax.config import Role, ServeConfig
+from pshare_jax.convert.manifest import TOKENIZER_FOLDER, read_manifest
+from pshare_jax.core.connector import Connector
+from pshare_jax.core.messages import Covered, Message, Prefill
+from pshare_jax.core.models import ModelSpec
+from pshare_jax.core.router import WorkerInfo
+from pshare_jax.core.stats import EngineStats
+from pshare_jax.engine.assembly import Assembly
+from pshare_jax.engine.devices import compute_dtype, prepare_jax
+from pshare_jax.engine.host_memory import return_freed_memory
+from pshare_jax.engine.kv_store import EngineStore
+from pshare_jax.engine.limits import check_cluster, check_config
+from pshare_jax.engine.loader import (
+    BaseSource,
+    ModelSource,
+    WeightLoader,
+    checkpoint_sources,
+    model_specs,
+)
+from pshare_jax.engine.served import ServedModels
+from pshare_jax.engine.shape import cluster_shape
+from pshare_jax.engine.snapshot import worker_stats
+from pshare_jax.errors import ConfigError, PshareError
+from pshare_jax.kernels.backends import backend_for
+from pshare_jax.kv.offers import OfferFolder
+from pshare_jax.kv.remote import RemotePages
+from pshare_jax.runtime.compiles import compile_count
+from pshare_jax.runtime.layout import PageLayout
+from pshare_jax.runtime.pool import PagePool
+from pshare_jax.runtime.programs import Programs
+from pshare_jax.sharding.mesh import carve_one
+from pshare_jax.text.grammar import GrammarCompiler, GrammarLimits
+from pshare_jax.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+_FRONTENDS_JUDGE = GrammarLimits(compile_seconds=60.0)
+"""A grammar that a frontend has taken is not refused because a worker is slower."""
+
+
+class HostedWorkers:
+    """Builds the workers of a process and runs them in one thread.
+
+    Args:
+        config: the serving configuration, the same in all processes.
+        role: what it does; with `both` prompts are covered and answered over one pool.
+        name: by which it is known; the number at its end is that of its decode engine, see
+            `ModelEntry.decode_engines`.
+        base: the prefill module.
+        sources: the served models.
+        tokenizer: the base's tokenizer.
+        url: where other hosts get pages that are on offer here; empty is nowhere.
+        token: that the processes of the cluster know each other by.
+
+    Attributes:
+        shape: what others must agree with.
+        parts: the workers, as frontends are to know them.
+        thread: hosts them; None until `start`.
+
+    Raises:
+        ConfigError: a configuration that cannot be served, by key.
+        CheckpointError: weights that cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        role: Role,
+        name: str,
+        base: BaseSource,
+        sources: list[ModelSource],
+        tokenizer: Tokenizer | None = None,
+        url: str = "",
+        token: str = "",
+    ):
+        self.config = config
+        self.thread: WorkerThread | None = None
+        self._tokenizer = tokenizer
+        layout = PageLayout.of(base.config, config.page_size, compute_dtype(config, base.config))
+        sizes = check_config(config, base.config, layout)
+        check_cluster(config)
+        degree = (config.prefill if role == "prefill" else config.decode).tensor_parallel
+        if role == "both" and config.prefill.tensor_parallel != degree:
+            raise ConfigError("prefill.tensor_parallel and decode.tensor_parallel must be equal")
+        mesh = carve_one(jax.devices(), 1, degree)[0]
+        specs = _hosted_specs(config, role, name, base, sources)
+        served = ServedModels(config, base, sources, specs)
+        self.models = served.infos
+        self.shape: Shape = cluster_shape(config, base, sources, specs, np.dtype(layout.dtype).name)
+        backend = backend_for(config.kernel_backend, jax.default_backend())
+        loader = WeightLoader(base, sources, backend, config.decode, layout.dtype)
+        self._grammars: GrammarCompiler | None = None
+        if tokenizer is not None and tokenizer.eos_token_ids and role != "prefill":
+            self._grammars = GrammarCompiler(tokenizer, _FRONTENDS_JUDGE)
+        assembly = Assembly(
+            config, base.config, layout, sizes, backend, loader, specs, self._grammars
+        )
+        self.offers = OfferFolder(config.cluster.shm_path)
+        self._ends: list[RemotePages] = []
+
+        def new_end(name: str, programs: Programs, pool: PagePool) -> Connector:
+            end = RemotePages(name, programs, pool, self.offers, url, token)
+            self._ends.append(end)
+            return end
+
+        self.prefill: list[PrefillWorker[Any]] = []
+        self.decode: list[DecodeWorker[Any]] = []
+        prefill_name, decode_name = _part_name("prefill", name), _part_name("decode", name)
+        if role == "both":
+            covers, generates = assembly.pair((prefill_name, decode_name), 0, mesh)
+            self.prefill, self.decode = [covers], [generates]
+        elif role == "prefill":
+            self.prefill = [assembly.prefill(prefill_name, mesh, new_end)]
+        else:
+            self.decode = [assembly.decode(decode_name, 0, mesh, new_end)]
+        loader.built()
+        hosted = tuple(name for name, spec in specs.items() if spec.decode_workers)
+        partners = (decode_name, prefill_name) if role == "both" else ("", "")
+        self.parts = [Part(_info(w, partners[0]), "prefill") for w in self.prefill]
+        self.parts += [Part(_info(w, partners[1]), "decode", hosted) for w in self.decode]
+        self._layout = layout
+        self._total = served.total
+        self._one_pool = role == "both"
+        self._store: EngineStore | None = None
+        self._turns: HostTurns | None = None
+        self._compiles_at_start = 0
+
+    @classmethod
+    def from_config(
+        cls, config: ServeConfig, role: Role, name: str, url: str = "", token: str = ""
+    ) -> HostedWorkers:
+        """Loads the checkpoints that `config` names.
+
+        Raises:
+            ConfigError: a configuration that cannot be served, by key.
+            CheckpointError: a checkpoint that cannot be used, by file and tensor.
+            CertificateError: a decode module that does not fit the base.
+        """
+        prepare_jax(_alone(config, role))
+        dtype = compute_dtype(config, read_manifest(config.base).config)
+        base, sources = checkpoint_sources(config, dtype)
+        tokenizer = Tokenizer.load(Path(config.base) / TOKENIZER_FOLDER)
+        return cls(config, role, name, base, sources, tokenizer, url, token)
+
+    @property
+    def workers(self) -> list[Worker]:
+        """All workers."""
+        return [*self.decode, *self.prefill]
+
+    def start(self, send: Send, on_failure: Callable[[str, str], None]) -> None:
+        """Compiles everything that serving runs, then starts the thread. Blocks.
+
+        Args:
+            send: carries messages to parts that are elsewhere; in the thread.
+            on_failure: called with a worker's name and the reason when it has failed.
+
+        Raises:
+            ConfigError: the KV store cannot be made or used.
+        """
+        started = time.monotonic()
+        compile_count()
+        stores = bool(self.config.kv_store.path) and bool(self.prefill)
+        for worker in self.decode:
+            worker.executor.warm_up(receives=not self._one_pool)
+        for worker in self.prefill:
+            worker.executor.warm_up(sends=stores or not self._one_pool, receives=stores)
+        self._turns = self._host_turns()
+        thread = WorkerThread("engine", self.workers, send, on_failure, host_turns=self._turns)
+        if stores:
+            self._store = EngineStore(
+                self.config.kv_store, self._layout, self.prefill, self._tokenizer
+            )
+            self._store.attach(thread.post)
+        return_freed_memory()
+        logger.info("warm-up took %.1f s", time.monotonic() - started)
+        self._compiles_at_start = compile_count()
+        thread.start()
+        self.thread = thread
+
+    def prepare(self, message: Message) -> Callable[[], None] | None:
+        """What is to be done before a worker hears a message, beside its thread: see `Station`.
+
+        The grammar of an answer is compiled.
+        """
+        grammars = self._grammars
+        grammar = (
+            message.sequence.params.grammar if isinstance(message, Covered | Prefill) else None
+        )
+        if grammars is None or grammar is None or grammars.has(grammar):
+            return None
+
+        def compile_it() -> None:
+            # What is wrong with it is said when the sequence gets a slot.
+            with contextlib.suppress(PshareError):
+                grammars.compile(grammar, "grammar")
+
+        return compile_it
+
+    def stop(self) -> None:
+        """Ends the thread, and takes back what is on offer."""
+        if self.thread is not None:
+            self.thread.stop()
+            for worker in self.workers:
+                worker.release_all()
+        if self._store is not None:
+            self._store.close()
+        for end in self._ends:
+            end.close()
+        self.offers.close()
+        if self._turns is not None:
+            self._turns.close()
+
+    def _host_turns(self) -> HostTurns | None:
+        """Turns at this machine's CPU, if that is what computes."""
+        if not self.config.cluster.take_turns or jax.default_backend() != "cpu":
+            return None
+        path = Path(self.config.cluster.shm_path) / f"pshare-turns-{os.getuid()}"
+        try:
+            return HostTurns(path, sum(worker.share.weight for worker in self.workers))
+        except OSError as error:
+            logger.warning("engines of this machine will not take turns: %s", error)
+            return None
+
+    def stats(self) -> EngineStats:
+        """What has been done since the start; of the workers' thread, or once it stands still."""
+        busy = {} if self.thread is None else self.thread.busy_seconds
+        store, tiers = self._store.stats() if self._store is not None else ({}, {})
+        started = self.thread is not None
+        return dataclasses.replace(
+            worker_stats(self.prefill, self.decode, busy, self._total),
+            compiles=compile_count() - self._compiles_at_start if started else 0,
+            store=store,
+            tiers=tiers,
+        )
+
+
+def _hosted_specs(
+    config: ServeConfig, role: Role, name: str, base: BaseSource, sources: list[ModelSource]
+) -> dict[str, ModelSpec]:
+    """All models; those that this process generates for have it, as engine 0, as decode worker."""
+    specs = model_specs(base, sources, config.decode.engines)
+    number = re.search(r"\d+$", name)
+    engine = int(number.group()) if number else 0
+    hosted = {
+        source.name
+        for source in sources
+        if role != "prefill" and (not source.decode_engines or engine in source.decode_engines)
+    }
+    if role != "prefill" and not hosted:
+        raise ConfigError(
+            f"models: none has decode engine {engine} among its decode_engines, which is what the "
+            f"name {name!r} stands for"
+        )
+    return {
+        model: msgspec.structs.replace(spec, decode_workers=("decode0",) if model in hosted else ())
+        for model, spec in specs.items()
+    }
+
+
+def _part_name(side: str, name: str) -> str:
+    """Of a worker: names of one side begin with it, as in an engine of one process."""
+    return name if name.startswith(side) else f"{side}.{name}"
+
+
+def _info(worker: Worker, partner: str) -> WorkerInfo:
+    return WorkerInfo(worker.name, worker.cache.num_usable, worker.cache.page_size, partner)
+
+
+def _alone(config: ServeConfig, role: Role) -> ServeConfig:
+    """The configuration of one worker's devices."""
+    degree = (config.prefill if role == "prefill" else config.decode).tensor_parallel
+    decode = dataclasses.replace(config.decode, engines=1, tensor_parallel=degree)
+    return dataclasses.replace(config, connector="same-mesh", decode=decode)

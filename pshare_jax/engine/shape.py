@@ -1,0 +1,41 @@
+"""What the processes of a cluster must agree on, from a configuration and its checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from pshare_jax.cluster.wire import Shape, model_digest
+from pshare_jax.config import ServeConfig
+from pshare_jax.core.models import ModelSpec
+from pshare_jax.engine.loader import BaseSource, ModelSource
+
+
+def cluster_shape(
+    config: ServeConfig,
+    base: BaseSource,
+    sources: Sequence[ModelSource],
+    specs: Mapping[str, ModelSpec],
+    dtype: str = "",
+) -> Shape:
+    """The shape of one process.
+
+    Args:
+        config: the serving configuration.
+        base: the prefill module.
+        sources: the served models.
+        specs: the same as the engine knows them.
+        dtype: of pages; empty for a process that touches none.
+    """
+    model = base.config
+    return Shape(
+        fingerprint=base.fingerprint,
+        max_model_len=config.max_model_len,
+        page=(model.num_layers, model.num_kv_heads, config.page_size, model.head_dim),
+        dtype=dtype,
+        models={source.name: _digest(source, specs[source.name]) for source in sources},
+    )
+
+
+def _digest(source: ModelSource, spec: ModelSpec) -> str:
+    weights = source.certificate.weights_fingerprint if source.certificate else ""
+    return model_digest(spec.kind, spec.sharing, spec.split_rule.to_json(), spec.namespace, weights)

@@ -1,0 +1,145 @@
+"""`pshare worker`: one worker process of a cluster, for frontends that connect to it."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from typing import get_args
+
+from aiohttp import web
+
+from pshare_jax.cluster.secret import is_loopback, read_token, split_address
+from pshare_jax.config import Role, ServeConfig, load_config
+from pshare_jax.errors import ConfigError, PshareError
+from pshare_jax.serve.logs import open_standard_streams, say, set_up
+
+log = logging.getLogger(__name__)
+
+READY = "pshare_jax: worker ready at "
+
+_DESCRIPTION = (
+    "Runs one engine's prefill or decode side, or both over one pool, for frontends: "
+    "`pshare serve --workers=HOST:PORT,...`. All processes get the same configuration; every key "
+    "of it is a flag too. SIGTERM drains: frontends send nothing more, and what runs here ends."
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the worker; returns the exit code: 2 for a configuration that cannot be served."""
+    parser = argparse.ArgumentParser("pshare worker", description=_DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("--role", choices=get_args(Role), required=True)
+    parser.add_argument("--name", required=True, help="its own, such as prefill0")
+    parser.add_argument("--listen", default="127.0.0.1:0", help="HOST:PORT; port 0 is a free one")
+    parser.add_argument("--listen-fd", type=int, help="a socket that listens already, inherited")
+    parser.add_argument("--token-file", help="short for --cluster.token_file")
+    parser.add_argument(
+        "--advertise", help="HOST:PORT at which other hosts get pages; --listen unless given"
+    )
+    options, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    if options.token_file:
+        rest.append(f"--cluster.token_file={options.token_file}")
+    try:
+        config = load_config(ServeConfig, rest, prog="pshare worker", description=_DESCRIPTION)
+        open_standard_streams()
+        set_up()
+        logging.getLogger("jax").setLevel(logging.WARNING)
+        token = read_token(config.cluster.token_file)
+        with _bind(options.listen, options.listen_fd, token) as sock:
+            return asyncio.run(_serve(config, options, sock, token))
+    except PshareError as error:
+        say(f"pshare worker: {error}", sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _bind(address: str, descriptor: int | None, token: str) -> socket.socket:
+    """The socket to listen on.
+
+    Raises:
+        ConfigError: it cannot be had, or everybody could reach it and there is no token.
+    """
+    if descriptor is not None:
+        return socket.socket(fileno=descriptor)
+    host, port = split_address(address)
+    if not token and not is_loopback(host):
+        raise ConfigError(
+            f"--listen={address}: others can reach that; name a --token-file, the same for all "
+            "processes of the cluster"
+        )
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=128)
+    except OSError as error:
+        raise ConfigError(f"--listen={address}: cannot listen there: {error}") from error
+
+
+def _reachable(host: str, port: int) -> str:
+    """Where others reach a socket; one that listens on all addresses has this machine's."""
+    if host in ("0.0.0.0", "::"):
+        with contextlib.suppress(OSError):
+            host = socket.gethostbyname(socket.gethostname())
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+async def _serve(
+    config: ServeConfig, options: argparse.Namespace, sock: socket.socket, token: str
+) -> int:
+    """Serves until a signal, or until a worker fails; returns the exit code."""
+    # Imported late: jax takes seconds, which --help and a typing error need not wait for.
+    from pshare_jax.cluster.station import Station
+    from pshare_jax.engine.hosted import HostedWorkers
+    from pshare_jax.serve.lifecycle import StopSignal
+    from pshare_jax.serve.worker_app import worker_app
+
+    stop = StopSignal()
+    host, port = sock.getsockname()[:2]
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    url = f"http://{options.advertise or _reachable(host, port)}"
+    hosted = HostedWorkers.from_config(config, options.role, options.name, url, token)
+    beat = config.cluster.beat_seconds
+    station = Station(hosted.shape, hosted.parts, hosted.stats, beat, hosted.prepare)
+    runner = web.AppRunner(
+        worker_app(hosted, station, token), access_log=None, handler_cancellation=True
+    )
+    await runner.setup()
+    await web.SockSite(runner, sock).start()
+    log.info("%s listens on %s, warming up", options.name, address)
+    loop = asyncio.get_running_loop()
+    failed: asyncio.Future[str] = loop.create_future()
+
+    def fail(worker: str, reason: str) -> None:
+        loop.call_soon_threadsafe(lambda: failed.done() or failed.set_result(f"{worker}: {reason}"))
+
+    await asyncio.to_thread(hosted.start, station.send, fail)
+    assert hosted.thread is not None
+    gc.collect()
+    gc.freeze()
+    station.open(hosted.thread)
+    say(f"{READY}http://{address}", sys.stdout)
+    stopped = asyncio.ensure_future(stop.received.wait())
+    await asyncio.wait({stopped, failed}, return_when=asyncio.FIRST_COMPLETED)
+    if failed.done():
+        # Its pool may be gone. Frontends notice the end of their links, and go elsewhere.
+        log.error("ending: %s", failed.result())
+        hosted.offers.close()
+        logging.shutdown()
+        os._exit(1)
+    if not await station.drain(config.server.drain_seconds):
+        log.warning("still needed after %g seconds: ending", config.server.drain_seconds)
+    await station.close()
+    await runner.cleanup()
+    await asyncio.to_thread(hosted.stop)
+    log.info("drained")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""A worker process's HTTP side: health, metrics, pages for other hosts, and links of frontends."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import os
+from pathlib import Path
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_1_0_0
+
+from pshare_jax.cluster import wire
+from pshare_jax.cluster.station import Station
+from pshare_jax.core.connector import TransferError
+from pshare_jax.engine.hosted import HostedWorkers
+from pshare_jax.kv.offers import OfferFolder, take
+from pshare_jax.serve.info import json_response
+from pshare_jax.serve.metrics import Metrics
+
+_PUBLIC = frozenset({"/health", "/ready", "/metrics"})
+_CHUNK = 1024 * 1024
+
+OFFERS = web.AppKey("offers", OfferFolder)
+STATION = web.AppKey("station", Station)
+HOSTED = web.AppKey("hosted", HostedWorkers)
+METRICS = web.AppKey("metrics", Metrics)
+
+
+def worker_app(hosted: HostedWorkers, station: Station, token: str) -> web.Application:
+    """The application of a worker process.
+
+    Args:
+        hosted: the workers.
+        station: takes the links of frontends.
+        token: without which nobody gets more than health and metrics; empty lets everybody in.
+    """
+    app = web.Application(middlewares=[_authorise(token)])
+    app[OFFERS], app[STATION], app[HOSTED] = hosted.offers, station, hosted
+    app[METRICS] = Metrics(hosted.models, hosted.stats)
+    app.router.add_get("/health", health)
+    app.router.add_get("/ready", ready)
+    app.router.add_get("/metrics", metrics)
+    app.router.add_get("/pages/{transfer:[0-9a-f]{16}}", pages)
+    app.router.add_get(wire.PATH, station.handle)
+    return app
+
+
+async def health(request: web.Request) -> web.Response:
+    """`GET /health`: 503 once the engine does not get on; names the workers."""
+    station, hosted = request.app[STATION], request.app[HOSTED]
+    return json_response(
+        {
+            "status": "stuck" if station.is_stuck else _state(station),
+            "workers": [worker.name for worker in hosted.workers],
+            "frontends": station.num_frontends,
+        },
+        503 if station.is_stuck else 200,
+    )
+
+
+async def ready(request: web.Request) -> web.Response:
+    """`GET /ready`: 200 while frontends are taken."""
+    state = _state(request.app[STATION])
+    return json_response({"status": state}, 200 if state == "ok" else 503)
+
+
+async def metrics(request: web.Request) -> web.Response:
+    """`GET /metrics`."""
+    body = await asyncio.to_thread(request.app[METRICS].render)
+    return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_PLAIN_1_0_0})
+
+
+async def pages(request: web.Request) -> web.StreamResponse:
+    """`GET /pages/TRANSFER`: the bytes of a transfer that is on offer; nobody gets them again."""
+    return await send_pages(request, request.app[OFFERS].path)
+
+
+async def send_pages(request: web.Request, folder: Path) -> web.StreamResponse:
+    """Sends what a folder has on offer under the transfer that the path names."""
+    try:
+        descriptor = take(folder, int(request.match_info["transfer"], 16))
+    except TransferError as error:
+        raise web.HTTPNotFound(text=str(error)) from None
+    with os.fdopen(descriptor, "rb") as file:
+        response = web.StreamResponse()
+        response.content_length = os.fstat(descriptor).st_size
+        await response.prepare(request)
+        while chunk := file.read(_CHUNK):
+            await response.write(chunk)
+        await response.write_eof()
+    return response
+
+
+def _state(station: Station) -> str:
+    if station.draining:
+        return "draining"
+    return "ok" if station.ready else "warming_up"
+
+
+def _authorise(token: str) -> web.middleware:  # type: ignore[valid-type]
+    @web.middleware
+    async def authorise(request: web.Request, handler: Handler) -> web.StreamResponse:
+        given = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        said = given.encode("utf-8", "surrogateescape")
+        known = not token or hmac.compare_digest(said, token.encode())
+        if not known and request.path not in _PUBLIC:
+            raise web.HTTPUnauthorized(text="the token of this cluster is another one")
+        return await handler(request)
+
+    return authorise

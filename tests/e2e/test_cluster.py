@@ -1,0 +1,328 @@
+"""Processes: `pshare serve --launcher=local`, and what happens when any of them ends or hangs."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pshare_jax.serve.process import READY, running_server
+from tests.e2e.conftest import CACHE
+from tests.engine.harness import wait_until
+
+SECONDS = 200
+MODELS = ("planner", "coder", "critic")
+CHAOS = int(os.environ.get("CHAOS_REQUESTS", "24"))
+"""Requests of the random attack; `make chaos` has a thousand."""
+
+PROMPTS = [f"{word} and on it goes " * 3 for word in ("red", "green", "blue", "grey")]
+
+
+@dataclass
+class Stream:
+    """What a client has got of a streamed completion."""
+
+    text: str = ""
+    last: str | None = None
+    reason: str | None = None
+    done: bool = False
+    ids: list[str] = field(default_factory=list)
+
+
+def body_of(number: int, max_tokens: int = 24) -> dict[str, Any]:
+    seeded = number % 2
+    return {
+        "model": MODELS[number % 3],
+        "prompt": PROMPTS[number % 4] + "x" * (number % 7),
+        "max_tokens": max_tokens,
+        "ignore_eos": True,
+        "stream": True,
+        "temperature": 1.0 * seeded,
+        "top_p": 0.9,
+        "seed": number % 84,
+    }
+
+
+def read(
+    url: str,
+    body: dict[str, Any],
+    stream: Stream,
+    each: Callable[[Stream], None] = lambda stream: None,
+) -> Stream:
+    """Reads a stream to its end, from where it was left; `each` is called after each event."""
+    request = urllib.request.Request(
+        f"{url}/v1/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    if stream.last is not None:
+        request.add_header("Last-Event-ID", stream.last)
+    with urllib.request.urlopen(request, timeout=SECONDS) as answer:
+        for line in answer:
+            if line.startswith(b"id: "):
+                stream.last = line[4:].decode().strip()
+                stream.ids.append(stream.last)
+            elif line.startswith(b"data: [DONE]"):
+                stream.done = True
+            elif line.startswith(b"data: "):
+                event = json.loads(line[6:])
+                assert "error" not in event, event
+                for choice in event["choices"]:
+                    assert stream.reason is None, "an event came after the last one"
+                    stream.text += choice["text"]
+                    stream.reason = choice["finish_reason"]
+            each(stream)
+    assert stream.done
+    return stream
+
+
+@pytest.fixture(scope="module")
+def config(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    settings = {
+        "base": str(tiny_folder / "base"),
+        "models": [
+            {"name": "planner", "checkpoint": "identity"},
+            {"name": "coder", "checkpoint": str(tiny_folder / "coder")},
+            {"name": "critic", "checkpoint": str(tiny_folder / "critic")},
+        ],
+        "max_model_len": 256,
+        "page_size": 16,
+        "compilation_cache_dir": str(CACHE / "xla-tests"),
+        "dtype": "float32",
+        "prefill": {"engines": 2, "chunk_buckets": [64]},
+        "decode": {
+            "engines": 2,
+            "batch_buckets": [8],
+            "max_num_seqs": 8,
+            "replay_buckets": [16],
+        },
+        "cluster": {"frontends": 2, "lost_seconds": 4.0, "max_attempts": 40},
+    }
+    path = tmp_path_factory.mktemp("cluster") / "serve.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def grammar_body(number: int) -> dict[str, Any]:
+    return {**body_of(number), "structured_outputs": {"regex": "(yes|no|maybe)( (yes|no))*"}}
+
+
+@pytest.fixture(scope="module")
+def expected(config: Path) -> Callable[[int], str]:
+    """The answers of one process; those of negative numbers follow a grammar."""
+    with running_server([f"--config={config}"]) as url:
+        texts = [read(url, body_of(number), Stream()).text for number in range(84)]
+        grammar = read(url, grammar_body(1), Stream()).text
+    assert len(set(texts)) > 60
+    return lambda number: grammar if number < 0 else texts[number % 84]
+
+
+class Processes:
+    """A running launcher."""
+
+    def __init__(self, process: subprocess.Popen[str], urls: list[str]):
+        self.launcher = process
+        self.urls = urls
+
+    def pid(self, name: str) -> int | None:
+        """Of the child that goes by a name now; frontends are told by their place."""
+        pid = self.launcher.pid
+        children = Path(f"/proc/{pid}/task").glob("*/children")
+        found = {int(child) for file in children for child in file.read_text().split()}
+        frontends = {}
+        for child in found:
+            with contextlib.suppress(OSError):
+                command = Path(f"/proc/{child}/cmdline").read_text().split("\0")
+                if f"--name={name}" in command:
+                    return child
+                if "pshare_jax.serve" in command:
+                    # Their sockets were made in this order.
+                    frontends[int(command[-2].removeprefix("--listen-fd="))] = child
+        wanted = sorted(frontends)
+        return frontends[wanted[int(name[-1])]] if name.startswith("frontend") else None
+
+    def send(self, name: str, number: int) -> int:
+        """Sends a signal to a child that is there; its process id."""
+        wait_until(lambda: self.pid(name) is not None, SECONDS)
+        pid = self.pid(name)
+        assert pid is not None
+        os.kill(pid, number)
+        return pid
+
+    def health(self, url: str) -> dict[str, Any]:
+        with urllib.request.urlopen(f"{url}/health", timeout=SECONDS) as answer:
+            return json.loads(answer.read())
+
+    def metric(self, name: str, label: str = "") -> float:
+        """The sum of a metric's series, of those with a label, at the first frontend."""
+        with urllib.request.urlopen(f"{self.urls[0]}/metrics", timeout=SECONDS) as answer:
+            lines = answer.read().decode().splitlines()
+        return sum(
+            float(line.rpartition(" ")[2])
+            for line in lines
+            if line.startswith((f"{name}{{", f"{name} ")) and label in line
+        )
+
+    def whole(self) -> bool:
+        """Whether all frontends answer, and are linked to all workers."""
+        with contextlib.suppress(OSError, urllib.error.URLError):
+            return all(self.health(url)["status"] == "ok" for url in self.urls)
+        return False
+
+
+@pytest.fixture(scope="module")
+def processes(config: Path, expected: object) -> Iterator[Processes]:
+    """2 frontends, 2 prefill and 2 decode workers."""
+    command = [sys.executable, "-m", "pshare_jax.serve", f"--config={config}", "--port=0"]
+    with subprocess.Popen(
+        [*command, "--launcher=local"], stdout=subprocess.PIPE, text=True
+    ) as process:
+        watchdog = threading.Timer(280, process.kill)
+        watchdog.start()
+        try:
+            assert process.stdout is not None
+            urls = []
+            for line in process.stdout:
+                if line.startswith(READY):
+                    urls.append(line.removeprefix(READY).strip())
+                if len(urls) == 2:
+                    break
+            watchdog.cancel()
+            assert len(urls) == 2
+            yield Processes(process, urls)
+        finally:
+            watchdog.cancel()
+            process.send_signal(signal.SIGCONT)
+            process.terminate()
+            assert process.wait(SECONDS) == 0
+
+
+@pytest.mark.slow
+def test_what_processes_answer_is_what_one_does(
+    processes: Processes, expected: Callable[[int], str]
+) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        texts = list(
+            pool.map(lambda n: read(processes.urls[n % 2], body_of(n), Stream()).text, range(24))
+        )
+    assert texts == [expected(n) for n in range(24)]
+    assert read(processes.urls[1], grammar_body(1), Stream()).text == expected(-1)
+    # Pages have come from other processes, and nothing was compiled for it.
+    assert processes.metric("pshare_handoff_pages_total") > 0
+    assert processes.metric("pshare_compiles_total") == 0
+
+
+@pytest.mark.slow
+def test_a_frontend_is_killed_in_mid_stream(
+    processes: Processes, expected: Callable[[int], str]
+) -> None:
+    """The client goes on with the other one: the same text, nothing twice."""
+    stream = Stream()
+    body = body_of(5)
+    killed = []
+
+    def kill(so_far: Stream) -> None:
+        if len(so_far.ids) == 6 and not killed:
+            killed.append(processes.send("frontend0", signal.SIGKILL))
+
+    # What was on its way when it died may still come, and so may the end.
+    with contextlib.suppress(OSError, http.client.HTTPException, AssertionError):
+        read(processes.urls[0], body, stream, kill)
+    assert killed
+    if not stream.done:
+        read(processes.urls[1], body, stream)
+    assert stream.text == expected(5)
+    assert len(set(stream.ids)) == len(stream.ids)
+    wait_until(processes.whole, SECONDS)
+    assert read(processes.urls[0], body, Stream()).text == expected(5)
+
+
+def attacks() -> list[tuple[str, int]]:
+    """Who is killed or stopped, one after the other."""
+    first = [
+        ("decode1", signal.SIGKILL),
+        ("prefill0", signal.SIGKILL),
+        ("decode0", signal.SIGSTOP),
+    ]
+    rng = random.Random(2)
+    names = ("prefill0", "prefill1", "decode0", "decode1")
+    kinds = (signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP)
+    return first + [(rng.choice(names), rng.choice(kinds)) for _ in range(CHAOS // 60)]
+
+
+@pytest.mark.slow
+def test_requests_while_workers_die_and_hang(
+    processes: Processes, expected: Callable[[int], str]
+) -> None:
+    """Every stream ends with the text of one process; there are streams until all was done."""
+    over = threading.Event()
+    numbers = itertools.count()
+
+    def attack() -> None:
+        try:
+            for name, kind in attacks():
+                pid = processes.send(name, kind)
+                if kind == signal.SIGSTOP:
+                    # Longer than `lost_seconds`.
+                    time.sleep(5.0)
+                    os.kill(pid, signal.SIGCONT)
+                time.sleep(2.0 if CHAOS > 100 else 0.3)
+        finally:
+            over.set()
+
+    def play() -> list[tuple[int, Stream]]:
+        done = []
+        while (number := next(numbers)) < CHAOS or not over.is_set():
+            url = processes.urls[number % 2]
+            done.append((number, read(url, body_of(number), Stream())))
+        return done
+
+    with ThreadPoolExecutor(7) as pool:
+        attacker = pool.submit(attack)
+        players = [pool.submit(play) for _ in range(6)]
+        streams = [stream for player in players for stream in player.result()]
+        attacker.result()
+    assert len(streams) >= CHAOS
+    for number, stream in streams:
+        assert stream.text == expected(number), number
+        assert stream.reason == "length"
+        assert len(set(stream.ids)) == len(stream.ids)
+    wait_until(processes.whole, SECONDS)
+    # Nobody holds a page of the pools.
+    wait_until(lambda: processes.metric("pshare_pages", 'state="used"') == 0, SECONDS)
+
+
+@pytest.mark.slow
+def test_all_are_replaced_and_nobody_notices(
+    processes: Processes, expected: Callable[[int], str]
+) -> None:
+    wait_until(processes.whole, SECONDS)
+    names = ["prefill0", "prefill1", "decode0", "decode1"]
+    before = {name: processes.pid(name) for name in names}
+    processes.launcher.send_signal(signal.SIGHUP)
+    number = 0
+    texts = []
+    while any(processes.pid(name) in (None, before[name]) for name in names):
+        # By the frontend that is replaced last, and may have to wait for a worker.
+        texts.append(read(processes.urls[1], body_of(number), Stream()).text)
+        number += 1
+    assert texts == [expected(n) for n in range(number)]
+    wait_until(processes.whole, SECONDS)
