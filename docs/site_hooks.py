@@ -16,6 +16,8 @@ SECTIONS = {
         "ui.md",
         "security.md",
         "reliability.md",
+        "cluster.md",
+        "deploying.md",
     ],
     "Train": ["training.md", "evaluation.md"],
     "Measure": ["performance.md", "benchmarks.md", "hardware.md", "accelerators.md"],

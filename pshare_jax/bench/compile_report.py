@@ -30,6 +30,9 @@ accelerator, and no figure is a measured speed. `--merge` keeps the rows of earl
 On a machine with a TPU, `python -m pytest tests/kernels/test_on_hardware.py -m tpu --platform tpu`
 checks the kernels' numbers there; on one with an NVIDIA GPU, `-m gpu --platform cuda`.
 [`bench hardware`](hardware.md) measures such a machine.
+
+The GPU kernels are Pallas on Triton. JAX 0.12 still compiles them, and warns that a later version
+will not.
 """
 _STEPS = """\
 Prefill chunk: {chunk} tokens, the last of a prompt of {context}. Decode step: {batch} rows at

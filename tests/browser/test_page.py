@@ -126,10 +126,10 @@ async def test_tiers_of_the_store(tiny_folder, tmp_path):
         ):
             await page.open(f"{url}/ui")
             await page.until("document.getElementById('status').textContent === 'ready'")
-            await api.completions.create(model="planner", prompt=CONTEXT * 4, max_tokens=4)
+            await api.completions.create(model="planner", prompt=CONTEXT * 8, max_tokens=4)
             label = "document.querySelector('#map .page')?.getAttribute('aria-label')"
             await page.until(f"{label}?.includes('kept in shared memory')")
-            assert await page.evaluate("document.querySelectorAll('#map .page.kept').length > 4")
+            await page.until("document.querySelectorAll('#map .page.kept').length > 4")
             assert "in the KV store" in await page.text("#map-summary")
             assert (await page.text("#tiers td")) == "shared memory"
             assert not await page.evaluate("document.getElementById('tiers-table').hidden")

@@ -20,6 +20,7 @@ from pshare_jax.bench.hardware.random_models import (
 )
 from pshare_jax.bench.hardware.scale import Scale
 from pshare_jax.core.messages import Request, RequestOutput, SamplingParams
+from pshare_jax.core.stats import TokenSource
 from pshare_jax.engine.orchestrator import Orchestrator
 from pshare_jax.errors import EngineDeadError
 
@@ -76,7 +77,7 @@ def _sessions(scale: Scale, sharing: str) -> dict[str, Any]:
         took = time.perf_counter() - started
         after = made.stats().prefill_tokens
 
-    def counted(kind: str) -> int:
+    def counted(kind: TokenSource) -> int:
         return sum(after.get((name, kind), 0) - before.get((name, kind), 0) for name in names)
 
     return {

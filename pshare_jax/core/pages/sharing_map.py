@@ -139,7 +139,8 @@ def sharing_map(
     if held is not None and full:
         for tier, has in held([block.key for block in full]).items():
             for block, is_there in zip(full, has, strict=True):
-                block.tiers += [tier] * is_there
+                if is_there:
+                    block.tiers.append(tier)
     page_size = next(iter(caches.values())).page_size if caches else 0
     return SharingMap(page_size, _contexts(blocks), hidden)
 

@@ -160,7 +160,7 @@ class StoreService:
             for start in range(0, len(keys), _HELD_AT_ONCE):
                 some = keys[start : start + _HELD_AT_ONCE]
                 has = self._try(tier, lambda tier=tier, some=some: tier.pool.holds(some))
-                held += has or [False] * len(some)
+                held += map(bool, has or [False] * len(some))
             found[tier.name] = held
         return found
 

@@ -123,7 +123,9 @@ def test_who_asks_what_is_held_changes_nothing(asked):
     before = asked.service.stats()
     keys = [key(n) for n in range(100)]
     expected = [n in (1, 2) for n in range(100)]
-    assert asked.service.held(keys) == {"shared": expected, "disk": expected}
+    held = asked.service.held(keys)
+    assert held == {"shared": expected, "disk": expected}
+    assert all(type(is_there) is bool for is_there in held["disk"]), "it is sent as JSON"
     assert asked.service.stats() == before
     asked.service.close()
     assert asked.service.held(keys) == {}
