@@ -59,7 +59,7 @@ class Link:
         hello: who we are.
         token: that the processes of the cluster know each other by; empty is none.
         times: how patient it is.
-        on_join: called with the link once it is welcome.
+        on_join: called with the link once it is welcome; may raise LinkLostError.
         on_frame: called with each frame.
         on_lost: called with the reason when it ends after it was welcome.
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import aiohttp
 
 from pshare_jax.cluster import wire
-from pshare_jax.cluster.link import Link, LinkTimes
+from pshare_jax.cluster.link import Link, LinkLostError, LinkTimes
 from pshare_jax.core.messages import DISPATCHER, Message
 from pshare_jax.core.stats import EngineStats, together
 
@@ -147,21 +147,31 @@ class Links:
 
     def _joined(self, link: Link) -> None:
         assert link.welcome is not None
+        self._check(link, link.welcome)
         logger.info(
             "linked to %s: %s", link.address, ", ".join(p.info.name for p in link.welcome.parts)
         )
         for part in link.welcome.parts:
-            name = part.info.name
-            if name in self._link_of:
-                logger.error(
-                    "%s calls itself %s, as %s does: give each worker process a name of its own",
-                    link.address,
-                    name,
-                    self._link_of[name].address,
-                )
-                continue
-            self._link_of[name] = link
+            self._link_of[part.info.name] = link
             self._on_join(part)
+
+    def _check(self, link: Link, welcome: wire.Welcome) -> None:
+        """Checks that a worker process goes with the others.
+
+        Raises:
+            LinkLostError: says why not.
+        """
+        for name, other in self._link_of.items():
+            if any(part.info.name == name for part in welcome.parts):
+                raise LinkLostError(
+                    f"it calls itself {name}, as {other.address} does: give each worker process a "
+                    "name of its own"
+                )
+            if other.welcome is not None and other.welcome.dtype != welcome.dtype:
+                raise LinkLostError(
+                    f"its pages are {welcome.dtype}, those of {other.address} are "
+                    f"{other.welcome.dtype}: set `dtype` to the same for all"
+                )
 
     def _lost(self, link: Link, reason: str) -> None:
         if link.last is not None and link.welcome is not None:

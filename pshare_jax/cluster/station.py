@@ -170,7 +170,8 @@ class Station:
     def send(self, source: str, to: str, message: Message) -> None:
         """Carries a worker's message to where it belongs; in the workers' thread."""
         frame = wire.Carry(source, to, message)
-        if isinstance(message, m.IndexChanged | m.IndexSnapshot):
+        if isinstance(message, m.IndexChanged | m.IndexSnapshot | m.StoreChanged):
+            # Of no sequence, and for all.
             for queue in self._linked.values():
                 queue.put(frame)
             return
@@ -208,7 +209,8 @@ class Station:
             await old.gone.wait()
         frontend = _Frontend(hello.incarnation, FrameQueue(self._loop), socket)
         self._frontends[hello.incarnation] = frontend
-        await socket.send_bytes(wire.encode([wire.Welcome(self.incarnation, self._parts)]))
+        welcome = wire.Welcome(self.incarnation, self._parts, self._shape.dtype)
+        await socket.send_bytes(wire.encode([welcome]))
         await self._in_thread(lambda: self._join(frontend))
         return frontend
 

@@ -95,10 +95,11 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
 
 
 class Welcome(msgspec.Struct, frozen=True, tag=True):
-    """A worker process takes a frontend's sequences from now on."""
+    """A worker process takes a frontend's sequences from now on; `dtype` is that of its pages."""
 
     incarnation: str
     parts: list[Part]
+    dtype: str = ""
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import os
 import re
+import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -136,6 +137,9 @@ class HostedWorkers:
         else:
             self.decode = [assembly.decode(decode_name, 0, mesh, new_end)]
         loader.built()
+        for worker in (*self.prefill, *self.decode):
+            # Another process may have had the name before, and told of an index of its own.
+            worker.core.index_feed.incarnation = secrets.randbits(32)
         hosted = tuple(name for name, spec in specs.items() if spec.decode_workers)
         partners = (decode_name, prefill_name) if role == "both" else ("", "")
         self.parts = [Part(_info(w, partners[0]), "prefill") for w in self.prefill]

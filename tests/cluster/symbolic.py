@@ -107,7 +107,14 @@ class _Decode(SymbolicDecode):
 class Host:
     """One worker process's contents."""
 
-    def __init__(self, cluster: Cluster, name: str, port: int = 0, hosts: Sequence[str] = NAMES):
+    def __init__(
+        self,
+        cluster: Cluster,
+        name: str,
+        port: int = 0,
+        hosts: Sequence[str] = NAMES,
+        dtype: str = "int64",
+    ):
         self.name, self._loop, self._gate = name, cluster.loop, threading.Event()
         self._gate.set()
         self._link = cluster.link
@@ -129,7 +136,7 @@ class Host:
         part = wire.Part(
             WorkerInfo(name, PAGES - 1, PAGE), side, () if self.worker.covers else tuple(hosts)
         )
-        shape = cluster_shape(cluster.config, BASE, SOURCES, SPECS, "int64")
+        shape = cluster_shape(cluster.config, BASE, SOURCES, SPECS, dtype)
         self._loop.run(self._listen(shape, part, cluster.config.cluster.beat_seconds, port))
 
     def _listen_to_roots(self, worker: Worker) -> None:
@@ -292,8 +299,8 @@ class Cluster:
         self.hosts: dict[str, Host] = {}
         self.frontends: list[Frontend] = []
 
-    def host(self, name: str, port: int = 0, hosts: Sequence[str] = NAMES) -> Host:
-        self.hosts[name] = Host(self, name, port, hosts)
+    def host(self, name: str, port: int = 0, **options: Any) -> Host:
+        self.hosts[name] = Host(self, name, port, **options)
         return self.hosts[name]
 
     def again(self, name: str) -> Host:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import threading
 import time
 from collections import Counter
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from pshare_jax.core import messages as m
 from pshare_jax.core.messages import FinishReason
 from tests.cluster.symbolic import NAMES, Cluster, Frontend, Reply, symbolic_cluster
 from tests.engine.harness import wait_until
@@ -249,17 +251,29 @@ def test_a_model_is_generated_for_where_it_is_hosted() -> None:
             assert worker.core.stats.generation_tokens[name] == before + 5
 
 
-def test_two_of_one_name_are_one_too_many(caplog: pytest.LogCaptureFixture) -> None:
+def test_two_of_one_name_are_one_too_many() -> None:
     with symbolic_cluster(decode=1, prefill=1, frontends=0) as cluster:
         first = cluster.hosts.pop("decode0")
         twin = cluster.host("decode0")
         cluster.hosts["twin"] = first
         frontend = cluster.frontend()
-        cluster.linked()
+        wait_until(lambda: "it calls itself decode0" in str(frontend.engine.failed_workers))
         check([frontend.submit("full", [1, 2, 3])])
-        assert "give each worker process a name of its own" in caplog.text
         used = [h.worker.core.stats.generation_tokens["full"] for h in (first, twin)]
         assert sorted(used) == [0, 8]
+
+
+def test_pages_of_another_dtype_are_refused_before_any_is_sent() -> None:
+    with symbolic_cluster(decode=1, prefill=1, frontends=0) as cluster:
+        frontend = cluster.frontend()
+        other = cluster.host("decode1", dtype="float64")
+        # Whichever comes first, those of another kind do not go with it.
+        late = cluster.frontend(wait=False)
+        why = "its pages are (float64|int64), those of .* are (int64|float64)"
+        wait_until(lambda: re.search(why, str(late.engine.failed_workers)))
+        check(ask([frontend], 17, 6))
+        cluster.hosts.pop("decode1")
+        other.stop()
 
 
 def test_a_frontend_waits_until_it_can_serve_everything() -> None:
@@ -313,3 +327,12 @@ def test_frontends_hear_what_others_have_sent(cluster: Cluster) -> None:
     check(busy)
     for workers in (theirs._decode, theirs._prefill):
         wait_until(lambda workers=workers: not any(w.others for w in workers.values()))
+
+
+def test_what_is_of_no_sequence_is_told_to_all(cluster: Cluster) -> None:
+    host = cluster.hosts["prefill0"]
+    changed = m.StoreChanged([b"key"], [])
+    host.thread.call(lambda: host.station.send(host.name, m.DISPATCHER, changed))
+    for frontend in cluster.frontends:
+        router = frontend.engine._dispatcher._router
+        wait_until(lambda router=router: b"key" in router._stored)

@@ -55,8 +55,8 @@ def test_a_command_is_its_module_run_as_main(command, code, expected, monkeypatc
     assert cli.main([command, "--a", "b"]) == expected
     module = cli.COMMANDS[command][0]
     assert ran == [(module, "__main__", True, [f"pshare {command}", "--a", "b"])]
-    place = Path(ROOT, *module.split("."))
-    assert (place / "__main__.py").is_file() or place.with_suffix(".py").is_file()
+    path = Path(ROOT, *module.split("."))
+    assert (path / "__main__.py").is_file() or path.with_suffix(".py").is_file()
 
 
 def test_exit_code_and_message_are_the_commands_own(tmp_path):
