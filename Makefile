@@ -18,7 +18,7 @@ REPORT = $(BIN)/python -m pshare_jax.bench report --results="[$$(for result in \
   $(patsubst %,docs/results/agents-%.json,$(BENCHES) $(BENCHES_VLLM)); do \
   if [ -f $$result ]; then echo $$result; fi; done | paste -sd,)]"
 
-.PHONY: demo serve serve-cluster bench bench-vllm modules results test quick test-browser test-clients test-compile test-newest test-compile-newest docs attack chaos soak lock audit lint format clean
+.PHONY: demo serve serve-cluster bench bench-vllm modules results test quick test-browser test-clients test-deploy test-compile test-newest test-compile-newest docs attack chaos soak lock audit lint format clean
 
 demo: .venv/.run $(MODULES)
 	$(BIN)/python -m pshare_jax.demo
@@ -66,6 +66,10 @@ quick: .venv/.test
 # The page at /ui in a real browser; SCREENSHOTS=docs makes the picture of docs/ui.md.
 test-browser: .venv/.browser
 	$(BIN)/python -m pytest tests/browser -m browser
+
+# deploy/ as Kubernetes, Helm and Docker read it.
+test-deploy: .venv/.deploy
+	$(BIN)/python -m pytest tests/deploy
 
 # Clients that agree with nobody on versions: environments of their own, 2 GB.
 test-clients: .venv/.test $(CLIENTS)
@@ -153,6 +157,10 @@ $(BASE)-%/pshare.json: modules/smollm2-135m/%/adapter_model.safetensors | $(BASE
 
 .venv/.docs: pyproject.toml | .venv/.python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	@touch $@
+
+.venv/.deploy: pyproject.toml | .venv/.test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,clients,deploy]'
 	@touch $@
 
 .venv/.browser: pyproject.toml | .venv/.test

@@ -21,6 +21,7 @@ from pshare_jax.evals.items import Item
 from pshare_jax.frontend.chat import TemplateOptions, chat_messages, chat_prompt
 from pshare_jax.frontend.model_format import tool_prompt
 from pshare_jax.frontend.params import Limits
+from pshare_jax.frontend.tool_prompt import ToolPrompt
 from pshare_jax.models.split import check_certificate
 from pshare_jax.study.recompute import recomputed_kv
 from pshare_jax.study.tasks import TOOL_PARSER, plain_question
@@ -116,7 +117,7 @@ class Evaluator:
                 )
         self._recipe = Recipe(manifest.config, _DTYPE, lora)
         self._tokenizer = Tokenizer.load(manifest.folder / TOKENIZER_FOLDER)
-        self._tool_prompt = tool_prompt(TOOL_PARSER, self._tokenizer.chat_template)
+        self._tool_prompt: ToolPrompt = tool_prompt(TOOL_PARSER, self._tokenizer.chat_template)
 
     def answer(
         self,

@@ -83,10 +83,16 @@ def slots_used(rows: Sequence[Row], buckets: Sequence[Bucket], assigned: np.ndar
 
 def _kinds(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Groups lengths `[rows, 2]` that differ little: the kinds, and each row's."""
-    for growth in _GROWTHS:
-        kinds, of_row = np.unique(_steps(lengths, growth), axis=0, return_inverse=True)
+    *finer, coarsest = _GROWTHS
+    for growth in finer:
+        kinds, of_row = _grouped(lengths, growth)
         if len(kinds) <= _MOST_KINDS:
-            break
+            return kinds, of_row
+    return _grouped(lengths, coarsest)
+
+
+def _grouped(lengths: np.ndarray, growth: float) -> tuple[np.ndarray, np.ndarray]:
+    kinds, of_row = np.unique(_steps(lengths, growth), axis=0, return_inverse=True)
     return kinds, of_row.ravel()
 
 

