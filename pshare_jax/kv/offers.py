@@ -149,7 +149,7 @@ def _private(path: str, flags: int) -> int:
 
 def _bytes(array: np.ndarray) -> memoryview:
     """The bytes of an array, whatever its dtype."""
-    return memoryview(np.ascontiguousarray(array).view(np.uint8).reshape(-1))
+    return np.ascontiguousarray(array).view(np.uint8).reshape(-1).data
 
 
 def _write(descriptor: int, data: memoryview) -> None:
