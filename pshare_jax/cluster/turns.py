@@ -113,7 +113,8 @@ class HostTurns:
     @property
     def is_wanted(self) -> bool:
         """Whether another process has work."""
-        return bool(np.count_nonzero(self._works) > int(self._works[self._me] != 0))
+        mine = int(self._works[self._me] != 0)
+        return int(np.count_nonzero(self._works)) > mine
 
     def end(self) -> None:
         """Gives the turn up; others who have had less leave it to this process meanwhile."""
