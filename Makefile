@@ -67,7 +67,7 @@ quick: .venv/.test
 test-browser: .venv/.browser
 	$(BIN)/python -m pytest tests/browser -m browser
 
-# Clients that agree with nobody on versions: environments of their own, 2 GB.
+# Clients that agree with nobody on versions: environments of their own, 3 GB.
 test-clients: .venv/.test $(CLIENTS)
 	$(BIN)/python -m pytest tests/frameworks -m clients
 
