@@ -40,7 +40,9 @@ def run(base_url: str, tmp_path: Path) -> Any:
             timeout=500,
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        return json.loads(done.stdout.splitlines()[-1])
+        return json.loads(
+            next(line for line in reversed(done.stdout.splitlines()) if line[:1] == "{")
+        )
 
     return run
 
@@ -131,6 +133,11 @@ def test_llama_index(run: Any, answers: Answers) -> None:
         "by_schema": ANNA,
         "responses": ANSWER,
     }
+
+
+def test_crewai(run: Any, answers: Answers) -> None:
+    answers(JSON, ANSWER, CALL, "It is sunny.")
+    assert run("crewai", "use_crewai") == {"text": ANSWER, "typed": ANNA, "agent": "It is sunny."}
 
 
 def test_aider(run: Any, answers: Answers) -> None:

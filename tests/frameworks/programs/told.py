@@ -30,5 +30,5 @@ WEATHER = {
 
 
 def tell(**results: object) -> None:
-    """Writes what was got as the last line of the output."""
+    """Writes what was got: the last line of the output that is a JSON object."""
     print("\n" + json.dumps(results))
