@@ -67,15 +67,11 @@ quick: .venv/.test
 test-browser: .venv/.browser
 	$(BIN)/python -m pytest tests/browser -m browser
 
-<<<<<<< HEAD
 # deploy/ as Kubernetes, Helm and Docker read it.
 test-deploy: .venv/.deploy
 	$(BIN)/python -m pytest tests/deploy
 
-# Clients that agree with nobody on versions: environments of their own, 2 GB.
-=======
 # Clients that agree with nobody on versions: environments of their own, 3 GB.
->>>>>>> surface
 test-clients: .venv/.test $(CLIENTS)
 	$(BIN)/python -m pytest tests/frameworks -m clients
 
