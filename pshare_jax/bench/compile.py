@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -106,7 +107,8 @@ def compile_program(accelerator: Accelerator, program: Program, layers: int) -> 
         Exception: whatever the compiler refuses it with.
     """
     started = time.perf_counter()
-    lowered = program.function.lower(*program.arguments)
+    with _device_of(accelerator, program):
+        lowered = program.function.lower(*program.arguments)
     compiled = lowered.compile(compiler_options=dict(program.compiler_options) or None)
     seconds = time.perf_counter() - started
     memory = compiled.memory_analysis()
@@ -139,6 +141,14 @@ def compile_program(accelerator: Accelerator, program: Program, layers: int) -> 
         no_estimate=no_estimate,
         floor_seconds=floor,
     )
+
+
+def _device_of(accelerator: Accelerator, program: Program) -> AbstractContextManager[Any]:
+    """Tells Pallas' Triton kernels which GPU they are for, which jax 0.12 asks the context of."""
+    if accelerator.platform != "cuda" or jax.__version_info__ < (0, 12):
+        return nullcontext()
+    mesh = next(a.sharding.mesh for a in jax.tree.leaves(program.arguments))
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def _hbm_bytes(accelerator: Accelerator, program: Program, layers: int, hlo: str) -> float | None:
