@@ -143,7 +143,10 @@ def _play(
             engine.give_mesh(GIVEN)
     if given:
         engine.give_mesh(TWIN)
-    return [(tuple(tokens[id]), max(np.diff(times[id]), default=0.0), places[id]) for id in tokens]
+    return [
+        (tuple(tokens[id]), float(max(np.diff(times[id]), default=0.0)), places[id])
+        for id in tokens
+    ]
 
 
 def _places(engine: Orchestrator, name: str) -> dict[str, str]:
