@@ -38,6 +38,8 @@ def test_shares_are_by_weight_and_one_works_at_a_time(
 ) -> None:
     """Three parts to who has few long pieces, one to who has many short ones."""
     monkeypatch.setattr(turns, "WAIT_SECONDS", 1e9)
+    # Pieces take no real time, in which a thread could take the turn that is left to it.
+    monkeypatch.setattr(turns, "YIELD_SECONDS", 1e9)
     clock = Clock()
     members = {
         "prefill": HostTurns(path, 3.0, clock),

@@ -38,15 +38,17 @@ def test_attention_of_both_models(name, model, tokens):
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("name", ["v6e:2x4", "h100"])
 def test_the_steps_of_the_small_model(name):
     """Of four of its layers: all are alike."""
     accelerator = DEVICES[name]
     config = dataclasses.replace(SHAPE_1B, num_layers=4)
     sizes = Sizes(batch=FULL.batch, context=FULL.context + 512, chunk=FULL.chunk)
-    for program in one_chip_programs(accelerator, config, sizes):
+    # Layers of so few have large pools: a little of the memory is left for temporaries.
+    smaller = dataclasses.replace(accelerator, memory=0.9 * accelerator.memory)
+    for program in one_chip_programs(smaller, config, sizes):
         compiled = compile_program(accelerator, program, config.num_layers)
-        assert compiled.pool_in_place, program.name
+        assert compiled.pool_in_place or not program.pool_bytes, program.name
         assert compiled.total_bytes < accelerator.memory, program.name
 
 

@@ -74,7 +74,8 @@ def trace(made: Programs, call: Call, weights, adapters) -> None:
         Slot.POOL: pool,
         Slot.HISTORY: jax.eval_shape(made.history),
         Slot.STAGED: jax.ShapeDtypeStruct(made.staged_shape(call.size[0]), jnp.float32),
-        Slot.LOGITS: jax.ShapeDtypeStruct((call.size[0], config.vocab_size), jnp.float32),
+        # Steps that are not packed leave logits to the choice.
+        Slot.LEFT: jax.ShapeDtypeStruct((call.size[0], config.vocab_size), jnp.float32),
     }
     arguments = [given[a] if isinstance(a, Slot) else a for a in call.arguments]
     jax.eval_shape(call.function, *arguments)
