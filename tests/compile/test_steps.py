@@ -29,9 +29,9 @@ def test_steps_compile_fit_and_keep_the_pool_in_place(name, model):
         for program in step_programs(accelerator, config, sizes)
     }
     assert tuple(compiled) == STEPS
-    # What it takes beside the logits is a copy or two of them.
+    # What it takes beside the logits is a few copies of them.
     choice = compiled.pop(CHOICE)
-    assert choice.temp_bytes < 4 * choice.least_bytes
+    assert choice.temp_bytes < 8 * choice.least_bytes
     for step, result in compiled.items():
         assert result.pool_in_place, step
         assert result.temp_bytes < result.pool_bytes / config.num_layers, step
