@@ -73,11 +73,12 @@ def test_the_second_model_computes_nothing(cluster: Cluster) -> None:
 def test_a_frontend_that_comes_late_knows_what_is_there(cluster: Cluster) -> None:
     check(ask(cluster.frontends, 3, 20))
     late = cluster.frontend()
-    held = {w.info.name: w.held for w in late.engine._dispatcher._router._prefill.values()}
+    # Looked up each time: a worker that comes again has a new view, and may still index pages.
+    views = late.engine._dispatcher._router._prefill
     for name in ("prefill0", "prefill1"):
-        keys = set(cluster.hosts[name].worker.cache.keys())
-        wait_until(lambda name=name, keys=keys: held[name] == keys)
-    assert any(held.values())
+        cache = cluster.hosts[name].worker.cache
+        wait_until(lambda n=name, c=cache: n in views and views[n].held == set(c.keys()))
+    assert any(view.held for view in views.values())
 
 
 @pytest.mark.parametrize("victim", ["prefill0", "decode1"])
