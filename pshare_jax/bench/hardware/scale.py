@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pshare_jax.bench.compile_models import MODELS
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.rope import Llama3RopeScaling
 
@@ -23,20 +24,7 @@ SHAPE_1B = ModelConfig(
 )
 """Llama-3.2-1B's shape."""
 
-SHAPE_8B = ModelConfig(
-    architecture="llama",
-    vocab_size=128256,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    rope_scaling=Llama3RopeScaling(8.0, 1.0, 4.0, 8192),
-    rope_theta=500000.0,
-    max_position_embeddings=131072,
-)
-"""Llama-3.1-8B's shape."""
+SHAPE_8B = MODELS["Llama-3.1-8B"]
 
 _TINY = ModelConfig(
     architecture="llama",
