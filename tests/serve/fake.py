@@ -223,12 +223,13 @@ class FakeOrchestrator:
 
     def _run(self) -> None:
         while True:
-            self.gate.wait()
             with self._lock:
                 while not self._running and not self._stopped:
                     self._lock.wait()
                 if self._stopped:
                     return
+            self.gate.wait()
+            with self._lock:
                 for running in list(self._running.values()):
                     self._step(running)
             time.sleep(0)
