@@ -39,7 +39,7 @@ class WorkerEnd:
         self._pool = pool
         self._service = service
         self._root = root
-        self._send = send
+        self.send = send
         # Written by the store's reader, taken and dropped by the worker's thread.
         self._staged: dict[int, list[np.ndarray]] = {}
         self._unwanted: set[int] = set()
@@ -73,7 +73,7 @@ class WorkerEnd:
     def _look(self, look: Look) -> None:
         self._service.look(
             self.store_keys(look.keys),
-            lambda places: self._send(m.Looked(look.id, places)),
+            lambda places: self.send(m.Looked(look.id, places)),
             ahead=look.ahead,
         )
 
@@ -83,10 +83,10 @@ class WorkerEnd:
         def answer(found: list[np.ndarray] | str) -> None:
             if isinstance(found, str):
                 self._unwanted.discard(transfer)
-                self._send(m.Loaded(transfer, found))
+                self.send(m.Loaded(transfer, found))
             else:
                 self._staged[transfer] = found
-                self._send(m.Loaded(transfer))
+                self.send(m.Loaded(transfer))
 
         keys = self.store_keys(load.keys)
         self._service.load(load, keys, lambda: transfer not in self._unwanted, answer)
@@ -121,13 +121,13 @@ class WorkerEnd:
         names = dict(zip(self.store_keys(done), done, strict=True))
         self._service.save(
             batches,
-            lambda kept: self._send(m.Stored(done, [names[key] for key in kept], [])),
+            lambda kept: self.send(m.Stored(done, [names[key] for key in kept], [])),
         )
 
     def _touch(self, keys: Sequence[bytes]) -> None:
         def answer(gone: list[int]) -> None:
             if gone:
-                self._send(m.Stored([], [], [keys[i] for i in gone]))
+                self.send(m.Stored([], [], [keys[i] for i in gone]))
 
         self._service.touch(self.store_keys(keys), answer)
 
