@@ -308,7 +308,7 @@ class PrefillCore:
     def _hear(self, store: StoreClient, message: m.FromStore) -> None:
         match message:
             case m.Looked():
-                computing = {key for task in self._active for key in self._uncomputed(task)}
+                computing = self._computing()
                 queue = sum(task.remaining for task in (*self.queue.tasks, *self._active))
                 task = store.looked(message, computing, queue, self.queue.reserve)
                 if task is not None:
@@ -329,10 +329,12 @@ class PrefillCore:
             self.queue.add(task)
         urgent = self.store.urgent
         # Before pages are given away: what is to be written is copied before it is overwritten.
-        return self.store.work(saves=not urgent), urgent
+        return self.store.work(saves=not urgent, computing=self._computing), urgent
 
-    def _uncomputed(self, task: PrefillTask) -> list[bytes]:
-        return task.sequence.chain[task.filled // self.cache.page_size :]
+    def _computing(self) -> set[bytes]:
+        """Chain keys of pages that are about to be computed."""
+        page_size = self.cache.page_size
+        return {key for t in self._active for key in t.sequence.chain[t.filled // page_size :]}
 
     def _publish(self) -> None:
         change = self.index_feed.change()
@@ -447,13 +449,15 @@ class PrefillCore:
     def _first(self, copies: list[tuple[int, int]]) -> PrefillTask | None:
         """The task whose turn it is, its next chunk planned."""
         self._clock.update(task.sequence for task in (*self._active, *self.queue.tasks))
-        while self._active:
-            fair = self._clock.next(self._active)
-            near = [t for t in self._active if not self._clock.is_ahead(t.sequence, self._budget)]
+        waiting = list(self._active)
+        while waiting:
+            fair = self._clock.next(waiting)
+            near = [t for t in waiting if not self._clock.is_ahead(t.sequence, self._budget)]
             task = next_prefill(near, self._turn, fair)
             self._turn += 1
             if self._plan(task, self._budget, copies):
                 return task
+            waiting.remove(task)
         return None
 
     def _widest(self, length: int) -> tuple[int, int]:
@@ -467,7 +471,8 @@ class PrefillCore:
         return (1 if len(batch) == 1 else rows), bucket
 
     def _plan(self, task: PrefillTask, budget: int, copies: list[tuple[int, int]]) -> bool:
-        """Decides where the next chunk of a task ends; False when the index holds all the rest."""
+        """Decides where the next chunk of a task ends; False when it needs none now, since the
+        index holds all the rest, or will soon hold what comes next."""
         self._pages.reuse(task, copies)
         if task.remaining == 0:
             self._active.remove(task)
@@ -475,8 +480,9 @@ class PrefillCore:
             return False
         covered, page_size = task.sequence.covered, self.cache.page_size
         end = task.filled + budget
-        task.planned = covered if end >= covered else end - end % page_size
-        return True
+        end = self._pages.reach(task, covered if end >= covered else end - end % page_size)
+        task.planned = end if end > task.filled else None
+        return task.planned is not None
 
     def _computed(self, task: PrefillTask, error: str | None) -> None:
         """The planned chunk of a task has been computed, or has failed."""
