@@ -40,21 +40,20 @@ class WorkerEnd:
         self._service = service
         self._root = root
         self.send = send
-        # Written by the store's reader, taken and dropped by the worker's thread.
+        # Written by the store's threads, taken and dropped by the worker's.
         self._staged: dict[int, list[np.ndarray]] = {}
-        self._unwanted: set[int] = set()
+        self._wanted: set[int] = set()
 
     @property
     def num_staged(self) -> int:
-        """Loads that lie in the host's memory."""
-        return len(self._staged)
+        """Loads that lie in the host's memory, or are on their way there."""
+        return len(self._staged) + len(self._wanted)
 
     def run(self, plan: StorePlan) -> None:
         """See `StoreEnd.run`."""
         for transfer in plan.dropped:
-            self._unwanted.add(transfer)
-            if self._staged.pop(transfer, None) is not None:
-                self._unwanted.discard(transfer)
+            self._wanted.discard(transfer)
+            self._staged.pop(transfer, None)
         for look in plan.looks:
             self._look(look)
         for load in plan.loads:
@@ -79,17 +78,19 @@ class WorkerEnd:
 
     def _load(self, load: Load) -> None:
         transfer = load.transfer
+        self._wanted.add(transfer)
 
         def answer(found: list[np.ndarray] | str) -> None:
+            self._wanted.discard(transfer)
             if isinstance(found, str):
-                self._unwanted.discard(transfer)
                 self.send(m.Loaded(transfer, found))
             else:
+                # If it is not wanted any more, the core says so once more when it hears of it.
                 self._staged[transfer] = found
                 self.send(m.Loaded(transfer))
 
         keys = self.store_keys(load.keys)
-        self._service.load(load, keys, lambda: transfer not in self._unwanted, answer)
+        self._service.load(load, keys, lambda: transfer in self._wanted, answer)
 
     def _commit(self, commit: Commit) -> None:
         start = 0
