@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from pshare_jax.errors import ConfigError
 from pshare_jax.kernels.kv_codec.codebook import CODECS, Codebook
 from pshare_jax.kv.store import locking
 from pshare_jax.kv.store.members import MAX_MEMBERS, Members
+from pshare_jax.kv.store.private import NotPrivateError, open_private
 
 MAGIC = b"PSHAREKV"
 BEING_MADE = b"PSHARE.."
@@ -213,6 +213,8 @@ def open_file(path: str, request: PoolRequest) -> PoolFile:
             # While the books are locked, so that nobody takes it for a pool that nobody uses.
             if not members.join(_reopen(path, lock)):
                 raise ConfigError(f"kv_store: {path} has {MAX_MEMBERS} users already")
+        except NotPrivateError as error:
+            raise ConfigError(f"kv_store: {path} {error.strerror}") from error
         except OSError as error:
             raise ConfigError(f"kv_store: {path}: {error.strerror}") from error
         except locking.PoolBusyError as error:
@@ -225,16 +227,8 @@ def open_file(path: str, request: PoolRequest) -> PoolFile:
 def _lock(path: str) -> int:
     """A descriptor of the file, which is made if need be, with the lock of its books."""
     while True:
+        descriptor = open_private(path, os.O_CREAT)
         try:
-            descriptor = _open(path, os.O_CREAT)
-        except OSError as error:
-            if not os.path.islink(path):
-                raise
-            raise ConfigError(
-                f"kv_store: {path} is a symbolic link; give the path of the file itself"
-            ) from error
-        try:
-            _check_own(path, descriptor)
             locking.lock(descriptor, OPEN_SECONDS)
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.lstat(path), os.fstat(descriptor)):
@@ -245,41 +239,18 @@ def _lock(path: str) -> int:
         os.close(descriptor)  # somebody has removed it meanwhile
 
 
-def _open(path: str, flags: int = 0) -> int:
-    # Not waiting for the other end of what turns out to be a pipe.
-    always = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-    return os.open(path, always | flags, 0o600)
-
-
 def _reopen(path: str, lock: int, flags: int = 0) -> int:
     """One more open file description of a file; `flags` as far as its file system has them."""
     try:
-        descriptor = _open(path, flags)
+        descriptor = open_private(path, flags)
     except OSError:
         if not flags:
             raise
-        descriptor = _open(path)  # without direct I/O, as tmpfs was for long
+        descriptor = open_private(path)  # without direct I/O, as tmpfs was for long
     if not os.path.samestat(os.fstat(descriptor), os.fstat(lock)):
         os.close(descriptor)
         raise ConfigError(f"kv_store: {path} was replaced while it was opened; start again")
     return descriptor
-
-
-def _check_own(path: str, descriptor: int) -> None:
-    """What others may write to could hold what they like, and be read by them."""
-    about = os.fstat(descriptor)
-    if not stat.S_ISREG(about.st_mode):
-        raise ConfigError(f"kv_store: {path} is no ordinary file; give another path")
-    if about.st_uid != os.geteuid():
-        raise ConfigError(
-            f"kv_store: {path} belongs to user {about.st_uid}, and this server runs as "
-            f"{os.geteuid()}; give it a path of its own"
-        )
-    if about.st_mode & 0o077:
-        raise ConfigError(
-            f"kv_store: {path} can be used by others (its mode is {about.st_mode & 0o777:o}); "
-            "`chmod 600` it if nobody has, else remove it"
-        )
 
 
 def _check_replaceable(path: str, lock: int, members: Members, why: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from pshare_jax.errors import ConfigError
 from pshare_jax.kv.store import file as pool_file
-from pshare_jax.kv.store import locking
+from pshare_jax.kv.store import locking, private
 from pshare_jax.kv.store.pool import Pool
 from pshare_jax.kv.store.tier import Tier
 from tests.kv.store.pools import SHAPE, TOKENS, contents, get, key, open_pool, put, request, tokens
@@ -63,7 +63,7 @@ def test_a_pool_that_others_may_use_is_refused(tmp_path: Path, mode: int):
 
 def test_a_pool_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     open_pool(tmp_path).close()
-    monkeypatch.setattr(pool_file.os, "geteuid", lambda: os.getuid() + 1)
+    monkeypatch.setattr(private.os, "geteuid", lambda: os.getuid() + 1)
     with pytest.raises(ConfigError, match=rf"belongs to user {os.getuid()}, and this server runs"):
         open_pool(tmp_path)
 
