@@ -206,7 +206,12 @@ class Arrivals:
         return arrival
 
     def _pass_on(self, number: int, node: Node) -> int | None:
-        """Finds who fills a page that has failed; without anybody it leaves the index."""
+        """Finds who fills a page that has failed; without anybody it leaves the index.
+
+        If it has left it already, with a page before it, whoever waits for it fetches it himself.
+        """
+        if node.state is PageState.FAILED:
+            return None
         waiting = [a for a in self._arrivals.values() if a.awaited.get(number) is node]
         if not waiting:
             self._cache.forget(node)

@@ -127,6 +127,41 @@ def test_a_row_fetches_what_the_store_could_not_give():
     bench.cache.check()
 
 
+@pytest.mark.parametrize("ends", ["lands", "is given up"])
+def test_pages_that_follow_what_the_store_could_not_give(ends: str):
+    """They leave the index with it, though a row of the pool is fetching them."""
+    bench = Bench()
+    sequence = bench.ask(16)
+    bench.store()
+    bench.core.receive(m.Looked(sequence.id, [SHARED] * 2))
+    plan = bench.store()
+    assert plan is not None
+    admission, outbox = Admission(bench.cache, 4), []
+    arrivals = Arrivals("decode0", bench.cache, outbox, iter(range(100, 200)))
+    rows = [msgspec.structs.replace(sequence, id=id, order=id) for id in (98, 99)]
+    rooms = [admission.reserve(row) for row in rows]
+    for row, room in zip(rows, rooms, strict=True):
+        assert room is not None
+        arrivals.add(row, m.PromptUsage(17, 0, 16, 0), room)
+    assert [message.pages for _, message in outbox] == [[2, 3]]
+    bench.core.receive(m.Loaded(plan.loads[0].transfer, "a page is not what was asked for"))
+    assert arrivals.complete() == []
+    assert [message.pages for _, message in outbox[1:]] == [[0, 1], [0, 1, 2, 3]]
+    if ends == "lands":
+        for transfer in (100, 101, 102):
+            arrivals.offered(transfer, [])
+            arrivals.landed(transfer)
+        assert [done.sequence.id for done in arrivals.complete()] == [98, 99]
+    else:
+        assert arrivals.remove(98) is not None
+        assert arrivals.remove(99) is not None
+    for room in rooms:
+        assert room is not None
+        admission.leave(room.slot, room.pages)
+    bench.core.release_all()
+    bench.cache.check(idle=True)
+
+
 def test_rows_without_kv_move_too():
     """Of a prompt of one token nothing is covered, and a mesh may go before the first step."""
     host = Host(Setting(either=True, prefill=1, decode=2, decode_pages=40))
