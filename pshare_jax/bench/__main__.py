@@ -22,33 +22,18 @@ from pshare_jax.bench import (
     agents_markdown,
     agents_plots,
     agents_report,
-    ahead,
-    autoscale,
-    codec,
     compile_report,
-    int8,
-    loading,
     machine,
-    masks,
     micro,
     micro_report,
-    moving,
-    pool,
-    restart,
-    routes,
     shared_prefix,
-    shift,
     soak,
     soak_options,
-    starve,
-    tiers,
     training,
-    turns,
 )
 from pshare_jax.bench import compile as compile_bench
-from pshare_jax.bench.fleet import command as fleet
-from pshare_jax.bench.hardware import report as hardware_report
 from pshare_jax.bench.hardware import run as hardware
+from pshare_jax.bench.plain import PLAIN, PlainCommand
 from pshare_jax.bench.plan import command as plan
 from pshare_jax.bench.plan import plots as plan_plots
 from pshare_jax.bench.plan import report as plan_report
@@ -59,115 +44,6 @@ from pshare_jax.errors import PshareError
 Keep = Callable[[dict[str, Any]], None]
 """Writes the figures so far where `--json` says: they may be of hours."""
 
-
-@dataclass(frozen=True)
-class _Plain:
-    """A command that takes options alone, and prints lines."""
-
-    description: str
-    options: type
-    run: Callable[[Any], dict[str, Any]]
-    lines: Callable[[dict[str, Any]], Sequence[str]]
-
-
-_PLAIN = {
-    "turns": _Plain(
-        "Appended turns of many sessions, computed together or one prompt a call.",
-        turns.TurnsOptions,
-        turns.run,
-        turns.lines,
-    ),
-    "codec": _Plain(
-        "Lossless compression of KV: how far, how fast, and on which links it pays.",
-        codec.CodecOptions,
-        codec.run,
-        codec.lines,
-    ),
-    "restart": _Plain(
-        "First tokens over a known context after a restart, with a store and without.",
-        restart.RestartOptions,
-        restart.run,
-        restart.lines,
-    ),
-    "pool": _Plain(
-        "First tokens over what another process has computed: shared pool, socket, own cache.",
-        pool.PoolOptions,
-        pool.run,
-        pool.lines,
-    ),
-    "tiers": _Plain(
-        "KV fetched ahead from tiers below the pools, against fetching on demand; virtual time.",
-        tiers.TiersOptions,
-        tiers.run,
-        tiers.lines,
-    ),
-    "routes": _Plain(
-        "Routing by load alone over a KV store, against routing by prefix; virtual time.",
-        routes.RoutesOptions,
-        routes.run,
-        routes.lines,
-    ),
-    "ahead": _Plain(
-        "First tokens of agents whose contexts do not fit into the pool, in a real engine.",
-        ahead.AheadOptions,
-        ahead.run,
-        ahead.lines,
-    ),
-    "shift": _Plain(
-        "Meshes given from decode to prefill while rows run; virtual time.",
-        shift.ShiftOptions,
-        shift.run,
-        shift.lines,
-    ),
-    "moving": _Plain(
-        "What replies notice when the mesh that generates them is given to prefill.",
-        moving.MovingOptions,
-        moving.run,
-        moving.lines,
-    ),
-    "masks": _Plain(
-        "Decode steps whose tokens follow a grammar, beside free ones.",
-        masks.MasksOptions,
-        masks.run,
-        masks.lines,
-    ),
-    "loading": _Plain(
-        "What streams notice of decode modules being loaded and unloaded.",
-        loading.LoadingOptions,
-        loading.run,
-        loading.lines,
-    ),
-    "autoscale": _Plain(
-        "Workers that change sides while the load changes, in virtual time.",
-        autoscale.AutoscaleOptions,
-        autoscale.run,
-        autoscale.lines,
-    ),
-    "fleet": _Plain(
-        "Routers of a thousand engines in virtual time, beside one that knows everything.",
-        fleet.RoutersOptions,
-        fleet.run,
-        fleet.lines,
-    ),
-    "int8": _Plain(
-        "Weights of 8 bits: bytes, and how far the next-token distributions move.",
-        int8.Int8Options,
-        int8.run,
-        int8.lines,
-    ),
-    "starve": _Plain(
-        "How long a small request takes while others flood the server.",
-        starve.StarveOptions,
-        starve.run,
-        starve.lines,
-    ),
-    "hardware": _Plain(
-        "What this machine's accelerator does: kernels, serving, transfers; minutes.",
-        hardware.HardwareOptions,
-        hardware.run,
-        hardware_report.lines,
-    ),
-}
 
 # Columns of a table that goes into a file or a pipe.
 _FILE_WIDTH = 150
@@ -224,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Writes results of `bench agents` into a document, with plots beside them."
     )
     report_parser.add_class_arguments(ReportOptions)
-    plain_parsers = {name: _plain_parser(plain) for name, plain in _PLAIN.items()}
+    plain_parsers = {name: _plain_parser(plain) for name, plain in PLAIN.items()}
     measured = (micro_parser, compile_parser, agents_parser, plan_parser, train_parser, soak_parser)
     for command in (*measured, *plain_parsers.values()):
         command.add_argument("--json", type=str | None, default=None, help="file for the figures")
@@ -245,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "plan": _plan,
         "train": _train,
         "soak": _soak,
-        **{name: partial(_plain, plain) for name, plain in _PLAIN.items()},
+        **{name: partial(_plain, plain) for name, plain in PLAIN.items()},
     }
     draws = {"agents": agents_plots.draw, "plan": plan_plots.draw}
     try:
@@ -277,13 +153,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _plain_parser(plain: _Plain) -> jsonargparse.ArgumentParser:
+def _plain_parser(plain: PlainCommand) -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(description=plain.description)
     parser.add_class_arguments(plain.options)
     return parser
 
 
-def _plain(plain: _Plain, options: dict[str, Any], _: Keep) -> dict[str, Any]:
+def _plain(plain: PlainCommand, options: dict[str, Any], _: Keep) -> dict[str, Any]:
     result = plain.run(plain.options(**options))
     result.setdefault("machine", machine.describe())
     print("\n".join([*plain.lines(result), "", machine.one_line(result["machine"])]))

@@ -29,6 +29,7 @@ from pshare_jax.core.buckets import TRANSFER_BUCKETS
 from pshare_jax.engine.orchestrator import Orchestrator
 from pshare_jax.errors import BenchmarkError
 from pshare_jax.kernels.kv_codec.codebook import calibrate, supported
+from pshare_jax.kernels.native.library import load_library
 from pshare_jax.kv.offers import OfferFolder
 from pshare_jax.kv.remote import RemotePages
 from pshare_jax.kv.store.end import WorkerEnd
@@ -214,7 +215,8 @@ def _steady(
     staged = _pages(engine, piece)
     count = staged.shape[1]
     ways = {"pool, raw": pool_steady.through_pool("raw", None, staged, folder, options.rounds)}
-    if supported(staged[:, 0].shape, staged.dtype.name):
+    able = load_library() is not None  # without C++ coding takes minutes
+    if able and supported(staged[:, 0].shape, staged.dtype.name):
         sample = np.ascontiguousarray(np.moveaxis(staged.view(np.uint16), 1, 0))
         book = calibrate("planes", sample)
         ways["pool, planes"] = pool_steady.through_pool(

@@ -1,0 +1,137 @@
+"""The commands of `bench` that take options alone and print lines: what each of them runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pshare_jax.bench import (
+    ahead,
+    autoscale,
+    codec,
+    int8,
+    loading,
+    masks,
+    moving,
+    pool,
+    restart,
+    routes,
+    shift,
+    starve,
+    tiers,
+    turns,
+)
+from pshare_jax.bench.fleet import command as fleet
+from pshare_jax.bench.hardware import report as hardware_report
+from pshare_jax.bench.hardware import run as hardware
+
+
+@dataclass(frozen=True)
+class PlainCommand:
+    """A command that takes options alone, and prints lines."""
+
+    description: str
+    options: type
+    run: Callable[[Any], dict[str, Any]]
+    lines: Callable[[dict[str, Any]], Sequence[str]]
+
+
+PLAIN: dict[str, PlainCommand] = {
+    "turns": PlainCommand(
+        "Appended turns of many sessions, computed together or one prompt a call.",
+        turns.TurnsOptions,
+        turns.run,
+        turns.lines,
+    ),
+    "codec": PlainCommand(
+        "Lossless compression of KV: how far, how fast, and on which links it pays.",
+        codec.CodecOptions,
+        codec.run,
+        codec.lines,
+    ),
+    "restart": PlainCommand(
+        "First tokens over a known context after a restart, with a store and without.",
+        restart.RestartOptions,
+        restart.run,
+        restart.lines,
+    ),
+    "pool": PlainCommand(
+        "First tokens over what another process has computed: shared pool, socket, own cache.",
+        pool.PoolOptions,
+        pool.run,
+        pool.lines,
+    ),
+    "tiers": PlainCommand(
+        "KV fetched ahead from tiers below the pools, against fetching on demand; virtual time.",
+        tiers.TiersOptions,
+        tiers.run,
+        tiers.lines,
+    ),
+    "routes": PlainCommand(
+        "Routing by load alone over a KV store, against routing by prefix; virtual time.",
+        routes.RoutesOptions,
+        routes.run,
+        routes.lines,
+    ),
+    "ahead": PlainCommand(
+        "First tokens of agents whose contexts do not fit into the pool, in a real engine.",
+        ahead.AheadOptions,
+        ahead.run,
+        ahead.lines,
+    ),
+    "shift": PlainCommand(
+        "Meshes given from decode to prefill while rows run; virtual time.",
+        shift.ShiftOptions,
+        shift.run,
+        shift.lines,
+    ),
+    "moving": PlainCommand(
+        "What replies notice when the mesh that generates them is given to prefill.",
+        moving.MovingOptions,
+        moving.run,
+        moving.lines,
+    ),
+    "masks": PlainCommand(
+        "Decode steps whose tokens follow a grammar, beside free ones.",
+        masks.MasksOptions,
+        masks.run,
+        masks.lines,
+    ),
+    "loading": PlainCommand(
+        "What streams notice of decode modules being loaded and unloaded.",
+        loading.LoadingOptions,
+        loading.run,
+        loading.lines,
+    ),
+    "autoscale": PlainCommand(
+        "Workers that change sides while the load changes, in virtual time.",
+        autoscale.AutoscaleOptions,
+        autoscale.run,
+        autoscale.lines,
+    ),
+    "fleet": PlainCommand(
+        "Routers of a thousand engines in virtual time, beside one that knows everything.",
+        fleet.RoutersOptions,
+        fleet.run,
+        fleet.lines,
+    ),
+    "int8": PlainCommand(
+        "Weights of 8 bits: bytes, and how far the next-token distributions move.",
+        int8.Int8Options,
+        int8.run,
+        int8.lines,
+    ),
+    "starve": PlainCommand(
+        "How long a small request takes while others flood the server.",
+        starve.StarveOptions,
+        starve.run,
+        starve.lines,
+    ),
+    "hardware": PlainCommand(
+        "What this machine's accelerator does: kernels, serving, transfers; minutes.",
+        hardware.HardwareOptions,
+        hardware.run,
+        hardware_report.lines,
+    ),
+}
