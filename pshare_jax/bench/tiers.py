@@ -21,7 +21,7 @@ from pshare_jax.bench.plan.costs import CostModel
 from pshare_jax.bench.plan.store import StoreSpec
 from pshare_jax.bench.plan.system import EngineSpec, ServerSpec, SimCall, System, SystemSpec
 from pshare_jax.config import DecodeConfig
-from pshare_jax.core.messages import Session
+from pshare_jax.core.requests import Session
 
 POLICIES = (
     "LRU only",

@@ -23,19 +23,14 @@ from pshare_jax.core.arrivals import Arrival, Arrivals
 from pshare_jax.core.buckets import bucket_for
 from pshare_jax.core.decode_queue import DecodeQueue
 from pshare_jax.core.index_feed import IndexFeed
-from pshare_jax.core.messages import (
-    DISPATCHER,
-    Message,
-    Outbox,
-    PromptUsage,
-    Sequence,
-    TokenLogprobs,
-)
+from pshare_jax.core.messages import DISPATCHER, Message, Outbox
 from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.plans import Admit, DecodePlan, DecodeResult, Landed, Replay, Step, StepRow
+from pshare_jax.core.requests import PromptUsage, TokenLogprobs
 from pshare_jax.core.rows import DecodeRow
 from pshare_jax.core.scheduling import GroupTurns, next_batch, steps_for
+from pshare_jax.core.sequences import Moved, Sequence
 from pshare_jax.core.shares import HasSequence, Holdings
 from pshare_jax.core.stats import DecodeStats
 
@@ -254,7 +249,7 @@ class DecodeCore:
         """Rows that are to go, and of which nothing is under way."""
         return [row for row in self._rows.values() if row.planned == 0] if self.leaves else []
 
-    def move(self, row: DecodeRow, moved: m.Moved) -> list[int]:
+    def move(self, row: DecodeRow, moved: Moved) -> list[int]:
         """Lets a row go with its KV; the pages of that, whose references go to the caller."""
         count = len(moved.keys)
         pages, row.pages = row.pages[:count], row.pages[count:]

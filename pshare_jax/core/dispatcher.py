@@ -17,20 +17,20 @@ import msgspec
 from pshare_jax.core import messages as m
 from pshare_jax.core.agent_order import AgentOrder
 from pshare_jax.core.balance import BalancePolicy
-from pshare_jax.core.messages import (
+from pshare_jax.core.messages import Outbox, ToDispatcher
+from pshare_jax.core.models import ModelSpec
+from pshare_jax.core.pages.prefix_index import block_key, block_keys, root_key
+from pshare_jax.core.requests import (
     FinishReason,
-    Outbox,
     PromptUsage,
     Request,
     RequestOutput,
     RequestTimes,
-    Sequence,
-    ToDispatcher,
+    TokenLogprobs,
 )
-from pshare_jax.core.models import ModelSpec
-from pshare_jax.core.pages.prefix_index import block_key, block_keys, root_key
 from pshare_jax.core.roles import Roles
 from pshare_jax.core.router import NoWorkerError, Router, WorkerInfo
+from pshare_jax.core.sequences import Moved, Sequence
 from pshare_jax.core.sessions import SessionPolicy, replied, session_key
 from pshare_jax.core.stats import DispatcherStats
 
@@ -358,7 +358,7 @@ class Dispatcher:
         specs = (*self._models.values(), *self._leaving.values())
         return {spec.name: self._hosts_of(spec) for spec in specs}
 
-    def _move(self, live: _Live, moved: m.Moved | None) -> None:
+    def _move(self, live: _Live, moved: Moved | None) -> None:
         """A sequence goes on elsewhere, with the KV that it has if it takes any along."""
         before, usage = live.sequence, live.usage
         if moved is None or before is None or usage is None or live.aborted:
@@ -486,7 +486,7 @@ class Dispatcher:
         self,
         live: _Live,
         tokens: tuple[int, ...],
-        logprobs: tuple[m.TokenLogprobs, ...],
+        logprobs: tuple[TokenLogprobs, ...],
         reason: FinishReason | None,
     ) -> None:
         live.output += tokens

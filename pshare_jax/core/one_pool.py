@@ -12,11 +12,12 @@ from __future__ import annotations
 from hashlib import blake2b
 
 from pshare_jax.core.decode import DecodeCore
-from pshare_jax.core.messages import Moved, Withdrawn
+from pshare_jax.core.messages import Withdrawn
 from pshare_jax.core.pages.prefix_index import block_key
 from pshare_jax.core.plans import DecodePlan, PrefillPlan
 from pshare_jax.core.prefill import PrefillCore
 from pshare_jax.core.rows import DecodeRow
+from pshare_jax.core.sequences import Moved
 
 
 class OnePool:

@@ -27,6 +27,7 @@ from pshare_jax.core.prefill_queue import PrefillQueue
 from pshare_jax.core.prefill_task import MAX_ASKED, PrefillTask, PromptPages
 from pshare_jax.core.reply_prefill import ReplyPrefill
 from pshare_jax.core.scheduling import next_prefill
+from pshare_jax.core.sequences import Moved, Sequence
 from pshare_jax.core.shares import FairClock, HasSequence, in_turn
 from pshare_jax.core.stats import PrefillStats
 from pshare_jax.core.store_client import StoreClient
@@ -252,7 +253,7 @@ class PrefillCore:
         self.queue.add(PrefillTask(task.sequence))
         return True
 
-    def hold_moved(self, sequence: m.Sequence, moved: m.Moved, pages: list[int]) -> None:
+    def hold_moved(self, sequence: Sequence, moved: Moved, pages: list[int]) -> None:
         """Holds the KV of a row that leaves the mesh until it has been fetched.
 
         Args:

@@ -18,6 +18,7 @@ from pshare_jax.core.plans import Commit, Load, Look, StorePlan
 from pshare_jax.core.prefetch import Prefetch
 from pshare_jax.core.prefill_task import MAX_ASKED, PrefillTask
 from pshare_jax.core.prices import Prices
+from pshare_jax.core.sequences import Sequence
 from pshare_jax.core.shares import HasSequence
 from pshare_jax.core.stats import StoreStats
 from pshare_jax.core.store_runs import Looking, Piece, Run
@@ -116,7 +117,7 @@ class StoreClient:
         self.stats.looks += 1
         return True
 
-    def lacks(self, sequence: m.Sequence) -> tuple[int, list[bytes]] | None:
+    def lacks(self, sequence: Sequence) -> tuple[int, list[bytes]] | None:
         """The first page that the pool does not hold of a prompt, and the keys from there on.
 
         None where looking for them is not worth it.
@@ -174,7 +175,7 @@ class StoreClient:
         return task
 
     def begin_early(
-        self, sequence: m.Sequence, matched: list[Node], fresh: list[int], places: list[int]
+        self, sequence: Sequence, matched: list[Node], fresh: list[int], places: list[int]
     ) -> tuple[int, list[Node]]:
         """Begins to fetch pages that nobody has asked for; the transfer, and their nodes.
 
@@ -322,7 +323,7 @@ class StoreClient:
 
     def _begin(
         self,
-        sequence: m.Sequence,
+        sequence: Sequence,
         matched: list[Node],
         fresh: list[int],
         places: list[int],

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pshare_jax.core import messages as m
 from pshare_jax.core.pages.prefix_index import Node
 from pshare_jax.core.plans import Load
 from pshare_jax.core.prefill_task import PrefillTask
+from pshare_jax.core.sequences import Sequence
 
 
 @dataclass(eq=False)
@@ -36,7 +36,7 @@ class Run:
 
     Nobody has asked for those of one that is `early`."""
 
-    sequence: m.Sequence
+    sequence: Sequence
     pages: list[int]
     seconds: float
     early: bool = False

@@ -21,10 +21,15 @@ from pshare_jax.core.balance import BalancePolicy
 from pshare_jax.core.constraints import GrammarSpec
 from pshare_jax.core.decode import DecodeCore
 from pshare_jax.core.dispatcher import Dispatcher
-from pshare_jax.core.messages import (
-    DISPATCHER,
+from pshare_jax.core.messages import DISPATCHER, Message
+from pshare_jax.core.models import ModelSpec
+from pshare_jax.core.one_pool import OnePool
+from pshare_jax.core.pages.page_cache import PageCache
+from pshare_jax.core.pages.prefix_index import PageState, root_key
+from pshare_jax.core.prefetch import Prefetch
+from pshare_jax.core.prefill import PrefillCore
+from pshare_jax.core.requests import (
     FinishReason,
-    Message,
     Owner,
     PromptUsage,
     Request,
@@ -33,12 +38,6 @@ from pshare_jax.core.messages import (
     Session,
     TokenLogprobs,
 )
-from pshare_jax.core.models import ModelSpec
-from pshare_jax.core.one_pool import OnePool
-from pshare_jax.core.pages.page_cache import PageCache
-from pshare_jax.core.pages.prefix_index import PageState, root_key
-from pshare_jax.core.prefetch import Prefetch
-from pshare_jax.core.prefill import PrefillCore
 from pshare_jax.core.router import NoWorkerError, Router, WorkerInfo
 from pshare_jax.core.sessions import SessionPolicy
 from pshare_jax.core.split_rule import Invocation, LastTokens, SplitRule

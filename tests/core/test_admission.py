@@ -12,9 +12,11 @@ from pshare_jax.config import DecodeConfig
 from pshare_jax.core import messages as m
 from pshare_jax.core.admission import Admission, Reservation
 from pshare_jax.core.decode import DecodeCore
-from pshare_jax.core.messages import DISPATCHER, PromptUsage, Sequence
+from pshare_jax.core.messages import DISPATCHER
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.plans import DecodePlan, DecodeResult, Landed
+from pshare_jax.core.requests import Owner, PromptUsage
+from pshare_jax.core.sequences import Sequence
 from tests.core.scripted import model_specs
 from tests.core.sequences import make_sequence
 
@@ -268,7 +270,7 @@ def test_a_large_sequence_enters_before_younger_ones_of_its_size(bench: Bench) -
 
 
 def owned(order: int, *, key: str = "", request: str = "", model: str = "lora") -> Sequence:
-    owner = m.Owner(key, 1.0, request)
+    owner = Owner(key, 1.0, request)
     made = make_sequence(order, [order % 100, 1], page_size=PAGE, model=model)
     return msgspec.structs.replace(made, owner=owner)
 

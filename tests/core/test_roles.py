@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from pshare_jax.core import messages as m
+from pshare_jax.core.requests import FinishReason
 from pshare_jax.core.router import NoWorkerError
 from tests.core.scripted import Host, Reply, Setting
 
@@ -94,7 +94,7 @@ def test_a_mesh_that_fails_while_rows_move(victim: str) -> None:
     host.drain()
     for reply in replies:
         reply.check_ended()
-        assert reply.reason is m.FinishReason.LENGTH, "there is always one who can"
+        assert reply.reason is FinishReason.LENGTH, "there is always one who can"
 
 
 def test_prompts_that_wait_are_given_back() -> None:
@@ -108,7 +108,7 @@ def test_prompts_that_wait_are_given_back() -> None:
     host.check_idle()
     for reply in replies:
         reply.check_ended()
-    assert all(reply.reason is m.FinishReason.LENGTH for reply in replies)
+    assert all(reply.reason is FinishReason.LENGTH for reply in replies)
 
 
 def test_somebody_is_left_for_everything() -> None:
@@ -134,4 +134,4 @@ def test_who_rests_takes_over_when_others_fail() -> None:
     host.drain()
     for reply in (*replies, more):
         reply.check_ended()
-        assert reply.reason is m.FinishReason.LENGTH
+        assert reply.reason is FinishReason.LENGTH

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import msgspec
 import pytest
 
-from pshare_jax.core.messages import Owner, Sequence
+from pshare_jax.core.requests import Owner
+from pshare_jax.core.sequences import Sequence
 from pshare_jax.core.shares import FairClock, Holdings
 from tests.core.scripted import Host, Reply, Setting
 from tests.core.sequences import make_sequence

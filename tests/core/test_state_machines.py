@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 )
 
 from pshare_jax.core.arrivals import TRANSFER_SECONDS
-from pshare_jax.core.messages import Owner, Session
+from pshare_jax.core.requests import Owner, Session
 from tests.core.scripted import MAX_TTL, Host, Setting
 
 LONGEST = 32

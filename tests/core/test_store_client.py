@@ -12,6 +12,8 @@ from pshare_jax.core.pages.prefix_index import PageState, block_key, block_keys,
 from pshare_jax.core.plans import PrefillPlan, PrefillResult, StorePlan
 from pshare_jax.core.prefill import STORE_SECONDS, PrefillCore
 from pshare_jax.core.prices import DISK, SHARED, Prices
+from pshare_jax.core.requests import SamplingParams
+from pshare_jax.core.sequences import Sequence
 from pshare_jax.core.store_client import MAX_LATE, MAX_LOADS, PIECE_PAGES, StoreClient
 from tests.core.scripted import model_specs
 
@@ -30,14 +32,14 @@ class Bench:
         self.now = 0.0
         self._ids = itertools.count()
 
-    def ask(self, tokens: int, seed: int = 0) -> m.Sequence:
+    def ask(self, tokens: int, seed: int = 0) -> Sequence:
         """Sends a prompt of which so many tokens have to be covered."""
         prompt = tuple(range(100 * seed, 100 * seed + tokens + 1))
         root = root_key("base", "")
         keys = block_keys(root, prompt[:tokens], PAGE)
         rest = prompt[len(keys) * PAGE : tokens]
         id = next(self._ids)
-        sequence = m.Sequence(
+        sequence = Sequence(
             id=id,
             order=id,
             model="identity",
@@ -46,7 +48,7 @@ class Bench:
             root=root,
             keys=keys,
             last_key=block_key(keys[-1] if keys else root, rest),
-            params=m.SamplingParams(),
+            params=SamplingParams(),
             prefill_worker="prefill0",
             decode_worker="decode0",
         )

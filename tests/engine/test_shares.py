@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from pshare_jax.core.messages import Owner
+from pshare_jax.core.requests import Owner
 from tests.engine.harness import Client, Models, in_thread_of, wait_until
 
 

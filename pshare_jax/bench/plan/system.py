@@ -16,21 +16,14 @@ from pshare_jax.config import DecodeConfig, RoutingPolicy
 from pshare_jax.core.balance import BalancePolicy
 from pshare_jax.core.decode import DecodeCore
 from pshare_jax.core.dispatcher import Dispatcher
-from pshare_jax.core.messages import (
-    DISPATCHER,
-    Message,
-    Outbox,
-    Owner,
-    Request,
-    SamplingParams,
-    Session,
-)
+from pshare_jax.core.messages import DISPATCHER, Message, Outbox
 from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.one_pool import OnePool
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.plans import DecodePlan, PrefillPlan
 from pshare_jax.core.prefetch import Prefetch
 from pshare_jax.core.prefill import PrefillCore
+from pshare_jax.core.requests import Owner, Request, SamplingParams, Session
 from pshare_jax.core.router import Router, WorkerInfo
 from pshare_jax.core.sessions import SessionPolicy
 from pshare_jax.core.split_rule import LastTokens
