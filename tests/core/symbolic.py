@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from pshare_jax.config import DecodeConfig
+from pshare_jax.core.chunk_planner import chunk_shapes
 from pshare_jax.core.connector import TransferError, TransferState, check_descriptors
 from pshare_jax.core.messages import PageDescriptor
 from pshare_jax.core.plans import (
@@ -31,7 +32,6 @@ from pshare_jax.core.plans import (
     PrefillResult,
     Pull,
 )
-from pshare_jax.core.prefill import chunk_shapes
 from pshare_jax.core.requests import TokenLogprobs
 from pshare_jax.core.store_end import StoreEnd
 

@@ -17,8 +17,8 @@ from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.plans import DecodePlan, DecodeResult, Landed
 from pshare_jax.core.requests import Owner, PromptUsage
 from pshare_jax.core.sequences import Sequence
-from tests.core.scripted import model_specs
 from tests.core.sequences import make_sequence
+from tests.core.setting import model_specs
 
 PAGE, USABLE, SLOTS, STEPS = 8, 27, 8, 4
 
@@ -165,7 +165,7 @@ def test_pages_on_their_way_are_waited_for(bench: Bench) -> None:
     assert 2 not in bench.fetches
     bench.schedule()
     assert bench.started()[2:] == [2]
-    rows = bench.core._rows
+    rows = {row.sequence.id: row for row in bench.core.rows.all()}
     assert rows[2].pages[:2] == rows[1].pages[:2] == rows[0].pages[:2]
 
 
@@ -350,7 +350,7 @@ def test_the_youngest_gives_way_when_pages_run_out(bench: Bench) -> None:
     held = bench.cache.allocate(bench.cache.num_available)
     assert held is not None
     # Two steps of 4 from positions 56 and 63 on: the first and the third need another page now.
-    rows = bench.core._rows
+    rows = {row.sequence.id: row for row in bench.core.rows.all()}
     assert step_rows(plan) == [0, 1, 2]
     assert [(row.num_kv, len(row.pages)) for row in rows.values()] == [(64, 8), (71, 9), (64, 8)]
     plan = bench.schedule()

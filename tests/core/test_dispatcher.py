@@ -17,8 +17,8 @@ from pshare_jax.core.requests import (
 )
 from pshare_jax.core.router import Router, WorkerInfo
 from pshare_jax.core.sequences import Sequence
-from tests.core.scripted import INVOKED_BY, PAGE, model_specs
 from tests.core.sequences import make_sequence
+from tests.core.setting import INVOKED_BY, PAGE, model_specs
 
 USAGE = PromptUsage(6, 5, 0, 0)
 

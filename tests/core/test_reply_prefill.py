@@ -9,7 +9,9 @@ from pshare_jax.core import messages as m
 from pshare_jax.core.reply_prefill import MAX_REPLIES
 from pshare_jax.core.requests import FinishReason, Session
 from pshare_jax.core.sequences import Sequence
-from tests.core.scripted import PAGE, Host, Reply, Setting
+from tests.core.reply import Reply
+from tests.core.scripted import Host
+from tests.core.setting import PAGE, Setting
 
 PROMPT = list(range(1, 14))
 AHEAD = Setting(reply_ahead=True, prefill_pages=40, decode_pages=40)

@@ -7,7 +7,9 @@ import pytest
 
 from pshare_jax.core.requests import FinishReason
 from pshare_jax.core.router import NoWorkerError
-from tests.core.scripted import Host, Reply, Setting
+from tests.core.reply import Reply
+from tests.core.scripted import Host
+from tests.core.setting import Setting
 
 EITHER = Setting(either=True, prefill=1, decode=2, decode_pages=40)
 

@@ -15,7 +15,7 @@ from pshare_jax.core.prices import DISK, SHARED, Prices
 from pshare_jax.core.requests import SamplingParams
 from pshare_jax.core.sequences import Sequence
 from pshare_jax.core.store_client import MAX_LATE, MAX_LOADS, PIECE_PAGES, StoreClient
-from tests.core.scripted import model_specs
+from tests.core.setting import model_specs
 
 PAGE = 4
 PRICES = Prices(0.01, 0.0, {SHARED: 0.001}, {SHARED: 0.001})

@@ -11,7 +11,8 @@ from pshare_jax.core.messages import DISPATCHER
 from pshare_jax.core.pages.prefix_index import PageState
 from pshare_jax.core.plans import DecodePlan, DecodeResult
 from pshare_jax.core.requests import FinishReason
-from tests.core.scripted import PAGE, Host, Setting
+from tests.core.scripted import Host
+from tests.core.setting import PAGE, Setting
 
 PROMPT = list(range(1, 14))
 
