@@ -370,7 +370,7 @@ def test_the_youngest_waits_for_one_that_is_still_on_its_way(bench: Bench) -> No
     bench.core.landed([Landed(bench.fetches[id].transfer) for id in (0, 1)])
     plan = bench.schedule()
     assert step_rows(plan) == [0], "the younger one has no page for its next token"
-    assert set(bench.core._rows) == {0, 1}
+    assert bench.core.rows.ids() == {0, 1}
     assert bench.returned() == []
     bench.receive(m.Abort(2))
     last = bench.cache.allocate(1)
@@ -379,7 +379,7 @@ def test_the_youngest_waits_for_one_that_is_still_on_its_way(bench: Bench) -> No
     assert bench.returned() == [m.Returned(1, "preempted")], "it is covered again later"
     assert step_rows(plan) == [0]
     assert step_rows(bench.schedule()) == [0]
-    assert len(bench.core._rows[0].pages) == 13, "of those that have been given back"
+    assert len(bench.core.rows.all()[0].pages) == 13, "of those that have been given back"
     bench.cache.release([*held, *last])
 
 

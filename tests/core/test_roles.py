@@ -25,7 +25,7 @@ def busy(host: Host, count: int = 4, tokens: int = 12) -> list[Reply]:
 
 
 def rows(host: Host, name: str) -> int:
-    return len(host.decode[name].core._rows)
+    return len(host.decode[name].core.rows.all())
 
 
 def test_rows_move_with_their_kv() -> None:
