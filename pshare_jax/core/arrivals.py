@@ -173,7 +173,15 @@ class Arrivals:
         return late
 
     def complete(self) -> list[Arrival]:
-        """Takes out the sequences whose pages are all there."""
+        """Takes out the sequences whose pages are all there; others fetch what has failed.
+
+        That are pages that a prompt of the same pool was to bring from the KV store.
+        """
+        for arrival in self._arrivals.values():
+            failed = [n for n, node in arrival.awaited.items() if node.state is PageState.FAILED]
+            for number in failed:
+                del arrival.awaited[number]
+            self._fetch(arrival, failed)
         done = [arrival for arrival in self._arrivals.values() if arrival.complete]
         for arrival in done:
             del self._arrivals[arrival.sequence.id]

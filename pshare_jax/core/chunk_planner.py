@@ -122,13 +122,15 @@ class ChunkPlanner:
     def _first(self, waiting: Iterable[PrefillTask]) -> PrefillTask | None:
         """The task whose turn it is, its next chunk planned."""
         self._clock.update(task.sequence for task in (*self.active, *waiting))
-        while self.active:
-            fair = self._clock.next(self.active)
-            near = [t for t in self.active if not self._clock.is_ahead(t.sequence, self._budget)]
+        ready = list(self.active)
+        while ready:
+            fair = self._clock.next(ready)
+            near = [t for t in ready if not self._clock.is_ahead(t.sequence, self._budget)]
             task = next_prefill(near, self._turn, fair)
             self._turn += 1
             if self._plan(task, self._budget):
                 return task
+            ready.remove(task)
         return None
 
     def _widest(self, length: int) -> tuple[int, int]:
@@ -136,7 +138,8 @@ class ChunkPlanner:
         return self._budget // bucket, bucket
 
     def _plan(self, task: PrefillTask, budget: int) -> bool:
-        """Decides where the next chunk of a task ends; False when the index holds all the rest."""
+        """Decides where the next chunk of a task ends; False when it needs none now, since the
+        index holds all the rest, or will soon hold what comes next."""
         self._pages.reuse(task, self.copies)
         if task.remaining == 0:
             self.active.remove(task)
@@ -144,8 +147,9 @@ class ChunkPlanner:
             return False
         covered, page_size = task.sequence.covered, self._page_size
         end = task.filled + budget
-        task.planned = covered if end >= covered else end - end % page_size
-        return True
+        end = self._pages.reach(task, covered if end >= covered else end - end % page_size)
+        task.planned = end if end > task.filled else None
+        return task.planned is not None
 
 
 def chunks_of(batch: list[PrefillTask]) -> list[Chunk]:

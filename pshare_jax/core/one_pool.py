@@ -72,6 +72,8 @@ class OnePool:
 
     def _move_rows(self) -> None:
         for row in self.decode.movable():
+            if row.num_kv == 0:
+                continue  # there is nothing to take along
             moved = moved_kv(self.prefill.name, row, self.decode.cache.page_size)
             pages = self.decode.move(row, moved)
             self.prefill.hold_moved(row.sequence, moved, pages)

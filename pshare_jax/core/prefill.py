@@ -265,7 +265,7 @@ class PrefillCore:
     def _hear(self, store: StoreClient, message: m.FromStore) -> None:
         match message:
             case m.Looked():
-                computing = {key for task in self.chunks.active for key in self._uncomputed(task)}
+                computing = self._computing()
                 queue = sum(task.remaining for task in (*self.queue.tasks, *self.chunks.active))
                 task = store.looked(message, computing, queue, self.queue.reserve)
                 if task is not None:
@@ -286,10 +286,14 @@ class PrefillCore:
             self.queue.add(task)
         urgent = self.store.urgent
         # Before pages are given away: what is to be written is copied before it is overwritten.
-        return self.store.work(saves=not urgent), urgent
+        return self.store.work(saves=not urgent, computing=self._computing), urgent
 
-    def _uncomputed(self, task: PrefillTask) -> list[bytes]:
-        return task.sequence.chain[task.filled // self.cache.page_size :]
+    def _computing(self) -> set[bytes]:
+        """Chain keys of pages that are about to be computed."""
+        page_size = self.cache.page_size
+        return {
+            key for t in self.chunks.active for key in t.sequence.chain[t.filled // page_size :]
+        }
 
     def _publish(self) -> None:
         change = self.index_feed.change()

@@ -116,7 +116,7 @@ class PrefillQueue:
         """
         sequence, cache = task.sequence, self._cache
         available = cache.num_available
-        matched = cache.match(sequence.keys, sequence.prompt)
+        matched = cache.match(sequence.keys, sequence.prompt, ready=True)
         needed = -(-sequence.covered // cache.page_size) - len(matched)
         # Cached pages that nobody holds are taken, too.
         takes = needed + available - cache.num_available

@@ -9,7 +9,7 @@ for, is computed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from pshare_jax.core import messages as m
 from pshare_jax.core.pages.page_cache import PageCache
@@ -21,11 +21,8 @@ from pshare_jax.core.prices import Prices
 from pshare_jax.core.sequences import Sequence
 from pshare_jax.core.shares import HasSequence
 from pshare_jax.core.stats import StoreStats
-from pshare_jax.core.store_runs import Looking, Piece, Run
+from pshare_jax.core.store_runs import PIECE_PAGES, Looking, Piece, Run, begin_run
 from pshare_jax.core.write_behind import WriteBehind, page_keys
-
-PIECE_PAGES = 16
-"""Pages of a piece of a run, and of one call that copies pages for being written."""
 
 MAX_LOADS = 4
 """Pieces that are being fetched at once: so many lie in the host's memory."""
@@ -230,13 +227,16 @@ class StoreClient:
                 self._cache.pin(run.pages, self._cache.now + run.sequence.ttl)
             self._ended(run)
 
-    def work(self, *, saves: bool) -> StorePlan | None:
-        """What is to be done next, or None; with `saves` also what nobody waits for."""
+    def work(self, *, saves: bool, computing: Callable[[], set[bytes]]) -> StorePlan | None:
+        """What is to be done next, or None; with `saves` also what nobody waits for.
+
+        `computing` gives the chain keys of pages that are about to be computed.
+        """
         room = MAX_LOADS - self._num_loading
         loads, self._queued = self._queued[:room], self._queued[room:]
         self._num_loading += len(loads)
         if saves:
-            self._work_ahead()
+            self._work_ahead(computing)
             loads += self._early_loads
             self._early.update(load.transfer for load in self._early_loads)
             self._early_loads = []
@@ -295,12 +295,12 @@ class StoreClient:
         if self.ahead is not None:
             self.ahead.clear()
 
-    def _work_ahead(self) -> None:
+    def _work_ahead(self, computing: Callable[[], set[bytes]]) -> None:
         """Has pages fetched that nobody asks for, if nobody waits for any, or for any's writing."""
         asked = any(not run.early for run in self._runs.values())
         if self.ahead is None or self._looking or asked or self.behind.has_more:
             return
-        look = self.ahead.work()
+        look = self.ahead.work(computing)
         if look is not None:
             self._looks.append(look)
 
@@ -331,44 +331,14 @@ class StoreClient:
         early: bool = False,
     ) -> list[Load]:
         """Enters pages that will be fetched into the index; what to fetch, piece by piece."""
-        page_size, loads = self._cache.page_size, []
-        number, parent = len(matched), matched[-1] if matched else None
-        pages = [*(node.page for node in matched), *fresh]
+        page_size, number = self._cache.page_size, len(matched)
         end = min((number + len(fresh)) * page_size, sequence.covered)
         computing = self.prices.compute(number * page_size, end)
         seconds = max(computing, SLACK * self.prices.fetch(places), LEAST_SECONDS)
-        run = Run(sequence, pages, seconds, early)
-        chain = page_keys(sequence, self._cache.page_size)
-        for first in range(number, len(pages), PIECE_PAGES):
-            transfer, nodes = next(self._ids), []
-            for at in range(first, min(first + PIECE_PAGES, len(pages))):
-                tokens = sequence.prompt[at * page_size : min((at + 1) * page_size, end)]
-                parent = Node(
-                    parent=parent,
-                    parent_key=sequence.parent_key(at),
-                    page=pages[at],
-                    tokens=tokens,
-                    # Who had it computed is not known; it is not counted as another's.
-                    origins=[sequence.model] * len(tokens),
-                    key=sequence.keys[at] if at < len(sequence.keys) else None,
-                    state=PageState.ARRIVING,
-                    filler=sequence.id,
-                    early=early,
-                )
-                self._cache.insert(parent)
-                nodes.append(parent)
-            load = Load(
-                transfer,
-                chain[first : first + len(nodes)],
-                [node.tokens for node in nodes],
-                places[first - number : first - number + len(nodes)],
-                early,
-            )
-            run.pieces[transfer] = Piece(transfer, nodes, load)
-            self._run_of[transfer] = run
-            loads.append(load)
+        run = begin_run(self._cache, sequence, matched, fresh, places, self._ids, seconds, early)
+        self._run_of.update(dict.fromkeys(run.pieces, run))
         self._runs[id(run)] = run
-        return loads
+        return [piece.load for piece in run.pieces.values()]
 
     def _piece_failed(self, run: Run, piece: Piece) -> None:
         """Takes a piece out of the index, with all that follows it."""

@@ -273,7 +273,8 @@ class Host:
             (self.prefill.get(name) or self.decode[name]).cache.check()
         for name, worker in self.decode.items():
             if name not in self.dead:
-                check_fillers(worker.core, self._fetched(self._partner.get(name)))
+                fetched = self._fetched(self._partner.get(name))
+                check_fillers(worker.core, fetched, may_fail=self.setting.store)
 
     def _fetched(self, prefill: str | None) -> dict[int, int]:
         """Pages that a prefill core fetches from the store, by who wants them."""
@@ -403,10 +404,11 @@ class Host:
             self.queues.setdefault((source, to), deque()).append(data)
 
 
-def check_fillers(core: DecodeCore, fetched: dict[int, int]) -> None:
+def check_fillers(core: DecodeCore, fetched: dict[int, int], *, may_fail: bool) -> None:
     """Asserts that each page that somebody waits for has one who brings it, by a live transfer.
 
-    `fetched` are those that a prefill core of the same pool brings from the store.
+    `fetched` are those that a prefill core of the same pool brings from the store, if it has one:
+    then they `may_fail`.
     """
     arrivals = core._arrivals
     fillers: dict[int, int] = {}
@@ -419,8 +421,11 @@ def check_fillers(core: DecodeCore, fetched: dict[int, int]) -> None:
             fillers[node.page] = arrival.sequence.id
     for arrival in arrivals._arrivals.values():
         for node in arrival.awaited.values():
-            assert node.state is not PageState.FAILED, "somebody waits for a page that has failed"
-            assert node.state is PageState.READY or node.page in fillers, "nobody fills a page"
+            # A row that waited for what the store could not give will fetch it.
+            failed = node.state is PageState.FAILED
+            assert not failed or may_fail, "somebody waits for a page that has failed"
+            filled = node.page in fillers or node.page in fetched
+            assert failed or node.state is PageState.READY or filled, "nobody fills a page"
     for node in core.cache._index._by_page.values():
         if node.state is PageState.ARRIVING:
             filler = fillers.get(node.page, fetched.get(node.page))
