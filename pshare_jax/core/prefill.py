@@ -179,7 +179,7 @@ class PrefillCore:
     @property
     def holds_pages(self) -> bool:
         """Whether any sequence holds pages here."""
-        return bool(self.chunks.active or self.held or (self.store and self.store.runs))
+        return bool(self.chunks.active or self.held or (self.store and self.store.holds_pages))
 
     def holders(self, inside: Collection[int]) -> list[HasSequence]:
         """Tasks that hold pages and can start anew, and runs that are fetched for tasks.
@@ -346,10 +346,7 @@ class PrefillCore:
         if task.asked >= MAX_ASKED:
             return False
         again = PrefillTask(sequence, tries=task.tries, asked=task.asked + 1)
-        asked = self.store.ask(again)
-        if asked:
-            self.cache.release(task.pages)
-        return asked
+        return self.store.ask(again, task.pages)
 
     def _cover(self, task: PrefillTask) -> None:
         """All is there: it is held until the decode worker has it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, field
 
 from pshare_jax.core.pages.page_cache import PageCache
@@ -18,11 +19,13 @@ PIECE_PAGES = 16
 
 @dataclass(eq=False)
 class Looking:
-    """A prompt that is looked for; `seconds` is how long its answer is worth waiting for."""
+    """A prompt that is looked for; `seconds` is how long its answer is worth waiting for, `room`
+    are pages that are kept for it meanwhile."""
 
     task: PrefillTask
     first: int
     seconds: float
+    room: Sequence_[int] = ()
     since: float | None = None
 
 

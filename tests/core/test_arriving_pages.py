@@ -139,7 +139,7 @@ def test_rows_without_kv_move_too():
         host.deliver_all()
         for name in ("prefill0", "decode1", "decode2"):
             host.work(name)
-        rows = host.decode["decode2"].core._rows.values()
+        rows = host.decode["decode2"].core.rows.all()
         if any(row.num_kv == 0 and row.planned == 0 for row in rows):
             break
     else:

@@ -232,6 +232,56 @@ def test_what_was_declined_is_not_looked_for_again():
     assert (chunk.start, bench.client.stats.looks) == (0, 1)
 
 
+def looked_for_with_room(bench: Bench) -> Sequence:
+    """A prompt for which there was no room when it was found, and which has some now."""
+    taken = bench.cache.allocate(6)
+    assert taken is not None
+    sequence = bench.ask(16)
+    bench.store()
+    bench.core.receive(m.Looked(sequence.id, [SHARED] * 4))
+    assert bench.store() is None, "there is no room"
+    bench.cache.release(taken)
+    assert bench.store() is None
+    plan = bench.store()
+    assert plan is not None
+    assert [look.id for look in plan.looks] == [sequence.id]
+    assert bench.cache.num_available == 4, "its room is kept"
+    return sequence
+
+
+def test_what_had_no_room_is_fetched_when_there_is_some():
+    bench = Bench(pages=9)
+    sequence = looked_for_with_room(bench)
+    bench.core.receive(m.Looked(sequence.id, [SHARED] * 4))
+    plan = bench.store()
+    assert plan is not None
+    bench.core.receive(m.Loaded(plan.loads[0].transfer))
+    bench.store()
+    assert bench.store() is None
+    assert bench.covered() == [sequence.id]
+    assert (bench.client.stats.looks, bench.client.stats.fetched_tokens) == (2, 16)
+
+
+@pytest.mark.parametrize("end", ["abort", "late", "stop"])
+def test_room_that_was_kept_is_given_back(end: str):
+    bench = Bench(pages=9)
+    sequence = looked_for_with_room(bench)
+    match end:
+        case "abort":
+            bench.core.receive(m.Abort(sequence.id, "decode0"))
+        case "late":
+            for _ in range(8):
+                bench.now += 1.0
+                if (plan := bench.core.schedule(bench.now)) is not None:
+                    bench.core.apply(plan, PrefillResult())
+            assert bench.covered() == [sequence.id]
+            assert bench.client.stats.fetched_tokens == 0
+            bench.core.receive(m.Release(sequence.id))
+        case "stop":
+            bench.core.release_all()
+    bench.cache.check(idle=True)
+
+
 def test_what_is_evicted_while_a_prompt_waits_is_fetched_again():
     bench = Bench(pages=9)
     first = bench.ask(16)
