@@ -17,7 +17,7 @@ from pshare_jax.config import (
     PrefillConfig,
     ServeConfig,
 )
-from pshare_jax.core.messages import Request, RequestOutput, SamplingParams
+from pshare_jax.core.requests import Request, RequestOutput, SamplingParams
 from pshare_jax.engine.orchestrator import Orchestrator
 from pshare_jax.errors import BenchmarkError
 

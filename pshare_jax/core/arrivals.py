@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 
 from pshare_jax.core import messages as m
 from pshare_jax.core.admission import Reservation
-from pshare_jax.core.messages import Outbox, PageDescriptor, PromptUsage, Sequence
+from pshare_jax.core.messages import Outbox, PageDescriptor
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.pages.prefix_index import Node, PageState
 from pshare_jax.core.plans import Pull
+from pshare_jax.core.requests import PromptUsage
+from pshare_jax.core.sequences import Sequence
 
 MAX_FETCHES = 2
 """Transfers that may fail before a sequence is given back to be covered elsewhere."""

@@ -17,6 +17,7 @@ from pshare_jax.core import messages as m
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.pages.prefix_index import Node, PageState
 from pshare_jax.core.plans import Look
+from pshare_jax.core.sequences import Sequence
 from pshare_jax.core.write_behind import page_keys
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class _Target:
     """A prompt that is expected: `places` of its pages from number `first` on, once they are known;
     all before page `begun` have been begun. One that `came` meanwhile is left alone."""
 
-    sequence: m.Sequence
+    sequence: Sequence
     first: int = 0
     places: list[int] = field(default_factory=list)
     begun: int = 0
@@ -74,7 +75,7 @@ class Prefetch:
         self._sweep()
         return len(self._unused)
 
-    def expect(self, sequence: m.Sequence) -> None:
+    def expect(self, sequence: Sequence) -> None:
         """A prompt that begins like this one is expected."""
         key = sequence.last_key
         if self._current is not None and self._current.sequence.last_key == key:
@@ -86,7 +87,7 @@ class Prefetch:
         while len(self._expected) > MAX_EXPECTED:
             self._expected.popitem(last=False)
 
-    def asked(self, sequence: m.Sequence) -> None:
+    def asked(self, sequence: Sequence) -> None:
         """A prompt has come: what is lacking of it is fetched for it, and not ahead."""
         for target in (*self._expected.values(), self._looking, self._current):
             if target is not None and _same_beginning(target.sequence, sequence):
@@ -196,6 +197,6 @@ class Prefetch:
             del self._unused[node]
 
 
-def _same_beginning(part: m.Sequence, whole: m.Sequence) -> bool:
+def _same_beginning(part: Sequence, whole: Sequence) -> bool:
     """Whether the full pages of a prompt are the first ones of another."""
     return whole.keys[: len(part.keys)] == part.keys

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from pshare_jax.core.messages import Sequence
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.prefill_task import PrefillTask
+from pshare_jax.core.sequences import Sequence
 from pshare_jax.core.shares import MAX_DEPTH, Holdings
 
 _RESERVE = 8

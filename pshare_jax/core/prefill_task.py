@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from pshare_jax.core.messages import PromptUsage, Sequence
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.pages.prefix_index import Node
+from pshare_jax.core.requests import PromptUsage
+from pshare_jax.core.sequences import Sequence
 
 MAX_ASKED = 2
 """Times that a prompt is looked for once more in the KV store since pages of it were evicted."""

@@ -10,6 +10,7 @@ for, is computed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Sequence_
 
 from pshare_jax.core import messages as m
 from pshare_jax.core.pages.page_cache import PageCache
@@ -18,6 +19,7 @@ from pshare_jax.core.plans import Commit, Load, Look, StorePlan
 from pshare_jax.core.prefetch import Prefetch
 from pshare_jax.core.prefill_task import MAX_ASKED, PrefillTask
 from pshare_jax.core.prices import Prices
+from pshare_jax.core.sequences import Sequence
 from pshare_jax.core.shares import HasSequence
 from pshare_jax.core.stats import StoreStats
 from pshare_jax.core.store_runs import PIECE_PAGES, Looking, Piece, Run, begin_run
@@ -87,6 +89,11 @@ class StoreClient:
         """What holds pages: runs, each with the sequence that it is fetched for."""
         return list(self._runs.values())
 
+    @property
+    def holds_pages(self) -> bool:
+        """Whether pages are held here, for runs or for prompts that are looked for."""
+        return bool(self._runs) or any(looking.room for looking in self._looking.values())
+
     def ids(self) -> set[int]:
         """Sequences that are looked for."""
         return set(self._looking)
@@ -95,10 +102,11 @@ class StoreClient:
         """Chain keys of the pages that are being fetched."""
         return {key for piece in self._pieces() for key in piece.load.keys}
 
-    def ask(self, task: PrefillTask) -> bool:
+    def ask(self, task: PrefillTask, room: Sequence_[int] = ()) -> bool:
         """Looks for what the pool does not hold of a prompt; False where that is not worth it.
 
-        The task is kept here until there is an answer.
+        The task is kept here until there is an answer, and until then `room`, pages with a
+        reference each: what is found can be fetched into as many.
         """
         sequence = task.sequence
         if self.ahead is not None:
@@ -108,12 +116,12 @@ class StoreClient:
             return False
         first, keys = lacking
         seconds = self.prices.compute(first * self._cache.page_size, sequence.covered)
-        self._looking[sequence.id] = Looking(task, first, seconds)
+        self._looking[sequence.id] = Looking(task, first, seconds, room)
         self._looks.append(Look(sequence.id, keys))
         self.stats.looks += 1
         return True
 
-    def lacks(self, sequence: m.Sequence) -> tuple[int, list[bytes]] | None:
+    def lacks(self, sequence: Sequence) -> tuple[int, list[bytes]] | None:
         """The first page that the pool does not hold of a prompt, and the keys from there on.
 
         None where looking for them is not worth it.
@@ -150,6 +158,7 @@ class StoreClient:
             self._overdue.discard(answer.id)
             return None
         self._waited(looking)
+        self._cache.release(looking.room)
         task, chain = looking.task, page_keys(looking.task.sequence, self._cache.page_size)
         self.behind.know(chain[looking.first : looking.first + len(answer.places)])
         matched = self._cache.match(task.sequence.keys, task.sequence.prompt)
@@ -158,11 +167,12 @@ class StoreClient:
         keys = chain[number : number + len(places)]
         stale = number < looking.first or not computing.isdisjoint(keys)
         count = 0 if stale else self._count(task, number, places, queue)
-        count = min(count, self._cache.num_available - reserve)
         if count < len(places) and not stale:
             # The rest is computed, and not looked for when its turn comes.
             task.asked = MAX_ASKED
-        fresh = self._cache.allocate(count) if count > 0 else None
+        # Without room it is looked for once more when it has got some.
+        enough = 0 < count <= self._cache.num_available - reserve
+        fresh = self._cache.allocate(count) if enough else None
         if fresh is None:
             self._cache.release(node.page for node in matched)
             self.stats.declined += len(places)
@@ -171,7 +181,7 @@ class StoreClient:
         return task
 
     def begin_early(
-        self, sequence: m.Sequence, matched: list[Node], fresh: list[int], places: list[int]
+        self, sequence: Sequence, matched: list[Node], fresh: list[int], places: list[int]
     ) -> tuple[int, list[Node]]:
         """Begins to fetch pages that nobody has asked for; the transfer, and their nodes.
 
@@ -270,6 +280,7 @@ class StoreClient:
                 del self._looking[id]
                 self._overdue.add(id)
                 self._waited(looking)
+                self._cache.release(looking.room)
                 self.stats.late += 1
                 late.append(looking.task)
         return late
@@ -277,7 +288,10 @@ class StoreClient:
     def abort(self, id: int) -> PrefillTask | None:
         """Takes out a prompt that is looked for. A run goes on: others may need its pages."""
         looking = self._looking.pop(id, None)
-        return None if looking is None else looking.task
+        if looking is None:
+            return None
+        self._cache.release(looking.room)
+        return looking.task
 
     def give_way(self, run: HasSequence) -> bool:
         """Ends one of `runs`; False when it has ended already."""
@@ -290,6 +304,8 @@ class StoreClient:
         """Gives all pages back."""
         for run in tuple(self._runs.values()):
             self._cancel(run)
+        for looking in self._looking.values():
+            self._cache.release(looking.room)
         self._looking.clear()
         if self.ahead is not None:
             self.ahead.clear()
@@ -322,7 +338,7 @@ class StoreClient:
 
     def _begin(
         self,
-        sequence: m.Sequence,
+        sequence: Sequence,
         matched: list[Node],
         fresh: list[int],
         places: list[int],

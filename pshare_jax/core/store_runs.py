@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, field
 
-from pshare_jax.core import messages as m
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.pages.prefix_index import Node, PageState
 from pshare_jax.core.plans import Load
 from pshare_jax.core.prefill_task import PrefillTask
+from pshare_jax.core.sequences import Sequence
 from pshare_jax.core.write_behind import page_keys
 
 PIECE_PAGES = 16
@@ -18,11 +19,13 @@ PIECE_PAGES = 16
 
 @dataclass(eq=False)
 class Looking:
-    """A prompt that is looked for; `seconds` is how long its answer is worth waiting for."""
+    """A prompt that is looked for; `seconds` is how long its answer is worth waiting for, `room`
+    are pages that are kept for it meanwhile."""
 
     task: PrefillTask
     first: int
     seconds: float
+    room: Sequence_[int] = ()
     since: float | None = None
 
 
@@ -42,7 +45,7 @@ class Run:
 
     Nobody has asked for those of one that is `early`."""
 
-    sequence: m.Sequence
+    sequence: Sequence
     pages: list[int]
     seconds: float
     early: bool = False
@@ -52,7 +55,7 @@ class Run:
 
 def begin_run(
     cache: PageCache,
-    sequence: m.Sequence,
+    sequence: Sequence,
     matched: list[Node],
     fresh: list[int],
     places: list[int],

@@ -11,12 +11,14 @@ from pshare_jax.core.arrivals import Arrivals
 from pshare_jax.core.pages.prefix_index import PageState
 from pshare_jax.core.plans import PrefillResult
 from pshare_jax.core.prices import SHARED
+from pshare_jax.core.requests import FinishReason, PromptUsage
+from pshare_jax.core.sequences import Sequence
 from tests.core.scripted import Host, Setting
 from tests.core.test_prefetch import Early
 from tests.core.test_store_client import Bench
 
 
-def computing(bench: Bench, tokens: int) -> m.Sequence:
+def computing(bench: Bench, tokens: int) -> Sequence:
     """A prompt that the store does not have, of which the first chunk has been computed."""
     sequence = bench.ask(tokens)
     bench.store()
@@ -114,7 +116,7 @@ def test_a_row_fetches_what_the_store_could_not_give():
     room = admission.reserve(row)
     assert room is not None
     assert sorted(room.awaited) == [0, 1, 2]
-    arrivals.add(row, m.PromptUsage(13, 0, 12, 0), room)
+    arrivals.add(row, PromptUsage(13, 0, 12, 0), room)
     assert arrivals.complete() == []
     bench.core.receive(m.Loaded(plan.loads[0].transfer, "a page is not what was asked for"))
     assert arrivals.complete() == []
@@ -172,7 +174,7 @@ def test_rows_without_kv_move_too():
         host.deliver_all()
         for name in ("prefill0", "decode1", "decode2"):
             host.work(name)
-        rows = host.decode["decode2"].core._rows.values()
+        rows = host.decode["decode2"].core.rows.all()
         if any(row.num_kv == 0 and row.planned == 0 for row in rows):
             break
     else:
@@ -181,4 +183,4 @@ def test_rows_without_kv_move_too():
     host.drain()
     for reply in replies:
         reply.check_ended()
-        assert reply.reason is m.FinishReason.LENGTH
+        assert reply.reason is FinishReason.LENGTH

@@ -21,8 +21,8 @@ from pshare_jax.config import (
     RouterConfig,
     ServeConfig,
 )
-from pshare_jax.core.messages import FinishReason, Session
 from pshare_jax.core.prices import DISK, SHARED, Prices
+from pshare_jax.core.requests import FinishReason, Session
 from pshare_jax.engine.kv_store import EngineStore, page_shape, store_root
 from pshare_jax.engine.numerics import code_digest
 from pshare_jax.errors import ConfigError
