@@ -21,7 +21,7 @@ from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.plans import PrefillPlan, PrefillResult, StorePlan
 from pshare_jax.core.prefill_queue import PrefillQueue
-from pshare_jax.core.prefill_task import MAX_ASKED, PrefillTask
+from pshare_jax.core.prefill_task import PrefillTask
 from pshare_jax.core.reply_prefill import ReplyPrefill
 from pshare_jax.core.sequences import Moved, Sequence
 from pshare_jax.core.shares import HasSequence
@@ -137,6 +137,7 @@ class PrefillCore:
         if store is not None and alone:
             return PrefillPlan(withdrawn=withdrawn, store=store)
         self._start_waiting()
+        store = self._with_looks(store)
         batch = self.chunks.batch(self.queue.tasks)
         for task in self.chunks.take_covered():
             self._cover(task)
@@ -186,8 +187,9 @@ class PrefillCore:
 
         Sequences `inside` the decode worker have their pages from there too, and keep them.
         """
-        tasks = (*self.chunks.active, *self.held.tasks())
-        runs = self.store.runs if self.store is not None else ()
+        store = self.store
+        looked_for, runs = (store.holders, store.runs) if store is not None else ((), ())
+        tasks = (*self.chunks.active, *self.held.tasks(), *looked_for)
         found = (
             task
             for task in tasks
@@ -201,16 +203,26 @@ class PrefillCore:
         What it has computed stays in the index as long as there is room.
         """
         if not isinstance(task, PrefillTask):
-            return self.store is not None and self.store.give_way(task)
+            return self._run_gives_way(task)
         if task.planned is not None or self.held.is_offered(task):
             return False
         if task in self.chunks.active:
             self.chunks.active.remove(task)
-        else:
+        elif self.store is None or self.store.abort(task.sequence.id) is None:
             self.held.give_way(task)
             self._send(task.sequence.decode_worker, m.Withdrawn(task.sequence.id))
         self.cache.release(task.pages)
         self.queue.add(PrefillTask(task.sequence))
+        return True
+
+    def _run_gives_way(self, run: HasSequence) -> bool:
+        """Ends a run of pages that is fetched; the prompt that it is for starts anew."""
+        if self.store is None or not self.store.give_way(run):
+            return False
+        waiting = self.store.abort(run.sequence.id)
+        if waiting is not None:
+            self.cache.release(waiting.pages)
+            self.queue.add(PrefillTask(waiting.sequence))
         return True
 
     def hold_moved(self, sequence: Sequence, moved: Moved, pages: list[int]) -> None:
@@ -252,24 +264,24 @@ class PrefillCore:
                 self.cache.release(task.pages)
                 waiting.add(task.sequence.id)
         for id in looked_for:
-            if self.store is not None and self.store.abort(id) is not None:
+            if self.store is not None and (task := self.store.abort(id)) is not None:
+                self.cache.release(task.pages)
                 waiting.add(id)
         for id in sorted(waiting):
             self._send(DISPATCHER, m.Returned(id, "moved"))
 
     def _enter(self, task: PrefillTask) -> None:
-        """A prompt has come: what the pool does not hold of it is looked for in the store."""
-        if self.store is None or not self.store.ask(task):
-            self.queue.add(task)
+        """A prompt has come, and waits for pages."""
+        if self.store is not None and self.store.ahead is not None:
+            self.store.ahead.asked(task.sequence)
+        self.queue.add(task)
 
     def _hear(self, store: StoreClient, message: m.FromStore) -> None:
         match message:
             case m.Looked():
                 computing = self._computing()
                 queue = sum(task.remaining for task in (*self.queue.tasks, *self.chunks.active))
-                task = store.looked(message, computing, queue, self.queue.reserve)
-                if task is not None:
-                    self.queue.add(task)
+                store.looked(message, computing, queue)
             case m.Loaded():
                 store.loaded(message)
             case m.Stored():
@@ -282,11 +294,17 @@ class PrefillCore:
         """What is to be done with the store, and whether somebody waits for it."""
         if self.store is None:
             return None, False
-        for task in self.store.expired(now):
-            self.queue.add(task)
+        self.store.expire(now)
         urgent = self.store.urgent
         # Before pages are given away: what is to be written is copied before it is overwritten.
         return self.store.work(saves=not urgent, computing=self._computing), urgent
+
+    def _with_looks(self, plan: StorePlan | None) -> StorePlan | None:
+        """A plan for the store that asks, too, for prompts that have just got pages."""
+        looks = self.store.take_looks() if self.store is not None else []
+        if not looks:
+            return plan
+        return msgspec.structs.replace(plan or StorePlan(), looks=looks)
 
     def _computing(self) -> set[bytes]:
         """Chain keys of pages that are about to be computed."""
@@ -310,7 +328,8 @@ class PrefillCore:
                     self.cache.release(task.pages)
                     self._send(DISPATCHER, m.Dropped(id))
                     return
-        if self.store is not None and self.store.abort(id) is not None:
+        if self.store is not None and (task := self.store.abort(id)) is not None:
+            self.cache.release(task.pages)
             self._send(DISPATCHER, m.Dropped(id))
             return
         # It has gone on, and whoever has it now will give its pages back.
@@ -326,27 +345,21 @@ class PrefillCore:
         self.cache.release(task.pages)
 
     def _start_waiting(self) -> None:
-        """Gives pages to waiting tasks."""
-        arriving = self.store.arriving() if self.store is not None else ()
+        """Gives pages to waiting tasks; what the pool does not hold of them may be in the store."""
+        store = self.store
+        arriving = store.arriving() if store is not None else ()
         for task in self.queue.enter(self.chunks.active, self.held.tasks(), arriving):
-            if self._ask_again(task):
-                continue
-            if task.remaining:
-                self.chunks.active.append(task)
-                self._send(DISPATCHER, m.Pending(task.sequence.id, task.remaining))
-            else:
+            if not task.remaining:
                 self._cover(task)
+            elif store is None or not store.ask(task):
+                self._activate(task)
+        for task in store.take_ready() if store is not None else ():
+            self._activate(task)
 
-    def _ask_again(self, task: PrefillTask) -> bool:
-        """Has what the store is known to have fetched, if it was evicted while a prompt waited."""
-        sequence, number = task.sequence, task.filled // self.cache.page_size
-        known = number < len(sequence.keys) and self.store is not None
-        if not (known and self.store and self.store.behind.knows(sequence.keys[number])):
-            return False
-        if task.asked >= MAX_ASKED:
-            return False
-        again = PrefillTask(sequence, tries=task.tries, asked=task.asked + 1)
-        return self.store.ask(again, task.pages)
+    def _activate(self, task: PrefillTask) -> None:
+        """What a prompt lacks is computed, beginning with its next turn."""
+        self.chunks.active.append(task)
+        self._send(DISPATCHER, m.Pending(task.sequence.id, task.remaining))
 
     def _cover(self, task: PrefillTask) -> None:
         """All is there: it is held until the decode worker has it."""

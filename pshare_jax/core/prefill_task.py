@@ -10,9 +10,6 @@ from pshare_jax.core.pages.prefix_index import Node
 from pshare_jax.core.requests import PromptUsage
 from pshare_jax.core.sequences import Sequence
 
-MAX_ASKED = 2
-"""Times that a prompt is looked for once more in the KV store since pages of it were evicted."""
-
 
 @dataclass(eq=False)
 class PrefillTask:
@@ -22,7 +19,7 @@ class PrefillTask:
     is the page that the planned chunk extends, `copied_origins` belong to the tokens of a copied
     page. `planned` is where the chunk ends that is being computed. While it waited, smaller ones
     that went past it took `passed` pages. For one that is `favoured` others were made to give way.
-    It was looked for in the KV store `asked` times more than once. A task that runs `ahead` covers
+    A task that runs `ahead` covers
     a reply that nobody asks for yet; `foreseen` are the found tokens that such a task had computed.
     One that was `moved` is a decode module's row that leaves the mesh: nobody else may use its KV.
     """
@@ -35,7 +32,6 @@ class PrefillTask:
     computed: int = 0
     planned: int | None = None
     tries: int = 0
-    asked: int = 0
     passed: int = 0
     favoured: bool = False
     reused: Counter[str] = field(default_factory=Counter)

@@ -1,23 +1,22 @@
 """A prefill core's side of the KV store: what is looked for, fetched, and written behind.
 
-A prompt that the pool does not hold is looked for first. For the pages that the store has, prices
-decide how many of them are fetched: nobody waits for a fetch that costs more than computing. A run
-of pages that is fetched is in the index, arriving, and comes in pieces; prompts that need one of
-its pages wait until it has landed or failed. What does not come in time, or is not what was asked
-for, is computed.
+A prompt that has got its pages is looked for first, unless the pool holds it. For the pages that
+the store has, prices decide how many of them are fetched: nobody waits for a fetch that costs more
+than computing. A run of pages that is fetched is in the index, arriving, and comes in pieces;
+prompts that need one of its pages wait until it has landed or failed. What does not come in time,
+or is not what was asked for, is computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Sequence_
 
 from pshare_jax.core import messages as m
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.pages.prefix_index import Node, PageState
 from pshare_jax.core.plans import Commit, Load, Look, StorePlan
 from pshare_jax.core.prefetch import Prefetch
-from pshare_jax.core.prefill_task import MAX_ASKED, PrefillTask
+from pshare_jax.core.prefill_task import PrefillTask
 from pshare_jax.core.prices import Prices
 from pshare_jax.core.sequences import Sequence
 from pshare_jax.core.shares import HasSequence
@@ -61,6 +60,8 @@ class StoreClient:
         self._cache = cache
         self._ids = transfer_ids
         self._looking: dict[int, Looking] = {}
+        self._fetching: dict[int, PrefillTask] = {}
+        self._ready: list[PrefillTask] = []
         self._runs: dict[int, Run] = {}
         self._run_of: dict[int, Run] = {}
         self._overdue: set[int] = set()
@@ -82,7 +83,7 @@ class StoreClient:
     @property
     def waits(self) -> bool:
         """Whether an answer is waited for, so that deadlines count."""
-        return bool(self._looking or self._runs)
+        return bool(self._looking or self._runs or self._ready)
 
     @property
     def runs(self) -> list[HasSequence]:
@@ -91,35 +92,52 @@ class StoreClient:
 
     @property
     def holds_pages(self) -> bool:
-        """Whether pages are held here, for runs or for prompts that are looked for."""
-        return bool(self._runs) or any(looking.room for looking in self._looking.values())
+        """Whether pages are held here, for runs or for prompts that wait for an answer."""
+        return bool(self._runs or self._looking or self._ready)
 
     def ids(self) -> set[int]:
-        """Sequences that are looked for."""
-        return set(self._looking)
+        """Sequences whose prompts are here."""
+        return {task.sequence.id for task in self._tasks()}
+
+    @property
+    def holders(self) -> list[PrefillTask]:
+        """Prompts that hold pages here for which nothing is being fetched."""
+        return [*(looking.task for looking in self._looking.values()), *self._ready]
 
     def arriving(self) -> set[bytes]:
-        """Chain keys of the pages that are being fetched."""
-        return {key for piece in self._pieces() for key in piece.load.keys}
+        """Chain keys of the pages that are being fetched, and that prompts here will have."""
+        keys = {key for piece in self._pieces() for key in piece.load.keys}
+        page_size = self._cache.page_size
+        for task in self._tasks():
+            keys.update(task.sequence.chain[task.filled // page_size :])
+        return keys
 
-    def ask(self, task: PrefillTask, room: Sequence_[int] = ()) -> bool:
+    def ask(self, task: PrefillTask) -> bool:
         """Looks for what the pool does not hold of a prompt; False where that is not worth it.
 
-        The task is kept here until there is an answer, and until then `room`, pages with a
-        reference each: what is found can be fetched into as many.
+        The task, which has got its pages, is kept here until there is an answer and what is to be
+        fetched has come.
         """
         sequence = task.sequence
-        if self.ahead is not None:
-            self.ahead.asked(sequence)
         lacking = self.lacks(sequence)
         if lacking is None:
             return False
         first, keys = lacking
         seconds = self.prices.compute(first * self._cache.page_size, sequence.covered)
-        self._looking[sequence.id] = Looking(task, first, seconds, room)
+        self._looking[sequence.id] = Looking(task, first, seconds)
         self._looks.append(Look(sequence.id, keys))
         self.stats.looks += 1
         return True
+
+    def take_looks(self) -> list[Look]:
+        """What the store is to be asked."""
+        looks, self._looks = self._looks, []
+        return looks
+
+    def take_ready(self) -> list[PrefillTask]:
+        """Prompts for which nothing more is fetched: what they lack is computed."""
+        ready, self._ready = self._ready, []
+        return ready
 
     def lacks(self, sequence: Sequence) -> tuple[int, list[bytes]] | None:
         """The first page that the pool does not hold of a prompt, and the keys from there on.
@@ -137,48 +155,37 @@ class StoreClient:
             return None
         return first // page_size, page_keys(sequence, page_size)[first // page_size :]
 
-    def looked(
-        self, answer: m.Looked, computing: set[bytes], queue: int, reserve: int
-    ) -> PrefillTask | None:
+    def looked(self, answer: m.Looked, computing: set[bytes], queue: int) -> None:
         """An answer has come: begins to fetch what had better be fetched.
 
         Args:
             answer: where the first pages are that the store has.
             computing: chain keys of pages that are about to be computed.
             queue: tokens that wait to be computed before this prompt.
-            reserve: pages that must be left over.
-
-        Returns:
-            The prompt, which goes on to wait for its turn; None if it is gone.
         """
         if self.ahead is not None and self.ahead.looked(answer):
-            return None
+            return
         looking = self._looking.pop(answer.id, None)
         if looking is None:
             self._overdue.discard(answer.id)
-            return None
+            return
         self._waited(looking)
-        self._cache.release(looking.room)
         task, chain = looking.task, page_keys(looking.task.sequence, self._cache.page_size)
         self.behind.know(chain[looking.first : looking.first + len(answer.places)])
         matched = self._cache.match(task.sequence.keys, task.sequence.prompt)
-        places = answer.places[max(len(matched) - looking.first, 0) :]
         number = len(matched)
+        places = answer.places[max(number - looking.first, 0) :]
         keys = chain[number : number + len(places)]
-        stale = number < looking.first or not computing.isdisjoint(keys)
-        count = 0 if stale else self._count(task, number, places, queue)
-        if count < len(places) and not stale:
-            # The rest is computed, and not looked for when its turn comes.
-            task.asked = MAX_ASKED
-        # Without room it is looked for once more when it has got some.
-        enough = 0 < count <= self._cache.num_available - reserve
-        fresh = self._cache.allocate(count) if enough else None
-        if fresh is None:
+        count = self._count(task, number, places, queue) if computing.isdisjoint(keys) else 0
+        if not count:
             self._cache.release(node.page for node in matched)
             self.stats.declined += len(places)
-        else:
-            self._queued += self._begin(task.sequence, matched, fresh, places[:count])
-        return task
+            self._ready.append(task)
+            return
+        fresh = task.pages[number : number + count]
+        self._cache.hold(fresh)
+        self._fetching[answer.id] = task
+        self._queued += self._begin(task.sequence, matched, fresh, places[:count])
 
     def begin_early(
         self, sequence: Sequence, matched: list[Node], fresh: list[int], places: list[int]
@@ -250,17 +257,17 @@ class StoreClient:
             self._early.update(load.transfer for load in self._early_loads)
             self._early_loads = []
         plan = StorePlan(
-            looks=self._looks,
+            looks=self.take_looks(),
             loads=loads,
             commits=self._commits,
             dropped=self._dropped,
             saves=self.behind.next_saves(PIECE_PAGES) if saves else [],
             touched=self.behind.take_touched() if saves else [],
         )
-        self._looks, self._commits, self._dropped = [], [], []
+        self._commits, self._dropped = [], []
         return plan if plan != StorePlan() else None
 
-    def expired(self, now: float) -> list[PrefillTask]:
+    def expire(self, now: float) -> None:
         """Prompts that have waited long enough for an answer; late runs end, too."""
         self._now = now
         for run in tuple(self._runs.values()):
@@ -272,7 +279,6 @@ class StoreClient:
                     # What is too slow to be had is not asked for again.
                     self.behind.know_not(piece.load.keys)
                 self._cancel(run)
-        late: list[PrefillTask] = []
         for id, looking in tuple(self._looking.items()):
             if looking.since is None:
                 looking.since = now
@@ -280,18 +286,18 @@ class StoreClient:
                 del self._looking[id]
                 self._overdue.add(id)
                 self._waited(looking)
-                self._cache.release(looking.room)
                 self.stats.late += 1
-                late.append(looking.task)
-        return late
+                self._ready.append(looking.task)
 
     def abort(self, id: int) -> PrefillTask | None:
-        """Takes out a prompt that is looked for. A run goes on: others may need its pages."""
+        """Takes out a prompt, with its pages. A run goes on: others may need what it brings."""
         looking = self._looking.pop(id, None)
-        if looking is None:
-            return None
-        self._cache.release(looking.room)
-        return looking.task
+        task = looking.task if looking is not None else self._fetching.pop(id, None)
+        for one in self._ready:
+            if one.sequence.id == id:
+                task = one
+        self._ready = [one for one in self._ready if one.sequence.id != id]
+        return task
 
     def give_way(self, run: HasSequence) -> bool:
         """Ends one of `runs`; False when it has ended already."""
@@ -304,9 +310,11 @@ class StoreClient:
         """Gives all pages back."""
         for run in tuple(self._runs.values()):
             self._cancel(run)
-        for looking in self._looking.values():
-            self._cache.release(looking.room)
+        for task in self._tasks():
+            self._cache.release(task.pages)
         self._looking.clear()
+        self._fetching.clear()
+        self._ready.clear()
         if self.ahead is not None:
             self.ahead.clear()
 
@@ -318,6 +326,9 @@ class StoreClient:
         look = self.ahead.work(computing)
         if look is not None:
             self._looks.append(look)
+
+    def _tasks(self) -> list[PrefillTask]:
+        return [*self.holders, *self._fetching.values()]
 
     def _pieces(self) -> Iterator[Piece]:
         for run in self._runs.values():
@@ -380,6 +391,8 @@ class StoreClient:
             if not run.early:
                 self._waited(run)
             self._cache.release(run.pages)
+            if not run.early and (task := self._fetching.pop(run.sequence.id, None)) is not None:
+                self._ready.append(task)
 
     def _waited(self, what: Looking | Run) -> None:
         if what.since is not None:

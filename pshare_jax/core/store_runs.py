@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, field
 
 from pshare_jax.core.pages.page_cache import PageCache
@@ -19,13 +18,11 @@ PIECE_PAGES = 16
 
 @dataclass(eq=False)
 class Looking:
-    """A prompt that is looked for; `seconds` is how long its answer is worth waiting for, `room`
-    are pages that are kept for it meanwhile."""
+    """A prompt that is looked for; `seconds` is how long its answer is worth waiting for."""
 
     task: PrefillTask
     first: int
     seconds: float
-    room: Sequence_[int] = ()
     since: float | None = None
 
 

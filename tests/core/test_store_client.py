@@ -32,14 +32,14 @@ class Bench:
         self.now = 0.0
         self._ids = itertools.count()
 
-    def ask(self, tokens: int, seed: int = 0) -> Sequence:
-        """Sends a prompt of which so many tokens have to be covered."""
+    def prompt(self, tokens: int, seed: int = 0) -> Sequence:
+        """A prompt of which so many tokens have to be covered."""
         prompt = tuple(range(100 * seed, 100 * seed + tokens + 1))
         root = root_key("base", "")
         keys = block_keys(root, prompt[:tokens], PAGE)
         rest = prompt[len(keys) * PAGE : tokens]
         id = next(self._ids)
-        sequence = Sequence(
+        return Sequence(
             id=id,
             order=id,
             model="identity",
@@ -52,6 +52,10 @@ class Bench:
             prefill_worker="prefill0",
             decode_worker="decode0",
         )
+
+    def ask(self, tokens: int, seed: int = 0) -> Sequence:
+        """Sends a prompt."""
+        sequence = self.prompt(tokens, seed)
         self.core.receive(m.Prefill(sequence))
         return sequence
 
@@ -124,14 +128,19 @@ def test_a_second_prompt_waits_for_the_pages_that_are_fetched():
     first, second = bench.ask(8), bench.ask(12)
     plan = bench.store()
     assert plan is not None
-    assert len(plan.looks) == 2
+    assert [look.id for look in plan.looks] == [first.id]
     bench.core.receive(m.Looked(first.id, [SHARED, SHARED]))
-    bench.core.receive(m.Looked(second.id, []))
     plan = bench.store()
     assert plan is not None
     assert bench.store() is None, "nothing is computed that is on its way"
     bench.core.receive(m.Loaded(plan.loads[0].transfer))
     bench.store()
+    plan = bench.store()
+    assert plan is None, "the first is covered"
+    plan = bench.store()
+    assert plan is not None
+    assert [(look.id, look.keys) for look in plan.looks] == [(second.id, second.keys[2:])]
+    bench.core.receive(m.Looked(second.id, []))
     (chunk,) = bench.chunk().chunks
     assert (chunk.id, chunk.start) == (second.id, 8)
     assert bench.covered() == [first.id, second.id]
@@ -233,19 +242,16 @@ def test_what_was_declined_is_not_looked_for_again():
 
 
 def looked_for_with_room(bench: Bench) -> Sequence:
-    """A prompt for which there was no room when it was found, and which has some now."""
+    """A prompt for which there was no room when it came, and which has some now."""
     taken = bench.cache.allocate(6)
     assert taken is not None
     sequence = bench.ask(16)
-    bench.store()
-    bench.core.receive(m.Looked(sequence.id, [SHARED] * 4))
     assert bench.store() is None, "there is no room"
     bench.cache.release(taken)
-    assert bench.store() is None
     plan = bench.store()
     assert plan is not None
     assert [look.id for look in plan.looks] == [sequence.id]
-    assert bench.cache.num_available == 4, "its room is kept"
+    assert bench.cache.num_available == 4, "it has its pages"
     return sequence
 
 
@@ -259,11 +265,11 @@ def test_what_had_no_room_is_fetched_when_there_is_some():
     bench.store()
     assert bench.store() is None
     assert bench.covered() == [sequence.id]
-    assert (bench.client.stats.looks, bench.client.stats.fetched_tokens) == (2, 16)
+    assert (bench.client.stats.looks, bench.client.stats.fetched_tokens) == (1, 16)
 
 
 @pytest.mark.parametrize("end", ["abort", "late", "stop"])
-def test_room_that_was_kept_is_given_back(end: str):
+def test_what_is_looked_for_gives_its_pages_back(end: str):
     bench = Bench(pages=9)
     sequence = looked_for_with_room(bench)
     match end:
@@ -282,32 +288,43 @@ def test_room_that_was_kept_is_given_back(end: str):
     bench.cache.check(idle=True)
 
 
-def test_what_is_evicted_while_a_prompt_waits_is_fetched_again():
+def test_what_has_come_stays_until_it_is_used():
+    """Pages that were fetched for a prompt cannot be taken by others before it has its turn."""
+    bench = Bench(pages=9)
+    first = bench.ask(20)
+    bench.store()
+    bench.core.receive(m.Looked(first.id, [SHARED] * 4))
+    plan = bench.store()
+    assert plan is not None
+    bench.core.receive(m.Loaded(plan.loads[0].transfer))
+    bench.store()
+    assert bench.cache.num_available == 3
+    assert bench.cache.allocate(4) is None
+    (chunk,) = bench.chunk().chunks
+    assert (chunk.id, chunk.start, len(chunk.tokens)) == (first.id, 16, 4)
+    assert bench.covered() == [first.id]
+    assert bench.client.stats.looks == 1
+    bench.core.receive(m.Release(first.id))
+    bench.cache.check(idle=True)
+
+
+def test_a_prompt_whose_run_gives_way_starts_anew():
     bench = Bench(pages=9)
     first = bench.ask(16)
     bench.store()
     bench.core.receive(m.Looked(first.id, [SHARED] * 4))
     plan = bench.store()
     assert plan is not None
-    # Somebody else takes the pages as soon as they have landed.
+    (run,) = bench.core.holders(())
+    assert bench.core.give_way(run)
+    assert bench.cache.num_available == 8
     bench.core.receive(m.Loaded(plan.loads[0].transfer))
     bench.store()
-    taken = bench.cache.allocate(8)
-    assert taken is not None
-    bench.cache.release(taken)
-    plan = bench.store()
-    assert plan is None, "it is looked for once more"
-    plan = bench.store()
-    assert plan is not None
-    assert [look.id for look in plan.looks] == [first.id]
-    bench.core.receive(m.Looked(first.id, [SHARED] * 4))
-    plan = bench.store()
-    assert plan is not None
-    bench.core.receive(m.Loaded(plan.loads[0].transfer))
-    bench.store()
-    assert bench.store() is None
-    assert bench.covered() == [first.id]
-    assert (bench.client.stats.looks, bench.client.stats.fetched_tokens) == (2, 32)
+    again = bench.store()
+    assert again is not None
+    assert [look.id for look in again.looks] == [first.id]
+    bench.core.receive(m.Abort(first.id, "decode0"))
+    bench.cache.check(idle=True)
 
 
 def test_a_run_holds_what_it_goes_on_from():

@@ -103,6 +103,11 @@ class PageCache:
             if self._allocator.release(page) and node is not None:
                 self._index.offer(node, pinned=node in self._pins)
 
+    def hold(self, pages: Iterable[int]) -> None:
+        """Adds a reference to each of these pages, which somebody holds."""
+        for page in pages:
+            self._allocator.retain(page)
+
     def match(
         self, keys: Sequence[bytes], tokens: Sequence[int], *, ready: bool = False
     ) -> list[Node]:
