@@ -78,10 +78,10 @@ class AdapterStack:
             else:
                 part[: module.rank] = (factor.astype(np.float32) * scale).astype(part.dtype)
 
-    def weights(self) -> Weights:
-        """The stack as it is now, in memory of its own."""
-        # A device may use the host's memory as it is, and this changes.
-        return {name: array.copy() for name, array in self._host.items()}  # type: ignore[misc]
+    def weights(self, *, copy: bool = True) -> Weights:
+        """The stack as it is now, in memory of its own; without a copy it changes with `put`."""
+        # A device may use the host's memory as it is.
+        return {name: array.copy() if copy else array for name, array in self._host.items()}  # type: ignore[misc]
 
 
 def check_room(kinds: Sequence[ModelKind], ranks: Sequence[int], room: DecodeConfig) -> None:

@@ -179,7 +179,7 @@ class Modules:
     ) -> list[GroupWeights]:
         meshes = [executor.programs.mesh for executor in self._executors]
         stack.put(slot, self._loader.lora_factors(source, meshes[0]))
-        adapters = self._loader.adapters_on(stack.weights(), meshes)
+        adapters = self._loader.adapters_on(stack, meshes)
         return [
             dataclasses.replace(executor.weights(BASE), adapters=stacked)
             for executor, stacked in zip(self._executors, adapters, strict=True)

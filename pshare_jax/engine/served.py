@@ -105,7 +105,7 @@ class ServedModels:
             source = folder
             if not isinstance(source, ModelSource):
                 dtype = compute_dtype(self._config, self._base.config)
-                source = model_source(ModelEntry(name, str(folder)), self._base, dtype)
+                source = model_source(ModelEntry(name, str(folder)), self._base, dtype, gentle=True)
             spec = modules.load(name, source, anew=replace)
             self._names[spec.name] = name
             tell(name, spec)
