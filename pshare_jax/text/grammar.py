@@ -11,7 +11,8 @@ import json
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,7 @@ from llguidance.numpy import fill_next_token_bitmask_par
 from numpy.typing import NDArray
 
 from pshare_jax.core.constraints import GrammarSpec
-from pshare_jax.errors import PshareError, RequestError
+from pshare_jax.errors import PshareError, QueueFullError, RequestError
 from pshare_jax.text.tokenizer import Tokenizer
 
 # Models fall into endless white space where any is allowed: one space, or a new line with its
@@ -37,6 +38,11 @@ JSON_OPTIONS = {
 """How JSON is to be written, and read from schemas; llguidance's options."""
 
 _SILENT = 0
+
+STACK_BYTES = 256 << 20
+"""Stack of a thread that compiles: llguidance goes as deep into a grammar as its rules refer to
+each other, and a process whose stack ends is killed. Of the texts of `GrammarLimits.max_chars` the
+deepest take 60 MiB; memory is taken as it is used."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,9 @@ class GrammarLimits:
     compile_fuel: int = 100_000
     step_fuel: int = 50_000
     compile_seconds: float = 2.0
+
+
+_stack_lock = threading.Lock()
 
 
 class GrammarError(PshareError):
@@ -116,12 +125,13 @@ class GrammarCompiler:
         Raises:
             RequestError: the grammar is not valid, uses what is not supported (which is named), or
                 is too complex; `param` is the field that it came from.
+            QueueFullError: there is no thread for it now.
         """
         with self._lock:
             if spec in self._cache:
                 self._cache.move_to_end(spec)
                 return GrammarState(self._cache[spec].deep_copy(), self._words)
-        matcher = self._compile(spec, param)
+        matcher = _on_a_deep_stack(lambda: self._compile(spec, param))
         with self._lock:
             self._cache[spec] = matcher
             self._forget()
@@ -195,6 +205,31 @@ class GrammarCompiler:
                 code="unsupported_grammar",
             )
         return matcher
+
+
+def _on_a_deep_stack(work: Callable[[], LLMatcher]) -> LLMatcher:
+    """What `work` gives, called in a thread whose stack has `STACK_BYTES`.
+
+    Raises:
+        QueueFullError: the system gives no such thread now.
+    """
+    result: Future[LLMatcher] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:
+            result.set_exception(error)
+
+    with _stack_lock:  # of all threads that begin meanwhile
+        before = threading.stack_size(STACK_BYTES)
+        try:
+            threading.Thread(target=run, name="grammar", daemon=True).start()
+        except RuntimeError as error:
+            raise QueueFullError(f"no thread to compile a grammar: {error}") from error
+        finally:
+            threading.stack_size(before)
+    return result.result()
 
 
 class GrammarState:

@@ -241,3 +241,15 @@ def test_a_parser_can_be_added():
         register("shouting", Hermes)
     with pytest.raises(ConfigError, match="no tool parser 'x'; there are hermes, llama3_json"):
         parser_named("x")
+
+
+@pytest.mark.parametrize("name", ["hermes", "llama3_json", "mistral", "pythonic"])
+@pytest.mark.parametrize("filler", [" ", "[", ";", "\n ["])
+def test_separators_without_end_take_no_quadratic_time(name, filler):
+    """A model may fall into endless white space, and a token of it may be a hundred characters."""
+    opening = {"hermes": "<tool_call>", "mistral": "[TOOL_CALLS]"}.get(name, "")
+    text = opening + filler * (600_000 // len(filler))
+    assert read(name, text).text == text
+    called = opening + filler * 3 + ("noop()" if name == "pythonic" else call("noop", "{}"))
+    if name != "pythonic" or ";" not in filler:
+        assert read(name, called, list(range(len(called)))) == read(name, called)

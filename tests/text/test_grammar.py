@@ -1,8 +1,11 @@
 """Random answers under grammars: whatever is sampled, every finished answer follows its grammar."""
 
+import contextlib
+import itertools
 import json
 import random
 import re
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from tokenizers import Tokenizer as HfTokenizer
 from tokenizers.trainers import BpeTrainer
 
 from pshare_jax.core.constraints import GrammarSpec
-from pshare_jax.errors import RequestError
+from pshare_jax.errors import QueueFullError, RequestError
 from pshare_jax.frontend import tool_prompt
 from pshare_jax.text import grammar, grammar_spec
 from pshare_jax.text.grammar import GrammarCompiler, GrammarError, GrammarLimits
@@ -306,3 +309,55 @@ def test_the_cache_is_bounded(tokenizer):
         compiler.compile(GrammarSpec("choice", json.dumps([f"h{number}"])), "choice")
     assert compiler.cached == 3
     assert [json.loads(spec.source)[0] for spec in compiler._cache] == ["h2", "h0", "h3"]
+
+
+def _names(count: int) -> list[str]:
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    return ["".join(name) for name in itertools.islice(itertools.product(letters, repeat=3), count)]
+
+
+def _rules_in_a_row(count: int) -> str:
+    names = _names(count + 1)
+    lines = [f"{name}:{following}" for name, following in itertools.pairwise(names)]
+    return "\n".join([f"start:{names[0]}", *lines, f'{names[-1]}:"b"'])
+
+
+def _nested_rules_in_a_row(count: int) -> str:
+    names = _names(count + 1)
+    pairs = itertools.pairwise(names)
+    lines = [f"{name}:{'(' * 8}{following}{')?' * 8}" for name, following in pairs]
+    return "\n".join([f"start:{names[0]}", *lines, f'{names[-1]}:"b"'])
+
+
+def _references_in_a_row(count: int) -> str:
+    names = _names(count + 1)
+    defs = {n: {"items": {"$ref": f"#/$defs/{f}"}} for n, f in itertools.pairwise(names)}
+    schema = {"$ref": f"#/$defs/{names[0]}", "$defs": {**defs, names[-1]: {"type": "null"}}}
+    return json.dumps(schema, separators=(",", ":"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("lark", _rules_in_a_row(8000)),
+        ("lark", _nested_rules_in_a_row(2000)),
+        ("json_schema", _references_in_a_row(1500)),
+    ],
+    ids=["rules", "nested-rules", "references"],
+)
+def test_no_grammar_is_so_deep_that_the_process_ends(tokenizer, kind, text):
+    """On a thread's usual stack of 8 MiB each of these ends it by SIGSEGV."""
+    limits = GrammarLimits(compile_seconds=60)
+    assert len(text) <= limits.max_chars
+    with contextlib.suppress(RequestError):
+        GrammarCompiler(tokenizer, limits).compile(GrammarSpec(kind, text), "grammar")
+
+
+def test_a_thread_that_is_not_to_be_had_is_said(tokenizer, monkeypatch):
+    def start(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(QueueFullError, match="no thread to compile"):
+        GrammarCompiler(tokenizer).compile(GrammarSpec("regex", "a"), "grammar")
+    assert threading.stack_size() == 0

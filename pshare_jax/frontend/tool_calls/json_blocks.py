@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from pshare_jax.frontend.tool_calls.json_reader import JsonCallReader
-from pshare_jax.frontend.tool_calls.parser import ToolParser, random_alphanumeric
+from pshare_jax.frontend.tool_calls.parser import ToolParser, begun, random_alphanumeric
 
 _SEPARATORS = " \t\r\n,;[]"
 
@@ -45,7 +45,7 @@ class JsonBlocks(ToolParser):
             self._give_up_at_end()
             return False
         if buffer[0] in _SEPARATORS and not (self.closing and buffer.startswith(self.closing)):
-            self._block += self._take(1)
+            self._block += self._take_separators()
         elif buffer[0] == "{":
             self._reader, self._step_now = JsonCallReader(self._allowed()), self._inside
         elif self.closing and buffer.startswith(self.closing):
@@ -58,6 +58,15 @@ class JsonBlocks(ToolParser):
         else:
             return self._otherwise()
         return True
+
+    def _take_separators(self) -> str:
+        """Takes those at the start, up to what may be a tag: a model may write them without end."""
+        run = len(self._buffer) - len(self._buffer.lstrip(_SEPARATORS))
+        end = run
+        for tag in filter(None, (self.opening, self.closing)):
+            found = self._buffer.find(tag, 0, run + len(tag))
+            end = min(end, found if found >= 0 else run - begun(self._buffer[:run], tag))
+        return self._take(max(end, 1))
 
     def _otherwise(self) -> bool:
         """Neither a call nor an end of the block."""
