@@ -18,7 +18,7 @@ from tokenizers.trainers import BpeTrainer
 from pshare_jax.core.constraints import GrammarSpec
 from pshare_jax.errors import QueueFullError, RequestError
 from pshare_jax.frontend import tool_prompt
-from pshare_jax.text import grammar, grammar_spec
+from pshare_jax.text import grammar, grammar_spec, grammar_trial
 from pshare_jax.text.grammar import GrammarCompiler, GrammarError, GrammarLimits
 from pshare_jax.text.tokenizer import Tokenizer
 from tests.text.random_answers import allowed, sample
@@ -361,3 +361,47 @@ def test_a_thread_that_is_not_to_be_had_is_said(tokenizer, monkeypatch):
     with pytest.raises(QueueFullError, match="no thread to compile"):
         GrammarCompiler(tokenizer).compile(GrammarSpec("regex", "a"), "grammar")
     assert threading.stack_size() == 0
+
+
+@pytest.fixture(scope="module")
+def tried(tokenizer):
+    limits = GrammarLimits(compile_seconds=0.5)
+    return GrammarCompiler(tokenizer, limits, trial=True)
+
+
+def test_a_grammar_that_takes_for_ever_is_refused_and_the_next_one_is_taken(tried):
+    """Two kilobytes of schema: to say what is wrong with them takes 2^40 steps."""
+    patterns = [{"pattern": f"a{{{n}}}b*"} for n in range(40)]
+    spec = GrammarSpec("json_schema", json.dumps({"allOf": patterns}))
+    for _ in range(2):
+        with pytest.raises(RequestError, match="response_format: the grammar takes too much time"):
+            tried.compile(spec, "response_format")
+        assert tried.compile(GrammarSpec("regex", "ab*"), "grammar")
+    with pytest.raises(RequestError, match="unknown name"):
+        tried.compile(GrammarSpec("lark", "start: nothing"), "grammar")
+
+
+def test_a_grammar_that_ends_the_process_that_tries_it_is_refused(tried):
+    assert tried.compile(GrammarSpec("regex", "b+"), "grammar")
+    process = tried._trial._process
+    process.kill()
+    process.wait()
+    # One that has ended before is none that the grammar has ended.
+    assert tried.compile(GrammarSpec("regex", "c+"), "grammar")
+    assert tried._trial._process is not process
+    assert not tried._trial._compiles(process, "{}")
+
+
+def test_without_a_process_there_is_no_trial(tokenizer, monkeypatch, caplog):
+    monkeypatch.setattr(grammar_trial.sys, "executable", "/no/such/python")
+    compiler = GrammarCompiler(tokenizer, trial=True)
+    for text in ("a", "b"):
+        assert compiler.compile(GrammarSpec("regex", text), "grammar")
+    assert len([r for r in caplog.records if "without a trial" in r.message]) == 1
+
+
+def test_numbers_that_json_has_not_are_refused(tokenizer):
+    for text in ('{"minimum": 1e400}', '{"minimum": NaN}'):
+        spec = grammar_spec.from_structured_outputs({"json": text}, GrammarLimits())
+        with pytest.raises(RequestError, match="json: the grammar cannot be used"):
+            GrammarCompiler(tokenizer).compile(spec, "json")
