@@ -21,7 +21,7 @@ from pshare_jax.convert.tensors import DTYPES
 from pshare_jax.convert.zarr import CHECKED, StoredTensor
 from pshare_jax.errors import CheckpointError
 from pshare_jax.kernels.native.library import load_library
-from pshare_jax.kernels.native.loading import BESIDE_OTHERS, aligned, read_tensor
+from pshare_jax.kernels.native.loading import BESIDE_OTHERS, aligned, give_way, read_tensor
 from pshare_jax.models.weights import Weights
 
 
@@ -75,6 +75,7 @@ def load_gently(
     weights: Weights = {}
     folder = manifest.folder / WEIGHTS_FOLDER
     for name in names:
+        give_way()
         entry = manifest.tensors[name]
         opened = partial(open_tensor, manifest, name, dtype, gentle=True)
         indices = shardings[name].addressable_devices_indices_map(entry.shape)

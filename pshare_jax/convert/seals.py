@@ -30,6 +30,7 @@ from pshare_jax.convert.manifest import (
 )
 from pshare_jax.convert.zarr import seal
 from pshare_jax.errors import CheckpointError
+from pshare_jax.kernels.native.loading import give_way
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +141,11 @@ def _tensor_seals(
         return seal(weights, name, entry.shape, entry.dtype)
 
     if readers == 1:
-        return {name: of(name) for name in manifest.tensors}
+        found = {}
+        for name in manifest.tensors:
+            give_way()
+            found[name] = of(name)
+        return found
     # Hundreds of small reads, each of which waits for a network file system.
     with ThreadPoolExecutor(readers) as pool:
         return dict(zip(manifest.tensors, pool.map(of, manifest.tensors), strict=True))

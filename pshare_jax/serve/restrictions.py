@@ -58,5 +58,4 @@ async def _compile(service: Service, grammar: AskedGrammar) -> None:
     if compiler is None:
         raise RequestError("grammars need a tokenizer with an end token", param=grammar.param)
     if not compiler.has(grammar.spec):
-        # With those that may take their time: this may take seconds.
-        await service.offload.run(True, compiler.compile, grammar.spec, grammar.param)
+        await service.offload.compile(compiler.compile, grammar.spec, grammar.param)

@@ -7,6 +7,7 @@ want: it takes what they leave of a core.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,14 @@ one of them gets where there are too few cores for all, so that it does not star
 
 ARRAY_ALIGNMENT = 64
 """Bytes from which on JAX takes an array of the host as it is."""
+
+
+_GIVE_WAY_SECONDS = 0.001
+
+
+def give_way() -> None:
+    """Lets threads that serve have Python's lock and a core; between pieces of work in Python."""
+    time.sleep(_GIVE_WAY_SECONDS)
 
 
 def aligned(shape: Sequence[int], dtype: Any, alignment: int = ARRAY_ALIGNMENT) -> np.ndarray:

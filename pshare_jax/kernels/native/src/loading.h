@@ -112,7 +112,7 @@ struct Stored {
 };
 
 struct File {
-  explicit File(const char* path) : descriptor(open(path, O_RDONLY | O_CLOEXEC)) {}
+  explicit File(const char* path) : descriptor(open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {}
   ~File() {
     if (descriptor >= 0) close(descriptor);
   }
