@@ -93,7 +93,7 @@ def _assembled(
     manifest: Manifest,
     name: str,
     sharding: Sharding,
-    indices: Mapping[jax.Device, Any],
+    indices: Mapping[Any, Any],
     values: Mapping[str, np.ndarray],
 ) -> jax.Array:
     """A tensor of the parts that its devices have."""

@@ -28,7 +28,8 @@ K = TypeVar("K")
 @dataclass(frozen=True)
 class ModelInfo:
     """A served model as clients see it; `tail` is the split rule as its certificate states it,
-    `created` is in Unix seconds, `tokenizer_folder` has its own template and end tokens."""
+    `created` is in Unix seconds, `tokenizer_folder` has its own template and end tokens, and
+    `fingerprint` names its weights; empty for the base's own."""
 
     name: str
     parent: str
@@ -37,6 +38,7 @@ class ModelInfo:
     tail: int | dict[str, Any]
     created: int
     tokenizer_folder: Path | None = None
+    fingerprint: str = ""
 
 
 class ServedModels:
@@ -163,6 +165,7 @@ class ServedModels:
             source.split_rule.to_json(),
             int(time.time()),
             source.tokenizer_folder,
+            source.certificate.weights_fingerprint if source.certificate else "",
         )
 
 

@@ -13,6 +13,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
@@ -108,16 +109,16 @@ class GrammarCompiler:
         self._tokenizer = LLTokenizer(
             TokenizerWrapper(vocabulary), eos_token=list(tokenizer.eos_token_ids)
         )
-        limits = {
+        parser_limits: dict[str, Any] = {
             "max_grammar_size": self.limits.max_symbols,
             "max_lexer_states": self.limits.max_lexer_states,
             "initial_lexer_fuel": self.limits.compile_fuel,
             "step_lexer_fuel": self.limits.step_fuel,
             "verbose_errors": False,
         }
-        self._parser_limits = LLParserLimits(**limits)
+        self._parser_limits = LLParserLimits(**parser_limits)
         seconds = self.limits.compile_seconds + _TRIAL_SECONDS
-        self._trial = Trial(vocabulary, self.end_ids, limits, seconds) if trial else None
+        self._trial = Trial(vocabulary, self.end_ids, parser_limits, seconds) if trial else None
 
     def compile(self, spec: GrammarSpec, param: str) -> GrammarState:
         """The start of an answer that follows `spec`.

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import select
 import signal
@@ -20,6 +21,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -43,6 +45,7 @@ MEMORY_BYTES = 2 << 30
 _WALL_SECONDS = 120.0
 """After which the process is given up though it has not used up its time."""
 
+_RETRY_SECONDS = 60.0
 _SILENT = 0
 _stack_lock = threading.Lock()
 _LENGTH = struct.Struct("<I")
@@ -142,24 +145,25 @@ class Trial:
         }
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        self._unavailable = False
+        self._finalizer: weakref.finalize[Any, Trial] | None = None
+        self._retry_at = -math.inf
 
     def survives(self, source: str) -> bool:
         """Whether the process is still there after it has compiled a grammar.
 
-        True too where the system gives no process at all, which is logged once.
+        True too where the system gives no process, which is logged; it is asked again later.
 
         Args:
             source: the grammar as llguidance takes it.
         """
         with self._lock:
-            if self._unavailable:
+            if time.monotonic() < self._retry_at:
                 return True
             try:
                 process = self._running()
             except OSError as error:
                 log.warning("grammars are compiled without a trial: no process: %s", error)
-                self._unavailable = True
+                self._retry_at = time.monotonic() + _RETRY_SECONDS
                 return True
             if self._compiles(process, source):
                 return True
@@ -169,6 +173,7 @@ class Trial:
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is not None and self._process.poll() is None:
             return self._process
+        self._end()
         process = subprocess.Popen(
             # -P: the folder of this file has modules that would hide others.
             [sys.executable, "-P", __file__],
@@ -177,7 +182,7 @@ class Trial:
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # who interrupts the server means the server
         )
-        weakref.finalize(self, _stop, process)
+        self._finalizer = weakref.finalize(self, _stop, process)
         self._process = process
         try:
             _send(_pipe(process.stdin), json.dumps(self._setup).encode())
@@ -204,11 +209,14 @@ class Trial:
 
     def _answered(self, process: subprocess.Popen[bytes]) -> bool:
         output = _pipe(process.stdout)
-        ready, _, _ = select.select([output], [], [], _WALL_SECONDS)
-        return bool(ready) and os.read(output.fileno(), 1) == _SURVIVED
+        poll = select.poll()  # select knows no file above the 1,024th
+        poll.register(output, select.POLLIN)
+        return bool(poll.poll(_WALL_SECONDS * 1000)) and os.read(output.fileno(), 1) == _SURVIVED
 
     def _end(self) -> None:
         process, self._process = self._process, None
+        if self._finalizer is not None:
+            self._finalizer.detach()
         if process is not None:
             process.kill()
             _stop(process)

@@ -388,8 +388,11 @@ def test_a_grammar_that_ends_the_process_that_tries_it_is_refused(tried):
     process.wait()
     # One that has ended before is none that the grammar has ended.
     assert tried.compile(GrammarSpec("regex", "c+"), "grammar")
-    assert tried._trial._process is not process
-    assert not tried._trial._compiles(process, "{}")
+    other = tried._trial._process
+    assert other is not process
+    other.kill()
+    other.wait()
+    assert not tried._trial._compiles(other, "{}")
 
 
 def test_without_a_process_there_is_no_trial(tokenizer, monkeypatch, caplog):
@@ -398,10 +401,18 @@ def test_without_a_process_there_is_no_trial(tokenizer, monkeypatch, caplog):
     for text in ("a", "b"):
         assert compiler.compile(GrammarSpec("regex", text), "grammar")
     assert len([r for r in caplog.records if "without a trial" in r.message]) == 1
+    monkeypatch.undo()
+    trial = compiler._trial
+    assert trial is not None
+    trial._retry_at = 0.0  # a minute later
+    assert compiler.compile(GrammarSpec("regex", "c"), "grammar")
+    assert trial._process is not None
+    assert trial._process.poll() is None
 
 
 def test_numbers_that_json_has_not_are_refused(tokenizer):
     for text in ('{"minimum": 1e400}', '{"minimum": NaN}'):
         spec = grammar_spec.from_structured_outputs({"json": text}, GrammarLimits())
+        assert spec is not None
         with pytest.raises(RequestError, match="json: the grammar cannot be used"):
             GrammarCompiler(tokenizer).compile(spec, "json")

@@ -59,8 +59,9 @@ def check_keywords(schema: Any, where: str) -> None:
 
 def ordered(schema: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """The properties that a checked schema requires, and the others, each once."""
-    properties = schema.get("properties") or {}
-    required = [key for key in dict.fromkeys(schema.get("required") or ()) if key in properties]
+    properties: Mapping[str, Any] = schema.get("properties") or {}
+    named: list[str] = schema.get("required") or []
+    required = [key for key in dict.fromkeys(named) if key in properties]
     known = set(required)
     return required, [key for key in properties if key not in known]
 
