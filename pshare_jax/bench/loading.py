@@ -108,8 +108,9 @@ def run(options: LoadingOptions) -> dict[str, Any]:
     """Measures.
 
     Returns:
-        `{"options", "machine", "gaps": {phase: milliseconds}, "load_seconds", "compiles"}`: gaps
-        have `count`, `median`, `p99` and `max`; `load_seconds` are by folder.
+        `{"options", "machine", "gaps": {phase: milliseconds}, "gaps_by_module": {folder:
+        milliseconds}, "load_seconds", "compiles"}`: gaps have `count`, `median`, `p99` and `max`;
+        `load_seconds` are by folder.
 
     Raises:
         ConfigError, CheckpointError: a configuration or module that cannot be used.
@@ -142,12 +143,12 @@ def run(options: LoadingOptions) -> dict[str, Any]:
         compiles = engine.stats().compiles
     finally:
         engine.stop()
+    gaps = [gap for gap in streams.gaps if gap[0] > begun]
     return {
         "options": asdict(options),
         "machine": describe(),
-        "gaps": summary(
-            [gap for gap in streams.gaps if gap[0] > begun], list(itertools.chain(*loads.values()))
-        ),
+        "gaps": summary(gaps, list(itertools.chain(*loads.values()))),
+        "gaps_by_module": {f: summary(gaps, spans)[LOADING] for f, spans in loads.items()},
         "load_seconds": {f: [end - start for start, end in spans] for f, spans in loads.items()},
         "compiles": compiles,
     }
@@ -183,8 +184,8 @@ def lines(result: dict[str, Any]) -> list[str]:
         "| between two tokens of a stream | median ms | p99 ms | longest ms |",
         "|---|--:|--:|--:|",
     ]
-    for phase in (IDLE, LOADING):
-        gaps = result["gaps"][phase]
+    measured = [(phase, result["gaps"][phase]) for phase in (IDLE, LOADING)]
+    for phase, gaps in [*measured, *result["gaps_by_module"].items()]:
         rows.append(f"| {phase} | {gaps['median']:.0f} | {gaps['p99']:.0f} | {gaps['max']:.0f} |")
     for folder, seconds in result["load_seconds"].items():
         rows.append(f"\n{folder}: loaded in {np.median(seconds):.1f} s")

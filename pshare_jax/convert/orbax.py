@@ -18,8 +18,8 @@ from jax.sharding import Sharding
 from orbax.checkpoint import type_handlers
 
 from pshare_jax.convert.files import atomic_folder, check_space, one_line, write_files
+from pshare_jax.convert.loading import load_gently, load_group, open_tensor
 from pshare_jax.convert.manifest import (
-    TENSORS_FILE,
     TOKENIZER_FILE,
     TOKENIZER_FOLDER,
     WEIGHTS_FOLDER,
@@ -34,7 +34,7 @@ from pshare_jax.convert.manifest import (
 from pshare_jax.convert.progress import Report, quiet
 from pshare_jax.convert.seals import write_seals
 from pshare_jax.convert.tensors import DTYPES, LazyTensor, as_lazy, total_bytes
-from pshare_jax.convert.zarr import StoredTensor, chunk_shape, write_tensor
+from pshare_jax.convert.zarr import chunk_shape, write_tensor
 from pshare_jax.core.split_rule import LAST_TOKEN, SplitRule
 from pshare_jax.errors import CheckpointError
 from pshare_jax.models.config import ModelConfig
@@ -287,47 +287,8 @@ def read_tokenizer_files(manifest: Manifest) -> dict[str, bytes]:
     return files
 
 
-def _open(manifest: Manifest, name: str, dtype: np.dtype | None = None) -> StoredTensor:
-    entry = manifest.tensors[name]
-    stored = StoredTensor(manifest.folder / WEIGHTS_FOLDER, name, dtype)
-    pairs = {
-        "shape": (list(stored.shape), list(entry.shape)),
-        "dtype": (stored.stored_dtype, entry.dtype),
-    }
-    for what, (found, expected) in pairs.items():
-        if found != expected:
-            raise CheckpointError(
-                f"{manifest.folder / WEIGHTS_FOLDER / name}: has {what} {found}, but "
-                f"{TENSORS_FILE} says {expected}"
-            )
-    return stored
-
-
 def _read(manifest: Manifest, name: str) -> np.ndarray:
-    return _open(manifest, name).read()()
-
-
-def _load_group(
-    manifest: Manifest, names: Sequence[str], dtype: np.dtype, shardings: Mapping[str, Sharding]
-) -> Weights:
-    """Loads some tensors: all reads are started before the first is waited for."""
-    started = []
-    for name in names:
-        shape = manifest.tensors[name].shape
-        stored = _open(manifest, name, dtype)
-        indices = shardings[name].addressable_devices_indices_map(shape)
-        # Replicas share one read.
-        parts = {str(index): index for index in indices.values()}
-        reads = {key: stored.read(index or ()) for key, index in parts.items()}
-        started.append((name, indices, reads))
-    weights: Weights = {}
-    for name, indices, reads in started:
-        values = {key: reads.pop(key)() for key in list(reads)}
-        shards = [jax.device_put(values[str(index)], device) for device, index in indices.items()]
-        weights[name] = jax.make_array_from_single_device_arrays(
-            manifest.tensors[name].shape, shardings[name], shards
-        )
-    return weights
+    return open_tensor(manifest, name).read()()
 
 
 def load_weights(
@@ -336,6 +297,7 @@ def load_weights(
     dtype: Any = None,
     shardings: Mapping[str, Sharding] | None = None,
     convert: Callable[[Weights], Weights] | None = None,
+    gentle: bool = False,
 ) -> Weights:
     """Loads a checkpoint's tensors as jax.Arrays.
 
@@ -346,6 +308,7 @@ def load_weights(
             one goes to the default device.
         convert: what becomes of some of the tensors, which are given up then; called with all of
             them, a group at a time.
+        gentle: slower, so that threads that serve meanwhile notice little of it.
 
     Returns:
         The flat dict of a full module, or for a LoRA decode module of its factors.
@@ -358,6 +321,7 @@ def load_weights(
     placed = {name: (shardings or {}).get(name, default) for name in manifest.tensors}
     target = np.dtype(dtype or DTYPES[manifest.dtype])
     convert = convert or (lambda loaded: loaded)
+    load = load_gently if gentle else load_group
     weights: Weights = {}
     group: list[str] = []
     size = 0
@@ -365,9 +329,9 @@ def load_weights(
         group.append(name)
         size += math.prod(entry.shape) * target.itemsize
         if size >= GROUP_BYTES:
-            weights |= convert(_load_group(manifest, group, target, placed))
+            weights |= convert(load(manifest, group, target, placed))
             group, size = [], 0
-    return weights | convert(_load_group(manifest, group, target, placed))
+    return weights | convert(load(manifest, group, target, placed))
 
 
 def open_weights(folder: str | Path | Manifest) -> dict[str, LazyTensor]:

@@ -30,6 +30,7 @@ from pshare_jax.convert.manifest import (
 )
 from pshare_jax.convert.zarr import seal
 from pshare_jax.errors import CheckpointError
+from pshare_jax.kernels.native.loading import give_way
 
 logger = logging.getLogger(__name__)
 
@@ -41,18 +42,22 @@ _CURE = (
 )
 
 
-def open_checkpoint(folder: str | Path) -> Manifest:
+def open_checkpoint(folder: str | Path, *, gentle: bool = False) -> Manifest:
     """Reads the manifest of the checkpoint in `folder`, and checks it with `check_unchanged`.
+
+    Args:
+        folder: of the checkpoint.
+        gentle: by the calling thread alone, since others have work to do.
 
     Raises:
         CheckpointError: as `read_manifest` and `check_unchanged`.
     """
     manifest = read_manifest(folder)
-    check_unchanged(manifest)
+    check_unchanged(manifest, readers=1 if gentle else _READERS)
     return manifest
 
 
-def check_unchanged(manifest: Manifest) -> None:
+def check_unchanged(manifest: Manifest, readers: int = _READERS) -> None:
     """Checks everything that the fingerprint covers, and the small files; reads no tensor.
 
     That the fingerprint is that of the configuration and the recorded hashes, `read_manifest` sees.
@@ -69,7 +74,7 @@ def check_unchanged(manifest: Manifest) -> None:
         logger.debug("%s: has no %s, so not all is checked", manifest.folder, SEALS_FILE)
     else:
         _compare(manifest.folder, seals["files"], _hashes(manifest.folder))
-    for name, found in _tensor_seals(manifest).items():
+    for name, found in _tensor_seals(manifest, readers=readers).items():
         if seals is not None and seals["tensors"].get(name) != found:
             raise CheckpointError(
                 f"{manifest.folder / WEIGHTS_FOLDER / name}: is not the tensor that was "
@@ -126,13 +131,21 @@ def _compare(folder: Path, recorded: Mapping[str, Any], found: Mapping[str, str]
             raise CheckpointError(f"{folder / name}: {what} since the conversion; {_CURE}")
 
 
-def _tensor_seals(manifest: Manifest, folder: Path | None = None) -> dict[str, str]:
+def _tensor_seals(
+    manifest: Manifest, folder: Path | None = None, readers: int = _READERS
+) -> dict[str, str]:
     weights = (folder or manifest.folder) / WEIGHTS_FOLDER
 
     def of(name: str) -> str:
         entry = manifest.tensors[name]
         return seal(weights, name, entry.shape, entry.dtype)
 
+    if readers == 1:
+        found = {}
+        for name in manifest.tensors:
+            give_way()
+            found[name] = of(name)
+        return found
     # Hundreds of small reads, each of which waits for a network file system.
-    with ThreadPoolExecutor(_READERS) as pool:
+    with ThreadPoolExecutor(readers) as pool:
         return dict(zip(manifest.tensors, pool.map(of, manifest.tensors), strict=True))

@@ -8,6 +8,7 @@ is noticed.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -33,6 +34,9 @@ _CRC_BYTES = 4
 _INDEX_ENTRY = struct.Struct("<QQ")
 """Where a chunk begins in the file, and its bytes with the CRC-32C that ends them."""
 
+CHECKED = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+"""Codecs of each chunk, and of the index."""
+
 MAX_CHUNKS = 16
 """Most chunks of one tensor: loading on up to this many devices reads each byte once."""
 
@@ -48,9 +52,7 @@ def chunk_shape(spec: WeightSpec) -> tuple[int, ...]:
 
 
 def _zarr_spec(path: Path, tensor: np.ndarray, chunk: Sequence[int]) -> dict[str, Any]:
-    data = {"name": "bytes", "configuration": {"endian": "little"}}
-    checked = [data, {"name": "crc32c"}]
-    sharding = {"chunk_shape": chunk, "codecs": checked, "index_codecs": checked}
+    sharding = {"chunk_shape": chunk, "codecs": CHECKED, "index_codecs": CHECKED}
     return {
         "driver": "zarr3",
         "kvstore": {"driver": "file", "path": f"{path}/"},
@@ -139,14 +141,27 @@ def _checksums(file: BinaryIO, count: int, nbytes: int) -> bytes:
     return index + b"".join(checksums)
 
 
+@functools.cache
+def _one_at_a_time() -> ts.Context:
+    return ts.Context({"data_copy_concurrency": {"limit": 1}, "file_io_concurrency": {"limit": 1}})
+
+
 class StoredTensor:
     """One tensor of a checkpoint, opened for reading.
 
     Tensorstore is used without orbax, which parses the metadata of all tensors for each one, does
     not say which tensor cannot be read, and leaves other reads in flight behind.
+
+    Args:
+        weights: the folder of a checkpoint's tensors.
+        name: of this one.
+        dtype: that it is cast to; None keeps the stored one.
+        gentle: read by one thread at a time, since others have work to do.
     """
 
-    def __init__(self, weights: Path, name: str, dtype: np.dtype | None = None):
+    def __init__(
+        self, weights: Path, name: str, dtype: np.dtype | None = None, *, gentle: bool = False
+    ):
         self._path = weights / name
         spec = {
             "driver": "zarr3",
@@ -154,7 +169,8 @@ class StoredTensor:
             "fill_missing_data_reads": False,
         }
         with self._errors():
-            store = ts.open(spec, open=True, read=True).result()
+            context = _one_at_a_time() if gentle else None
+            store = ts.open(spec, open=True, read=True, context=context).result()
         self.shape = tuple(store.shape)
         self.stored_dtype = store.dtype.name
         self._store = store if dtype is None else ts.cast(store, dtype)

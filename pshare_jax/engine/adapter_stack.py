@@ -15,6 +15,7 @@ import numpy as np
 from pshare_jax.config import DecodeConfig
 from pshare_jax.core.models import ModelKind
 from pshare_jax.errors import ConfigError, RequestError
+from pshare_jax.kernels.native.loading import give_way
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.lora import LoraModule, check_lora
 from pshare_jax.models.weights import Weights, lora_specs, lora_targets
@@ -47,8 +48,13 @@ class AdapterStack:
         """Bytes of the whole stack."""
         return sum(array.nbytes for array in self._host.values())
 
-    def put(self, slot: int, module: LoraModule) -> None:
+    def put(self, slot: int, module: LoraModule, *, gentle: bool = False) -> None:
         """Puts a module where another may have been.
+
+        Args:
+            slot: the place.
+            module: its factors are read from memory.
+            gentle: in small pieces, since others are being served.
 
         Raises:
             RequestError: its rank is too large, or a factor is not finite: others in a batch would
@@ -63,10 +69,14 @@ class AdapterStack:
         check_lora(self._config, module)
         factors = {name: np.asarray(factor) for name, factor in module.weights.items()}
         for name, factor in factors.items():
+            if gentle:
+                give_way()
             if not np.isfinite(factor.astype(np.float32)).all():
                 raise RequestError(f"{name}: holds values that are not finite")
         scale = np.float32(module.alpha / module.rank)
         for name, stacked in self._host.items():
+            if gentle:
+                give_way()
             is_a = name.endswith(".lora_a")
             part = stacked[..., slot, :] if is_a else stacked[slot]
             part[...] = 0
@@ -78,10 +88,10 @@ class AdapterStack:
             else:
                 part[: module.rank] = (factor.astype(np.float32) * scale).astype(part.dtype)
 
-    def weights(self) -> Weights:
-        """The stack as it is now, in memory of its own."""
-        # A device may use the host's memory as it is, and this changes.
-        return {name: array.copy() for name, array in self._host.items()}  # type: ignore[misc]
+    def weights(self, *, copy: bool = True) -> Weights:
+        """The stack as it is now, in memory of its own; without a copy it changes with `put`."""
+        # A device may use the host's memory as it is.
+        return {name: array.copy() if copy else array for name, array in self._host.items()}  # type: ignore[misc]
 
 
 def check_room(kinds: Sequence[ModelKind], ranks: Sequence[int], room: DecodeConfig) -> None:

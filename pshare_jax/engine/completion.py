@@ -55,9 +55,17 @@ class Collector:
         tokenizer: turns tokens into text.
         stop: strings that end it.
         shown: special tokens that are part of the text.
+        min_tokens: up to which no stop string ends it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], shown: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str],
+        shown: tuple[str, ...] = (),
+        min_tokens: int = 0,
+    ):
+        self._min_tokens = min_tokens
         self._detokenizer = tokenizer.detokenizer(True, shown)
         self._matcher = StopMatcher(stop)
         self._text: list[str] = []
@@ -87,7 +95,8 @@ class Collector:
         for i, token in enumerate(event.token_ids):
             self._tokens.append(token)
             self._logprobs += event.logprobs[i : i + 1]
-            self._text.append(self._matcher.push(self._detokenizer.push(token)))
+            text, may_end = self._detokenizer.push(token), len(self._tokens) > self._min_tokens
+            self._text.append(self._matcher.push(text, may_end=may_end))
             if self._matcher.matched is not None:
                 self._reason = FinishReason.STOP
                 return

@@ -72,7 +72,7 @@ class Front(ABC):
         self.ready = False
         self.grammars: GrammarCompiler | None = None
         if tokenizer is not None and tokenizer.eos_token_ids:
-            self.grammars = GrammarCompiler(tokenizer)
+            self.grammars = GrammarCompiler(tokenizer, trial=True)
         self._tokenizer = tokenizer
         self._tokenizers: dict[tuple[Path, int], Tokenizer] = {}
         self._served = served

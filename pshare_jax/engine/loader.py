@@ -25,6 +25,7 @@ from pshare_jax.engine.weight_format import LoadTensors, check_form, loader_of
 from pshare_jax.errors import CheckpointError, ConfigError
 from pshare_jax.kernels.backends import on_mesh
 from pshare_jax.kernels.decoder_layer.packing import PackedAdapters
+from pshare_jax.kernels.native.loading import BESIDE_OTHERS
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.lora import LoraModule, merge, stack_adapters
 from pshare_jax.models.packed import holds_packed, is_packed, pack_adapters, pack_weights
@@ -106,8 +107,10 @@ def checkpoint_sources(config: ServeConfig, dtype: Any) -> tuple[BaseSource, lis
     return base, [model_source(entry, base, dtype) for entry in config.models]
 
 
-def model_source(entry: ModelEntry, base: BaseSource, dtype: Any) -> ModelSource:
-    """The source of one served model; reads its manifest only.
+def model_source(
+    entry: ModelEntry, base: BaseSource, dtype: Any, *, gentle: bool = False
+) -> ModelSource:
+    """The source of one served model; reads its manifest only. `gentle` is that of `load_weights`.
 
     Raises:
         ConfigError, CheckpointError, CertificateError: as `checkpoint_sources`.
@@ -115,7 +118,7 @@ def model_source(entry: ModelEntry, base: BaseSource, dtype: Any) -> ModelSource
     engines = tuple(entry.decode_engines)
     if entry.checkpoint == "identity":
         return ModelSource(entry.name, "identity", entry.sharing, base.load, None, engines)
-    manifest = open_checkpoint(entry.checkpoint)
+    manifest = open_checkpoint(entry.checkpoint, gentle=gentle)
     if manifest.certificate is None:
         raise ConfigError(
             f"models.{entry.name}.checkpoint: {entry.checkpoint} is a prefill checkpoint; name a "
@@ -129,7 +132,7 @@ def model_source(entry: ModelEntry, base: BaseSource, dtype: Any) -> ModelSource
         entry.name,
         manifest.certificate.kind,
         entry.sharing,
-        loader_of(manifest, dtype, base.config),
+        loader_of(manifest, dtype, base.config, gentle=gentle),
         manifest.certificate,
         engines,
         own if (own := manifest.folder / TOKENIZER_FOLDER).is_dir() else None,
@@ -317,16 +320,17 @@ class WeightLoader:
         for number, mesh in enumerate(meshes):
             twin = next((i for i in range(number) if same_memory(meshes[i], mesh)), None)
             if twin is None:
-                made.append(jax.block_until_ready(self._full(source.load, mesh)))
+                full = self._full(source.load, mesh, BESIDE_OTHERS)
+                made.append(jax.block_until_ready(full))
             else:
                 made.append(alias_on(made[twin], meshes[twin], mesh))
         return made
 
     def adapters_on(
-        self, stacked: Weights, meshes: Sequence[Mesh]
+        self, stack: AdapterStack, meshes: Sequence[Mesh]
     ) -> list[Weights | PackedAdapters]:
-        """Stacked adapters on each of the decode meshes."""
-        return [jax.block_until_ready(self._placed(stacked, mesh)) for mesh in meshes]
+        """Stacked adapters on each of the decode meshes, made now."""
+        return [jax.block_until_ready(self._stacked(stack, mesh, BESIDE_OTHERS)) for mesh in meshes]
 
     def lora_factors(self, source: ModelSource, mesh: Mesh) -> LoraModule:
         """A LoRA module's factors, read now.
@@ -350,8 +354,8 @@ class WeightLoader:
     def _base_weights(self, mesh: Mesh) -> Weights:
         return self._once(BASE, mesh, lambda: self._full(self._base.load, mesh))
 
-    def _full(self, load: LoadTensors, mesh: Mesh) -> Weights:
-        return self._packed(load(self._shardings(mesh)), mesh)
+    def _full(self, load: LoadTensors, mesh: Mesh, nice: int = 0) -> Weights:
+        return self._packed(load(self._shardings(mesh)), mesh, nice)
 
     def _unpacked(self, base: Weights, mesh: Mesh) -> Weights:
         """The base's weights by name, of those that the steps of `mesh` read."""
@@ -368,22 +372,28 @@ class WeightLoader:
             return self._placed(stack_adapters(modules), mesh)
         for slot, module in enumerate(modules):
             self.stack.put(slot, module)
-        return self._placed(self.stack.weights(), mesh)
+        return self._stacked(self.stack, mesh)
 
-    def _placed(self, stacked: Weights, mesh: Mesh) -> Weights | PackedAdapters:
+    def _stacked(self, stack: AdapterStack, mesh: Mesh, nice: int = 0) -> Weights | PackedAdapters:
+        return self._placed(stack.weights(copy=not self._packs(mesh)), mesh, nice)
+
+    def _placed(self, stacked: Weights, mesh: Mesh, nice: int = 0) -> Weights | PackedAdapters:
         """Stacked adapters as the steps of `mesh` read them."""
-        if is_packed(on_mesh(self._backend, mesh.size), self._base.config):
-            packed = pack_adapters(self._base.config, stacked)
-            # A CPU takes the host's memory as it is, but copies from device to device.
-            factors = jax.device_put(np.asarray(packed.factors), replicated(mesh))
-            return dataclasses.replace(packed, factors=factors)
-        return jax.device_put(stacked, replicated(mesh))
+        if not self._packs(mesh):
+            # One at a time, so that what streams copy never queues behind all of them.
+            put = functools.partial(jax.device_put, device=replicated(mesh))
+            return {name: jax.block_until_ready(put(array)) for name, array in stacked.items()}
+        packed = pack_adapters(self._base.config, stacked, nice)
+        # A CPU takes the host's memory as it is, but copies from device to device.
+        factors = jax.device_put(np.asarray(packed.factors), replicated(mesh))
+        return dataclasses.replace(packed, factors=factors)
 
-    def _packed(self, weights: Weights, mesh: Mesh) -> Weights:
+    def _packed(self, weights: Weights, mesh: Mesh, nice: int = 0) -> Weights:
         """`weights` as the steps of `mesh` read them."""
-        if not is_packed(on_mesh(self._backend, mesh.size), self._base.config):
-            return weights
-        return pack_weights(self._base.config, weights)
+        return pack_weights(self._base.config, weights, nice) if self._packs(mesh) else weights
+
+    def _packs(self, mesh: Mesh) -> bool:
+        return is_packed(on_mesh(self._backend, mesh.size), self._base.config)
 
     def _shardings(self, mesh: Mesh) -> dict[str, Any]:
         return weight_shardings(mesh, weight_specs(self._base.config))

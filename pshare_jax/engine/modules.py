@@ -178,8 +178,8 @@ class Modules:
         self, stack: AdapterStack, slot: int, source: ModelSource
     ) -> list[GroupWeights]:
         meshes = [executor.programs.mesh for executor in self._executors]
-        stack.put(slot, self._loader.lora_factors(source, meshes[0]))
-        adapters = self._loader.adapters_on(stack.weights(), meshes)
+        stack.put(slot, self._loader.lora_factors(source, meshes[0]), gentle=True)
+        adapters = self._loader.adapters_on(stack, meshes)
         return [
             dataclasses.replace(executor.weights(BASE), adapters=stacked)
             for executor, stacked in zip(self._executors, adapters, strict=True)

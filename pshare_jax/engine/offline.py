@@ -120,7 +120,8 @@ class Engine:
             for prompt in many
         ]
         tokenizer = self._orchestrator.tokenizer
-        collectors = {request.id: Collector(tokenizer, stop, shown) for request in requests}
+        least = sampling.min_tokens
+        collectors = {r.id: Collector(tokenizer, stop, shown, least) for r in requests}
         indices = {request.id: index for index, request in enumerate(requests)}
         waiting = list(reversed(requests))
         running = 0

@@ -28,7 +28,8 @@ K = TypeVar("K")
 @dataclass(frozen=True)
 class ModelInfo:
     """A served model as clients see it; `tail` is the split rule as its certificate states it,
-    `created` is in Unix seconds, `tokenizer_folder` has its own template and end tokens."""
+    `created` is in Unix seconds, `tokenizer_folder` has its own template and end tokens, and
+    `fingerprint` names its weights; empty for the base's own."""
 
     name: str
     parent: str
@@ -37,6 +38,7 @@ class ModelInfo:
     tail: int | dict[str, Any]
     created: int
     tokenizer_folder: Path | None = None
+    fingerprint: str = ""
 
 
 class ServedModels:
@@ -105,7 +107,7 @@ class ServedModels:
             source = folder
             if not isinstance(source, ModelSource):
                 dtype = compute_dtype(self._config, self._base.config)
-                source = model_source(ModelEntry(name, str(folder)), self._base, dtype)
+                source = model_source(ModelEntry(name, str(folder)), self._base, dtype, gentle=True)
             spec = modules.load(name, source, anew=replace)
             self._names[spec.name] = name
             tell(name, spec)
@@ -163,6 +165,7 @@ class ServedModels:
             source.split_rule.to_json(),
             int(time.time()),
             source.tokenizer_folder,
+            source.certificate.weights_fingerprint if source.certificate else "",
         )
 
 

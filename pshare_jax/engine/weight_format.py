@@ -20,16 +20,16 @@ LoadTensors = Callable[[Mapping[str, Sharding]], Weights]
 """Loads a checkpoint's tensors onto the given shardings."""
 
 
-def loader_of(manifest: Manifest, dtype: object, model: ModelConfig) -> LoadTensors:
+def loader_of(
+    manifest: Manifest, dtype: object, model: ModelConfig, *, gentle: bool = False
+) -> LoadTensors:
     """Loads the tensors of a checkpoint in the form that `model` has, a group at a time.
 
-    Factors of a LoRA module stay as they are.
+    Factors of a LoRA module stay as they are. `gentle` is that of `load_weights`.
     """
-    if model.weight_format == "plain":
-        return lambda shardings: load_weights(manifest, dtype=dtype, shardings=shardings)
-    convert = functools.partial(quantise, model)
+    convert = None if model.weight_format == "plain" else functools.partial(quantise, model)
     return lambda shardings: load_weights(
-        manifest, dtype=dtype, shardings=shardings, convert=convert
+        manifest, dtype=dtype, shardings=shardings, convert=convert, gentle=gentle
     )
 
 

@@ -54,6 +54,7 @@ class SequenceOutput:
         self._eos_token_ids = tokenizer.eos_token_ids
         self._matcher = StopMatcher(params.stop, params.include_stop)
         self._include_stop = params.include_stop
+        self._min_tokens = params.min_tokens
         self._text: list[str] = []
         self._scored: deque[ScoredToken] = deque()
         self._token_ids: list[int] = []
@@ -111,7 +112,8 @@ class SequenceOutput:
 
     def _release(self, decoded: str) -> None:
         self._decoded += len(decoded)
-        self._show(self._matcher.push(decoded))
+        may_end = self.completion_tokens > self._min_tokens
+        self._show(self._matcher.push(decoded, may_end=may_end))
 
     def _show(self, text: str) -> None:
         if text:

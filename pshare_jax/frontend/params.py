@@ -48,7 +48,8 @@ class OutputParams:
     `usage_so_far` puts the usage into every chunk of a stream, `include_usage` into a last one.
     `shown_specials` are special tokens that `skip_special_tokens` spares. Of `best_of` samples the
     `n` most likely ones are answered. `prompt_logprobs` is how many of the most likely tokens are
-    listed for each place in the prompt, or None for no such list.
+    listed for each place in the prompt, or None for no such list. No stop string ends an answer
+    within its first `min_tokens` tokens.
     """
 
     n: int
@@ -64,6 +65,7 @@ class OutputParams:
     shown_specials: tuple[str, ...] = ()
     best_of: int = 1
     prompt_logprobs: int | None = None
+    min_tokens: int = 0
 
     @property
     def prompt_scores(self) -> int | None:
@@ -124,6 +126,7 @@ def output_params(
         usage_so_far=options is not None and bool(options.continuous_usage_stats),
         best_of=best_of,
         prompt_logprobs=prompt_logprobs,
+        min_tokens=_min_tokens(body),
     )
 
 
@@ -208,7 +211,7 @@ def sampling_params(
         logprobs=logprobs,
         stop_token_ids=_stop_token_ids(body.stop_token_ids or [], limits.vocab_size),
         ignore_eos=bool(body.ignore_eos),
-        min_tokens=_bounded("min_tokens", body.min_tokens or 0, 0, 2**31),
+        min_tokens=_min_tokens(body),
         allowed_token_ids=_allowed_token_ids(body.allowed_token_ids, limits.vocab_size),
     )
 
@@ -273,6 +276,10 @@ def check_scored(output: OutputParams, prompt_tokens: int, limits: Limits) -> No
             f"{limits.max_scored_tokens} a request (server.max_scored_tokens)",
             param="logprobs" if output.prompt_logprobs is None else "prompt_logprobs",
         )
+
+
+def _min_tokens(body: GenerationRequest) -> int:
+    return _bounded("min_tokens", body.min_tokens or 0, 0, 2**31)
 
 
 def _best_of(body: CompletionRequest, n: int, max_n: int) -> int:
@@ -351,6 +358,11 @@ def _allowed_token_ids(ids: Sequence[int] | None, vocab_size: int) -> tuple[int,
         return ()
     if not ids:
         raise RequestError("allowed_token_ids must not be empty", param="allowed_token_ids")
+    if len(ids) > vocab_size:
+        raise RequestError(
+            f"allowed_token_ids holds {len(ids)} ids; the model has {vocab_size}",
+            param="allowed_token_ids",
+        )
     check_token_ids(ids, vocab_size, "allowed_token_ids")
     return tuple(sorted(set(ids)))
 

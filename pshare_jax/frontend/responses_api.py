@@ -164,7 +164,8 @@ def _is_complete(message: ChatMessage, following: ChatMessage) -> bool:
 
 def _merge(message: ChatMessage, following: ChatMessage) -> None:
     message.content = following.content or message.content
-    message.reasoning_content = following.reasoning_content or message.reasoning_content
+    thoughts = [message.reasoning_content, following.reasoning_content]
+    message.reasoning_content = "\n".join(text for text in thoughts if text) or None
     message.tool_calls = [*(message.tool_calls or ()), *(following.tool_calls or ())] or None
 
 

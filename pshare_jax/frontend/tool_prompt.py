@@ -53,15 +53,25 @@ def with_tools(
 
 
 def signature(function: Mapping[str, Any]) -> str:
-    """`name(required: type, optional: type = ...): first sentence of the description.`"""
+    """`name(required: type, optional: type = ...): first sentence of the description.`
+
+    Schemas of tools are the client's: what in one is no schema is left out, or of any type.
+    """
     schema = function.get("parameters") or {}
-    required = schema.get("required") or []
+    properties, required = schema.get("properties"), schema.get("required")
+    if not isinstance(required, list):
+        required = []
     parameters = [
-        f"{name}: {value.get('type', 'any')}{'' if name in required else ' = ...'}"
-        for name, value in (schema.get("properties") or {}).items()
+        f"{name}: {_type_of(value)}{'' if name in required else ' = ...'}"
+        for name, value in (properties.items() if isinstance(properties, Mapping) else ())
     ]
-    sentence = (function.get("description") or "").split(". ")[0].rstrip(".")
+    description = function.get("description")
+    sentence = description.split(". ")[0].rstrip(".") if isinstance(description, str) else ""
     return f"{function['name']}({', '.join(parameters)}): {sentence}."
+
+
+def _type_of(schema: Any) -> Any:
+    return schema.get("type", "any") if isinstance(schema, Mapping) else "any"
 
 
 def _with_signatures(messages: list[Message], tools: Sequence[Mapping[str, Any]]) -> list[Message]:

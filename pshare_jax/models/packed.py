@@ -6,9 +6,9 @@ executable serves every module of a shape here too.
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,11 @@ from pshare_jax.kernels.decoder_layer.packing import (
     TARGETS,
     PackedAdapters,
     PackedLayers,
-    pack,
     pad_columns,
     unpack_columns,
 )
-from pshare_jax.kernels.native.library import require_library
+from pshare_jax.kernels.native.library import Library, require_library
+from pshare_jax.kernels.native.loading import aligned, pack_into, packed_size
 from pshare_jax.models.blocks.attention import query_factor
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.decoder import rope_tables, scaled_embedding, scaled_logits
@@ -33,8 +33,8 @@ from pshare_jax.models.registry import family
 from pshare_jax.models.rope import unrotated
 from pshare_jax.models.weights import Weights, check_weights, projection_path
 
-ALIGNMENT = 2 << 20
-"""Bytes: a large memory page. From 64 on JAX takes an array of the host as it is."""
+LARGE_PAGE = 2 << 20
+"""Bytes of a large memory page."""
 
 
 def unsupported(config: ModelConfig) -> str | None:
@@ -64,10 +64,15 @@ def holds_packed(weights: Weights) -> bool:
     return "layers" in weights
 
 
-def pack_weights(config: ModelConfig, weights: Weights) -> Weights:
+def pack_weights(config: ModelConfig, weights: Weights, nice: int = 0) -> Weights:
     """A full module's weights as `PackedDecoder` reads them.
 
     A tied embedding is in memory once, as the packed head; another is kept as it is too.
+
+    Args:
+        config: the decoder's.
+        weights: of `weight_specs(config)`, whole, on a CPU.
+        nice: steps by which the thread that packs has a lower priority, see `native.loading`.
 
     Raises:
         CheckpointError: names the first weight that is missing, unexpected or misshapen.
@@ -75,24 +80,18 @@ def pack_weights(config: ModelConfig, weights: Weights) -> Weights:
     """
     check_weights(config, weights)
     library = require_library()
-    columns = library.panel_columns
     sharding = _replicated(weights["final_norm.scale"].sharding)
     host = {name: np.asarray(weight) for name, weight in weights.items()}
-    rows: list[np.ndarray] = []
-    for i in range(config.num_layers):
-        prefix = f"layers.{i}."
-        own = {n.removeprefix(prefix): w for n, w in host.items() if n.startswith(prefix)}
-        layer = _layer_vectors(columns, config, own), _layer_matrices(columns, config, own)
-        rows = rows or [_aligned((config.num_layers, _length(p)), p[0].dtype) for p in layer]
-        for all_, parts in zip(rows, layer, strict=True):
-            np.concatenate(parts, out=all_[i])
+    layers = [_own(host, i) for i in range(config.num_layers)]
+    rows = _packed([_layer_matrices(own) for own in layers], library, nice)
+    norms = [np.concatenate(_layer_vectors(library.panel_columns, config, own)) for own in layers]
+    vectors = aligned((len(norms), len(norms[0])), np.float32)
+    np.stack(norms, out=vectors)
     tied = config.tie_word_embeddings
     kernel = host["embed.embedding"].T if tied else host["lm_head.kernel"]
-    parts = pack([kernel], columns)
-    head = _aligned((_length(parts),), kernel.dtype)
-    np.concatenate(parts, out=head)
+    head = _packed([[_Block([kernel])]], library, nice)[0]
     scale = _norm_factors(config, host["final_norm.scale"])
-    vectors, matrices, head, scale = jax.device_put([*rows, head, scale], sharding)
+    vectors, matrices, head, scale = jax.device_put([vectors, rows, head, scale], sharding)
     layers = PackedLayers(
         vectors,
         matrices,
@@ -112,16 +111,23 @@ def _replicated(sharding: Sharding) -> Sharding:
     return sharding
 
 
-def _length(parts: Sequence[np.ndarray]) -> int:
-    return sum(len(part) for part in parts)
+class _Block(NamedTuple):
+    """Matrices that are packed together, see `pack_into`."""
+
+    matrices: list[np.ndarray]
+    interleave: bool = False
 
 
-def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An array of any content, in memory that JAX takes as it is, in large pages."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    memory = np.empty(size + ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
-    return memory[start : start + size].view(dtype).reshape(shape)
+def _packed(layers: Sequence[Sequence[_Block]], library: Library, nice: int) -> np.ndarray:
+    """`[layers, n]`: the blocks of each layer, one after the other."""
+    sizes = [packed_size(library, block.matrices) for block in layers[0]]
+    ends = list(itertools.accumulate(sizes))
+    rows = aligned((len(layers), ends[-1]), layers[0][0].matrices[0].dtype, LARGE_PAGE)
+    for row, blocks in zip(rows, layers, strict=True):
+        for block, size, end in zip(blocks, sizes, ends, strict=True):
+            out = row[end - size : end]
+            pack_into(library, block.matrices, out, interleave=block.interleave, nice=nice)
+    return rows
 
 
 def _norm_factors(config: ModelConfig, scale: np.ndarray) -> np.ndarray:
@@ -129,6 +135,12 @@ def _norm_factors(config: ModelConfig, scale: np.ndarray) -> np.ndarray:
 
 
 Named = Mapping[str, np.ndarray]
+
+
+def _own(host: Named, layer: int) -> Named:
+    """The weights of one layer, by their names within it."""
+    prefix = f"layers.{layer}."
+    return {n.removeprefix(prefix): w for n, w in host.items() if n.startswith(prefix)}
 
 
 def _layer_vectors(columns: int, config: ModelConfig, own: Named) -> list[np.ndarray]:
@@ -148,8 +160,8 @@ def _layer_vectors(columns: int, config: ModelConfig, own: Named) -> list[np.nda
     return vectors
 
 
-def _layer_matrices(columns: int, config: ModelConfig, own: Named) -> list[np.ndarray]:
-    """The parts of one layer's row of `PackedLayers.matrices`."""
+def _layer_matrices(own: Named) -> list[_Block]:
+    """The blocks of one layer's row of `PackedLayers.matrices`."""
 
     def matrix(target: str) -> np.ndarray:
         kernel = own[f"{projection_path(target)}.kernel"]
@@ -157,15 +169,20 @@ def _layer_matrices(columns: int, config: ModelConfig, own: Named) -> list[np.nd
         return kernel.reshape((-1, kernel.shape[-1]) if target == "o" else (kernel.shape[0], -1))
 
     return [
-        *pack([matrix(target) for target in "qkv"], columns),
-        *pack([matrix("o")], columns),
-        *pack([matrix("gate"), matrix("up")], columns, interleave=True),
-        *pack([matrix("down")], columns),
+        _Block([matrix(target) for target in "qkv"]),
+        _Block([matrix("o")]),
+        _Block([matrix("gate"), matrix("up")], interleave=True),
+        _Block([matrix("down")]),
     ]
 
 
-def pack_adapters(config: ModelConfig, stacked: Weights) -> PackedAdapters:
+def pack_adapters(config: ModelConfig, stacked: Weights, nice: int = 0) -> PackedAdapters:
     """Adapters of `lora.stack_adapters` as `PackedDecoder` reads them.
+
+    Args:
+        config: the base's.
+        stacked: the adapters, as arrays of a device or of numpy.
+        nice: as of `pack_weights`.
 
     Raises:
         ConfigError: the C++ library cannot be had on this machine.
@@ -174,22 +191,17 @@ def pack_adapters(config: ModelConfig, stacked: Weights) -> PackedAdapters:
     targets = tuple(t for t in TARGETS if f"layers.0.{projection_path(t)}.lora_a" in stacked)
     first = stacked[f"layers.0.{projection_path(targets[0])}.lora_a"]
     num, rank = first.shape[-2:]
-    rows: np.ndarray | None = None
-    for i in range(config.num_layers):
-        paths = [f"layers.{i}.{projection_path(t)}" for t in targets]
-        parts = [
-            part
-            for path in paths
-            for part in _factors(
-                library.panel_columns,
-                np.asarray(stacked[f"{path}.lora_a"]),
-                np.asarray(stacked[f"{path}.lora_b"]),
+    layers = [
+        [
+            block
+            for path in [f"layers.{i}.{projection_path(t)}" for t in targets]
+            for block in _factors(
+                np.asarray(stacked[f"{path}.lora_a"]), np.asarray(stacked[f"{path}.lora_b"])
             )
         ]
-        if rows is None:
-            rows = _aligned((config.num_layers, _length(parts)), parts[0].dtype)
-        np.concatenate(parts, out=rows[i])
-    assert rows is not None
+        for i in range(config.num_layers)
+    ]
+    rows = _packed(layers, library, nice)
     if isinstance(first, jax.Array):
         factors = jax.device_put(rows, _replicated(first.sharding))
     else:
@@ -198,13 +210,14 @@ def pack_adapters(config: ModelConfig, stacked: Weights) -> PackedAdapters:
     return PackedAdapters(factors, num, rank + rank % 2, targets)
 
 
-def _factors(columns: int, a: np.ndarray, b: np.ndarray) -> list[np.ndarray]:
-    """The parts of one target's factors, `[*in, n, r]` and `[n, r, *out]`."""
+def _factors(a: np.ndarray, b: np.ndarray) -> list[_Block]:
+    """The blocks of one target's factors, `[*in, n, r]` and `[n, r, *out]`."""
     num, rank = b.shape[:2]
     both = num * (rank + rank % 2)
-    a = np.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, rank % 2)]).reshape(-1, both)
-    b = np.pad(b, [(0, 0), (0, rank % 2)] + [(0, 0)] * (b.ndim - 2)).reshape(both, -1)
-    return pack([a], columns) + pack([b], columns)
+    if rank % 2:
+        a = np.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, 1)])
+        b = np.pad(b, [(0, 0), (0, 1)] + [(0, 0)] * (b.ndim - 2))
+    return [_Block([a.reshape(-1, both)]), _Block([b.reshape(both, -1)])]
 
 
 class PackedDecoder:

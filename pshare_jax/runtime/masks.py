@@ -128,6 +128,9 @@ class RowMask:
         if self._pending:
             mask[:] = ~_without(self._vocab_size, self._pending[:1])
             return
+        if self._grammar is not None and not self._thinking and self._ends(mask):
+            # The grammar knows the base's end tokens; a module may end with its own.
+            _set(mask, *self._admit.end_token_ids)
         if self._thinking:
             # The answer is still to come.
             mask &= _without(self._vocab_size, (*self._end_ids, *self._admit.end_token_ids))
@@ -161,6 +164,9 @@ class RowMask:
             self._pending = list(self._end_ids[:1])
         elif self._forces:
             self._pending = list(self._grammar.forced())
+
+    def _ends(self, mask: Mask) -> bool:
+        return any(mask[i // 32] >> np.uint32(i % 32) & np.uint32(1) for i in self._end_ids)
 
     def _narrow(self, mask: Mask, allowed: Mask) -> None:
         if (mask & allowed).any():
@@ -238,5 +244,6 @@ def _without(vocab_size: int, ids: Iterable[int]) -> Mask:
     return mask
 
 
-def _set(mask: Mask, token_id: int) -> None:
-    mask[token_id // 32] |= np.uint32(1) << np.uint32(token_id % 32)
+def _set(mask: Mask, *token_ids: int) -> None:
+    for token_id in token_ids:
+        mask[token_id // 32] |= np.uint32(1) << np.uint32(token_id % 32)

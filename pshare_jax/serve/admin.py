@@ -52,11 +52,12 @@ async def load_adapter(request: web.Request) -> web.Response:
             param="lora_name",
         )
     # A thread of its own: it takes seconds, and requests go on meanwhile.
+    before = service.entries.get(body.lora_name) or ModelEntry(body.lora_name, body.lora_path)
     entry = ModelEntry(
         body.lora_name,
         body.lora_path,
-        tool_parser=body.tool_parser or "auto",
-        reasoning=body.reasoning or "auto",
+        tool_parser=body.tool_parser or before.tool_parser,
+        reasoning=body.reasoning or before.reasoning,
     )
     try:
         style = model_format(entry, service.tokenizer.chat_template)
@@ -65,11 +66,10 @@ async def load_adapter(request: web.Request) -> web.Response:
     # Known before anybody can ask for it.
     service.formats.setdefault(body.lora_name, style)
     await asyncio.to_thread(_load, service, body)
-    own = service.engine.tokenizer_of(body.lora_name)
-    if own is not service.tokenizer:
-        service.formats[body.lora_name] = model_format(entry, own.chat_template)
-    elif body.tool_parser or body.reasoning:
-        service.formats[body.lora_name] = style
+    # What replaces a module may have another chat template than that had.
+    own = service.tokenizer_of(body.lora_name)
+    service.formats[body.lora_name] = model_format(entry, own.chat_template)
+    service.entries[body.lora_name] = entry
     service.metrics.add_model(body.lora_name)
     log.info("model %s is served from %s", ascii(body.lora_name), ascii(body.lora_path))
     return web.Response(text=f"Success: LoRA adapter '{body.lora_name}' added successfully.")

@@ -104,10 +104,11 @@ async def plan_chat(
     )
     thoughts = thoughts_before(grammar, model, prompt, service.tokenizer)
     sampling = msgspec.structs.replace(sampling, max_tokens=max_tokens, thoughts=thoughts)
+    [sampling] = await restricted(service, [sampling], body, grammar)
     return ChatPlan(
         body,
         prompt,
-        await restricted(service, sampling, body, grammar),
+        sampling,
         output,
         lambda: model.reader(schemas, prompt.in_reasoning, one_call),
         (model.parser or ToolParser).new_call_id,

@@ -5,6 +5,7 @@ Source: the Fetch standard, https://fetch.spec.whatwg.org/#http-cors-protocol
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 
 from aiohttp import web
@@ -17,6 +18,7 @@ _LIMITS = [
 _EXPOSED = ", ".join(["X-Request-Id", "Retry-After", "Warnings", *_LIMITS])
 _METHODS = "GET, HEAD, POST, OPTIONS"
 _MAX_AGE_SECONDS = "86400"
+_NAMES = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+(?:[ \t]*,[ \t]*[!#$%&'*+.^_`|~0-9A-Za-z-]+)*")
 
 
 def is_preflight(request: web.Request) -> bool:
@@ -34,7 +36,8 @@ def preflight(request: web.Request) -> web.Response:
         "Access-Control-Allow-Methods": _METHODS,
         "Access-Control-Max-Age": _MAX_AGE_SECONDS,
     }
-    if asked := request.headers.get("Access-Control-Request-Headers"):
+    asked = request.headers.get("Access-Control-Request-Headers", "")
+    if _NAMES.fullmatch(asked):  # what a header may not hold cannot be sent back in one
         headers["Access-Control-Allow-Headers"] = asked
     return web.Response(status=204, headers=headers)
 

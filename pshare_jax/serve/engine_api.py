@@ -50,6 +50,11 @@ class ModelInfo(Protocol):
         """Unix seconds."""
         ...
 
+    @property
+    def fingerprint(self) -> str:
+        """Names its weights, the same wherever they are served; empty for the base's own."""
+        ...
+
 
 class Submitter(Protocol):
     """Takes sequences. Both methods return at once."""

@@ -94,6 +94,8 @@ def as_api_error(error: Exception) -> ApiError | None:
             return ApiError(503, str(error), code="engine_dead")
         case GenerationError():
             return ApiError(500, str(error), code="generation_failed")
+        case RecursionError():  # nothing here recurses but over what clients send
+            return ApiError(400, "the request is nested too deeply", code="nested_too_deeply")
         case web.HTTPException():
             return _from_http_exception(error)
         case _:

@@ -163,6 +163,8 @@ async def _branch(service: Service, body: ChatRequest, large: bool, arrival: flo
         plan.new_call_id,
         plan.prompt.token_ids if plan.output.token_ids else None,
         legacy=bool(body.functions),
+        scored_ids=plan.prompt.token_ids,
+        prompt_logprobs=plan.output.prompt_logprobs,
     )
     return _Branch(body.model, plan.job(spelling, arrival))
 

@@ -60,7 +60,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
         )
         for prompt in prompts
     ]
-    sampling = [await restricted(service, each, body, grammar) for each in sampling]
+    sampling = await restricted(service, sampling, body, grammar)
     check_scored(output, sum(len(prompt.token_ids) for prompt in prompts), service.limits)
     echoes = [""] * (len(prompts) * output.n)
     if output.echo:

@@ -24,12 +24,13 @@ class Offload:
     """Threads for work of requests. Tasks wait for their turn in the order they come.
 
     Work of large requests has threads of its own, so that those who send them wait for each other,
-    and nobody else for them.
+    and nobody else for them; and so have grammars that nobody knows yet.
     """
 
     def __init__(self, threads: int):
         self._small = _Pool(threads, "small")
         self._large = _Pool(threads, "large")
+        self._grammars = _Pool(threads, "grammars")
 
     async def run(self, large: bool, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """`work(*args, **kwargs)`, in a thread for `large` work or for small.
@@ -50,10 +51,18 @@ class Offload:
             return await self.run(True, work, *args, **kwargs)
         return work(*args, **kwargs)
 
+    async def compile(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """`work(*args, **kwargs)`, which compiles a grammar: it may take seconds.
+
+        Raises:
+            QueueFullError: too many wait.
+        """
+        return await self._grammars.run(lambda: work(*args, **kwargs))
+
     def close(self) -> None:
         """Drops what has not begun."""
-        self._small.close()
-        self._large.close()
+        for pool in (self._small, self._large, self._grammars):
+            pool.close()
 
 
 class _Pool:

@@ -60,7 +60,8 @@ def _in_responses_words(error: RequestError) -> RequestError:
 
 def _say_ignored_tools(request: web.Request, body: ResponsesRequest) -> None:
     """Agents list tools that OpenAI's servers run, and do without where there are none."""
-    kinds = {str(t.get("type"))[:60] for t in body.tools or () if not responses_api.is_function(t)}
+    tools = [tool.get("type") for tool in body.tools or () if not responses_api.is_function(tool)]
+    kinds = {kind[:60] if isinstance(kind, str) else "unknown" for kind in tools}
     if not kinds:
         return
     if request.app[SERVICE].config.strict:

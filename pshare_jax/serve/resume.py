@@ -22,6 +22,7 @@ from aiohttp import web
 from pshare_jax.core.requests import RequestOutput
 from pshare_jax.serve.errors import ApiError
 from pshare_jax.serve.formats import Heading
+from pshare_jax.serve.service import SERVICE
 
 if TYPE_CHECKING:
     from pshare_jax.serve.generate import Job
@@ -72,7 +73,7 @@ def resumable(request: web.Request, job: Job) -> tuple[Job, StreamPosition | Non
     choices = len(job.prompts) * job.output.best_of
     if not heading.id.startswith(("cmpl-", "chatcmpl-")) or choices > MAX_CHOICES:
         return job, None
-    digest = _digest(job)
+    digest = _digest(job, request.app[SERVICE].model(job.model).fingerprint)
     sent, again = [0] * (choices + 1), ""
     if (last := request.headers.get(HEADER)) is not None:
         found = _EVENT_ID.fullmatch(last)
@@ -81,7 +82,11 @@ def resumable(request: web.Request, job: Job) -> tuple[Job, StreamPosition | Non
             raise ApiError(400, f"{HEADER} is not the id of an event of this server")
         prefix = heading.id.partition("-")[0]
         if found["digest"] != digest or len(counts) != len(sent) or not last.startswith(prefix):
-            raise ApiError(409, f"{HEADER} belongs to another request: send the same body again")
+            raise ApiError(
+                409,
+                f"{HEADER} belongs to another request: send the same body again; or the model has "
+                "been replaced since, whose answer cannot be gone on with",
+            )
         sent, again = counts, f"-{secrets.token_hex(4)}"
         heading = dataclasses.replace(heading, id=found["id"], created=int(found["created"]))
         job.format.heading = heading
@@ -114,9 +119,9 @@ def single_tokens(output: RequestOutput) -> Iterator[RequestOutput]:
         )
 
 
-def _digest(job: Job) -> str:
-    """Of all that an answer depends on."""
-    facts = (job.model, [p.token_ids for p in job.prompts], job.sampling, str(job.output))
+def _digest(job: Job, weights: str) -> str:
+    """Of all that an answer depends on, the fingerprint of the model's weights among it."""
+    facts = (job.model, weights, [p.token_ids for p in job.prompts], job.sampling, str(job.output))
     return hashlib.blake2b(msgspec.json.encode(facts), digest_size=8).hexdigest()
 
 

@@ -58,9 +58,10 @@ class Service:
         self.aliases = {
             alias: entry.name for entry in engine.config.models for alias in entry.aliases
         }
+        self.entries = {entry.name: entry for entry in engine.config.models}
         self.formats = {
-            entry.name: model_format(entry, engine.tokenizer_of(entry.name).chat_template)
-            for entry in engine.config.models
+            name: model_format(entry, engine.tokenizer_of(name).chat_template)
+            for name, entry in self.entries.items()
         }
         self.access = Access(self.config)
         self.metrics = Metrics(engine.models, engine.stats, self.access)

@@ -19,8 +19,8 @@ def session_of(request: web.Request, service: Service, hints: SessionHints) -> S
     """The session of a request, and its hints.
 
     Raises:
-        RequestError: an id that is too long, or two different ones; a time that is none; a model
-            that is not served.
+        RequestError: an id that is too long or no text, or two different ones; a time that is
+            none; a model that is not served.
     """
     header, field = request.headers.get(SESSION_HEADER) or None, hints.session_id or None
     if header is not None and field is not None and header != field:
@@ -33,6 +33,9 @@ def session_of(request: web.Request, service: Service, hints: SessionHints) -> S
             f"session_id may have at most {MAX_ID_CHARS} characters, got {len(id)}",
             param="session_id",
         )
+    if not id.isprintable():
+        # A header may hold any bytes; what is no text could be told to nobody.
+        raise RequestError("session_id must be printable text in UTF-8", param="session_id")
     ttl = hints.ttl or 0.0
     if not 0.0 <= ttl < math.inf:
         raise RequestError(f"ttl must be a number of seconds, 0 or more, got {ttl}", param="ttl")

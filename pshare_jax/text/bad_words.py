@@ -9,6 +9,8 @@ from pshare_jax.errors import RequestError
 MAX_BAD_WORDS = 256
 """Each is looked for in every step."""
 
+MAX_WORD_CHARS = 256
+
 
 def bad_word_ids(
     words: Sequence[str] | None, encode: Callable[[str], Sequence[int]]
@@ -20,7 +22,7 @@ def bad_word_ids(
         encode: token ids of a text, without special tokens around it.
 
     Raises:
-        RequestError: a word without tokens, or too many words.
+        RequestError: a word without tokens or too long a one, or too many words.
     """
     if words is not None and len(words) > MAX_BAD_WORDS:
         raise RequestError(
@@ -28,6 +30,12 @@ def bad_word_ids(
         )
     found: list[tuple[int, ...]] = []
     for word in words or ():
+        if len(word) > MAX_WORD_CHARS:
+            raise RequestError(
+                f"a word of bad_words may have at most {MAX_WORD_CHARS} characters, got "
+                f"{len(word)}",
+                param="bad_words",
+            )
         plain = tuple(encode(word))
         if not plain:
             raise RequestError("bad_words must hold no empty word", param="bad_words")

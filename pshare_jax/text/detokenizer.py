@@ -79,19 +79,26 @@ class StopMatcher:
         self._held = ""
         self.matched: str | None = None
 
-    def push(self, text: str) -> str:
-        """The text that is now safe to return; none after a match."""
+    def push(self, text: str, *, may_end: bool = True) -> str:
+        """The text that is now safe to return; none after a match.
+
+        A stop string whose last character is in a text that may not end is text as any other.
+        """
         if self.matched is not None:
             return ""
         if not self._patterns:
             return text
         text, held = self._held + text, len(self._held)
         for position in range(held, len(text)):
-            if stop := self._advance(text[position]):
+            if (stop := self._advance(text[position])) and may_end:
                 self.matched, self._held = stop, ""
                 end = position + 1
                 return text[: end if self._include else end - len(stop)]
-        safe = len(text) - max(self._states)
+        held = max(
+            state if state < len(stop) else failure[-1]
+            for state, (stop, failure) in zip(self._states, self._patterns, strict=True)
+        )
+        safe = len(text) - held
         self._held = text[safe:]
         return text[:safe]
 
@@ -104,6 +111,8 @@ class StopMatcher:
         found = None
         for index, (stop, failure) in enumerate(self._patterns):
             state = self._states[index]
+            if state == len(stop):  # it came where the text might not end
+                state = failure[-1]
             while state and stop[state] != char:
                 state = failure[state - 1]
             if stop[state] == char:

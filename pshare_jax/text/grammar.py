@@ -13,6 +13,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
@@ -20,7 +21,8 @@ from llguidance.numpy import fill_next_token_bitmask_par
 from numpy.typing import NDArray
 
 from pshare_jax.core.constraints import GrammarSpec
-from pshare_jax.errors import PshareError, RequestError
+from pshare_jax.errors import PshareError, QueueFullError, RequestError
+from pshare_jax.text.grammar_trial import NoThreadError, Trial, Vocabulary, on_a_deep_stack
 from pshare_jax.text.tokenizer import Tokenizer
 
 # Models fall into endless white space where any is allowed: one space, or a new line with its
@@ -37,6 +39,9 @@ JSON_OPTIONS = {
 """How JSON is to be written, and read from schemas; llguidance's options."""
 
 _SILENT = 0
+
+_TRIAL_SECONDS = 1.0
+"""More processor time than compiling may take, for what a process has to do besides."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,7 @@ class GrammarCompiler:
         tokenizer: the base's tokenizer, which all models share.
         limits: how much of a grammar is taken.
         cache_entries: how many compiled grammars are kept, besides those that are held.
+        trial: whether each is compiled in a process of its own first, see `grammar_trial`.
 
     Attributes:
         end_ids: tokens that end a text.
@@ -89,6 +95,8 @@ class GrammarCompiler:
         tokenizer: Tokenizer,
         limits: GrammarLimits | None = None,
         cache_entries: int = 128,
+        *,
+        trial: bool = False,
     ):
         self.limits = limits or GrammarLimits()
         self._cache_entries = cache_entries
@@ -97,16 +105,20 @@ class GrammarCompiler:
         self._held: Counter[GrammarSpec] = Counter()
         self._lock = threading.Lock()
         self._words = -(-tokenizer.vocab_size // 32)
+        vocabulary = _Vocabulary(tokenizer)
         self._tokenizer = LLTokenizer(
-            TokenizerWrapper(_Vocabulary(tokenizer)), eos_token=list(tokenizer.eos_token_ids)
+            TokenizerWrapper(vocabulary), eos_token=list(tokenizer.eos_token_ids)
         )
-        self._parser_limits = LLParserLimits(
-            max_grammar_size=self.limits.max_symbols,
-            max_lexer_states=self.limits.max_lexer_states,
-            initial_lexer_fuel=self.limits.compile_fuel,
-            step_lexer_fuel=self.limits.step_fuel,
-            verbose_errors=False,
-        )
+        parser_limits: dict[str, Any] = {
+            "max_grammar_size": self.limits.max_symbols,
+            "max_lexer_states": self.limits.max_lexer_states,
+            "initial_lexer_fuel": self.limits.compile_fuel,
+            "step_lexer_fuel": self.limits.step_fuel,
+            "verbose_errors": False,
+        }
+        self._parser_limits = LLParserLimits(**parser_limits)
+        seconds = self.limits.compile_seconds + _TRIAL_SECONDS
+        self._trial = Trial(vocabulary, self.end_ids, parser_limits, seconds) if trial else None
 
     def compile(self, spec: GrammarSpec, param: str) -> GrammarState:
         """The start of an answer that follows `spec`.
@@ -116,12 +128,23 @@ class GrammarCompiler:
         Raises:
             RequestError: the grammar is not valid, uses what is not supported (which is named), or
                 is too complex; `param` is the field that it came from.
+            QueueFullError: there is no thread for it now.
         """
         with self._lock:
             if spec in self._cache:
                 self._cache.move_to_end(spec)
                 return GrammarState(self._cache[spec].deep_copy(), self._words)
-        matcher = self._compile(spec, param)
+        source = _valid_source(spec, param)
+        if self._trial is not None and not self._trial.survives(source):
+            raise RequestError(
+                f"{param}: the grammar takes too much time or memory to compile",
+                param=param,
+                code="unsupported_grammar",
+            )
+        try:
+            matcher = on_a_deep_stack(lambda: self._compile(source, param))
+        except NoThreadError as error:
+            raise QueueFullError(f"no thread to compile a grammar: {error}") from error
         with self._lock:
             self._cache[spec] = matcher
             self._forget()
@@ -164,12 +187,10 @@ class GrammarCompiler:
         """How many compiled grammars are kept now."""
         return len(self._cache)
 
-    def _compile(self, spec: GrammarSpec, param: str) -> LLMatcher:
+    def _compile(self, source: str, param: str) -> LLMatcher:
         # Of this thread: what else the machine does must not refuse a grammar.
         start = time.thread_time()
-        matcher = LLMatcher(
-            self._tokenizer, _source(spec), log_level=_SILENT, limits=self._parser_limits
-        )
+        matcher = LLMatcher(self._tokenizer, source, log_level=_SILENT, limits=self._parser_limits)
         if not matcher.is_error():
             # The first mask builds what a complex expression needs most of; a text that is forced
             # without end is an error too.
@@ -300,27 +321,20 @@ def _too_complex(matcher: LLMatcher) -> str:
     return f"the grammar became too complex: {_reason(matcher)}"
 
 
-class _Vocabulary:
+class _Vocabulary(Vocabulary):
     """The tokenizer as llguidance wants it: what each token stands for, by this package's table."""
-
-    bos_token_id = None
 
     def __init__(self, tokenizer: Tokenizer):
         if not tokenizer.eos_token_ids:
             raise PshareError("a grammar needs a tokenizer with an end token")
         self._tokenizer = tokenizer
-        self.eos_token_id = tokenizer.eos_token_ids[0]
-        self.tokens: Sequence[bytes] = [
-            tokenizer.token_bytes(token_id) for token_id in range(tokenizer.vocab_size)
-        ]
+        ids = range(tokenizer.vocab_size)
         special = tokenizer.special_ids | {*tokenizer.eos_token_ids}
-        self.special_token_ids = sorted(special)
-        self._ids = {
-            token: token_id
-            for token_id, token in enumerate(self.tokens)
-            if token and token_id not in special
-        }
-        self._longest = max(map(len, self._ids), default=1)
+        super().__init__(
+            [tokenizer.token_bytes(token_id) for token_id in ids],
+            tokenizer.eos_token_ids[0],
+            sorted(special),
+        )
 
     def __call__(self, text: str | bytes) -> list[int]:
         """Token ids of `text`: the tokenizer's, if they stand for it, else the longest ones.
@@ -331,19 +345,17 @@ class _Vocabulary:
         ids = self._tokenizer.encode(data.decode(errors="replace"), add_special_tokens=False)
         if b"".join(self.tokens[token_id] for token_id in ids) == data:
             return ids
-        return self._longest_first(data)
+        return super().__call__(data)
 
-    def _longest_first(self, data: bytes) -> list[int]:
-        ids, start = [], 0
-        while start < len(data):
-            for end in range(min(len(data), start + self._longest), start, -1):
-                if (token_id := self._ids.get(data[start:end])) is not None:
-                    ids.append(token_id)
-                    start = end
-                    break
-            else:
-                start += 1  # no token has this byte: llguidance forces nothing then
-        return ids
+
+def _valid_source(spec: GrammarSpec, param: str) -> str:
+    """`_source`, or RequestError for what llguidance does not read at all."""
+    try:
+        return _source(spec)
+    except ValueError as error:
+        raise RequestError(
+            f"{param}: the grammar cannot be used: {error}", param=param, code="unsupported_grammar"
+        ) from error
 
 
 def _source(spec: GrammarSpec) -> str:

@@ -75,12 +75,12 @@ def from_structured_outputs(
         case _:
             if not isinstance(item, str) or not item:
                 raise RequestError(f"{where} must be a text", param=where)
-            return GrammarSpec(kind, _bounded(item, limits, where))
+            return GrammarSpec(kind, bounded(item, limits, where))
 
 
 def _schema_text(schema: Any, limits: GrammarLimits, where: str) -> str:
     if isinstance(schema, str):
-        _bounded(schema, limits, where)
+        bounded(schema, limits, where)
         try:
             schema = json.loads(schema)
         except (ValueError, RecursionError) as error:
@@ -90,7 +90,7 @@ def _schema_text(schema: Any, limits: GrammarLimits, where: str) -> str:
     if not isinstance(schema, Mapping):
         raise RequestError(f"{where} must be an object", param=where)
     check_schema(schema, limits, where)
-    return _bounded(json.dumps(schema, ensure_ascii=False), limits, where)
+    return bounded(json.dumps(schema, ensure_ascii=False), limits, where)
 
 
 def check_schema(schema: Mapping[str, Any], limits: GrammarLimits, where: str) -> None:
@@ -118,10 +118,11 @@ def _choices_text(choices: Any, limits: GrammarLimits, where: str) -> str:
         raise RequestError(f"{where} must be a list of texts", param=where)
     if not 1 <= len(choices) <= limits.max_choices:
         raise RequestError(f"{where} must hold 1 to {limits.max_choices} texts", param=where)
-    return _bounded(json.dumps(choices, ensure_ascii=False), limits, where)
+    return bounded(json.dumps(choices, ensure_ascii=False), limits, where)
 
 
-def _bounded(text: str, limits: GrammarLimits, where: str) -> str:
+def bounded(text: str, limits: GrammarLimits, where: str) -> str:
+    """`text`, or RequestError if it is too long, or no Unicode."""
     if len(text) > limits.max_chars:
         raise RequestError(
             f"{where} has {len(text)} characters; at most {limits.max_chars} are taken", param=where

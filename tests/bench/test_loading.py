@@ -25,12 +25,14 @@ def test_table():
     gaps = {"count": 9, "median": 20.4, "p99": 31.0, "max": 40.0}
     result = {
         "gaps": {IDLE: gaps, LOADING: {**gaps, "max": 55.0}},
+        "gaps_by_module": {"a": {**gaps, "median": 30.0}},
         "load_seconds": {"a": [1.0, 3.0]},
         "compiles": 0,
     }
     assert lines(result)[2:] == [
         "| idle | 20 | 31 | 40 |",
         "| loading | 20 | 31 | 55 |",
+        "| a | 30 | 31 | 40 |",
         "\na: loaded in 2.0 s",
         "\nCompilations: 0",
     ]

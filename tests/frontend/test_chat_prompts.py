@@ -109,3 +109,22 @@ def test_a_models_format_is_configured_or_detected(entry, template, expected):
 def test_an_unknown_parser_is_a_configuration_error():
     with pytest.raises(ConfigError, match="no tool parser 'nope'"):
         model_format(ModelEntry("m", tool_parser="nope"), PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("function", "line"),
+    [
+        (
+            {"parameters": {"properties": {"a": True, "b": {"type": 5}}}},
+            "f(a: any = ..., b: 5 = ...): .",
+        ),
+        ({"parameters": {"properties": ["a"], "required": {"a": 1}}}, "f(): ."),
+        ({"parameters": {"properties": {"a": {}}, "required": 7}}, "f(a: any = ...): ."),
+        ({"description": 5}, "f(): ."),
+        ({"description": ["a. b"], "parameters": {"required": None}}, "f(): ."),
+    ],
+)
+def test_signatures_of_tools_whose_schemas_are_none(plain, function, line):
+    tool = {"type": "function", "function": {"name": "f", **function}}
+    text = rendered(plain, HISTORY[:1], [tool], "pythonic")
+    assert text.startswith(f"[user]{line}\n")

@@ -59,6 +59,12 @@ def tagged(*calls: str) -> str:
 W = ["get_weather", WEATHER]
 CASES = [
     # (parser, text, content, calls)
+    (
+        "hermes",
+        tagged('{"name": "get", "arguments": {"code": "a\n\tb\\n", "n": 1\n}}'),
+        "",
+        [["get", '{"code": "a\\n\\tb\\n", "n": 1\n}']],
+    ),
     ("hermes", "just text", "just text", []),
     ("hermes", "a < b <tool", "a < b <tool", []),
     ("hermes", tagged(call("get_weather", WEATHER)), "", [W]),
@@ -118,6 +124,13 @@ CASES = [
         "",
         [W, ["noop", "{}"]],
     ),
+    (
+        "mistral",
+        f"[TOOL_CALLS]get_weather[CALL_ID]aB3dE6gH9[ARGS]{WEATHER}[TOOL_CALLS]noop[CALL_ID]x{{}}",
+        "",
+        [W, ["noop", "{}"]],
+    ),
+    ("mistral", "[TOOL_CALLS]noop[CALL_ID]x", "[TOOL_CALLS]noop[CALL_ID]x", []),
     ("mistral", f"[TOOL_CALLS]get_weather{WEATHER}", "", [W]),
     ("mistral", "[TOOL_CALLS]what is this", "[TOOL_CALLS]what is this", []),
     ("mistral", "a [TOOL_CALLS] b", "a [TOOL_CALLS] b", []),
@@ -162,7 +175,8 @@ def test_the_parts_of_an_answer(name, text, content, calls):
 @given(data=st.data())
 def test_any_text_is_read_the_same_however_cut(name, data):
     alphabet = st.sampled_from(
-        ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>", "get", "noop",
+        ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]",
+         "<|python_tag|>", "get", "noop",
          '{"name": "get", "arguments": {}}', '"name"', '"arguments"', "{", "}", "[", "]", "(", ")",
          '"', "\\", ":", ",", " ", "\n", "x", "=", "1", "'"]
     )  # fmt: skip
@@ -241,3 +255,15 @@ def test_a_parser_can_be_added():
         register("shouting", Hermes)
     with pytest.raises(ConfigError, match="no tool parser 'x'; there are hermes, llama3_json"):
         parser_named("x")
+
+
+@pytest.mark.parametrize("name", ["hermes", "llama3_json", "mistral", "pythonic"])
+@pytest.mark.parametrize("filler", [" ", "[", ";", "\n ["])
+def test_separators_without_end_take_no_quadratic_time(name, filler):
+    """A model may fall into endless white space, and a token of it may be a hundred characters."""
+    opening = {"hermes": "<tool_call>", "mistral": "[TOOL_CALLS]"}.get(name, "")
+    text = opening + filler * (600_000 // len(filler))
+    assert read(name, text).text == text
+    called = opening + filler * 3 + ("noop()" if name == "pythonic" else call("noop", "{}"))
+    if name != "pythonic" or ";" not in filler:
+        assert read(name, called, list(range(len(called)))) == read(name, called)

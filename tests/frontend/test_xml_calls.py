@@ -13,6 +13,7 @@ from llguidance import LLMatcher, LLTokenizer
 from pshare_jax.errors import RequestError
 from pshare_jax.frontend.tool_calls import detect, parser_named
 from pshare_jax.frontend.tool_calls.grammars import calls_grammar
+from pshare_jax.frontend.tool_calls.parts import CallArguments
 from pshare_jax.text.grammar import GrammarLimits
 from tests.frontend.test_tool_calls import Result
 
@@ -234,3 +235,16 @@ def test_what_bare_text_cannot_be_held_to_is_refused(keyword):
     schema = {"properties": {"path": {"type": "string", keyword: "date"}}}
     with pytest.raises(RequestError, match=f"'path' is bare text .* {keyword!r}"):
         grammar(schema)
+
+
+def test_references_without_end_are_followed_once():
+    """A schema of a few lines that refers to itself in fifty ways, in four places."""
+    many = {"anyOf": [{"$ref": f"#/$defs/d{n}"} for n in range(50)]}
+    schema = {
+        "properties": {"line": {"$ref": "#/$defs/d0"}},
+        "$defs": {f"d{n}": many for n in range(49)} | {"d49": {"type": "integer"}},
+    }
+    parser = parser_named("qwen3_coder")({"edit": schema})
+    parts = parser.push(edit(line="7")) + parser.finish()
+    told = "".join(part.text for part in parts if isinstance(part, CallArguments))
+    assert told == '{"line": 7}'

@@ -178,3 +178,21 @@ def test_what_goes_wrong_is_the_rows_alone(masks: Masks, tokenizer: Tokenizer) -
         Masks(10).admit(
             Admit(0, 0, PROMPT, 3, SamplingParams(grammar=GrammarSpec("regex", "x")), 0)
         )
+
+
+def test_a_module_may_end_with_its_own_token_where_the_grammar_may_end(
+    masks: Masks, tokenizer: Tokenizer
+) -> None:
+    """The grammar knows the base's alone, and would have the module go on for ever."""
+    own, base = 9, tokenizer.eos_token_ids[0]
+    letter = tokenizer.encode("a", False)[0]
+    one = row(masks, ends=(base, own), grammar=GrammarSpec("regex", "[ab]+"))
+    assert not {own, base} & allowed(masks, one)[0]
+    one.accept(letter)
+    assert {own, base, letter} <= allowed(masks, one)[0]
+    later = row(masks, ends=(base, own), grammar=GrammarSpec("regex", "[ab]+"), min_tokens=3)
+    later.accept(letter)
+    assert not {own, base} & allowed(masks, later)[0]
+    one.accept(own)
+    assert one.error is None
+    assert one.matcher is None

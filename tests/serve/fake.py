@@ -36,6 +36,7 @@ class FakeModelInfo:
     kind: str = "identity"
     tail: int = TAIL
     created: int = 1_700_000_000
+    fingerprint: str = ""
 
 
 @dataclass

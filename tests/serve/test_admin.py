@@ -64,18 +64,36 @@ def test_in_place(client, root):
 
 def test_how_it_writes_calls(client):
     """As said when it was loaded; else as before, or as the chat template tells."""
-    for fields, parser in (
-        ({}, None),
-        ({"tool_parser": "pythonic", "reasoning": "on"}, "Pythonic"),
-        ({}, "Pythonic"),
-        ({"tool_parser": "none"}, None),
+    for fields, parser, reasoning in (
+        ({}, None, False),
+        ({"tool_parser": "pythonic", "reasoning": "on"}, "Pythonic", True),
+        ({}, "Pythonic", True),
+        ({"tool_parser": "none"}, None, True),
+        ({"reasoning": "auto"}, None, False),
     ):
         assert load(client, "coder", name="caller", load_inplace=True, **fields).status == 200
         style = client.server.service.formats["caller"]
         assert (style.parser and style.parser.__name__) == parser
-        assert style.reasoning == ("reasoning" in fields or (not fields and parser is not None))
+        assert style.reasoning == reasoning
     answer = load(client, "coder", name="caller", load_inplace=True, tool_parser="morse")
     assert (answer.status, answer.error["param"]) == (400, "tool_parser")
+
+
+def test_what_takes_a_modules_place_writes_calls_as_its_own_template_says(client, tmp_path):
+    (tmp_path / "chat_template.jinja").write_text("{% if tools %}func_name1({% endif %}")
+    own, formats = client.engine.tokenizer.of_module(tmp_path), client.server.service.formats
+    client.engine.tokenizers["changing"] = own
+    assert load(client, "coder", name="changing").status == 200
+    assert formats["changing"].parser.__name__ == "Pythonic"
+    del client.engine.tokenizers["changing"]
+    assert load(client, "coder", name="changing", load_inplace=True).status == 200
+    assert formats["changing"] == formats["planner"]
+    # What was said of it by name stays.
+    client.engine.tokenizers["changing"] = own
+    fields = {"load_inplace": True, "tool_parser": "mistral"}
+    assert load(client, "coder", name="changing", **fields).status == 200
+    assert load(client, "coder", name="changing", load_inplace=True).status == 200
+    assert formats["changing"].parser.__name__ == "Mistral"
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,17 @@ HOSTILE = {
             }
         ).encode(),
     ),
+    "a word": (
+        "/v1/completions",
+        json.dumps({"model": "planner", "prompt": "x", "bad_words": ["ab" * 2_000_000]}).encode(),
+    ),
+    "allowed ids": (
+        "/v1/completions",
+        json.dumps(
+            {"model": "planner", "prompt": "x", "allowed_token_ids": [7] * 780_000},
+            separators=(",", ":"),
+        ).encode(),
+    ),
     "quotes": ("/v1/completions", b'{"model": "planner", "prompt": "' + b'\\"' * 2_000_000),
 }
 
@@ -154,6 +165,12 @@ def test_a_hostile_body_is_refused_at_once_and_holds_nobody_up(server, name):
         assert answer.status == 400, answer.body[:300]
 
     check_nobody_waits(server, send)
+
+
+def test_words_are_tokenised_once_for_all_prompts(server):
+    words = [f"{n:x} a word that is no word" for n in range(256)]
+    body = {"model": "planner", "prompt": ["x"] * 250, "max_tokens": 1, "bad_words": words}
+    check_nobody_waits(server, lambda: server.post("/v1/completions", body))
 
 
 def test_a_long_text_is_tokenised_beside_the_loop(server):

@@ -156,3 +156,10 @@ def test_it_is_json_and_has_tools_and_samples_of_each_model(client: Client) -> N
     answer = fan_out(client, ["planner", "coder"], n=2, tools=[tool])
     assert answer.headers["Content-Type"].startswith("application/json")
     assert [len(part["choices"]) for part in json.loads(answer.body)["answers"]] == [2, 2]
+
+
+def test_each_model_lists_the_log_probabilities_of_the_prompt(client: Client) -> None:
+    body = fan_out(client, prompt_logprobs=0, max_tokens=1).json
+    for part in body["answers"]:
+        assert len(part["prompt_logprobs"]) == part["usage"]["prompt_tokens"]
+        assert part["prompt_logprobs"][0] is None

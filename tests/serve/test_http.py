@@ -226,6 +226,17 @@ class TestCors:
         assert "POST" in answer.headers["Access-Control-Allow-Methods"]
         assert answer.headers["Vary"] == "Origin"
 
+    @pytest.mark.parametrize("asked", ["x-\xff", "a b", "", "x: y", "ü"])
+    def test_a_preflight_that_names_no_headers_gets_none(self, server, asked):
+        headers = {
+            "Origin": "https://app.example",
+            "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": asked,
+        }
+        answer = server.request("OPTIONS", "/v1/chat/completions", headers=headers)
+        assert answer.status == 204
+        assert "Access-Control-Allow-Headers" not in answer.headers
+
     @pytest.mark.parametrize("path", ["/v1/models", "/nowhere"])
     def test_answers_and_errors_may_be_read(self, server, path):
         answer = server.get(path, Origin="https://app.example")

@@ -3,6 +3,7 @@
 import openai
 import pytest
 
+from pshare_jax.frontend.responses_api import _messages
 from pshare_jax.text.tokenizer import Tokenizer
 from tests.serve.fake import fake_config, fake_engine
 from tests.serve.server import running_server
@@ -201,3 +202,10 @@ def test_what_is_refused(server, fields, param, message):
     assert answer.status in (400, 404)
     assert answer.error["param"] == param
     assert message in answer.error["message"]
+
+
+def test_all_thoughts_of_a_turn_are_kept():
+    thoughts = [{"type": "reasoning", "id": f"rs_{t}", "summary": [], "content": [
+        {"type": "reasoning_text", "text": t}]} for t in ("first", "second")]  # fmt: skip
+    [message] = _messages([*thoughts, {"role": "assistant", "content": "said"}])
+    assert (message.reasoning_content, message.content) == ("first\nsecond", "said")

@@ -124,6 +124,19 @@ def test_another_body_is_refused(two: tuple[Client, Client], change: dict[str, A
     assert "send the same body again" in answer.error["message"]
 
 
+def test_the_answer_of_a_module_that_was_replaced_is_not_gone_on_with(tokenizer: Tokenizer) -> None:
+    """Its other half would be by other weights, and nobody would know."""
+    body = {"model": "coder", "prompt": "mine", "stream": True, "max_tokens": 9}
+    engine = frontend(tokenizer, 1)
+    with running_server(engine) as client:
+        last = stream(client, "/v1/completions", body)[1][0]
+        assert client.post("/v1/completions", body, **{"Last-Event-ID": last}).status == 200
+        engine.models["coder"] = replace(engine.models["coder"], fingerprint="another")
+        answer = client.post("/v1/completions", body, **{"Last-Event-ID": last})
+    assert answer.status == 409
+    assert "has been replaced" in answer.error["message"]
+
+
 def test_one_process_gives_no_ids(client: Client) -> None:
     """Streams are as they were, and the header means nothing."""
     body = {"model": "planner", "prompt": "x", "stream": True}

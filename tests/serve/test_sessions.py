@@ -83,3 +83,14 @@ def test_a_header_and_a_field_must_not_differ(client: Client) -> None:
     assert (answer.status, answer.error["param"]) == (400, "session_id")
     assert ask(client, "/v1/completions", {"X-Session-Id": "a"}, session_id="a").status == 200
     assert ask(client, "/v1/completions", {"X-Session-Id": ""}, session_id=None).status == 200
+
+
+def test_an_id_of_any_bytes_is_refused_and_one_of_any_text_is_not(client: Client) -> None:
+    """It is shown on the page at `/ui` and goes to other processes, as text."""
+    for id in ("s\xff", "a\tb"):
+        answer = ask(client, "/v1/completions", {"X-Session-Id": id})
+        assert (answer.status, answer.error["param"]) == (400, "session_id")
+    id = "Zürich 🙂"
+    headers = {"X-Session-Id": id.encode().decode("latin-1")}
+    assert ask(client, "/v1/completions", headers).status == 200
+    assert client.engine.submitted[-1].session.id == id

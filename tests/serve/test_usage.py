@@ -1,3 +1,5 @@
+import dataclasses
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -75,3 +77,17 @@ def test_no_more_sequences_than_the_server_holds(tokenizer):
         assert answer.status == 400
         assert "38 sequences; the server holds 36" in answer.error["message"]
         assert client.engine.submitted == []
+
+
+def test_no_stop_string_ends_an_answer_of_fewer_tokens_than_asked_for(tokenizer):
+    ids = tokenizer.encode("hello world hello world", False)
+    second = next(n for n in range(len(ids)) if tokenizer.decode(ids[:n]).count("world") == 1)
+    for least, text, count in ((0, "hello ", second), (second, "hello world hello ", len(ids))):
+        params = dataclasses.replace(PLAIN, stop=("world",), min_tokens=least)
+        sequence = SequenceOutput(tokenizer, params)
+        for token_id in ids:
+            if sequence.finish_reason is None:
+                sequence.feed(RequestOutput("x", token_ids=(token_id,)))
+        piece = sequence.take()
+        assert (piece.text, sequence.stop_reason) == (text, "world")
+        assert sequence.completion_tokens == count

@@ -95,6 +95,28 @@ def test_stop_strings_are_found_however_the_text_is_cut(pieces, stops, include):
     assert (result, matcher.matched) == reference_stop("".join(pieces), stops, include)
 
 
+@given(
+    early=st.text("ab", max_size=8),
+    pieces=st.lists(st.text("abc", max_size=4), max_size=8),
+    stops=stop_strings,
+    include=st.booleans(),
+)
+def test_a_stop_string_counts_where_its_last_character_may_end_the_text(
+    early, pieces, stops, include
+):
+    matcher = StopMatcher(stops, include)
+    released = [matcher.push(char, may_end=False) for char in early]
+    assert matcher.matched is None
+    released += [matcher.push(piece) for piece in pieces]
+    text, expected = early + "".join(pieces), (early + "".join(pieces), None)
+    for end in range(len(early) + 1, len(text) + 1):
+        if found := [stop for stop in stops if text[:end].endswith(stop)]:
+            stop = max(found, key=len)
+            expected = text[: end if include else end - len(stop)], stop
+            break
+    assert ("".join(released) + matcher.finish(), matcher.matched) == expected
+
+
 @given(pieces=st.lists(st.text("abc", max_size=4), max_size=12), stops=stop_strings)
 def test_text_is_held_back_only_while_it_may_become_a_stop_string(pieces, stops):
     matcher = StopMatcher(stops)

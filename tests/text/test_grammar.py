@@ -1,8 +1,11 @@
 """Random answers under grammars: whatever is sampled, every finished answer follows its grammar."""
 
+import contextlib
+import itertools
 import json
 import random
 import re
+import threading
 import time
 from pathlib import Path
 
@@ -13,9 +16,9 @@ from tokenizers import Tokenizer as HfTokenizer
 from tokenizers.trainers import BpeTrainer
 
 from pshare_jax.core.constraints import GrammarSpec
-from pshare_jax.errors import RequestError
+from pshare_jax.errors import QueueFullError, RequestError
 from pshare_jax.frontend import tool_prompt
-from pshare_jax.text import grammar, grammar_spec
+from pshare_jax.text import grammar, grammar_spec, grammar_trial
 from pshare_jax.text.grammar import GrammarCompiler, GrammarError, GrammarLimits
 from pshare_jax.text.tokenizer import Tokenizer
 from tests.text.random_answers import allowed, sample
@@ -306,3 +309,110 @@ def test_the_cache_is_bounded(tokenizer):
         compiler.compile(GrammarSpec("choice", json.dumps([f"h{number}"])), "choice")
     assert compiler.cached == 3
     assert [json.loads(spec.source)[0] for spec in compiler._cache] == ["h2", "h0", "h3"]
+
+
+def _names(count: int) -> list[str]:
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    return ["".join(name) for name in itertools.islice(itertools.product(letters, repeat=3), count)]
+
+
+def _rules_in_a_row(count: int) -> str:
+    names = _names(count + 1)
+    lines = [f"{name}:{following}" for name, following in itertools.pairwise(names)]
+    return "\n".join([f"start:{names[0]}", *lines, f'{names[-1]}:"b"'])
+
+
+def _nested_rules_in_a_row(count: int) -> str:
+    names = _names(count + 1)
+    pairs = itertools.pairwise(names)
+    lines = [f"{name}:{'(' * 8}{following}{')?' * 8}" for name, following in pairs]
+    return "\n".join([f"start:{names[0]}", *lines, f'{names[-1]}:"b"'])
+
+
+def _references_in_a_row(count: int) -> str:
+    names = _names(count + 1)
+    defs = {n: {"items": {"$ref": f"#/$defs/{f}"}} for n, f in itertools.pairwise(names)}
+    schema = {"$ref": f"#/$defs/{names[0]}", "$defs": {**defs, names[-1]: {"type": "null"}}}
+    return json.dumps(schema, separators=(",", ":"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("lark", _rules_in_a_row(8000)),
+        ("lark", _nested_rules_in_a_row(2000)),
+        ("json_schema", _references_in_a_row(1500)),
+    ],
+    ids=["rules", "nested-rules", "references"],
+)
+def test_no_grammar_is_so_deep_that_the_process_ends(tokenizer, kind, text):
+    """On a thread's usual stack of 8 MiB each of these ends it by SIGSEGV."""
+    limits = GrammarLimits(compile_seconds=60)
+    assert len(text) <= limits.max_chars
+    with contextlib.suppress(RequestError):
+        GrammarCompiler(tokenizer, limits).compile(GrammarSpec(kind, text), "grammar")
+
+
+def test_a_thread_that_is_not_to_be_had_is_said(tokenizer, monkeypatch):
+    def start(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(QueueFullError, match="no thread to compile"):
+        GrammarCompiler(tokenizer).compile(GrammarSpec("regex", "a"), "grammar")
+    assert threading.stack_size() == 0
+
+
+@pytest.fixture(scope="module")
+def tried(tokenizer):
+    limits = GrammarLimits(compile_seconds=0.5)
+    return GrammarCompiler(tokenizer, limits, trial=True)
+
+
+def test_a_grammar_that_takes_for_ever_is_refused_and_the_next_one_is_taken(tried):
+    """Two kilobytes of schema: to say what is wrong with them takes 2^40 steps."""
+    patterns = [{"pattern": f"a{{{n}}}b*"} for n in range(40)]
+    spec = GrammarSpec("json_schema", json.dumps({"allOf": patterns}))
+    for _ in range(2):
+        with pytest.raises(RequestError, match="response_format: the grammar takes too much time"):
+            tried.compile(spec, "response_format")
+        assert tried.compile(GrammarSpec("regex", "ab*"), "grammar")
+    with pytest.raises(RequestError, match="unknown name"):
+        tried.compile(GrammarSpec("lark", "start: nothing"), "grammar")
+
+
+def test_a_grammar_that_ends_the_process_that_tries_it_is_refused(tried):
+    assert tried.compile(GrammarSpec("regex", "b+"), "grammar")
+    process = tried._trial._process
+    process.kill()
+    process.wait()
+    # One that has ended before is none that the grammar has ended.
+    assert tried.compile(GrammarSpec("regex", "c+"), "grammar")
+    other = tried._trial._process
+    assert other is not process
+    other.kill()
+    other.wait()
+    assert not tried._trial._compiles(other, "{}")
+
+
+def test_without_a_process_there_is_no_trial(tokenizer, monkeypatch, caplog):
+    monkeypatch.setattr(grammar_trial.sys, "executable", "/no/such/python")
+    compiler = GrammarCompiler(tokenizer, trial=True)
+    for text in ("a", "b"):
+        assert compiler.compile(GrammarSpec("regex", text), "grammar")
+    assert len([r for r in caplog.records if "without a trial" in r.message]) == 1
+    monkeypatch.undo()
+    trial = compiler._trial
+    assert trial is not None
+    trial._retry_at = 0.0  # a minute later
+    assert compiler.compile(GrammarSpec("regex", "c"), "grammar")
+    assert trial._process is not None
+    assert trial._process.poll() is None
+
+
+def test_numbers_that_json_has_not_are_refused(tokenizer):
+    for text in ('{"minimum": 1e400}', '{"minimum": NaN}'):
+        spec = grammar_spec.from_structured_outputs({"json": text}, GrammarLimits())
+        assert spec is not None
+        with pytest.raises(RequestError, match="json: the grammar cannot be used"):
+            GrammarCompiler(tokenizer).compile(spec, "json")

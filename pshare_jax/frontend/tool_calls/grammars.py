@@ -8,15 +8,18 @@ from typing import Any
 
 from pshare_jax.core.constraints import GrammarSpec
 from pshare_jax.errors import RequestError
+from pshare_jax.frontend.tool_calls.schemas import check_keywords, ordered
 from pshare_jax.frontend.tool_calls.xml_grammar import xml_call
 from pshare_jax.text.grammar import JSON_OPTIONS, GrammarLimits
-from pshare_jax.text.grammar_spec import check_schema
+from pshare_jax.text.grammar_spec import bounded, check_schema
 
 Rules = dict[str, str]
 """Rules of a grammar in llguidance's dialect of Lark, by their names."""
 
 _SCALARS = ("string", "integer", "number")
 _MAX_REPEATS = 1000
+_BY_KEYWORDS = ("pythonic", "qwen3_coder")
+"""Styles whose values are no JSON, so that schemas are read here."""
 
 
 def calls_grammar(
@@ -47,6 +50,8 @@ def calls_grammar(
         where = f"tools[{number}].function.parameters"
         schema = _parameters(function, limits, where)
         name = f"f{number}"
+        if style in _BY_KEYWORDS:
+            check_keywords(schema, where)
         if style == "pythonic":
             rules[name] = _python_call(function["name"], schema, rules, name)
         elif style == "qwen3_coder":
@@ -97,6 +102,7 @@ def _parameters(function: Mapping[str, Any], limits: GrammarLimits, where: str) 
         function.get("parameters") or {"type": "object", "properties": {}}
     )
     check_schema(schema, limits, where)
+    bounded(json.dumps(schema, ensure_ascii=False), limits, where)
     closed = ("additionalProperties", "patternProperties", "anyOf", "oneOf", "allOf", "$ref")
     if not any(name in schema for name in closed):
         schema["additionalProperties"] = False
@@ -117,29 +123,29 @@ def _text(text: str) -> str:
 
 def _python_call(name: str, schema: Mapping[str, Any], rules: Rules, prefix: str) -> str:
     """`name(a=1, b="x")`: required arguments first, then others, each in the schema's order."""
-    properties = schema.get("properties") or {}
-    required = [key for key in schema.get("required") or () if key in properties]
-    optional = [key for key in properties if key not in required]
-    for number, key in enumerate([*required, *optional]):
-        rule = f"{prefix}_a{number}"
-        value = _python_value(properties[key], rules, f"{rule}_v")
+    required, optional = ordered(schema)
+    names = [f"{prefix}_a{number}" for number in range(len(required) + len(optional))]
+    for rule, key in zip(names, [*required, *optional], strict=True):
+        value = _python_value(schema["properties"][key], rules, f"{rule}_v")
         rules[rule] = f"{_text(key + '=')} {value}"
-    names = [f"{prefix}_a{number}" for number in range(len(properties))]
-    return f'{_text(name + "(")} {_listed(names, len(required))} ")"'
+    return f'{_text(name + "(")} {_listed(names, len(required), rules, prefix)} ")"'
 
 
-def _listed(names: Sequence[str], required: int) -> str:
+def _listed(names: Sequence[str], required: int, rules: Rules, prefix: str) -> str:
     """The first `required` of `names` and any of the others, in this order, with commas."""
     if not names:
         return '""'
     if required:
         rest = " ".join(f'(", " {name})?' for name in names[required:])
         return '", " '.join(f"{name} " for name in names[:required]) + rest
-    first = [
-        " ".join([name, *(f'(", " {later})?' for later in names[i + 1 :])])
-        for i, name in enumerate(names)
-    ]
-    return f"({' | '.join(first)})?"
+    # What may follow each of them is a rule of its own: written out it would be their square.
+    first, following = [], ""
+    for number, name in reversed(list(enumerate(names))):
+        first.append(f"{name} {following}")
+        if number:
+            rules[f"{prefix}_r{number}"] = f'(", " {name})? {following}'
+            following = f"{prefix}_r{number}"
+    return f"({' | '.join(reversed(first))})?"
 
 
 def _python_value(schema: Any, rules: Rules, prefix: str) -> str:
@@ -154,7 +160,9 @@ def _python_value(schema: Any, rules: Rules, prefix: str) -> str:
     if choices is not None:
         return "(" + " | ".join(_text(repr(choice)) for choice in choices) + ")"
     if isinstance(schema.get("type"), list):
-        schema = {"anyOf": [{**schema, "type": kind} for kind in schema["type"]]}
+        # Each kind once: each repetition would double what is below.
+        kinds = dict.fromkeys(schema["type"])
+        schema = {"anyOf": [{**schema, "type": kind} for kind in kinds]}
     if alternatives := schema.get("anyOf") or schema.get("oneOf"):
         values = [
             _python_value(each, rules, f"{prefix}_o{number}")
@@ -188,9 +196,8 @@ def _python_value(schema: Any, rules: Rules, prefix: str) -> str:
 def _python_list(schema: Mapping[str, Any], rules: Rules, prefix: str) -> str:
     item = f"{prefix}_i"
     rules[item] = _python_value(schema.get("items", {}), rules, f"{item}_v")
-    least = int(schema.get("minItems", 0))
-    most = schema.get("maxItems")
-    if most is not None and int(most) == 0:
+    least, most = int(schema.get("minItems") or 0), schema.get("maxItems")
+    if most == 0:
         return '"[]"'
     bound = "" if most is None else str(min(int(most), _MAX_REPEATS) - 1)
     some = f'"[" {item} (", " {item}){{{max(least - 1, 0)},{bound}}} "]"'
@@ -198,15 +205,12 @@ def _python_list(schema: Mapping[str, Any], rules: Rules, prefix: str) -> str:
 
 
 def _python_dict(schema: Mapping[str, Any], rules: Rules, prefix: str) -> str:
-    properties = schema["properties"]
-    required = [key for key in schema.get("required") or () if key in properties]
-    names = []
-    for number, key in enumerate([*required, *(k for k in properties if k not in required)]):
-        rule = f"{prefix}_k{number}"
-        value = _python_value(properties[key], rules, f"{rule}_v")
+    required, optional = ordered(schema)
+    names = [f"{prefix}_k{number}" for number in range(len(required) + len(optional))]
+    for rule, key in zip(names, [*required, *optional], strict=True):
+        value = _python_value(schema["properties"][key], rules, f"{rule}_v")
         rules[rule] = f"{_text(repr(key) + ': ')} {value}"
-        names.append(rule)
-    return f'"{{" {_listed(names, len(required))} "}}"'
+    return f'"{{" {_listed(names, len(required), rules, prefix)} "}}"'
 
 
 def _any_literal(rules: Rules) -> str:

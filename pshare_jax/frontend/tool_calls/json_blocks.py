@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from pshare_jax.frontend.tool_calls.json_reader import JsonCallReader
-from pshare_jax.frontend.tool_calls.parser import ToolParser, random_alphanumeric
+from pshare_jax.frontend.tool_calls.parser import ToolParser, begun, random_alphanumeric
 
 _SEPARATORS = " \t\r\n,;[]"
 
@@ -45,7 +45,7 @@ class JsonBlocks(ToolParser):
             self._give_up_at_end()
             return False
         if buffer[0] in _SEPARATORS and not (self.closing and buffer.startswith(self.closing)):
-            self._block += self._take(1)
+            self._block += self._take_separators()
         elif buffer[0] == "{":
             self._reader, self._step_now = JsonCallReader(self._allowed()), self._inside
         elif self.closing and buffer.startswith(self.closing):
@@ -58,6 +58,15 @@ class JsonBlocks(ToolParser):
         else:
             return self._otherwise()
         return True
+
+    def _take_separators(self) -> str:
+        """Takes those at the start, up to what may be a tag: a model may write them without end."""
+        run = len(self._buffer) - len(self._buffer.lstrip(_SEPARATORS))
+        end = run
+        for tag in filter(None, (self.opening, self.closing)):
+            found = self._buffer.find(tag, 0, run + len(tag))
+            end = min(end, found if found >= 0 else run - begun(self._buffer[:run], tag))
+        return self._take(max(end, 1))
 
     def _otherwise(self) -> bool:
         """Neither a call nor an end of the block."""
@@ -150,15 +159,17 @@ class Llama3Json(JsonBlocks):
 
 
 class Mistral(JsonBlocks):
-    """`[TOOL_CALLS][{"name": "f", "arguments": {...}}]`, or the newer `[TOOL_CALLS]f[ARGS]{...}`.
+    """`[TOOL_CALLS][{"name": "f", "arguments": {...}}]`, or the newer `[TOOL_CALLS]f[ARGS]{...}`,
+    with `[CALL_ID]` and an id before the arguments in between.
 
     Their chat templates want ids of nine letters and digits.
     """
 
     opening = "[TOOL_CALLS]"
     style = "mistral"
-    markers = (opening, "[ARGS]")
     _ARGS = "[ARGS]"
+    _ID = "[CALL_ID]"
+    markers = (opening, _ARGS, _ID)
     _NAME_ENDS = "[{"
 
     @classmethod
@@ -177,10 +188,10 @@ class Mistral(JsonBlocks):
         return super()._between()
 
     def _otherwise(self) -> bool:
-        """A name, and then its arguments."""
+        """A name, perhaps an id, and then its arguments."""
         end = next((i for i, char in enumerate(self._buffer) if char in self._NAME_ENDS), -1)
-        rest = self._buffer[end:] if end >= 0 else ""
-        if not self._ended and (end < 0 or (self._ARGS.startswith(rest) and rest != self._ARGS)):
+        after = self._arguments(self._buffer[end:]) if end >= 0 else None
+        if after is None and not self._ended:
             # A name has no spaces: what has is text, which need not wait.
             if not any(char.isspace() for char in self._buffer.strip()):
                 return False
@@ -188,15 +199,28 @@ class Mistral(JsonBlocks):
         name = self._buffer[:end].strip() if end >= 0 else ""
         if not name or any(char.isspace() for char in name):
             return super()._otherwise()
-        after = rest.removeprefix(self._ARGS).lstrip()
-        if not after and not self._ended:
-            return False
-        if not after.startswith("{"):
+        if after is None or not after.startswith("{"):
             return super()._otherwise()
         # As if the model had written the older form.
         self._buffer = f'{{"name": {_quoted(name)}, "arguments": {after}'
         self._reader, self._step_now = _Unclosed(), self._inside
         return True
+
+    def _arguments(self, rest: str) -> str | None:
+        """What comes after a name's id and tag; None while it is still to come."""
+        if rest.startswith(self._ID):
+            start = len(self._ID)
+            end = next((i for i in range(start, len(rest)) if rest[i] in self._NAME_ENDS), -1)
+            if end < 0:
+                return None
+            if any(char.isspace() for char in rest[start:end]):
+                return ""  # nor has an id
+            rest = rest[end:]
+        elif self._ID.startswith(rest):
+            return None
+        if self._ARGS.startswith(rest):
+            return None
+        return rest.removeprefix(self._ARGS).lstrip() or None
 
 
 def _quoted(name: str) -> str:

@@ -13,8 +13,9 @@ class JsonCallReader:
     """Takes a call character by character, so that the result cannot depend on how it is cut.
 
     The name is told as soon as it is known and arguments have begun; then the arguments as the
-    model writes them. The object may be wrapped, `{"type": "function", "function": {...}}`, its
-    keys may have any order, and arguments may be missing or JSON text in a string.
+    model writes them, but for control characters in texts, which are escaped. The object may be
+    wrapped, `{"type": "function", "function": {...}}`, its keys may have any order, and arguments
+    may be missing or JSON text in a string.
 
     Args:
         names: the names that a call may have; None for any.
@@ -139,6 +140,9 @@ class JsonCallReader:
         return False
 
     def _take(self, char: str) -> None:
+        if self._quoted and char < " ":
+            # Models write line breaks into texts as they are, which JSON does not allow.
+            char = json.dumps(char)[1:-1]
         self._token.append(char)
         if self._key in _ARGUMENTS and self._arguments is None and self._token[0] == "{":
             if self.name is None:
@@ -202,7 +206,6 @@ def _as_object(text: str | None) -> str | None:
 
 def _loads(text: str) -> object:
     try:
-        # Models write line breaks into texts without escaping them.
-        return json.loads(text, strict=False)
+        return json.loads(text)
     except (ValueError, RecursionError):
         return None

@@ -65,6 +65,10 @@ class ToolParser(ABC):
         taken, self._buffer = self._buffer[:count], self._buffer[count:]
         return taken
 
+    def _take_all(self, characters: str) -> str:
+        """Takes the characters at the start that are among these."""
+        return self._take(len(self._buffer) - len(self._buffer.lstrip(characters)))
+
     def _say(self, text: str) -> None:
         if text:
             self._parts.append(Text(text))

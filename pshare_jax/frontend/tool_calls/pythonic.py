@@ -38,7 +38,7 @@ class Pythonic(ToolParser):
         """White space, an opening bracket, then a name and a parenthesis."""
         separators = _BETWEEN + ("]" if self._calls else "[")
         if self._buffer and self._buffer[0] in separators:
-            self._skipped += self._take(1)
+            self._skipped += self._take_all(separators)
             return True
         name, opened, _ = self._buffer.partition("(")
         spelled = name.strip().replace(".", "_")

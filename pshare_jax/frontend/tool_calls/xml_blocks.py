@@ -49,6 +49,7 @@ class XmlBlocks(ToolParser):
         self._keys = 0
         self._value = ""
         self._value_begun = False
+        self._is_text = True
 
     def _step(self) -> bool:
         return self._step_now()
@@ -116,6 +117,8 @@ class XmlBlocks(ToolParser):
         if buffer.startswith(_PARAMETER) and (key := self._tag_name(_PARAMETER)):
             self._take(len(_PARAMETER) + len(key) + 1)
             self._key, self._value, self._value_begun = key.strip(), "", False
+            # Once, since a client's schema may be large.
+            self._is_text = is_text(self._schema, self._key)
             self._argue((", " if self._keys else "") + json.dumps(self._key, ensure_ascii=False))
             self._argue(": " + ('"' if self._is_text else ""))
             self._keys += 1
@@ -162,10 +165,6 @@ class XmlBlocks(ToolParser):
             self._argue(json.dumps(text, ensure_ascii=False)[1:-1])
         else:
             self._value += text
-
-    @property
-    def _is_text(self) -> bool:
-        return is_text(self._schema, self._key)
 
     def _value_end(self) -> tuple[int, str | None]:
         """How much of the buffer is certainly the value's, and the tag that ends it, if one does.

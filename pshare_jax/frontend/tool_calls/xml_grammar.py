@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pshare_jax.errors import RequestError
+from pshare_jax.frontend.tool_calls.schemas import ordered
 from pshare_jax.frontend.tool_calls.xml_values import is_text, names_text
 
 _END = "\n</parameter>\n"
@@ -32,15 +33,13 @@ def xml_call(
     Raises:
         RequestError: a parameter is held to what bare text cannot be held to.
     """
-    properties = schema.get("properties") or {}
-    required = [key for key in schema.get("required") or () if key in properties]
-    optional = [key for key in properties if key not in required]
+    required, optional = ordered(schema)
     parts = [_text(f"<function={name}>\n")]
     for number, key in enumerate([*required, *optional]):
         rule = f"{prefix}_p{number}"
         _add_value(rules, f"{rule}_v", schema, key, json_rule)
         rules[rule] = f"{_text(f'<parameter={key}>{chr(10)}')} {rule}_v"
-        parts.append(rule if key in required else f"{rule}?")
+        parts.append(rule if number < len(required) else f"{rule}?")
     return " ".join([*parts, _text("</function>")])
 
 
@@ -52,10 +51,9 @@ def _add_value(
     json_rule: Callable[[Any], str],
 ) -> None:
     """A value and the tag that ends it."""
-    value = schema["properties"][key]
-    choices = [] if not isinstance(value, Mapping) else value.get("enum") or []
-    if isinstance(value, Mapping) and "const" in value:
-        choices = [value["const"]]
+    given = schema["properties"][key]
+    value: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
+    choices: list[Any] = [value["const"]] if "const" in value else value.get("enum") or []
     if choices:
         texts = [c if isinstance(c, str) else json.dumps(c, ensure_ascii=False) for c in choices]
         rules[rule] = f"({' | '.join(map(_text, texts))}) {_text(_END)}"
@@ -67,8 +65,9 @@ def _add_value(
                 f"held to {wrong[0]!r}; leave it out, or do not force the call",
                 param="tools",
             )
-        least, most = int(value.get("minLength", 0)), value.get("maxLength")
-        count = "*" if not least and most is None else f"{{{least},{'' if most is None else most}}}"
+        least, most = int(value.get("minLength") or 0), value.get("maxLength")
+        bound = "" if most is None else int(most)
+        count = "*" if not least and most is None else f"{{{least},{bound}}}"
         # What ends a value is the first of its ends: what is before it cannot hold one.
         rules[f"{rule}[suffix={_text(_END)}]"] = rf"/(.|\n){count}/"
     else:

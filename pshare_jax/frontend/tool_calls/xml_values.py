@@ -7,7 +7,6 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-_MAX_REFERENCES = 8
 _NOTHING = ("null", "none")
 _TRUTHS = {"true": "true", "false": "false"}
 
@@ -80,11 +79,15 @@ def _literal(text: str) -> Any:
 def _types(schema: Mapping[str, Any], key: str) -> frozenset[str]:
     properties = schema.get("properties")
     found = properties.get(key) if isinstance(properties, Mapping) else None
-    return frozenset(_types_of(found, schema, _MAX_REFERENCES))
+    return frozenset(_types_of(found, schema, set()))
 
 
-def _types_of(schema: Any, root: Mapping[str, Any], references: int) -> set[str]:
-    """The types that a schema names, by its own keywords and those that it refers to."""
+def _types_of(schema: Any, root: Mapping[str, Any], seen: set[str]) -> set[str]:
+    """The types that a schema names, by its own keywords and those that it refers to.
+
+    Each reference is followed once: a schema of a few lines can refer to itself in any number of
+    ways. `seen` are those that have been.
+    """
     if not isinstance(schema, Mapping):
         return set()
     kinds: set[str] = set()
@@ -100,10 +103,11 @@ def _types_of(schema: Any, root: Mapping[str, Any], references: int) -> set[str]
         )
     for keyword in ("anyOf", "oneOf", "allOf"):
         for each in _list(schema, keyword):
-            kinds |= _types_of(each, root, references)
+            kinds |= _types_of(each, root, seen)
     target = schema.get("$ref")
-    if isinstance(target, str) and references and target.startswith("#/"):
-        kinds |= _types_of(_at(root, target), root, references - 1)
+    if isinstance(target, str) and target not in seen and target.startswith("#/"):
+        seen.add(target)
+        kinds |= _types_of(_at(root, target), root, seen)
     return kinds
 
 

@@ -70,34 +70,11 @@ class PackedAdapters:
     targets: tuple[str, ...]
 
 
-def pack(
-    matrices: Sequence[np.ndarray], columns: int, *, interleave: bool = False
-) -> list[np.ndarray]:
-    """Matrices `[K, N_i]` side by side as panels `[panels, K / unit, columns, unit]`, flattened.
-
-    A unit is two rows of bfloat16 or one of float32. Each matrix begins with a panel of its own and
-    is padded with zeros to whole panels. It is done by numpy, on one core and mostly without the
-    GIL: modules are packed while others are being served.
-
-    Args:
-        matrices: of one dtype and one K.
-        columns: of a panel, `Library.panel_columns`.
-        interleave: let the panels of the matrices, which are of one shape, alternate.
-
-    Returns:
-        Parts that make up the whole, one after the other.
-    """
-    packed = [_panels(matrix, columns) for matrix in matrices]
-    if interleave:
-        packed = [np.stack(packed, axis=1)]
-    return [panels.view(matrices[0].dtype).reshape(-1) for panels in packed]
-
-
 def unpack_columns(packed: jax.Array, inputs: int, columns: int, index: jax.Array) -> jax.Array:
     """Some columns of one packed matrix.
 
     Args:
-        packed: as made by `pack` of one matrix `[K, N]`.
+        packed: as made by `native.loading.pack_into` of one matrix `[K, N]`.
         inputs: K.
         columns: of a panel.
         index: int32, any shape; what is out of range gives some column.
@@ -112,28 +89,9 @@ def unpack_columns(packed: jax.Array, inputs: int, columns: int, index: jax.Arra
 
 
 def pad_columns(rows: Sequence[np.ndarray], columns: int) -> np.ndarray:
-    """Vectors `[N_i]` one after the other, laid out like the columns of `pack`."""
+    """Vectors `[N_i]` one after the other, laid out like the columns of `pack_into`."""
     return np.concatenate([np.pad(row, (0, -row.shape[0] % columns)) for row in rows])
 
 
 def _unit(dtype: Any) -> int:
     return 2 if dtype == jnp.bfloat16 else 1
-
-
-def _panels(matrix: np.ndarray, columns: int) -> np.ndarray:
-    """`[panels, units, columns]`, each unit as one number of four bytes."""
-    k, n = matrix.shape
-    unit = _unit(matrix.dtype)
-    if k % unit or n % columns:
-        matrix = np.pad(matrix, ((0, -k % unit), (0, -n % columns)))
-    words = matrix.view(np.uint32) if unit == 1 else _pairs(matrix.view(np.uint16))
-    split = words.reshape(len(words), -1, columns)
-    return np.ascontiguousarray(split.transpose(1, 0, 2))
-
-
-def _pairs(halves: np.ndarray) -> np.ndarray:
-    """Each two rows of uint16 as one of uint32, the first in the lower half."""
-    words = halves[1::2].astype(np.uint32)
-    words <<= np.uint32(16)
-    words |= halves[0::2]
-    return words

@@ -64,12 +64,16 @@ class Library:
         panel_columns: columns of one panel of a packed matrix, see `src/gemm.h`.
         kv_encode: codes a KV page, see `src/ffi.cc`; host memory by address, without the GIL.
         kv_decode: the inverse.
+        pack: a matrix into panels, see `loading.pack_into`.
+        read_tensor: a tensor of a checkpoint, see `loading.read_tensor`.
     """
 
     path: Path
     panel_columns: int
     kv_encode: Callable[..., int]
     kv_decode: Callable[..., int]
+    pack: Callable[..., None]
+    read_tensor: Callable[..., int]
     _library: ctypes.CDLL
 
     def advise_large_pages(self, arrays: Iterable[jax.Array]) -> None:
@@ -114,7 +118,9 @@ def _load() -> Library | None:
         handler = jax.ffi.pycapsule(getattr(library, name))
         jax.ffi.register_ffi_target(name, handler, platform="cpu")
     logger.info("CPU kernels: %s", path)
-    return Library(path, library.pshare_panel_columns(), *_codec(library), library)
+    return Library(
+        path, library.pshare_panel_columns(), *_codec(library), *_loading(library), library
+    )
 
 
 def _codec(library: ctypes.CDLL) -> tuple[Callable[..., int], Callable[..., int]]:
@@ -126,6 +132,16 @@ def _codec(library: ctypes.CDLL) -> tuple[Callable[..., int], Callable[..., int]
     decode.argtypes = [ctypes.c_int, pointer, long, *geometry, pointer, pointer]
     decode.restype = ctypes.c_int
     return encode, decode
+
+
+def _loading(library: ctypes.CDLL) -> tuple[Callable[..., None], Callable[..., int]]:
+    pointer, long, integer = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+    pack, read_tensor = library.pshare_pack, library.pshare_read_tensor
+    pack.argtypes = [pointer, *[long] * 4, integer, long, pointer, integer]
+    pack.restype = None
+    read_tensor.argtypes = [ctypes.c_char_p, *[long] * 3, integer, pointer, integer, integer]
+    read_tensor.restype = integer
+    return pack, read_tensor
 
 
 def cache_folder() -> Path:

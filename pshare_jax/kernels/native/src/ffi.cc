@@ -8,6 +8,7 @@
 #include "head.h"
 #include "kv_codec.h"
 #include "layer.h"
+#include "loading.h"
 #include "matmul.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -348,18 +349,23 @@ PSHARE_HANDLER(pshare_page_checksums, page_checksums);
 
 // Asks for large pages where the memory of an array lies: weights and KV are read at a third more
 // bytes a second from them. Advice only; what lies in the same large page as an end of the array
-// is moved with it.
+// is moved with it, where all of that page is there.
 extern "C" void pshare_large_pages(char* memory, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t large = 2 << 20;
   constexpr int collapse = 25;  // MADV_COLLAPSE, of Linux 6.1
-  uintptr_t first = reinterpret_cast<uintptr_t>(memory) / large * large;
-  uintptr_t last = (reinterpret_cast<uintptr_t>(memory) + bytes + large - 1) / large * large;
-  for (uintptr_t page = first; page < last; page += large) {
-    if (madvise(reinterpret_cast<void*>(page), large, MADV_HUGEPAGE) == 0) {
-      madvise(reinterpret_cast<void*>(page), large, collapse);
+  auto advise = [](uintptr_t first, uintptr_t last) {
+    void* start = reinterpret_cast<void*>(first);
+    if (first < last && madvise(start, last - first, MADV_HUGEPAGE) == 0) {
+      madvise(start, last - first, collapse);
     }
-  }
+  };
+  uintptr_t begin = reinterpret_cast<uintptr_t>(memory), end = begin + bytes;
+  uintptr_t first = (begin + large - 1) / large * large, last = end / large * large;
+  // In one call, since each of them makes every core empty its lists of pages.
+  advise(first, last);
+  if (begin < first) advise(first - large, first);
+  if (last < end && last >= first) advise(last, last + large);
 #else
   (void)memory;
   (void)bytes;
@@ -380,6 +386,24 @@ extern "C" int pshare_kv_decode(int planes, const uint8_t* in, long length, long
                                 const uint8_t* book, uint16_t* x) {
   CodedPage page{layers, stride, values, block, channels, book};
   return planes == 3 ? decode_page<3>(in, length, page, x) : decode_page<4>(in, length, page, x);
+}
+
+// A matrix into panels, see loading.h; `bytes` a number, `nice` steps below the caller's priority.
+extern "C" void pshare_pack(const char* data, long k, long n, long row_step, long column_step,
+                            int bytes, long panel_step, uint32_t* out, int nice) {
+  Matrix matrix{data, k, n, row_step, column_step};
+  at_priority(nice, [&] {
+    bytes == 2 ? pack_panels<uint16_t>(matrix, kPanel, panel_step, out)
+               : pack_panels<uint32_t>(matrix, kPanel, panel_step, out);
+  });
+}
+
+// A tensor of a checkpoint, see loading.h. 0 if the file is not exactly what is written.
+extern "C" int pshare_read_tensor(const char* path, long rows, long chunks, long run, int bytes,
+                                  uint8_t* out, int wanted, int nice) {
+  bool whole = false;
+  at_priority(nice, [&] { whole = read_tensor(path, {rows, chunks, run, bytes}, out, wanted); });
+  return whole;
 }
 
 // Columns of a panel of a packed matrix: what the Python side packs by.
