@@ -280,6 +280,16 @@ class Dispatcher:
         self._lost_workers.pop(info.name, None)
         self._hosted[info.name] = frozenset(models)
         self._router.add(info, prefill=prefill)
+        self._try_again()
+
+    def set_hosted(self, worker: str, models: Collection[str]) -> None:
+        """A worker generates for these models now, beside those that say so themselves."""
+        if worker in self._hosted:
+            self._hosted[worker] = frozenset(models)
+            self._try_again()
+
+    def _try_again(self) -> None:
+        """Who waits for a worker may find one now."""
         parked, self._parked = self._parked, {}
         for id in parked:
             if (live := self._live.get(id)) is not None:

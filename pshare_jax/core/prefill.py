@@ -203,7 +203,8 @@ class PrefillCore:
             id = self._offer_of.get(transfer, -1)
             if transfer in result.offered:
                 descriptors = result.offered[transfer]
-                self._send(offer.target, m.Offered(transfer, descriptors, result.address, id))
+                address = result.addresses.get(transfer, "")
+                self._send(offer.target, m.Offered(transfer, descriptors, address, id))
             else:
                 reason = result.not_offered.get(transfer, "the pages were not put on offer")
                 self._send(offer.target, m.NotOffered(transfer, reason, id))
@@ -370,6 +371,7 @@ class PrefillCore:
                 fetch.worker,
                 [task.pages[number] for number in fetch.pages],
                 [chain[number] for number in fetch.pages],
+                fetch.reader,
             )
         )
 

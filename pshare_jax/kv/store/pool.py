@@ -16,6 +16,7 @@ import struct
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import xxhash
@@ -37,6 +38,7 @@ from pshare_jax.kv.store.file import (
 from pshare_jax.kv.store.members import MAX_MEMBERS, Members
 
 _SEED = struct.Struct("<16sQIIB")
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class Pool:
         self._members = members
         self._thread_lock = threading.Lock()
         self._books = Books(file, members)
+        self._identity = _identity(file.records)
 
     @classmethod
     def open(cls, path: str, request: PoolRequest) -> Pool:
@@ -108,6 +111,11 @@ class Pool:
             books.bury(members.me)
             books.bury_dead()
         return pool
+
+    @property
+    def identity(self) -> str:
+        """Of the file, among those of all hosts."""
+        return self._identity
 
     def buffer(self) -> Buffer:
         """Memory for one record."""
@@ -310,6 +318,12 @@ class Pool:
                 self._books.end()
             finally:
                 locking.unlock(self._file.lock)
+
+
+def _identity(descriptor: int) -> str:
+    """Of a file, among those of all hosts."""
+    there = os.fstat(descriptor)
+    return f"{_BOOT.read_text().strip()}:{there.st_dev}:{there.st_ino}"
 
 
 def _seed(key: bytes, generation: int, length: int, num_tokens: int, codec: int) -> int:

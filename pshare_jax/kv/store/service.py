@@ -337,4 +337,5 @@ class StoreService:
             counters.read_seconds,
             counters.write_seconds,
             *recoveries,
+            pool=tier.pool.identity,
         )
