@@ -112,7 +112,8 @@ class ClusterModules:
                 self._decoding[worker] = None
         for load in used:
             self._tell(load, worker)
-        self._tell(wire.Modules(self._table.entries), worker)
+        # As it is now: it is encoded later, in another thread.
+        self._tell(wire.Modules(dict(self._table.entries)), worker)
 
     def lost(self, worker: str) -> None:
         """A worker is not there any more."""

@@ -125,7 +125,8 @@ class HostedWorkers:
             config, base.config, layout, sizes, backend, loader, specs, self._grammars
         )
         self.offers = OfferFolder(config.cluster.shm_path)
-        self.direct = _direct(config, host, mesh.size)
+        # A pair over one pool moves nothing.
+        self.direct = None if role == "both" else _direct(config, host, mesh.size)
         self._ends: dict[str, RemotePages] = {}
         peers = peers or Peers()
         transport = config.cluster.transport

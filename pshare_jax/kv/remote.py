@@ -9,6 +9,7 @@ memory of the reader's own before they are checked, so nobody can change them af
 from __future__ import annotations
 
 import functools
+import http.client
 import io
 import os
 import time
@@ -47,6 +48,8 @@ AVOID_SECONDS = 30.0
 """How long nothing is pulled directly from a worker from which that has failed."""
 
 Pieces = list[jax.Array]
+
+_Source = io.RawIOBase | http.client.HTTPResponse
 
 
 @dataclass
@@ -259,7 +262,7 @@ class RemotePages:
                 f"transfer {transfer}: {found} on offer for {count} keys and {count} places"
             )
 
-    def _pieces(self, transfer: int, source: io.RawIOBase, count: int) -> list[np.ndarray]:
+    def _pieces(self, transfer: int, source: _Source, count: int) -> list[np.ndarray]:
         """Reads pieces, padded with zeros."""
         layout = self._programs.layout
         read = []
@@ -300,7 +303,7 @@ class RemotePages:
         return arriving
 
 
-def _fill(transfer: int, source: io.RawIOBase, into: memoryview) -> None:
+def _fill(transfer: int, source: _Source, into: memoryview) -> None:
     while into:
         count = source.readinto(into)
         if not count:

@@ -20,6 +20,7 @@ from pshare_jax.core.connector import TransferError, TransferState
 from pshare_jax.core.messages import PageDescriptor
 from pshare_jax.core.plans import Offer, Pull
 from pshare_jax.kernels.backends import on_mesh
+from pshare_jax.kv import direct as kv_direct
 from pshare_jax.kv.direct import DirectOffers
 from pshare_jax.kv.local import DevicePut, Exchange, SamePool
 from pshare_jax.kv.offers import PREFIX, OfferFolder, file_of
@@ -165,9 +166,11 @@ class Link:
 
 
 @pytest.fixture(scope="module")
-def direct() -> list[DirectOffers]:
-    """Of two processes."""
-    return [DirectOffers("127.0.0.1") for _ in range(2)]
+def direct() -> Iterator[list[DirectOffers]]:
+    """Of two processes, which are patient: the machine may be busy."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kv_direct, "PULL_SECONDS", 60.0)
+        yield [DirectOffers("127.0.0.1") for _ in range(2)]
 
 
 @pytest.fixture(scope="module")
