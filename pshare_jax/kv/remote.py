@@ -76,7 +76,7 @@ class RemotePages:
         pool: its pages.
         offers: what the process has on offer in shared memory.
         url: where other hosts reach this process.
-        peers: asks other processes over HTTP.
+        peers: asks other processes over HTTP; without a secret unless given.
         direct: what the process has on offer for `jax.experimental.transfer`; None is nothing.
         transport: see `config.ClusterConfig`.
         clock: seconds, from any start.
@@ -91,8 +91,8 @@ class RemotePages:
         programs: Programs,
         pool: PagePool,
         offers: OfferFolder,
-        url: str,
-        peers: Peers,
+        url: str = "",
+        peers: Peers | None = None,
         direct: DirectOffers | None = None,
         transport: Transport = "auto",
         clock: Callable[[], float] = time.monotonic,
@@ -103,7 +103,7 @@ class RemotePages:
         self._pool = pool
         self._offers = offers
         self._url = url
-        self._peers = peers
+        self._peers = peers or Peers()
         self._direct = direct
         self._transport: Transport = transport
         self._clock = clock

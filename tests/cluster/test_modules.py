@@ -13,7 +13,7 @@ import pytest
 from pshare_jax.cluster.modules import ModuleEntry, ModuleTable
 from pshare_jax.config import ModelEntry, ServeConfig
 from pshare_jax.convert.orbax import write_decode, write_prefill
-from pshare_jax.core.messages import FinishReason
+from pshare_jax.core.requests import FinishReason
 from pshare_jax.engine.loader import checkpoint_sources
 from pshare_jax.errors import CheckpointError, RequestError, UnknownModelError
 from pshare_jax.models.decoder import init_weights
@@ -96,7 +96,7 @@ def load(cluster: Cluster, name: str, folder: Path, number: int = 0, **options: 
 
 
 def served_id(client: Client, name: str) -> str:
-    spec = client.engine._dispatcher._models.get(name)
+    spec = client.engine._dispatcher._models.find(name)
     return "" if spec is None else spec.name
 
 
@@ -205,7 +205,9 @@ def test_one_worker_that_has_room_is_enough(
     monkeypatch.setattr(modules, "_max_full", 1)
     load(cluster, "new", disk.folder / "a")
     client = cluster.clients[1]
-    wait_until(lambda: served_id(client, "new") in client.engine._dispatcher._hosted["decode1"])
+    wait_until(
+        lambda: served_id(client, "new") in client.engine._dispatcher._models._hosted["decode1"]
+    )
     replies = [client.submit("new", PROMPT) for _ in range(6)]
     assert [reply.wait().tokens for reply in replies] == [disk.expected("a")] * 6
     assert places(cluster.hosts["decode0"]) == 2
