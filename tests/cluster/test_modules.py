@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -213,6 +216,41 @@ def test_one_worker_that_has_room_is_enough(
     assert places(cluster.hosts["decode0"]) == 2
     client.engine.unload_module("new")
     settled(cluster, ["base", "full"])
+
+
+def test_changes_at_two_frontends_at_once(cluster: Cluster, disk: OnDisk) -> None:
+    """Each of any modules under any of two names; in the end all agree on what is served."""
+    answers = {tuple(disk.expected(name)) for name in ("a", "b", "c")}
+
+    def change(number: int) -> None:
+        rng, client = random.Random(number), cluster.clients[number]
+        for _ in range(12):
+            name, folder = rng.choice(("x", "y")), disk.folder / rng.choice("abc")
+            # It may be there, be gone or find no room, by what the other one does.
+            with contextlib.suppress(RequestError):
+                if rng.random() < 0.6:
+                    client.engine.load_module(name, folder, replace=rng.random() < 0.7)
+                else:
+                    client.engine.unload_module(name)
+            with contextlib.suppress(UnknownModelError):
+                reply = client.submit(name, PROMPT).wait()
+                assert tuple(reply.tokens) in answers or "was unloaded" in str(reply.error)
+
+    with ThreadPoolExecutor(2) as pool:
+        for changes in [pool.submit(change, number) for number in range(2)]:
+            changes.result()
+    first, second = (client.engine._modules for client in cluster.clients)
+    wait_until(lambda: first._table.entries == second._table.entries)
+    served = {name: entry for name, entry in first._table.entries.items() if entry.id}
+    for client in cluster.clients:
+        for name in ("x", "y"):
+            id = served[name].id if name in served else ""
+            wait_until(lambda client=client, name=name, id=id: served_id(client, name) == id)
+    settled(cluster, ["base", "full", *served])
+    for name, entry in served.items():
+        for client in cluster.clients:
+            reply = client.generate(name, PROMPT)
+            assert reply.tokens == disk.expected(Path(entry.folder).name)
 
 
 def test_the_later_entry_holds_whoever_is_heard_first() -> None:
