@@ -30,6 +30,7 @@ GenerationConfig = Literal["auto", "none"]
 ReplyKV = Literal["off", "ahead", "while-decoding"]
 Launcher = Literal["none", "local"]
 Role = Literal["prefill", "decode", "both"]
+Transport = Literal["auto", "shm", "http", "jax-transfer"]
 MetricsAccess = Literal["auto", "public", "key", "admin", "off"]
 AccessLogFormat = Literal["text", "json", "off"]
 T = TypeVar("T")
@@ -195,9 +196,17 @@ class ClusterConfig:
             on the ports after it.
         workers: addresses, `HOST:PORT`, of worker processes that somebody else starts with
             `pshare worker`; this process then is a frontend.
-        token_file: file of the secret by which the processes of a cluster know each other; empty is
-            none, which is for 127.0.0.1 only.
+        token_file: file of the secret by which the processes of a cluster know each other; without
+            it, and without a certificate, workers are for 127.0.0.1 only.
+        tls_cert: PEM file of this process's certificate and those above it; with `tls_key` and
+            `tls_ca` all processes of the cluster speak TLS with each other and show one.
+        tls_key: PEM file of its private key, without a password.
+        tls_ca: PEM file of the CA that is the cluster's own: whose certificate it has signed is one
+            of its processes.
         shm_path: folder in memory through which pages go between processes of one host.
+        transport: how pages go from worker to worker: `auto` is through shared memory on one host
+            and by HTTP between hosts; `shm` and `http` are that alone; `jax-transfer` is from
+            device to device where both workers say so and can, else as `auto`.
         beat_seconds: between two signs of life of a worker's engine.
         lost_seconds: after this without one its sequences go on elsewhere.
         patience_seconds: how long a request waits while no worker that could do it is there.
@@ -210,7 +219,11 @@ class ClusterConfig:
     frontends: int = 1
     workers: list[str] = field(default_factory=list)
     token_file: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
+    tls_ca: str = ""
     shm_path: str = "/dev/shm"
+    transport: Transport = "auto"
     beat_seconds: float = 0.25
     lost_seconds: float = 5.0
     patience_seconds: float = 60.0

@@ -157,7 +157,8 @@ class _First:
         one = page_descriptor(layout)
         keys = [bytes([i]) for i in range(count)]
         descriptors = [PageDescriptor(key, one.layers, one.shape, one.dtype) for key in keys]
-        return Piece(transfer, keys, [], descriptors, self._remote.address), seconds, cpu
+        address = self._remote.address_of(transfer)
+        return Piece(transfer, keys, [], descriptors, address), seconds, cpu
 
     def cpu(self) -> float:
         return time.process_time()

@@ -25,7 +25,8 @@ from pshare_jax.core.connector import TransferError, TransferState
 from pshare_jax.core.plans import Commit, Load, Look, Offer, Pull, StorePlan
 from pshare_jax.core.prices import SHARED
 from pshare_jax.core.store_end import StoreEnd
-from pshare_jax.kv.remote import HTTP_SECONDS, RemotePages
+from pshare_jax.kv.peers import HTTP_SECONDS
+from pshare_jax.kv.remote import RemotePages
 from pshare_jax.kv.store.end import WorkerEnd
 from pshare_jax.serve.worker_app import send_pages
 
@@ -74,7 +75,8 @@ class OfferingEnd:
             pages = [save.page for save in plan.saves]
             descriptors = self._remote.offer(Offer(transfer, "second", pages, keys))
             tokens = [save.tokens for save in plan.saves]
-            self._pieces.append(Piece(transfer, keys, tokens, descriptors, self._remote.address))
+            address = self._remote.address_of(transfer)
+            self._pieces.append(Piece(transfer, keys, tokens, descriptors, address))
         self._inner.run(plan)
 
     def taken(self) -> list[Piece]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -58,6 +59,7 @@ class Link:
         address: `HOST:PORT`.
         hello: who we are.
         token: that the processes of the cluster know each other by; empty is none.
+        tls: who we are and whom we believe; None is plain HTTP.
         times: how patient it is.
         on_join: called with the link once it is welcome; may raise LinkLostError.
         on_frame: called with each frame.
@@ -74,6 +76,7 @@ class Link:
         address: str,
         hello: wire.Hello,
         token: str,
+        tls: ssl.SSLContext | None,
         times: LinkTimes,
         on_join: Callable[[Link], None],
         on_frame: Callable[[Link, wire.Frame], None],
@@ -85,6 +88,7 @@ class Link:
         self.why = "not linked yet"
         self._hello = hello
         self._token = token
+        self._tls = tls
         self._times = times
         self._on_join = on_join
         self._on_frame = on_frame
@@ -127,8 +131,9 @@ class Link:
         headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
         async with asyncio.timeout(self._times.hello_seconds):
             socket = await session.ws_connect(
-                f"http://{self.address}{wire.PATH}",
+                f"{'https' if self._tls else 'http'}://{self.address}{wire.PATH}",
                 headers=headers,
+                ssl=self._tls or True,
                 max_msg_size=wire.MAX_FRAME_BYTES,
                 compress=0,
             )

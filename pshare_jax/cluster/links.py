@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -17,6 +18,8 @@ from pshare_jax.core.stats import EngineStats, together
 
 logger = logging.getLogger(__name__)
 
+TLS_CLOSE_SECONDS = 0.25
+
 MAX_RETAINED = 64
 """Lost processes that may yet come again; of others only the sum is kept."""
 
@@ -28,6 +31,7 @@ class Links:
         addresses: `HOST:PORT` of each worker process.
         hello: who we are.
         token: that the processes of the cluster know each other by.
+        tls: who we are and whom we believe; None is plain HTTP.
         times: how patient links are.
         on_join: called with a worker that has come.
         on_message: called with the worker and its message to the dispatcher.
@@ -35,6 +39,7 @@ class Links:
         on_drain: called with the name of a worker that wants to go.
         on_lost: called with a worker's name and why it is lost.
         may_pass: whether a message of one worker to another is still of use.
+        on_modules: called with what a worker says of modules that have come at run time.
         each_beat: called about as often as workers beat.
     """
 
@@ -43,6 +48,7 @@ class Links:
         addresses: Sequence[str],
         hello: wire.Hello,
         token: str,
+        tls: ssl.SSLContext | None,
         times: LinkTimes,
         *,
         on_join: Callable[[wire.Part], None],
@@ -51,19 +57,22 @@ class Links:
         on_drain: Callable[[str], None],
         on_lost: Callable[[str, str], None],
         may_pass: Callable[[str, Message], bool],
+        on_modules: Callable[[wire.Hosting | wire.Modules], None],
         each_beat: Callable[[], None],
     ):
         self._links = [
-            Link(address, hello, token, times, self._joined, self._heard, self._lost)
+            Link(address, hello, token, tls, times, self._joined, self._heard, self._lost)
             for address in addresses
         ]
         self._times = times
+        self._tls = tls
         self._on_join = on_join
         self._on_message = on_message
         self._on_load = on_load
         self._on_drain = on_drain
         self._on_lost = on_lost
         self._may_pass = may_pass
+        self._on_modules = on_modules
         self._each_beat = each_beat
         self._link_of: dict[str, Link] = {}
         self._ended_stats = EngineStats()
@@ -88,6 +97,16 @@ class Links:
         link = self._link_of.get(to)
         if link is not None:
             link.send(wire.Carry(source, to, message))
+
+    def tell(self, frame: wire.Load | wire.Retired | wire.Modules, worker: str = "") -> None:
+        """Sends a frame to the process of a worker, or to all processes."""
+        if worker:
+            link = self._link_of.get(worker)
+            links = [] if link is None else [link]
+        else:
+            links = self._links
+        for link in links:
+            link.send(frame)
 
     def left(self, worker: str) -> None:
         """Tells a worker that wants to go that nothing needs its process any more."""
@@ -135,6 +154,9 @@ class Links:
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
+        if self._tls is not None:
+            # Connections of TLS are closed by callbacks that nobody can wait for.
+            await asyncio.sleep(TLS_CLOSE_SECONDS)
 
     def _end(self) -> None:
         if not self._ended.done():
@@ -151,6 +173,8 @@ class Links:
         logger.info(
             "linked to %s: %s", link.address, ", ".join(p.info.name for p in link.welcome.parts)
         )
+        # First, so that nobody is asked for what has been replaced meanwhile.
+        self._on_modules(wire.Modules(link.welcome.modules))
         for part in link.welcome.parts:
             self._link_of[part.info.name] = link
             self._on_join(part)
@@ -195,6 +219,8 @@ class Links:
                 for name, load in others.items():
                     if self._link_of.get(name) is link:
                         self._on_load(name, load)
+            case wire.Hosting() | wire.Modules():
+                self._on_modules(frame)
             case wire.Draining():
                 for name, other in tuple(self._link_of.items()):
                     if other is link:
@@ -218,4 +244,7 @@ def _counters(stats: EngineStats) -> EngineStats:
         decode_pages=stats.decode_pages,
         compiles=stats.compiles,
         busy_seconds=stats.busy_seconds,
+        store=stats.store,
+        transfers=stats.transfers,
+        tiers={name: tier.of_the_dead() for name, tier in stats.tiers.items()},
     )

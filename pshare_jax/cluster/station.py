@@ -12,13 +12,15 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import msgspec
 from aiohttp import WSMsgType, web
 
 from pshare_jax.cluster import wire
+from pshare_jax.cluster.modules import ModuleEntry
 from pshare_jax.cluster.outbox import FrameQueue
 from pshare_jax.cluster.thread import WorkerThread
 from pshare_jax.core import messages as m
@@ -52,6 +54,37 @@ class _Frontend:
     left: asyncio.Event = field(default_factory=asyncio.Event)
 
 
+class StationModules(Protocol):
+    """Decode modules that come and go, see `engine.hosted_modules`. Belongs to the station's loop.
+
+    Attributes:
+        broadcast: sends a frame to all frontends.
+    """
+
+    broadcast: Callable[[wire.Frame], None]
+
+    @property
+    def entries(self) -> Mapping[str, ModuleEntry]:
+        """What has come and gone, by name."""
+        ...
+
+    def hosting(self) -> Iterable[wire.Frame]:
+        """What of that is hosted here."""
+        ...
+
+    def hear(self, frontend: int, frame: wire.Load | wire.Retired | wire.Modules) -> None:
+        """Takes in what a frontend says, by its incarnation."""
+        ...
+
+    def leave(self, frontend: int) -> None:
+        """A frontend is not linked any more, and nothing that it had sent is left."""
+        ...
+
+    def lacks(self, message: Message, to: str) -> str:
+        """The model that a sequence needs and a worker does not have, or nothing."""
+        ...
+
+
 class Station:
     """The links of one worker process. Belongs to one event loop; `send` to the workers' thread.
 
@@ -60,6 +93,7 @@ class Station:
         parts: the workers.
         stats: what they have done; called in their thread.
         beat_seconds: between two signs of life.
+        modules: decode modules that come and go; None is none.
         prepare: what a message needs that takes too long for the workers' thread, if anything;
             done in another one before the message is heard, and so are those after it.
 
@@ -75,6 +109,7 @@ class Station:
         stats: Callable[[], EngineStats],
         beat_seconds: float,
         prepare: Callable[[Message], Callable[[], None] | None] = lambda message: None,
+        modules: StationModules | None = None,
     ):
         self.incarnation = secrets.token_hex(8)
         self.ready = False
@@ -83,6 +118,9 @@ class Station:
         self._stats = stats
         self._beat_seconds = beat_seconds
         self._prepare = prepare
+        self._modules = modules
+        if modules is not None:
+            modules.broadcast = self._broadcast
         self._loop = asyncio.get_running_loop()
         self._frontends: dict[int, _Frontend] = {}
         self._draining = False
@@ -209,7 +247,10 @@ class Station:
             await old.gone.wait()
         frontend = _Frontend(hello.incarnation, FrameQueue(self._loop), socket)
         self._frontends[hello.incarnation] = frontend
-        welcome = wire.Welcome(self.incarnation, self._parts, self._shape.dtype)
+        entries = self._modules.entries if self._modules else {}
+        welcome = wire.Welcome(self.incarnation, self._parts, self._shape.dtype, dict(entries))
+        for frame in self._modules.hosting() if self._modules else ():
+            frontend.queue.put(frame)
         await socket.send_bytes(wire.encode([welcome]))
         await self._in_thread(lambda: self._join(frontend))
         return frontend
@@ -244,6 +285,8 @@ class Station:
                 if isinstance(ended, Exception):
                     logger.warning("a frontend's link has ended: %r", ended)
             await asyncio.shield(self._in_thread(lambda: self._leave(frontend.incarnation)))
+            if self._modules is not None:
+                self._modules.leave(frontend.incarnation)
             self._frontends.pop(frontend.incarnation, None)
             frontend.gone.set()
 
@@ -254,11 +297,30 @@ class Station:
                 return
             for frame in wire.decode(received.data):
                 if isinstance(frame, wire.Carry):
+                    if self._modules and (model := self._modules.lacks(frame.message, frame.to)):
+                        self._send_back(frontend, frame, model)
+                        continue
                     if (preparation := self._prepare(frame.message)) is not None:
                         await asyncio.to_thread(preparation)
                     self._thread.post(frame.to, frame.message)
                 elif isinstance(frame, wire.Left):
                     frontend.left.set()
+                elif self._modules and isinstance(frame, wire.Load | wire.Retired | wire.Modules):
+                    self._modules.hear(frontend.incarnation, frame)
+
+    def _send_back(self, frontend: _Frontend, carried: wire.Carry, model: str) -> None:
+        """Gives a sequence of a model back that is not here, such as one that has just gone."""
+        assert isinstance(carried.message, m.Prefill | m.Covered)
+        sequence, worker = carried.message.sequence, carried.to
+        returned = m.Returned(sequence.id, "fetch", f"{worker} does not have model {model}")
+        frontend.queue.put(wire.Carry(worker, DISPATCHER, returned))
+        if isinstance(carried.message, m.Covered):
+            release = m.Release(sequence.held_id)
+            frontend.queue.put(wire.Carry(worker, sequence.prefill_worker, release))
+
+    def _broadcast(self, frame: wire.Frame) -> None:
+        for frontend in self._frontends.values():
+            frontend.queue.put(frame)
 
     async def _in_thread(self, action: Callable[[], None]) -> None:
         """Has the workers' thread do something, and waits until it has."""
@@ -284,6 +346,9 @@ class Station:
             if all(worker.cache is not cache for cache in told):
                 told.append(worker.cache)
                 frontend.queue.put(wire.Carry(worker.name, DISPATCHER, worker.index_snapshot()))
+        for worker in self._thread.workers:
+            if (stored := worker.store_snapshot()) is not None:
+                frontend.queue.put(wire.Carry(worker.name, DISPATCHER, stored))
         self._linked[frontend.incarnation] = frontend.queue
 
     def _leave(self, incarnation: int) -> None:

@@ -17,11 +17,13 @@ from typing import Literal
 
 import msgspec
 
+from pshare_jax.cluster.modules import ModuleEntry
 from pshare_jax.core.messages import Message
+from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.router import WorkerInfo
 from pshare_jax.core.stats import EngineStats
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Grows when frames change so that the older side would misunderstand them."""
 
 PATH = "/cluster"
@@ -95,11 +97,15 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
 
 
 class Welcome(msgspec.Struct, frozen=True, tag=True):
-    """A worker process takes a frontend's sequences from now on; `dtype` is that of its pages."""
+    """A worker process takes a frontend's sequences from now on; `dtype` is that of its pages.
+
+    `modules` have come and gone while the cluster runs, see `Modules`.
+    """
 
     incarnation: str
     parts: list[Part]
     dtype: str = ""
+    modules: dict[str, ModuleEntry] = {}
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
@@ -139,7 +145,64 @@ class Left(msgspec.Struct, frozen=True, tag=True):
     """No sequence of this frontend needs the worker process any more."""
 
 
-Frame = Hello | Welcome | Refused | Carry | Beat | Draining | Left
+class Load(msgspec.Struct, frozen=True, tag=True):
+    """A frontend is going to send sequences of a module that has come while the cluster runs.
+
+    A worker that generates loads it, if it can, and says so by `Hosting`.
+
+    Args:
+        name: what clients ask for.
+        folder: its checkpoint, as all hosts see it.
+        weights: fingerprint of the weights that lie there.
+        spec: its `name` is the model's id; where its weights lie is each worker's own.
+    """
+
+    name: str
+    folder: str
+    weights: str
+    spec: ModelSpec
+
+
+class Retired(msgspec.Struct, frozen=True, tag=True):
+    """A frontend sends no more sequences of a model, and none that it has sent is left."""
+
+    id: str
+
+
+class LoadError(msgspec.Struct, frozen=True):
+    """Why a module could not be loaded; `code` as of `RequestError`, or `INVALID`."""
+
+    message: str
+    code: str = ""
+
+
+INVALID = "invalid_module"
+"""Code of what is no decode module of this base."""
+
+
+class Hosting(msgspec.Struct, frozen=True, tag=True):
+    """Which modules that have come while the cluster runs a worker generates for.
+
+    Args:
+        worker: whose name it is.
+        models: their ids.
+        errors: why others are not there, by id.
+    """
+
+    worker: str
+    models: list[str]
+    errors: dict[str, LoadError] = {}
+
+
+class Modules(msgspec.Struct, frozen=True, tag=True):
+    """What has come and gone while the cluster runs, by name; see `cluster.modules`."""
+
+    entries: dict[str, ModuleEntry]
+
+
+Frame = (
+    Hello | Welcome | Refused | Carry | Beat | Draining | Left | Load | Retired | Hosting | Modules
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(list[Frame])

@@ -7,7 +7,7 @@ from typing import Generic, Protocol, TypeVar
 
 from pshare_jax.core.decode import DecodeCore
 from pshare_jax.core.fairness import Share
-from pshare_jax.core.messages import IndexSnapshot, Message, Outbox, WeightsFreed
+from pshare_jax.core.messages import IndexSnapshot, Message, Outbox, StoreChanged, WeightsFreed
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.plans import DecodePlan, DecodeResult, Landed, PrefillPlan, PrefillResult
 from pshare_jax.core.prefill import PrefillCore
@@ -117,6 +117,10 @@ class Worker(Protocol):
         """What its prefix index holds."""
         ...
 
+    def store_snapshot(self) -> StoreChanged | None:
+        """What the KV store is known to have, if there is one."""
+        ...
+
     @property
     def has_begun(self) -> bool:
         """Whether the device still computes something for it."""
@@ -202,6 +206,11 @@ class PrefillWorker(Generic[P]):
     def index_snapshot(self) -> IndexSnapshot:
         """See Worker."""
         return self.core.index_feed.snapshot()
+
+    def store_snapshot(self) -> StoreChanged | None:
+        """See Worker."""
+        store = self.core.store
+        return None if store is None else StoreChanged(store.behind.known(), [])
 
     @property
     def has_begun(self) -> bool:
@@ -293,6 +302,10 @@ class DecodeWorker(Generic[D]):
     def index_snapshot(self) -> IndexSnapshot:
         """See Worker."""
         return self.core.index_feed.snapshot()
+
+    def store_snapshot(self) -> StoreChanged | None:
+        """See Worker. Prefill workers alone use it."""
+        return None
 
     @property
     def has_begun(self) -> bool:

@@ -28,13 +28,7 @@ class TransferState(Enum):
 
 
 class Connector(Protocol):
-    """One worker's end. All methods belong to the thread that owns the worker's pool.
-
-    Attributes:
-        address: where other processes find what it offers; empty where all are in one.
-    """
-
-    address: str
+    """One worker's end. All methods belong to the thread that owns the worker's pool."""
 
     def offer(self, offer: Offer) -> list[PageDescriptor]:
         """Sending side: puts pages of the pool on offer, until pulled or aborted.
@@ -45,6 +39,10 @@ class Connector(Protocol):
         Raises:
             TransferError: they cannot be offered.
         """
+        ...
+
+    def address_of(self, transfer: int) -> str:
+        """Sending side: where other processes find what it offers; empty where all are in one."""
         ...
 
     def accept(self, pull: Pull) -> None:

@@ -229,6 +229,15 @@ class Dispatcher:
         self._lost_workers.pop(info.name, None)
         self._models.hosted(info.name, models)
         self._router.add(info, prefill=prefill)
+        self._try_again()
+
+    def set_hosted(self, worker: str, models: Collection[str]) -> None:
+        """A worker that is here generates for these models now, beside those that say so."""
+        self._models.hosted(worker, models)
+        self._try_again()
+
+    def _try_again(self) -> None:
+        """Who waits for a worker may find one now."""
         for id in self._parked.ids():
             self._attempt(self._live[id])
 

@@ -53,6 +53,7 @@ class HeldPrompts:
                 fetch.worker,
                 [task.pages[number] for number in fetch.pages],
                 [chain[number] for number in fetch.pages],
+                fetch.reader,
             )
         )
         return None
@@ -75,7 +76,8 @@ class HeldPrompts:
             id = self._offer_of.get(transfer, -1)
             if transfer in result.offered:
                 descriptors = result.offered[transfer]
-                answer = m.Offered(transfer, descriptors, result.address, id)
+                address = result.addresses.get(transfer, "")
+                answer = m.Offered(transfer, descriptors, address, id)
             else:
                 reason = result.not_offered.get(transfer, "the pages were not put on offer")
                 answer = m.NotOffered(transfer, reason, id)

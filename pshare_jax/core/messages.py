@@ -70,12 +70,16 @@ class Withdrawn(msgspec.Struct, frozen=True, tag=True):
 
 
 class Fetch(msgspec.Struct, frozen=True, tag=True):
-    """Decode to prefill: offer these pages, numbered within the sequence, to `worker`."""
+    """Decode to prefill: offer these pages, numbered within the sequence, to `worker`.
+
+    `reader` says how it could read them, to a connector that needs to know.
+    """
 
     worker: str
     transfer: int
     id: int
     pages: list[int]
+    reader: str = ""
 
 
 class Offered(msgspec.Struct, frozen=True, tag=True):

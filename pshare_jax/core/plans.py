@@ -18,12 +18,16 @@ class Chunk(msgspec.Struct, frozen=True):
 
 
 class Offer(msgspec.Struct, frozen=True):
-    """Pages that are to be put on offer: pool page numbers, and their chain keys."""
+    """Pages that are to be put on offer: pool page numbers, and their chain keys.
+
+    `reader` says how who asked for them could read them, see `messages.Fetch`.
+    """
 
     transfer: int
     target: str
     pages: list[int]
     keys: list[bytes]
+    reader: str = ""
 
 
 class Look(msgspec.Struct, frozen=True):
@@ -108,13 +112,13 @@ class PrefillResult(msgspec.Struct, frozen=True):
     """What came of a prefill plan: descriptors by transfer, and what failed, with why.
 
     `failed` has the ids of chunks whose KV is not there, `not_offered` transfers. What is offered
-    can be pulled from `address`, see `core.connector`.
+    can be pulled from its address in `addresses`, see `core.connector`.
     """
 
     offered: dict[int, list[PageDescriptor]] = {}
     not_offered: dict[int, str] = {}
     failed: dict[int, str] = {}
-    address: str = ""
+    addresses: dict[int, str] = {}
 
 
 class Pull(msgspec.Struct, frozen=True):

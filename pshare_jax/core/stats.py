@@ -115,7 +115,8 @@ class TierStats:
     """One tier of the KV store, as this process has used it: `hits`, `stored`, and by reason
     `missed` and `refused`, in pages; bytes as they lie there, and those of the stored pages as they
     are in a pool; seconds at work. `slots` are all processes' by state, `buried` dead members that
-    were cleaned up after, `rebuilt` how often its books were built anew."""
+    were cleaned up after, `rebuilt` how often its books were built anew. `pool` names the file
+    among those of all hosts."""
 
     slots: Mapping[str, int]
     hits: int
@@ -129,6 +130,11 @@ class TierStats:
     write_seconds: float
     buried: int
     rebuilt: int
+    pool: str = ""
+
+    def of_the_dead(self) -> TierStats:
+        """What of a process that has ended still counts; the rest is told by those that live."""
+        return dataclasses.replace(self, slots={}, buried=0, rebuilt=0, pool="")
 
 
 @dataclass(frozen=True)
@@ -144,7 +150,8 @@ class EngineStats:
     the KV pages that decode dispatches read, counted once a dispatch, and those that they did not
     read again since rows share them; they are counted where `decode.shared_prefix` is in force.
     `ahead_tokens` and `foreseen_tokens` are those of `PrefillStats`. `store` is, by worker, what
-    was asked of the KV store, and `tiers` are its tiers by name. Where meshes may do either,
+    was asked of the KV store, and `tiers` are its tiers by name. `transfers` that have arrived from
+    other processes are by worker and by the way that they took. Where meshes may do either,
     `moved_rows` are, by decode worker, sequences that left it with their KV, and `working` says of
     every worker whether its mesh is its own at present; elsewhere both are empty.
     """
@@ -168,6 +175,7 @@ class EngineStats:
     busy_seconds: Mapping[str, float] = field(default_factory=dict)
     store: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     tiers: Mapping[str, TierStats] = field(default_factory=dict)
+    transfers: Mapping[tuple[str, str], int] = field(default_factory=dict)
     moved_rows: Mapping[str, int] = field(default_factory=dict)
     working: Mapping[str, bool] = field(default_factory=dict)
 
@@ -180,11 +188,46 @@ def together(parts: Iterable[EngineStats]) -> EngineStats:
         values = [getattr(part, one.name) for part in parts]
         if one.name == "compiles":
             fields[one.name] = sum(values)
-        elif one.name in ("pools", "store", "tiers", "working"):
+        elif one.name in ("pools", "working"):
             fields[one.name] = {key: of for value in values for key, of in value.items()}
+        elif one.name == "store":
+            fields[one.name] = _added_by_key(values)
+        elif one.name == "tiers":
+            names = dict.fromkeys(name for value in values for name in value)
+            fields[one.name] = {n: _one_tier([v[n] for v in values if n in v]) for n in names}
         else:
-            added: Counter[Any] = Counter()
-            for value in values:
-                added.update(value)
-            fields[one.name] = dict(added)
+            fields[one.name] = _added(values)
     return EngineStats(**fields)
+
+
+def _added(counters: Iterable[Mapping[Any, Any]]) -> dict[Any, Any]:
+    added: Counter[Any] = Counter()
+    for counter in counters:
+        added.update(counter)
+    return dict(added)
+
+
+def _added_by_key(values: Iterable[Mapping[str, Mapping[Any, Any]]]) -> dict[str, dict[Any, Any]]:
+    """Counters by name; who had a name before counts with who has it now."""
+    by_name: dict[str, list[Mapping[Any, Any]]] = {}
+    for value in values:
+        for name, counter in value.items():
+            by_name.setdefault(name, []).append(counter)
+    return {name: _added(counters) for name, counters in by_name.items()}
+
+
+def _one_tier(tiers: list[TierStats]) -> TierStats:
+    """A tier as all processes use it. Those of one host say the same of the pool that they share,
+    which is counted once."""
+    pools = {tier.pool: tier for tier in tiers}.values()
+    fields: dict[str, Any] = {"pool": ""}
+    for one in dataclasses.fields(TierStats):
+        if one.name in ("slots", "buried", "rebuilt"):
+            values = [getattr(tier, one.name) for tier in pools]
+        else:
+            values = [getattr(tier, one.name) for tier in tiers]
+        if one.name in ("slots", "missed", "refused"):
+            fields[one.name] = _added(values)
+        elif one.name != "pool":
+            fields[one.name] = sum(values)
+    return TierStats(**fields)

@@ -100,6 +100,10 @@ class WriteBehind:
         removed, self.removed = self.removed, []
         return added, removed
 
+    def known(self) -> list[bytes]:
+        """Keys of all pages that the store is known to have."""
+        return list(self._known)
+
     def knows(self, key: bytes) -> bool:
         """Whether the store is known to have a page."""
         return key in self._known

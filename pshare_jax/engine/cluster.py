@@ -15,21 +15,23 @@ from pshare_jax.cluster import wire
 from pshare_jax.cluster.link import LinkTimes
 from pshare_jax.cluster.links import Links
 from pshare_jax.cluster.secret import read_token, split_address
+from pshare_jax.cluster.tls import cluster_tls
 from pshare_jax.config import ServeConfig
 from pshare_jax.convert.manifest import TOKENIZER_FOLDER
 from pshare_jax.core import messages as m
 from pshare_jax.core.dispatcher import Dispatcher
 from pshare_jax.core.messages import DISPATCHER, Message
+from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.pages.sharing_map import SharingMap
 from pshare_jax.core.router import Router
 from pshare_jax.core.sessions import SessionPolicy
 from pshare_jax.core.stats import EngineStats, together
+from pshare_jax.engine.cluster_modules import ClusterModules
 from pshare_jax.engine.front import Front
 from pshare_jax.engine.limits import check_cluster
 from pshare_jax.engine.loader import BaseSource, ModelSource, checkpoint_sources, model_specs
 from pshare_jax.engine.served import ModelInfo, ServedModels
 from pshare_jax.engine.shape import cluster_shape
-from pshare_jax.errors import RequestError
 from pshare_jax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -91,15 +93,18 @@ class ClusterEngine(Front):
         )
         self._dispatch_with(dispatcher)
         self._hosts: dict[str, set[str]] = {name: set() for name in specs}
+        self._configured: dict[str, frozenset[str]] = {}
         self._covering: set[str] = set()
         self._leaving: set[str] = set()
         self._served_now = threading.Event()
         self._stopped = threading.Event()
         shape = cluster_shape(config, base, sources, specs)
+        tls = cluster_tls(cluster)
         self._links = Links(
             cluster.workers,
             wire.Hello(wire.PROTOCOL, self.incarnation, shape),
             read_token(cluster.token_file),
+            tls.client if tls else None,
             LinkTimes(beat_seconds=cluster.beat_seconds, lost_seconds=cluster.lost_seconds),
             on_join=self._joined,
             on_message=self._heard,
@@ -107,8 +112,11 @@ class ClusterEngine(Front):
             on_drain=self._drains,
             on_lost=self._lost,
             may_pass=self._may_pass,
+            on_modules=lambda frame: self._modules.hear(frame),
             each_beat=self._tick,
         )
+        self._modules = ClusterModules(base, served, self._links.tell, self._serve, self._host)
+        self._modules.heard = lambda name: self.heard(name)
 
     @classmethod
     def from_config(cls, config: ServeConfig) -> ClusterEngine:
@@ -141,6 +149,7 @@ class ClusterEngine(Front):
                 return
             for address, why in self._links.missing().items():
                 logger.info("waiting for %s: %s", address, why)
+        self._modules.settle()
         self.ready = True
 
     def stop(self) -> None:
@@ -150,22 +159,31 @@ class ClusterEngine(Front):
         self._control.post(lambda: self._fail_all("the engine was stopped"))
         self._control.stop()
         self._links.stop()
+        self._modules.close()
 
     def load_module(self, name: str, folder: str | Path, *, replace: bool = False) -> ModelInfo:
-        """Not served by a cluster.
+        """Serves one more decode module, at all frontends, once a decode worker has loaded it.
+
+        Blocks meanwhile; from any thread. See `ClusterModules.load`.
 
         Raises:
-            RequestError: always.
+            EngineDeadError: the engine does not run.
+            RequestError: the name is taken, or no decode worker has room.
+            CheckpointError, CertificateError, ConfigError: no decode module of this base.
         """
-        raise RequestError(_NO_LOADING)
+        self._check_running()
+        return self._modules.load(name, folder, replace=replace)
 
     def unload_module(self, name: str) -> None:
-        """Not served by a cluster.
+        """Takes no more requests for a decode module; those that run end with it.
 
         Raises:
-            RequestError: always.
+            EngineDeadError: the engine does not run.
+            UnknownModelError: no model of that name.
+            RequestError: the base, or an isolated module.
         """
-        raise RequestError(_NO_LOADING)
+        self._check_running()
+        self._modules.unload(name)
 
     def stats(self) -> EngineStats:
         """What all workers have done, as they last said, and the requests of this frontend."""
@@ -187,10 +205,29 @@ class ClusterEngine(Front):
         return SharingMap(self.config.page_size, [])
 
     def _post(self, to: str, message: Message) -> None:
-        self._links.send(DISPATCHER, to, message)
+        # Of modules that come and go workers hear in other ways: they have several dispatchers.
+        if not isinstance(message, m.ModelAdded | m.ModelRemoved):
+            self._links.send(DISPATCHER, to, message)
 
     def _free_retired(self) -> None:
-        self._dispatcher.retired.clear()
+        while self._dispatcher.retired:
+            self._modules.retired(self._dispatcher.retired.pop().name)
+
+    def _serve(self, name: str, spec: ModelSpec | None) -> None:
+        """Has a module served under a name from now on, or nothing."""
+        if spec is None:
+            self._control.post(lambda: self._dispatcher.remove_model(name))
+        else:
+            self._control.post(lambda: self._dispatcher.set_model(name, spec))
+
+    def _host(self, worker: str, models: frozenset[str]) -> None:
+        """A worker generates for these models, and for those that it was configured for."""
+
+        def host() -> None:
+            configured = self._configured.get(worker, frozenset())
+            self._dispatcher.set_hosted(worker, configured | models)
+
+        self._control.post(host)
 
     def _is_served(self, model: str) -> bool:
         return DISPATCHER not in self._failed
@@ -207,8 +244,11 @@ class ClusterEngine(Front):
                 self._links.left(worker)
 
     def _joined(self, part: wire.Part) -> None:
+        prefill = part.side == "prefill"
+        self._modules.greet(part.info.name, generates=not prefill)
+
         def add() -> None:
-            prefill = part.side == "prefill"
+            self._configured[part.info.name] = frozenset(part.models)
             self._dispatcher.add_worker(part.info, prefill=prefill, models=part.models)
             self._note(part)
 
@@ -239,6 +279,8 @@ class ClusterEngine(Front):
         self._control.post(drain)
 
     def _lost(self, worker: str, reason: str) -> None:
+        self._modules.lost(worker)
+
         def lose() -> None:
             self._leaving.discard(worker)
             self._covering.discard(worker)
@@ -258,9 +300,3 @@ class ClusterEngine(Front):
     def _tick(self) -> None:
         now = time.monotonic()
         self._control.post(lambda: self._dispatcher.tick(now))
-
-
-_NO_LOADING = (
-    "modules do not come and go while a cluster serves: name it in the configuration of all "
-    "processes, and restart them one after the other"
-)

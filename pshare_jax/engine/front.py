@@ -57,6 +57,10 @@ class Front(ABC):
         tokenizer: the base's tokenizer.
         served: the served models.
         order: arrival order of the next request; grows.
+
+    Attributes:
+        heard: called with a name under which another process has a module served here; from any
+            thread, before anybody can ask for it, and again when it is known.
     """
 
     def __init__(
@@ -70,6 +74,7 @@ class Front(ABC):
         self.config = config
         self.model_config = model_config
         self.ready = False
+        self.heard: Callable[[str], None] = lambda name: None
         self.grammars: GrammarCompiler | None = None
         if tokenizer is not None and tokenizer.eos_token_ids:
             self.grammars = GrammarCompiler(tokenizer, trial=True)

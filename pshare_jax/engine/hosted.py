@@ -23,14 +23,15 @@ from pshare_jax.cluster.wire import Part, Shape
 from pshare_jax.cluster.worker import DecodeWorker, PrefillWorker, Worker
 from pshare_jax.config import Role, ServeConfig
 from pshare_jax.convert.manifest import TOKENIZER_FOLDER, read_manifest
-from pshare_jax.core.connector import Connector
-from pshare_jax.core.messages import Covered, Message, Prefill
+from pshare_jax.core.connector import Connector, TransferError
+from pshare_jax.core.messages import Covered, Fetch, Message, Prefill
 from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.router import WorkerInfo
 from pshare_jax.core.stats import EngineStats
 from pshare_jax.engine.assembly import Assembly
 from pshare_jax.engine.devices import compute_dtype, prepare_jax
 from pshare_jax.engine.host_memory import return_freed_memory
+from pshare_jax.engine.hosted_modules import HostedModules
 from pshare_jax.engine.kv_store import EngineStore
 from pshare_jax.engine.limits import check_cluster, check_config
 from pshare_jax.engine.loader import (
@@ -40,12 +41,15 @@ from pshare_jax.engine.loader import (
     checkpoint_sources,
     model_specs,
 )
-from pshare_jax.engine.served import ServedModels
+from pshare_jax.engine.modules import Modules
+from pshare_jax.engine.served import ModelInfo, ServedModels
 from pshare_jax.engine.shape import cluster_shape
 from pshare_jax.engine.snapshot import worker_stats
 from pshare_jax.errors import ConfigError, PshareError
 from pshare_jax.kernels.backends import backend_for
+from pshare_jax.kv.direct import DirectOffers
 from pshare_jax.kv.offers import OfferFolder
+from pshare_jax.kv.peers import Peers
 from pshare_jax.kv.remote import RemotePages
 from pshare_jax.runtime.compiles import compile_count
 from pshare_jax.runtime.layout import PageLayout
@@ -73,7 +77,8 @@ class HostedWorkers:
         sources: the served models.
         tokenizer: the base's tokenizer.
         url: where other hosts get pages that are on offer here; empty is nowhere.
-        token: that the processes of the cluster know each other by.
+        peers: asks other worker processes.
+        host: address of this process, for what it offers by `jax.experimental.transfer`.
 
     Attributes:
         shape: what others must agree with.
@@ -94,7 +99,8 @@ class HostedWorkers:
         sources: list[ModelSource],
         tokenizer: Tokenizer | None = None,
         url: str = "",
-        token: str = "",
+        peers: Peers | None = None,
+        host: str = "127.0.0.1",
     ):
         self.config = config
         self.thread: WorkerThread | None = None
@@ -108,7 +114,7 @@ class HostedWorkers:
         mesh = carve_one(jax.devices(), 1, degree)[0]
         specs = _hosted_specs(config, role, name, base, sources)
         served = ServedModels(config, base, sources, specs)
-        self.models = served.infos
+        self._served = served
         self.shape: Shape = cluster_shape(config, base, sources, specs, np.dtype(layout.dtype).name)
         backend = backend_for(config.kernel_backend, jax.default_backend())
         loader = WeightLoader(base, sources, backend, config.decode, layout.dtype)
@@ -119,11 +125,15 @@ class HostedWorkers:
             config, base.config, layout, sizes, backend, loader, specs, self._grammars
         )
         self.offers = OfferFolder(config.cluster.shm_path)
-        self._ends: list[RemotePages] = []
+        # A pair over one pool moves nothing.
+        self.direct = None if role == "both" else _direct(config, host, mesh.size)
+        self._ends: dict[str, RemotePages] = {}
+        peers = peers or Peers()
+        transport = config.cluster.transport
 
         def new_end(name: str, programs: Programs, pool: PagePool) -> Connector:
-            end = RemotePages(name, programs, pool, self.offers, url, token)
-            self._ends.append(end)
+            end = RemotePages(name, programs, pool, self.offers, url, peers, self.direct, transport)
+            self._ends[name] = end
             return end
 
         self.prefill: list[PrefillWorker[Any]] = []
@@ -145,7 +155,16 @@ class HostedWorkers:
         self.parts = [Part(_info(w, partners[0]), "prefill") for w in self.prefill]
         self.parts += [Part(_info(w, partners[1]), "decode", hosted) for w in self.decode]
         self._layout = layout
-        self._total = served.total
+        self.modules = HostedModules(
+            base,
+            layout.dtype,
+            self._places(base, loader, sources, specs),
+            served,
+            specs,
+            prefill_name if self.prefill else "",
+            decode_name if self.decode else "",
+            self._post,
+        )
         self._one_pool = role == "both"
         self._store: EngineStore | None = None
         self._turns: HostTurns | None = None
@@ -153,7 +172,13 @@ class HostedWorkers:
 
     @classmethod
     def from_config(
-        cls, config: ServeConfig, role: Role, name: str, url: str = "", token: str = ""
+        cls,
+        config: ServeConfig,
+        role: Role,
+        name: str,
+        url: str = "",
+        peers: Peers | None = None,
+        host: str = "127.0.0.1",
     ) -> HostedWorkers:
         """Loads the checkpoints that `config` names.
 
@@ -167,7 +192,12 @@ class HostedWorkers:
         dtype = compute_dtype(config, model)
         base, sources = checkpoint_sources(config, dtype)
         tokenizer = Tokenizer.load(Path(config.base) / TOKENIZER_FOLDER)
-        return cls(config, role, name, base, sources, tokenizer, url, token)
+        return cls(config, role, name, base, sources, tokenizer, url, peers, host)
+
+    @property
+    def models(self) -> dict[str, ModelInfo]:
+        """The models that were configured, by name."""
+        return self._served.infos
 
     @property
     def workers(self) -> list[Worker]:
@@ -192,7 +222,14 @@ class HostedWorkers:
         for worker in self.prefill:
             worker.executor.warm_up(sends=stores or not self._one_pool, receives=stores)
         self._turns = self._host_turns()
-        thread = WorkerThread("engine", self.workers, send, on_failure, host_turns=self._turns)
+
+        def carry(source: str, to: str, message: Message) -> None:
+            if isinstance(message, Fetch):
+                # Of one process are only those that share a pool, and fetch nothing.
+                message = msgspec.structs.replace(message, reader=self._ends[source].reader(to))
+            send(source, to, message)
+
+        thread = WorkerThread("engine", self.workers, carry, on_failure, host_turns=self._turns)
         if stores:
             self._store = EngineStore(
                 self.config.kv_store, self._layout, self.prefill, self._tokenizer
@@ -223,15 +260,35 @@ class HostedWorkers:
 
         return compile_it
 
+    def _places(
+        self,
+        base: BaseSource,
+        loader: WeightLoader,
+        sources: list[ModelSource],
+        specs: dict[str, ModelSpec],
+    ) -> Modules | None:
+        """What the decode worker's weights take up, if there is one."""
+        if not self.decode:
+            return None
+        executors = {worker.name: worker.executor for worker in self.decode}
+        # The stack has all LoRA modules, hosted or not.
+        here = [s for s in sources if s.kind == "lora" or specs[s.name].decode_workers]
+        return Modules(base, loader, executors, self.config.decode.max_full, here, specs)
+
+    def _post(self, to: str, message: Message) -> None:
+        assert self.thread is not None
+        self.thread.post(to, message)
+
     def stop(self) -> None:
         """Ends the thread, and takes back what is on offer."""
+        self.modules.close()
         if self.thread is not None:
             self.thread.stop()
             for worker in self.workers:
                 worker.release_all()
         if self._store is not None:
             self._store.close()
-        for end in self._ends:
+        for end in self._ends.values():
             end.close()
         self.offers.close()
         if self._turns is not None:
@@ -254,10 +311,16 @@ class HostedWorkers:
         store, tiers = self._store.stats() if self._store is not None else ({}, {})
         started = self.thread is not None
         return dataclasses.replace(
-            worker_stats(self.prefill, self.decode, busy, self._total),
+            worker_stats(self.prefill, self.decode, busy, self._served.total),
             compiles=compile_count() - self._compiles_at_start if started else 0,
             store=store,
             tiers=tiers,
+            transfers={
+                (name, way): count
+                for name, end in self._ends.items()
+                for way, count in end.moved.items()
+                if count
+            },
         )
 
 
@@ -282,6 +345,20 @@ def _hosted_specs(
         model: msgspec.structs.replace(spec, decode_workers=("decode0",) if model in hosted else ())
         for model, spec in specs.items()
     }
+
+
+def _direct(config: ServeConfig, host: str, mesh_size: int) -> DirectOffers | None:
+    """What is offered by `jax.experimental.transfer`, if that is wanted and can be."""
+    if config.cluster.transport != "jax-transfer":
+        return None
+    if mesh_size > 1:
+        logger.warning("cluster.transport: jax-transfer is for meshes of one device; as `auto`")
+        return None
+    try:
+        return DirectOffers(host)
+    except TransferError as error:
+        logger.warning("cluster.transport: %s; as `auto`", error)
+        return None
 
 
 def _part_name(side: str, name: str) -> str:

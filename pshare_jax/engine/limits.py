@@ -101,6 +101,11 @@ def check_cluster(config: ServeConfig) -> None:
             "router.roles: `flexible` is for meshes of one process; a worker in its own process "
             "covers prompts or generates"
         )
+    if cluster.transport == "jax-transfer" and cluster.tls_cert:
+        raise ConfigError(
+            "cluster.transport: `jax-transfer` knows no TLS, but cluster.tls_cert is set; use "
+            "`auto`"
+        )
     if cluster.max_attempts < 1 or cluster.frontends < 1:
         raise ConfigError("cluster: max_attempts and frontends must be at least 1")
 

@@ -103,17 +103,26 @@ class ServedModels:
             CheckpointError, CertificateError, ConfigError: no decode module of this base.
         """
         with self._loading, handing_on():
-            self._check_name(name, replace)
+            self.check_name(name, replace)
             source = folder
             if not isinstance(source, ModelSource):
                 dtype = compute_dtype(self._config, self._base.config)
                 source = model_source(ModelEntry(name, str(folder)), self._base, dtype, gentle=True)
             spec = modules.load(name, source, anew=replace)
-            self._names[spec.name] = name
+            self.count_as(spec.name, name)
             tell(name, spec)
-            self.specs = {**self.specs, name: spec}
-            self.infos = {**self.infos, name: self._info(name, source)}
-            return self.infos[name]
+            return self.add(name, source, spec)
+
+    def add(self, name: str, source: ModelSource, spec: ModelSpec) -> ModelInfo:
+        """Has clients ask for a module under `name` from now on."""
+        self.count_as(spec.name, name)
+        self.specs = {**self.specs, name: spec}
+        self.infos = {**self.infos, name: self._info(name, source)}
+        return self.infos[name]
+
+    def count_as(self, id: str, name: str) -> None:
+        """Has counters of a model be known by the name that clients ask for."""
+        self._names = {**self._names, id: name}
 
     def unload(self, name: str, tell: Callable[[str], None]) -> None:
         """Takes no more requests for a decode module; those that run end with it.
@@ -134,7 +143,12 @@ class ServedModels:
             self.infos = {n: info for n, info in self.infos.items() if n != name}
             tell(name)
 
-    def _check_name(self, name: str, replace: bool) -> None:
+    def check_name(self, name: str, replace: bool) -> None:
+        """Checks that a module may be served under `name`.
+
+        Raises:
+            RequestError: it is no name, or taken.
+        """
         if not 0 < len(name) <= MAX_NAME_CHARS or not name.isprintable():
             raise RequestError(
                 f"a model's name has 1 to {MAX_NAME_CHARS} printable characters", "lora_name"

@@ -103,8 +103,6 @@ class _End(ABC):
         exchange: that of the process.
     """
 
-    address = ""
-
     def __init__(self, worker: str, programs: Programs, pool: PagePool, exchange: Exchange):
         self._worker = worker
         self._programs = programs
@@ -116,6 +114,10 @@ class _End(ABC):
     def num_arriving(self) -> int:
         """Transfers that were accepted and have not ended."""
         return len(self._arriving)
+
+    def address_of(self, transfer: int) -> str:
+        """See `Connector.address_of`."""
+        return ""
 
     def accept(self, pull: Pull) -> None:
         """See `Connector.accept`."""

@@ -1,13 +1,14 @@
 """The connector between processes: the decode side reads what the prefill side has put on offer.
 
 On one host it reads the file of the transfer in shared memory; from another host it gets the same
-bytes over HTTP, from the process that has the file. Both are done by threads, so that others
-are computed meanwhile. The bytes lie in memory of the reader's own before they are checked, so
-nobody can change them afterwards.
+bytes over HTTP, from the process that has the file; or it pulls the arrays themselves, see
+`kv.direct`. All of that is done by threads, so that others are computed meanwhile. The bytes lie in
+memory of the reader's own before they are checked, so nobody can change them afterwards.
 """
 
 from __future__ import annotations
 
+import functools
 import http.client
 import io
 import os
@@ -16,17 +17,19 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import jax
 import msgspec
 import numpy as np
 
+from pshare_jax.config import Transport
 from pshare_jax.core.buckets import TRANSFER_BUCKETS, pieces
 from pshare_jax.core.connector import TransferError, TransferState, check_descriptors
 from pshare_jax.core.messages import PageDescriptor
 from pshare_jax.core.plans import Offer, Pull
-from pshare_jax.kv.offers import PREFIX, OfferFolder, take
+from pshare_jax.kv.direct import DirectOffers
+from pshare_jax.kv.offers import OfferFolder, take
+from pshare_jax.kv.peers import Peers
 from pshare_jax.kv.pieces import (
     check_contents,
     describe,
@@ -34,40 +37,34 @@ from pshare_jax.kv.pieces import (
     page_descriptor,
     scatter_pieces,
 )
+from pshare_jax.kv.ways import Address, Reader, Way, choose, is_here
 from pshare_jax.runtime.pool import PagePool
 from pshare_jax.runtime.programs import Programs
-
-HTTP_SECONDS = 10.0
-"""How long another host may let a read wait."""
 
 READERS = 2
 """Threads that read."""
 
+AVOID_SECONDS = 30.0
+"""How long nothing is pulled directly from a worker from which that has failed."""
 
-class Address(msgspec.Struct, frozen=True):
-    """Where a process has its offers: a folder, for those on the same host, and a URL."""
+Pieces = list[jax.Array]
 
-    worker: str
-    folder: str
-    url: str
-
-    def encode(self) -> str:
-        """As text, for messages."""
-        return msgspec.json.encode(self).decode()
+_Source = io.RawIOBase | http.client.HTTPResponse
 
 
 @dataclass
 class _Arriving:
-    """A transfer that was accepted.
+    """A transfer that was accepted, on its `way`.
 
-    `reading` gives its pieces as they are read, in the host's memory; then they are put on the mesh
-    as `staged`, with their `checksums`.
+    `reading` gives its pieces once they have been read, in the host's memory or on the mesh; then
+    they are on the mesh as `staged`, with their `checksums`.
     """
 
     pull: Pull
-    reading: Future[list[np.ndarray]]
-    staged: list[jax.Array] = field(default_factory=list)
-    checksums: list[jax.Array] | None = None
+    way: Way
+    reading: Future[list[np.ndarray] | Pieces]
+    staged: Pieces = field(default_factory=list)
+    checksums: Pieces | None = None
 
 
 class RemotePages:
@@ -77,10 +74,15 @@ class RemotePages:
         worker: whose end it is.
         programs: of its mesh.
         pool: its pages.
-        offers: what the process has on offer.
+        offers: what the process has on offer in shared memory.
         url: where other hosts reach this process.
-        token: that the processes of the cluster know each other by.
+        peers: asks other processes over HTTP; without a secret unless given.
+        direct: what the process has on offer for `jax.experimental.transfer`; None is nothing.
+        transport: see `config.ClusterConfig`.
         clock: seconds, from any start.
+
+    Attributes:
+        moved: transfers that were written into the pool, by their way.
     """
 
     def __init__(
@@ -90,17 +92,24 @@ class RemotePages:
         pool: PagePool,
         offers: OfferFolder,
         url: str = "",
-        token: str = "",
+        peers: Peers | None = None,
+        direct: DirectOffers | None = None,
+        transport: Transport = "auto",
         clock: Callable[[], float] = time.monotonic,
     ):
-        self.address = Address(worker, str(offers.path), url).encode()
+        self.moved: dict[Way, int] = {"shm": 0, "http": 0, "jax-transfer": 0}
         self._worker = worker
         self._programs = programs
         self._pool = pool
         self._offers = offers
-        self._token = token
+        self._url = url
+        self._peers = peers or Peers()
+        self._direct = direct
+        self._transport: Transport = transport
         self._clock = clock
+        self._ways: dict[int, Way] = {}
         self._arriving: dict[int, _Arriving] = {}
+        self._avoided: dict[str, float] = {}
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix=f"{worker}-pages")
 
     @property
@@ -108,12 +117,34 @@ class RemotePages:
         """Transfers that were accepted and have not ended."""
         return len(self._arriving)
 
+    def reader(self, source: str) -> str:
+        """What to tell a worker that is asked for pages, see `messages.Fetch`."""
+        avoided = self._avoided.get(source)
+        if avoided is not None and self._clock() >= avoided:
+            del self._avoided[source]
+            avoided = None
+        direct = self._direct is not None and self._direct.usable and avoided is None
+        return Reader(str(self._offers.path), direct).encode()
+
     def offer(self, offer: Offer) -> list[PageDescriptor]:
         """See `Connector.offer`."""
+        if offer.transfer in self._ways:
+            raise TransferError(f"transfer {offer.transfer} is on offer already")
+        direct = self._direct is not None and self._direct.usable
+        way = choose(self._transport, offer.reader, self._offers.path, direct=direct)
         staged, checksums = gather_pieces(self._programs, self._pool, offer.pages)
-        host = [np.asarray(piece) for piece in staged]
-        self._offers.put(offer.transfer, self._worker, host, len(offer.pages), self._clock())
+        if way == "jax-transfer" and self._direct is not None:
+            self._direct.put(offer.transfer, self._worker, staged, len(offer.pages))
+        else:
+            host = [np.asarray(piece) for piece in staged]
+            self._offers.put(offer.transfer, self._worker, host, len(offer.pages), self._clock())
+        self._ways[offer.transfer] = way
         return describe(self._programs.layout, offer.keys, checksums)
+
+    def address_of(self, transfer: int) -> str:
+        """See `Connector.address_of`."""
+        way = self._ways.get(transfer, "shm")
+        return Address(self._worker, way, str(self._offers.path), self._url).encode()
 
     def accept(self, pull: Pull) -> None:
         """See `Connector.accept`."""
@@ -132,7 +163,7 @@ class RemotePages:
             raise TransferError(f"{where}: {pull.address!r} is no address") from None
         if address.worker != pull.source:
             raise TransferError(f"{where}: {address.worker} offers it, not {pull.source}")
-        self._arriving[pull.transfer] = _Arriving(pull, self._read(pull, address))
+        self._arriving[pull.transfer] = _Arriving(pull, address.way, self._read(pull, address))
 
     def poll(self, transfer: int) -> TransferState:
         """See `Connector.poll`."""
@@ -148,11 +179,18 @@ class RemotePages:
         arriving = self._get(transfer)
         checksums = self._put(arriving)
         del self._arriving[transfer]
-        check_contents(arriving.pull, checksums)
+        try:
+            check_contents(arriving.pull, checksums)
+        except TransferError:
+            self._failed(arriving)
+            raise
         scatter_pieces(self._programs, self._pool, arriving.staged, arriving.pull.targets)
+        self.moved[arriving.way] += 1
 
     def abort(self, transfer: int) -> None:
         """See `Connector.abort`."""
+        if self._ways.pop(transfer, None) == "jax-transfer" and self._direct is not None:
+            self._direct.drop(transfer)
         self._offers.drop(transfer)
         # What is being read is read to its end, which closes the file, and then lost.
         self._arriving.pop(transfer, None)
@@ -161,45 +199,59 @@ class RemotePages:
         """Ends the threads; what they read is lost."""
         self._readers.shutdown(wait=False)
 
-    def _read(self, pull: Pull, address: Address) -> Future[list[np.ndarray]]:
+    def _read(self, pull: Pull, address: Address) -> Future[list[np.ndarray] | Pieces]:
         """Begins to read what is on offer."""
-        folder = Path(address.folder)
-        count = len(pull.keys)
-        # The name is the owner's word: a folder of offers it must be, and lie where ours does.
-        if folder.name.startswith(PREFIX) and folder.parent == self._offers.path.parent:
-            if folder.exists():
-                file = take(folder, pull.transfer)
+        transfer, count = pull.transfer, len(pull.keys)
+        if address.way == "jax-transfer":
+            if self._direct is None:
+                raise TransferError(f"transfer {transfer}: it is not to be pulled directly here")
+            pull_it = functools.partial(self._pull, self._direct, transfer, address.url, count)
+            return self._readers.submit(pull_it)
+        if address.way == "shm":
+            if is_here(address.folder, self._offers.path):
+                file = take(Path(address.folder), transfer)
                 try:
-                    self._check_size(pull.transfer, os.fstat(file).st_size, count)
+                    self._check_size(transfer, os.fstat(file).st_size, count)
                 except TransferError:
                     os.close(file)
                     raise
-                return self._readers.submit(self._read_file, pull.transfer, file, count)
+                return self._readers.submit(self._read_file, transfer, file, count)
             if not address.url:
-                raise TransferError(f"transfer {pull.transfer}: nothing is on offer")
-        return self._readers.submit(self._read_url, pull.transfer, address.url, count)
+                raise TransferError(f"transfer {transfer}: nothing is on offer")
+        return self._readers.submit(self._read_url, transfer, address.url, count)
 
     def _read_file(self, transfer: int, descriptor: int, count: int) -> list[np.ndarray]:
         with os.fdopen(descriptor, "rb", buffering=0) as source:
             return self._pieces(transfer, source, count)
 
     def _read_url(self, transfer: int, url: str, count: int) -> list[np.ndarray]:
-        parts = urlsplit(url)
-        connection = http.client.HTTPConnection(
-            parts.hostname or "", parts.port, timeout=HTTP_SECONDS
-        )
-        try:
-            headers = {"Authorization": f"Bearer {self._token}"}
-            connection.request("GET", f"/pages/{transfer:016x}", headers=headers)
-            answer = connection.getresponse()
-            if answer.status != 200:
-                raise TransferError(f"transfer {transfer}: nothing is on offer ({answer.status})")
+        with self._peers.get_pages(url, transfer) as answer:
             self._check_size(transfer, answer.length or 0, count)
             return self._pieces(transfer, answer, count)
-        except (OSError, http.client.HTTPException) as error:
-            raise TransferError(f"transfer {transfer}: {url} does not answer: {error}") from error
-        finally:
-            connection.close()
+
+    def _pull(self, direct: DirectOffers, transfer: int, url: str, count: int) -> Pieces:
+        """Claims a transfer, and pulls it onto the mesh."""
+        wanted = [
+            jax.ShapeDtypeStruct(
+                self._programs.staged_shape(bucket),
+                self._programs.layout.dtype,
+                sharding=self._programs.staging,
+            )
+            for _, bucket in pieces(count, TRANSFER_BUCKETS)
+        ]
+        claimed = self._peers.claim_pages(url, transfer)
+        if claimed.pages != count:
+            raise TransferError(
+                f"transfer {transfer}: {claimed.pages} pages are on offer for {count} keys and "
+                f"{count} places"
+            )
+        try:
+            found = direct.pull(claimed, wanted)
+        except TransferError as error:
+            raise TransferError(f"transfer {transfer}: {error}") from error
+        # Nobody waits for it; who is not told keeps it on the books for a while.
+        self._readers.submit(self._peers.settle, url, transfer)
+        return found
 
     def _check_size(self, transfer: int, size: int, count: int) -> None:
         """Checks that as many bytes are on offer as `count` pages have."""
@@ -210,9 +262,7 @@ class RemotePages:
                 f"transfer {transfer}: {found} on offer for {count} keys and {count} places"
             )
 
-    def _pieces(
-        self, transfer: int, source: io.RawIOBase | http.client.HTTPResponse, count: int
-    ) -> list[np.ndarray]:
+    def _pieces(self, transfer: int, source: _Source, count: int) -> list[np.ndarray]:
         """Reads pieces, padded with zeros."""
         layout = self._programs.layout
         read = []
@@ -223,7 +273,7 @@ class RemotePages:
             read.append(piece)
         return read
 
-    def _put(self, arriving: _Arriving) -> list[jax.Array]:
+    def _put(self, arriving: _Arriving) -> Pieces:
         """Puts what was read on the mesh, once; waits for the reading."""
         if arriving.checksums is None:
             transfer = arriving.pull.transfer
@@ -231,6 +281,7 @@ class RemotePages:
                 pieces_read = arriving.reading.result()
             except TransferError:
                 del self._arriving[transfer]
+                self._failed(arriving)
                 raise
             except OSError as error:
                 del self._arriving[transfer]
@@ -240,6 +291,11 @@ class RemotePages:
             arriving.checksums = [self._programs.checksum(piece) for piece in arriving.staged]
         return arriving.checksums
 
+    def _failed(self, arriving: _Arriving) -> None:
+        """What could not be had directly is asked for in another way the next time."""
+        if arriving.way == "jax-transfer":
+            self._avoided[arriving.pull.source] = self._clock() + AVOID_SECONDS
+
     def _get(self, transfer: int) -> _Arriving:
         arriving = self._arriving.get(transfer)
         if arriving is None:
@@ -247,7 +303,7 @@ class RemotePages:
         return arriving
 
 
-def _fill(transfer: int, source: io.RawIOBase | http.client.HTTPResponse, into: memoryview) -> None:
+def _fill(transfer: int, source: _Source, into: memoryview) -> None:
     while into:
         count = source.readinto(into)
         if not count:

@@ -110,7 +110,8 @@ class PrefillExecutor:
             self._copy(source, target)
         if plan.chunks:
             self.compute(plan)
-        return PrefillResult(offered, refused, address=self.connector.address)
+        addresses = {transfer: self.connector.address_of(transfer) for transfer in offered}
+        return PrefillResult(offered, refused, addresses=addresses)
 
     def _copy(self, source: int, target: int) -> None:
         src, dst = np.asarray([source], np.int32), np.asarray([target], np.int32)

@@ -79,7 +79,14 @@ class Submitter(Protocol):
 
 
 class Engine(Submitter, Protocol):
-    """The orchestrator."""
+    """The orchestrator.
+
+    Attributes:
+        heard: called with a name under which another process has a module served here; from any
+            thread, before anybody can ask for it, and again when it is known.
+    """
+
+    heard: Callable[[str], None]
 
     @property
     def config(self) -> ServeConfig:

@@ -15,6 +15,7 @@ import os
 import secrets
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from pshare_jax.cluster.tls import cluster_tls
 from pshare_jax.config import ServeConfig
 from pshare_jax.errors import ConfigError
 from pshare_jax.serve.lifecycle import bind, url_of
@@ -62,6 +64,7 @@ class Plan:
     socket: socket.socket
     ready: str
     health: str = ""
+    tls: ssl.SSLContext | None = None
 
 
 class Child:
@@ -163,15 +166,17 @@ class Child:
         missed = 0
         while process.poll() is None and missed < HANGS:
             time.sleep(HEALTH_SECONDS)
-            missed = 0 if _is_healthy(self.plan.health) else missed + 1
+            missed = 0 if _is_healthy(self.plan) else missed + 1
         if process.poll() is None:
             log.warning("%s hangs: killing it", self.plan.name)
             process.kill()
 
 
-def _is_healthy(url: str) -> bool:
+def _is_healthy(plan: Plan) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=HEALTH_SECONDS) as answer:
+        with urllib.request.urlopen(
+            plan.health, timeout=HEALTH_SECONDS, context=plan.tls
+        ) as answer:
             return answer.status == 200
     except (OSError, urllib.error.URLError):
         return False
@@ -186,10 +191,12 @@ class Launcher:
         folder: for the token file.
 
     Raises:
-        ConfigError: an address that cannot be had.
+        ConfigError: an address that cannot be had, or certificates that cannot be used.
     """
 
     def __init__(self, config: ServeConfig, args: Sequence[str], folder: Path):
+        tls = cluster_tls(config.cluster)
+        self._tls = tls.client if tls else None
         token_file = folder / "token"
         token_file.touch(mode=0o600)
         token_file.write_text(secrets.token_urlsafe(32))
@@ -240,8 +247,9 @@ class Launcher:
         self._sockets.append(sock)
         role = name.rstrip("0123456789")
         command = (sys.executable, "-m", "pshare_jax.serve.worker", f"--role={role}")
-        health = f"{url_of(sock)}/health"
-        return Plan(name, (*command, f"--name={name}", *args), sock, WORKER_READY, health)
+        health = f"{url_of(sock, 'https' if self._tls else 'http')}/health"
+        command = (*command, f"--name={name}", *args)
+        return Plan(name, command, sock, WORKER_READY, health, self._tls)
 
     def _frontend(self, index: int, config: ServeConfig, args: Sequence[str]) -> Plan:
         server = config.server

@@ -121,6 +121,7 @@ class _EngineCollector(Collector):
         )
         yield self._pages(stats)
         yield self._busy_seconds(stats)
+        yield self._transfers(stats)
         yield self._decode_pages(stats)
         yield self._failed_transfers(stats)
         yield from store_metrics(stats)
@@ -174,6 +175,16 @@ class _EngineCollector(Collector):
         )
         for name, count in stats.failed_transfers.items():
             family.add_metric([name], count)
+        return family
+
+    def _transfers(self, stats: EngineStats) -> Metric:
+        family = CounterMetricFamily(
+            "pshare_transfers",
+            "Transfers of pages that have come from other processes, by their way.",
+            labels=["engine", "transport"],
+        )
+        for (name, way), count in stats.transfers.items():
+            family.add_metric([name, way], count)
         return family
 
     def _decode_pages(self, stats: EngineStats) -> Metric:

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 
 from aiohttp import web
 
+from pshare_jax.config import ModelEntry
 from pshare_jax.core.requests import Request
 from pshare_jax.errors import EngineDeadError, UnknownModelError
 from pshare_jax.frontend.model_format import ModelFormat, model_format
@@ -66,6 +67,7 @@ class Service:
         self.access = Access(self.config)
         self.metrics = Metrics(engine.models, engine.stats, self.access)
         self.metrics.register(EngineInfo(engine))
+        engine.heard = self._heard
         self.sessions = SessionLog()
         self.live = Live(engine, self.offload, self.sessions)
         self.draining = False
@@ -76,6 +78,13 @@ class Service:
         self._active = 0
         self._idle = asyncio.Event()
         self._idle.set()
+
+    def _heard(self, name: str) -> None:
+        """Another frontend of a cluster has something served under `name`."""
+        own = self.engine.tokenizer_of(name)
+        if own is not self.tokenizer or name not in self.formats:
+            self.formats[name] = model_format(ModelEntry(name, ""), own.chat_template)
+        self.metrics.add_model(name)
 
     @property
     def max_sequences(self) -> int:

@@ -11,11 +11,13 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import get_args
 
 from aiohttp import web
 
 from pshare_jax.cluster.secret import is_loopback, read_token, split_address
+from pshare_jax.cluster.tls import ClusterTls, cluster_tls
 from pshare_jax.config import Role, ServeConfig, load_config
 from pshare_jax.errors import ConfigError, PshareError
 from pshare_jax.serve.logs import open_standard_streams, say, set_up
@@ -31,6 +33,19 @@ _DESCRIPTION = (
 )
 
 
+@dataclass(frozen=True)
+class Secrets:
+    """By which the processes of a cluster know each other: a token, certificates, both or none."""
+
+    token: str
+    tls: ClusterTls | None
+
+    @property
+    def scheme(self) -> str:
+        """Of worker processes' URLs."""
+        return "https" if self.tls else "http"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the worker; returns the exit code: 2 for a configuration that cannot be served."""
     parser = argparse.ArgumentParser("pshare worker", description=_DESCRIPTION, allow_abbrev=False)
@@ -39,20 +54,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--listen", default="127.0.0.1:0", help="HOST:PORT; port 0 is a free one")
     parser.add_argument("--listen-fd", type=int, help="a socket that listens already, inherited")
     parser.add_argument("--token-file", help="short for --cluster.token_file")
+    for name, what in (("cert", "certificate"), ("key", "private key"), ("ca", "CA")):
+        parser.add_argument(f"--tls-{name}", help=f"{what}; short for --cluster.tls_{name}")
     parser.add_argument(
         "--advertise", help="HOST:PORT at which other hosts get pages; --listen unless given"
     )
     options, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     if options.token_file:
         rest.append(f"--cluster.token_file={options.token_file}")
+    for name in ("tls_cert", "tls_key", "tls_ca"):
+        if path := getattr(options, name):
+            rest.append(f"--cluster.{name}={path}")
     try:
         config = load_config(ServeConfig, rest, prog="pshare worker", description=_DESCRIPTION)
         open_standard_streams()
         set_up()
         logging.getLogger("jax").setLevel(logging.WARNING)
-        token = read_token(config.cluster.token_file)
-        with _bind(options.listen, options.listen_fd, token) as sock:
-            return asyncio.run(_serve(config, options, sock, token))
+        secrets = Secrets(read_token(config.cluster.token_file), cluster_tls(config.cluster))
+        with _bind(options.listen, options.listen_fd, secrets) as sock:
+            return asyncio.run(_serve(config, options, sock, secrets))
     except PshareError as error:
         say(f"pshare worker: {error}", sys.stderr)
         return 2
@@ -60,19 +80,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _bind(address: str, descriptor: int | None, token: str) -> socket.socket:
+def _bind(address: str, descriptor: int | None, secrets: Secrets) -> socket.socket:
     """The socket to listen on.
 
     Raises:
-        ConfigError: it cannot be had, or everybody could reach it and there is no token.
+        ConfigError: it cannot be had, or everybody could reach it and there is no secret.
     """
     if descriptor is not None:
         return socket.socket(fileno=descriptor)
     host, port = split_address(address)
-    if not token and not is_loopback(host):
+    if not secrets.token and not secrets.tls and not is_loopback(host):
         raise ConfigError(
             f"--listen={address}: others can reach that; name a --token-file, the same for all "
-            "processes of the cluster"
+            "processes of the cluster, or certificates (--tls-cert, --tls-key, --tls-ca)"
         )
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -90,27 +110,37 @@ def _reachable(host: str, port: int) -> str:
 
 
 async def _serve(
-    config: ServeConfig, options: argparse.Namespace, sock: socket.socket, token: str
+    config: ServeConfig, options: argparse.Namespace, sock: socket.socket, secrets: Secrets
 ) -> int:
     """Serves until a signal, or until a worker fails; returns the exit code."""
     # Imported late: jax takes seconds, which --help and a typing error need not wait for.
     from pshare_jax.cluster.station import Station
     from pshare_jax.engine.hosted import HostedWorkers
+    from pshare_jax.kv.peers import Peers
     from pshare_jax.serve.lifecycle import StopSignal
     from pshare_jax.serve.worker_app import worker_app
 
     stop = StopSignal()
     host, port = sock.getsockname()[:2]
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    url = f"http://{options.advertise or _reachable(host, port)}"
-    hosted = HostedWorkers.from_config(config, options.role, options.name, url, token)
-    beat = config.cluster.beat_seconds
-    station = Station(hosted.shape, hosted.parts, hosted.stats, beat, hosted.prepare)
-    runner = web.AppRunner(
-        worker_app(hosted, station, token), access_log=None, handler_cancellation=True
+    reachable = _reachable(host, port)
+    tls = secrets.tls
+    hosted = HostedWorkers.from_config(
+        config,
+        options.role,
+        options.name,
+        f"{secrets.scheme}://{options.advertise or reachable}",
+        Peers(secrets.token, tls.client if tls else None),
+        split_address(reachable)[0],
     )
+    beat = config.cluster.beat_seconds
+    station = Station(
+        hosted.shape, hosted.parts, hosted.stats, beat, hosted.prepare, hosted.modules
+    )
+    app = worker_app(hosted, station, secrets.token, certified=tls is not None)
+    runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
     await runner.setup()
-    await web.SockSite(runner, sock).start()
+    await web.SockSite(runner, sock, ssl_context=tls.server if tls else None).start()
     log.info("%s listens on %s, warming up", options.name, address)
     loop = asyncio.get_running_loop()
     failed: asyncio.Future[str] = loop.create_future()
@@ -123,7 +153,7 @@ async def _serve(
     gc.collect()
     gc.freeze()
     station.open(hosted.thread)
-    say(f"{READY}http://{address}", sys.stdout)
+    say(f"{READY}{secrets.scheme}://{address}", sys.stdout)
     stopped = asyncio.ensure_future(stop.received.wait())
     await asyncio.wait({stopped, failed}, return_when=asyncio.FIRST_COMPLETED)
     if failed.done():

@@ -7,6 +7,7 @@ import hmac
 import os
 from pathlib import Path
 
+import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Handler
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_1_0_0
@@ -15,6 +16,7 @@ from pshare_jax.cluster import wire
 from pshare_jax.cluster.station import Station
 from pshare_jax.core.connector import TransferError
 from pshare_jax.engine.hosted import HostedWorkers
+from pshare_jax.kv.direct import DirectOffers
 from pshare_jax.kv.offers import OfferFolder, take
 from pshare_jax.serve.info import json_response
 from pshare_jax.serve.metrics import Metrics
@@ -28,21 +30,26 @@ HOSTED = web.AppKey("hosted", HostedWorkers)
 METRICS = web.AppKey("metrics", Metrics)
 
 
-def worker_app(hosted: HostedWorkers, station: Station, token: str) -> web.Application:
+def worker_app(
+    hosted: HostedWorkers, station: Station, token: str, *, certified: bool = False
+) -> web.Application:
     """The application of a worker process.
 
     Args:
         hosted: the workers.
         station: takes the links of frontends.
         token: without which nobody gets more than health and metrics; empty lets everybody in.
+        certified: whether the same holds for who shows no certificate.
     """
-    app = web.Application(middlewares=[_authorise(token)])
+    app = web.Application(middlewares=[_authorise(token, certified=certified)])
     app[OFFERS], app[STATION], app[HOSTED] = hosted.offers, station, hosted
     app[METRICS] = Metrics(hosted.models, hosted.stats)
     app.router.add_get("/health", health)
     app.router.add_get("/ready", ready)
     app.router.add_get("/metrics", metrics)
     app.router.add_get("/pages/{transfer:[0-9a-f]{16}}", pages)
+    app.router.add_post("/pages/{transfer:[0-9a-f]{16}}/claim", claim)
+    app.router.add_delete("/pages/{transfer:[0-9a-f]{16}}/claim", settle)
     app.router.add_get(wire.PATH, station.handle)
     return app
 
@@ -77,6 +84,32 @@ async def pages(request: web.Request) -> web.StreamResponse:
     return await send_pages(request, request.app[OFFERS].path)
 
 
+async def claim(request: web.Request) -> web.Response:
+    """`POST /pages/TRANSFER/claim`: has a transfer pulled by `jax.experimental.transfer`."""
+    return await claim_pages(request, request.app[HOSTED].direct)
+
+
+async def settle(request: web.Request) -> web.Response:
+    """`DELETE /pages/TRANSFER/claim`: what was claimed has come."""
+    direct = request.app[HOSTED].direct
+    if direct is not None:
+        direct.settle(int(request.match_info["transfer"], 16))
+    return web.Response()
+
+
+async def claim_pages(request: web.Request, direct: DirectOffers | None) -> web.Response:
+    """Claims the transfer that the path names, and says where it is to be pulled from."""
+    number = int(request.match_info["transfer"], 16)
+    try:
+        if direct is None:
+            raise TransferError(f"transfer {number}: nothing is on offer")
+        # Whoever serves requests must not wait for devices.
+        claimed = await asyncio.to_thread(direct.claim, number)
+    except TransferError as error:
+        raise web.HTTPNotFound(text=str(error)) from None
+    return web.Response(body=msgspec.json.encode(claimed), content_type="application/json")
+
+
 async def send_pages(request: web.Request, folder: Path) -> web.StreamResponse:
     """Sends what a folder has on offer under the transfer that the path names."""
     try:
@@ -99,14 +132,18 @@ def _state(station: Station) -> str:
     return "ok" if station.ready else "warming_up"
 
 
-def _authorise(token: str) -> web.middleware:  # type: ignore[valid-type]
+def _authorise(token: str, *, certified: bool) -> web.middleware:  # type: ignore[valid-type]
     @web.middleware
     async def authorise(request: web.Request, handler: Handler) -> web.StreamResponse:
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
         said = given.encode("utf-8", "surrogateescape")
         known = not token or hmac.compare_digest(said, token.encode())
-        if not known and request.path not in _PUBLIC:
+        public = request.path in _PUBLIC
+        if not known and not public:
             raise web.HTTPUnauthorized(text="the token of this cluster is another one")
+        # One that the CA has not signed has not got this far.
+        if certified and not public and not request.get_extra_info("peercert"):
+            raise web.HTTPUnauthorized(text="show a certificate of this cluster's CA")
         return await handler(request)
 
     return authorise

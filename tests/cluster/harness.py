@@ -5,19 +5,22 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
 from aiohttp import web
 
 from pshare_jax.cluster.station import Station
+from pshare_jax.cluster.tls import cluster_tls
 from pshare_jax.config import ClusterConfig, DecodeConfig, PrefillConfig, ServeConfig
 from pshare_jax.engine.cluster import ClusterEngine
 from pshare_jax.engine.hosted import HostedWorkers
+from pshare_jax.kv.peers import Peers
 from pshare_jax.serve.worker_app import worker_app
 from tests.engine.harness import Client, Models, serve_config, wait_until
 
@@ -47,6 +50,7 @@ class Host:
     def __init__(self, config: ServeConfig, models: Models, role: Any, name: str, port: int = 0):
         self.name, self.role = name, role
         self._loop = Loop()
+        self._tls = cluster_tls(config.cluster)
         sock = socket.create_server(("127.0.0.1", port))
         self.port = sock.getsockname()[1]
         self.address = f"127.0.0.1:{self.port}"
@@ -56,8 +60,8 @@ class Host:
             name,
             models.base_source,
             models.sources,
-            url=f"http://{self.address}",
-            token=TOKEN,
+            url=f"{'https' if self._tls else 'http'}://{self.address}",
+            peers=Peers(TOKEN, self._tls.client if self._tls else None),
         )
         self._loop.run(self._listen(config, sock))
         self.failures: list[str] = []
@@ -67,12 +71,14 @@ class Host:
     async def _listen(self, config: ServeConfig, sock: socket.socket) -> None:
         hosted = self.hosted
         beat = config.cluster.beat_seconds
-        self.station = Station(hosted.shape, hosted.parts, hosted.stats, beat, hosted.prepare)
-        self.runner = web.AppRunner(
-            worker_app(hosted, self.station, TOKEN), access_log=None, handler_cancellation=True
+        self.station = Station(
+            hosted.shape, hosted.parts, hosted.stats, beat, hosted.prepare, hosted.modules
         )
+        app = worker_app(hosted, self.station, TOKEN, certified=self._tls is not None)
+        self.runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
         await self.runner.setup()
-        await web.SockSite(self.runner, sock).start()
+        context = self._tls.server if self._tls else None
+        await web.SockSite(self.runner, sock, ssl_context=context).start()
 
     async def _open(self) -> None:
         assert self.hosted.thread is not None
@@ -119,11 +125,18 @@ class Host:
 class Cluster:
     """Hosts and frontends."""
 
-    def __init__(self, models: Models, folder: Path, **cluster: Any):
+    def __init__(
+        self,
+        models: Models,
+        folder: Path,
+        settings: Mapping[str, Any] = MappingProxyType({}),
+        **cluster: Any,
+    ):
         token = folder / "token"
         token.write_text(TOKEN)
         self.models = models
-        self.config = cluster_config(shm_path=str(folder), token_file=str(token), **cluster)
+        config = cluster_config(shm_path=str(folder), token_file=str(token), **cluster)
+        self.config = replace(config, **settings)
         self.hosts: dict[str, Host] = {}
         self.clients: list[Client] = []
 
@@ -180,11 +193,12 @@ def running_cluster(
     prefill: int = 2,
     decode: int = 2,
     frontends: int = 1,
+    settings: Mapping[str, Any] = MappingProxyType({}),
     **cluster: Any,
 ) -> Iterator[Cluster]:
-    """A cluster whose frontends are ready."""
+    """A cluster whose frontends are ready; `settings` are other parts of the configuration."""
     jax.config.update("jax_disable_most_optimizations", True)
-    running = Cluster(models, folder, **cluster)
+    running = Cluster(models, folder, settings, **cluster)
     try:
         for side, count in (("prefill", prefill), ("decode", decode)):
             for i in range(count):

@@ -8,14 +8,18 @@ import msgspec
 import pytest
 
 from pshare_jax.cluster import wire
+from pshare_jax.cluster.modules import ModuleEntry
 from pshare_jax.cluster.secret import is_loopback, read_token, split_address
 from pshare_jax.core import messages as m
+from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.requests import FinishReason
 from pshare_jax.core.router import WorkerInfo
+from pshare_jax.core.split_rule import LAST_TOKEN
 from pshare_jax.core.stats import EngineStats, PoolStats, together
 from pshare_jax.errors import ConfigError
 
 SHAPE = wire.Shape("print", 128, (2, 2, 8, 16), "float32", {"a": "1", "b": "2"})
+SPEC = ModelSpec("a@2", "full", "shared", LAST_TOKEN, "base", "print", "base")
 FRAMES = [
     wire.Hello(1, 5, SHAPE),
     wire.Welcome("ab", [wire.Part(WorkerInfo("decode0", 9, 8), "decode", ("a",))]),
@@ -25,6 +29,10 @@ FRAMES = [
     wire.Beat(EngineStats(prefill_tokens={("a", "computed"): 2})),
     wire.Draining(),
     wire.Left(),
+    wire.Load("a", "/folder", "print", SPEC),
+    wire.Retired("a@2"),
+    wire.Hosting("decode0", ["a@2"], {"b@3": wire.LoadError("no room", "no_room")}),
+    wire.Modules({"a": ModuleEntry(2, "a@2", "/folder", "print"), "b": ModuleEntry(3)}),
 ]
 
 

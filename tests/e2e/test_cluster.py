@@ -136,7 +136,8 @@ class Processes:
                 command = Path(f"/proc/{child}/cmdline").read_text().split("\0")
                 if f"--name={name}" in command:
                     return child
-                if "pshare_jax.serve" in command:
+                # One that is being started has the launcher's own command for a moment.
+                if "pshare_jax.serve" in command and command[-2].startswith("--listen-fd="):
                     # Their sockets were made in this order.
                     frontends[int(command[-2].removeprefix("--listen-fd="))] = child
         wanted = sorted(frontends)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,17 @@ from pshare_jax.core.connector import TransferError, TransferState
 from pshare_jax.core.messages import PageDescriptor
 from pshare_jax.core.plans import Offer, Pull
 from pshare_jax.kernels.backends import on_mesh
+from pshare_jax.kv import direct as kv_direct
+from pshare_jax.kv.direct import DirectOffers
 from pshare_jax.kv.local import DevicePut, Exchange, SamePool
 from pshare_jax.kv.offers import PREFIX, OfferFolder, file_of
+from pshare_jax.kv.peers import Peers
 from pshare_jax.kv.remote import RemotePages
 from pshare_jax.runtime.layout import PageLayout
 from pshare_jax.runtime.pool import PagePool
 from pshare_jax.runtime.programs import Programs
 from pshare_jax.runtime.steps import StepSpec
-from pshare_jax.serve.worker_app import send_pages
+from pshare_jax.serve.worker_app import claim_pages, send_pages
 from pshare_jax.sharding.mesh import carve
 from tests.cluster.harness import TOKEN, Loop
 from tests.engine.harness import wait_until
@@ -65,7 +69,12 @@ class Link:
     """
 
     def __init__(
-        self, kind: str, programs: list[Programs], folder: Path | None = None, url: str = ""
+        self,
+        kind: str,
+        programs: list[Programs],
+        folder: Path | None = None,
+        url: str = "",
+        direct: list[DirectOffers] | None = None,
     ):
         self.kind = kind
         pools = [PagePool(LAYOUT, NUM_PAGES, p.pool_sharding) for p in programs]
@@ -83,13 +92,16 @@ class Link:
             for name, own, pool in zip(names, programs, pools, strict=False):
                 ends.append(end(name, own, pool, exchange))
         else:
-            for name, own, pool in zip(names, programs, pools, strict=False):
+            for i, (name, own, pool) in enumerate(zip(names, programs, pools, strict=True)):
                 # Another parent is another host.
-                parent = folder / name if kind == "http" else folder
+                parent = folder if kind == "shm" else folder / name
                 parent.mkdir(exist_ok=True)
                 self._folders.append(OfferFolder(parent))
-                ends.append(RemotePages(name, own, pool, self._folders[-1], url, TOKEN))
-            self.exchange = self._folders[0]
+                mine: Any = (direct[i], "jax-transfer") if direct else (None, "auto")
+                ends.append(
+                    RemotePages(name, own, pool, self._folders[-1], url, Peers(TOKEN), *mine)
+                )
+            self.exchange = direct[0] if direct else self._folders[0]
         self.sender, self.receiver = ends[0], ends[-1]
         self.source, self.target = pools[0], pools[-1]
         self.moves = kind != "same-mesh"
@@ -109,18 +121,28 @@ class Link:
                 self.sender.abort(transfer)
 
     def pull(self, transfer: int) -> Pull:
-        return Pull(transfer, "prefill0", [], [], [], self.sender.address)
+        return Pull(transfer, "prefill0", [], [], [], self.sender.address_of(transfer))
 
     def offer(self, pages: list[int]) -> Pull:
         """Offers pages; the pull asks for them, into pages 81 and on."""
         self._next += 1
         keys = [b"key %d" % page for page in pages]
-        descriptors = self.sender.offer(Offer(self._next, "decode0", pages, keys))
+        reader = self.receiver.reader("prefill0") if self.remote else ""
+        descriptors = self.sender.offer(Offer(self._next, "decode0", pages, keys, reader))
         targets = [81 + i for i in range(len(pages))]
-        return Pull(self._next, "prefill0", descriptors, keys, targets, self.sender.address)
+        address = self.sender.address_of(self._next)
+        return Pull(self._next, "prefill0", descriptors, keys, targets, address)
 
     def flip(self, transfer: int, page: int, count: int) -> None:
         """Flips the lowest bit of one value of one page of the `count` that are on offer."""
+        if isinstance(self.exchange, DirectOffers):
+            pieces = list(self.exchange._offers[transfer].pieces)
+            piece = np.array(pieces[page // 16])
+            piece.view(np.uint32)[1, page % 16, 1, 0, 3, 5] ^= 1
+            pieces[page // 16] = jax.device_put(piece, pieces[page // 16].sharding)
+            offer = replace(self.exchange._offers[transfer], pieces=pieces)
+            self.exchange._offers[transfer] = offer
+            return
         if self.remote:
             size = LAYOUT.bytes_per_page // LAYOUT.num_layers
             piece, inside = divmod(page, 16)
@@ -144,7 +166,17 @@ class Link:
 
 
 @pytest.fixture(scope="module")
-def pages_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+def direct() -> Iterator[list[DirectOffers]]:
+    """Of two processes, which are patient: the machine may be busy."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kv_direct, "PULL_SECONDS", 60.0)
+        yield [DirectOffers("127.0.0.1") for _ in range(2)]
+
+
+@pytest.fixture(scope="module")
+def pages_server(
+    tmp_path_factory: pytest.TempPathFactory, direct: list[DirectOffers]
+) -> Iterator[tuple[Path, str]]:
     """A folder of offers that is another host's, and the URL where that serves them."""
     folder = tmp_path_factory.mktemp("host")
     loop, app = Loop(), web.Application()
@@ -154,7 +186,18 @@ def pages_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pat
         (found,) = (folder / "prefill0").glob(f"{PREFIX}*")
         return await send_pages(request, found)
 
+    async def claim(request: web.Request) -> web.StreamResponse:
+        assert request.headers["Authorization"] == f"Bearer {TOKEN}"
+        return await claim_pages(request, direct[0])
+
     app.router.add_get("/pages/{transfer:[0-9a-f]{16}}", serve)
+
+    async def settle(request: web.Request) -> web.StreamResponse:
+        direct[0].settle(int(request.match_info["transfer"], 16))
+        return web.Response()
+
+    app.router.add_post("/pages/{transfer:[0-9a-f]{16}}/claim", claim)
+    app.router.add_delete("/pages/{transfer:[0-9a-f]{16}}/claim", settle)
     runner = web.AppRunner(app, access_log=None)
     loop.run(runner.setup())
     loop.run(web.TCPSite(runner, "127.0.0.1", 0).start())
@@ -169,12 +212,13 @@ def two_meshes() -> list[Programs]:
     return [programs_of(prefill[0]), programs_of(decode[0])]
 
 
-@pytest.fixture(params=["device_put", "same-mesh", "shm", "http"])
+@pytest.fixture(params=["device_put", "same-mesh", "shm", "http", "jax-transfer"])
 def link(
     request: pytest.FixtureRequest,
     two_meshes: list[Programs],
     tmp_path: Path,
     pages_server: tuple[Path, str],
+    direct: list[DirectOffers],
 ) -> Iterator[Link]:
     """Both ends. At the end nothing is on offer, and nothing is on its way."""
     match request.param:
@@ -184,6 +228,8 @@ def link(
             link = Link("same-mesh", two_meshes[:1])
         case "shm":
             link = Link("shm", two_meshes, tmp_path)
+        case "jax-transfer":
+            link = Link("jax-transfer", two_meshes, *pages_server, direct)
         case _:
             link = Link("http", two_meshes, *pages_server)
     yield link

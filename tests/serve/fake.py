@@ -158,6 +158,7 @@ class FakeOrchestrator:
                 waiting={"coder": 2},
                 decode_pages={("decode0", "read"): 8, ("decode0", "saved"): 5},
                 failed_transfers={"decode0": 0},
+                transfers={("decode0", "http"): 3},
                 busy_seconds={"prefill0": 1.5, "decode0": 2.5},
                 pools={
                     "prefill0": PoolStats(total=99, free=90, used=2, shared=1, cached=7),

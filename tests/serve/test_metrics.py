@@ -69,6 +69,11 @@ def test_pages_read_and_saved(client):
         assert client.metric(name, engine="decode0", state=state) == pages
 
 
+def test_transfers_by_their_way(client):
+    name = "pshare_transfers_total"
+    assert client.metric(name, engine="decode0", transport="http") == 3
+
+
 def test_pools(client):
     for pool, state, pages in [("prefill0", "cached", 7), ("decode0", "used", 15)]:
         assert client.metric("pshare_pages", pool=pool, state=state) == pages

@@ -16,6 +16,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -39,6 +40,7 @@ from pshare_jax.kv.store.file import (
 T = TypeVar("T")
 
 _SEED = struct.Struct("<16sQIIB")
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ class Pool:
         self._members = file.members
         self._thread_lock = threading.Lock()
         self._books = Books(file)
+        self._identity = _identity(file.records)
         self._owed: list[Callable[[Books], object]] = []
 
     @classmethod
@@ -111,6 +114,11 @@ class Pool:
             pool.close()
             raise ConfigError(f"kv_store: {path}: {error}") from error
         return pool
+
+    @property
+    def identity(self) -> str:
+        """Of the file, among those of all hosts."""
+        return self._identity
 
     def buffer(self) -> Buffer:
         """Memory for one record."""
@@ -335,6 +343,12 @@ class Pool:
                 self._books.end()
             finally:
                 locking.unlock(self._file.lock)
+
+
+def _identity(descriptor: int) -> str:
+    """Of a file, among those of all hosts."""
+    there = os.fstat(descriptor)
+    return f"{_BOOT.read_text().strip()}:{there.st_dev}:{there.st_ino}"
 
 
 def _seed(key: bytes, generation: int, length: int, num_tokens: int, codec: int) -> int:

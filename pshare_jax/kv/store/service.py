@@ -345,4 +345,5 @@ class StoreService:
             counters.read_seconds,
             counters.write_seconds,
             *recoveries,
+            pool=tier.pool.identity,
         )

@@ -1,0 +1,126 @@
+"""Processes with a KV store, pages that go from device to device, and modules that come and go."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pshare_jax.serve.process import READY
+from tests.e2e.conftest import write_config
+from tests.e2e.test_cluster import SECONDS, Processes, Stream, body_of, read
+from tests.engine.harness import wait_until
+
+NUMBERS = range(9)
+
+
+@pytest.fixture(scope="module")
+def processes(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    """2 frontends, a prefill and a decode worker."""
+    command = [sys.executable, "-m", "pshare_jax.serve", f"--config={write_config(tiny_folder)}"]
+    command += ["--port=0", "--launcher=local", "--cluster.frontends=2"]
+    command += ["--cluster.transport=jax-transfer", "--kv_store.bytes=67108864"]
+    command += [f"--kv_store.path={tmp_path_factory.mktemp('store') / 'pool'}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        watchdog = threading.Timer(280, process.kill)
+        watchdog.start()
+        try:
+            assert process.stdout is not None
+            urls = []
+            for line in process.stdout:
+                if line.startswith(READY):
+                    urls.append(line.removeprefix(READY).strip())
+                if len(urls) == 2:
+                    break
+            watchdog.cancel()
+            assert len(urls) == 2
+            yield Processes(process, urls)
+        finally:
+            watchdog.cancel()
+            process.terminate()
+            assert process.wait(SECONDS) == 0
+
+
+def post(url: str, path: str, **body: Any) -> tuple[int, str]:
+    request = urllib.request.Request(
+        f"{url}/v1/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=SECONDS) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def models(url: str) -> list[str]:
+    with urllib.request.urlopen(f"{url}/v1/models", timeout=SECONDS) as answer:
+        return [model["id"] for model in json.loads(answer.read())["data"]]
+
+
+def texts(url: str) -> list[str]:
+    return [read(url, body_of(number), Stream()).text for number in NUMBERS]
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_server: str) -> list[str]:
+    return texts(tiny_server)
+
+
+@pytest.mark.slow
+def test_pages_go_from_device_to_device(processes: Processes, expected: list[str]) -> None:
+    assert texts(processes.urls[0]) == expected
+    # Whatever fails goes by file, and the machine may be busy.
+    wait_until(lambda: processes.metric("pshare_transfers_total", "jax-transfer") > 0, SECONDS)
+
+
+@pytest.mark.slow
+def test_a_prefill_worker_that_starts_again_finds_the_pool(
+    processes: Processes, expected: list[str]
+) -> None:
+    """Whether it then fetches or computes is a matter of prices; counters do not fall."""
+    assert texts(processes.urls[0]) == expected
+    wait_until(lambda: processes.metric("pshare_store_slots", 'state="ready"') > 0, SECONDS)
+    pid = processes.send("prefill0", signal.SIGKILL)
+    wait_until(lambda: processes.pid("prefill0") not in (None, pid), SECONDS)
+    assert texts(processes.urls[1]) == expected
+    wait_until(processes.whole, SECONDS)
+    wait_until(lambda: processes.metric("pshare_store_slots", 'state="ready"') > 0, SECONDS)
+    assert processes.metric("pshare_store_stored_total") > 0
+    assert processes.metric("pshare_compiles_total") == 0
+
+
+@pytest.mark.slow
+def test_a_module_is_loaded_at_one_frontend_and_served_by_all(
+    processes: Processes, expected: list[str]
+) -> None:
+    """By a decode worker that was killed meanwhile, too."""
+    first, second = processes.urls
+    body = {**body_of(2), "model": "new"}
+    assert body_of(2)["model"] == "critic"
+    status, said = post(first, "load_lora_adapter", lora_name="new", lora_path="critic")
+    assert (status, said) == (200, "Success: LoRA adapter 'new' added successfully.")
+    wait_until(lambda: "new" in models(second), SECONDS)
+    assert read(second, body, Stream()).text == expected[2]
+    pid = processes.send("decode0", signal.SIGKILL)
+    wait_until(lambda: processes.pid("decode0") not in (None, pid), SECONDS)
+    assert read(first, body, Stream()).text == expected[2]
+    status, said = post(first, "load_lora_adapter", lora_name="base", lora_path="base")
+    assert status == 400
+    assert "invalid_module" in said
+    status, said = post(second, "unload_lora_adapter", lora_name="new")
+    assert status == 200
+    wait_until(lambda: "new" not in models(first), SECONDS)
+    with contextlib.suppress(urllib.error.HTTPError):
+        read(first, body, Stream())
+        raise AssertionError("what was unloaded has answered")
+    assert texts(first) == expected
