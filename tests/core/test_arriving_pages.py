@@ -144,7 +144,7 @@ def test_pages_that_follow_what_the_store_could_not_give(ends: str):
     rooms = [admission.reserve(row) for row in rows]
     for row, room in zip(rows, rooms, strict=True):
         assert room is not None
-        arrivals.add(row, m.PromptUsage(17, 0, 16, 0), room)
+        arrivals.add(row, PromptUsage(17, 0, 16, 0), room)
     assert [message.pages for _, message in outbox] == [[2, 3]]
     bench.core.receive(m.Loaded(plan.loads[0].transfer, "a page is not what was asked for"))
     assert arrivals.complete() == []
