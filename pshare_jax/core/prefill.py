@@ -304,7 +304,8 @@ class PrefillCore:
         looks = self.store.take_looks() if self.store is not None else []
         if not looks:
             return plan
-        return msgspec.structs.replace(plan or StorePlan(), looks=looks)
+        plan = plan or StorePlan()
+        return msgspec.structs.replace(plan, looks=[*plan.looks, *looks])
 
     def _computing(self) -> set[bytes]:
         """Chain keys of pages that are about to be computed."""

@@ -161,7 +161,7 @@ class StoreClient:
         Args:
             answer: where the first pages are that the store has.
             computing: chain keys of pages that are about to be computed.
-            queue: tokens that wait to be computed before this prompt.
+            queue: tokens of prompts that wait elsewhere to be covered before this one.
         """
         if self.ahead is not None and self.ahead.looked(answer):
             return
@@ -176,6 +176,7 @@ class StoreClient:
         number = len(matched)
         places = answer.places[max(number - looking.first, 0) :]
         keys = chain[number : number + len(places)]
+        queue += sum(other.remaining for other in self._tasks())
         count = self._count(task, number, places, queue) if computing.isdisjoint(keys) else 0
         if not count:
             self._cache.release(node.page for node in matched)

@@ -234,3 +234,11 @@ def test_the_number_of_expected_prompts_is_bounded(monkeypatch: pytest.MonkeyPat
         assert look.id == sequence.id
         bench.core.receive(m.Looked(look.id, []))
     assert bench.store() is None
+
+
+def test_looks_ahead_and_for_who_has_just_come_go_together():
+    bench = Early()
+    expected = bench.expect(3 * PAGE)
+    asked = bench.ask(3 * PAGE, seed=1)
+    looks = bench.plan().looks
+    assert [(look.id, look.ahead) for look in looks] == [(expected.id, True), (asked.id, False)]

@@ -241,6 +241,20 @@ def test_what_was_declined_is_not_looked_for_again():
     assert (chunk.start, bench.client.stats.looks) == (0, 1)
 
 
+def test_prompts_that_are_fetched_for_are_work_that_waits_too():
+    """Computing is not taken for free because all that waits is being fetched."""
+    prices = Prices(0.001, 0.0, {SHARED: 0.0}, {SHARED: 0.003})
+    bench = Bench(prices=prices)
+    first, second = bench.ask(16), bench.ask(16, seed=1)
+    bench.store()
+    bench.core.receive(m.Looked(first.id, [SHARED] * 4))
+    bench.core.receive(m.Looked(second.id, [SHARED] * 4))
+    plan = bench.store()
+    assert plan is not None
+    assert [len(load.keys) for load in plan.loads] == [4, 4]
+    assert bench.client.stats.declined == 0
+
+
 def looked_for_with_room(bench: Bench) -> Sequence:
     """A prompt for which there was no room when it came, and which has some now."""
     taken = bench.cache.allocate(6)
