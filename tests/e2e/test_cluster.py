@@ -99,7 +99,12 @@ def config(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """That of the tiny server, in processes."""
     settings = yaml.safe_load(write_config(tiny_folder).read_text())
     settings["prefill"]["engines"] = settings["decode"]["engines"] = 2
-    settings["cluster"] = {"frontends": 2, "lost_seconds": 4.0, "max_attempts": 40}
+    settings["cluster"] = {
+        "frontends": 2,
+        "lost_seconds": 4.0,
+        "max_attempts": 40,
+        "transport": os.environ.get("CHAOS_TRANSPORT", "auto"),
+    }
     path = tmp_path_factory.mktemp("cluster") / "serve.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path
