@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ import pytest
 from pshare_jax.config import ClusterConfig, RayConfig, RayResources, ServeConfig, ServerConfig
 from pshare_jax.errors import ConfigError
 from pshare_jax.serve import supervision
-from pshare_jax.serve.ray_host import RayHost, _connect, ray_launcher
+from pshare_jax.serve.ray_host import _OWN, RayHost, _connect, ray_launcher
 from pshare_jax.serve.supervision import Child, Spec, StartError
 from tests.serve.server import eventually
 
@@ -38,13 +39,29 @@ CONFIG = ServeConfig(
 )
 
 
+OWN = (
+    "import sys; from tests.ray.test_ray_host import CONFIG, _connect; "
+    "print(_connect(CONFIG).get_runtime_context().gcs_address, flush=True); sys.stdin.read()"
+)
+"""A process with a Ray of its own: one that has jax in it should not fork."""
+
+
 @pytest.fixture(scope="module")
 def ray() -> Iterator[Any]:
-    """A Ray of our own."""
+    """A Ray that was started as a launcher does, and to which we connect."""
     before = dict(os.environ)
-    ray = _connect(CONFIG)
-    yield ray
-    ray.shutdown()
+    os.environ["RAY_AUTH_TOKEN"] = "0" * 64
+    os.environ |= _OWN
+    command = [sys.executable, "-c", OWN]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        address = process.stdout.readline().strip()
+        ray = _connect(replace(CONFIG, cluster=replace(CONFIG.cluster, ray_address=address)))
+        yield ray
+        ray.shutdown()
+        process.communicate("")
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
 
@@ -115,8 +132,17 @@ def test_nobody_elsewhere_can_reach_it(child: Callable[..., Child]) -> None:
     assert addresses
     assert addresses <= loopback
     assert one.address.startswith("127.0.0.1:")
-    assert os.environ["RAY_AUTH_MODE"] == "token"
-    assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+
+
+def test_a_ray_of_our_own_asks_for_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    known = "import os; from tests.ray.test_ray_host import CONFIG, _connect; _connect(CONFIG); "
+    say = "print(os.environ['RAY_AUTH_MODE'], len(os.environ['RAY_AUTH_TOKEN']))"
+    done = subprocess.run(
+        [sys.executable, "-c", known + say], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["token", "64"]
 
 
 def test_who_dies_is_started_again_by_another_actor(child: Callable[..., Child], ray: Any) -> None:
