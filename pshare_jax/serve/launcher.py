@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -240,20 +241,24 @@ class Launcher:
 
     def _drop_failed(self) -> None:
         """Does without workers that were added and cannot run."""
-        if not self._announced.is_set():
+        failed = [w for w in self.workers if w.gave_up.is_set() and not w.was_ready]
+        # Who holds the lock changes the workers; there is time.
+        if not failed or not self._announced.is_set() or not self._lock.acquire(blocking=False):
             return
-        for worker in self.workers:
-            if worker.gave_up.is_set() and not worker.was_ready and not self._stopping.is_set():
+        try:
+            for worker in failed:
                 log.error("%s cannot run: going on without it", worker.name)
-                self.workers = [w for w in self.workers if w is not worker]
                 worker.stop()
-                if self._scaling is not None:
-                    self._scaling.failed(worker.spec.side)
+            self.workers = [worker for worker in self.workers if worker not in failed]
+        finally:
+            self._lock.release()
 
     def _scale_all(self) -> None:
         assert self._scaling is not None
         self._announced.wait()
         while not self._stopping.wait(self._config.cluster.autoscale.observe_seconds):
+            sides = Counter(worker.spec.side for worker in self.workers)
+            self._scaling.have(Split(sides["prefill"], sides["decode"]))
             split = self._scaling.observe(
                 time.monotonic(), [state and state.load for state in self._states()]
             )

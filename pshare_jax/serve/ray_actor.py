@@ -172,8 +172,8 @@ class Keeper:
 
 def _launch(job: Job) -> tuple[str, IO[bytes]]:
     """Starts the process; its address, and the pipe by which it is heard of."""
-    if leaving_file().exists():
-        raise OSError("this host is about to go")
+    if (leaving := leaving_file()).exists():
+        raise OSError(f"this host is about to go; if it stays, remove {leaving}")
     lock = take_lock(run_folder(job.cluster) / f"{job.name}.lock", job.end_seconds)
     try:
         with _listen(*job.listen) as (sock, address):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import msgspec
-
 from pshare_jax.config import ServeConfig
 from pshare_jax.core.autoscale import Autoscaler, Policy, Split
 from pshare_jax.core.load import Load, Observer
@@ -69,7 +67,7 @@ class Scaling:
         config: the serving configuration, which `check_autoscale` has accepted.
 
     Attributes:
-        split: the workers that there are, or should be.
+        split: workers of each side.
     """
 
     def __init__(self, config: ServeConfig):
@@ -103,11 +101,11 @@ class Scaling:
             self.split = changed
         return changed
 
-    def failed(self, side: str) -> None:
-        """A worker that should have come has not, and will not."""
-        self.split = msgspec.structs.replace(self.split, **{side: getattr(self.split, side) - 1})
+    def have(self, split: Split) -> None:
+        """There are so many workers: fewer than there should be, where one cannot run."""
+        self.split = split
         if self._scaler is not None:
-            self._scaler.split = self.split
+            self._scaler.split = split
 
 
 def _bounds(config: ServeConfig, side: str) -> tuple[int, int]:

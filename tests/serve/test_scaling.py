@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace as replace_load
 
 from pshare_jax.config import (
     AutoscaleConfig,
@@ -17,6 +19,7 @@ from pshare_jax.config import (
     DecodeConfig,
     ModelEntry,
     PrefillConfig,
+    RayConfig,
     ServeConfig,
 )
 from pshare_jax.core.autoscale import Split
@@ -203,8 +206,10 @@ class ScriptedClient:
         self.told: dict[str, list[str]] = {}
         self.loads: list[Load | None] = []
         self.silent: set[str] = set()
+        self.looks = 0
 
     def state(self, address: str) -> State:
+        self.looks += 1
         if address in self.silent:
             raise NoAnswerError(address)
         load = self.loads[0] if self.loads else None
@@ -219,11 +224,11 @@ class ScriptedClient:
 class Scripted:
     """A launcher of processes that are none."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, scale: AutoscaleConfig = QUICK):
         token = folder / "token"
         token.write_text("a token that is long enough")
         self.host, self.client = ScriptedHost(), ScriptedClient()
-        self.launcher = Launcher(config_of(), ["--config=x"], self.host, str(token))
+        self.launcher = Launcher(config_of(scale), ["--config=x"], self.host, str(token))
         self.launcher._client = self.client  # type: ignore[assignment]
 
     def address(self, name: str) -> str:
@@ -241,12 +246,17 @@ class Scripted:
 
 
 @pytest.fixture
-def scripted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scripted]:
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher_module, "LOOK_SECONDS", 0.01)
     monkeypatch.setattr(supervision, "AGAIN_SECONDS", 0.01)
     monkeypatch.setattr(supervision, "MAX_AGAIN_SECONDS", 0.02)
     monkeypatch.setattr(supervision, "_is_healthy", lambda address: True)
-    one = Scripted(tmp_path)
+
+
+@contextmanager
+def running(folder: Path, scale: AutoscaleConfig = QUICK) -> Iterator[Scripted]:
+    """A launcher whose processes are all ready; at the end there are none."""
+    one = Scripted(folder, scale)
     one.launcher.start()
     eventually(lambda: one.launcher.is_ready)
     one.launcher.announced()
@@ -254,6 +264,32 @@ def scripted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Script
     yield one
     one.launcher.stop()
     assert one.host.running == {}
+
+
+@pytest.fixture
+def scripted(tmp_path: Path, quick: None) -> Iterator[Scripted]:
+    with running(tmp_path) as one:
+        yield one
+
+
+def test_the_launcher_does_what_the_load_asks_for(tmp_path: Path, quick: None) -> None:
+    """More, then fewer; while a frontend says nothing, nothing."""
+    moment = dict.fromkeys(("window", "long_window"), 0.02)
+    moment |= dict.fromkeys(("rise_seconds", "fall_seconds", "settle_seconds"), 0.01)
+    with running(tmp_path, replace(QUICK, observe_seconds=0.01, **moment)) as one:
+        assert len(one.launcher.workers) == 2
+        busy = Load(0, 0, 20, 0, 0.0, 0, 400, 1)
+        one.client.loads = [busy]
+        four = [f"decode{i}" for i in range(4)]
+        eventually(one.knows("prefill0", *four))
+        one.client.silent.add(one.address("frontend1"))
+        one.client.loads = [replace_load(busy, sequences=0)]
+        before = one.client.looks
+        eventually(lambda: one.client.looks > before + 20)
+        assert len(one.launcher.workers) == 5
+        one.client.silent.clear()
+        eventually(one.knows("prefill0", "decode0"))
+        assert one.host.started.count("decode0") == 1
 
 
 def test_frontends_start_with_the_workers_that_there_are(scripted: Scripted) -> None:
@@ -298,13 +334,32 @@ def test_a_frontend_that_did_not_listen_is_told_later(scripted: Scripted) -> Non
 
 
 def test_one_that_cannot_run_ends_nobody_else(scripted: Scripted) -> None:
-    assert scripted.launcher._scaling is not None
-    scripted.launcher._scaling.split = Split(1, 3)
     scripted.host.refused.add("decode2")
     scripted.launcher.scale(Split(1, 3))
-    eventually(lambda: scripted.launcher._scaling.split == Split(1, 2))
+    eventually(lambda: len(scripted.launcher.workers) == 3)
     assert scripted.launcher.failed == ""
     eventually(scripted.knows("prefill0", "decode0", "decode1"))
+
+
+def test_one_that_cannot_run_is_asked_for_again_if_it_is_needed() -> None:
+    scaling, cluster = Scaling(config_of()), Cluster()
+    cluster.play(scaling, 300, prefill=0.5, decode=2.2)
+    assert scaling.split == Split(1, 3)
+    scaling.have(Split(1, 2))
+    assert [s for _, s in cluster.play(scaling, 300, prefill=0.5, decode=2.2)] == [Split(1, 3)]
+
+
+@pytest.mark.parametrize(("one_port", "ports"), [(False, [8000, 8001]), (True, [8000, 8000])])
+def test_frontends_that_have_a_host_each_have_one_port(
+    tmp_path: Path, one_port: bool, ports: list[int]
+) -> None:
+    config = config_of()
+    cluster = replace(config.cluster, launcher="ray", ray=RayConfig(one_port=one_port))
+    (tmp_path / "token").write_text("a token that is long enough")
+    launcher = Launcher(
+        replace(config, cluster=cluster), [], ScriptedHost(), str(tmp_path / "token")
+    )
+    assert [frontend.spec.listen[1] for frontend in launcher.frontends] == ports
 
 
 def test_replacing_all_goes_on_with_those_that_were_added(scripted: Scripted) -> None:
