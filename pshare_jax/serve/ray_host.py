@@ -22,9 +22,10 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from pshare_jax.cluster.secret import is_loopback
-from pshare_jax.config import RayResources, ServeConfig
+from pshare_jax.config import ServeConfig
 from pshare_jax.errors import ConfigError
 from pshare_jax.extras import require
+from pshare_jax.launch_config import RayResources
 from pshare_jax.serve.launcher import Launcher, make_token
 from pshare_jax.serve.ray_actor import Job, Keeper, run_folder
 from pshare_jax.serve.supervision import END_SECONDS, LOST, Spec, StartError

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
-from pshare_jax.config import ClusterConfig, RayConfig, RayResources, ServeConfig, ServerConfig
+from pshare_jax.config import ClusterConfig, ServeConfig, ServerConfig
 from pshare_jax.errors import ConfigError
+from pshare_jax.launch_config import RayConfig, RayResources
 from pshare_jax.serve import supervision
 from pshare_jax.serve.ray_host import _OWN, RayHost, _connect, ray_launcher
 from pshare_jax.serve.supervision import Child, Spec, StartError

@@ -13,18 +13,11 @@ from typing import Any
 import pytest
 from msgspec.structs import replace as replace_load
 
-from pshare_jax.config import (
-    AutoscaleConfig,
-    ClusterConfig,
-    DecodeConfig,
-    ModelEntry,
-    PrefillConfig,
-    RayConfig,
-    ServeConfig,
-)
+from pshare_jax.config import ClusterConfig, DecodeConfig, ModelEntry, PrefillConfig, ServeConfig
 from pshare_jax.core.autoscale import Split
 from pshare_jax.core.load import Load
 from pshare_jax.errors import ConfigError
+from pshare_jax.launch_config import AutoscaleConfig, RayConfig
 from pshare_jax.serve import launcher as launcher_module
 from pshare_jax.serve import supervision
 from pshare_jax.serve.frontend_client import NoAnswerError, State
