@@ -231,6 +231,8 @@ class Scripted:
         """Whether all frontends know these workers, and no others."""
 
         def check() -> bool:
+            if not {*names, "frontend0", "frontend1"} <= self.host.running.keys():
+                return False
             wanted = {self.address(name) for name in names}
             frontends = [self.address(f"frontend{i}") for i in range(2)]
             return all(set(self.client.told.get(one, [])) == wanted for one in frontends)
