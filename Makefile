@@ -18,7 +18,7 @@ REPORT = $(BIN)/python -m pshare_jax.bench report --results="[$$(for result in \
   $(patsubst %,docs/results/agents-%.json,$(BENCHES) $(BENCHES_VLLM)); do \
   if [ -f $$result ]; then echo $$result; fi; done | paste -sd,)]"
 
-.PHONY: demo serve serve-cluster bench bench-vllm modules results test quick test-browser test-clients test-deploy test-compile test-newest test-compile-newest docs attack chaos soak soak-short lock audit lint format clean
+.PHONY: demo serve serve-cluster bench bench-vllm modules results test quick test-browser test-clients test-deploy test-ray test-compile test-newest test-compile-newest docs attack chaos soak soak-short lock audit lint format clean
 
 demo: .venv/.run $(MODULES)
 	$(BIN)/python -m pshare_jax.demo
@@ -70,6 +70,10 @@ test-browser: .venv/.browser
 # deploy/ as Kubernetes, Helm and Docker read it.
 test-deploy: .venv/.deploy
 	$(BIN)/python -m pytest tests/deploy
+
+# Processes that Ray places.
+test-ray: .venv/.ray
+	$(BIN)/python -m pytest tests/ray
 
 # Clients that agree with nobody on versions: environments of their own, 3 GB.
 test-clients: .venv/.test $(CLIENTS)
@@ -165,6 +169,10 @@ $(BASE)-%/pshare.json: modules/smollm2-135m/%/adapter_model.safetensors | $(BASE
 
 .venv/.deploy: pyproject.toml | .venv/.test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,clients,deploy]'
+	@touch $@
+
+.venv/.ray: pyproject.toml | .venv/.test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,clients,ray]'
 	@touch $@
 
 .venv/.browser: pyproject.toml | .venv/.test

@@ -14,6 +14,7 @@ import jsonargparse
 import yaml
 
 from pshare_jax.errors import ConfigError
+from pshare_jax.launch_config import AutoscaleConfig, RayConfig
 
 Sharing = Literal["shared", "isolated"]
 DType = Literal["auto", "float32", "bfloat16"]
@@ -28,7 +29,7 @@ PrefetchPolicy = Literal["off", "next-agent"]
 Reasoning = Literal["auto", "on", "off"]
 GenerationConfig = Literal["auto", "none"]
 ReplyKV = Literal["off", "ahead", "while-decoding"]
-Launcher = Literal["none", "local"]
+Launcher = Literal["none", "local", "ray"]
 Role = Literal["prefill", "decode", "both"]
 Transport = Literal["auto", "shm", "http", "jax-transfer"]
 MetricsAccess = Literal["auto", "public", "key", "admin", "off"]
@@ -191,7 +192,12 @@ class ClusterConfig:
 
     Args:
         launcher: `local` starts `prefill.engines` and `decode.engines` worker processes and
-            `frontends` servers on this machine, and starts again what ends.
+            `frontends` servers on this machine, and starts again what ends; `ray` has Ray place
+            them on its hosts.
+        ray_address: `HOST:PORT` of the Ray that the launcher uses, or `auto` for the one that runs
+            on this machine; empty starts one here that only this machine can reach.
+        ray: what the launcher asks of it.
+        autoscale: how many workers the launcher may run.
         frontends: servers that the launcher starts; the first listens on `server.port`, the others
             on the ports after it.
         workers: addresses, `HOST:PORT`, of worker processes that somebody else starts with
@@ -216,6 +222,9 @@ class ClusterConfig:
     """
 
     launcher: Launcher = "none"
+    ray_address: str = ""
+    ray: RayConfig = field(default_factory=RayConfig)
+    autoscale: AutoscaleConfig = field(default_factory=AutoscaleConfig)
     frontends: int = 1
     workers: list[str] = field(default_factory=list)
     token_file: str = ""

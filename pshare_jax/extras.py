@@ -10,6 +10,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "train": ("optax", "grain", "tensorboardX"),
     "convert": ("gguf", "scipy", "huggingface_hub"),
     "eval": ("scipy",),
+    "ray": ("ray",),
 }
 """An extra of the distribution: the modules that it brings beside what serving needs."""
 

@@ -120,6 +120,12 @@ class Link:
             await asyncio.sleep(seconds)
             seconds = min(2 * seconds, MAX_AGAIN_SECONDS)
 
+    def cut(self, reason: str) -> None:
+        """Ends the link for good: what `run` did is undone, and it is to be cancelled."""
+        self.why = reason
+        if self.welcome is not None:
+            self._end(reason)
+
     def _end(self, reason: str) -> None:
         logger.warning("lost %s: %s", self.address, reason)
         self._queue = None

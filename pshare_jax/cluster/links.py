@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import ssl
 import threading
@@ -60,10 +61,14 @@ class Links:
         on_modules: Callable[[wire.Hosting | wire.Modules], None],
         each_beat: Callable[[], None],
     ):
-        self._links = [
-            Link(address, hello, token, tls, times, self._joined, self._heard, self._lost)
-            for address in addresses
-        ]
+        def link(address: str) -> Link:
+            return Link(address, hello, token, tls, times, self._joined, self._heard, self._lost)
+
+        self._new_link = link
+        # Replaced as a whole: other threads read it.
+        self._links = [link(address) for address in dict.fromkeys(addresses)]
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._session: aiohttp.ClientSession | None = None
         self._times = times
         self._tls = tls
         self._on_join = on_join
@@ -119,6 +124,18 @@ class Links:
         link = self._link_of.get(worker)
         return [name for name, other in tuple(self._link_of.items()) if other is link]
 
+    def set_addresses(self, addresses: Sequence[str]) -> None:
+        """Links to these worker processes from now on, and to no others; returns at once.
+
+        Who is not named any more is lost at once, also if it is linked.
+        """
+        with contextlib.suppress(RuntimeError):  # the loop is closed: all have ended
+            self._loop.call_soon_threadsafe(self._change, list(dict.fromkeys(addresses)))
+
+    def states(self) -> dict[str, str]:
+        """All addresses, and why there is no link; empty where there is one."""
+        return {link.address: "" if link.welcome else link.why for link in self._links}
+
     def missing(self) -> dict[str, str]:
         """Addresses without a link, and why."""
         return {link.address: link.why for link in self._links if link.welcome is None}
@@ -145,18 +162,38 @@ class Links:
 
     async def _main(self) -> None:
         connector = aiohttp.TCPConnector(limit=0)
-        async with aiohttp.ClientSession(connector=connector) as session:
-            tasks = [asyncio.create_task(link.run(session)) for link in self._links]
-            tasks.append(asyncio.create_task(self._beat()))
+        async with aiohttp.ClientSession(connector=connector) as self._session:
+            for link in self._links:
+                self._begin(link, self._session)
+            beating = asyncio.create_task(self._beat())
             try:
                 await self._ended
             finally:
+                tasks = [beating, *self._tasks.values()]
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
         if self._tls is not None:
             # Connections of TLS are closed by callbacks that nobody can wait for.
             await asyncio.sleep(TLS_CLOSE_SECONDS)
+
+    def _begin(self, link: Link, session: aiohttp.ClientSession) -> None:
+        self._tasks[link.address] = asyncio.create_task(link.run(session))
+
+    def _change(self, addresses: list[str]) -> None:
+        """Takes other addresses: first those go that are not wanted, since who comes may have the
+        name of one of them."""
+        links = {link.address: link for link in self._links}
+        for address in links.keys() - set(addresses):
+            links[address].cut("it is no worker of this cluster any more")
+            if (task := self._tasks.pop(address, None)) is not None:
+                task.cancel()
+        self._links = [links.get(address) or self._new_link(address) for address in addresses]
+        if self._session is None or self._ended.done():
+            return
+        for link in self._links:
+            if link.address not in self._tasks:
+                self._begin(link, self._session)
 
     def _end(self) -> None:
         if not self._ended.done():

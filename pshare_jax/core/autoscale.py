@@ -67,7 +67,8 @@ class Policy(msgspec.Struct, frozen=True):
     Args:
         devices: workers of both sides together, which change sides; 0 lets each side have as many
             as it needs.
-        most: workers of one side, where `devices` is 0.
+        least: workers of each side that there are always.
+        most: workers of each side that there may be.
         target: part of what workers can do that the demand should take; the rest is for bursts.
         window, long_window: seconds over which demands are averaged.
         drain_seconds: in which what waits should be computed.
@@ -80,7 +81,8 @@ class Policy(msgspec.Struct, frozen=True):
     """
 
     devices: int = 0
-    most: int = 64
+    least: Split = Split(1, 1)
+    most: Split = Split(1024, 1024)
     target: float = 0.75
     window: float = 60.0
     long_window: float = 300.0
@@ -112,10 +114,16 @@ def demand_of(seen: Observation, capacity: Capacity, drain_seconds: float) -> De
     )
 
 
-def best_split(demand: Demand, devices: int) -> Split:
-    """The division of `devices`, at least two, whose busier side is least busy."""
-    splits = [Split(count, devices - count) for count in range(1, devices)]
-    return min(splits, key=demand.load)
+_ONE, _MANY = Split(1, 1), Split(1024, 1024)
+
+
+def best_split(demand: Demand, devices: int, least: Split = _ONE, most: Split = _MANY) -> Split:
+    """The division of `devices`, at least two, whose busier side is least busy, of those in which
+    no side has fewer than `least` or more than `most`."""
+    counts = range(
+        max(least.prefill, devices - most.decode), min(most.prefill, devices - least.decode) + 1
+    )
+    return min((Split(count, devices - count) for count in counts), key=demand.load)
 
 
 class Autoscaler:
@@ -196,7 +204,8 @@ class Autoscaler:
 
     def _change_sides(self, demand: Demand) -> list[tuple[Side, int]]:
         """Which side should get a worker of the other, if that takes enough off."""
-        best = best_split(demand, self._policy.devices)
+        policy = self._policy
+        best = best_split(demand, policy.devices, policy.least, policy.most)
         load = demand.load(self.split)
         if best.prefill == self.split.prefill or load < self._policy.calm:
             return []
@@ -207,15 +216,15 @@ class Autoscaler:
     def _grow_and_shrink(self, demand: Demand) -> list[tuple[Side, int]]:
         """Which sides should have more workers, and which fewer."""
         wishes: list[tuple[Side, int]] = []
-        sides: tuple[tuple[Side, float, int], ...] = (
-            ("prefill", demand.prefill, self.split.prefill),
-            ("decode", demand.decode, self.split.decode),
-        )
-        for side, wanted, count in sides:
+        sides: tuple[Side, ...] = ("prefill", "decode")
+        least, most = self._policy.least, self._policy.most
+        for side in sides:
+            wanted, count = getattr(demand, side), getattr(self.split, side)
             fewer = (1 - self._policy.gain) * self._policy.target * (count - 1)
-            if math.ceil(wanted / self._policy.target) > count and count < self._policy.most:
+            more = math.ceil(wanted / self._policy.target) > count
+            if more and count < getattr(most, side):
                 wishes.append((side, 1))
-            elif count > 1 and wanted < fewer:
+            elif count > getattr(least, side) and wanted < fewer:
                 wishes.append((side, -1))
         return wishes
 
@@ -229,7 +238,7 @@ class Autoscaler:
         if step > 0:
             needed = math.ceil(getattr(self.demand, side) / self._policy.target)
             # At most twice as many at once: what was observed may be a burst.
-            count = min(needed, 2 * count, self._policy.most)
+            count = min(needed, 2 * count, getattr(self._policy.most, side))
         else:
             count -= 1
         return msgspec.structs.replace(split, **{side: count})

@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -20,6 +21,7 @@ from pshare_jax.config import ServeConfig
 from pshare_jax.convert.manifest import TOKENIZER_FOLDER
 from pshare_jax.core import messages as m
 from pshare_jax.core.dispatcher import Dispatcher
+from pshare_jax.core.load import Load, load_of
 from pshare_jax.core.messages import DISPATCHER, Message
 from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.pages.sharing_map import SharingMap
@@ -32,12 +34,16 @@ from pshare_jax.engine.limits import check_cluster
 from pshare_jax.engine.loader import BaseSource, ModelSource, checkpoint_sources, model_specs
 from pshare_jax.engine.served import ModelInfo, ServedModels
 from pshare_jax.engine.shape import cluster_shape
+from pshare_jax.errors import ConfigError, EngineDeadError
 from pshare_jax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 WAIT_SECONDS = 5.0
 """Between two log lines about workers that a frontend waits for at its start."""
+
+LOAD_SECONDS = 2.0
+"""How long who asks for the load waits for it."""
 
 
 class ClusterEngine(Front):
@@ -81,10 +87,11 @@ class ClusterEngine(Front):
             config.sessions.max_ttl_seconds,
             prefetch=config.kv_store.prefetch != "off",
         )
+        # Other frontends may send sequences to the same workers.
+        self._router = Router([], [], config.router.policy, replicas=2)
         dispatcher = Dispatcher(
             specs,
-            # Other frontends may send sequences to the same workers.
-            Router([], [], config.router.policy, replicas=2),
+            self._router,
             config.page_size,
             policy,
             ids=wire.sequence_ids(self.incarnation),
@@ -160,6 +167,45 @@ class ClusterEngine(Front):
         self._control.stop()
         self._links.stop()
         self._modules.close()
+
+    def set_workers(self, addresses: Sequence[str]) -> None:
+        """Has these worker processes from now on, and no others; returns at once.
+
+        Sequences of a worker that is not named any more go on elsewhere: who wants to keep them
+        there until they end drains it first.
+
+        Raises:
+            ConfigError: an address that is none, or none at all.
+        """
+        if not addresses:
+            raise ConfigError("a frontend needs at least one worker")
+        for address in addresses:
+            split_address(address)
+        self._links.set_addresses(addresses)
+
+    def workers(self) -> dict[str, str]:
+        """Addresses of the worker processes, and why there is no link; empty where there is."""
+        return self._links.states()
+
+    def load(self) -> Load:
+        """What waits and runs. Blocks until the dispatcher has said so.
+
+        Raises:
+            EngineDeadError: it does not.
+        """
+        found: list[Load] = []
+        done = threading.Event()
+
+        def look() -> None:
+            waiting, sequences = (sum(of.values()) for of in self._router.loads())
+            workers = together(self._links.stats())
+            found.append(load_of(workers, self.incarnation, waiting, sequences))
+            done.set()
+
+        self._control.post(look)
+        if not done.wait(LOAD_SECONDS):
+            raise EngineDeadError("the dispatcher does not get on")
+        return found[0]
 
     def load_module(self, name: str, folder: str | Path, *, replace: bool = False) -> ModelInfo:
         """Serves one more decode module, at all frontends, once a decode worker has loaded it.

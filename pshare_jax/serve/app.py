@@ -11,7 +11,17 @@ import uuid
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from pshare_jax.serve import admin, cors, fanout, handlers, info, openapi, other_apis, ui
+from pshare_jax.serve import (
+    admin,
+    cluster_api,
+    cors,
+    fanout,
+    handlers,
+    info,
+    openapi,
+    other_apis,
+    ui,
+)
 from pshare_jax.serve.access import ACCESS, PUBLIC_PATHS, authorize, limit_requests, rate_headers
 from pshare_jax.serve.bodies import body_too_large
 from pshare_jax.serve.engine_api import Engine
@@ -67,7 +77,7 @@ def build_app(engine: Engine) -> web.Application:
     )
     app[SERVICE] = service
     app[ACCESS] = service.access
-    app[PUBLIC_PATHS] = _PUBLIC_PATHS | ui.PUBLIC_PATHS
+    app[PUBLIC_PATHS] = _PUBLIC_PATHS | ui.PUBLIC_PATHS | {cluster_api.PATH}
     app.on_response_prepare.append(_add_headers)
     app.on_cleanup.append(_close)
     for path, handler in _POST.items():
@@ -80,6 +90,8 @@ def build_app(engine: Engine) -> web.Application:
             app.router.add_get(spelling, handler)
     if service.config.ui:
         ui.add_routes(app)
+    if service.resumable:
+        cluster_api.add_routes(app)
     return app
 
 

@@ -1,12 +1,13 @@
-"""`pshare serve --launcher=local`: workers and frontends as processes of this machine.
+"""`pshare serve --launcher=...`: frontends and workers as processes, on this machine or on Ray's.
 
-The launcher listens on every address itself and hands the sockets to its children, so a child that
-is started again is found where the former was, and who connects meanwhile waits. It is on nobody's
-way: when it dies, the children go on.
+The launcher starts processes, starts again what ends, tells frontends which workers there are, and
+has more or fewer of these, as the load asks for and the configuration allows. It is on nobody's
+way: when it dies, the processes go on with the workers that they were told of last.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -14,250 +15,269 @@ import logging
 import os
 import secrets
 import signal
-import socket
-import ssl
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from pshare_jax.cluster.secret import read_token
 from pshare_jax.cluster.tls import cluster_tls
 from pshare_jax.config import ServeConfig
-from pshare_jax.errors import ConfigError
-from pshare_jax.serve.lifecycle import bind, url_of
+from pshare_jax.core.autoscale import Split
+from pshare_jax.engine.limits import check_cluster
+from pshare_jax.errors import PshareError
+from pshare_jax.serve.frontend_client import FrontendClient, NoAnswerError, State
+from pshare_jax.serve.local_host import LocalHost
 from pshare_jax.serve.logs import say
 from pshare_jax.serve.process import READY
+from pshare_jax.serve.scaling import Scaling, check_autoscale
+from pshare_jax.serve.supervision import BAD_CONFIG, Child, Host, Spec
 from pshare_jax.serve.worker import READY as WORKER_READY
 
 log = logging.getLogger(__name__)
 
-AGAIN_SECONDS, MAX_AGAIN_SECONDS = 0.25, 5.0
-"""Before a child that has ended is started again; twice as long each time it ends early."""
+LOOK_SECONDS = 1.0
+"""Between two looks at what frontends know."""
 
-EARLY_SECONDS = 20.0
-"""A child that ends sooner after it was ready has ended early."""
+LINK_SECONDS = 30.0
+"""How long a rolling restart waits for frontends to be linked to who has just come."""
 
-HEALTH_SECONDS = 1.0
-"""Between two looks at a worker's health."""
-
-HANGS = 20
-"""Looks in a row that find no health, after which a worker is killed and started again."""
-
-END_SECONDS = 5.0
-"""How much longer than it drains a child may take to end."""
-
-BAD_CONFIG = 2
-"""Exit code of a child that would end so again and again."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """A child: what to run, on which socket, and by which line it says that it is ready."""
-
-    name: str
-    command: tuple[str, ...]
-    socket: socket.socket
-    ready: str
-    health: str = ""
-    tls: ssl.SSLContext | None = None
-
-
-class Child:
-    """A process that is started again when it ends.
-
-    Args:
-        plan: what to run.
-        drain_seconds: that it takes to end in good order, at most.
-
-    Attributes:
-        is_ready: set while it says that it is ready.
-        gave_up: set when it ended so that it would end so again; also once it was stopped.
-    """
-
-    def __init__(self, plan: Plan, drain_seconds: float):
-        self.plan = plan
-        self.is_ready = threading.Event()
-        self.gave_up = threading.Event()
-        self.code = 0
-        self._drain_seconds = drain_seconds
-        self._stopping = threading.Event()
-        self._process: subprocess.Popen[str] | None = None
-        self._thread = threading.Thread(target=self._run, name=plan.name, daemon=True)
-
-    def start(self) -> None:
-        """Starts it, and looks after it from now on."""
-        self._thread.start()
-
-    @property
-    def pid(self) -> int | None:
-        """Of the process that runs now."""
-        process = self._process
-        return None if process is None or process.poll() is not None else process.pid
-
-    def restart(self) -> None:
-        """Ends it in good order and waits until the next one is ready."""
-        self.is_ready.clear()
-        self._end()
-        while not self.is_ready.wait(0.1):
-            if self.gave_up.is_set():
-                return
-
-    def stop(self) -> None:
-        """Ends it in good order; blocks."""
-        self._stopping.set()
-        self._end()
-        self._thread.join()
-
-    def _end(self) -> None:
-        process = self._process
-        if process is None or process.poll() is not None:
-            return
-        process.terminate()
-        try:
-            process.wait(self._drain_seconds + END_SECONDS)
-        except subprocess.TimeoutExpired:
-            log.warning("%s does not end: killing it", self.plan.name)
-            process.kill()
-            process.wait()
-
-    def _run(self) -> None:
-        seconds = AGAIN_SECONDS
-        while not self._stopping.is_set():
-            started = self._once()
-            if self._stopping.is_set() or self.code == BAD_CONFIG:
-                break
-            log.warning("%s has ended with code %s: starting it again", self.plan.name, self.code)
-            early = started is None or time.monotonic() - started < EARLY_SECONDS
-            seconds = min(2 * seconds, MAX_AGAIN_SECONDS) if early else AGAIN_SECONDS
-            self._stopping.wait(seconds)
-        self.gave_up.set()
-
-    def _once(self) -> float | None:
-        """Runs it to its end; when it was ready, by the monotonic clock."""
-        fd = self.plan.socket.fileno()
-        with subprocess.Popen(
-            [*self.plan.command, f"--listen-fd={fd}"],
-            stdout=subprocess.PIPE,
-            text=True,
-            pass_fds=(fd,),
-        ) as process:
-            self._process = process
-            if self._stopping.is_set():
-                process.terminate()
-            ready = None
-            assert process.stdout is not None
-            for line in process.stdout:
-                if line.startswith(self.plan.ready):
-                    ready = time.monotonic()
-                    self.is_ready.set()
-                    if self.plan.health:
-                        threading.Thread(target=self._watch, args=(process,), daemon=True).start()
-            self.code = process.wait()
-        self.is_ready.clear()
-        return ready
-
-    def _watch(self, process: subprocess.Popen[str]) -> None:
-        """Kills it when it does not get on any more."""
-        missed = 0
-        while process.poll() is None and missed < HANGS:
-            time.sleep(HEALTH_SECONDS)
-            missed = 0 if _is_healthy(self.plan) else missed + 1
-        if process.poll() is None:
-            log.warning("%s hangs: killing it", self.plan.name)
-            process.kill()
-
-
-def _is_healthy(plan: Plan) -> bool:
-    try:
-        with urllib.request.urlopen(
-            plan.health, timeout=HEALTH_SECONDS, context=plan.tls
-        ) as answer:
-            return answer.status == 200
-    except (OSError, urllib.error.URLError):
-        return False
+FIRST_SECONDS = 5.0
+"""How long frontends wait for the addresses of all workers, once there is one of each side."""
 
 
 class Launcher:
-    """All processes of a cluster on this machine.
+    """All processes of a cluster.
 
     Args:
         config: the serving configuration.
-        args: the flags that it came from, which the children get, too.
-        folder: for the token file.
+        args: the flags that it came from, which the processes get, too.
+        host: where they run.
+        token_file: of the secret that they know each other by.
 
     Raises:
-        ConfigError: an address that cannot be had, or certificates that cannot be used.
+        ConfigError: an address that cannot be had, a token, or certificates that are of no use.
     """
 
-    def __init__(self, config: ServeConfig, args: Sequence[str], folder: Path):
+    def __init__(self, config: ServeConfig, args: Sequence[str], host: Host, token_file: str):
         tls = cluster_tls(config.cluster)
         self._tls = tls.client if tls else None
-        token_file = folder / "token"
-        token_file.touch(mode=0o600)
-        token_file.write_text(secrets.token_urlsafe(32))
-        args = [*args, "--cluster.launcher=none", f"--cluster.token_file={token_file}"]
-        self._sockets: list[socket.socket] = []
-        seconds = config.server.drain_seconds
+        self._config = config
+        self._host = host
+        self._args = [*args, "--cluster.launcher=none", f"--cluster.token_file={token_file}"]
+        self._client = FrontendClient(config.server, read_token(token_file))
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._announced = threading.Event()
+        self._scaling = Scaling(config) if config.cluster.autoscale.is_on else None
         names = [f"prefill{i}" for i in range(config.prefill.engines)]
         names += [f"decode{i}" for i in range(config.decode.engines)]
-        self.workers = [Child(self._worker(name, args), seconds) for name in names]
-        sockets = [child.plan.socket for child in self.workers]
-        addresses = ["{}:{}".format(*sock.getsockname()[:2]) for sock in sockets]
-        args.append(f"--cluster.workers={json.dumps(addresses)}")
-        self.frontends = [
-            Child(self._frontend(i, config, args), seconds) for i in range(config.cluster.frontends)
-        ]
-        scheme = "https" if config.server.tls_cert else "http"
-        self.urls = [url_of(child.plan.socket, scheme) for child in self.frontends]
+        self.workers = [self._child(self._worker(name)) for name in names]
+        self.frontends = [self._child(self._frontend(i)) for i in range(config.cluster.frontends)]
+        self._threads = [threading.Thread(target=self._tell_all, name="members", daemon=True)]
+        if self._scaling is not None:
+            self._threads.append(
+                threading.Thread(target=self._scale_all, name="scaling", daemon=True)
+            )
 
     @property
     def children(self) -> list[Child]:
         """All processes."""
         return [*self.workers, *self.frontends]
 
+    @property
+    def urls(self) -> list[str]:
+        """Of the frontends."""
+        scheme = "https" if self._config.server.tls_cert else "http"
+        return [f"{scheme}://{frontend.address}" for frontend in self.frontends]
+
+    @property
+    def failed(self) -> str:
+        """Who of those that it began with would end again and again; empty if nobody."""
+        if self._announced.is_set():
+            return ""
+        return ", ".join(child.name for child in self.children if child.gave_up.is_set())
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether everybody is."""
+        return all(child.is_ready.is_set() for child in self.children)
+
+    def announced(self) -> None:
+        """All have been ready: from now on who fails is no reason to end."""
+        self._announced.set()
+
+    def members(self) -> list[str]:
+        """Addresses of the workers; of one that was added later, once it has been ready."""
+        first = not self._announced.is_set()
+        return [w.address for w in self.workers if w.address and (first or w.was_ready)]
+
     def start(self) -> None:
         """Starts all of them; they become ready by and by."""
-        for child in self.children:
-            child.start()
+        for worker in self.workers:
+            worker.start()
+        for thread in self._threads:
+            thread.start()
 
     def restart(self) -> None:
         """Replaces one of each side at a time; requests go on, or wait."""
-        sides: dict[str, list[Child]] = {}
-        for child in self.workers:
-            sides.setdefault(child.plan.name.rstrip("0123456789"), []).append(child)
-        groups = [[c for c in group if c] for group in itertools.zip_longest(*sides.values())]
-        for group in (*groups, *([frontend] for frontend in self.frontends)):
-            log.info("replacing %s", ", ".join(child.plan.name for child in group))
-            _at_once([child.restart for child in group])
+        with self._lock:
+            sides: dict[str, list[Child]] = {}
+            for child in self.workers:
+                sides.setdefault(child.spec.side, []).append(child)
+            groups = [[c for c in group if c] for group in itertools.zip_longest(*sides.values())]
+            for group in (*groups, *([frontend] for frontend in self.frontends)):
+                if self._stopping.is_set():
+                    return
+                log.info("replacing %s", ", ".join(child.name for child in group))
+                _at_once([child.restart for child in group])
+                self._wait_until_linked()
+
+    def scale(self, split: Split) -> None:
+        """Has so many workers: those that are too many are drained first, then others are started;
+        blocks until the former have gone."""
+        with self._lock:
+            if self._stopping.is_set():
+                return
+            leaving, coming = [], []
+            for side in ("prefill", "decode"):
+                here = [w for w in self.workers if w.spec.side == side]
+                wanted = getattr(split, side)
+                leaving += here[wanted:]
+                free = (f"{side}{i}" for i in itertools.count())
+                taken = {w.name for w in here[:wanted]}
+                names = (name for name in free if name not in taken)
+                coming += itertools.islice(names, max(0, wanted - len(here)))
+            log.info(
+                "%d prefill and %d decode workers: %s",
+                split.prefill,
+                split.decode,
+                ", ".join([f"-{w.name}" for w in leaving] + [f"+{name}" for name in coming]),
+            )
+            _at_once([worker.stop for worker in leaving])
+            self.workers = [w for w in self.workers if w not in leaving]
+            for name in coming:
+                self._add(name)
 
     def stop(self) -> None:
         """Ends all in good order: frontends first, since these need the workers."""
+        self._stopping.set()
         for group in (self.frontends, self.workers):
             _at_once([child.stop for child in group])
-        for sock in self._sockets:
-            sock.close()
+        with self._lock:
+            _at_once([worker.stop for worker in self.workers])
+        self._host.close()
 
-    def _worker(self, name: str, args: Sequence[str]) -> Plan:
-        sock = socket.create_server(("127.0.0.1", 0), backlog=128)
-        self._sockets.append(sock)
+    def _add(self, name: str) -> None:
+        worker = self._child(self._worker(name))
+        self.workers = [*self.workers, worker]
+        worker.start()
+
+    def _child(self, spec: Spec) -> Child:
+        return Child(spec, self._host, self._config.server.drain_seconds, self._tls)
+
+    def _worker(self, name: str) -> Spec:
         role = name.rstrip("0123456789")
         command = (sys.executable, "-m", "pshare_jax.serve.worker", f"--role={role}")
-        health = f"{url_of(sock, 'https' if self._tls else 'http')}/health"
-        command = (*command, f"--name={name}", *args)
-        return Plan(name, command, sock, WORKER_READY, health, self._tls)
+        return Spec(
+            name,
+            (*command, f"--name={name}", *self._args),
+            ("127.0.0.1", 0),
+            WORKER_READY,
+            watched=True,
+        )
 
-    def _frontend(self, index: int, config: ServeConfig, args: Sequence[str]) -> Plan:
-        server = config.server
-        port = server.port + index if server.port else 0
-        sock = bind(dataclasses.replace(server, port=port))
-        self._sockets.append(sock)
-        command = (sys.executable, "-m", "pshare_jax.serve", *args)
-        return Plan(f"frontend{index}", command, sock, READY)
+    def _frontend(self, index: int) -> Spec:
+        server = self._config.server
+        cluster = self._config.cluster
+        next_to = server.port and not (cluster.launcher == "ray" and cluster.ray.one_port)
+        port = server.port + (index if next_to else 0)
+        command = (sys.executable, "-m", "pshare_jax.serve", *self._args)
+        return Spec(f"frontend{index}", command, (server.host, port), READY)
+
+    def _tell_all(self) -> None:
+        """Starts the frontends once there are workers, and keeps them informed of these."""
+        self._wait_for_addresses()
+        started = False
+        while not self._stopping.is_set():
+            members = self.members()
+            flag = f"--cluster.workers={json.dumps(members)}"
+            for frontend in self.frontends:
+                frontend.spec = dataclasses.replace(frontend.spec, more=(flag,))
+                if not started:
+                    frontend.start()
+                elif frontend.address:
+                    self._tell(frontend, members)
+            started = True
+            self._drop_failed()
+            self._stopping.wait(LOOK_SECONDS)
+
+    def _wait_for_addresses(self) -> None:
+        since = None
+        while not self._stopping.wait(0.02):
+            known = [worker for worker in self.workers if worker.address]
+            if len(known) == len(self.workers):
+                return
+            if len({worker.spec.side for worker in known}) == 2:
+                since = since or time.monotonic()
+                if time.monotonic() - since > FIRST_SECONDS:
+                    return
+
+    def _tell(self, frontend: Child, members: Sequence[str]) -> None:
+        """Has a frontend know the workers; one that does not answer is asked again later."""
+        with contextlib.suppress(NoAnswerError):
+            if set(self._client.state(frontend.address).workers) != set(members):
+                self._client.tell(frontend.address, members)
+
+    def _wait_until_linked(self) -> None:
+        """Waits for a while until all frontends are linked to all workers."""
+        end = time.monotonic() + LINK_SECONDS
+        while time.monotonic() < end and not self._stopping.wait(0.1):
+            with contextlib.suppress(NoAnswerError):
+                known = [self._client.state(f.address).workers for f in self.frontends]
+                members = set(self.members())
+                if all(set(of) == members and not any(of.values()) for of in known):
+                    return
+
+    def _drop_failed(self) -> None:
+        """Does without workers that were added and cannot run."""
+        failed = [w for w in self.workers if w.gave_up.is_set() and not w.was_ready]
+        # Who holds the lock changes the workers; there is time.
+        if not failed or not self._announced.is_set() or not self._lock.acquire(blocking=False):
+            return
+        try:
+            for worker in failed:
+                log.error("%s cannot run: going on without it", worker.name)
+                worker.stop()
+            self.workers = [worker for worker in self.workers if worker not in failed]
+        finally:
+            self._lock.release()
+
+    def _scale_all(self) -> None:
+        assert self._scaling is not None
+        self._announced.wait()
+        while not self._stopping.wait(self._config.cluster.autoscale.observe_seconds):
+            sides = Counter(worker.spec.side for worker in self.workers)
+            self._scaling.have(Split(sides["prefill"], sides["decode"]))
+            split = self._scaling.observe(
+                time.monotonic(), [state and state.load for state in self._states()]
+            )
+            if split is not None:
+                try:
+                    self.scale(split)
+                except (PshareError, OSError):
+                    log.exception("there are not as many workers as there should be")
+
+    def _states(self) -> Iterator[State | None]:
+        for frontend in self.frontends:
+            try:
+                yield self._client.state(frontend.address)
+            except NoAnswerError as error:
+                log.warning("the load is not known: %s", error)
+                yield None
 
 
 def _at_once(actions: Sequence[Callable[[], None]]) -> None:
@@ -275,40 +295,66 @@ def launch(config: ServeConfig, args: Sequence[str]) -> int:
     SIGTERM and SIGINT end it in good order; SIGHUP replaces all processes, see `Launcher.restart`.
 
     Raises:
-        ConfigError: an address that cannot be had.
+        ConfigError: a configuration that cannot be launched, an address that cannot be had, or a
+            Ray that cannot be used.
+        MissingExtraError: `ray` is not installed.
     """
-    if config.cluster.frontends < 1:
-        raise ConfigError(f"cluster.frontends must be at least 1, is {config.cluster.frontends}")
+    check_cluster(config)
+    check_autoscale(config)
+    if config.cluster.launcher == "ray":
+        from pshare_jax.serve.ray_host import ray_launcher
+
+        return _run(ray_launcher(config, args), keep=config.cluster.ray.keep)
     with tempfile.TemporaryDirectory(prefix="pshare-") as name:
-        launcher = Launcher(config, args, Path(name))
-        wanted: list[int] = []
-        wakeup = threading.Event()
+        token_file = make_token(Path(name))
+        return _run(Launcher(config, args, LocalHost(config.server), token_file))
 
-        def hear(number: int, _: object) -> None:
-            if number != signal.SIGHUP and any(n != signal.SIGHUP for n in wanted):
-                os._exit(128 + number)
-            wanted.append(number)
-            wakeup.set()
 
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, hear)
-        launcher.start()
-        announced = False
-        code = 0
-        while True:
-            wakeup.wait(0.1)
-            wakeup.clear()
-            if any(number != signal.SIGHUP for number in wanted):
-                break
-            if any(child.gave_up.is_set() for child in launcher.children):
-                code = BAD_CONFIG
-                break
-            if not announced and all(child.is_ready.is_set() for child in launcher.children):
-                announced = True
-                for url in launcher.urls:
-                    say(f"{READY}{url}", sys.stdout)
-            elif signal.SIGHUP in wanted:
-                wanted.remove(signal.SIGHUP)
-                threading.Thread(target=launcher.restart, daemon=True).start()
-        launcher.stop()
-        return code
+def make_token(folder: Path) -> str:
+    """The file of a secret in a folder that only we can read; made anew if it is not there."""
+    path = folder / "token"
+    if not path.exists():
+        path.touch(mode=0o600)
+        path.write_text(secrets.token_urlsafe(32))
+    return str(path)
+
+
+def _run(launcher: Launcher, *, keep: bool = False) -> int:
+    wanted: list[int] = []
+    wakeup = threading.Event()
+
+    def hear(number: int, _: object) -> None:
+        if number != signal.SIGHUP and any(n != signal.SIGHUP for n in wanted):
+            os._exit(128 + number)
+        wanted.append(number)
+        wakeup.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, hear)
+    launcher.start()
+    announced = False
+    code = 0
+    while True:
+        wakeup.wait(0.1)
+        wakeup.clear()
+        if any(number != signal.SIGHUP for number in wanted):
+            break
+        if failed := launcher.failed:
+            log.error("%s cannot run: ending", failed)
+            code = BAD_CONFIG
+            break
+        if not announced and launcher.is_ready:
+            announced = True
+            launcher.announced()
+            for url in launcher.urls:
+                say(f"{READY}{url}", sys.stdout)
+        elif signal.SIGHUP in wanted:
+            wanted.remove(signal.SIGHUP)
+            threading.Thread(target=launcher.restart, daemon=True).start()
+    if keep and not code:
+        # What would be done in good order now would be done to processes that are to go on.
+        log.info("leaving all processes to the next launcher")
+        logging.shutdown()
+        os._exit(0)
+    launcher.stop()
+    return code

@@ -7,12 +7,13 @@ import asyncio
 import contextlib
 import gc
 import logging
+import math
 import os
 import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from aiohttp import web
 
@@ -22,7 +23,13 @@ from pshare_jax.config import Role, ServeConfig, load_config
 from pshare_jax.errors import ConfigError, PshareError
 from pshare_jax.serve.logs import open_standard_streams, say, set_up
 
+if TYPE_CHECKING:
+    from pshare_jax.cluster.station import Station
+
 log = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 0.5
+"""Between two looks at whether there are frontends."""
 
 READY = "pshare_jax: worker ready at "
 
@@ -58,6 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument(f"--tls-{name}", help=f"{what}; short for --cluster.tls_{name}")
     parser.add_argument(
         "--advertise", help="HOST:PORT at which other hosts get pages; --listen unless given"
+    )
+    parser.add_argument(
+        "--alone-seconds",
+        type=float,
+        default=math.inf,
+        help="ends after so long without a frontend; never, unless given",
     )
     options, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     if options.token_file:
@@ -155,7 +168,9 @@ async def _serve(
     station.open(hosted.thread)
     say(f"{READY}{secrets.scheme}://{address}", sys.stdout)
     stopped = asyncio.ensure_future(stop.received.wait())
-    await asyncio.wait({stopped, failed}, return_when=asyncio.FIRST_COMPLETED)
+    alone = asyncio.ensure_future(_until_alone(station, options.alone_seconds))
+    await asyncio.wait({stopped, failed, alone}, return_when=asyncio.FIRST_COMPLETED)
+    alone.cancel()
     if failed.done():
         # Its pool may be gone. Frontends notice the end of their links, and go elsewhere.
         log.error("ending: %s", failed.result())
@@ -169,6 +184,15 @@ async def _serve(
     await asyncio.to_thread(hosted.stop)
     log.info("drained")
     return 0
+
+
+async def _until_alone(station: Station, seconds: float) -> None:
+    """Returns once there has been no frontend for so long."""
+    looks = 0
+    while looks * _LOOK_SECONDS < seconds:
+        await asyncio.sleep(_LOOK_SECONDS)
+        looks = 0 if station.num_frontends else looks + 1
+    log.warning("no frontend for %g seconds: ending", seconds)
 
 
 if __name__ == "__main__":

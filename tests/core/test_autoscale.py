@@ -104,7 +104,7 @@ def test_a_burst_that_passes_changes_nothing() -> None:
 
 
 def test_without_a_number_of_devices_each_side_grows_soon_and_shrinks_late() -> None:
-    policy = Policy(most=9)
+    policy = Policy(most=Split(9, 9))
     scaler = Autoscaler(CAPACITY, policy, Split(1, 1))
     grown = watch(scaler, 600, prefill=2.9, decode=1.4)
     # At three quarters of what workers can do; at first no more than twice as many.
@@ -116,7 +116,7 @@ def test_without_a_number_of_devices_each_side_grows_soon_and_shrinks_late() -> 
     assert {split.decode for _, split in shrunk} == {2}
     assert shrunk[0][0] - 1200 >= policy.fall_seconds
     watch(scaler, 1200, prefill=100.0, decode=0.0, start=4800)
-    assert scaler.split.prefill == policy.most
+    assert scaler.split.prefill == policy.most.prefill
 
 
 def test_new_figures_of_what_a_worker_can_do_count_at_once() -> None:
@@ -138,7 +138,7 @@ def test_a_constant_demand_is_followed_to_an_end_and_never_back(
     prefill, decode, devices, data, fixed
 ) -> None:
     start = data.draw(st.integers(1, devices - 1))
-    policy = Policy(devices=devices if fixed else 0, most=devices)
+    policy = Policy(devices=devices if fixed else 0, most=Split(devices, devices))
     scaler = Autoscaler(CAPACITY, policy, Split(start, devices - start))
     changes = watch(scaler, 9000, prefill=prefill, decode=decode)
     for side in ("prefill", "decode"):

@@ -18,7 +18,7 @@ CHART = DEPLOY / "helm/pshare-jax"
 PLATFORMS = ("cpu", "gpu", "tpu")
 FOLDERS = (
     *(f"kustomize/overlays/{platform}" for platform in PLATFORMS),
-    *("kustomize/single", "kustomize/storage", "kustomize/monitoring"),
+    *("kustomize/single", "kustomize/storage", "kustomize/monitoring", "ray"),
 )
 """Everything that `kubectl apply -k` takes."""
 
@@ -87,4 +87,6 @@ def named(manifests: tuple[Manifest, ...], kind: str, name: str) -> Manifest:
 def pods(manifest: Manifest) -> list[Manifest]:
     """The pod templates of an object, each with `metadata` and `spec`."""
     spec = manifest.get("spec", {})
+    if manifest["kind"] == "RayCluster":
+        return [group["template"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
     return [spec["template"]] if "template" in spec else []

@@ -34,10 +34,13 @@ ORIGINS = (*FOLDERS, *(f"helm {platform}" for platform in PLATFORMS))
 
 def check(manifest: Manifest, version: str) -> None:
     """Raises a validation error for anything that is not known, or not of its type."""
-    if manifest["kind"] in CUSTOM:
-        jsonschema.validate(manifest, CUSTOM[manifest["kind"]])
-    else:
+    if manifest["kind"] not in CUSTOM:
         kubernetes_validate.validate(manifest, version, strict=True)
+        return
+    jsonschema.validate(manifest, CUSTOM[manifest["kind"]])
+    for template in pods(manifest):
+        holder = {"apiVersion": "v1", "kind": "Pod", **template}
+        kubernetes_validate.validate(holder, version, strict=True)
 
 
 @pytest.mark.parametrize("version", [OLDEST, NEWEST])
@@ -63,6 +66,14 @@ def test_a_field_with_a_typing_error_is_found() -> None:
     wrong = copy.deepcopy(named(kustomized("kustomize/monitoring"), "ServiceMonitor", "pshare"))
     wrong["spec"]["endpoint"] = []
     with pytest.raises(jsonschema.ValidationError, match="endpoint"):
+        check(wrong, NEWEST)
+    wrong = copy.deepcopy(named(kustomized("ray"), "RayCluster", "pshare"))
+    wrong["spec"]["workerGroups"] = []
+    with pytest.raises(jsonschema.ValidationError, match="workerGroups"):
+        check(wrong, NEWEST)
+    wrong = copy.deepcopy(named(kustomized("ray"), "RayCluster", "pshare"))
+    pods(wrong)[1]["spec"]["containers"][0]["livenesProbe"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError, match="livenesProbe"):
         check(wrong, NEWEST)
 
 

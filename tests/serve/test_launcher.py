@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
-from pshare_jax.serve import launcher
-from pshare_jax.serve.launcher import BAD_CONFIG, Child, Launcher, Plan
+from pshare_jax.config import ServerConfig
+from pshare_jax.serve import supervision
+from pshare_jax.serve.launcher import Launcher
+from pshare_jax.serve.local_host import LocalHost
+from pshare_jax.serve.supervision import BAD_CONFIG, Child, Spec
 from tests.serve.server import eventually
 
 _BEGIN = "import signal, sys, time; print('up', flush=True); "
@@ -38,10 +42,9 @@ def child() -> Iterator[Callable[..., Child]]:
     made: list[Child] = []
 
     def make(program: str, *, health: bool = False, name: str = "w", drain: float = 20.0) -> Child:
-        sock = socket.create_server(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{sock.getsockname()[1]}/health" if health else ""
-        plan = Plan(name, (sys.executable, "-S", "-c", program), sock, "up", url)
-        made.append(Child(plan, drain))
+        command = (sys.executable, "-S", "-c", program)
+        spec = Spec(name, command, ("127.0.0.1", 0), "up", watched=health)
+        made.append(Child(spec, LocalHost(ServerConfig()), drain))
         made[-1].start()
         return made[-1]
 
@@ -52,15 +55,14 @@ def child() -> Iterator[Callable[..., Child]]:
         if pid is not None:
             os.kill(pid, signal.SIGCONT)
         one.stop()
-        one.plan.socket.close()
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher, "AGAIN_SECONDS", 0.01)
-    monkeypatch.setattr(launcher, "MAX_AGAIN_SECONDS", 0.02)
-    monkeypatch.setattr(launcher, "END_SECONDS", 0.1)
-    monkeypatch.setattr(launcher, "HEALTH_SECONDS", 0.2)
+    monkeypatch.setattr(supervision, "AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(supervision, "MAX_AGAIN_SECONDS", 0.02)
+    monkeypatch.setattr(supervision, "END_SECONDS", 0.1)
+    monkeypatch.setattr(supervision, "HEALTH_SECONDS", 0.2)
 
 
 def test_who_dies_is_started_again(child: Callable[..., Child]) -> None:
@@ -81,6 +83,25 @@ def test_who_cannot_be_configured_is_not(child: Callable[..., Child]) -> None:
     assert one.pid is None
 
 
+def test_who_has_been_ready_is_started_again_whatever_it_says(
+    child: Callable[..., Child], tmp_path: Path
+) -> None:
+    """As when the configuration is wrong for a moment, while processes are replaced."""
+    program = (
+        f"import os, sys; path = {str(tmp_path / 'runs')!r}; "
+        "runs = os.path.getsize(path) if os.path.exists(path) else 0; "
+        f"open(path, 'a').write('x'); (runs in (1, 2)) and sys.exit({BAD_CONFIG}); {LIVES}"
+    )
+    one = child(program)
+    assert one.is_ready.wait(60)
+    pid = one.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: one.pid not in (None, pid) and one.is_ready.is_set())
+    assert (tmp_path / "runs").read_text() == "xxxx"
+    assert not one.gave_up.is_set()
+
+
 def test_who_is_stopped_has_time_to_end(child: Callable[..., Child]) -> None:
     one = child(DRAINS)
     assert one.is_ready.wait(60)
@@ -99,7 +120,7 @@ def test_who_does_not_end_is_killed(child: Callable[..., Child]) -> None:
 def test_who_hangs_is_killed_and_started_again(
     child: Callable[..., Child], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launcher, "HANGS", 3)
+    monkeypatch.setattr(supervision, "HANGS", 3)
     one = child(SERVES, health=True)
     assert one.is_ready.wait(60)
     pid = one.pid
@@ -108,15 +129,19 @@ def test_who_hangs_is_killed_and_started_again(
     eventually(lambda: one.pid not in (None, pid) and one.is_ready.is_set())
 
 
-def test_one_of_each_side_is_replaced_at_a_time(child: Callable[..., Child]) -> None:
+def test_one_of_each_side_is_replaced_at_a_time(
+    child: Callable[..., Child], monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = ["prefill0", "prefill1", "decode0", "frontend0"]
     children = {name: child(DRAINS, name=name) for name in names}
     for one in children.values():
         assert one.is_ready.wait(60)
     before = {name: one.pid for name, one in children.items()}
     all_of_them = Launcher.__new__(Launcher)
+    all_of_them._lock, all_of_them._stopping = threading.Lock(), threading.Event()
     all_of_them.workers = [children[name] for name in names[:3]]
     all_of_them.frontends = [children["frontend0"]]
+    monkeypatch.setattr(all_of_them, "_wait_until_linked", lambda: None)
     all_of_them.restart()
     for name, one in children.items():
         assert one.is_ready.is_set()
