@@ -322,7 +322,9 @@ class StoreClient:
     def _work_ahead(self, computing: Callable[[], set[bytes]]) -> None:
         """Has pages fetched that nobody asks for, if nobody waits for any, or for any's writing."""
         asked = any(not run.early for run in self._runs.values())
-        if self.ahead is None or self._looking or asked or self.behind.has_more:
+        # Before its turn a prompt does not hold the last, partly filled page that it goes on from.
+        waiting = self._looking or self._ready or asked
+        if self.ahead is None or waiting or self.behind.has_more:
             return
         look = self.ahead.work(computing)
         if look is not None:
