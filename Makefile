@@ -18,7 +18,7 @@ REPORT = $(BIN)/python -m pshare_jax.bench report --results="[$$(for result in \
   $(patsubst %,docs/results/agents-%.json,$(BENCHES) $(BENCHES_VLLM)); do \
   if [ -f $$result ]; then echo $$result; fi; done | paste -sd,)]"
 
-.PHONY: demo serve serve-cluster bench bench-vllm modules results test quick test-browser test-clients test-deploy test-ray test-compile test-newest test-compile-newest docs attack chaos soak lock audit lint format clean
+.PHONY: demo serve serve-cluster bench bench-vllm modules results test quick test-browser test-clients test-deploy test-ray test-compile test-newest test-compile-newest docs attack chaos soak soak-short lock audit lint format clean
 
 demo: .venv/.run $(MODULES)
 	$(BIN)/python -m pshare_jax.demo
@@ -105,6 +105,10 @@ SOAK_MINUTES ?= 30
 soak: .venv/.run $(MODULES)
 	$(BIN)/python -m pshare_jax.bench soak --minutes=$(SOAK_MINUTES) --hot='[smollm2-135m-code]' \
 	  --json=soak.json
+
+# Three minutes of it on a tiny model, which needs no checkpoint.
+soak-short: .venv/.test
+	SOAK_MINUTES=3 $(BIN)/python -m pytest tests/attack/test_soak.py
 
 # Versions and hashes of all that `pshare` needs; made by the oldest Python that we support.
 lock: .venv/.lock

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pshare_jax.core.messages import SamplingParams
+    from pshare_jax.core.requests import SamplingParams
     from pshare_jax.engine.offline import Completion, Engine
 
 __version__ = "0.1.0"
@@ -19,7 +19,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(offline, name)
     if name == "SamplingParams":
-        from pshare_jax.core.messages import SamplingParams
+        from pshare_jax.core.requests import SamplingParams
 
         return SamplingParams
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,14 @@
 """Set-up of the whole run: platform, virtual devices and a compilation cache, before JAX starts."""
 
 import gc
+import os
 from pathlib import Path
+
+# Tests compile hundreds of programs and run each for milliseconds: before jax is imported, and for
+# the processes that tests start.
+os.environ["XLA_FLAGS"] = " ".join(
+    (os.environ.get("XLA_FLAGS", ""), "--xla_llvm_disable_expensive_passes=true")
+).strip()
 
 import jax
 import pytest

@@ -33,6 +33,7 @@ from pshare_jax.bench import (
     micro,
     micro_report,
     moving,
+    pool,
     restart,
     routes,
     shared_prefix,
@@ -87,6 +88,12 @@ _PLAIN = {
         restart.RestartOptions,
         restart.run,
         restart.lines,
+    ),
+    "pool": _Plain(
+        "First tokens over what another process has computed: shared pool, socket, own cache.",
+        pool.PoolOptions,
+        pool.run,
+        pool.lines,
     ),
     "tiers": _Plain(
         "KV fetched ahead from tiers below the pools, against fetching on demand; virtual time.",

@@ -27,7 +27,7 @@ from pshare_jax.config import (
     PrefillConfig,
     ServeConfig,
 )
-from pshare_jax.core.messages import Request, RequestOutput, SamplingParams, Session
+from pshare_jax.core.requests import Request, RequestOutput, SamplingParams, Session
 from pshare_jax.engine.orchestrator import Orchestrator
 from pshare_jax.errors import BenchmarkError
 from pshare_jax.kv.store.tier import Tier

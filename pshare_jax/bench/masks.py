@@ -17,7 +17,7 @@ from pshare_jax.bench.micro_rates import Rate, Rates
 from pshare_jax.bench.micro_targets import MODEL, EngineTarget
 from pshare_jax.config import DecodeConfig, DType, ModelEntry, PrefillConfig, ServeConfig
 from pshare_jax.core.constraints import GrammarSpec
-from pshare_jax.core.messages import SamplingParams
+from pshare_jax.core.requests import SamplingParams
 from pshare_jax.engine.orchestrator import Orchestrator
 
 SCHEMA = {

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
-from pshare_jax.core.messages import Request, RequestOutput, SamplingParams
+from pshare_jax.core.requests import Request, RequestOutput, SamplingParams
 from pshare_jax.engine.orchestrator import Orchestrator
 from pshare_jax.errors import BenchmarkError, EngineDeadError
 

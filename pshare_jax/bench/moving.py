@@ -24,7 +24,7 @@ from pshare_jax.config import (
     RouterConfig,
     ServeConfig,
 )
-from pshare_jax.core.messages import Request, RequestOutput, SamplingParams
+from pshare_jax.core.requests import Request, RequestOutput, SamplingParams
 from pshare_jax.engine.orchestrator import Orchestrator
 from pshare_jax.errors import BenchmarkError
 

@@ -7,11 +7,8 @@ one prompt at a time; the time is from submission to the first token.
 
 from __future__ import annotations
 
-import queue
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,23 +16,13 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from pshare_jax.bench.first_token import engine_of, first_token, settle
 from pshare_jax.bench.micro_rates import Rate
-from pshare_jax.bench.micro_targets import MODEL
-from pshare_jax.config import (
-    DecodeConfig,
-    DType,
-    KvCodec,
-    KvStoreConfig,
-    ModelEntry,
-    PrefillConfig,
-    ServeConfig,
-)
-from pshare_jax.core.messages import Request, RequestOutput, SamplingParams
+from pshare_jax.config import DType, KvCodec, KvStoreConfig
 from pshare_jax.engine.orchestrator import Orchestrator
 from pshare_jax.errors import BenchmarkError
 
 BEFORE, AFTER, WITHOUT = "before, with a store", "after, with a store", "after, without"
-SETTLE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -89,15 +76,15 @@ def run(options: RestartOptions) -> dict[str, Any]:
         for which, config in ((BEFORE, store), (AFTER, store), (WITHOUT, KvStoreConfig())):
             with _engine(options, config) as engine:
                 prompts = _prompts(options, engine)
-                found = [_first_token(engine, prompt, i) for i, prompt in enumerate(prompts)]
+                found = [first_token(engine, f"r{i}", prompt) for i, prompt in enumerate(prompts)]
                 if config.path:
-                    _settle(engine)
+                    settle(engine)
                 if which == AFTER and engine.store is not None:
                     tiers = {name: asdict(tier) for name, tier in engine.stats().tiers.items()}
                     prices = msgspec.to_builtins(engine.store.prices, str_keys=True)
-            seconds[which] = [taken for taken, _, _ in found]
-            computed[which] = [tokens for _, tokens, _ in found]
-            answers[which] = [answer for _, _, answer in found]
+            seconds[which] = [one.seconds for one in found]
+            computed[which] = [one.computed for one in found]
+            answers[which] = [one.tokens for one in found]
     if len({str(a) for a in answers.values()}) != 1:
         raise BenchmarkError("the engines' answers differ: a store must not change any")
     ratios = [w / a for w, a in zip(seconds[WITHOUT], seconds[AFTER], strict=True)]
@@ -111,26 +98,9 @@ def run(options: RestartOptions) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _engine(options: RestartOptions, store: KvStoreConfig) -> Iterator[Orchestrator]:
-    longest = options.tokens + 16
-    pages = (options.prompts + 1) * -(-longest // options.page_size) + 1
-    config = ServeConfig(
-        base=options.base,
-        models=[ModelEntry(MODEL)],
-        dtype=options.dtype,
-        max_model_len=longest,
-        page_size=options.page_size,
-        prefill=PrefillConfig(num_pages=pages),
-        decode=DecodeConfig(num_pages=pages, max_num_seqs=1, batch_buckets=[1]),
-        kv_store=store,
-    )
-    engine = Orchestrator.from_config(config)
-    engine.start()
-    try:
-        yield engine
-    finally:
-        engine.stop()
+def _engine(options: RestartOptions, store: KvStoreConfig) -> AbstractContextManager[Orchestrator]:
+    sizes = options.tokens, options.prompts, options.page_size
+    return engine_of(options.base, options.dtype, *sizes, store)
 
 
 def _prompts(options: RestartOptions, engine: Orchestrator) -> list[tuple[int, ...]]:
@@ -139,34 +109,6 @@ def _prompts(options: RestartOptions, engine: Orchestrator) -> list[tuple[int, .
     return [
         tuple(rng.integers(0, vocabulary, options.tokens).tolist()) for _ in range(options.prompts)
     ]
-
-
-def _first_token(
-    engine: Orchestrator, prompt: tuple[int, ...], number: int
-) -> tuple[float, int, tuple[int, ...]]:
-    """Seconds to the first token, prompt tokens that were computed, and the answer's tokens."""
-    events: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
-    params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
-    started = time.perf_counter()
-    engine.submit(Request(f"r{number}", MODEL, prompt, params), events.put)
-    first, usage, tokens = 0.0, None, ()
-    while True:
-        event = events.get()
-        first = first or time.perf_counter() - started
-        usage, tokens = event.usage or usage, (*tokens, *event.token_ids)
-        if event.finish_reason is not None:
-            break
-    assert usage is not None, event.error
-    return first, usage.computed_tokens, tokens
-
-
-def _settle(engine: Orchestrator) -> None:
-    """Waits until what was computed has been written."""
-    end = time.monotonic() + SETTLE_SECONDS
-    for worker in engine.workers.prefill:
-        store = worker.core.store
-        while store is not None and not store.behind.idle and time.monotonic() < end:
-            time.sleep(0.01)
 
 
 def lines(result: dict[str, Any]) -> list[str]:

@@ -17,7 +17,8 @@ from pshare_jax.bench.accelerators import ACCELERATORS
 from pshare_jax.bench.compile_models import MODELS
 from pshare_jax.bench.plan.costs import Efficiency, kv_bytes
 from pshare_jax.bench.plan.machines import Engines, Machine
-from pshare_jax.bench.plan.system import EngineSpec, ServerSpec, SimCall, System, SystemSpec
+from pshare_jax.bench.plan.specs import EngineSpec, ServerSpec, SystemSpec
+from pshare_jax.bench.plan.system import SimCall, System
 from pshare_jax.config import DecodeConfig
 from pshare_jax.core.balance import BalancePolicy
 

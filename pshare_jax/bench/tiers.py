@@ -18,10 +18,11 @@ import numpy as np
 
 from pshare_jax.bench.plan.calibrate import read_results, table_costs
 from pshare_jax.bench.plan.costs import CostModel
+from pshare_jax.bench.plan.specs import EngineSpec, ServerSpec, SystemSpec
 from pshare_jax.bench.plan.store import StoreSpec
-from pshare_jax.bench.plan.system import EngineSpec, ServerSpec, SimCall, System, SystemSpec
+from pshare_jax.bench.plan.system import SimCall, System
 from pshare_jax.config import DecodeConfig
-from pshare_jax.core.messages import Session
+from pshare_jax.core.requests import Session
 
 POLICIES = (
     "LRU only",

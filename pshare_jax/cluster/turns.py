@@ -23,6 +23,7 @@ from typing import Protocol
 import numpy as np
 
 from pshare_jax.kv.store.members import MAX_MEMBERS, Members
+from pshare_jax.kv.store.private import open_private
 
 WAIT_SECONDS = 1.0
 """How long a turn is waited for; after that it is taken without."""
@@ -76,7 +77,7 @@ class HostTurns:
     ):
         self._weight = weight
         self._clock = clock
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._file = open_private(path, os.O_CREAT)
         os.posix_fallocate(self._file, 0, _SIZE)
         self._members = Members(self._file)
         if not self._members.join(str(path)):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pshare_jax.core.messages import Sequence
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.pages.prefix_index import Node, PageState
+from pshare_jax.core.sequences import Sequence
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, field
 
-from pshare_jax.core.messages import Sequence
+from pshare_jax.core.sequences import Sequence
 from pshare_jax.core.sessions import SessionKey
 
 MAX_TOKENS = 4_000_000

@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 
 from pshare_jax.core import messages as m
 from pshare_jax.core.admission import Reservation
-from pshare_jax.core.messages import Outbox, PageDescriptor, PromptUsage, Sequence
+from pshare_jax.core.messages import Outbox, PageDescriptor
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.pages.prefix_index import Node, PageState
 from pshare_jax.core.plans import Pull
+from pshare_jax.core.requests import PromptUsage
+from pshare_jax.core.sequences import Sequence
 
 MAX_FETCHES = 2
 """Transfers that may fail before a sequence is given back to be covered elsewhere."""
@@ -171,7 +173,15 @@ class Arrivals:
         return late
 
     def complete(self) -> list[Arrival]:
-        """Takes out the sequences whose pages are all there."""
+        """Takes out the sequences whose pages are all there; others fetch what has failed.
+
+        That are pages that a prompt of the same pool was to bring from the KV store.
+        """
+        for arrival in self._arrivals.values():
+            failed = [n for n, node in arrival.awaited.items() if node.state is PageState.FAILED]
+            for number in failed:
+                del arrival.awaited[number]
+            self._fetch(arrival, failed)
         done = [arrival for arrival in self._arrivals.values() if arrival.complete]
         for arrival in done:
             del self._arrivals[arrival.sequence.id]

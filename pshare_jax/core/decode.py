@@ -13,41 +13,28 @@ from __future__ import annotations
 
 import itertools
 import secrets
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from collections.abc import Sequence as Sequence_
 
 from pshare_jax.config import DecodeConfig
 from pshare_jax.core import messages as m
 from pshare_jax.core.admission import Admission, Reservation
 from pshare_jax.core.arrivals import Arrival, Arrivals
-from pshare_jax.core.buckets import bucket_for
 from pshare_jax.core.decode_queue import DecodeQueue
+from pshare_jax.core.decode_rows import DecodeRows
 from pshare_jax.core.index_feed import IndexFeed
-from pshare_jax.core.messages import (
-    DISPATCHER,
-    Message,
-    Outbox,
-    PromptUsage,
-    Sequence,
-    TokenLogprobs,
-)
+from pshare_jax.core.messages import DISPATCHER, Message, Outbox
 from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.pages.page_cache import PageCache
-from pshare_jax.core.plans import Admit, DecodePlan, DecodeResult, Landed, Replay, Step, StepRow
+from pshare_jax.core.plans import Admit, DecodePlan, DecodeResult, Landed, Replay, Step
+from pshare_jax.core.requests import PromptUsage, TokenLogprobs
 from pshare_jax.core.rows import DecodeRow
-from pshare_jax.core.scheduling import GroupTurns, next_batch, steps_for
-from pshare_jax.core.shares import HasSequence, Holdings
+from pshare_jax.core.sequences import Moved
 from pshare_jax.core.stats import DecodeStats
+from pshare_jax.core.step_planner import StepPlanner
 
 POLL_SECONDS = 0.0005
 """Between two looks at a transfer that is being pulled."""
-
-_HOG = 4
-"""Who has one slot of so many gives one to a client, a model or a request that has none."""
-
-_LONG = 16
-"""Tokens that a row must still have to go before it gives its slot away: others end soon anyway,
-and a replay is not free."""
 
 DEADLINE_SECONDS = 0.5
 """Between two looks at the deadlines of transfers."""
@@ -69,10 +56,7 @@ class DecodeCore:
         outbox: messages to others; who carries them empties it.
         stats: what has been done.
         index_feed: what routers are told of its index.
-        elsewhere: what holds pages of this pool in a prefill core, and could give way there.
-        crowded: whether anything holds pages in a prefill core of the same pool.
-        starved: which of `elsewhere` is to give way now.
-        short: arrival order of a row that waits for pages, after the last plan.
+        rows: the sequences that run.
         leaves: whether all sequences are to go, since the mesh does something else.
     """
 
@@ -91,27 +75,19 @@ class DecodeCore:
         self.cache = cache
         self.outbox: Outbox = []
         self.stats = DecodeStats()
-        self.elsewhere: Sequence_[HasSequence] = ()
-        self.crowded = False
-        self.starved: HasSequence | None = None
-        self.short: int | None = None
         self.leaves = False
         self.admission = Admission(cache, config.max_num_seqs)
         self._models = dict(models)
-        self._config = config
         self._bytes_per_page = bytes_per_page
         self.index_feed = IndexFeed(cache)
         self._owns_cache = owns_cache
         ids = transfer_ids or (secrets.randbits(63) for _ in itertools.count())
         self._arrivals = Arrivals(name, cache, self.outbox, ids)
         self._queue = DecodeQueue(self.admission, cache.page_size)
-        self._changes = 0
+        self.rows = DecodeRows(cache, self.admission, self._arrivals, self.outbox, self.stats)
+        self._steps = StepPlanner(self.rows, self._models, config)
+        self._heard = 0
         self._stuck = -1, 0
-        self._rows: dict[int, DecodeRow] = {}
-        self._admits: list[Admit] = []
-        self._group_turns = GroupTurns(config.group_quantum)
-        self._steps_under_way = 0
-        self._tick = 0
         self._number = 0
 
     @property
@@ -128,15 +104,12 @@ class DecodeCore:
 
     def running(self) -> dict[str, int]:
         """Sequences that have a slot and all their pages, by model; probes are not counted."""
-        counts: dict[str, int] = {}
-        for row in tuple(self._rows.values()):
-            if not row.sequence.probe:
-                counts[row.sequence.model] = counts.get(row.sequence.model, 0) + 1
-        return counts
+        rows = [row.sequence for row in self.rows.all()]
+        return Counter(sequence.model for sequence in rows if not sequence.probe)
 
     def readers(self) -> list[tuple[str, list[int]]]:
         """The model and the pages of each sequence that `running` counts."""
-        return [(row.sequence.model, row.pages) for row in tuple(self._rows.values())]
+        return [(row.sequence.model, row.pages) for row in self.rows.all()]
 
     def held_ids(self) -> set[int]:
         """Sequences that are known here, in any state."""
@@ -144,13 +117,13 @@ class DecodeCore:
 
     def loads(self) -> dict[int, int]:
         """Pages of all sequences that are known here, by sequence."""
-        rows = [row.sequence for row in self._rows.values()]
+        rows = [row.sequence for row in self.rows.all()]
         known = [*rows, *self._arrivals.sequences(), *self._queue.sequences()]
         return {one.id: -(-one.num_tokens // self.cache.page_size) for one in known}
 
     def inside_ids(self) -> set[int]:
         """Sequences that have a slot and pages here."""
-        return set(self._rows) | self._arrivals.ids()
+        return self.rows.ids() | self._arrivals.ids()
 
     def receive(self, message: Message) -> None:
         """Takes a message in."""
@@ -180,7 +153,7 @@ class DecodeCore:
                 self._models.pop(model, None)
             case _:
                 raise TypeError(f"{self.name}: {type(message).__name__} is not for decode workers")
-        self._changes += 1
+        self._heard += 1
         self._enter()
 
     def schedule(self, now: float = 0.0) -> DecodePlan | None:
@@ -188,23 +161,23 @@ class DecodeCore:
         self.cache.tick(now)
         for transfer in self._arrivals.expired(now):
             self._fetch_failed(transfer, "the transfer took too long")
-        self.starved, self.short = None, None
+        self.rows.forget_wants()
         self._enter()
         arrivals = self._arrivals
         if arrivals.pulls:
             # Alone, so that those who wait for the pages do not wait for a step as well.
             return self._plan()
-        self._start_rows()
+        for arrival in arrivals.complete():
+            self.rows.start(arrival)
         if self.leaves:
             self._let_rows_go()
-        replay = None if self.leaves else self._catch_up()
-        step = None if self.leaves else self._next_step()
-        if not (replay or step or self._admits or arrivals.cancelled or arrivals.is_pulling):
+        replay = None if self.leaves else self._steps.catch_up()
+        step = None if self.leaves else self._steps.next_step()
+        admits = self.rows.take_admits()
+        if not (replay or step or admits or arrivals.cancelled or arrivals.is_pulling):
             self._publish()
             return None
-        plan = self._plan(self._admits, replay, step)
-        self._admits = []
-        return plan
+        return self._plan(admits, replay, step)
 
     def _plan(
         self,
@@ -234,14 +207,14 @@ class DecodeCore:
         """Takes in what came of a plan; results come in the order of plans."""
         if plan.step is None:
             return
-        self._steps_under_way -= 1
+        self._steps.ended()
         self.stats.attended(result.plain_pages, result.saved_pages)
         for i, planned in enumerate(plan.step.rows):
-            row = self._rows.get(planned.id)
+            row = self.rows.get(planned.id)
             if row is not None and row.slot == planned.slot:
                 row.planned -= plan.step.count
                 if i in result.failed:
-                    self._remove(row)
+                    self.rows.remove(row)
                     self._send(DISPATCHER, m.Failed(planned.id, result.failed[i]))
                     continue
                 forced = max(len(result.tokens[i]) - plan.step.count, 0)
@@ -252,21 +225,21 @@ class DecodeCore:
 
     def movable(self) -> list[DecodeRow]:
         """Rows that are to go, and of which nothing is under way."""
-        return [row for row in self._rows.values() if row.planned == 0] if self.leaves else []
+        return [row for row in self.rows.all() if row.planned == 0] if self.leaves else []
 
-    def move(self, row: DecodeRow, moved: m.Moved) -> list[int]:
+    def move(self, row: DecodeRow, moved: Moved) -> list[int]:
         """Lets a row go with its KV; the pages of that, whose references go to the caller."""
         count = len(moved.keys)
         pages, row.pages = row.pages[:count], row.pages[count:]
         self.stats.moved_rows += 1
-        self._remove(row)
+        self.rows.remove(row)
         self._send(DISPATCHER, m.Returned(row.sequence.id, "moved", moved=moved))
         return pages
 
     def release_all(self) -> None:
         """Gives all pages back, of sequences that nobody will end."""
-        for row in tuple(self._rows.values()):
-            self._remove(row)
+        for row in self.rows.all():
+            self.rows.remove(row)
         for id in self._arrivals.ids():
             arrival = self._arrivals.remove(id)
             if arrival is not None:
@@ -284,26 +257,21 @@ class DecodeCore:
         if change is not None:
             self._send(DISPATCHER, change)
 
-    def make_room(self, newcomer: Sequence) -> bool:
-        """Preempts a sequence for the sake of one that has nothing, if somebody has too much."""
-        least = self.admission.num_slots / _HOG
-        long = [row for row in self._rows.values() if row.remaining >= _LONG]
-        hog = self._holdings().hog(newcomer, long, least)
-        if hog is not None:
-            self._preempt(hog)
-        return hog is not None
-
     def _enter(self) -> None:
         """Gives room to covered sequences, as long as there is any."""
         if not self._queue or self._is_stuck:
             return
-        for covered, room in self._queue.enter(self._holdings, self.make_room):
+        for covered, room in self._queue.enter(self.rows.holdings, self.rows.make_room):
             self._arrive(covered, room)
         if self._queue and self.admission.num_inside == 0:
             order = self._queue.oldest.sequence.order
-            younger = [one for one in self.elsewhere if one.sequence.order > order]
-            self._starve(max(younger, key=lambda one: one.sequence.order, default=None))
+            self.rows.starve_younger(order)
         self._stuck = self._changes, self.cache.num_available
+
+    @property
+    def _changes(self) -> int:
+        """Grows with all that may give somebody room."""
+        return self._heard + self.rows.removed
 
     @property
     def _is_stuck(self) -> bool:
@@ -328,37 +296,6 @@ class DecodeCore:
         )
         self._arrivals.add(sequence, usage, room)
 
-    def _holdings(self) -> Holdings:
-        """Slots of each client, model and request."""
-        rows = [row.sequence for row in self._rows.values()]
-        return Holdings((sequence, 1) for sequence in (*rows, *self._arrivals.sequences()))
-
-    def _starve(self, one: HasSequence | None) -> None:
-        """Notes whose pages are needed."""
-        if one is not None and self.starved is None:
-            self.starved = one
-
-    def _start_rows(self) -> None:
-        for arrival in self._arrivals.complete():
-            sequence, room = arrival.sequence, arrival.reservation
-            self._send(sequence.prefill_worker, m.Release(sequence.held_id))
-            self._send(DISPATCHER, m.Started(sequence.id, arrival.usage))
-            tokens = (*sequence.prompt, *sequence.output)
-            self._admits.append(
-                Admit(
-                    sequence.id,
-                    room.slot,
-                    tokens,
-                    len(sequence.prompt),
-                    sequence.params,
-                    sequence.seed,
-                    sequence.end_token_ids,
-                )
-            )
-            self._rows[sequence.id] = DecodeRow(
-                sequence, room.slot, room.pages, sequence.num_held, list(sequence.output)
-            )
-
     def _fetch_failed(self, transfer: int, reason: str) -> None:
         if not self._arrivals.knows(transfer):
             return
@@ -382,7 +319,7 @@ class DecodeCore:
     def _let_rows_go(self) -> None:
         """Gives back rows that nobody has taken with their KV: they will be replayed."""
         for row in self.movable():
-            self._remove(row)
+            self.rows.remove(row)
             self._send(DISPATCHER, m.Returned(row.sequence.id, "moved"))
 
     def _give_back(self, arrival: Arrival, reason: str) -> None:
@@ -390,93 +327,19 @@ class DecodeCore:
         self._send(DISPATCHER, m.Returned(arrival.sequence.id, "fetch", reason))
 
     def _release(self, arrival: Arrival) -> None:
-        self._changes += 1
+        self._heard += 1
         self.admission.leave(arrival.reservation.slot, arrival.reservation.pages)
         self._send(arrival.sequence.prefill_worker, m.Release(arrival.sequence.held_id))
 
     def _abort(self, id: int) -> None:
-        row = self._rows.get(id)
+        row = self.rows.get(id)
         if row is not None:
-            self._remove(row)
+            self.rows.remove(row)
         elif arrival := self._arrivals.remove(id):
             self._release(arrival)
         elif queued := self._queue.remove(id):
             self._send(queued.sequence.prefill_worker, m.Release(queued.sequence.held_id))
         self._send(DISPATCHER, m.Dropped(id))
-
-    def _remove(self, row: DecodeRow) -> None:
-        del self._rows[row.sequence.id]
-        self._changes += 1
-        self._admits = [admit for admit in self._admits if admit.id != row.sequence.id]
-        self.cache.pin(row.pages, self.cache.now + row.sequence.ttl)
-        self.admission.leave(row.slot, row.pages)
-
-    def _catch_up(self) -> Replay | None:
-        """One chunk of the KV that some row lacks before it can sample."""
-        behind = [row for row in self._rows.values() if row.num_replayed > 0]
-        for row in sorted(behind, key=lambda row: (row.last_step, row.order)):
-            count = min(row.num_replayed, max(self._config.replay_buckets))
-            if self._is_running(row) and self._ensure_pages(row, count):
-                return self._replay(row, count)
-        return None
-
-    def _replay(self, row: DecodeRow, count: int) -> Replay:
-        buckets = self._config.replay_buckets
-        start, end = row.num_kv, row.num_kv + count
-        row.num_kv = end
-        self._tick += 1
-        row.last_step = self._tick
-        spec = self._models[row.sequence.model]
-        return Replay(
-            row.sequence.id,
-            spec.group,
-            _adapter(spec, row.sequence),
-            row.pages,
-            start,
-            row.known_tokens(start, end),
-            bucket_for(end - start, buckets),
-        )
-
-    def _next_step(self) -> Step | None:
-        """A step for the first group, in turn, that can get the pages for one."""
-        ready: dict[str, list[DecodeRow]] = {}
-        for row in self._rows.values():
-            if row.num_behind == 1 and row.remaining > 0:
-                group = self._models[row.sequence.model].group
-                ready.setdefault(group, []).append(row)
-        if self._steps_under_way and self._group_turns.is_over(ready):
-            return None
-        for group in self._group_turns.order(ready):
-            rows = next_batch(ready[group], max(self._config.batch_buckets))
-            step = self._step(group, rows)
-            if step is not None:
-                self._group_turns.stepped(group, ready)
-                self._steps_under_way += 1
-                return step
-        return None
-
-    def _step(self, group: str, rows: list[DecodeRow]) -> Step | None:
-        """None when no row could get the page it needs."""
-        masked = any(row.sequence.params.masked for row in rows)
-        limit = 1 if masked else self._config.steps_per_dispatch
-        count = steps_for([row.remaining for row in rows], limit)
-        batch = [row for row in rows if self._is_running(row) and self._ensure_pages(row, count)]
-        # A row may have been preempted for the sake of one that came after it in the batch.
-        batch = [row for row in batch if self._is_running(row)]
-        if not batch:
-            return None
-        self._tick += 1
-        planned: list[StepRow] = []
-        for row in batch:
-            adapter = _adapter(self._models[row.sequence.model], row.sequence)
-            planned.append(StepRow(row.sequence.id, row.slot, adapter, row.pages, row.num_kv))
-            row.last_step = self._tick
-            row.planned += count
-            row.num_kv += count
-        return Step(group, bucket_for(len(batch), self._config.batch_buckets), count, planned)
-
-    def _is_running(self, row: DecodeRow) -> bool:
-        return self._rows.get(row.sequence.id) is row
 
     def _accept(self, row: DecodeRow, tokens: list[int], logprobs: list[TokenLogprobs]) -> None:
         if not tokens:
@@ -485,55 +348,6 @@ class DecodeCore:
         if not row.sequence.probe:
             self.stats.generation_tokens[row.sequence.model] += len(accepted)
         if reason is not None:
-            self._remove(row)
+            self.rows.remove(row)
         entries = tuple(logprobs[: len(accepted)])
         self._send(DISPATCHER, m.Tokens(row.sequence.id, tuple(accepted), entries, reason))
-
-    def _ensure_pages(self, row: DecodeRow, steps: int) -> bool:
-        """Pages for the next `steps` tokens of `row`, preempting younger sequences if need be."""
-        page_size = self.cache.page_size
-        missing = -(-(row.num_kv + steps) // page_size) - len(row.pages)
-        while missing > 0:
-            fresh = self.cache.allocate(missing)
-            if fresh is not None:
-                row.pages = [*row.pages, *fresh]
-                return True
-            victim = self._victim(row)
-            if victim is None:
-                return self._yield(row)
-            if not isinstance(victim, DecodeRow):
-                self._starve(victim)
-                self.short = row.order
-                return False
-            self._preempt(victim)
-        return True
-
-    def _victim(self, row: DecodeRow) -> HasSequence | None:
-        """Whose pages a row may take: those of another one, or of what is elsewhere."""
-        inside = [(one.sequence, 1.0) for one in self._rows.values()]
-        inside += [(sequence, 1.0) for sequence in self._arrivals.sequences()]
-        holdings = Holdings([*inside, *((one.sequence, 1.0) for one in self.elsewhere)])
-        return holdings.victim(row.sequence, [*self._rows.values(), *self.elsewhere])
-
-    def _yield(self, row: DecodeRow) -> bool:
-        """Nobody has to give way to `row`, and there is no page: so it does, unless it is alone.
-
-        With sequences still arriving it waits for them instead: they will be rows. Prompts that
-        hold pages elsewhere in the pool wait for room here, so it gives way to them too.
-        """
-        arriving = self.admission.num_inside > len(self._rows)
-        is_alone = len(self._rows) == 1 and not self.crowded
-        if not is_alone and not arriving:
-            self._preempt(row)
-        else:
-            self.short = row.order
-        return False
-
-    def _preempt(self, row: DecodeRow) -> None:
-        self.stats.preemptions[row.sequence.model] += 1
-        self._remove(row)
-        self._send(DISPATCHER, m.Returned(row.sequence.id, "preempted"))
-
-
-def _adapter(spec: ModelSpec, sequence: Sequence) -> int:
-    return spec.adapter if sequence.adapted else -1

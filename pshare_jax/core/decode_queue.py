@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from pshare_jax.core.admission import Admission, Reservation
-from pshare_jax.core.messages import Covered, Sequence
+from pshare_jax.core.messages import Covered
+from pshare_jax.core.sequences import Sequence
 from pshare_jax.core.shares import Holdings
 
 _MAX_PASSING = 4

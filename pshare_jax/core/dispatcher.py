@@ -10,60 +10,24 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
-
-import msgspec
 
 from pshare_jax.core import messages as m
-from pshare_jax.core.agent_order import AgentOrder
 from pshare_jax.core.balance import BalancePolicy
-from pshare_jax.core.messages import (
-    FinishReason,
-    Outbox,
-    PromptUsage,
-    Request,
-    RequestOutput,
-    RequestTimes,
-    Sequence,
-    ToDispatcher,
-)
+from pshare_jax.core.foresight import Foresight
+from pshare_jax.core.live_request import LiveRequest
+from pshare_jax.core.messages import Outbox, ToDispatcher
 from pshare_jax.core.models import ModelSpec
-from pshare_jax.core.pages.prefix_index import block_key, block_keys, root_key
+from pshare_jax.core.parked import Parked
+from pshare_jax.core.requests import FinishReason, Request, RequestOutput, TokenLogprobs
 from pshare_jax.core.roles import Roles
 from pshare_jax.core.router import NoWorkerError, Router, WorkerInfo
-from pshare_jax.core.sessions import SessionPolicy, replied, session_key
+from pshare_jax.core.sequences import Moved
+from pshare_jax.core.served_models import ServedModels
+from pshare_jax.core.sessions import SessionPolicy, session_key
 from pshare_jax.core.stats import DispatcherStats
 
 MAX_LOST_ATTEMPTS = 3
 """Attempts that may be lost to failures before the request fails; preemptions do not count."""
-
-
-@dataclass(eq=False)
-class _Live:
-    """A request that has not ended: what was delivered of it, and the present attempt.
-
-    The first `told` tokens of its output are known to whom covers replies.
-    """
-
-    request: Request
-    model: ModelSpec
-    order: int
-    seed: int
-    end_token_ids: frozenset[int]
-    covered: int
-    adapted: bool
-    root: bytes
-    keys: list[bytes]
-    last_key: bytes
-    times: RequestTimes
-    sequence: Sequence | None = None
-    output: list[int] = field(default_factory=list)
-    told: int = 0
-    usage: PromptUsage | None = None
-    usage_sent: bool = False
-    started: bool = False
-    aborted: bool = False
-    lost: int = 0
 
 
 class Dispatcher:
@@ -104,22 +68,19 @@ class Dispatcher:
         self.outputs: list[RequestOutput] = []
         self.stats = DispatcherStats()
         self.retired: list[ModelSpec] = []
-        self._models = dict(models)
-        self._users: Counter[str] = Counter()
-        self._leaving: dict[str, ModelSpec] = {}
+        self._models = ServedModels(models)
         self._router = router
         self._page_size = page_size
         self._sessions = sessions or SessionPolicy()
-        self._agents = AgentOrder()
-        self._roles = Roles(router, balance)
-        self._live: dict[str, _Live] = {}
-        self._attempts: dict[int, _Live] = {}
         self._ids = itertools.count() if ids is None else ids
+        self._foresight = Foresight(self._sessions, page_size, self._ids)
+        self._roles = Roles(router, balance)
+        self._live: dict[str, LiveRequest] = {}
+        self._attempts: dict[int, LiveRequest] = {}
         self._max_lost = max_lost
         self._patience = patience
         self._lost_workers: dict[str, str] = {}
-        self._hosted: dict[str, frozenset[str]] = {}
-        self._parked: dict[str, float | None] = {}
+        self._parked = Parked(patience)
 
     @property
     def num_live(self) -> int:
@@ -129,27 +90,23 @@ class Dispatcher:
     def set_model(self, name: str, spec: ModelSpec) -> None:
         """Serves a model under `name` from now on; requests to what had that name go on with it."""
         self.remove_model(name)
-        self._models[name] = spec
+        self._models.set(name, spec)
         self.outbox += [(worker, m.ModelAdded(spec)) for worker in self._router.workers]
 
     def remove_model(self, name: str) -> None:
         """Serves nothing under `name` any more, once the requests that it has have ended."""
-        spec = self._models.pop(name, None)
-        if spec is not None:
-            self._leaving[spec.name] = spec
-            self._retire(spec)
+        self._retire(self._models.remove(name))
 
     def hold(self, name: str) -> ModelSpec | None:
         """What is served under `name`; it stays until `release`. None if there is nothing."""
-        spec = self._models.get(name)
+        spec = self._models.find(name)
         if spec is not None:
-            self._users[spec.name] += 1
+            self._models.use(spec)
         return spec
 
     def release(self, spec: ModelSpec) -> None:
         """The counterpart of `hold`."""
-        self._users[spec.name] -= 1
-        self._retire(spec)
+        self._retire(self._models.leave(spec))
 
     def submit(
         self,
@@ -171,35 +128,27 @@ class Dispatcher:
             model: one that is held; None is what the request's model is at present.
             now: seconds of the host's clock.
         """
-        model = self._models.get(request.model) if model is None else model
+        model = self._models.find(request.model) if model is None else model
         if model is None:
             error = f"model {request.model} was unloaded"
             self.outputs.append(
                 RequestOutput(request.id, finish_reason=FinishReason.ERROR, error=error)
             )
             return
-        self._users[model.name] += 1
-        prompt = request.prompt_token_ids
-        split = model.split_rule.split(prompt)
-        root = root_key(model.namespace, request.cache_salt)
-        keys = block_keys(root, prompt[: split.covered], self._page_size)
-        rest = prompt[len(keys) * self._page_size : split.covered]
-        live = _Live(
+        self._models.use(model)
+        live = LiveRequest.of(
             request,
             model,
-            order,
-            seed,
-            end_token_ids,
-            split.covered,
-            split.invoked,
-            root,
-            keys,
-            block_key(keys[-1] if keys else root, rest),
-            RequestTimes(now),
+            self._page_size,
+            order=order,
+            seed=seed,
+            end_token_ids=end_token_ids,
+            now=now,
         )
         self._live[request.id] = live
         self._attempt(live)
-        self._say_expected(live, begins=True)
+        self._foresight.asked(live)
+        self._say_expected(live)
 
     def routed(self, request_id: str, now: float) -> None:
         """Notes when a request that was just submitted had its workers; for who has a clock."""
@@ -233,7 +182,7 @@ class Dispatcher:
 
     def receive(self, worker: str, message: ToDispatcher, now: float = 0.0) -> None:
         """Takes in what a worker says; `now` is in seconds of the host's clock."""
-        self.outbox += self._roles.balance(self._hosts, now)
+        self.outbox += self._roles.balance(self._models.all_hosts, now)
         match message:
             case m.IndexChanged():
                 if self._router.index_changed(worker, message):
@@ -245,7 +194,7 @@ class Dispatcher:
             case m.Pending(id, tokens):
                 self._router.pending(worker, id, tokens)
                 if (live := self._attempts.get(id)) is not None:
-                    _note_prefill(live.times, tokens, now)
+                    live.hear_pending(tokens, now)
             case _:
                 live = self._attempts.get(message.id)
                 if live is not None:
@@ -278,15 +227,10 @@ class Dispatcher:
             models: names of the models that it generates for, beside those that say so.
         """
         self._lost_workers.pop(info.name, None)
-        self._hosted[info.name] = frozenset(models)
+        self._models.hosted(info.name, models)
         self._router.add(info, prefill=prefill)
-        parked, self._parked = self._parked, {}
-        for id in parked:
-            if (live := self._live.get(id)) is not None:
-                self._attempt(live)
-        for id in self._parked:
-            # Who waits on has waited before.
-            self._parked[id] = parked[id]
+        for id in self._parked.ids():
+            self._attempt(self._live[id])
 
     def note_others(self, worker: str, load: int) -> None:
         """A worker says what it has of other dispatchers' sequences, see `Router.note_others`."""
@@ -298,18 +242,15 @@ class Dispatcher:
 
     def tick(self, now: float) -> None:
         """Gives up on requests that have waited too long for a worker; `now` is in seconds."""
-        for id, deadline in tuple(self._parked.items()):
-            if deadline is None:
-                self._parked[id] = now + self._patience
-            elif now >= deadline:
-                live = self._live[id]
-                self._finish(live, FinishReason.ERROR, self._no_worker(live.model))
+        for id in self._parked.expired(now):
+            live = self._live[id]
+            self._finish(live, FinishReason.ERROR, self._no_worker(live.model))
 
     def lose_worker(self, worker: str, reason: str) -> None:
         """A worker has failed: what it held is computed elsewhere, or fails."""
         self._lost_workers[worker] = reason
         self._router.lose(worker)
-        self.outbox += self._roles.wake(self._hosts())
+        self.outbox += self._roles.wake(self._models.all_hosts())
         for live in tuple(self._live.values()):
             sequence = live.sequence
             if sequence is None:
@@ -324,13 +265,10 @@ class Dispatcher:
                 self.outbox.append((sequence.decode_worker, m.Abort(sequence.id)))
                 self._retry(live, f"{worker}: {reason}")
 
-    def _about(self, live: _Live, message: m.ToDispatcher, now: float) -> None:
+    def _about(self, live: LiveRequest, message: m.ToDispatcher, now: float) -> None:
         match message:
             case m.Started(_, usage):
-                live.started = True
-                live.usage = live.usage or usage
-                if live.times.started is None:
-                    live.times.started = now
+                live.hear_started(usage, now)
             case m.Tokens(_, tokens, logprobs, reason):
                 self._deliver(live, tokens, logprobs, reason)
             case m.Returned(_, cause, detail):
@@ -351,14 +289,9 @@ class Dispatcher:
         Raises:
             NoWorkerError: see there.
         """
-        self.outbox += self._roles.give(worker, self._hosts())
+        self.outbox += self._roles.give(worker, self._models.all_hosts())
 
-    def _hosts(self) -> dict[str, list[str]]:
-        """Decode workers of each model that is served, or used by a request."""
-        specs = (*self._models.values(), *self._leaving.values())
-        return {spec.name: self._hosts_of(spec) for spec in specs}
-
-    def _move(self, live: _Live, moved: m.Moved | None) -> None:
+    def _move(self, live: LiveRequest, moved: Moved | None) -> None:
         """A sequence goes on elsewhere, with the KV that it has if it takes any along."""
         before, usage = live.sequence, live.usage
         if moved is None or before is None or usage is None or live.aborted:
@@ -367,187 +300,108 @@ class Dispatcher:
             self._attempt(live)
             return
         self._leave(live)
-        sequence = msgspec.structs.replace(
-            before,
-            id=next(self._ids),
-            output=tuple(live.output),
-            prefill_worker=moved.worker,
-            num_uncached=0,
-            moved=moved,
-        )
+        sequence = live.moving(before, next(self._ids), moved)
         try:
-            hosts, key = self._hosts_of(live.model), session_key(live.request)
+            hosts, key = self._models.hosts(live.model), session_key(live.request)
             sequence = self._router.move(sequence, hosts, key)
         except NoWorkerError:
             self.outbox.append((moved.worker, m.Release(moved.id)))
             self._attempt(live)
             return
-        live.sequence, live.started = sequence, False
+        live.begin(sequence)
         self._attempts[sequence.id] = live
         self.outbox.append((sequence.decode_worker, m.Covered(sequence, usage)))
 
-    def _attempt(self, live: _Live) -> None:
+    def _attempt(self, live: LiveRequest) -> None:
         """Routes a request (again), with what is known of it."""
         self._leave(live)
         if live.aborted:
             self._finish(live, FinishReason.ABORT)
             return
+        sequence = live.attempt(next(self._ids), self._sessions.max_ttl)
         request = live.request
-        sequence = Sequence(
-            id=next(self._ids),
-            order=live.order,
-            model=live.model.name,
-            prompt=request.prompt_token_ids,
-            output=tuple(live.output),
-            covered=live.covered,
-            adapted=live.adapted,
-            root=live.root,
-            keys=live.keys,
-            last_key=live.last_key,
-            params=request.params,
-            seed=live.seed,
-            end_token_ids=live.end_token_ids,
-            probe=request.probe,
-            ttl=min(request.session.ttl, self._sessions.max_ttl),
-            owner=request.owner,
-        )
         try:
-            hosts = self._hosts_of(live.model)
-            sequence = self._router.route(
-                sequence, hosts, session_key(request), self._next_hosts(request)
-            )
+            hosts = self._models.hosts(live.model)
+            coming = self._models.hosts_of_names(request.session.next_models)
+            sequence = self._router.route(sequence, hosts, session_key(request), coming)
         except NoWorkerError as error:
             if self._patience:
-                live.sequence, self._parked[request.id] = None, None
+                live.sequence = None
+                self._parked.add(request.id)
             else:
                 self._finish(live, FinishReason.ERROR, self._no_worker(live.model, error))
             return
-        live.sequence, live.started = sequence, False
-        if not live.times.prefill_worker:
-            live.times.prefill_worker = sequence.prefill_worker
-            live.times.decode_worker = sequence.decode_worker
+        self._parked.drop(request.id)
+        live.begin(sequence)
         self._attempts[sequence.id] = live
         self.outbox.append((sequence.prefill_worker, m.Prefill(sequence)))
-
-    def _hosts_of(self, model: ModelSpec) -> list[str]:
-        """Decode workers that can generate for a model, if they are alive."""
-        hosting = [name for name, models in self._hosted.items() if model.name in models]
-        return [*model.decode_workers, *hosting]
 
     def _no_worker(self, model: ModelSpec, error: NoWorkerError | None = None) -> str:
         causes = "; ".join(f"{name}: {why}" for name, why in self._lost_workers.items())
         what = error or f"no worker of model {model.name} has come"
         return f"{what} ({causes})"
 
-    def _say_expected(self, live: _Live, *, begins: bool = False) -> None:
+    def _say_expected(self, live: LiveRequest) -> None:
         """A call of a session begins or ends: the worker that covers its prompts is told which of
         them to expect next."""
-        request, sequence, key = live.request, live.sequence, session_key(live.request)
-        if not self._sessions.prefetch or key is None or sequence is None or sequence.probe:
-            return
-        if begins:
-            self._agents.asked(key, request.model, sequence)
-        worker, hints = sequence.prefill_worker, request.session.next_models
-        if worker in self._lost_workers:
-            return
-        for expected in self._agents.expected(key, request.model, hints, sequence):
-            ttl = sequence.ttl or expected.ttl
-            expected = msgspec.structs.replace(expected, id=next(self._ids), ttl=ttl)
-            self.outbox.append((worker, m.Expected(expected)))
+        if live.sequence is not None and live.sequence.prefill_worker not in self._lost_workers:
+            worker = live.sequence.prefill_worker
+            self.outbox += [(worker, expected) for expected in self._foresight.expected(live)]
 
-    def _next_hosts(self, request: Request) -> Counter[str]:
-        """Decode workers by how many of the models that are to be asked next they host."""
-        names = [name for name in request.session.next_models if name in self._models]
-        return Counter(host for name in names for host in self._hosts_of(self._models[name]))
-
-    def _say_replied(self, live: _Live) -> None:
+    def _say_replied(self, live: LiveRequest) -> None:
         """Tells the worker that has covered a prompt of the reply to it."""
         sequence = live.sequence
-        if sequence is None or sequence.probe or sequence.prefill_worker in self._lost_workers:
+        if sequence is None or sequence.prefill_worker in self._lost_workers:
             return
-        sequence = msgspec.structs.replace(sequence, output=tuple(live.output))
-        message = replied(self._sessions, live.request, sequence, next(self._ids), self._page_size)
+        message = self._foresight.reply(live)
         if message is not None:
             self.outbox.append((sequence.prefill_worker, message))
 
-    def _retry(self, live: _Live, reason: str) -> None:
+    def _retry(self, live: LiveRequest, reason: str) -> None:
         live.lost += 1
         if live.aborted or live.lost < self._max_lost:
             self._attempt(live)
         else:
             self._finish(live, FinishReason.ERROR, f"tried {live.lost} times; {reason}")
 
-    def _leave(self, live: _Live) -> None:
+    def _leave(self, live: LiveRequest) -> None:
         if live.sequence is not None:
             self._attempts.pop(live.sequence.id, None)
             self._router.forget(live.sequence.id)
 
     def _deliver(
         self,
-        live: _Live,
+        live: LiveRequest,
         tokens: tuple[int, ...],
-        logprobs: tuple[m.TokenLogprobs, ...],
+        logprobs: tuple[TokenLogprobs, ...],
         reason: FinishReason | None,
     ) -> None:
         live.output += tokens
-        usage = self._first_usage(live)
+        event = live.event(tokens, logprobs, reason)
         if reason is not None:
             self._say_replied(live)
             self._say_expected(live)
             self._end(live, reason)
-        elif 0 < self._sessions.streaming_step <= len(live.output) - live.told:
+        elif self._foresight.is_due(live):
             live.told = len(live.output)
             self._say_replied(live)
-        self.outputs.append(
-            RequestOutput(
-                request_id=live.request.id,
-                token_ids=tokens,
-                logprobs=logprobs,
-                usage=usage,
-                finish_reason=reason,
-                stop_token=tokens[-1] if reason is FinishReason.STOP else None,
-                times=live.times if usage is not None or reason is not None else None,
-            )
-        )
+        self.outputs.append(event)
 
-    def _finish(self, live: _Live, reason: FinishReason, error: str | None = None) -> None:
-        usage = self._first_usage(live)
+    def _finish(self, live: LiveRequest, reason: FinishReason, error: str | None = None) -> None:
+        event = live.event(reason=reason, error=error)
         self._end(live, reason)
-        self.outputs.append(
-            RequestOutput(
-                request_id=live.request.id,
-                usage=usage,
-                finish_reason=reason,
-                error=error,
-                times=live.times,
-            )
-        )
+        self.outputs.append(event)
 
-    def _first_usage(self, live: _Live) -> PromptUsage | None:
-        if live.usage_sent:
-            return None
-        live.usage_sent = True
-        return live.usage
-
-    def _end(self, live: _Live, reason: FinishReason) -> None:
+    def _end(self, live: LiveRequest, reason: FinishReason) -> None:
         self._leave(live)
         del self._live[live.request.id]
-        self._parked.pop(live.request.id, None)
+        self._parked.drop(live.request.id)
         self.release(live.model)
         if not live.request.probe:
             self.stats.ended(live.request.model, reason, len(live.request.prompt_token_ids))
 
-    def _retire(self, spec: ModelSpec) -> None:
-        """Lets a model go that has been removed, if nobody is left who uses it."""
-        if self._users[spec.name] or spec.name not in self._leaving:
-            return
-        del self._leaving[spec.name], self._users[spec.name]
-        self.outbox += [(worker, m.ModelRemoved(spec.name)) for worker in self._router.workers]
-        self.retired.append(spec)
-
-
-def _note_prefill(times: RequestTimes, tokens_left: int, now: float) -> None:
-    if times.prefill is None:
-        times.prefill = now
-    if not tokens_left and times.covered is None:
-        times.covered = now
+    def _retire(self, spec: ModelSpec | None) -> None:
+        """A model that was removed is used by nobody any more."""
+        if spec is not None:
+            self.outbox += [(worker, m.ModelRemoved(spec.name)) for worker in self._router.workers]
+            self.retired.append(spec)

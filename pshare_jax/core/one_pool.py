@@ -12,11 +12,12 @@ from __future__ import annotations
 from hashlib import blake2b
 
 from pshare_jax.core.decode import DecodeCore
-from pshare_jax.core.messages import Moved, Withdrawn
+from pshare_jax.core.messages import Withdrawn
 from pshare_jax.core.pages.prefix_index import block_key
 from pshare_jax.core.plans import DecodePlan, PrefillPlan
 from pshare_jax.core.prefill import PrefillCore
 from pshare_jax.core.rows import DecodeRow
+from pshare_jax.core.sequences import Moved
 
 
 class OnePool:
@@ -44,10 +45,10 @@ class OnePool:
         """
         queue = self.prefill.queue
         # What has just given way for a row comes back when that row has got its page.
-        queue.before = self.decode.short
+        queue.before = self.decode.rows.short
         queue.reserve = self.decode.admission.num_inside
         plan = self.prefill.schedule(now)
-        if queue.wanting is not None and self.decode.make_room(queue.wanting):
+        if queue.wanting is not None and self.decode.rows.make_room(queue.wanting):
             queue.favour()
             return plan or self.prefill.schedule(now)
         return plan
@@ -58,9 +59,10 @@ class OnePool:
             self._move_rows()
         while True:
             holders = self.prefill.holders(self.decode.inside_ids())
-            self.decode.elsewhere, self.decode.crowded = holders, self.prefill.holds_pages
+            rows = self.decode.rows
+            rows.elsewhere, rows.crowded = holders, self.prefill.holds_pages
             plan = self.decode.schedule(now)
-            starved = next((task for task in holders if task is self.decode.starved), None)
+            starved = next((task for task in holders if task is rows.starved), None)
             gave = starved is not None and self.prefill.give_way(starved)
             if starved is not None and gave:
                 # At once: with the pages that are free now it would be let in.
@@ -70,6 +72,8 @@ class OnePool:
 
     def _move_rows(self) -> None:
         for row in self.decode.movable():
+            if row.num_kv == 0:
+                continue  # there is nothing to take along
             moved = moved_kv(self.prefill.name, row, self.decode.cache.page_size)
             pages = self.decode.move(row, moved)
             self.prefill.hold_moved(row.sequence, moved, pages)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
-from pshare_jax.core.messages import PageDescriptor, SamplingParams, TokenLogprobs
+from pshare_jax.core.messages import PageDescriptor
+from pshare_jax.core.requests import SamplingParams, TokenLogprobs
 
 
 class Chunk(msgspec.Struct, frozen=True):

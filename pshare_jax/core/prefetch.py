@@ -9,6 +9,7 @@ and is not used yet stays within a budget; it leaves the pool like all that nobo
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from pshare_jax.core import messages as m
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.pages.prefix_index import Node, PageState
 from pshare_jax.core.plans import Look
+from pshare_jax.core.sequences import Sequence
 from pshare_jax.core.write_behind import page_keys
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ class _Target:
     """A prompt that is expected: `places` of its pages from number `first` on, once they are known;
     all before page `begun` have been begun. One that `came` meanwhile is left alone."""
 
-    sequence: m.Sequence
+    sequence: Sequence
     first: int = 0
     places: list[int] = field(default_factory=list)
     begun: int = 0
@@ -73,7 +75,7 @@ class Prefetch:
         self._sweep()
         return len(self._unused)
 
-    def expect(self, sequence: m.Sequence) -> None:
+    def expect(self, sequence: Sequence) -> None:
         """A prompt that begins like this one is expected."""
         key = sequence.last_key
         if self._current is not None and self._current.sequence.last_key == key:
@@ -85,7 +87,7 @@ class Prefetch:
         while len(self._expected) > MAX_EXPECTED:
             self._expected.popitem(last=False)
 
-    def asked(self, sequence: m.Sequence) -> None:
+    def asked(self, sequence: Sequence) -> None:
         """A prompt has come: what is lacking of it is fetched for it, and not ahead."""
         for target in (*self._expected.values(), self._looking, self._current):
             if target is not None and _same_beginning(target.sequence, sequence):
@@ -109,14 +111,18 @@ class Prefetch:
             self._current = target
         return True
 
-    def work(self) -> Look | None:
-        """Begins the next piece, or says what to look for; nobody waits for the store now."""
+    def work(self, computing: Callable[[], set[bytes]]) -> Look | None:
+        """Begins the next piece, or says what to look for; nobody waits for the store now.
+
+        Of two prompts that begin alike one may be expected while the other is computed: then what
+        both have, which `computing` gives by chain key, is left to that.
+        """
         if self._transfer is not None and self._client.is_fetching(self._transfer):
             return None
         self._transfer = None
         self._sweep()
         if self._current is not None and not self._current.came:
-            self._transfer = self._next_piece(self._current)
+            self._transfer = self._next_piece(self._current, computing)
             if self._transfer is not None:
                 return None
         self._current = None
@@ -143,7 +149,7 @@ class Prefetch:
                 return Look(target.sequence.id, keys, ahead=True)
         return None
 
-    def _next_piece(self, target: _Target) -> int | None:
+    def _next_piece(self, target: _Target, computing: Callable[[], set[bytes]]) -> int | None:
         """The transfer of a target's next pages; None when it is done, or cannot go on now."""
         sequence, cache = target.sequence, self._cache
         matched = cache.match(sequence.keys, sequence.prompt)
@@ -155,6 +161,9 @@ class Prefetch:
             MAX_PIECE,
         )
         count = self._count(places[: max(room, 0)])
+        keys = page_keys(sequence, cache.page_size)[number : number + count]
+        if keys and not computing().isdisjoint(keys):
+            count = 0
         # Where a full page is missing that was begun, it has failed, or others took it.
         lost = number < min(target.begun, len(sequence.keys))
         done = target.begun >= target.first + len(target.places)
@@ -188,6 +197,6 @@ class Prefetch:
             del self._unused[node]
 
 
-def _same_beginning(part: m.Sequence, whole: m.Sequence) -> bool:
+def _same_beginning(part: Sequence, whole: Sequence) -> bool:
     """Whether the full pages of a prompt are the first ones of another."""
     return whole.keys[: len(part.keys)] == part.keys

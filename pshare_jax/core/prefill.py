@@ -1,12 +1,8 @@
 """The prefill core: covers prompts with KV and holds the pages until they have been fetched.
 
-A turn of a task first takes what the prefix index holds (other tasks may have added to it since),
-then plans one chunk. Chunks end at page boundaries but for a prompt's last one, so that between
-turns every page is either complete or the end of some finished prompt. That end is extended in
-place by a prompt that goes on from exactly there, and copied by one that branches off within it.
-
-Chunks of several prompts are computed in one call: see `chunk_shapes`. When there is nothing else
-to do, replies are covered that the next prompts will begin with: see `reply_prefill`.
+A prompt waits for pages (`queue`), is covered chunk by chunk (`chunks`), and then held until the
+decode worker has what it lacks (`held`). When there is nothing else to do, replies are covered that
+the next prompts will begin with: see `reply_prefill`.
 """
 
 from __future__ import annotations
@@ -17,17 +13,18 @@ from collections.abc import Sequence as Sequence_
 import msgspec
 
 from pshare_jax.core import messages as m
-from pshare_jax.core.buckets import bucket_for
+from pshare_jax.core.chunk_planner import ChunkPlanner, chunks_of
+from pshare_jax.core.held_prompts import HeldPrompts
 from pshare_jax.core.index_feed import IndexFeed
 from pshare_jax.core.messages import DISPATCHER, Message, Outbox
 from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.pages.page_cache import PageCache
-from pshare_jax.core.plans import Chunk, Offer, PrefillPlan, PrefillResult, StorePlan
+from pshare_jax.core.plans import PrefillPlan, PrefillResult, StorePlan
 from pshare_jax.core.prefill_queue import PrefillQueue
-from pshare_jax.core.prefill_task import MAX_ASKED, PrefillTask, PromptPages
+from pshare_jax.core.prefill_task import MAX_ASKED, PrefillTask
 from pshare_jax.core.reply_prefill import ReplyPrefill
-from pshare_jax.core.scheduling import next_prefill
-from pshare_jax.core.shares import FairClock, HasSequence, in_turn
+from pshare_jax.core.sequences import Moved, Sequence
+from pshare_jax.core.shares import HasSequence
 from pshare_jax.core.stats import PrefillStats
 from pshare_jax.core.store_client import StoreClient
 
@@ -36,18 +33,6 @@ STORE_SECONDS = 0.01
 
 MAX_TRIES = 2
 """Calls in which a chunk may fail before its request does."""
-
-
-def chunk_shapes(chunk_buckets: Sequence_[int]) -> list[tuple[int, int]]:
-    """Rows and tokens a row of the compiled chunk calls.
-
-    A call computes at most as many tokens as the largest bucket has: one row of each bucket's
-    length, or several rows of a smaller one's, so that short prompts are computed together.
-    """
-    largest = max(chunk_buckets)
-    shapes = {(1, bucket) for bucket in chunk_buckets}
-    shapes |= {(largest // bucket, bucket) for bucket in chunk_buckets}
-    return sorted(shapes)
 
 
 class PrefillCore:
@@ -63,7 +48,9 @@ class PrefillCore:
     Attributes:
         outbox: messages to others; who carries them empties it.
         stats: what has been done.
-        queue: tasks that wait for pages.
+        queue: prompts that wait for pages.
+        chunks: prompts that are being covered.
+        held: prompts that are covered.
         index_feed: what routers are told of its index.
         store: its side of the KV store, if there is one.
         rests: whether no prompts are taken, since the mesh does something else.
@@ -86,24 +73,15 @@ class PrefillCore:
         self.index_feed = IndexFeed(cache)
         self.store: StoreClient | None = None
         self.rests = False
-        self._clock = FairClock()
-        self._pages = PromptPages(cache)
         self._models = dict(models)
-        self._pads = pads
-        self._buckets = sorted(chunk_buckets)
-        self._budget = self._buckets[-1]
-        self._active: list[PrefillTask] = []
-        self._held: dict[int, PrefillTask] = {}
-        self._offers: list[Offer] = []
-        self._offer_of: dict[int, int] = {}
-        self._withdrawn: list[int] = []
-        self._turn = 0
-        self._replies = ReplyPrefill(cache, self._models, self._buckets, self.stats)
+        self.chunks = ChunkPlanner(cache, self._models, chunk_buckets, pads=pads)
+        self.held = HeldPrompts()
+        self._replies = ReplyPrefill(cache, self._models, sorted(chunk_buckets), self.stats)
 
     @property
     def urgent(self) -> bool:
         """Whether somebody waits for pages that are there."""
-        return bool(self._offers) or (self.store is not None and self.store.urgent)
+        return self.held.wanted or (self.store is not None and self.store.urgent)
 
     @property
     def patience(self) -> float | None:
@@ -124,7 +102,9 @@ class PrefillCore:
             case m.Abort(id, decode_worker):
                 self._abort(id, decode_worker)
             case m.Fetch():
-                self._fetch(message)
+                refused = self.held.fetch(self.name, message)
+                if refused is not None:
+                    self._send(message.worker, refused)
             case m.Release(id):
                 self._release(id)
             case m.IndexWanted():
@@ -150,42 +130,31 @@ class PrefillCore:
         """
         self.cache.tick(now)
         self._replies.pin_heard()
-        withdrawn, self._withdrawn = self._withdrawn, []
-        if self._offers:
-            offers, self._offers = self._offers, []
-            return PrefillPlan(offers=offers, withdrawn=withdrawn)
+        withdrawn = self.held.take_withdrawn()
+        if self.held.wanted:
+            return PrefillPlan(offers=self.held.take_offers(), withdrawn=withdrawn)
         store, alone = self._store_plan(now)
         if store is not None and alone:
             return PrefillPlan(withdrawn=withdrawn, store=store)
         self._start_waiting()
-        copies: list[tuple[int, int]] = []
-        batch = self._batch(copies)
+        batch = self.chunks.batch(self.queue.tasks)
+        for task in self.chunks.take_covered():
+            self._cover(task)
         self._publish()
         if not batch:
             return PrefillPlan(withdrawn=withdrawn, store=store) if withdrawn or store else None
-        rows, bucket = self._shape(batch)
-        chunks = [
-            Chunk(
-                task.sequence.id,
-                task.pages,
-                task.filled,
-                task.sequence.prompt[task.filled : task.planned],
-            )
-            for task in batch
-        ]
-        weights = self._models[batch[0].sequence.model].prefill_weights
         return PrefillPlan(
             withdrawn=withdrawn,
-            copies=copies,
-            weights=weights,
-            shape=(rows, bucket),
-            chunks=chunks,
+            copies=self.chunks.take_copies(),
+            weights=self.chunks.weights(batch[0]),
+            shape=self.chunks.shape(batch),
+            chunks=chunks_of(batch),
             store=store,
         )
 
     def schedule_ahead(self) -> PrefillPlan | None:
         """A chunk of a reply that nobody asks for yet; None while anybody waits for anything."""
-        if self.queue.tasks or self._active or self._held or self._offers:
+        if self.queue.tasks or self.chunks.active or self.held or self.held.wanted:
             return None
         if self.store is not None and self.store.waits:
             return None
@@ -198,19 +167,11 @@ class PrefillCore:
         if self._replies.apply(plan, result):
             self._publish()
             return
-        for offer in plan.offers:
-            transfer = offer.transfer
-            id = self._offer_of.get(transfer, -1)
-            if transfer in result.offered:
-                descriptors = result.offered[transfer]
-                self._send(offer.target, m.Offered(transfer, descriptors, result.address, id))
-            else:
-                reason = result.not_offered.get(transfer, "the pages were not put on offer")
-                self._send(offer.target, m.NotOffered(transfer, reason, id))
+        self.outbox += self.held.answers(plan, result)
         if plan.store is not None and self.store is not None:
             self.store.landed(plan.store)
         planned = {chunk.id for chunk in plan.chunks}
-        for task in tuple(self._active):
+        for task in tuple(self.chunks.active):
             if task.sequence.id in planned and task.planned is not None:
                 self._computed(task, result.failed.get(task.sequence.id))
         self._publish()
@@ -218,14 +179,14 @@ class PrefillCore:
     @property
     def holds_pages(self) -> bool:
         """Whether any sequence holds pages here."""
-        return bool(self._active or self._held or (self.store and self.store.runs))
+        return bool(self.chunks.active or self.held or (self.store and self.store.holds_pages))
 
     def holders(self, inside: Collection[int]) -> list[HasSequence]:
         """Tasks that hold pages and can start anew, and runs that are fetched for tasks.
 
         Sequences `inside` the decode worker have their pages from there too, and keep them.
         """
-        tasks = (*self._active, *self._held.values())
+        tasks = (*self.chunks.active, *self.held.tasks())
         runs = self.store.runs if self.store is not None else ()
         found = (
             task
@@ -241,18 +202,18 @@ class PrefillCore:
         """
         if not isinstance(task, PrefillTask):
             return self.store is not None and self.store.give_way(task)
-        if task.planned is not None or self._is_offered(task):
+        if task.planned is not None or self.held.is_offered(task):
             return False
-        if task in self._active:
-            self._active.remove(task)
+        if task in self.chunks.active:
+            self.chunks.active.remove(task)
         else:
-            del self._held[task.sequence.id]
+            self.held.give_way(task)
             self._send(task.sequence.decode_worker, m.Withdrawn(task.sequence.id))
         self.cache.release(task.pages)
         self.queue.add(PrefillTask(task.sequence))
         return True
 
-    def hold_moved(self, sequence: m.Sequence, moved: m.Moved, pages: list[int]) -> None:
+    def hold_moved(self, sequence: Sequence, moved: Moved, pages: list[int]) -> None:
         """Holds the KV of a row that leaves the mesh until it has been fetched.
 
         Args:
@@ -263,23 +224,19 @@ class PrefillCore:
         sequence = msgspec.structs.replace(
             sequence, covered=moved.num_kv, keys=moved.keys[:-1], last_key=moved.keys[-1]
         )
-        self._held[moved.id] = PrefillTask(sequence, pages, filled=moved.num_kv, moved=True)
+        self.held.add(moved.id, PrefillTask(sequence, pages, filled=moved.num_kv, moved=True))
 
     def release_all(self) -> None:
         """Gives all pages back, of sequences that nobody will end."""
-        for task in (*self.queue.tasks, *self._active, *self._held.values()):
+        for task in (*self.queue.tasks, *self.chunks.active, *self.held.tasks()):
             self.cache.release(task.pages)
         if self.store is not None:
             self.store.release_all()
         self.queue.tasks.clear()
-        self._active.clear()
-        self._held.clear()
-        self._offers.clear()
+        self.chunks.active.clear()
+        self.held.clear()
         self._replies.clear()
         self.outbox.clear()
-
-    def _is_offered(self, task: PrefillTask) -> bool:
-        return task.sequence.id in self._offer_of.values()
 
     def _send(self, to: str, message: Message) -> None:
         self.outbox.append((to, message))
@@ -289,9 +246,9 @@ class PrefillCore:
         looked_for = self.store.ids() if self.store is not None else set()
         waiting = {task.sequence.id for task in self.queue.tasks}
         self.queue.tasks.clear()
-        for task in tuple(self._active):
+        for task in tuple(self.chunks.active):
             if not task.computed and task.planned is None:
-                self._active.remove(task)
+                self.chunks.active.remove(task)
                 self.cache.release(task.pages)
                 waiting.add(task.sequence.id)
         for id in looked_for:
@@ -308,8 +265,8 @@ class PrefillCore:
     def _hear(self, store: StoreClient, message: m.FromStore) -> None:
         match message:
             case m.Looked():
-                computing = {key for task in self._active for key in self._uncomputed(task)}
-                queue = sum(task.remaining for task in (*self.queue.tasks, *self._active))
+                computing = self._computing()
+                queue = sum(task.remaining for task in (*self.queue.tasks, *self.chunks.active))
                 task = store.looked(message, computing, queue, self.queue.reserve)
                 if task is not None:
                     self.queue.add(task)
@@ -329,10 +286,14 @@ class PrefillCore:
             self.queue.add(task)
         urgent = self.store.urgent
         # Before pages are given away: what is to be written is copied before it is overwritten.
-        return self.store.work(saves=not urgent), urgent
+        return self.store.work(saves=not urgent, computing=self._computing), urgent
 
-    def _uncomputed(self, task: PrefillTask) -> list[bytes]:
-        return task.sequence.chain[task.filled // self.cache.page_size :]
+    def _computing(self) -> set[bytes]:
+        """Chain keys of pages that are about to be computed."""
+        page_size = self.cache.page_size
+        return {
+            key for t in self.chunks.active for key in t.sequence.chain[t.filled // page_size :]
+        }
 
     def _publish(self) -> None:
         change = self.index_feed.change()
@@ -340,7 +301,7 @@ class PrefillCore:
             self._send(DISPATCHER, change)
 
     def _abort(self, id: int, decode_worker: str) -> None:
-        for tasks in (self.queue.tasks, self._active):
+        for tasks in (self.queue.tasks, self.chunks.active):
             for task in tasks:
                 if task.sequence.id == id:
                     tasks.remove(task)
@@ -356,31 +317,10 @@ class PrefillCore:
         if decode_worker:
             self._send(decode_worker, m.Abort(id))
 
-    def _fetch(self, fetch: m.Fetch) -> None:
-        task = self._held.get(fetch.id)
-        if task is None:
-            reason = f"{self.name} does not hold sequence {fetch.id}"
-            self._send(fetch.worker, m.NotOffered(fetch.transfer, reason, fetch.id))
-            return
-        chain = task.sequence.chain
-        self._offer_of[fetch.transfer] = fetch.id
-        self._offers.append(
-            Offer(
-                fetch.transfer,
-                fetch.worker,
-                [task.pages[number] for number in fetch.pages],
-                [chain[number] for number in fetch.pages],
-            )
-        )
-
     def _release(self, id: int) -> None:
-        task = self._held.pop(id, None)
+        task = self.held.release(id)
         if task is None:
             return
-        self._offers = [o for o in self._offers if self._offer_of.get(o.transfer) != id]
-        for transfer in [t for t, owner in self._offer_of.items() if owner == id]:
-            del self._offer_of[transfer]
-            self._withdrawn.append(transfer)
         if self.store is not None and not task.moved:
             self.store.behind.released(task)
         self.cache.release(task.pages)
@@ -388,11 +328,11 @@ class PrefillCore:
     def _start_waiting(self) -> None:
         """Gives pages to waiting tasks."""
         arriving = self.store.arriving() if self.store is not None else ()
-        for task in self.queue.enter(self._active, self._held.values(), arriving):
+        for task in self.queue.enter(self.chunks.active, self.held.tasks(), arriving):
             if self._ask_again(task):
                 continue
             if task.remaining:
-                self._active.append(task)
+                self.chunks.active.append(task)
                 self._send(DISPATCHER, m.Pending(task.sequence.id, task.remaining))
             else:
                 self._cover(task)
@@ -406,77 +346,16 @@ class PrefillCore:
         if task.asked >= MAX_ASKED:
             return False
         again = PrefillTask(sequence, tries=task.tries, asked=task.asked + 1)
-        asked = self.store.ask(again)
-        if asked:
-            self.cache.release(task.pages)
-        return asked
+        return self.store.ask(again, task.pages)
 
     def _cover(self, task: PrefillTask) -> None:
         """All is there: it is held until the decode worker has it."""
         sequence, usage = task.sequence, task.usage()
-        self._held[sequence.id] = task
+        self.held.add(sequence.id, task)
         if not sequence.probe:
             self.stats.prefilled(sequence.model, usage, task.foreseen)
         self._send(DISPATCHER, m.Pending(sequence.id, 0))
         self._send(sequence.decode_worker, m.Covered(sequence, usage))
-
-    def _batch(self, copies: list[tuple[int, int]]) -> list[PrefillTask]:
-        """Tasks whose next chunks are computed in one call; each knows where its chunk ends.
-
-        The first is the policy's choice. Others join while there is room in the program's rows, if
-        their prompts then are covered and the same weights compute them.
-        """
-        first = self._first(copies)
-        if first is None or first.planned is None:
-            return []
-        rows, bucket = self._widest(first.planned - first.filled)
-        weights = self._models[first.sequence.model].prefill_weights
-        others = [
-            task
-            for task in self._active
-            if task is not first
-            and task.remaining <= bucket
-            and self._models[task.sequence.model].prefill_weights == weights
-        ]
-        # Rows that are computed though nothing is in them had better be few.
-        if self._pads and 2 * (1 + len(others)) <= rows:
-            return [first]
-        others = in_turn(first.sequence, others)
-        return [first, *(t for t in others[: rows - 1] if self._plan(t, bucket, copies))]
-
-    def _first(self, copies: list[tuple[int, int]]) -> PrefillTask | None:
-        """The task whose turn it is, its next chunk planned."""
-        self._clock.update(task.sequence for task in (*self._active, *self.queue.tasks))
-        while self._active:
-            fair = self._clock.next(self._active)
-            near = [t for t in self._active if not self._clock.is_ahead(t.sequence, self._budget)]
-            task = next_prefill(near, self._turn, fair)
-            self._turn += 1
-            if self._plan(task, self._budget, copies):
-                return task
-        return None
-
-    def _widest(self, length: int) -> tuple[int, int]:
-        bucket = bucket_for(length, self._buckets)
-        return self._budget // bucket, bucket
-
-    def _shape(self, batch: list[PrefillTask]) -> tuple[int, int]:
-        """Rows and tokens of the smallest program that holds the batch."""
-        longest = max(t.planned - t.filled for t in batch if t.planned is not None)
-        rows, bucket = self._widest(longest)
-        return (1 if len(batch) == 1 else rows), bucket
-
-    def _plan(self, task: PrefillTask, budget: int, copies: list[tuple[int, int]]) -> bool:
-        """Decides where the next chunk of a task ends; False when the index holds all the rest."""
-        self._pages.reuse(task, copies)
-        if task.remaining == 0:
-            self._active.remove(task)
-            self._cover(task)
-            return False
-        covered, page_size = task.sequence.covered, self.cache.page_size
-        end = task.filled + budget
-        task.planned = covered if end >= covered else end - end % page_size
-        return True
 
     def _computed(self, task: PrefillTask, error: str | None) -> None:
         """The planned chunk of a task has been computed, or has failed."""
@@ -487,19 +366,16 @@ class PrefillCore:
         if error is not None:
             self._failed(task, error)
             return
-        self._pages.index(task, end)
-        self._clock.worked(task.sequence, end - task.filled)
-        task.computed += end - task.filled
-        task.filled = end
+        self.chunks.computed(task, end)
         if task.remaining == 0:
-            self._active.remove(task)
+            self.chunks.active.remove(task)
             self._cover(task)
         else:
             self._send(DISPATCHER, m.Pending(task.sequence.id, task.remaining))
 
     def _failed(self, task: PrefillTask, error: str) -> None:
         """What the chunk would have written is not in the index; the task starts anew once."""
-        self._active.remove(task)
+        self.chunks.active.remove(task)
         self.cache.release(task.pages)
         if task.tries + 1 < MAX_TRIES:
             self.queue.add(PrefillTask(task.sequence, tries=task.tries + 1))
@@ -508,10 +384,12 @@ class PrefillCore:
 
     def loads(self) -> dict[int, int]:
         """Prompt tokens still to be computed, by sequence."""
-        return {task.sequence.id: task.remaining for task in (*self.queue.tasks, *self._active)}
+        return {
+            task.sequence.id: task.remaining for task in (*self.queue.tasks, *self.chunks.active)
+        }
 
     def held_ids(self) -> set[int]:
         """Sequences whose pages are held here, in any state."""
-        tasks = (*self.queue.tasks, *self._active, *self._held.values())
+        tasks = (*self.queue.tasks, *self.chunks.active, *self.held.tasks())
         looked_for = self.store.ids() if self.store is not None else set()
         return {task.sequence.id for task in tasks} | looked_for

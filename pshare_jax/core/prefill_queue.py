@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from pshare_jax.core.messages import Sequence
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.prefill_task import PrefillTask
+from pshare_jax.core.sequences import Sequence
 from pshare_jax.core.shares import MAX_DEPTH, Holdings
 
 _RESERVE = 8
@@ -116,7 +116,7 @@ class PrefillQueue:
         """
         sequence, cache = task.sequence, self._cache
         available = cache.num_available
-        matched = cache.match(sequence.keys, sequence.prompt)
+        matched = cache.match(sequence.keys, sequence.prompt, ready=True)
         needed = -(-sequence.covered // cache.page_size) - len(matched)
         # Cached pages that nobody holds are taken, too.
         takes = needed + available - cache.num_available

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from pshare_jax.core.messages import PromptUsage, Sequence
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.pages.prefix_index import Node
+from pshare_jax.core.requests import PromptUsage
+from pshare_jax.core.sequences import Sequence
 
 MAX_ASKED = 2
 """Times that a prompt is looked for once more in the KV store since pages of it were evicted."""
@@ -83,7 +84,7 @@ class PromptPages:
         self._cache = cache
 
     def reuse(self, task: PrefillTask, copies: list[tuple[int, int]]) -> None:
-        """Moves `task.filled` on over everything the index holds."""
+        """Moves `task.filled` on over everything the index holds, up to what is on its way."""
         sequence, page_size = task.sequence, self._cache.page_size
         task.node, task.copied_origins = None, []
         while task.remaining:
@@ -92,12 +93,26 @@ class PromptPages:
             block = sequence.prompt[start : min(start + page_size, sequence.covered)]
             if number < len(sequence.keys):
                 key = sequence.keys[number : number + 1]
+                if self._cache.is_arriving(key[0]):
+                    return
                 if found := self._cache.match(key, block):
                     self._replace_page(task, number, found[0].page)
                     task.account(found[0], page_size)
                     continue
             self._reuse_part(task, number, block, copies)
             return
+
+    def reach(self, task: PrefillTask, end: int) -> int:
+        """How far a chunk that is to end at `end` may go: up to a page that is on its way.
+
+        Somebody else brings that one, in a pool where rows fetch pages, too.
+        """
+        page_size = self._cache.page_size
+        for number in range(task.filled // page_size, -(-end // page_size)):
+            keys = task.sequence.keys[number : number + 1]
+            if keys and self._cache.is_arriving(keys[0]):
+                return number * page_size
+        return end
 
     def _reuse_part(
         self,

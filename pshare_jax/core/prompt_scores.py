@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 import msgspec
 
 from pshare_jax.core.dispatcher import Dispatcher
-from pshare_jax.core.messages import (
+from pshare_jax.core.models import ModelSpec
+from pshare_jax.core.requests import (
     FinishReason,
     PromptUsage,
     Request,
@@ -28,7 +29,6 @@ from pshare_jax.core.messages import (
     SamplingParams,
     TokenLogprobs,
 )
-from pshare_jax.core.models import ModelSpec
 
 FORCING_BIAS = 1e9
 """Makes a token the most likely one whatever the logits, in float32 too."""

@@ -134,7 +134,7 @@ class ReplyPrefill:
         sequence, cache = reply.sequence, self._cache
         if sequence.model not in self._models:
             return None
-        matched = cache.match(sequence.keys, sequence.prompt)
+        matched = cache.match(sequence.keys, sequence.prompt, ready=True)
         pages = [node.page for node in matched]
         missing = -(-sequence.covered // cache.page_size) - len(matched)
         # A chunk may begin with the last slot of a page.
@@ -153,7 +153,11 @@ class ReplyPrefill:
             cache.release(task.pages)
             return None
         # It may end within a page, as a prompt does that the next one goes on from.
-        task.planned = min(task.filled + self._budget, sequence.covered)
+        end = self._pages.reach(task, min(task.filled + self._budget, sequence.covered))
+        if end <= task.filled:
+            cache.release(task.pages)
+            return None
+        task.planned = end
         return task
 
     def _pin(self, job: _Job) -> None:

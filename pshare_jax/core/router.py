@@ -32,7 +32,8 @@ import msgspec
 
 from pshare_jax.config import RoutingPolicy
 from pshare_jax.core.fleet import Among, Cost, Fleet
-from pshare_jax.core.messages import IndexChanged, IndexSnapshot, Sequence
+from pshare_jax.core.messages import IndexChanged, IndexSnapshot
+from pshare_jax.core.sequences import Sequence
 from pshare_jax.core.sessions import SessionKey, SessionTable
 from pshare_jax.core.worker_view import WorkerInfo, WorkerView
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pshare_jax.core.messages import FinishReason, Sequence
+from pshare_jax.core.requests import FinishReason
+from pshare_jax.core.sequences import Sequence
 
 
 @dataclass(eq=False)

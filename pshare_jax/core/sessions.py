@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 import msgspec
 
-from pshare_jax.core.messages import Replied, Request, Sequence
+from pshare_jax.core.messages import Replied
 from pshare_jax.core.pages.prefix_index import block_key, block_keys
+from pshare_jax.core.requests import Request
+from pshare_jax.core.sequences import Sequence
 
 MAX_SESSIONS = 65_536
 """Sessions whose workers are remembered; those that were not heard of for longest are forgotten."""

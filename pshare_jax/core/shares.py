@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Protocol, TypeVar
 
-from pshare_jax.core.messages import Sequence
+from pshare_jax.core.sequences import Sequence
 
 Part = tuple[str, ...]
 """A client, a model of it, or a request to that: each is the beginning of the next."""

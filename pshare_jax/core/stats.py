@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pshare_jax.core.messages import FinishReason, PromptUsage
+from pshare_jax.core.requests import FinishReason, PromptUsage
 
 TokenSource = Literal["computed", "same_model", "other_model"]
 PageRead = Literal["read", "saved"]

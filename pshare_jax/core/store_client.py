@@ -9,7 +9,8 @@ for, is computed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Sequence_
 
 from pshare_jax.core import messages as m
 from pshare_jax.core.pages.page_cache import PageCache
@@ -18,13 +19,11 @@ from pshare_jax.core.plans import Commit, Load, Look, StorePlan
 from pshare_jax.core.prefetch import Prefetch
 from pshare_jax.core.prefill_task import MAX_ASKED, PrefillTask
 from pshare_jax.core.prices import Prices
+from pshare_jax.core.sequences import Sequence
 from pshare_jax.core.shares import HasSequence
 from pshare_jax.core.stats import StoreStats
-from pshare_jax.core.store_runs import Looking, Piece, Run
+from pshare_jax.core.store_runs import PIECE_PAGES, Looking, Piece, Run, begin_run
 from pshare_jax.core.write_behind import WriteBehind, page_keys
-
-PIECE_PAGES = 16
-"""Pages of a piece of a run, and of one call that copies pages for being written."""
 
 MAX_LOADS = 4
 """Pieces that are being fetched at once: so many lie in the host's memory."""
@@ -90,6 +89,11 @@ class StoreClient:
         """What holds pages: runs, each with the sequence that it is fetched for."""
         return list(self._runs.values())
 
+    @property
+    def holds_pages(self) -> bool:
+        """Whether pages are held here, for runs or for prompts that are looked for."""
+        return bool(self._runs) or any(looking.room for looking in self._looking.values())
+
     def ids(self) -> set[int]:
         """Sequences that are looked for."""
         return set(self._looking)
@@ -98,10 +102,11 @@ class StoreClient:
         """Chain keys of the pages that are being fetched."""
         return {key for piece in self._pieces() for key in piece.load.keys}
 
-    def ask(self, task: PrefillTask) -> bool:
+    def ask(self, task: PrefillTask, room: Sequence_[int] = ()) -> bool:
         """Looks for what the pool does not hold of a prompt; False where that is not worth it.
 
-        The task is kept here until there is an answer.
+        The task is kept here until there is an answer, and until then `room`, pages with a
+        reference each: what is found can be fetched into as many.
         """
         sequence = task.sequence
         if self.ahead is not None:
@@ -111,12 +116,12 @@ class StoreClient:
             return False
         first, keys = lacking
         seconds = self.prices.compute(first * self._cache.page_size, sequence.covered)
-        self._looking[sequence.id] = Looking(task, first, seconds)
+        self._looking[sequence.id] = Looking(task, first, seconds, room)
         self._looks.append(Look(sequence.id, keys))
         self.stats.looks += 1
         return True
 
-    def lacks(self, sequence: m.Sequence) -> tuple[int, list[bytes]] | None:
+    def lacks(self, sequence: Sequence) -> tuple[int, list[bytes]] | None:
         """The first page that the pool does not hold of a prompt, and the keys from there on.
 
         None where looking for them is not worth it.
@@ -153,6 +158,7 @@ class StoreClient:
             self._overdue.discard(answer.id)
             return None
         self._waited(looking)
+        self._cache.release(looking.room)
         task, chain = looking.task, page_keys(looking.task.sequence, self._cache.page_size)
         self.behind.know(chain[looking.first : looking.first + len(answer.places)])
         matched = self._cache.match(task.sequence.keys, task.sequence.prompt)
@@ -161,11 +167,12 @@ class StoreClient:
         keys = chain[number : number + len(places)]
         stale = number < looking.first or not computing.isdisjoint(keys)
         count = 0 if stale else self._count(task, number, places, queue)
-        count = min(count, self._cache.num_available - reserve)
         if count < len(places) and not stale:
             # The rest is computed, and not looked for when its turn comes.
             task.asked = MAX_ASKED
-        fresh = self._cache.allocate(count) if count > 0 else None
+        # Without room it is looked for once more when it has got some.
+        enough = 0 < count <= self._cache.num_available - reserve
+        fresh = self._cache.allocate(count) if enough else None
         if fresh is None:
             self._cache.release(node.page for node in matched)
             self.stats.declined += len(places)
@@ -174,7 +181,7 @@ class StoreClient:
         return task
 
     def begin_early(
-        self, sequence: m.Sequence, matched: list[Node], fresh: list[int], places: list[int]
+        self, sequence: Sequence, matched: list[Node], fresh: list[int], places: list[int]
     ) -> tuple[int, list[Node]]:
         """Begins to fetch pages that nobody has asked for; the transfer, and their nodes.
 
@@ -229,13 +236,16 @@ class StoreClient:
                 self._cache.pin(run.pages, self._cache.now + run.sequence.ttl)
             self._ended(run)
 
-    def work(self, *, saves: bool) -> StorePlan | None:
-        """What is to be done next, or None; with `saves` also what nobody waits for."""
+    def work(self, *, saves: bool, computing: Callable[[], set[bytes]]) -> StorePlan | None:
+        """What is to be done next, or None; with `saves` also what nobody waits for.
+
+        `computing` gives the chain keys of pages that are about to be computed.
+        """
         room = MAX_LOADS - self._num_loading
         loads, self._queued = self._queued[:room], self._queued[room:]
         self._num_loading += len(loads)
         if saves:
-            self._work_ahead()
+            self._work_ahead(computing)
             loads += self._early_loads
             self._early.update(load.transfer for load in self._early_loads)
             self._early_loads = []
@@ -270,6 +280,7 @@ class StoreClient:
                 del self._looking[id]
                 self._overdue.add(id)
                 self._waited(looking)
+                self._cache.release(looking.room)
                 self.stats.late += 1
                 late.append(looking.task)
         return late
@@ -277,7 +288,10 @@ class StoreClient:
     def abort(self, id: int) -> PrefillTask | None:
         """Takes out a prompt that is looked for. A run goes on: others may need its pages."""
         looking = self._looking.pop(id, None)
-        return None if looking is None else looking.task
+        if looking is None:
+            return None
+        self._cache.release(looking.room)
+        return looking.task
 
     def give_way(self, run: HasSequence) -> bool:
         """Ends one of `runs`; False when it has ended already."""
@@ -290,16 +304,18 @@ class StoreClient:
         """Gives all pages back."""
         for run in tuple(self._runs.values()):
             self._cancel(run)
+        for looking in self._looking.values():
+            self._cache.release(looking.room)
         self._looking.clear()
         if self.ahead is not None:
             self.ahead.clear()
 
-    def _work_ahead(self) -> None:
+    def _work_ahead(self, computing: Callable[[], set[bytes]]) -> None:
         """Has pages fetched that nobody asks for, if nobody waits for any, or for any's writing."""
         asked = any(not run.early for run in self._runs.values())
         if self.ahead is None or self._looking or asked or self.behind.has_more:
             return
-        look = self.ahead.work()
+        look = self.ahead.work(computing)
         if look is not None:
             self._looks.append(look)
 
@@ -322,7 +338,7 @@ class StoreClient:
 
     def _begin(
         self,
-        sequence: m.Sequence,
+        sequence: Sequence,
         matched: list[Node],
         fresh: list[int],
         places: list[int],
@@ -330,44 +346,14 @@ class StoreClient:
         early: bool = False,
     ) -> list[Load]:
         """Enters pages that will be fetched into the index; what to fetch, piece by piece."""
-        page_size, loads = self._cache.page_size, []
-        number, parent = len(matched), matched[-1] if matched else None
-        pages = [*(node.page for node in matched), *fresh]
+        page_size, number = self._cache.page_size, len(matched)
         end = min((number + len(fresh)) * page_size, sequence.covered)
         computing = self.prices.compute(number * page_size, end)
         seconds = max(computing, SLACK * self.prices.fetch(places), LEAST_SECONDS)
-        run = Run(sequence, pages, seconds, early)
-        chain = page_keys(sequence, self._cache.page_size)
-        for first in range(number, len(pages), PIECE_PAGES):
-            transfer, nodes = next(self._ids), []
-            for at in range(first, min(first + PIECE_PAGES, len(pages))):
-                tokens = sequence.prompt[at * page_size : min((at + 1) * page_size, end)]
-                parent = Node(
-                    parent=parent,
-                    parent_key=sequence.parent_key(at),
-                    page=pages[at],
-                    tokens=tokens,
-                    # Who had it computed is not known; it is not counted as another's.
-                    origins=[sequence.model] * len(tokens),
-                    key=sequence.keys[at] if at < len(sequence.keys) else None,
-                    state=PageState.ARRIVING,
-                    filler=sequence.id,
-                    early=early,
-                )
-                self._cache.insert(parent)
-                nodes.append(parent)
-            load = Load(
-                transfer,
-                chain[first : first + len(nodes)],
-                [node.tokens for node in nodes],
-                places[first - number : first - number + len(nodes)],
-                early,
-            )
-            run.pieces[transfer] = Piece(transfer, nodes, load)
-            self._run_of[transfer] = run
-            loads.append(load)
+        run = begin_run(self._cache, sequence, matched, fresh, places, self._ids, seconds, early)
+        self._run_of.update(dict.fromkeys(run.pieces, run))
         self._runs[id(run)] = run
-        return loads
+        return [piece.load for piece in run.pieces.values()]
 
     def _piece_failed(self, run: Run, piece: Piece) -> None:
         """Takes a piece out of the index, with all that follows it."""

@@ -7,13 +7,15 @@ the pool meanwhile, and is left out then.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
+from collections.abc import Sequence as Sequence_
 
 from pshare_jax.core import messages as m
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.pages.prefix_index import Node, PageState
 from pshare_jax.core.plans import Save
 from pshare_jax.core.prefill_task import PrefillTask
+from pshare_jax.core.sequences import Sequence
 
 MAX_SAVES = 64
 """Pages that are being written; others are not begun meanwhile."""
@@ -22,7 +24,7 @@ MAX_REMEMBERED = 2**16
 """Keys that are known to be in the store, and pages that could be written."""
 
 
-def page_keys(sequence: m.Sequence, page_size: int) -> list[bytes]:
+def page_keys(sequence: Sequence, page_size: int) -> list[bytes]:
     """Keys of all pages that are covered, the last one included if it is partly filled."""
     whole = len(sequence.keys) * page_size == sequence.covered
     return sequence.keys if whole else sequence.chain
@@ -102,7 +104,7 @@ class WriteBehind:
         """Whether the store is known to have a page."""
         return key in self._known
 
-    def know(self, keys: Sequence[bytes]) -> None:
+    def know(self, keys: Sequence_[bytes]) -> None:
         """The store has these pages."""
         for key in keys:
             if key not in self._known:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from pshare_jax.core.messages import MAX_LOGIT_BIAS, MAX_LOGPROBS, Request, SamplingParams
+from pshare_jax.core.requests import MAX_LOGIT_BIAS, MAX_LOGPROBS, Request, SamplingParams
 from pshare_jax.errors import RequestError
 
 

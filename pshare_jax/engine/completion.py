@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pshare_jax.core.messages import FinishReason, PromptUsage, RequestOutput, TokenLogprobs
+from pshare_jax.core.requests import FinishReason, PromptUsage, RequestOutput, TokenLogprobs
 from pshare_jax.errors import EngineDeadError
 from pshare_jax.text.detokenizer import StopMatcher
 from pshare_jax.text.tokenizer import Tokenizer

@@ -17,8 +17,9 @@ from pshare_jax.cluster.thread import DispatcherThread
 from pshare_jax.config import DecodeConfig, ServeConfig
 from pshare_jax.core.constraints import GrammarSpec
 from pshare_jax.core.dispatcher import Dispatcher
-from pshare_jax.core.messages import DISPATCHER, Message, Request, RequestOutput
+from pshare_jax.core.messages import DISPATCHER, Message
 from pshare_jax.core.prompt_scores import PromptScorer, is_scored
+from pshare_jax.core.requests import Request, RequestOutput
 from pshare_jax.engine.checks import check_request
 from pshare_jax.engine.queue_room import QueueRoom
 from pshare_jax.engine.served import ModelInfo, ServedModels

@@ -10,7 +10,6 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from types import ModuleType
 
 import jax
@@ -25,6 +24,7 @@ from pshare_jax.core.prefetch import Prefetch
 from pshare_jax.core.prices import Prices
 from pshare_jax.core.stats import TierStats
 from pshare_jax.core.store_client import StoreClient
+from pshare_jax.engine.numerics import computed_by
 from pshare_jax.engine.prompt_pages import chunk_plan, prompt_pages
 from pshare_jax.errors import ConfigError
 from pshare_jax.kernels.kv_codec.codebook import Codebook, calibrate, supported
@@ -71,15 +71,10 @@ def store_root(layout: PageLayout, backend: str, mesh_size: int) -> bytes:
     """What the contents of a page depend on beside weights, tokens and tenant, as a key.
 
     Those are in the page's own key. Here are the format, the page's shape and dtype, and who
-    computed it: other kernels, devices or versions round otherwise.
+    computed it: other kernels, devices or versions round otherwise, and other code may do anything.
     """
-    device = jax.devices()[0]
-    computed_by = [backend, device.platform, device.device_kind, mesh_size, version("jaxlib")]
-    library = load_library() if device.platform == "cpu" else None
-    if library is not None:
-        # Named by sources, compiler and the CPU's instruction sets.
-        computed_by.append(library.path.parent.name)
-    names = [VERSION, page_shape(layout), np.dtype(layout.dtype).name, computed_by]
+    by = computed_by(backend, mesh_size)
+    names = [VERSION, page_shape(layout), np.dtype(layout.dtype).name, by]
     return hashlib.blake2b(msgspec.json.encode(names), digest_size=16).digest()
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from pshare_jax.config import ModelEntry, ServeConfig, load_serve_config
-from pshare_jax.core.messages import Request, RequestOutput, SamplingParams
+from pshare_jax.core.requests import Request, RequestOutput, SamplingParams
 from pshare_jax.engine import restrictions
 from pshare_jax.engine.completion import ChatAnswer, Collector, Completion, ToolCall
 from pshare_jax.engine.orchestrator import Orchestrator

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 
-from pshare_jax.core.messages import Owner
+from pshare_jax.core.requests import Owner
 
 _SPARE = 4
 """A part of the queue, one in so many places, is for requests of which nothing waits yet."""

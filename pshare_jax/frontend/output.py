@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pshare_jax.core.messages import FinishReason, PromptUsage, RequestOutput, TokenLogprobs
+from pshare_jax.core.requests import FinishReason, PromptUsage, RequestOutput, TokenLogprobs
 from pshare_jax.frontend.params import OutputParams
 from pshare_jax.text.detokenizer import StopMatcher
 from pshare_jax.text.tokenizer import Tokenizer

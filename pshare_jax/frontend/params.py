@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from pshare_jax.core.messages import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
+from pshare_jax.core.requests import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
 from pshare_jax.errors import CheckpointError, RequestError
 from pshare_jax.frontend.requests import ChatRequest, CompletionRequest, GenerationRequest
 from pshare_jax.text.detokenizer import MAX_STOP_STRINGS

@@ -51,8 +51,11 @@ class OfferFolder:
         try:
             _bury_the_dead(Path(parent))
             self.path.mkdir(mode=0o700)
-            self._owner = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            made = self.path / f"{_LOCK}.new"
+            self._owner = os.open(made, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._owner, fcntl.LOCK_EX)
+            # Not before it is locked, or others would take its owner for dead.
+            made.rename(self.path / _LOCK)
         except OSError as error:
             raise ConfigError(f"cluster.shm_path: {parent}: {error.strerror}") from error
 
@@ -161,10 +164,14 @@ def _bury_the_dead(parent: Path) -> None:
     """Removes folders whose owners do not live any more."""
     for folder in parent.glob(f"{PREFIX}*"):
         try:
-            owner = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC)
+            # Whatever others put there under such a name is not opened.
+            flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+            owner = os.open(folder / _LOCK, flags)
         except OSError:
             continue  # it is being made, or another user's
         try:
+            if os.fstat(owner).st_uid != os.geteuid():
+                continue
             fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             continue

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from pshare_jax.core.connector import Connector, TransferError, TransferState
-from pshare_jax.core.messages import MAX_LOGIT_BIAS, PageDescriptor, TokenLogprobs
+from pshare_jax.core.messages import PageDescriptor
 from pshare_jax.core.plans import (
     Admit,
     DecodePlan,
@@ -23,6 +23,7 @@ from pshare_jax.core.plans import (
     Replay,
     Step,
 )
+from pshare_jax.core.requests import MAX_LOGIT_BIAS, TokenLogprobs
 from pshare_jax.core.shared_runs import SharedRuns
 from pshare_jax.core.store_end import StoreEnd
 from pshare_jax.kernels.decoder_layer.packing import PackedAdapters

@@ -18,8 +18,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pshare_jax.config import DecodeConfig
 from pshare_jax.core.buckets import TRANSFER_BUCKETS
-from pshare_jax.core.messages import MAX_LOGIT_BIAS
-from pshare_jax.core.prefill import chunk_shapes
+from pshare_jax.core.chunk_planner import chunk_shapes
+from pshare_jax.core.requests import MAX_LOGIT_BIAS
 from pshare_jax.kernels.page_transfer.api import (
     copy_pages,
     gather_pages,

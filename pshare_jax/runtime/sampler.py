@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pshare_jax.core.messages import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams, TokenLogprobs
+from pshare_jax.core.requests import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams, TokenLogprobs
 from pshare_jax.runtime.host_arrays import host_array
 
 MIN_TEMPERATURE = 1e-5

@@ -13,7 +13,7 @@ from aiohttp.abc import AbstractAccessLogger
 from aiohttp.web_log import AccessLogger
 
 from pshare_jax.config import AccessLogFormat
-from pshare_jax.core.messages import RequestTimes
+from pshare_jax.core.requests import RequestTimes
 from pshare_jax.serve.access import KEY
 from pshare_jax.serve.http_errors import LoggedError
 from pshare_jax.serve.logs import ACCESS_LOGGER, BARE

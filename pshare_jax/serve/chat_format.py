@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from msgspec import UNSET, Struct, UnsetType
 
-from pshare_jax.core.messages import FinishReason
+from pshare_jax.core.requests import FinishReason
 from pshare_jax.frontend.answers import AnswerReader, joined
 from pshare_jax.frontend.output import Piece, ScoredToken, SequenceOutput
 from pshare_jax.frontend.tool_calls.parts import CallArguments, CallStart, Part, Reasoning, Text

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from pshare_jax.core.messages import SamplingParams
+from pshare_jax.core.requests import SamplingParams
 from pshare_jax.errors import RequestError
 from pshare_jax.frontend.answers import AnswerReader
 from pshare_jax.frontend.chat import (

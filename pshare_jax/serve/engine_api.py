@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pshare_jax.config import ServeConfig
-from pshare_jax.core.messages import Request, RequestOutput
 from pshare_jax.core.pages.sharing_map import SharingMap
+from pshare_jax.core.requests import Request, RequestOutput
 from pshare_jax.core.stats import EngineStats
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.text.grammar import GrammarCompiler

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
-from pshare_jax.core.messages import Request, RequestOutput
+from pshare_jax.core.requests import Request, RequestOutput
 from pshare_jax.serve.engine_api import Sink, Submitter
 from pshare_jax.serve.turns import Turn
 

@@ -17,7 +17,7 @@ import msgspec
 from aiohttp import web
 from msgspec import structs
 
-from pshare_jax.core.messages import RequestTimes, Session
+from pshare_jax.core.requests import RequestTimes, Session
 from pshare_jax.errors import RequestError
 from pshare_jax.frontend.requests import ChatRequest, FanoutRequest
 from pshare_jax.serve.access import KEY

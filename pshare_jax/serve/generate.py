@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from pshare_jax.core.messages import (
+from pshare_jax.core.requests import (
     FinishReason,
     Owner,
     Request,

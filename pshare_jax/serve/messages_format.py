@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from pshare_jax.core.messages import FinishReason
+from pshare_jax.core.requests import FinishReason
 from pshare_jax.frontend.answers import AnswerReader, joined
 from pshare_jax.frontend.output import Piece, SequenceOutput
 from pshare_jax.frontend.tool_calls.parts import CallArguments, CallStart, Part, Reasoning, Text

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from pshare_jax.core.messages import FinishReason, RequestOutput, RequestTimes
+from pshare_jax.core.requests import FinishReason, RequestOutput, RequestTimes
 from pshare_jax.core.stats import EngineStats, TokenSource
 from pshare_jax.serve.role_metrics import role_metrics
 from pshare_jax.serve.store_metrics import store_metrics

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pshare_jax.core.messages import TokenLogprobs
+from pshare_jax.core.requests import TokenLogprobs
 from pshare_jax.serve.protocol import CompletionLogprobs, PromptLogprob, PromptLogprobs
 from pshare_jax.text.tokenizer import Tokenizer
 

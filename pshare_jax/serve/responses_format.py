@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from pshare_jax.core.messages import FinishReason
+from pshare_jax.core.requests import FinishReason
 from pshare_jax.frontend.answers import AnswerReader
 from pshare_jax.frontend.output import Piece, SequenceOutput
 from pshare_jax.frontend.responses_api import ResponsesRequest

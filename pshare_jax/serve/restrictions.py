@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from pshare_jax.core.messages import SamplingParams
+from pshare_jax.core.requests import SamplingParams
 from pshare_jax.errors import RequestError
 from pshare_jax.frontend.constraints import AskedGrammar
 from pshare_jax.frontend.requests import GenerationRequest

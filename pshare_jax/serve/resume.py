@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import msgspec
 from aiohttp import web
 
-from pshare_jax.core.messages import RequestOutput
+from pshare_jax.core.requests import RequestOutput
 from pshare_jax.serve.errors import ApiError
 from pshare_jax.serve.formats import Heading
 

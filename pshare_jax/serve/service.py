@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 from aiohttp import web
 
-from pshare_jax.core.messages import Request
+from pshare_jax.core.requests import Request
 from pshare_jax.errors import EngineDeadError, UnknownModelError
 from pshare_jax.frontend.model_format import ModelFormat, model_format
 from pshare_jax.frontend.params import Limits, SamplingDefaults, sampling_defaults

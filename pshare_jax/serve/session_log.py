@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from pshare_jax.core.messages import Request
+from pshare_jax.core.requests import Request
 from pshare_jax.core.sessions import session_key
 from pshare_jax.serve.protocol import Usage
 

@@ -6,7 +6,7 @@ import math
 
 from aiohttp import web
 
-from pshare_jax.core.messages import Session
+from pshare_jax.core.requests import Session
 from pshare_jax.errors import RequestError
 from pshare_jax.frontend.requests import SessionHints
 from pshare_jax.serve.service import Service

@@ -17,7 +17,7 @@ from aiohttp.typedefs import Handler
 
 from pshare_jax import __version__
 from pshare_jax.config import ServerConfig
-from pshare_jax.core.messages import RequestTimes
+from pshare_jax.core.requests import RequestTimes
 from pshare_jax.errors import ConfigError
 from pshare_jax.serve.access_log import REPORT
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from pshare_jax.core.messages import PromptUsage
+from pshare_jax.core.requests import PromptUsage
 from pshare_jax.frontend.output import SequenceOutput
 from pshare_jax.serve.protocol import PromptTokensDetails, Usage
 

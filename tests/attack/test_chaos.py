@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from pshare_jax.core.messages import FinishReason
+from pshare_jax.core.requests import FinishReason
 from tests.attack.bounds import SEEDS
 from tests.engine.harness import Client, Reply, every_kind, running, serve_config
 

@@ -4,7 +4,7 @@ import pytest
 
 from pshare_jax.bench import turns
 from pshare_jax.bench.turns import ALONE, TOGETHER, TurnsOptions, lines, serve_config
-from pshare_jax.core.prefill import chunk_shapes
+from pshare_jax.core.chunk_planner import chunk_shapes
 from pshare_jax.errors import ConfigError
 
 

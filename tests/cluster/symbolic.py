@@ -24,12 +24,18 @@ from pshare_jax.cluster.worker import DecodeWorker, PrefillWorker, Worker
 from pshare_jax.config import ClusterConfig, DecodeConfig, ModelEntry, ServeConfig
 from pshare_jax.core import messages as m
 from pshare_jax.core.decode import DecodeCore
-from pshare_jax.core.messages import FinishReason, Request, RequestOutput, SamplingParams
 from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.pages.prefix_index import root_key
 from pshare_jax.core.plans import DecodePlan, Landed, PrefillPlan, PrefillResult
 from pshare_jax.core.prefill import PrefillCore
+from pshare_jax.core.requests import (
+    FinishReason,
+    PromptUsage,
+    Request,
+    RequestOutput,
+    SamplingParams,
+)
 from pshare_jax.core.router import WorkerInfo
 from pshare_jax.core.stats import EngineStats
 from pshare_jax.engine.cluster import ClusterEngine
@@ -234,7 +240,7 @@ class Reply:
         self.tokens: list[int] = []
         self.reason: FinishReason | None = None
         self.error: str | None = None
-        self.usage: m.PromptUsage | None = None
+        self.usage: PromptUsage | None = None
 
     def next_event(self) -> RequestOutput:
         event = self.events.get(timeout=60)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from pshare_jax.cluster import wire
-from pshare_jax.core.messages import FinishReason
+from pshare_jax.core.requests import FinishReason
 from pshare_jax.kv import offers
 from tests.cluster.harness import Cluster, ask, running_cluster
 from tests.engine.harness import Models, lora_module, running, two_by_two, wait_until

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pshare_jax.core import messages as m
-from pshare_jax.core.messages import FinishReason
+from pshare_jax.core.requests import FinishReason
 from tests.cluster.symbolic import NAMES, Cluster, Frontend, Reply, symbolic_cluster
 from tests.engine.harness import wait_until
 

@@ -193,3 +193,18 @@ def test_nobody_waits_long_for_a_process_that_is_stopped(path: Path) -> None:
         mine.close()
         other.stdin.write("\n")
         other.stdin.flush()
+
+
+@pytest.mark.parametrize("what", ["link", "writable by others"])
+def test_a_table_that_others_have_put_there_is_not_used(path: Path, what: str) -> None:
+    """Its name can be guessed, and a link could lead to any file of this user."""
+    target = path.parent / "target"
+    target.write_text("mine")
+    if what == "link":
+        path.symlink_to(target)
+    else:
+        path.touch()
+        path.chmod(0o666)
+    with pytest.raises(OSError, match=r"symbolic link|used by others"):
+        HostTurns(path, 1.0)
+    assert target.read_text() == "mine"

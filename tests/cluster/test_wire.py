@@ -10,6 +10,7 @@ import pytest
 from pshare_jax.cluster import wire
 from pshare_jax.cluster.secret import is_loopback, read_token, split_address
 from pshare_jax.core import messages as m
+from pshare_jax.core.requests import FinishReason
 from pshare_jax.core.router import WorkerInfo
 from pshare_jax.core.stats import EngineStats, PoolStats, together
 from pshare_jax.errors import ConfigError
@@ -20,7 +21,7 @@ FRAMES = [
     wire.Welcome("ab", [wire.Part(WorkerInfo("decode0", 9, 8), "decode", ("a",))]),
     wire.Refused("no", again=True),
     wire.Carry("prefill0", "decode0", m.Withdrawn(3)),
-    wire.Carry("decode0", "dispatcher", m.Tokens(1 << 62, (1, 2), reason=m.FinishReason.STOP)),
+    wire.Carry("decode0", "dispatcher", m.Tokens(1 << 62, (1, 2), reason=FinishReason.STOP)),
     wire.Beat(EngineStats(prefill_tokens={("a", "computed"): 2})),
     wire.Draining(),
     wire.Left(),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -21,28 +20,23 @@ from pshare_jax.core.balance import BalancePolicy
 from pshare_jax.core.constraints import GrammarSpec
 from pshare_jax.core.decode import DecodeCore
 from pshare_jax.core.dispatcher import Dispatcher
-from pshare_jax.core.messages import (
-    DISPATCHER,
-    FinishReason,
-    Message,
-    Owner,
-    PromptUsage,
-    Request,
-    RequestOutput,
-    SamplingParams,
-    Session,
-    TokenLogprobs,
-)
-from pshare_jax.core.models import ModelSpec
+from pshare_jax.core.messages import DISPATCHER, Message
 from pshare_jax.core.one_pool import OnePool
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.pages.prefix_index import PageState, root_key
 from pshare_jax.core.prefetch import Prefetch
 from pshare_jax.core.prefill import PrefillCore
+from pshare_jax.core.requests import (
+    Owner,
+    Request,
+    SamplingParams,
+    Session,
+)
 from pshare_jax.core.router import NoWorkerError, Router, WorkerInfo
 from pshare_jax.core.sessions import SessionPolicy
-from pshare_jax.core.split_rule import Invocation, LastTokens, SplitRule
 from pshare_jax.core.store_client import StoreClient
+from tests.core.reply import Reply
+from tests.core.setting import PAGE, Setting, model_specs
 from tests.core.symbolic import (
     Link,
     SymbolicConnector,
@@ -55,104 +49,9 @@ from tests.core.symbolic import (
 )
 from tests.core.symbolic_store import PRICES, SymbolicStore, SymbolicStoreEnd
 
-PAGE = 4
 MAX_TTL = 30.0
 """Seconds for which pages may be pinned."""
 NOBODY = Owner()
-INVOKED_BY = (7, 7)
-"""Tokens from which on the model `alora` reads a prompt itself."""
-
-
-def model_specs(decode_workers: Sequence[str]) -> dict[str, ModelSpec]:
-    """One model of every kind; `isolated` is hosted by the last decode worker alone."""
-
-    def spec(name: str, kind: Any, rule: SplitRule, group: str, adapter: int = -1) -> ModelSpec:
-        hosts = tuple(decode_workers)
-        return ModelSpec(name, kind, "shared", rule, "base", "base", group, adapter, hosts)
-
-    last = tuple(decode_workers[-1:])
-    specs = [
-        spec("identity", "identity", LastTokens(1), "base"),
-        spec("lora", "lora", LastTokens(1), "base", 0),
-        spec("alora", "lora", Invocation(INVOKED_BY), "base", 1),
-        spec("full", "full", LastTokens(5), "full"),
-        ModelSpec(
-            "isolated", "full", "isolated", LastTokens(2), "own", "own", "isolated", -1, last
-        ),
-    ]
-    return {spec.name: spec for spec in specs}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a host is made of. `wire` sends messages through their encoding, `reply_ahead` covers
-    replies before anybody asks; with a `store` prefill workers write pages to it and fetch them, so
-    many `prefetched` ones before anybody asks. Meshes that may do `either` are as many as there are
-    prefill and decode workers; each has one of both, of which one works. With `balanced` waiting
-    tokens at each prefill worker they change by themselves."""
-
-    prefill: int = 1
-    decode: int = 1
-    one_pool: bool = False
-    either: bool = False
-    balanced: int = 0
-    prefill_pages: int = 24
-    decode_pages: int = 24
-    steps_ahead: int = 1
-    steps_per_dispatch: int = 1
-    max_num_seqs: int = 4
-    wire: bool = True
-    store: bool = False
-    prefetched: int = 0
-    reply_ahead: bool = False
-    streaming_step: int = 0
-    pinned_share: float = 0.5
-    chunk_buckets: tuple[int, ...] = (4, 8)
-
-    @property
-    def num_decode(self) -> int:
-        """Decode workers, those that rest included."""
-        return self.prefill + self.decode if self.either else self.decode
-
-
-@dataclass
-class Reply:
-    """What a client has got of a request, and what it should get."""
-
-    request: Request
-    expected: list[int]
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    usage: PromptUsage | None = None
-    reason: FinishReason | None = None
-    error: str | None = None
-    aborted: bool = False
-
-    def take(self, event: RequestOutput) -> None:
-        """Takes an event, of which none may follow the last."""
-        assert self.reason is None, f"{self.request.id}: an event came after the last one"
-        self.tokens += event.token_ids
-        self.logprobs += event.logprobs
-        assert not (event.usage and event.token_ids and self.usage), "usage came twice"
-        self.usage = event.usage or self.usage
-        self.reason, self.error = event.finish_reason, event.error
-        assert self.tokens == self.expected[: len(self.tokens)], f"{self.request.id}: wrong tokens"
-
-    def check_ended(self) -> None:
-        """Asserts that it has ended well, or that there is a reason why not."""
-        assert self.reason is not None, f"{self.request.id} has not ended"
-        if self.reason in (FinishReason.STOP, FinishReason.LENGTH):
-            assert self.tokens == self.expected, f"{self.request.id}: tokens are missing"
-            if self.request.params.logprobs is not None:
-                assert [entry.logprob for entry in self.logprobs] == [-t for t in self.tokens]
-            usage = self.usage
-            assert usage is not None
-            tail = usage.prompt_tokens - usage.computed_tokens - usage.cached_tokens
-            assert tail >= 1
-        elif self.reason is FinishReason.ABORT:
-            assert self.aborted, f"{self.request.id} was not aborted"
-        else:
-            assert self.error
 
 
 class Host:
@@ -374,7 +273,8 @@ class Host:
             (self.prefill.get(name) or self.decode[name]).cache.check()
         for name, worker in self.decode.items():
             if name not in self.dead:
-                check_fillers(worker.core, self._fetched(self._partner.get(name)))
+                fetched = self._fetched(self._partner.get(name))
+                check_fillers(worker.core, fetched, may_fail=self.setting.store)
 
     def _fetched(self, prefill: str | None) -> dict[int, int]:
         """Pages that a prefill core fetches from the store, by who wants them."""
@@ -504,10 +404,11 @@ class Host:
             self.queues.setdefault((source, to), deque()).append(data)
 
 
-def check_fillers(core: DecodeCore, fetched: dict[int, int]) -> None:
+def check_fillers(core: DecodeCore, fetched: dict[int, int], *, may_fail: bool) -> None:
     """Asserts that each page that somebody waits for has one who brings it, by a live transfer.
 
-    `fetched` are those that a prefill core of the same pool brings from the store.
+    `fetched` are those that a prefill core of the same pool brings from the store, if it has one:
+    then they `may_fail`.
     """
     arrivals = core._arrivals
     fillers: dict[int, int] = {}
@@ -520,8 +421,11 @@ def check_fillers(core: DecodeCore, fetched: dict[int, int]) -> None:
             fillers[node.page] = arrival.sequence.id
     for arrival in arrivals._arrivals.values():
         for node in arrival.awaited.values():
-            assert node.state is not PageState.FAILED, "somebody waits for a page that has failed"
-            assert node.state is PageState.READY or node.page in fillers, "nobody fills a page"
+            # A row that waited for what the store could not give will fetch it.
+            failed = node.state is PageState.FAILED
+            assert not failed or may_fail, "somebody waits for a page that has failed"
+            filled = node.page in fillers or node.page in fetched
+            assert failed or node.state is PageState.READY or filled, "nobody fills a page"
     for node in core.cache._index._by_page.values():
         if node.state is PageState.ARRIVING:
             filler = fillers.get(node.page, fetched.get(node.page))

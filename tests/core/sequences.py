@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from pshare_jax.core.messages import SamplingParams, Sequence
 from pshare_jax.core.pages.prefix_index import block_key, block_keys, root_key
+from pshare_jax.core.requests import SamplingParams
+from pshare_jax.core.sequences import Sequence
 
 
 def make_sequence(

@@ -18,8 +18,9 @@ from typing import Any, TypeVar
 import msgspec
 
 from pshare_jax.config import DecodeConfig
+from pshare_jax.core.chunk_planner import chunk_shapes
 from pshare_jax.core.connector import TransferError, TransferState, check_descriptors
-from pshare_jax.core.messages import PageDescriptor, TokenLogprobs
+from pshare_jax.core.messages import PageDescriptor
 from pshare_jax.core.plans import (
     Admit,
     Chunk,
@@ -31,7 +32,7 @@ from pshare_jax.core.plans import (
     PrefillResult,
     Pull,
 )
-from pshare_jax.core.prefill import chunk_shapes
+from pshare_jax.core.requests import TokenLogprobs
 from pshare_jax.core.store_end import StoreEnd
 
 VOCAB = 2**20

@@ -12,11 +12,13 @@ from pshare_jax.config import DecodeConfig
 from pshare_jax.core import messages as m
 from pshare_jax.core.admission import Admission, Reservation
 from pshare_jax.core.decode import DecodeCore
-from pshare_jax.core.messages import DISPATCHER, PromptUsage, Sequence
+from pshare_jax.core.messages import DISPATCHER
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.plans import DecodePlan, DecodeResult, Landed
-from tests.core.scripted import model_specs
+from pshare_jax.core.requests import Owner, PromptUsage
+from pshare_jax.core.sequences import Sequence
 from tests.core.sequences import make_sequence
+from tests.core.setting import model_specs
 
 PAGE, USABLE, SLOTS, STEPS = 8, 27, 8, 4
 
@@ -163,7 +165,7 @@ def test_pages_on_their_way_are_waited_for(bench: Bench) -> None:
     assert 2 not in bench.fetches
     bench.schedule()
     assert bench.started()[2:] == [2]
-    rows = bench.core._rows
+    rows = {row.sequence.id: row for row in bench.core.rows.all()}
     assert rows[2].pages[:2] == rows[1].pages[:2] == rows[0].pages[:2]
 
 
@@ -268,7 +270,7 @@ def test_a_large_sequence_enters_before_younger_ones_of_its_size(bench: Bench) -
 
 
 def owned(order: int, *, key: str = "", request: str = "", model: str = "lora") -> Sequence:
-    owner = m.Owner(key, 1.0, request)
+    owner = Owner(key, 1.0, request)
     made = make_sequence(order, [order % 100, 1], page_size=PAGE, model=model)
     return msgspec.structs.replace(made, owner=owner)
 
@@ -348,7 +350,7 @@ def test_the_youngest_gives_way_when_pages_run_out(bench: Bench) -> None:
     held = bench.cache.allocate(bench.cache.num_available)
     assert held is not None
     # Two steps of 4 from positions 56 and 63 on: the first and the third need another page now.
-    rows = bench.core._rows
+    rows = {row.sequence.id: row for row in bench.core.rows.all()}
     assert step_rows(plan) == [0, 1, 2]
     assert [(row.num_kv, len(row.pages)) for row in rows.values()] == [(64, 8), (71, 9), (64, 8)]
     plan = bench.schedule()
@@ -368,7 +370,7 @@ def test_the_youngest_waits_for_one_that_is_still_on_its_way(bench: Bench) -> No
     bench.core.landed([Landed(bench.fetches[id].transfer) for id in (0, 1)])
     plan = bench.schedule()
     assert step_rows(plan) == [0], "the younger one has no page for its next token"
-    assert set(bench.core._rows) == {0, 1}
+    assert bench.core.rows.ids() == {0, 1}
     assert bench.returned() == []
     bench.receive(m.Abort(2))
     last = bench.cache.allocate(1)
@@ -377,7 +379,7 @@ def test_the_youngest_waits_for_one_that_is_still_on_its_way(bench: Bench) -> No
     assert bench.returned() == [m.Returned(1, "preempted")], "it is covered again later"
     assert step_rows(plan) == [0]
     assert step_rows(bench.schedule()) == [0]
-    assert len(bench.core._rows[0].pages) == 13, "of those that have been given back"
+    assert len(bench.core.rows.all()[0].pages) == 13, "of those that have been given back"
     bench.cache.release([*held, *last])
 
 

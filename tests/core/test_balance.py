@@ -8,7 +8,8 @@ from pshare_jax.core.balance import (
     BalancePolicy,
     Balancer,
 )
-from tests.core.scripted import Host, Setting
+from tests.core.scripted import Host
+from tests.core.setting import Setting
 
 POLICY = BalancePolicy(backlog=100, slots=8)
 ROWS = {"decode1": 4, "decode2": 3}

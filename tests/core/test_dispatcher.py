@@ -5,20 +5,20 @@ import pytest
 from pshare_jax.core import messages as m
 from pshare_jax.core.decode import DecodeRow
 from pshare_jax.core.dispatcher import MAX_LOST_ATTEMPTS, Dispatcher
-from pshare_jax.core.messages import (
+from pshare_jax.core.pages.prefix_index import block_keys
+from pshare_jax.core.requests import (
     FinishReason,
     PromptUsage,
     Request,
     RequestOutput,
     RequestTimes,
     SamplingParams,
-    Sequence,
     TokenLogprobs,
 )
-from pshare_jax.core.pages.prefix_index import block_keys
 from pshare_jax.core.router import Router, WorkerInfo
-from tests.core.scripted import INVOKED_BY, PAGE, model_specs
+from pshare_jax.core.sequences import Sequence
 from tests.core.sequences import make_sequence
+from tests.core.setting import INVOKED_BY, PAGE, model_specs
 
 USAGE = PromptUsage(6, 5, 0, 0)
 

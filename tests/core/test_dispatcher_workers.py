@@ -6,8 +6,8 @@ import itertools
 
 from pshare_jax.core import messages as m
 from pshare_jax.core.dispatcher import Dispatcher
-from pshare_jax.core.messages import FinishReason, PromptUsage, Request
 from pshare_jax.core.models import ModelSpec
+from pshare_jax.core.requests import FinishReason, PromptUsage, Request
 from pshare_jax.core.router import Router, WorkerInfo
 from pshare_jax.core.split_rule import LAST_TOKEN
 

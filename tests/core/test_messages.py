@@ -8,11 +8,13 @@ import msgspec
 import pytest
 
 from pshare_jax.core import messages as m
-from pshare_jax.core.messages import FinishReason, PageDescriptor, PromptUsage, SamplingParams
+from pshare_jax.core.messages import PageDescriptor
 from pshare_jax.core.models import ModelSpec
+from pshare_jax.core.requests import FinishReason, PromptUsage, SamplingParams, TokenLogprobs
+from pshare_jax.core.sequences import Moved, Sequence
 from pshare_jax.core.split_rule import LastTokens
 
-SEQUENCE = m.Sequence(
+SEQUENCE = Sequence(
     id=3,
     order=1,
     model="lora",
@@ -44,7 +46,7 @@ MESSAGES: list[m.Message] = [
     m.Loaded(2**62, "its checksum is wrong"),
     m.Stored([b"a", b"b"], [b"a"], [b"c"]),
     m.Replied(msgspec.structs.replace(SEQUENCE, ttl=0.5), 1, True),
-    m.Expected(msgspec.structs.replace(SEQUENCE, moved=m.Moved("prefill1", 7, 5, [b"a", b"b"]))),
+    m.Expected(msgspec.structs.replace(SEQUENCE, moved=Moved("prefill1", 7, 5, [b"a", b"b"]))),
     m.SetRole(True),
     m.Pending(3, 7),
     m.IndexChanged([b"a"], [b"b", b"c"], 7, 2**63),
@@ -52,7 +54,7 @@ MESSAGES: list[m.Message] = [
     m.IndexWanted(),
     m.StoreChanged([b"a"], [b"b", b"c"]),
     m.Started(3, USAGE),
-    m.Tokens(3, (1, 2), (m.TokenLogprobs(-0.5, ((1, -0.5), (2, -1.0))),), FinishReason.STOP),
+    m.Tokens(3, (1, 2), (TokenLogprobs(-0.5, ((1, -0.5), (2, -1.0))),), FinishReason.STOP),
     m.Tokens(3, (1,)),
     m.Returned(3, "fetch", "corrupt"),
     m.Dropped(3),

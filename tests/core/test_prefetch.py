@@ -9,6 +9,7 @@ from pshare_jax.core import messages as m
 from pshare_jax.core.plans import StorePlan
 from pshare_jax.core.prefetch import MAX_PIECE, Prefetch
 from pshare_jax.core.prices import DISK, SHARED, Prices
+from pshare_jax.core.sequences import Sequence
 from tests.core.test_store_client import PAGE, PRICES, Bench
 
 BYTES = 10
@@ -27,7 +28,7 @@ class Early(Bench):
         assert self.client.ahead is not None
         return self.client.ahead
 
-    def expect(self, tokens: int, seed: int = 0, ttl: float = 0.0) -> m.Sequence:
+    def expect(self, tokens: int, seed: int = 0, ttl: float = 0.0) -> Sequence:
         """Says that a prompt is expected, which is nobody's yet."""
         self.ask(tokens, seed)
         sequence = self.client._looking.popitem()[1].task.sequence
@@ -41,7 +42,7 @@ class Early(Bench):
         assert plan is not None
         return plan
 
-    def look(self, sequence: m.Sequence, places: list[int]) -> StorePlan:
+    def look(self, sequence: Sequence, places: list[int]) -> StorePlan:
         """Has an expected prompt looked for; the plan after the answer."""
         (look,) = self.plan().looks
         assert (look.id, look.ahead) == (sequence.id, True)

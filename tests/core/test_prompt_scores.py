@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from pshare_jax.core.messages import (
+from pshare_jax.core.prompt_scores import PromptScorer
+from pshare_jax.core.requests import (
     FinishReason,
     PromptUsage,
     Request,
@@ -13,7 +14,6 @@ from pshare_jax.core.messages import (
     SamplingParams,
     TokenLogprobs,
 )
-from pshare_jax.core.prompt_scores import PromptScorer
 
 USAGE = PromptUsage(4, 3, 0, 0)
 

@@ -6,9 +6,12 @@ import msgspec
 import pytest
 
 from pshare_jax.core import messages as m
-from pshare_jax.core.messages import FinishReason, Session
 from pshare_jax.core.reply_prefill import MAX_REPLIES
-from tests.core.scripted import PAGE, Host, Reply, Setting
+from pshare_jax.core.requests import FinishReason, Session
+from pshare_jax.core.sequences import Sequence
+from tests.core.reply import Reply
+from tests.core.scripted import Host
+from tests.core.setting import PAGE, Setting
 
 PROMPT = list(range(1, 14))
 AHEAD = Setting(reply_ahead=True, prefill_pages=40, decode_pages=40)
@@ -196,7 +199,7 @@ def test_replies_that_pile_up_are_bounded_and_the_newest_are_covered() -> None:
     host.drain()
     keys = host.dispatcher
     assert keys.num_live == 0
-    sequence = m.Sequence(
+    sequence = Sequence(
         id=-1,
         order=0,
         model="lora",

@@ -5,9 +5,11 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from pshare_jax.core import messages as m
+from pshare_jax.core.requests import FinishReason
 from pshare_jax.core.router import NoWorkerError
-from tests.core.scripted import Host, Reply, Setting
+from tests.core.reply import Reply
+from tests.core.scripted import Host
+from tests.core.setting import Setting
 
 EITHER = Setting(either=True, prefill=1, decode=2, decode_pages=40)
 
@@ -23,7 +25,7 @@ def busy(host: Host, count: int = 4, tokens: int = 12) -> list[Reply]:
 
 
 def rows(host: Host, name: str) -> int:
-    return len(host.decode[name].core._rows)
+    return len(host.decode[name].core.rows.all())
 
 
 def test_rows_move_with_their_kv() -> None:
@@ -94,7 +96,7 @@ def test_a_mesh_that_fails_while_rows_move(victim: str) -> None:
     host.drain()
     for reply in replies:
         reply.check_ended()
-        assert reply.reason is m.FinishReason.LENGTH, "there is always one who can"
+        assert reply.reason is FinishReason.LENGTH, "there is always one who can"
 
 
 def test_prompts_that_wait_are_given_back() -> None:
@@ -108,7 +110,7 @@ def test_prompts_that_wait_are_given_back() -> None:
     host.check_idle()
     for reply in replies:
         reply.check_ended()
-    assert all(reply.reason is m.FinishReason.LENGTH for reply in replies)
+    assert all(reply.reason is FinishReason.LENGTH for reply in replies)
 
 
 def test_somebody_is_left_for_everything() -> None:
@@ -134,4 +136,4 @@ def test_who_rests_takes_over_when_others_fail() -> None:
     host.drain()
     for reply in (*replies, more):
         reply.check_ended()
-        assert reply.reason is m.FinishReason.LENGTH
+        assert reply.reason is FinishReason.LENGTH

@@ -5,8 +5,9 @@ import itertools
 import pytest
 
 from pshare_jax.config import RoutingPolicy
-from pshare_jax.core.messages import IndexChanged, Sequence
+from pshare_jax.core.messages import IndexChanged
 from pshare_jax.core.router import NoWorkerError, Router, WorkerInfo
+from pshare_jax.core.sequences import Sequence
 from pshare_jax.core.sessions import SessionKey
 from tests.core.sequences import make_sequence
 

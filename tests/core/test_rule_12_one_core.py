@@ -6,7 +6,8 @@ import dataclasses
 
 import pytest
 
-from tests.core.scripted import INVOKED_BY, Host, Setting
+from tests.core.scripted import Host
+from tests.core.setting import INVOKED_BY, Setting
 
 SETTINGS = {
     "one of each": Setting(),

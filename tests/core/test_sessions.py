@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from pshare_jax.core.messages import Request, Session
+from pshare_jax.core.requests import Request, Session
 from pshare_jax.core.router import STAY_TOKENS
 from pshare_jax.core.sessions import MAX_SESSIONS, SessionTable, session_key
-from tests.core.scripted import MAX_TTL, Host, Reply, Setting
+from tests.core.reply import Reply
+from tests.core.scripted import MAX_TTL, Host
+from tests.core.setting import Setting
 from tests.core.test_router import BOTH, Fleet, other
 
 PROMPT = list(range(1, 14))

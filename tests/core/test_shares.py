@@ -8,10 +8,13 @@ from dataclasses import dataclass
 import msgspec
 import pytest
 
-from pshare_jax.core.messages import Owner, Sequence
+from pshare_jax.core.requests import Owner
+from pshare_jax.core.sequences import Sequence
 from pshare_jax.core.shares import FairClock, Holdings
-from tests.core.scripted import Host, Reply, Setting
+from tests.core.reply import Reply
+from tests.core.scripted import Host
 from tests.core.sequences import make_sequence
+from tests.core.setting import Setting
 
 
 @dataclass

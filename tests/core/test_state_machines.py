@@ -20,8 +20,9 @@ from hypothesis.stateful import (
 )
 
 from pshare_jax.core.arrivals import TRANSFER_SECONDS
-from pshare_jax.core.messages import Owner, Session
-from tests.core.scripted import MAX_TTL, Host, Setting
+from pshare_jax.core.requests import Owner, Session
+from tests.core.scripted import MAX_TTL, Host
+from tests.core.setting import Setting
 
 LONGEST = 32
 """Tokens of a prompt and its reply together; each pool holds one such sequence."""

@@ -12,8 +12,10 @@ from pshare_jax.core.pages.prefix_index import PageState, block_key, block_keys,
 from pshare_jax.core.plans import PrefillPlan, PrefillResult, StorePlan
 from pshare_jax.core.prefill import STORE_SECONDS, PrefillCore
 from pshare_jax.core.prices import DISK, SHARED, Prices
+from pshare_jax.core.requests import SamplingParams
+from pshare_jax.core.sequences import Sequence
 from pshare_jax.core.store_client import MAX_LATE, MAX_LOADS, PIECE_PAGES, StoreClient
-from tests.core.scripted import model_specs
+from tests.core.setting import model_specs
 
 PAGE = 4
 PRICES = Prices(0.01, 0.0, {SHARED: 0.001}, {SHARED: 0.001})
@@ -30,14 +32,14 @@ class Bench:
         self.now = 0.0
         self._ids = itertools.count()
 
-    def ask(self, tokens: int, seed: int = 0) -> m.Sequence:
+    def ask(self, tokens: int, seed: int = 0) -> Sequence:
         """Sends a prompt of which so many tokens have to be covered."""
         prompt = tuple(range(100 * seed, 100 * seed + tokens + 1))
         root = root_key("base", "")
         keys = block_keys(root, prompt[:tokens], PAGE)
         rest = prompt[len(keys) * PAGE : tokens]
         id = next(self._ids)
-        sequence = m.Sequence(
+        sequence = Sequence(
             id=id,
             order=id,
             model="identity",
@@ -46,7 +48,7 @@ class Bench:
             root=root,
             keys=keys,
             last_key=block_key(keys[-1] if keys else root, rest),
-            params=m.SamplingParams(),
+            params=SamplingParams(),
             prefill_worker="prefill0",
             decode_worker="decode0",
         )
@@ -228,6 +230,56 @@ def test_what_was_declined_is_not_looked_for_again():
     bench.core.receive(m.Looked(sequence.id, [DISK, DISK]))
     (chunk,) = bench.chunk().chunks
     assert (chunk.start, bench.client.stats.looks) == (0, 1)
+
+
+def looked_for_with_room(bench: Bench) -> Sequence:
+    """A prompt for which there was no room when it was found, and which has some now."""
+    taken = bench.cache.allocate(6)
+    assert taken is not None
+    sequence = bench.ask(16)
+    bench.store()
+    bench.core.receive(m.Looked(sequence.id, [SHARED] * 4))
+    assert bench.store() is None, "there is no room"
+    bench.cache.release(taken)
+    assert bench.store() is None
+    plan = bench.store()
+    assert plan is not None
+    assert [look.id for look in plan.looks] == [sequence.id]
+    assert bench.cache.num_available == 4, "its room is kept"
+    return sequence
+
+
+def test_what_had_no_room_is_fetched_when_there_is_some():
+    bench = Bench(pages=9)
+    sequence = looked_for_with_room(bench)
+    bench.core.receive(m.Looked(sequence.id, [SHARED] * 4))
+    plan = bench.store()
+    assert plan is not None
+    bench.core.receive(m.Loaded(plan.loads[0].transfer))
+    bench.store()
+    assert bench.store() is None
+    assert bench.covered() == [sequence.id]
+    assert (bench.client.stats.looks, bench.client.stats.fetched_tokens) == (2, 16)
+
+
+@pytest.mark.parametrize("end", ["abort", "late", "stop"])
+def test_room_that_was_kept_is_given_back(end: str):
+    bench = Bench(pages=9)
+    sequence = looked_for_with_room(bench)
+    match end:
+        case "abort":
+            bench.core.receive(m.Abort(sequence.id, "decode0"))
+        case "late":
+            for _ in range(8):
+                bench.now += 1.0
+                if (plan := bench.core.schedule(bench.now)) is not None:
+                    bench.core.apply(plan, PrefillResult())
+            assert bench.covered() == [sequence.id]
+            assert bench.client.stats.fetched_tokens == 0
+            bench.core.receive(m.Release(sequence.id))
+        case "stop":
+            bench.core.release_all()
+    bench.cache.check(idle=True)
 
 
 def test_what_is_evicted_while_a_prompt_waits_is_fetched_again():

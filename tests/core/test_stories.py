@@ -7,10 +7,12 @@ import pytest
 
 from pshare_jax.core import messages as m
 from pshare_jax.core.arrivals import TRANSFER_SECONDS
-from pshare_jax.core.messages import DISPATCHER, FinishReason
+from pshare_jax.core.messages import DISPATCHER
 from pshare_jax.core.pages.prefix_index import PageState
 from pshare_jax.core.plans import DecodePlan, DecodeResult
-from tests.core.scripted import PAGE, Host, Setting
+from pshare_jax.core.requests import FinishReason
+from tests.core.scripted import Host
+from tests.core.setting import PAGE, Setting
 
 PROMPT = list(range(1, 14))
 

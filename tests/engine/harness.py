@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pshare_jax.config import DecodeConfig, ModelEntry, PrefillConfig, ServeConfig
-from pshare_jax.core.messages import (
-    Abort,
+from pshare_jax.core.messages import Abort
+from pshare_jax.core.requests import (
     FinishReason,
     Owner,
     PromptUsage,

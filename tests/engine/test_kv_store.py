@@ -21,9 +21,10 @@ from pshare_jax.config import (
     RouterConfig,
     ServeConfig,
 )
-from pshare_jax.core.messages import FinishReason, Session
 from pshare_jax.core.prices import DISK, SHARED, Prices
+from pshare_jax.core.requests import FinishReason, Session
 from pshare_jax.engine.kv_store import EngineStore, page_shape, store_root
+from pshare_jax.engine.numerics import code_digest
 from pshare_jax.errors import ConfigError
 from pshare_jax.kv.store.file import HEADER, PoolRequest, Regions
 from pshare_jax.runtime.layout import PageLayout
@@ -374,4 +375,21 @@ def test_roots_tell_layouts_and_kernels_apart(models: Models) -> None:
         store_root(replace(layout, dtype=jnp.dtype(jnp.bfloat16)), "xla", 1),
         store_root(replace(layout, num_layers=9), "xla", 1),
     }
-    assert len(roots) == 6
+    with jax.default_matmul_precision("highest"):
+        roots.add(store_root(layout, "xla", 1))
+    assert len(roots) == 7
+
+
+def test_roots_tell_versions_of_the_code_apart(tmp_path: Path) -> None:
+    """A pool of an earlier version may hold what a mistake of that has computed."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "serve").mkdir()
+    (tmp_path / "models/rope.py").write_text("BASE = 10_000")
+    digests = [code_digest.__wrapped__(tmp_path)]
+    (tmp_path / "serve/app.py").write_text("PORT = 8000")
+    assert code_digest.__wrapped__(tmp_path) == digests[0], "it computes nothing"
+    (tmp_path / "models/rope.py").write_text("BASE = 500_000")
+    digests.append(code_digest.__wrapped__(tmp_path))
+    (tmp_path / "models/rope.py").rename(tmp_path / "models/rotary.py")
+    digests.append(code_digest.__wrapped__(tmp_path))
+    assert len(set(digests)) == 3

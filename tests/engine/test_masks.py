@@ -14,7 +14,7 @@ import pytest
 
 from pshare_jax.config import DecodeConfig, ServeConfig
 from pshare_jax.core.constraints import GrammarSpec, Thoughts
-from pshare_jax.core.messages import FinishReason
+from pshare_jax.core.requests import FinishReason
 from pshare_jax.engine.orchestrator import Orchestrator
 from pshare_jax.errors import RequestError
 from pshare_jax.text.tokenizer import Tokenizer

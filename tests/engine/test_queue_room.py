@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from pshare_jax.core.messages import Owner
+from pshare_jax.core.requests import Owner
 from pshare_jax.engine.queue_room import QueueRoom
 
 

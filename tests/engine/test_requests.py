@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pshare_jax.core.messages import FinishReason
+from pshare_jax.core.requests import FinishReason
 from pshare_jax.engine.orchestrator import Orchestrator
 from pshare_jax.errors import (
     EngineDeadError,

@@ -16,9 +16,10 @@ from pshare_jax.core import arrivals
 from pshare_jax.core.arrivals import MAX_FETCHES
 from pshare_jax.core.connector import Connector, TransferError, TransferState
 from pshare_jax.core.dispatcher import MAX_LOST_ATTEMPTS
-from pshare_jax.core.messages import FinishReason, PageDescriptor
+from pshare_jax.core.messages import PageDescriptor
 from pshare_jax.core.pages.prefix_index import block_key, block_keys, root_key
 from pshare_jax.core.plans import Offer, Pull
+from pshare_jax.core.requests import FinishReason
 from pshare_jax.kv.local import DevicePut, SamePool
 from tests.engine.harness import (
     PAGE,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from msgspec.structs import astuple
 
-from pshare_jax.core.messages import PromptUsage
+from pshare_jax.core.requests import PromptUsage
 from tests.engine.harness import Client, Models, Reply
 
 SHARED = ("identity", "full", "full-tail2", "lora", "lora-tail5")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pshare_jax.core.messages import FinishReason, RequestOutput
+from pshare_jax.core.requests import FinishReason, RequestOutput
 from pshare_jax.errors import EngineDeadError
 from tests.engine.harness import Client, Models, Reply, held, running, serve_config, wait_until
 from tests.helpers import tiny_config

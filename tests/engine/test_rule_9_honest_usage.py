@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pshare_jax.core.messages import FinishReason
+from pshare_jax.core.requests import FinishReason
 from tests.engine.harness import Client, Models
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pshare_jax.core.messages import FinishReason
+from pshare_jax.core.requests import FinishReason
 from pshare_jax.models.attention import CausalAttention
 from pshare_jax.models.decoder import bind
 from pshare_jax.models.weights import Weights

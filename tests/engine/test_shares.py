@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from pshare_jax.core.messages import Owner
+from pshare_jax.core.requests import Owner
 from tests.engine.harness import Client, Models, in_thread_of, wait_until
 
 
@@ -14,9 +14,9 @@ def test_who_gives_a_slot_back_goes_on_where_it_was(client: Client, models: Mode
 
     def make_room() -> bool:
         """As for another request, once some of the flood have got tokens."""
-        rows = [row for row in core._rows.values() if row.output]
+        rows = [row for row in core.rows.all() if row.output]
         newcomer = [msgspec.structs.replace(r.sequence, owner=Owner("small")) for r in rows[:1]]
-        return len(rows) >= 4 and core.make_room(newcomer[0])
+        return len(rows) >= 4 and core.rows.make_room(newcomer[0])
 
     prompts = [[9, 8, 7, i] for i in range(20)]
     flood = [client.submit("lora", p, 24, owner=Owner(request="flood")) for p in prompts]

@@ -9,7 +9,7 @@ import jsonschema
 import openai
 import pytest
 
-from pshare_jax.core.messages import FinishReason
+from pshare_jax.core.requests import FinishReason
 from pshare_jax.engine.offline import Engine
 from pshare_jax.errors import RequestError
 

@@ -122,3 +122,32 @@ def test_what_the_dead_have_left_is_removed(tmp_path: Path) -> None:
     last.close()
     alive.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_who_comes_at_the_same_moment_is_not_taken_for_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock = offers.fcntl.flock
+
+    def another_comes(descriptor: int, operation: int) -> None:
+        monkeypatch.setattr(offers.fcntl, "flock", flock)
+        OfferFolder(tmp_path).close()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(offers.fcntl, "flock", another_comes)
+    folder = OfferFolder(tmp_path)
+    put(folder, 1)
+    assert file_of(folder.path, 1).exists()
+    folder.close()
+
+
+def test_what_others_have_put_there_is_neither_opened_nor_removed(tmp_path: Path) -> None:
+    """Opening some files does something, and a lock that is a link would be somebody else's."""
+    link, pipe = tmp_path / f"{PREFIX}link", tmp_path / f"{PREFIX}pipe"
+    for folder in (link, pipe):
+        folder.mkdir()
+    (tmp_path / "elsewhere").touch()
+    (link / "owner").symlink_to(tmp_path / "elsewhere")
+    os.mkfifo(pipe / "owner")
+    OfferFolder(tmp_path).close()
+    assert link.exists()

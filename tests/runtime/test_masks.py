@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from pshare_jax.core.constraints import GrammarSpec, Thoughts
-from pshare_jax.core.messages import SamplingParams
 from pshare_jax.core.plans import Admit
+from pshare_jax.core.requests import SamplingParams
 from pshare_jax.errors import PshareError
 from pshare_jax.runtime.masks import LEAST_JUMP, Masks, RowMask, mask_words
 from pshare_jax.text.grammar import GrammarCompiler

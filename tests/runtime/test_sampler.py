@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 
-from pshare_jax.core.messages import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
+from pshare_jax.core.requests import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
 from pshare_jax.runtime.sampler import (
     History,
     Sampled,

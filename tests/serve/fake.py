@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pshare_jax.config import ModelEntry, ServeConfig, ServerConfig
-from pshare_jax.core.messages import (
+from pshare_jax.core.pages.sharing_map import MapContext, MapPage, SharingMap
+from pshare_jax.core.requests import (
     FinishReason,
     PromptUsage,
     Request,
@@ -16,7 +17,6 @@ from pshare_jax.core.messages import (
     RequestTimes,
     TokenLogprobs,
 )
-from pshare_jax.core.pages.sharing_map import MapContext, MapPage, SharingMap
 from pshare_jax.core.stats import EngineStats, PoolStats
 from pshare_jax.errors import EngineDeadError, QueueFullError, UnknownModelError
 from pshare_jax.models.config import ModelConfig

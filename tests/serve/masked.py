@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pshare_jax.core.messages import Request
 from pshare_jax.core.plans import Admit
+from pshare_jax.core.requests import Request
 from pshare_jax.runtime.masks import Masks
 from tests.serve.fake import FakeOrchestrator
 

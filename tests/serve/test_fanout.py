@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pshare_jax.core.messages import FinishReason, RequestOutput, Session
+from pshare_jax.core.requests import FinishReason, RequestOutput, Session
 from tests.serve.fake import fake_config, fake_engine
 from tests.serve.server import Answer, Client, eventually, running_server
 

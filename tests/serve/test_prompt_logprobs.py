@@ -5,7 +5,7 @@ from operator import itemgetter
 import openai
 import pytest
 
-from pshare_jax.core.messages import TokenLogprobs
+from pshare_jax.core.requests import TokenLogprobs
 from tests.serve.fake import fake_config, fake_engine
 from tests.serve.server import running_server
 

@@ -159,7 +159,7 @@ def test_an_engine_that_fails_ends_the_stream_so(tmp_path):
         while b"\r\n\r\n" not in received:
             received += sock.recv(4096)
         engine.fail("no memory")
-        while not received.endswith(b"0\r\n\r\n"):
+        while not received.endswith(b"\r\n0\r\n\r\n"):
             received += sock.recv(4096)
     assert b"event: response.failed\n" in received
     assert b"no memory" in received

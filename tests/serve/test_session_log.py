@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pshare_jax.core.messages import Owner, Request, SamplingParams, Session
+from pshare_jax.core.requests import Owner, Request, SamplingParams, Session
 from pshare_jax.serve import session_log
 from pshare_jax.serve.protocol import PromptTokensDetails, Usage
 from pshare_jax.serve.session_log import SessionLog

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pshare_jax.core.messages import Session
+from pshare_jax.core.requests import Session
 from tests.serve.server import Client
 
 HINTS = {"session_id": "s-1", "ttl": 2.5, "next_models": ["coder", "team/critic", "coder"]}

@@ -99,7 +99,7 @@ def test_an_engine_that_dies_ends_the_stream_with_an_error_event(client):
             received += sock.recv(4096)
         eventually(lambda: client.engine.running_ids != [])
         client.engine.fail("out of memory")
-        while not received.endswith(b"0\r\n\r\n"):
+        while not received.endswith(b"\r\n0\r\n\r\n"):
             received += sock.recv(4096)
     assert b'data: {"error":{"message":"the engine has failed: out of memory"' in received
     assert b'"code":"engine_dead"' in received

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pshare_jax.serve.api_keys import ANONYMOUS, ApiKey
-from tests.core.scripted import PAGE, Host, Setting
+from tests.core.scripted import Host
+from tests.core.setting import PAGE, Setting
 
 ALICE, MALLORY = ApiKey("alice", tenant="key/alice"), ApiKey("mallory", tenant="key/mallory")
 GROUP = ApiKey("bob", tenant="group/team"), ApiKey("carol", tenant="group/team")

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pshare_jax.core.messages import PromptUsage, RequestOutput
+from pshare_jax.core.requests import PromptUsage, RequestOutput
 from pshare_jax.frontend.output import SequenceOutput
 from pshare_jax.frontend.params import OutputParams
 from pshare_jax.serve.usage import total_usage

@@ -7,13 +7,16 @@ of workers would do too slowly; the routers above them are the real ones.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass
 
 from pshare_jax.bench.plan.clock import Clock
 from pshare_jax.core import messages as m
-from pshare_jax.core.messages import FinishReason, Message, PromptUsage
+from pshare_jax.core.messages import Message
+from pshare_jax.core.requests import FinishReason, PromptUsage
 from pshare_jax.core.router import WorkerInfo
+from pshare_jax.core.sequences import Sequence
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Pool:
         self._num_pages = num_pages
         self._keys: OrderedDict[bytes, None] = OrderedDict()
 
-    def run(self, keys: Sequence[bytes]) -> int:
+    def run(self, keys: Sequence_[bytes]) -> int:
         """How many of the first keys are there."""
         for count, key in enumerate(keys):
             if key not in self._keys:
@@ -174,7 +177,7 @@ class PrefillEngine(Engine):
 
     def __init__(self, *args: object):
         super().__init__(*args)  # type: ignore[arg-type]
-        self._queue: deque[tuple[str, m.Sequence]] = deque()
+        self._queue: deque[tuple[str, Sequence]] = deque()
         self._now: dict[int, int] = {}
 
     @property
@@ -213,7 +216,7 @@ class PrefillEngine(Engine):
             seconds + self._options.call_seconds, lambda: self._done(source, sequence, cached)
         )
 
-    def _done(self, source: str, sequence: m.Sequence, cached: int) -> None:
+    def _done(self, source: str, sequence: Sequence, cached: int) -> None:
         self.pool.use(sequence.keys)
         self._now = {}
         usage = PromptUsage(len(sequence.prompt), sequence.covered - cached, cached, 0)
@@ -256,7 +259,7 @@ class DecodeEngine(Engine):
         super().fail()
         self._pages.clear()
 
-    def _done(self, source: str, sequence: m.Sequence) -> None:
+    def _done(self, source: str, sequence: Sequence) -> None:
         if self._pages.pop(sequence.id, None) is None:
             return
         tokens = (0,) * sequence.params.max_tokens

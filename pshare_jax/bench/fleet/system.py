@@ -17,9 +17,11 @@ from pshare_jax.bench.fleet.engines import (
 from pshare_jax.bench.plan.clock import Clock
 from pshare_jax.core import messages as m
 from pshare_jax.core.dispatcher import Dispatcher
-from pshare_jax.core.messages import Message, PromptUsage, Request, SamplingParams
+from pshare_jax.core.messages import Message
 from pshare_jax.core.models import ModelSpec
+from pshare_jax.core.requests import PromptUsage, Request, SamplingParams
 from pshare_jax.core.router import Router, WorkerInfo
+from pshare_jax.core.sequences import Sequence
 from pshare_jax.core.split_rule import LastTokens
 
 _IDS = 1 << 40
@@ -73,7 +75,7 @@ class TimedRouter(Router):
 
     seconds: list[float]
 
-    def route(self, *args: object, **kwargs: object) -> m.Sequence:
+    def route(self, *args: object, **kwargs: object) -> Sequence:
         """See Router."""
         start = time.thread_time()
         routed = super().route(*args, **kwargs)  # type: ignore[arg-type]

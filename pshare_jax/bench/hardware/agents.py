@@ -19,7 +19,7 @@ from pshare_jax.bench.hardware.random_models import (
     random_weights,
 )
 from pshare_jax.bench.hardware.scale import Scale
-from pshare_jax.core.messages import Request, RequestOutput, SamplingParams
+from pshare_jax.core.requests import Request, RequestOutput, SamplingParams
 from pshare_jax.core.stats import TokenSource
 from pshare_jax.engine.orchestrator import Orchestrator
 from pshare_jax.errors import EngineDeadError

@@ -14,7 +14,7 @@ from pshare_jax.bench.plan.costs import (
     lora_bytes,
     weight_bytes,
 )
-from pshare_jax.bench.plan.system import EngineSpec, ServerSpec, SystemSpec
+from pshare_jax.bench.plan.specs import EngineSpec, ServerSpec, SystemSpec
 from pshare_jax.config import DecodeConfig
 from pshare_jax.models.config import ModelConfig
 

@@ -10,7 +10,8 @@ from typing import Any
 from pshare_jax.bench.agents_load import CallRecord, Load, SessionRecord, arrivals
 from pshare_jax.bench.agents_stats import summary
 from pshare_jax.bench.agents_workload import Workload
-from pshare_jax.bench.plan.system import SimCall, System, SystemSpec
+from pshare_jax.bench.plan.specs import SystemSpec
+from pshare_jax.bench.plan.system import SimCall, System
 
 
 class SimPlayer:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pshare_jax.bench.plan.costs import CostModel
-from pshare_jax.bench.plan.system import EngineSpec, ServerSpec
+from pshare_jax.bench.plan.specs import EngineSpec, ServerSpec
 from pshare_jax.config import ServeConfig, load_serve_config
 from pshare_jax.errors import ConfigError
 

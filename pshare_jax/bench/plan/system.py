@@ -9,28 +9,20 @@ from dataclasses import dataclass, field
 from pshare_jax.bench.plan.clock import Clock, Processor
 from pshare_jax.bench.plan.costs import CostModel
 from pshare_jax.bench.plan.executors import CostDecode, CostPrefill
-from pshare_jax.bench.plan.store import SimStore, SimStoreEnd, StoreSpec
-from pshare_jax.cluster.thread import WorkerThread
+from pshare_jax.bench.plan.hosts import SimHost
+from pshare_jax.bench.plan.specs import EngineSpec, ServerSpec, SystemSpec
+from pshare_jax.bench.plan.store import SimStore, SimStoreEnd
 from pshare_jax.cluster.worker import DecodeWorker, PrefillWorker, Worker
-from pshare_jax.config import DecodeConfig, RoutingPolicy
-from pshare_jax.core.balance import BalancePolicy
 from pshare_jax.core.decode import DecodeCore
 from pshare_jax.core.dispatcher import Dispatcher
-from pshare_jax.core.messages import (
-    DISPATCHER,
-    Message,
-    Outbox,
-    Owner,
-    Request,
-    SamplingParams,
-    Session,
-)
+from pshare_jax.core.messages import DISPATCHER, Message, Outbox
 from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.one_pool import OnePool
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.plans import DecodePlan, PrefillPlan
 from pshare_jax.core.prefetch import Prefetch
 from pshare_jax.core.prefill import PrefillCore
+from pshare_jax.core.requests import Owner, Request, SamplingParams, Session
 from pshare_jax.core.router import Router, WorkerInfo
 from pshare_jax.core.sessions import SessionPolicy
 from pshare_jax.core.split_rule import LastTokens
@@ -40,72 +32,6 @@ NOBODY, NO_SESSION = Owner(), Session()
 
 _ANY_BYTES = 1
 """Of a page that is moved; what a handoff takes is told by the costs."""
-
-
-@dataclass(frozen=True)
-class EngineSpec:
-    """One engine: what its work costs, its pages, and the processor that computes it.
-
-    `models` are those that a decode engine hosts; empty is all of its server.
-    """
-
-    costs: CostModel
-    num_pages: int
-    processor: int
-    models: Sequence[int] = ()
-
-
-@dataclass(frozen=True)
-class ServerSpec:
-    """One server.
-
-    Args:
-        models: numbers of the models that are asked here.
-        shared: whether they share one prefill.
-        one_group: whether they decode in one batch, as LoRA modules do.
-        page_size: tokens of a page.
-        chunk_buckets: compiled chunk lengths.
-        settings: batch sizes and limits of the decode engines.
-        prefill: its prefill engines.
-        decode: its decode engines.
-        tail: prompt tokens that decode modules read themselves.
-        reply_ahead: whether replies are covered before anybody asks.
-        store: the KV store, if there is one.
-        routing: how prefill engines are chosen, see `Router`.
-        either: where meshes may do either, how many of `decode` begin with prefill; there is no
-            `prefill` then.
-        moves: whether rows take their KV along when such a mesh is given to prefill.
-        balance: when such meshes change by themselves, if they do.
-    """
-
-    models: Sequence[int]
-    shared: bool
-    one_group: bool
-    page_size: int
-    chunk_buckets: Sequence[int]
-    settings: DecodeConfig
-    prefill: Sequence[EngineSpec]
-    decode: Sequence[EngineSpec]
-    tail: int = 1
-    reply_ahead: bool = False
-    store: StoreSpec | None = None
-    routing: RoutingPolicy = "prefix"
-    either: int = 0
-    moves: bool = True
-    balance: BalancePolicy | None = None
-
-
-@dataclass(frozen=True)
-class SystemSpec:
-    """Servers side by side.
-
-    Args:
-        servers: each model is asked at the one that has it.
-        call_seconds: of each call outside the engines: HTTP, tokens to text, the way there.
-    """
-
-    servers: Sequence[ServerSpec]
-    call_seconds: float = 0.0
 
 
 @dataclass(eq=False)
@@ -144,7 +70,7 @@ class System:
         ]
         self._of_model = {model: s for s in self._servers for model in s.spec.models}
         hosts = [
-            _Host(self.clock, processor, workers, self._carry)
+            SimHost(self.clock, processor, workers, self._carry)
             for processor, workers in self._hosted(processors.values())
         ]
         self._host_of = {worker.name: host for host in hosts for worker in host.workers}
@@ -398,61 +324,3 @@ def _compute_prices(costs: CostModel, chunk_buckets: Sequence[int]) -> tuple[flo
     near = costs.chunk(size, size, 0)
     pair = max(costs.chunk(size, size, far) - near, 0.0) / (2 * far * size)
     return (near - pair * size * size) / size, pair
-
-
-class _Host:
-    """Gives workers of one processor their turns as the engine's threads do, in virtual time."""
-
-    def __init__(
-        self,
-        clock: Clock,
-        processor: Processor,
-        workers: Sequence[Worker],
-        carry: Callable[[Sequence[tuple[str, str, Message]]], None],
-    ):
-        self.workers = workers
-        self._clock = clock
-        self._processor = processor
-        self._carry = carry
-        self._said: dict[float, list[tuple[str, str, Message]]] = {}
-        self._idle = True
-        self._thread = WorkerThread("host", workers, self._send, _failed, lambda: processor.now)
-
-    def post(self, to: str, message: Message) -> None:
-        """Gives a worker a message, now."""
-        self._thread.post(to, message)
-        if self._idle:
-            self._idle = False
-            self._clock.at(self._clock.now, self._turn)
-
-    def _turn(self) -> None:
-        self._processor.wait(self._clock.now)
-        if self._thread.turn():
-            self._clock.at(self._processor.now, self._turn)
-            return
-        self._idle = True
-        waits = [w.patience for w in self.workers if isinstance(w, PrefillWorker)]
-        for seconds in waits:
-            # What the store owes is waited for until a deadline, as in the engine.
-            if seconds is not None:
-                self._clock.at(self._processor.now + seconds, self._wake)
-
-    def _wake(self) -> None:
-        if self._idle:
-            self._idle = False
-            self._turn()
-
-    def _send(self, source: str, to: str, message: Message) -> None:
-        """Messages of one moment go together."""
-        now = self._processor.now
-        if now not in self._said:
-            self._said[now] = []
-            self._clock.at(now, self._carry_said)
-        self._said[now].append((source, to, message))
-
-    def _carry_said(self) -> None:
-        self._carry(self._said.pop(self._clock.now))
-
-
-def _failed(worker: str, reason: str) -> None:
-    raise RuntimeError(f"{worker} of the simulation has failed: {reason}")

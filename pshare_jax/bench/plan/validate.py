@@ -15,7 +15,7 @@ from pshare_jax.bench.plan.costs import TableCosts
 from pshare_jax.bench.plan.passes import workload_of
 from pshare_jax.bench.plan.play import simulate
 from pshare_jax.bench.plan.served import is_lora, load_server, server_spec
-from pshare_jax.bench.plan.system import SystemSpec
+from pshare_jax.bench.plan.specs import SystemSpec
 from pshare_jax.config import ServeConfig
 from pshare_jax.errors import ConfigError
 

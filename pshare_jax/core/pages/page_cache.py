@@ -7,6 +7,7 @@ pages run out. Pages that sessions have pinned come last.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -102,12 +103,17 @@ class PageCache:
             if self._allocator.release(page) and node is not None:
                 self._index.offer(node, pinned=node in self._pins)
 
-    def match(self, keys: Sequence[bytes], tokens: Sequence[int]) -> list[Node]:
+    def match(
+        self, keys: Sequence[bytes], tokens: Sequence[int], *, ready: bool = False
+    ) -> list[Node]:
         """References and returns the longest indexed run of full pages of `tokens`.
 
-        `keys` are the chained keys of the blocks of `tokens`.
+        `keys` are the chained keys of the blocks of `tokens`. With `ready` it ends before a page
+        that is still on its way: who reads pages at once must not be given one.
         """
         found = self._find(keys, tokens)
+        if ready:
+            found = list(itertools.takewhile(lambda node: node.state is PageState.READY, found))
         for node in found:
             self.retain(node)
         return found
@@ -115,6 +121,10 @@ class PageCache:
     def matched_tokens(self, keys: Sequence[bytes], tokens: Sequence[int]) -> int:
         """Number of leading tokens whose full pages are indexed; references nothing."""
         return len(self._find(keys, tokens)) * self.page_size
+
+    def is_arriving(self, key: bytes) -> bool:
+        """Whether the full page of a chain key is on its way."""
+        return self._index.is_arriving(key)
 
     def retain(self, node: Node) -> None:
         """Adds a reference to an indexed page."""

@@ -141,6 +141,11 @@ class PrefixIndex:
         """Whether a full page of that key is indexed."""
         return key in self._full
 
+    def is_arriving(self, key: bytes) -> bool:
+        """Whether a full page of that key is on its way."""
+        node = self._full.get(key)
+        return node is not None and node.state is PageState.ARRIVING
+
     def get(self, key: bytes, tokens: Sequence[int]) -> Node | None:
         """The full page of chain key `key`, if its tokens are really `tokens`.
 

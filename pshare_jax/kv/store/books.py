@@ -21,7 +21,7 @@ from pshare_jax.kv.store.file import (
     Regions,
     words_at,
 )
-from pshare_jax.kv.store.members import MAX_MEMBERS, Members
+from pshare_jax.kv.store.members import MAX_MEMBERS
 
 _DIRTY, _CLOCK, _BURIED, _REBUILT = range(4)
 _NEVER = np.iinfo(np.int64).max
@@ -32,14 +32,13 @@ class Books:
     """Headers, table and pins of an open pool file.
 
     Args:
-        file: the pool's.
-        members: who uses it; this process has joined.
+        file: the pool's, which this process has joined.
     """
 
-    def __init__(self, file: PoolFile, members: Members):
+    def __init__(self, file: PoolFile):
         regions = Regions(file.spec)
         self.slots = file.spec.slots
-        self._members = members
+        self._members = file.members
         self._map = mmap.mmap(file.headers, regions.records)
         memory = np.frombuffer(self._map, np.uint8)
 

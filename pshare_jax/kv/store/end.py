@@ -39,22 +39,21 @@ class WorkerEnd:
         self._pool = pool
         self._service = service
         self._root = root
-        self._send = send
-        # Written by the store's reader, taken and dropped by the worker's thread.
+        self.send = send
+        # Written by the store's threads, taken and dropped by the worker's.
         self._staged: dict[int, list[np.ndarray]] = {}
-        self._unwanted: set[int] = set()
+        self._wanted: set[int] = set()
 
     @property
     def num_staged(self) -> int:
-        """Loads that lie in the host's memory."""
-        return len(self._staged)
+        """Loads that lie in the host's memory, or are on their way there."""
+        return len(self._staged) + len(self._wanted)
 
     def run(self, plan: StorePlan) -> None:
         """See `StoreEnd.run`."""
         for transfer in plan.dropped:
-            self._unwanted.add(transfer)
-            if self._staged.pop(transfer, None) is not None:
-                self._unwanted.discard(transfer)
+            self._wanted.discard(transfer)
+            self._staged.pop(transfer, None)
         for look in plan.looks:
             self._look(look)
         for load in plan.loads:
@@ -73,23 +72,25 @@ class WorkerEnd:
     def _look(self, look: Look) -> None:
         self._service.look(
             self.store_keys(look.keys),
-            lambda places: self._send(m.Looked(look.id, places)),
+            lambda places: self.send(m.Looked(look.id, places)),
             ahead=look.ahead,
         )
 
     def _load(self, load: Load) -> None:
         transfer = load.transfer
+        self._wanted.add(transfer)
 
         def answer(found: list[np.ndarray] | str) -> None:
+            self._wanted.discard(transfer)
             if isinstance(found, str):
-                self._unwanted.discard(transfer)
-                self._send(m.Loaded(transfer, found))
+                self.send(m.Loaded(transfer, found))
             else:
+                # If it is not wanted any more, the core says so once more when it hears of it.
                 self._staged[transfer] = found
-                self._send(m.Loaded(transfer))
+                self.send(m.Loaded(transfer))
 
         keys = self.store_keys(load.keys)
-        self._service.load(load, keys, lambda: transfer not in self._unwanted, answer)
+        self._service.load(load, keys, lambda: transfer in self._wanted, answer)
 
     def _commit(self, commit: Commit) -> None:
         start = 0
@@ -121,13 +122,13 @@ class WorkerEnd:
         names = dict(zip(self.store_keys(done), done, strict=True))
         self._service.save(
             batches,
-            lambda kept: self._send(m.Stored(done, [names[key] for key in kept], [])),
+            lambda kept: self.send(m.Stored(done, [names[key] for key in kept], [])),
         )
 
     def _touch(self, keys: Sequence[bytes]) -> None:
         def answer(gone: list[int]) -> None:
             if gone:
-                self._send(m.Stored([], [], [keys[i] for i in gone]))
+                self.send(m.Stored([], [], [keys[i] for i in gone]))
 
         self._service.touch(self.store_keys(keys), answer)
 

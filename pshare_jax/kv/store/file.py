@@ -35,11 +35,18 @@ from pshare_jax.errors import ConfigError
 from pshare_jax.kernels.kv_codec.codebook import CODECS, Codebook
 from pshare_jax.kv.store import locking
 from pshare_jax.kv.store.members import MAX_MEMBERS, Members
+from pshare_jax.kv.store.private import NotPrivateError, open_private
 
 MAGIC = b"PSHAREKV"
+BEING_MADE = b"PSHARE.."
+"""What a file begins with until it is a pool."""
+
 VERSION = 1
 BLOCK = 4096
 """What offsets and lengths of direct I/O are multiples of."""
+
+OPEN_SECONDS = 120.0
+"""How long another server is waited for that makes the file; it calibrates, too."""
 
 FREE, WRITING, READY = 0, 1, 2
 
@@ -163,68 +170,102 @@ class Regions:
 
 @dataclass(frozen=True)
 class PoolFile:
-    """An open pool file: descriptors of headers, of records and of locks, and what it holds."""
+    """An open pool file: descriptors of headers, of records and of locks, who uses it, this process
+    among them, and what it holds."""
 
     path: str
     headers: int
     records: int
     lock: int
+    members: Members
     spec: PoolSpec
     book: Codebook | None
     warm: bool
 
     def close(self) -> None:
-        """Closes the descriptors, which gives up the locks."""
+        """Leaves the pool, and closes the descriptors, which gives up the locks."""
+        self.members.leave()
         for descriptor in (self.headers, self.records, self.lock):
             os.close(descriptor)
 
 
 def open_file(path: str, request: PoolRequest) -> PoolFile:
-    """Adopts the pool at `path`, or makes a new one where there is none that fits.
+    """Joins the pool at `path`, or makes a new one where there is none, or none that fits.
 
     Raises:
-        ConfigError: no room, no such folder, or another process is using a pool that does not fit.
+        ConfigError: no room, no such folder, a file that is no pool or that others may use, a pool
+            that does not fit but is in use, or one that has too many users.
     """
-    try:
-        lock = _lock(path)
-    except OSError as error:
-        raise ConfigError(f"kv_store: {path}: {error.strerror}") from error
-    except locking.PoolBusyError as error:
-        raise ConfigError(f"kv_store: {path}: {error}") from error
-    try:
-        found = read_head(lock, request)
-        warm = not isinstance(found, str)
-        if isinstance(found, str):
-            if Members(lock).anybody():
-                raise ConfigError(
-                    f"kv_store: {path} is being used by another process, and cannot be used here: "
-                    f"{found}; give this server a path of its own"
-                )
-            found = _create(path, lock, request)
-        headers = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        flags = os.O_RDWR | os.O_CLOEXEC | (os.O_DIRECT if request.direct else 0)
+    with contextlib.ExitStack() as opened:
         try:
-            records = os.open(path, flags)
-        except OSError:  # a file system without direct I/O, such as tmpfs
-            records = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        return PoolFile(path, headers, records, lock, *found, warm)
-    except BaseException:
-        os.close(lock)
-        raise
-    finally:
-        with contextlib.suppress(OSError):
-            locking.unlock(lock)
+            lock = _lock(path)
+            opened.callback(os.close, lock)
+            found = read_head(lock, request)
+            warm = not isinstance(found, str)
+            members = Members(lock)
+            if isinstance(found, str):
+                _check_replaceable(path, lock, members, found)
+                found = _create(path, lock, request)
+            headers = _reopen(path, lock)
+            opened.callback(os.close, headers)
+            records = _reopen(path, lock, os.O_DIRECT if request.direct else 0)
+            opened.callback(os.close, records)
+            # While the books are locked, so that nobody takes it for a pool that nobody uses.
+            if not members.join(_reopen(path, lock)):
+                raise ConfigError(f"kv_store: {path} has {MAX_MEMBERS} users already")
+        except NotPrivateError as error:
+            raise ConfigError(f"kv_store: {path} {error.strerror}") from error
+        except OSError as error:
+            raise ConfigError(f"kv_store: {path}: {error.strerror}") from error
+        except locking.PoolBusyError as error:
+            raise ConfigError(f"kv_store: {path}: {error}") from error
+        locking.unlock(lock)
+        opened.pop_all()
+    return PoolFile(path, headers, records, lock, members, *found, warm)
 
 
 def _lock(path: str) -> int:
     """A descriptor of the file, which is made if need be, with the lock of its books."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        locking.lock(descriptor)
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.stat(path), os.fstat(descriptor)):
-                return descriptor
+        descriptor = open_private(path, os.O_CREAT)
+        try:
+            locking.lock(descriptor, OPEN_SECONDS)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.lstat(path), os.fstat(descriptor)):
+                    return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
         os.close(descriptor)  # somebody has removed it meanwhile
+
+
+def _reopen(path: str, lock: int, flags: int = 0) -> int:
+    """One more open file description of a file; `flags` as far as its file system has them."""
+    try:
+        descriptor = open_private(path, flags)
+    except OSError:
+        if not flags:
+            raise
+        descriptor = open_private(path)  # without direct I/O, as tmpfs was for long
+    if not os.path.samestat(os.fstat(descriptor), os.fstat(lock)):
+        os.close(descriptor)
+        raise ConfigError(f"kv_store: {path} was replaced while it was opened; start again")
+    return descriptor
+
+
+def _check_replaceable(path: str, lock: int, members: Members, why: str) -> None:
+    """Whether a file that cannot be used as it is may be made anew."""
+    start = os.pread(lock, len(MAGIC), 0)
+    if start and start not in (MAGIC, BEING_MADE):
+        raise ConfigError(
+            f"kv_store: {path} holds something else than a pool of KV; it is not overwritten: "
+            "give another path, or remove it"
+        )
+    if members.anybody():
+        raise ConfigError(
+            f"kv_store: {path} is being used by another process, and cannot be used here: "
+            f"{why}; give this server a path of its own"
+        )
 
 
 def read_head(descriptor: int, request: PoolRequest) -> tuple[PoolSpec, Codebook | None] | str:
@@ -265,6 +306,7 @@ def _create(path: str, descriptor: int, request: PoolRequest) -> tuple[PoolSpec,
             f"{spec.slot_bytes}"
         )
     os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, BEING_MADE, 0)
     room = os.fstatvfs(descriptor)
     if room.f_bavail * room.f_frsize < regions.size:
         raise ConfigError(

@@ -30,9 +30,13 @@ class Members:
         self.me = -1
         """Number of the member that has joined through this object."""
 
-    def join(self, path: str) -> bool:
-        """Takes the first number that nobody has; False when all are taken."""
-        self._own = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    def join(self, file: str | int) -> bool:
+        """Takes the first number that nobody has; False when all are taken.
+
+        Args:
+            file: its path, or a descriptor of its own, which is closed with the membership.
+        """
+        self._own = file if isinstance(file, int) else os.open(file, os.O_RDWR | os.O_CLOEXEC)
         for number in range(MAX_MEMBERS):
             try:
                 fcntl.fcntl(self._own, fcntl.F_OFD_SETLK, _range(number, 1))

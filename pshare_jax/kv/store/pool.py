@@ -14,8 +14,9 @@ import mmap
 import os
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import xxhash
@@ -34,7 +35,8 @@ from pshare_jax.kv.store.file import (
     codec_number,
     open_file,
 )
-from pshare_jax.kv.store.members import MAX_MEMBERS, Members
+
+T = TypeVar("T")
 
 _SEED = struct.Struct("<16sQIIB")
 
@@ -82,14 +84,15 @@ class Pool:
     file is not as long as it was.
     """
 
-    def __init__(self, file: PoolFile, members: Members):
+    def __init__(self, file: PoolFile):
         self.spec, self.book, self.warm = file.spec, file.book, file.warm
         self.codec = codec_number(file.spec.codec)
         self._file = file
         self._regions = Regions(file.spec)
-        self._members = members
+        self._members = file.members
         self._thread_lock = threading.Lock()
-        self._books = Books(file, members)
+        self._books = Books(file)
+        self._owed: list[Callable[[Books], object]] = []
 
     @classmethod
     def open(cls, path: str, request: PoolRequest) -> Pool:
@@ -98,15 +101,15 @@ class Pool:
         Raises:
             ConfigError: it cannot be made or used, or has too many users.
         """
-        file = open_file(path, request)
-        members = Members(file.lock)
-        if not members.join(path):
-            file.close()
-            raise ConfigError(f"kv_store: {path} has {MAX_MEMBERS} users already")
-        pool = cls(file, members)
-        with pool._locked() as books:
-            books.bury(members.me)
-            books.bury_dead()
+        pool = cls(open_file(path, request))
+        try:
+            with pool._locked() as books:
+                # Whoever had this number before.
+                books.bury(pool._members.me)
+                books.bury_dead()
+        except (locking.PoolBusyError, PoolDamagedError) as error:
+            pool.close()
+            raise ConfigError(f"kv_store: {path}: {error}") from error
         return pool
 
     def buffer(self) -> Buffer:
@@ -191,7 +194,8 @@ class Pool:
         Returns:
             For each pin whether its slot was the record's all the time.
         """
-        with self._locked() as books:
+
+        def act(books: Books) -> list[bool]:
             still = []
             for pin in pins:
                 same = books.generation[pin.slot] == pin.generation
@@ -202,6 +206,8 @@ class Pool:
                 if same and books.state[pin.slot] == READY and not books.pinned(pin.slot):
                     books.drop(pin.slot)
             return still
+
+        return self._now_or_later(act)
 
     def reserve(self, key: bytes) -> Reservation | None:
         """A slot for a record; None if there is one of that key, or if all slots are in use."""
@@ -234,7 +240,8 @@ class Pool:
         key, generation = reservation.key, reservation.generation
         seed = _seed(key, generation, len(record), num_tokens, self.codec)
         checksum = xxhash.xxh3_64_intdigest(record.data, seed=seed)
-        with self._locked() as books:
+
+        def act(books: Books) -> bool:
             slot = reservation.slot
             if books.state[slot] != WRITING or books.generation[slot] != generation:
                 return False
@@ -246,13 +253,18 @@ class Pool:
             books.state[slot] = READY
             return True
 
+        return self._now_or_later(act)
+
     def cancel(self, reservation: Reservation) -> None:
         """Gives a slot back that was not published."""
-        with self._locked() as books:
+
+        def act(books: Books) -> None:
             slot = reservation.slot
             same = books.generation[slot] == reservation.generation
             if same and books.state[slot] == WRITING:
                 books.drop(slot)
+
+        self._now_or_later(act)
 
     def drop(self, keys: Sequence[bytes]) -> None:
         """Takes records out that nobody reads."""
@@ -288,11 +300,22 @@ class Pool:
             books.bury(self._members.me)
         with self._thread_lock:
             self._books.close()
-            self._members.leave()
             self._file.close()
 
     def _offset(self, slot: int) -> int:
         return self._regions.records + slot * self.spec.slot_bytes
+
+    def _now_or_later(self, act: Callable[[Books], T]) -> T:
+        """Ends something: if the books are not to be had now, when they are next.
+
+        Else a slot would stay pinned, or half-written, for as long as this process lives.
+        """
+        try:
+            with self._locked() as books:
+                return act(books)
+        except locking.PoolBusyError:
+            self._owed.append(act)
+            raise
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[Books]:
@@ -306,6 +329,8 @@ class Pool:
                         f"{self._file.path} has {size} bytes, not {self._regions.size}"
                     )
                 self._books.begin()
+                while self._owed:
+                    self._owed.pop()(self._books)
                 yield self._books
                 self._books.end()
             finally:

@@ -99,7 +99,15 @@ class StoreService:
         self, keys: Sequence[bytes], answer: Callable[[list[int]], None], *, ahead: bool = False
     ) -> None:
         """Answers where pages are, up to the first that is nowhere; nobody waits for it `ahead`."""
-        (self._early if ahead else self._reader).post(lambda: answer(self._look(keys)))
+
+        def act() -> None:
+            places: list[int] = []
+            try:
+                places = self._look(keys)
+            finally:
+                answer(places)
+
+        (self._early if ahead else self._reader).post(act)
 
     def load(
         self,

@@ -87,10 +87,14 @@ class Tier:
             For each page what was wrong, or None; and the keys of those read for the first time.
         """
         pins = self.pool.pin(keys)
-        reasons: list[str | None] = []
-        for pin, wanted, index in zip(pins, tokens, indices, strict=True):
-            reasons.append(self._read(pin, wanted, staged, index, buffer))
         held = [pin for pin in pins if pin is not None]
+        reasons: list[str | None] = []
+        try:
+            for pin, wanted, index in zip(pins, tokens, indices, strict=True):
+                reasons.append(self._read(pin, wanted, staged, index, buffer))
+        except BaseException:
+            self.pool.unpin(held)
+            raise
         wrong = [pin for pin, why in zip(pins, reasons, strict=True) if pin and why]
         still = dict(zip(held, self.pool.unpin(held, wrong), strict=True))
         for i, pin in enumerate(pins):

@@ -13,7 +13,8 @@ from pshare_jax.bench.limits import g_max, isolated_prefill_tokens, rho, shared_
 from pshare_jax.bench.plan.bounds import bound, decode_seconds, prefill_seconds
 from pshare_jax.bench.plan.costs import Line, TableCosts
 from pshare_jax.bench.plan.play import SimPlayer, simulate
-from pshare_jax.bench.plan.system import EngineSpec, ServerSpec, System, SystemSpec
+from pshare_jax.bench.plan.specs import EngineSpec, ServerSpec, SystemSpec
+from pshare_jax.bench.plan.system import System
 from pshare_jax.config import DecodeConfig
 
 CHUNKS, BATCHES = [32, 128], [1, 4, 16]

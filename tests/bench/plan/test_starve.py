@@ -3,9 +3,10 @@
 import pytest
 
 from pshare_jax.bench.plan.costs import Line, TableCosts
-from pshare_jax.bench.plan.system import EngineSpec, ServerSpec, System, SystemSpec
+from pshare_jax.bench.plan.specs import EngineSpec, ServerSpec, SystemSpec
+from pshare_jax.bench.plan.system import System
 from pshare_jax.config import DecodeConfig
-from pshare_jax.core.messages import Owner
+from pshare_jax.core.requests import Owner
 
 CHUNK, STEP = 0.25, 0.03
 COSTS = TableCosts(

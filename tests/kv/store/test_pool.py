@@ -10,7 +10,7 @@ import pytest
 
 from pshare_jax.errors import ConfigError
 from pshare_jax.kv.store import locking
-from pshare_jax.kv.store.file import HEADER, PoolDamagedError, PoolRequest, Regions
+from pshare_jax.kv.store.file import BEING_MADE, HEADER, PoolDamagedError, PoolRequest, Regions
 from pshare_jax.kv.store.pool import Pool
 from tests.kv.store.pools import (
     PAGE_BYTES,
@@ -191,8 +191,10 @@ def test_a_pool_that_others_use_is_not_wiped(tmp_path):
 def damage(path: Path, how: str) -> None:
     data = bytearray(path.read_bytes())
     match how:
-        case "magic":
-            data[0] ^= 1
+        case "half made":
+            data[: len(BEING_MADE)] = BEING_MADE
+        case "empty":
+            data.clear()
         case "version":
             data[8] += 1
         case "checksum":
@@ -205,13 +207,12 @@ def damage(path: Path, how: str) -> None:
             data += bytes(4096)
         case "short":
             del data[100:]
-        case "other":
-            data[:] = b"something else"
     path.write_bytes(data)
 
 
 @pytest.mark.parametrize(
-    "how", ["magic", "version", "checksum", "spec", "truncated", "longer", "short", "other"]
+    "how",
+    ["half made", "empty", "version", "checksum", "spec", "truncated", "longer", "short"],
 )
 def test_a_damaged_or_old_file_is_made_anew(tmp_path, how):
     pool = open_pool(tmp_path)

@@ -1,0 +1,151 @@
+"""Pages that are on their way, and everybody else who wants the same ones meanwhile."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from pshare_jax.core import messages as m
+from pshare_jax.core.admission import Admission
+from pshare_jax.core.arrivals import Arrivals
+from pshare_jax.core.pages.prefix_index import PageState
+from pshare_jax.core.plans import PrefillResult
+from pshare_jax.core.prices import SHARED
+from pshare_jax.core.requests import FinishReason, PromptUsage
+from pshare_jax.core.sequences import Sequence
+from tests.core.scripted import Host, Setting
+from tests.core.test_prefetch import Early
+from tests.core.test_store_client import Bench
+
+
+def computing(bench: Bench, tokens: int) -> Sequence:
+    """A prompt that the store does not have, of which the first chunk has been computed."""
+    sequence = bench.ask(tokens)
+    bench.store()
+    bench.core.receive(m.Looked(sequence.id, []))
+    (chunk,) = bench.chunk().chunks
+    assert (chunk.start, len(chunk.tokens)) == (0, 8)
+    return sequence
+
+
+@pytest.mark.parametrize("when", ["looked for", "fetched"])
+def test_what_is_being_computed_is_not_fetched_ahead(when: str):
+    """An agent whose prompt begins like the present one's is expected while that is computed."""
+    bench = Early()
+    if when == "looked for":
+        sequence = computing(bench, 24)
+        expected = msgspec.structs.replace(sequence, id=99)
+        bench.core.receive(m.Expected(expected))
+        plan = bench.core.schedule(0.0)
+        assert plan is not None
+        bench.core.apply(plan, PrefillResult())
+        bench.core.receive(m.Looked(99, [SHARED] * 6))
+    else:
+        expected = msgspec.structs.replace(bench.expect(24), id=99)
+        bench.ahead.clear()
+        bench.core.receive(m.Expected(expected))
+        (look,) = bench.plan().looks
+        assert look.ahead
+        sequence = computing(bench, 24)
+        # What came was the same prompt; here it is another one that begins like it.
+        assert bench.ahead._looking is not None
+        bench.ahead._looking.came = False
+        bench.core.receive(m.Looked(99, [SHARED] * 6))
+    computed = []
+    while not bench.covered():
+        plan = bench.core.schedule(0.0)
+        assert plan is not None
+        computed += [(chunk.start, len(chunk.tokens)) for chunk in plan.chunks]
+        assert plan.store is None or not plan.store.loads, "it is there in a moment"
+        bench.core.apply(plan, PrefillResult())
+    assert sum(length for _, length in computed) >= 8, "all of it was computed"
+    bench.core.receive(m.Release(sequence.id))
+
+
+def test_a_prompt_does_not_use_pages_that_a_row_of_the_same_pool_is_still_fetching():
+    """A mesh that was given to decode still computes what it has begun."""
+    bench = Bench()
+    sequence = computing(bench, 24)
+    admission = Admission(bench.cache, 4)
+    other = msgspec.structs.replace(sequence, id=99, prefill_worker="prefill1")
+    room = admission.reserve(other)
+    assert room is not None
+    assert sorted(room.arriving) == [2, 3, 4, 5]
+    assert bench.core.schedule(0.0) is None, "it waits until they are there"
+    assert bench.covered() == []
+    for number in (2, 3):
+        room.arriving[number].state = PageState.READY
+    assert bench.core.schedule(0.0) is None
+    for number in (5, 4):
+        bench.cache.forget(room.arriving[number])
+    (chunk,) = bench.chunk().chunks
+    assert (chunk.start, len(chunk.tokens)) == (16, 8)
+    assert bench.covered() == [sequence.id]
+    admission.leave(room.slot, room.pages)
+    bench.core.receive(m.Release(sequence.id))
+    bench.cache.check(idle=True)
+
+
+def test_a_prompt_that_enters_does_not_use_them_either():
+    bench = Bench()
+    sequence = bench.ask(16)
+    bench.store()
+    bench.core.receive(m.Looked(sequence.id, []))
+    admission = Admission(bench.cache, 4)
+    room = admission.reserve(msgspec.structs.replace(sequence, id=99))
+    assert room is not None
+    assert bench.core.schedule(0.0) is None
+    for node in room.arriving.values():
+        node.state = PageState.READY
+    assert bench.core.schedule(0.0) is None
+    assert bench.covered() == [sequence.id]
+    admission.leave(room.slot, room.pages)
+
+
+def test_a_row_fetches_what_the_store_could_not_give():
+    """It waited for a page of the same pool that a prompt had fetched from the store."""
+    bench = Bench()
+    sequence = bench.ask(12)
+    bench.store()
+    bench.core.receive(m.Looked(sequence.id, [SHARED] * 3))
+    plan = bench.store()
+    assert plan is not None
+    admission, outbox = Admission(bench.cache, 4), []
+    arrivals = Arrivals("decode0", bench.cache, outbox, iter(range(100, 200)))
+    row = msgspec.structs.replace(sequence, id=99, prefill_worker="prefill1")
+    room = admission.reserve(row)
+    assert room is not None
+    assert sorted(room.awaited) == [0, 1, 2]
+    arrivals.add(row, PromptUsage(13, 0, 12, 0), room)
+    assert arrivals.complete() == []
+    bench.core.receive(m.Loaded(plan.loads[0].transfer, "a page is not what was asked for"))
+    assert arrivals.complete() == []
+    assert outbox == [("prefill1", m.Fetch("decode0", 100, 99, [0, 1, 2]))]
+    arrivals.offered(100, [])
+    arrivals.landed(100)
+    (done,) = arrivals.complete()
+    assert done.sequence.id == 99
+    admission.leave(room.slot, room.pages)
+    bench.cache.check()
+
+
+def test_rows_without_kv_move_too():
+    """Of a prompt of one token nothing is covered, and a mesh may go before the first step."""
+    host = Host(Setting(either=True, prefill=1, decode=2, decode_pages=40))
+    replies = [
+        host.submit(model, [i], 6) for i in range(2) for model in ("full", "identity", "lora")
+    ]
+    for _ in range(60):
+        host.deliver_all()
+        for name in ("prefill0", "decode1", "decode2"):
+            host.work(name)
+        rows = host.decode["decode2"].core.rows.all()
+        if any(row.num_kv == 0 and row.planned == 0 for row in rows):
+            break
+    else:
+        raise AssertionError("no row waited for its first step")
+    assert host.give_mesh("prefill2")
+    host.drain()
+    for reply in replies:
+        reply.check_ended()
+        assert reply.reason is FinishReason.LENGTH
