@@ -308,7 +308,8 @@ def _connect(config: ServeConfig) -> Any:
     try:
         ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise ConfigError(f"cluster.ray_address: {address!r}: {_short(error)}") from error
+        what = f"no Ray at {address!r}" if address else "a Ray of our own cannot be started"
+        raise ConfigError(f"cluster.ray_address: {what}: {_short(error)}") from error
     _check_hosts(config, ray)
     return ray
 

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import urllib.error
 import urllib.request
@@ -21,10 +22,11 @@ import pytest
 import yaml
 
 from pshare_jax.serve.process import READY
+from pshare_jax.serve.ray_host import _OWN
 from tests.e2e.conftest import write_config
 from tests.e2e.test_cluster import Stream, body_of, read
 from tests.engine.harness import wait_until
-from tests.ray.test_ray_host import alive, descendants
+from tests.ray.test_ray_host import OWN, alive, descendants
 
 SECONDS = 200
 NAME = f"ray{os.getpid()}"
@@ -40,11 +42,13 @@ def config(tiny_folder: Path, tmp_path: Path) -> Path:
 
 
 @contextmanager
-def launched(config: Path, port: int) -> Iterator[subprocess.Popen[str]]:
+def launched(
+    config: Path, port: int, *flags: str, env: dict[str, str] | None = None
+) -> Iterator[subprocess.Popen[str]]:
     """A launcher that has said that all are ready."""
     command = [sys.executable, "-m", "pshare_jax.serve", f"--config={config}", f"--port={port}"]
     with subprocess.Popen(
-        [*command, "--launcher=ray"], stdout=subprocess.PIPE, text=True
+        [*command, "--launcher=ray", *flags], stdout=subprocess.PIPE, text=True, env=env
     ) as process:
         watchdog = threading.Timer(SECONDS, process.kill)
         watchdog.start()
@@ -135,3 +139,54 @@ def test_what_dies_is_not_missed(config: Path, tiny_server: str) -> None:
     wait_until(lambda: processes_of(config) == {}, SECONDS)
     with pytest.raises(OSError, match="refused"):
         urllib.request.urlopen(url, timeout=SECONDS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_launcher_leaves_and_another_goes_on(config: Path, tmp_path: Path) -> None:
+    """On a Ray of somebody else's; at last the host is drained."""
+    (tmp_path / "token").write_text("a token that is long enough")
+    (tmp_path / "token").chmod(0o600)
+    env = {**os.environ, **_OWN, "RAY_AUTH_TOKEN": "0" * 64, "TMPDIR": str(tmp_path)}
+    # Its paths must be short.
+    env["RAY_TMPDIR"] = tempfile.gettempdir()
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    with subprocess.Popen(
+        [sys.executable, "-c", OWN],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=env,
+    ) as ray:
+        assert ray.stdout is not None
+        flags = (
+            f"--cluster.ray_address={ray.stdout.readline().strip()}",
+            f"--token-file={tmp_path / 'token'}",
+            "--cluster.ray.keep=true",
+            "--cluster.ray.frontend.cpus=0",
+            "--cluster.ray.prefill.cpus=0",
+            "--cluster.ray.decode.cpus=0",
+        )
+        with launched(config, port, *flags, env=env) as first:
+            text = read(url, body_of(1), Stream()).text
+            before = processes_of(config)
+            first.terminate()
+            assert first.wait(SECONDS) == 0
+        assert processes_of(config) == before
+        assert read(url, body_of(1), Stream()).text == text
+        with launched(config, port, *flags, env=env) as second:
+            assert processes_of(config) == before
+            # It looks after them as if they were its own.
+            os.kill(before["prefill0"], signal.SIGKILL)
+            wait_until(
+                lambda: processes_of(config).get("prefill0") not in (None, before["prefill0"]),
+                SECONDS,
+            )
+            second.kill()
+            second.wait()
+        drain = [sys.executable, "-m", "pshare_jax.serve.ray_drain", "30"]
+        done = subprocess.run(drain, env=env, capture_output=True, text=True, check=True)
+        assert len(done.stdout.splitlines()) == 3
+        assert processes_of(config) == {}
+        ray.communicate("")
