@@ -349,16 +349,22 @@ class PrefillCore:
         """Gives pages to waiting tasks; what the pool does not hold of them may be in the store."""
         store = self.store
         arriving = store.arriving() if store is not None else ()
-        for task in self.queue.enter(self.chunks.active, self.held.tasks(), arriving):
-            if not task.remaining:
-                self._cover(task)
-            elif store is None or not store.ask(task):
-                self._activate(task)
+        held = [*self.held.tasks(), *self._looked_for()]
+        for task in self.queue.enter(self.chunks.active, held, arriving):
+            if store is None or not task.remaining or not store.ask(task):
+                self._begin(task)
         for task in store.take_ready() if store is not None else ():
-            self._activate(task)
+            self._begin(task)
 
-    def _activate(self, task: PrefillTask) -> None:
-        """What a prompt lacks is computed, beginning with its next turn."""
+    def _looked_for(self) -> list[PrefillTask]:
+        """Prompts that have pages, and wait for the store."""
+        return self.store.tasks() if self.store is not None else []
+
+    def _begin(self, task: PrefillTask) -> None:
+        """What a prompt lacks, if anything, is computed, beginning with its next turn."""
+        if not task.remaining:
+            self._cover(task)
+            return
         self.chunks.active.append(task)
         self._send(DISPATCHER, m.Pending(task.sequence.id, task.remaining))
 
@@ -398,12 +404,11 @@ class PrefillCore:
 
     def loads(self) -> dict[int, int]:
         """Prompt tokens still to be computed, by sequence."""
-        return {
-            task.sequence.id: task.remaining for task in (*self.queue.tasks, *self.chunks.active)
-        }
+        tasks = (*self.queue.tasks, *self.chunks.active, *self._looked_for())
+        return {task.sequence.id: task.remaining for task in tasks}
 
     def held_ids(self) -> set[int]:
         """Sequences whose pages are held here, in any state."""
-        tasks = (*self.queue.tasks, *self.chunks.active, *self.held.tasks())
-        looked_for = self.store.ids() if self.store is not None else set()
-        return {task.sequence.id for task in tasks} | looked_for
+        waiting = (*self.queue.tasks, *self._looked_for())
+        tasks = (*waiting, *self.chunks.active, *self.held.tasks())
+        return {task.sequence.id for task in tasks}

@@ -60,7 +60,7 @@ class PrefillQueue:
 
         Args:
             active: tasks that are being covered.
-            held: tasks that are covered and keep their pages.
+            held: others that hold pages: they are covered, or wait for the KV store.
             arriving: chain keys of pages that are on their way, which are waited for.
         """
         self.wanting = None

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from pshare_jax.core.pages.page_cache import PageCache
-from pshare_jax.core.pages.prefix_index import Node
+from pshare_jax.core.pages.prefix_index import Node, PageState
 from pshare_jax.core.requests import PromptUsage
 from pshare_jax.core.sequences import Sequence
 
@@ -56,6 +56,14 @@ class PrefillTask:
         node.early = False
         if node.ahead and not self.ahead:
             self.foreseen += node.use(length)
+
+    def take_landed(self, cache: PageCache) -> None:
+        """Counts pages that were fetched into its own ones as found, as far as all have come."""
+        while self.remaining:
+            node = cache.node_of(self.pages[self.filled // cache.page_size])
+            if node is None or node.state is not PageState.READY:
+                return
+            self.account(node, min(len(node.tokens), self.remaining))
 
     def usage(self) -> PromptUsage:
         """Where this prompt's KV came from."""

@@ -97,7 +97,11 @@ class StoreClient:
 
     def ids(self) -> set[int]:
         """Sequences whose prompts are here."""
-        return {task.sequence.id for task in self._tasks()}
+        return {task.sequence.id for task in self.tasks()}
+
+    def tasks(self) -> list[PrefillTask]:
+        """Prompts that are here; they hold pages."""
+        return [*self.holders, *self._fetching.values()]
 
     @property
     def holders(self) -> list[PrefillTask]:
@@ -108,7 +112,7 @@ class StoreClient:
         """Chain keys of the pages that are being fetched, and that prompts here will have."""
         keys = {key for piece in self._pieces() for key in piece.load.keys}
         page_size = self._cache.page_size
-        for task in self._tasks():
+        for task in self.tasks():
             keys.update(task.sequence.chain[task.filled // page_size :])
         return keys
 
@@ -176,8 +180,10 @@ class StoreClient:
         number = len(matched)
         places = answer.places[max(number - looking.first, 0) :]
         keys = chain[number : number + len(places)]
-        queue += sum(other.remaining for other in self._tasks())
-        count = self._count(task, number, places, queue) if computing.isdisjoint(keys) else 0
+        queue += sum(other.remaining for other in self.tasks())
+        # Pages that were on their way when it was asked, and that failed, were not looked for.
+        fits = number >= looking.first and computing.isdisjoint(keys)
+        count = self._count(task, number, places, queue) if fits else 0
         if not count:
             self._cache.release(node.page for node in matched)
             self.stats.declined += len(places)
@@ -242,6 +248,8 @@ class StoreClient:
             if run.early and self.ahead is not None:
                 self.ahead.landed(piece.nodes)
                 self._cache.pin(run.pages, self._cache.now + run.sequence.ttl)
+            if (task := self._fetching.get(run.sequence.id)) is not None:
+                task.take_landed(self._cache)
             self._ended(run)
 
     def work(self, *, saves: bool, computing: Callable[[], set[bytes]]) -> StorePlan | None:
@@ -311,7 +319,7 @@ class StoreClient:
         """Gives all pages back."""
         for run in tuple(self._runs.values()):
             self._cancel(run)
-        for task in self._tasks():
+        for task in self.tasks():
             self._cache.release(task.pages)
         self._looking.clear()
         self._fetching.clear()
@@ -329,9 +337,6 @@ class StoreClient:
         look = self.ahead.work(computing)
         if look is not None:
             self._looks.append(look)
-
-    def _tasks(self) -> list[PrefillTask]:
-        return [*self.holders, *self._fetching.values()]
 
     def _pieces(self) -> Iterator[Piece]:
         for run in self._runs.values():

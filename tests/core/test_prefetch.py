@@ -116,6 +116,7 @@ def test_who_asks_goes_first():
     assert bench.store() is None, "the rest waits for who has asked"
     bench.core.receive(m.Loaded(load.transfer))
     bench.store()
+    assert bench.store() is None, "the prompt has its turn first"
     (rest,) = bench.plan().loads
     assert (rest.ahead, len(rest.keys)) == (True, 4)
     bench.load(StorePlan(loads=[rest]))

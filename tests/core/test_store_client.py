@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 
+import msgspec
 import pytest
 
 from pshare_jax.core import messages as m
+from pshare_jax.core.admission import Admission
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.pages.prefix_index import PageState, block_key, block_keys, root_key
 from pshare_jax.core.plans import PrefillPlan, PrefillResult, StorePlan
 from pshare_jax.core.prefill import STORE_SECONDS, PrefillCore
 from pshare_jax.core.prices import DISK, SHARED, Prices
-from pshare_jax.core.requests import SamplingParams
+from pshare_jax.core.requests import Owner, SamplingParams
 from pshare_jax.core.sequences import Sequence
 from pshare_jax.core.store_client import MAX_LATE, MAX_LOADS, PIECE_PAGES, StoreClient
 from tests.core.setting import model_specs
@@ -135,8 +137,6 @@ def test_a_second_prompt_waits_for_the_pages_that_are_fetched():
     assert bench.store() is None, "nothing is computed that is on its way"
     bench.core.receive(m.Loaded(plan.loads[0].transfer))
     bench.store()
-    plan = bench.store()
-    assert plan is None, "the first is covered"
     plan = bench.store()
     assert plan is not None
     assert [(look.id, look.keys) for look in plan.looks] == [(second.id, second.keys[2:])]
@@ -450,3 +450,75 @@ def test_pages_that_arrive_are_not_given_to_others():
     assert bench.core.give_way(run), "the pages of a run can be had by others"
     assert not bench.core.give_way(run)
     assert bench.cache.matched_tokens(sequence.keys, sequence.prompt) == 0
+
+
+def test_prompts_that_are_looked_for_are_work_of_the_worker():
+    bench = Bench()
+    sequence = bench.ask(12)
+    bench.store()
+    assert bench.core.loads() == {sequence.id: 12}
+    bench.core.receive(m.Looked(sequence.id, [SHARED] * 3))
+    bench.store()
+    assert bench.core.loads() == {sequence.id: 12}
+
+
+def test_pages_of_prompts_that_are_looked_for_count_for_their_client():
+    """It is the turn of a client that holds nothing, though the other one has asked before."""
+    bench = Bench()
+    prompts = [bench.prompt(16 * PAGE, seed) for seed in range(3)]
+    owners = [Owner(key="first"), Owner(key="first"), Owner(key="second")]
+    first, again, other = (
+        msgspec.structs.replace(prompt, owner=owner)
+        for prompt, owner in zip(prompts, owners, strict=True)
+    )
+    bench.core.receive(m.Prefill(first))
+    plan = bench.store()
+    assert plan is not None
+    assert [look.id for look in plan.looks] == [first.id]
+    for sequence in (again, other):
+        bench.core.receive(m.Prefill(sequence))
+    plan = bench.store()
+    assert plan is not None
+    assert [look.id for look in plan.looks] == [other.id]
+
+
+def test_only_pages_that_were_looked_for_are_fetched():
+    """Pages that a row of the pool was to bring were not, and have not come."""
+    bench = Bench()
+    admission = Admission(bench.cache, 4)
+    room = admission.reserve(bench.prompt(8))
+    assert room is not None
+    assert sorted(room.arriving) == [0, 1]
+    sequence = bench.ask(24)
+    plan = bench.store()
+    assert plan is not None
+    assert [look.keys for look in plan.looks] == [sequence.keys[2:]]
+    for number in (1, 0):
+        bench.cache.forget(room.arriving[number])
+    bench.core.receive(m.Looked(sequence.id, [SHARED] * 4))
+    (chunk,) = bench.chunk().chunks
+    assert (chunk.id, chunk.start) == (sequence.id, 0)
+    admission.leave(room.slot, room.pages)
+
+
+def test_pages_that_have_come_are_for_all_though_more_are_on_their_way():
+    bench = Bench(pages=200)
+    long = bench.ask(PAGE * (PIECE_PAGES + 2))
+    bench.store()
+    bench.core.receive(m.Looked(long.id, [SHARED] * (PIECE_PAGES + 2)))
+    plan = bench.store()
+    assert plan is not None
+    first, second = plan.loads
+    short = bench.ask(12)
+    assert bench.store() is None, "it waits for the first piece"
+    bench.core.receive(m.Loaded(first.transfer))
+    bench.store()
+    assert bench.store() is None
+    assert bench.covered() == [short.id]
+    bench.core.receive(m.Loaded(second.transfer))
+    bench.store()
+    assert bench.store() is None
+    assert bench.covered() == [long.id]
+    for id in (short.id, long.id):
+        bench.core.receive(m.Release(id))
+    bench.cache.check(idle=True)
