@@ -147,14 +147,26 @@ class PromptPages:
         task.pages = [*task.pages[:number], page, *task.pages[number + 1 :]]
 
     def index(self, task: PrefillTask, end: int) -> None:
-        """Enters the pages that hold positions task.filled .. end-1 into the index."""
+        """Enters the pages that hold positions task.filled .. end-1 into the index.
+
+        Not those of which others are on their way there: since the chunk was planned a row of the
+        same pool may have begun to fetch them. Nor what follows such pages.
+        """
         sequence, page_size = task.sequence, self._cache.page_size
         first = task.filled // page_size
-        parent = self._cache.node_of(task.pages[first - 1]) if first else None
+        parent = self._full_page(task, first - 1) if first else None
+        if first and (parent is None or parent.state is not PageState.READY):
+            return
         for number in range(first, -(-end // page_size)):
             tokens = sequence.prompt[number * page_size : min((number + 1) * page_size, end)]
             key = sequence.keys[number] if len(tokens) == page_size else None
             node = task.node if number == first else None
+            other = self._full_page(task, number) if key is not None else None
+            if other is not None:
+                if node is not None:
+                    # Full and without a key: nobody may extend it any more.
+                    self._extend(task, node, tokens, None)
+                return
             if node is None:
                 copied = task.copied_origins if number == first else []
                 node = Node(
@@ -167,9 +179,20 @@ class PromptPages:
                 )
                 self._cache.insert(node)
             else:
-                origins = [sequence.model] * (len(tokens) - len(node.tokens))
-                self._cache.extend(node, tokens, origins, key)
+                self._extend(task, node, tokens, key)
             if task.ahead:
                 start = max(task.filled - number * page_size, 0)
                 node.ahead.update(range(start, len(tokens)))
             parent = node
+
+    def _full_page(self, task: PrefillTask, number: int) -> Node | None:
+        """The indexed page `number` of a task's prompt, which must be a full one."""
+        start = number * self._cache.page_size
+        tokens = task.sequence.prompt[start : start + self._cache.page_size]
+        return self._cache.find(task.sequence.keys[number], tokens)
+
+    def _extend(
+        self, task: PrefillTask, node: Node, tokens: tuple[int, ...], key: bytes | None
+    ) -> None:
+        origins = [task.sequence.model] * (len(tokens) - len(node.tokens))
+        self._cache.extend(node, tokens, origins, key)

@@ -184,3 +184,54 @@ def test_rows_without_kv_move_too():
     for reply in replies:
         reply.check_ended()
         assert reply.reason is FinishReason.LENGTH
+
+
+def test_a_row_may_enter_while_a_chunk_is_planned():
+    """What is under way in the decode worker ends first, and gives a row of the pool room."""
+    bench = Bench()
+    sequence = bench.ask(20)
+    bench.store()
+    bench.core.receive(m.Looked(sequence.id, []))
+    plan = bench.core.schedule(0.0)
+    assert plan is not None
+    assert [(chunk.start, len(chunk.tokens)) for chunk in plan.chunks] == [(0, 8)]
+    admission = Admission(bench.cache, 4)
+    room = admission.reserve(bench.prompt(12))
+    assert room is not None
+    assert sorted(room.arriving) == [0, 1, 2]
+    bench.core.apply(plan, PrefillResult())
+    assert bench.core.schedule(0.0) is None, "it waits for the third page"
+    for number in (2, 1, 0):
+        bench.cache.forget(room.arriving[number])
+    while not bench.covered():
+        bench.chunk()
+    admission.leave(room.slot, room.pages)
+    bench.core.receive(m.Release(sequence.id))
+    bench.cache.check(idle=True)
+
+
+def test_a_row_may_bring_the_page_that_a_prompt_is_filling_up():
+    bench = Bench()
+    first = bench.ask(6)
+    bench.store()
+    bench.core.receive(m.Looked(first.id, []))
+    bench.chunk()
+    assert bench.covered() == [first.id]
+    sequence = bench.ask(12)
+    bench.store()
+    bench.core.receive(m.Looked(sequence.id, []))
+    plan = bench.core.schedule(0.0)
+    assert plan is not None
+    assert [(chunk.start, len(chunk.tokens)) for chunk in plan.chunks] == [(6, 6)]
+    admission = Admission(bench.cache, 4)
+    room = admission.reserve(bench.prompt(8))
+    assert room is not None
+    assert sorted(room.arriving) == [1]
+    bench.core.apply(plan, PrefillResult())
+    assert bench.covered() == [sequence.id]
+    room.arriving[1].state = PageState.READY
+    assert bench.cache.matched_tokens(sequence.keys, sequence.prompt) == 8
+    admission.leave(room.slot, room.pages)
+    for id in (first.id, sequence.id):
+        bench.core.receive(m.Release(id))
+    bench.cache.check(idle=True)

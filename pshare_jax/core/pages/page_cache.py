@@ -127,6 +127,10 @@ class PageCache:
         """Number of leading tokens whose full pages are indexed; references nothing."""
         return len(self._find(keys, tokens)) * self.page_size
 
+    def find(self, key: bytes, tokens: Sequence[int]) -> Node | None:
+        """The full page of a chain key, if its tokens are these; references nothing."""
+        return self._index.get(key, tokens)
+
     def is_arriving(self, key: bytes) -> bool:
         """Whether the full page of a chain key is on its way."""
         return self._index.is_arriving(key)
