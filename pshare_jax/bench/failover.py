@@ -12,7 +12,7 @@ import asyncio
 import math
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ import aiohttp
 import yaml
 
 from pshare_jax.bench.agents_stats import percentiles
+from pshare_jax.bench.agents_targets import tokenizer_folder
 from pshare_jax.bench.agents_workload import TextSource
 from pshare_jax.bench.failover_cluster import Cluster, placed, running_cluster, settings_of
 from pshare_jax.bench.failover_streams import Answer, Stream, gap_around, tokens_between
@@ -49,7 +50,8 @@ class FailoverOptions:
 
     Args:
         config: the serving configuration; its models are listed again until each stream has one.
-        serve: further flags of the processes; by default pools that hold some twenty such streams.
+        serve: further flags of the processes; by default pools that hold some twenty such streams,
+            and no larger batches than eight make, so that a worker starts sooner.
         streams: live ones.
         prompt: tokens of each stream's prompt, of real text.
         reply: tokens of each answer. Odd streams are sampled with a seed, the others are greedy.
@@ -63,14 +65,18 @@ class FailoverOptions:
 
     config: str = "configs/bench/lora.yaml"
     serve: list[str] = field(
-        default_factory=lambda: ["--prefill.num_pages=257", "--decode.num_pages=257"]
+        default_factory=lambda: [
+            "--prefill.num_pages=257",
+            "--decode.num_pages=257",
+            "--decode.batch_buckets=[1,2,4,8]",
+        ]
     )
     streams: int = 8
     prompt: int = 512
     reply: int = 96
     warm_seconds: float = 10.0
     window_seconds: float = 10.0
-    ready_seconds: float = 120.0
+    ready_seconds: float = 150.0
     back_seconds: float = 90.0
     timeout: float = 120.0
     seed: int = 0
@@ -119,7 +125,7 @@ def run(options: FailoverOptions) -> dict[str, Any]:
         ConfigError: the configuration cannot be served so.
     """
     settings = settings_of(Path(options.config), options.streams)
-    tokenizer = Tokenizer.load(f"{settings['base']}/tokenizer")
+    tokenizer = Tokenizer.load(tokenizer_folder(None, {"config": options.config}))
     with tempfile.TemporaryDirectory(prefix="pshare-bench-failover-") as folder:
         config = Path(folder) / "serve.yaml"
         config.write_text(yaml.safe_dump(settings))
@@ -159,6 +165,10 @@ async def _measure(
     async with aiohttp.ClientSession(cluster.url, timeout=timeout, connector=connector) as http:
         streams = [Stream(http, body) for body in bodies]
         try:
+            # With one decode worker linked before the other all streams would begin there.
+            await _until(
+                lambda: cluster.is_whole(http), options.ready_seconds, "linked to all workers"
+            )
             async with _playing(streams):
                 await asyncio.sleep(options.warm_seconds + options.window_seconds)
                 kill = await _kill(options, cluster, http, streams)
@@ -172,6 +182,19 @@ async def _measure(
         "options": asdict(options),
         **figures([stream.answers for stream in streams], alone, kill, options.window_seconds),
     }
+
+
+async def _until(holds: Callable[[], Awaitable[bool]], seconds: float, what: str) -> None:
+    """Waits until it holds.
+
+    Raises:
+        BenchmarkError: it does not within `seconds`.
+    """
+    end = time.perf_counter() + seconds
+    while not await holds():
+        if time.perf_counter() > end:
+            raise BenchmarkError(f"waited {seconds:.0f} s, in vain, until {what}")
+        await asyncio.sleep(_LOOK_SECONDS)
 
 
 @asynccontextmanager
@@ -208,19 +231,20 @@ async def _kill(
         if len(requests) >= math.ceil(_SHARE * len(streams)):
             break
         if time.perf_counter() > end:
+            errors = [answer.error for stream in streams for answer in stream.answers]
             raise BenchmarkError(
                 f"never were {_SHARE:.0%} of the streams in the middle of a request that one "
-                f"decode worker had; give longer answers (--reply={options.reply})"
+                f"decode worker had; give longer answers (--reply={options.reply}). Requests that "
+                f"failed: {next(filter(None, errors), 'none')}"
             )
         await asyncio.sleep(_LOOK_SECONDS)
     workers = [worker for _, worker in requests.values()]
     worker = max(sorted(set(workers)), key=workers.count)
     pid = cluster.kill(worker)
     at = time.perf_counter()
-    while not await cluster.is_back(http, worker, pid):
-        if time.perf_counter() > at + options.back_seconds:
-            raise BenchmarkError(f"{worker} was not back {options.back_seconds:.0f} s after")
-        await asyncio.sleep(_LOOK_SECONDS)
+    await _until(
+        lambda: cluster.is_back(http, worker, pid), options.back_seconds, f"{worker} is back"
+    )
     return Kill(worker, at, time.perf_counter(), requests)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ import aiohttp
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from pshare_jax.bench.agents_targets import exiting_on_sigterm
 from pshare_jax.config import load_serve_config
 from pshare_jax.engine.limits import check_cluster
 from pshare_jax.errors import BenchmarkError, ConfigError
@@ -49,13 +49,17 @@ class Cluster:
         os.kill(pid, signal.SIGKILL)
         return pid
 
+    async def is_whole(self, http: aiohttp.ClientSession) -> bool:
+        """Whether the frontend is linked to all workers; `http` is a session with its address."""
+        async with http.get("/health") as response:
+            return (await response.json())["status"] == "ok"
+
     async def is_back(self, http: aiohttp.ClientSession, worker: str, killed: int) -> bool:
         """Whether another process than `killed` is in its place, and linked to the frontend."""
         child = self._decode[worker]
         if child.pid in (None, killed) or not child.is_ready.is_set():
             return False
-        async with http.get("/health") as response:
-            return (await response.json())["status"] == "ok"
+        return await self.is_whole(http)
 
     async def held(self, http: aiohttp.ClientSession) -> dict[str, dict[str, int]]:
         """Sequences of each model by decode worker, as each of these says itself."""
@@ -113,24 +117,17 @@ def running_cluster(config: Path, flags: Sequence[str], ready_seconds: float) ->
     args = [f"--config={config}", *flags, "--server.host=127.0.0.1", "--server.port=0"]
     serve = load_serve_config(config, *args[1:])
     check_cluster(serve)
-    # Ended by default, this process would leave the others behind.
-    before = signal.signal(signal.SIGTERM, _exit)
-    try:
-        with tempfile.TemporaryDirectory(prefix="pshare-bench-failover-") as folder:
-            token_file = make_token(Path(folder))
-            launcher = Launcher(serve, args, LocalHost(serve.server), token_file)
-            try:
-                launcher.start()
-                _wait_until_ready(launcher, ready_seconds)
-                yield Cluster(launcher)
-            finally:
-                launcher.stop()
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _exit(number: int, _: object) -> None:
-    sys.exit(128 + number)
+    with (
+        exiting_on_sigterm(),
+        tempfile.TemporaryDirectory(prefix="pshare-bench-failover-") as folder,
+    ):
+        launcher = Launcher(serve, args, LocalHost(serve.server), make_token(Path(folder)))
+        try:
+            launcher.start()
+            _wait_until_ready(launcher, ready_seconds)
+            yield Cluster(launcher)
+        finally:
+            launcher.stop()
 
 
 def _wait_until_ready(launcher: Launcher, seconds: float) -> None:

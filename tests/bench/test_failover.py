@@ -135,9 +135,12 @@ def test_a_decode_worker_of_a_tiny_cluster_is_killed(
     base = write_prefill(tmp_path / "base", config, init_weights(config, 0), files)
     write_decode(tmp_path / "coder", base, init_weights(config, 1), cache_conditioned=True)
     coder = {"name": "coder", "checkpoint": str(tmp_path / "coder")}
-    file = write_config(tmp_path, models=[coder])
-    flags = [f"--config={file}", "--serve=[]", "--streams=4", "--prompt=80", "--reply=1000"]
-    flags += ["--warm_seconds=0", "--window_seconds=2", f"--json={tmp_path}/out.json"]
+    decode = {"batch_buckets": [4], "max_num_seqs": 4, "replay_buckets": [16], "max_full": 4}
+    file = write_config(
+        tmp_path, models=[coder], prefill={"chunk_buckets": [64]}, decode=decode, server={}
+    )
+    flags = [f"--config={file}", "--serve=[]", "--streams=4", "--prompt=80", "--reply=500"]
+    flags += ["--warm_seconds=0", "--window_seconds=1.5", f"--json={tmp_path}/out.json"]
     assert main(["failover", *flags]) == 0
     result = json.loads((tmp_path / "out.json").read_text())
     assert result["killed"] in ("decode0", "decode1")
@@ -146,7 +149,7 @@ def test_a_decode_worker_of_a_tiny_cluster_is_killed(
     gaps = result["gaps"]
     # Most of the streams were in the middle of a request, and the one that died had most.
     assert 3 <= gaps["its streams"]["streams"] + gaps["other streams"]["streams"] <= 4
-    assert gaps["its streams"]["streams"] >= 2
+    assert gaps["its streams"]["streams"] >= gaps["other streams"]["streams"]
     assert gaps["its streams"]["worst"] >= gaps["its streams"]["p50"] > 0
     assert set(result["tokens_per_s"]) == {"before", "while it was away", "after"}
     assert min(result["tokens_per_s"].values()) >= 0
