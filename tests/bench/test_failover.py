@@ -125,7 +125,7 @@ def test_options_that_make_no_sense(flag: str, capsys: pytest.CaptureFixture[str
     assert f"pshare_jax.bench: {name}: must " in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_decode_worker_of_a_tiny_cluster_is_killed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
