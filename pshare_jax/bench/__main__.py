@@ -23,6 +23,7 @@ from pshare_jax.bench import (
     agents_plots,
     agents_report,
     compile_report,
+    failover,
     machine,
     micro,
     micro_report,
@@ -144,6 +145,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "soak" and not all(v["kept"] for v in result["verdicts"].values()):
             return 1
         if arguments.command == "hardware" and hardware.failed(result):
+            return 1
+        if arguments.command == "failover" and failover.failed(result):
             return 1
         if plots is not None:
             draws[arguments.command](result, Path(plots))

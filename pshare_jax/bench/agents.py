@@ -49,6 +49,8 @@ class AgentsOptions:
         isolated: the same with models that do not: the baseline.
         variants: by name, configurations of further servers whose models share; each is compared
             with every baseline, as `shared` is.
+        baselines: by name, configurations of servers that those are compared with; their models
+            share, too.
         checkouts: by name, folders of other checkouts of this project; each is a baseline that
             runs `shared` with its own code, in its folder.
         vllm: servers of vLLM that are started too, one a model: a baseline.
@@ -78,6 +80,7 @@ class AgentsOptions:
     shared: str | None = None
     isolated: str | None = None
     variants: dict[str, str] = field(default_factory=dict)
+    baselines: dict[str, str] = field(default_factory=dict)
     checkouts: dict[str, str] = field(default_factory=dict)
     vllm: VllmServers | None = None
     server_args: list[str] = field(default_factory=list)
@@ -103,11 +106,12 @@ class AgentsOptions:
             raise ConfigError(
                 "name servers: --urls, --shared, --isolated, --variants or --vllm.python"
             )
-        for option, named in (("variants", self.variants), ("checkouts", self.checkouts)):
-            if taken := {SHARED, ISOLATED, SERVERS, VLLM} & named.keys():
-                raise ConfigError(f"{option}: the name {min(taken)!r} has a meaning of its own")
-        if both := self.variants.keys() & self.checkouts.keys():
-            raise ConfigError(f"checkouts: {min(both)!r} is the name of a variant too")
+        seen = {SHARED, ISOLATED, SERVERS, VLLM}
+        for option in ("variants", "baselines", "checkouts"):
+            named = getattr(self, option)
+            if taken := seen & named.keys():
+                raise ConfigError(f"{option}: the name {min(taken)!r} has another meaning already")
+            seen |= named.keys()
         if self.checkouts and self.shared is None:
             raise ConfigError("checkouts: they run the configuration of --shared; name one")
         for name, folder in self.checkouts.items():
@@ -128,7 +132,13 @@ class AgentsOptions:
     def configs(self) -> dict[str, str]:
         """Configuration files of the servers to start, the baseline first."""
         former = dict.fromkeys(self.checkouts, self.shared)
-        named = {ISOLATED: self.isolated, **former, **self.variants, SHARED: self.shared}
+        named = {
+            ISOLATED: self.isolated,
+            **former,
+            **self.baselines,
+            **self.variants,
+            SHARED: self.shared,
+        }
         return {name: config for name, config in named.items() if config is not None}
 
     def counted_sessions(self, concurrency: int) -> int:

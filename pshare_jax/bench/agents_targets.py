@@ -49,16 +49,23 @@ def started(
     Raises:
         EngineDeadError: a server did not start.
     """
-    with ExitStack() as stack:
-        # Ended by default, this process would leave its servers behind.
-        before = signal.signal(signal.SIGTERM, _exit)
-        stack.callback(signal.signal, signal.SIGTERM, before)
+    with exiting_on_sigterm(), ExitStack() as stack:
         yield {
             name: stack.enter_context(
                 running_server([f"--config={config}", *args], checkout=checkouts.get(name))
             )
             for name, config in configs.items()
         }
+
+
+@contextmanager
+def exiting_on_sigterm() -> Iterator[None]:
+    """Has SIGTERM raise `SystemExit` in the block: by default it would leave servers behind."""
+    before = signal.signal(signal.SIGTERM, _exit)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _exit(number: int, _: object) -> None:

@@ -10,6 +10,7 @@ from pshare_jax.bench import (
     ahead,
     autoscale,
     codec,
+    failover,
     int8,
     loading,
     masks,
@@ -103,6 +104,12 @@ PLAIN: dict[str, PlainCommand] = {
         loading.LoadingOptions,
         loading.run,
         loading.lines,
+    ),
+    "failover": PlainCommand(
+        "What streams notice when the decode worker that generates for them is killed.",
+        failover.FailoverOptions,
+        failover.run,
+        failover.lines,
     ),
     "autoscale": PlainCommand(
         "Workers that change sides while the load changes, in virtual time.",

@@ -4,6 +4,7 @@ import asyncio
 import json
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,11 @@ def test_a_context_that_is_too_long_gives_no_figures(served, tokenizer_folder, t
         (["--urls=[http://127.0.0.1:9]", "--checkouts={old: x}"], "checkouts: they run the"),
         (["--shared=a.yaml", "--checkouts={old: absent}"], "checkouts.old: there is no checkout"),
         (["--shared=a.yaml", "--checkouts={isolated: x}"], "checkouts: the name 'isolated'"),
+        (["--shared=a.yaml", "--baselines={shared: x}"], "baselines: the name 'shared'"),
+        (
+            ["--variants={a: a.yaml}", "--baselines={a: b.yaml}"],
+            "baselines: the name 'a' has another meaning already",
+        ),
     ],
 )
 def test_options_that_do_not_fit(flags, message, capsys):
@@ -230,6 +236,18 @@ def tiny_servers(folder: Path) -> list[str]:
         file.write_text(yaml.safe_dump(served))
         flags.append(f"--{sharing}={file}")
     return flags
+
+
+def test_baselines_have_their_own_configurations(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    configs = AgentsOptions(
+        shared="configs/bench/lora-cluster.yaml",
+        baselines={"one process": "configs/bench/lora.yaml"},
+    ).configs
+    assert list(configs) == ["one process", "shared"]
+    alone, cluster = (load_serve_config(file) for file in configs.values())
+    assert (alone.cluster.launcher, cluster.cluster.launcher) == ("none", "local")
+    assert replace(cluster, cluster=alone.cluster) == alone
 
 
 @pytest.mark.slow
