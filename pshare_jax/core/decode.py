@@ -121,6 +121,14 @@ class DecodeCore:
         known = [*rows, *self._arrivals.sequences(), *self._queue.sequences()]
         return {one.id: -(-one.num_tokens // self.cache.page_size) for one in known}
 
+    @property
+    def short(self) -> int | None:
+        """Arrival order of who waits for pages, after the last plan, if that is still here."""
+        order = self.rows.short
+        rows = [row.sequence for row in self.rows.all()]
+        known = (*rows, *self._arrivals.sequences(), *self._queue.sequences())
+        return order if any(one.order == order for one in known) else None
+
     def inside_ids(self) -> set[int]:
         """Sequences that have a slot and pages here."""
         return self.rows.ids() | self._arrivals.ids()

@@ -37,7 +37,7 @@ class DecodeRows:
         elsewhere: what holds pages of this pool in a prefill core, and could give way there.
         crowded: whether anything holds pages in a prefill core of the same pool.
         starved: which of `elsewhere` is to give way now.
-        short: arrival order of a row that waits for pages, after the last plan.
+        short: arrival order of a sequence that waits for pages, after the last plan.
         removed: rows that have gone, so far.
     """
 
@@ -131,7 +131,11 @@ class DecodeRows:
         return hog is not None
 
     def starve_younger(self, order: int) -> None:
-        """The youngest that holds pages elsewhere is to give way to who came at `order`."""
+        """The youngest that holds pages elsewhere is to give way to who came at `order`.
+
+        Until that one has room nobody younger gets pages there again.
+        """
+        self.short = order
         younger = [one for one in self.elsewhere if one.sequence.order > order]
         self._starve(max(younger, key=lambda one: one.sequence.order, default=None))
 

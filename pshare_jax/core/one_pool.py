@@ -45,7 +45,7 @@ class OnePool:
         """
         queue = self.prefill.queue
         # What has just given way for a row comes back when that row has got its page.
-        queue.before = self.decode.rows.short
+        queue.before = self.decode.short
         queue.reserve = self.decode.admission.num_inside
         plan = self.prefill.schedule(now)
         if queue.wanting is not None and self.decode.rows.make_room(queue.wanting):

@@ -5,15 +5,19 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from pshare_jax.config import DecodeConfig
 from pshare_jax.core import messages as m
 from pshare_jax.core.admission import Admission
 from pshare_jax.core.arrivals import Arrivals
+from pshare_jax.core.decode import DecodeCore
+from pshare_jax.core.one_pool import OnePool
 from pshare_jax.core.pages.prefix_index import PageState
 from pshare_jax.core.plans import PrefillResult
 from pshare_jax.core.prices import SHARED
 from pshare_jax.core.requests import FinishReason, PromptUsage
 from pshare_jax.core.sequences import Sequence
 from tests.core.scripted import Host, Setting
+from tests.core.setting import model_specs
 from tests.core.test_prefetch import Early
 from tests.core.test_store_client import Bench
 
@@ -234,4 +238,38 @@ def test_a_row_may_bring_the_page_that_a_prompt_is_filling_up():
     admission.leave(room.slot, room.pages)
     for id in (first.id, sequence.id):
         bench.core.receive(m.Release(id))
+    bench.cache.check(idle=True)
+
+
+def test_who_gave_way_does_not_come_back_before_the_one_that_needs_the_room():
+    """Nor while that still waits for older ones, of which one is looked for in the store."""
+    bench = Bench(pages=9)
+    decode = DecodeCore(
+        "decode0", bench.cache, model_specs(["decode0"]), DecodeConfig(), 0, owns_cache=False
+    )
+    pool = OnePool(bench.core, decode)
+    oldest = bench.ask(12)
+    assert bench.store() is not None
+    second = msgspec.structs.replace(
+        bench.prompt(8, seed=1), prompt=bench.prompt(23, seed=1).prompt
+    )
+    youngest = bench.prompt(12, seed=2)
+    for sequence in (second, youngest):
+        bench.core.receive(m.Prefill(sequence))
+        bench.store()
+        bench.core.receive(m.Looked(sequence.id, []))
+        while not any(isinstance(message, m.Covered) for _, message in bench.core.outbox):
+            bench.chunk()
+        decode.receive(m.Covered(sequence, PromptUsage(0, 0, 0, 0)))
+        assert bench.covered() == [sequence.id]
+    assert pool.schedule_decode(0.0) is None
+    assert [task.sequence.id for task in bench.core.queue.tasks] == [youngest.id]
+    assert pool.schedule_prefill(0.0) is None
+    assert [task.sequence.id for task in bench.core.queue.tasks] == [youngest.id]
+    assert bench.core.loads() == {oldest.id: 12, youngest.id: 12}
+    decode.receive(m.Abort(second.id))
+    assert pool.schedule_prefill(0.0) is None, "it was covered before"
+    assert bench.covered() == [youngest.id]
+    bench.core.release_all()
+    decode.release_all()
     bench.cache.check(idle=True)
