@@ -19,9 +19,9 @@ class PrefillTask:
     is the page that the planned chunk extends, `copied_origins` belong to the tokens of a copied
     page. `planned` is where the chunk ends that is being computed. While it waited, smaller ones
     that went past it took `passed` pages. For one that is `favoured` others were made to give way.
-    A task that runs `ahead` covers
-    a reply that nobody asks for yet; `foreseen` are the found tokens that such a task had computed.
-    One that was `moved` is a decode module's row that leaves the mesh: nobody else may use its KV.
+    A task that runs `ahead` covers a reply that nobody asks for yet; `foreseen` are the found
+    tokens that such a task had computed. One that was `moved` is a decode module's row that leaves
+    the mesh: nobody else may use its KV.
     """
 
     sequence: Sequence

@@ -18,7 +18,10 @@ PIECE_PAGES = 16
 
 @dataclass(eq=False)
 class Looking:
-    """A prompt that is looked for; `seconds` is how long its answer is worth waiting for."""
+    """A prompt that is looked for, from page number `first` on.
+
+    `seconds` is how long its answer is worth waiting for.
+    """
 
     task: PrefillTask
     first: int
