@@ -28,8 +28,14 @@ _NEVER = np.iinfo(np.int64).max
 _KEY = struct.Struct("<QQ")
 
 
+class BooksError(Exception):
+    """The table holds what no user of the pool has written. It is built anew by who comes next."""
+
+
 class Books:
     """Headers, table and pins of an open pool file.
+
+    Methods raise `BooksError`, and end, whatever the table holds.
 
     Args:
         file: the pool's, which this process has joined.
@@ -137,7 +143,12 @@ class Books:
         self.uses[slot] = 0
         # Last, so that a slot of this state has all the rest.
         self.state[slot] = WRITING
-        self._insert(slot)
+        try:
+            self._insert(slot)
+        except BooksError:
+            # Its writer lives, and would never hear of it.
+            self.state[slot] = FREE
+            raise
         return slot
 
     def drop(self, slot: int) -> None:
@@ -150,6 +161,8 @@ class Books:
         self._table[at] = -1
         after = (at + 1) & self._mask
         while (other := int(self._table[after])) >= 0:
+            if other >= self.slots:
+                raise BooksError(f"the table lists slot {other} of {self.slots}")
             home = int(self._key0[other]) & self._mask
             if (after - home) & self._mask >= (after - at) & self._mask:
                 self._table[at], self._table[after] = other, -1
@@ -211,9 +224,12 @@ class Books:
 
     def _insert(self, slot: int) -> None:
         at = int(self._key0[slot]) & self._mask
-        while self._table[at] >= 0:
+        for _ in range(self._mask + 1):
+            if self._table[at] < 0:
+                self._table[at] = slot
+                return
             at = (at + 1) & self._mask
-        self._table[at] = slot
+        raise BooksError("the table is full, though it has room for more than all slots")
 
     def _place(self, slot: int) -> int | None:
         """Where the table lists a slot."""

@@ -24,7 +24,7 @@ import xxhash
 
 from pshare_jax.errors import ConfigError
 from pshare_jax.kv.store import locking
-from pshare_jax.kv.store.books import Books
+from pshare_jax.kv.store.books import Books, BooksError
 from pshare_jax.kv.store.file import (
     BLOCK,
     READY,
@@ -82,8 +82,8 @@ class Buffer:
 class Pool:
     """A pool that this process has joined. Methods may be called from any thread.
 
-    All of them raise `PoolBusyError`, if the lock is not to be had, and `PoolDamagedError`, if the
-    file is not as long as it was.
+    All of them raise `PoolBusyError`, if the lock is not to be had or the books are not what they
+    should be, and `PoolDamagedError`, if the file is not as long as it was.
     """
 
     def __init__(self, file: PoolFile):
@@ -338,9 +338,13 @@ class Pool:
                     )
                 self._books.begin()
                 while self._owed:
-                    self._owed.pop()(self._books)
+                    self._owed[-1](self._books)
+                    self._owed.pop()
                 yield self._books
                 self._books.end()
+            except BooksError as error:
+                # They are marked as dirty still.
+                raise locking.PoolBusyError(f"{self._file.path}: {error}") from error
             finally:
                 locking.unlock(self._file.lock)
 

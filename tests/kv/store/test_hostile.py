@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 from pshare_jax.errors import ConfigError
 from pshare_jax.kv.store import file as pool_file
 from pshare_jax.kv.store import locking, private
+from pshare_jax.kv.store.file import Regions
+from pshare_jax.kv.store.locking import PoolBusyError
 from pshare_jax.kv.store.pool import Pool
 from pshare_jax.kv.store.tier import Tier
 from tests.kv.store.pools import SHAPE, TOKENS, contents, get, key, open_pool, put, request, tokens
@@ -201,3 +204,59 @@ def test_a_codec_that_fails_unexpectedly_leaves_no_pins(tmp_path: Path):
         tier.get([key(1)], [tokens(1)], staged, [0], pool.buffer())
     assert pool.counts()["pinned"] == 0
     pool.close()
+
+
+@pytest.mark.parametrize("contents_of_table", [1, 2**31 - 1, -2, 2**20])
+def test_a_table_of_nonsense_is_a_miss_and_is_built_anew(tmp_path: Path, contents_of_table: int):
+    """Whoever looks something up in it, or enters something, holds the lock of all processes."""
+    pool = open_pool(tmp_path)
+    for number in range(4):
+        put(pool, number)
+    first, end = Regions(pool.spec).at["table"]
+    with (tmp_path / "pool").open("r+b") as file:
+        file.seek(first)
+        file.write(np.full((end - first) // 4, contents_of_table, np.int32).tobytes())
+    busy = 0
+    for number in range(40):
+        try:
+            put(pool, 4 + number)
+            found = get(pool, number % 4)
+        except PoolBusyError:
+            busy += 1
+        else:
+            assert isinstance(found, str) or np.array_equal(found, contents(number % 4))
+    assert busy <= 1
+    assert pool.recoveries()[1] == busy
+    put(pool, 99)
+    assert np.array_equal(get(pool, 99), contents(99))
+    assert pool.counts()["writing"] == 0
+    pool.check()
+    pool.close()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_is_written_over_a_pool_nothing_wrong_is_read(tmp_path: Path, seed: int):
+    """Bytes anywhere in the file while it is used: a miss, or the record that was asked for."""
+    rng, found = np.random.default_rng(seed), 0
+    for round in range(8):
+        folder = tmp_path / str(round)
+        folder.mkdir()
+        pool = open_pool(folder)
+        for number in range(6):
+            put(pool, number)
+        regions = [at for at in Regions(pool.spec).at.values() if at[1] > at[0]]
+        with (folder / "pool").open("r+b", buffering=0) as file:
+            for _ in range(30):
+                first, end = regions[rng.integers(len(regions))]
+                size = int(rng.integers(1, 65))
+                file.seek(int(rng.integers(first, max(first + 1, end - size))))
+                file.write(rng.bytes(size))
+                for number in rng.integers(8, size=4).tolist():
+                    with contextlib.suppress(PoolBusyError):
+                        put(pool, number)
+                        record = get(pool, number)
+                        if not isinstance(record, str):
+                            assert np.array_equal(record, contents(number))
+                            found += 1
+        pool.close()
+    assert found > 50
