@@ -172,16 +172,36 @@ class Arrivals:
                 late.append(transfer_id)
         return late
 
-    def complete(self) -> list[Arrival]:
-        """Takes out the sequences whose pages are all there; others fetch what has failed.
+    def refetch(self) -> list[Arrival]:
+        """Has sequences fetch what they have waited for in vain.
 
-        That are pages that a prompt of the same pool was to bring from the KV store.
+        That are pages that a prompt of the same pool was to bring from the KV store, or that left
+        the index with one before them. They go into pages of the sequence's own: in those that it
+        shared somebody else computes or fetches the same now.
+
+        Returns:
+            The sequences for which there are no such pages. They have been removed.
         """
-        for arrival in self._arrivals.values():
-            failed = [n for n, node in arrival.awaited.items() if node.state is PageState.FAILED]
-            for number in failed:
-                del arrival.awaited[number]
-            self._fetch(arrival, failed)
+        crowded = [a for a in self._arrivals.values() if not self._replace_failed(a)]
+        for arrival in crowded:
+            self.remove(arrival.sequence.id)
+        return crowded
+
+    def _replace_failed(self, arrival: Arrival) -> bool:
+        failed = [n for n, node in arrival.awaited.items() if node.state is PageState.FAILED]
+        fresh = self._cache.allocate(len(failed))
+        if fresh is None:
+            return False
+        pages = arrival.reservation.pages
+        self._cache.release(pages[number] for number in failed)
+        for number, page in zip(failed, fresh, strict=True):
+            pages[number] = page
+            del arrival.awaited[number]
+        self._fetch(arrival, failed)
+        return True
+
+    def complete(self) -> list[Arrival]:
+        """Takes out the sequences whose pages are all there."""
         done = [arrival for arrival in self._arrivals.values() if arrival.complete]
         for arrival in done:
             del self._arrivals[arrival.sequence.id]

@@ -175,6 +175,9 @@ class DecodeCore:
         if arrivals.pulls:
             # Alone, so that those who wait for the pages do not wait for a step as well.
             return self._plan()
+        for arrival in arrivals.refetch():
+            self._release(arrival)
+            self._send(DISPATCHER, m.Returned(arrival.sequence.id, "preempted"))
         for arrival in arrivals.complete():
             self.rows.start(arrival)
         if self.leaves:

@@ -123,7 +123,7 @@ def test_a_row_fetches_what_the_store_could_not_give():
     arrivals.add(row, PromptUsage(13, 0, 12, 0), room)
     assert arrivals.complete() == []
     bench.core.receive(m.Loaded(plan.loads[0].transfer, "a page is not what was asked for"))
-    assert arrivals.complete() == []
+    assert arrivals.refetch() == arrivals.complete() == []
     assert outbox == [("prefill1", m.Fetch("decode0", 100, 99, [0, 1, 2]))]
     arrivals.offered(100, [])
     arrivals.landed(100)
@@ -131,6 +131,65 @@ def test_a_row_fetches_what_the_store_could_not_give():
     assert done.sequence.id == 99
     admission.leave(room.slot, room.pages)
     bench.cache.check()
+
+
+def test_who_has_waited_in_vain_does_not_share_the_pages_that_are_computed_now():
+    """The prompt computes them, which may fail half-way, while rows already read what they have."""
+    bench = Bench()
+    sequence = bench.ask(12)
+    bench.store()
+    bench.core.receive(m.Looked(sequence.id, [SHARED] * 3))
+    plan = bench.store()
+    assert plan is not None
+    admission, outbox = Admission(bench.cache, 4), []
+    arrivals = Arrivals("decode0", bench.cache, outbox, iter(range(100, 200)))
+    rooms = []
+    for id in (98, 99):
+        row = msgspec.structs.replace(sequence, id=id, order=id, prefill_worker="prefill1")
+        room = admission.reserve(row)
+        assert room is not None
+        assert room.fill == []
+        rooms.append(room)
+        arrivals.add(row, PromptUsage(13, 0, 12, 0), room)
+    assert rooms[0].pages[:3] == rooms[1].pages[:3]
+    bench.core.receive(m.Loaded(plan.loads[0].transfer, "a page is not what was asked for"))
+    assert arrivals.refetch() == []
+    chunks = [chunk for _ in range(2) for chunk in bench.chunk().chunks]
+    assert [chunk.start for chunk in chunks] == [0, 8]
+    written = [*chunks[0].pages[:3], *rooms[0].pages[:3], *rooms[1].pages[:3]]
+    assert len(set(written)) == 9
+    for room in rooms:
+        admission.leave(room.slot, room.pages)
+    bench.core.release_all()
+    bench.cache.check(idle=True)
+
+
+def test_who_finds_no_page_to_fetch_into_is_given_back():
+    """The room that it gives back is for others, who may have done the same."""
+    bench = Bench(pages=8)
+    sequence = bench.ask(12)
+    bench.store()
+    bench.core.receive(m.Looked(sequence.id, [SHARED] * 3))
+    plan = bench.store()
+    assert plan is not None
+    config = DecodeConfig(max_num_seqs=4, batch_buckets=[1])
+    core = DecodeCore("decode0", bench.cache, model_specs(["decode0"]), config, 0, owns_cache=False)
+    row = msgspec.structs.replace(sequence, id=99, prefill_worker="prefill1")
+    core.receive(m.Covered(row, PromptUsage(13, 0, 12, 0)))
+    assert core.schedule() is None
+    assert core.inside_ids() == {99}
+    left = bench.cache.allocate(bench.cache.num_available - 2)
+    assert left is not None
+    bench.core.receive(m.Loaded(plan.loads[0].transfer, "a page is not what was asked for"))
+    core.schedule()
+    assert core.inside_ids() == set()
+    assert core.outbox == [
+        ("prefill1", m.Release(99)),
+        ("dispatcher", m.Returned(99, "preempted")),
+    ]
+    bench.cache.release(left)
+    bench.core.release_all()
+    bench.cache.check(idle=True)
 
 
 @pytest.mark.parametrize("ends", ["lands", "is given up"])
@@ -151,7 +210,7 @@ def test_pages_that_follow_what_the_store_could_not_give(ends: str):
         arrivals.add(row, PromptUsage(17, 0, 16, 0), room)
     assert [message.pages for _, message in outbox] == [[2, 3]]
     bench.core.receive(m.Loaded(plan.loads[0].transfer, "a page is not what was asked for"))
-    assert arrivals.complete() == []
+    assert arrivals.refetch() == arrivals.complete() == []
     assert [message.pages for _, message in outbox[1:]] == [[0, 1], [0, 1, 2, 3]]
     if ends == "lands":
         for transfer in (100, 101, 102):

@@ -19,6 +19,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from pshare_jax.core import store_runs
 from pshare_jax.core.arrivals import TRANSFER_SECONDS
 from pshare_jax.core.requests import Owner, Session
 from tests.core.scripted import MAX_TTL, Host
@@ -259,16 +260,36 @@ class Machine(RuleBasedStateMachine):
             self.host.drain()
 
 
+PIECES = {
+    "a store": SETTINGS["a store"],
+    "two pools for both and a store": Setting(
+        one_pool=True, decode=2, decode_pages=14, store=True, chunk_buckets=(4, 8)
+    ),
+    "meshes for either and a store": SETTINGS["meshes for either and a store"],
+}
+"""Where runs of pages come in several pieces, of one page each, of which some fail."""
+
+
 def machine(setting: Setting) -> type[Machine]:
     return type("Machine", (Machine,), {"setting": setting})
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_whatever_happens_every_request_ends_once_and_nothing_is_held(name: str) -> None:
+    run_machine(SETTINGS[name])
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_runs_may_come_in_pieces(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_runs, "PIECE_PAGES", 1)
+    run_machine(PIECES[name], examples=25)
+
+
+def run_machine(setting: Setting, examples: int = 60) -> None:
     run_state_machine_as_test(
-        machine(SETTINGS[name]),
+        machine(setting),
         settings=settings(
-            max_examples=60,
+            max_examples=examples,
             stateful_step_count=80,
             deadline=None,
             derandomize=True,
