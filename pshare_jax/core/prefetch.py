@@ -1,15 +1,15 @@
 """Pages that are fetched from the KV store before anybody asks for them.
 
 A prompt that is expected is looked for and fetched in small pieces, one at a time, and only while
-nobody waits for the store and nothing is left to be written to it. So whoever asks meanwhile waits
-at the most for the piece that is on its way, and only if it needs just that. What was fetched so
-and is not used yet stays within a budget; it leaves the pool like all that nobody holds.
+no prompts are here to be computed, nobody waits for the store, and nothing is left to be written to
+it. So whoever asks meanwhile waits at the most for the piece that is on its way, and only if it
+needs just that. What was fetched so and is not used yet stays within a budget; it leaves the pool
+like all that nobody holds.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -111,18 +111,14 @@ class Prefetch:
             self._current = target
         return True
 
-    def work(self, computing: Callable[[], set[bytes]]) -> Look | None:
-        """Begins the next piece, or says what to look for; nobody waits for the store now.
-
-        Of two prompts that begin alike one may be expected while the other is computed: then what
-        both have, which `computing` gives by chain key, is left to that.
-        """
+    def work(self) -> Look | None:
+        """Begins the next piece, or says what to look for; nobody waits for anything now."""
         if self._transfer is not None and self._client.is_fetching(self._transfer):
             return None
         self._transfer = None
         self._sweep()
         if self._current is not None and not self._current.came:
-            self._transfer = self._next_piece(self._current, computing)
+            self._transfer = self._next_piece(self._current)
             if self._transfer is not None:
                 return None
         self._current = None
@@ -149,7 +145,7 @@ class Prefetch:
                 return Look(target.sequence.id, keys, ahead=True)
         return None
 
-    def _next_piece(self, target: _Target, computing: Callable[[], set[bytes]]) -> int | None:
+    def _next_piece(self, target: _Target) -> int | None:
         """The transfer of a target's next pages; None when it is done, or cannot go on now."""
         sequence, cache = target.sequence, self._cache
         matched = cache.match(sequence.keys, sequence.prompt)
@@ -161,9 +157,6 @@ class Prefetch:
             MAX_PIECE,
         )
         count = self._count(places[: max(room, 0)])
-        keys = page_keys(sequence, cache.page_size)[number : number + count]
-        if keys and not computing().isdisjoint(keys):
-            count = 0
         # Where a full page is missing that was begun, it has failed, or others took it.
         lost = number < min(target.begun, len(sequence.keys))
         done = target.begun >= target.first + len(target.places)

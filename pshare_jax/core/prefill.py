@@ -297,7 +297,8 @@ class PrefillCore:
         self.store.expire(now)
         urgent = self.store.urgent
         # Before pages are given away: what is to be written is copied before it is overwritten.
-        return self.store.work(saves=not urgent, computing=self._computing), urgent
+        busy = bool(self.queue.tasks or self.chunks.active)
+        return self.store.work(saves=not urgent, busy=busy), urgent
 
     def _with_looks(self, plan: StorePlan | None) -> StorePlan | None:
         """A plan for the store that asks, too, for prompts that have just got pages."""

@@ -9,7 +9,7 @@ or is not what was asked for, is computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from pshare_jax.core import messages as m
 from pshare_jax.core.pages.page_cache import PageCache
@@ -252,16 +252,16 @@ class StoreClient:
                 task.take_landed(self._cache)
             self._ended(run)
 
-    def work(self, *, saves: bool, computing: Callable[[], set[bytes]]) -> StorePlan | None:
+    def work(self, *, saves: bool, busy: bool) -> StorePlan | None:
         """What is to be done next, or None; with `saves` also what nobody waits for.
 
-        `computing` gives the chain keys of pages that are about to be computed.
+        `busy` says whether prompts are here that need turns of the processor.
         """
         room = MAX_LOADS - self._num_loading
         loads, self._queued = self._queued[:room], self._queued[room:]
         self._num_loading += len(loads)
         if saves:
-            self._work_ahead(computing)
+            self._work_ahead(busy)
             loads += self._early_loads
             self._early.update(load.transfer for load in self._early_loads)
             self._early_loads = []
@@ -327,14 +327,18 @@ class StoreClient:
         if self.ahead is not None:
             self.ahead.clear()
 
-    def _work_ahead(self, computing: Callable[[], set[bytes]]) -> None:
-        """Has pages fetched that nobody asks for, if nobody waits for any, or for any's writing."""
+    def _work_ahead(self, busy: bool) -> None:
+        """Has pages fetched that nobody asks for, if nobody waits for any, or for any's writing.
+
+        Not while there are prompts: what is fetched is written into the pool in turns of theirs,
+        and may be what one of them computes.
+        """
         asked = any(not run.early for run in self._runs.values())
         # Before its turn a prompt does not hold the last, partly filled page that it goes on from.
         waiting = self._looking or self._ready or asked
-        if self.ahead is None or waiting or self.behind.has_more:
+        if self.ahead is None or busy or waiting or self.behind.has_more:
             return
-        look = self.ahead.work(computing)
+        look = self.ahead.work()
         if look is not None:
             self._looks.append(look)
 

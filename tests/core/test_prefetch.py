@@ -237,9 +237,30 @@ def test_the_number_of_expected_prompts_is_bounded(monkeypatch: pytest.MonkeyPat
     assert bench.store() is None
 
 
-def test_looks_ahead_and_for_who_has_just_come_go_together():
+def test_nothing_is_fetched_ahead_while_prompts_are_computed():
+    """It would be written into the pool in turns that they wait for."""
     bench = Early()
     expected = bench.expect(3 * PAGE)
     asked = bench.ask(3 * PAGE, seed=1)
-    looks = bench.plan().looks
-    assert [(look.id, look.ahead) for look in looks] == [(expected.id, True), (asked.id, False)]
+    assert [(look.id, look.ahead) for look in bench.plan().looks] == [(asked.id, False)]
+    bench.core.receive(m.Looked(asked.id, []))
+    plans = [bench.chunk() for _ in range(2)]
+    assert all(plan.store is None for plan in plans)
+    assert bench.covered() == [asked.id]
+    assert [(look.id, look.ahead) for look in bench.plan().looks] == [(expected.id, True)]
+
+
+def test_what_is_on_its_way_comes_though_prompts_are_computed():
+    """But for the piece that is on its way the rest is for when they have been covered."""
+    bench = Early()
+    expected = bench.expect(8 * PAGE)
+    (piece,) = bench.look(expected, [SHARED] * 8).loads
+    asked = bench.ask(3 * PAGE, seed=1)
+    assert [look.ahead for look in bench.plan().looks] == [False]
+    bench.core.receive(m.Looked(asked.id, []))
+    bench.core.receive(m.Loaded(piece.transfer))
+    assert [commit.transfer for commit in bench.plan().commits] == [piece.transfer]
+    assert all(bench.chunk().store is None for _ in range(2))
+    (rest,) = bench.plan().loads
+    assert rest.ahead
+    assert len(piece.keys) + len(rest.keys) == 8
