@@ -5,6 +5,11 @@ they are several times what the pools hold. An agent is called after another one
 What a pool has evicted is computed again, or fetched from a tier below: when it is asked for, layer
 by layer while what was appended is computed, or before it is asked for. Costs of steps are measured
 ones of `bench micro`; those of a tier are options.
+
+Sessions wait for each other, and a call that comes a little later meets others, so one run says
+little: each policy is run with several draws of who is called when, the same ones for all, and its
+difference to fetching on demand has a standard error. Pauses are random, or sessions would fall
+into step with each other, each policy into another one.
 """
 
 from __future__ import annotations
@@ -36,6 +41,8 @@ POLICIES = (
 but a layer's part of a load behind computing what was appended. `all-knowing` begins each load so
 early that it is waited for only if the tier is behind."""
 
+ON_DEMAND = "on demand"
+
 PAGE_SIZE = 64
 
 
@@ -51,7 +58,8 @@ class TiersOptions:
         prompt: tokens that an agent's context begins with.
         appended: tokens between an agent's calls, its reply included.
         generated: tokens of a reply.
-        pause: seconds between two calls of a session.
+        pause: seconds between two calls of a session, in the mean; each is half to one and a half
+            times as long.
         surprise: share of calls that are of another agent than the next in turn.
         pool_share: of the working set, that each pool holds.
         sets: working set over what the tier holds.
@@ -62,6 +70,7 @@ class TiersOptions:
         layers: of the model.
         budget_share: of a pool, that may hold pages which were fetched ahead and not used.
         seed: of who is called when.
+        draws: of that.
     """
 
     micro: list[str] = field(default_factory=lambda: ["docs/results/micro-cpu_ffi.json"])
@@ -88,6 +97,7 @@ class TiersOptions:
     layers: int = 30
     budget_share: float = 0.25
     seed: int = 0
+    draws: int = 6
 
     @property
     def working_set(self) -> int:
@@ -101,23 +111,51 @@ def run(options: TiersOptions) -> dict[str, Any]:
 
     Returns:
         `{"options", "working_set": pages, "rows": [{"tier", "set", "policy", figures}]}`, where the
-        figures are of calls that find a context of theirs: `ttft_median`, `ttft_p95`, `stall` of a
-        call (all in seconds), `hits` (share of prompt tokens that were not computed),
-        `calls_per_second`, and bytes that were read from the tier and read in vain.
+        figures are of calls that find a context of theirs, means of all draws: `ttft_median`,
+        `ttft_p95`, `stall` of a call (all in seconds), `hits` (share of prompt tokens that were not
+        computed), `calls_per_second`, and bytes that were read from the tier and read in vain.
+        `gain` is the mean by which `ttft_median` is less than on demand, in seconds, and
+        `gain_error` the standard error of that.
 
     Raises:
         ConfigError: results of `bench micro` that cannot be read.
     """
     costs = table_costs(read_results(options.micro))
     rows: list[dict[str, Any]] = []
-    alone = _simulate(options, costs, "LRU only", None)
+    alone = _draws(options, costs, "LRU only", None)
     for tier, page in options.tiers.items():
         for ratio in options.sets:
+            found = dict.fromkeys(POLICIES, alone)
             for policy in POLICIES:
                 spec = _store(options, costs, policy, page, ratio)
-                found = alone if spec is None else _simulate(options, costs, policy, spec)
-                rows.append({"tier": tier, "set": ratio, "policy": policy, **found})
+                if spec is not None:
+                    found[policy] = _draws(options, costs, policy, spec)
+            for policy, draws in found.items():
+                figures = _mean(draws) | _gain(draws, found[ON_DEMAND])
+                rows.append({"tier": tier, "set": ratio, "policy": policy, **figures})
     return {"options": asdict(options), "working_set": options.working_set, "rows": rows}
+
+
+def _draws(
+    options: TiersOptions, costs: CostModel, policy: str, store: StoreSpec | None
+) -> list[dict[str, Any]]:
+    """Figures of each draw."""
+    seeds = range(options.seed, options.seed + options.draws)
+    return [_simulate(replace(options, seed=seed), costs, policy, store) for seed in seeds]
+
+
+def _mean(draws: list[dict[str, Any]]) -> dict[str, Any]:
+    return {name: float(np.mean([one[name] for one in draws])) for name in draws[0]}
+
+
+def _gain(draws: list[dict[str, Any]], on_demand: list[dict[str, Any]]) -> dict[str, float]:
+    """By how much first tokens come earlier than on demand, each draw against the same one."""
+    gains = [
+        other["ttft_median"] - one["ttft_median"]
+        for one, other in zip(draws, on_demand, strict=True)
+    ]
+    error = float(np.std(gains, ddof=1)) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
+    return {"gain": float(np.mean(gains)), "gain_error": error}
 
 
 def _store(
@@ -194,6 +232,7 @@ class _Session:
         self._told = told
         self._lengths = [options.prompt] * options.agents
         self._left = self._order()
+        self._rng = random.Random(f"{options.seed} {number} pauses")
         self.later: list[tuple[SimCall, float]] = []
 
     def _order(self) -> list[int]:
@@ -228,26 +267,29 @@ class _Session:
 
     def _ended(self) -> None:
         clock = self._system.clock
-        clock.at(clock.now + self._options.pause, self.call)
+        pause = self._options.pause * self._rng.uniform(0.5, 1.5)
+        clock.at(clock.now + pause, self.call)
 
 
 def lines(result: dict[str, Any]) -> list[str]:
     """Markdown tables of a result, one a tier."""
     shown = [
         f"Working set {result['working_set']} pages, pools "
-        f"{result['options']['pool_share']:.0%} of it; virtual time.",
+        f"{result['options']['pool_share']:.0%} of it; virtual time; means of "
+        f"{result['options']['draws']} draws.",
     ]
     head = (
-        "| set / tier | policy | TTFT, ms (p95) | stall a call, ms | hit rate | calls/s "
-        "| read, MB | in vain, MB |"
+        "| set / tier | policy | TTFT, ms (p95) | earlier than on demand, ms | stall a call, ms "
+        "| hit rate | calls/s | read, MB | in vain, MB |"
     )
     for tier in dict.fromkeys(row["tier"] for row in result["rows"]):
-        shown += ["", f"**{tier}**", "", head, "|--:|---|--:|--:|--:|--:|--:|--:|"]
+        shown += ["", f"**{tier}**", "", head, "|--:|---|--:|--:|--:|--:|--:|--:|--:|"]
         for row in result["rows"]:
             if row["tier"] == tier:
+                gain = f"{1e3 * row['gain']:.0f} +- {1e3 * row['gain_error']:.0f}"
                 shown.append(
                     f"| {row['set']:g} | {row['policy']} | {1e3 * row['ttft_median']:.0f} "
-                    f"({1e3 * row['ttft_p95']:.0f}) | {1e3 * row['stall']:.1f} "
+                    f"({1e3 * row['ttft_p95']:.0f}) | {gain} | {1e3 * row['stall']:.1f} "
                     f"| {row['hits']:.0%} | {row['calls_per_second']:.2f} "
                     f"| {row['read_bytes'] / 1e6:.0f} | {row['wasted_bytes'] / 1e6:.0f} |"
                 )
