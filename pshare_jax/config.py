@@ -213,6 +213,8 @@ class ClusterConfig:
         transport: how pages go from worker to worker: `auto` is through shared memory on one host
             and by HTTP between hosts; `shm` and `http` are that alone; `jax-transfer` is from
             device to device where both workers say so and can, else as `auto`.
+        codec: how pages are compressed, without loss, on their way to another host, as
+            `kv_store.codec`; `auto` is `planes` where that is measured to be faster.
         beat_seconds: between two signs of life of a worker's engine.
         lost_seconds: after this without one its sequences go on elsewhere.
         patience_seconds: how long a request waits while no worker that could do it is there.
@@ -233,6 +235,7 @@ class ClusterConfig:
     tls_ca: str = ""
     shm_path: str = "/dev/shm"
     transport: Transport = "auto"
+    codec: KvCodec = "auto"
     beat_seconds: float = 0.25
     lost_seconds: float = 5.0
     patience_seconds: float = 60.0

@@ -77,7 +77,7 @@ def run(options: CodecOptions) -> dict[str, Any]:
     Raises:
         ConfigError: pages that cannot be compressed, or a text that is not there.
     """
-    pages, layout_shape = _pages(options)
+    pages, layout_shape = kv_pages(options)
     sample = pages.pop("calibration")
     test = np.ascontiguousarray(np.moveaxis(np.concatenate(list(pages.values())), 0, 1))
     page_bytes = test[:, 0].nbytes
@@ -93,8 +93,16 @@ def run(options: CodecOptions) -> dict[str, Any]:
     return result
 
 
-def _pages(options: CodecOptions) -> tuple[dict[str, np.ndarray], tuple[int, ...]]:
-    """Pages `[n, L, 2, kv_heads, page_size, head_dim]` uint16 by the name of their text."""
+def kv_pages(options: CodecOptions) -> tuple[dict[str, np.ndarray], tuple[int, ...]]:
+    """The base's KV of texts, and of what codebooks are calibrated on (`calibration`).
+
+    Returns:
+        Pages `[n, L, 2, kv_heads, page_size, head_dim]` uint16 by the name of their text, and the
+        shape of one.
+
+    Raises:
+        ConfigError: pages that cannot be compressed, or a text that is not there.
+    """
     config = ServeConfig(
         base=options.base,
         models=[ModelEntry("base")],

@@ -22,6 +22,7 @@ from pshare_jax.bench import (
     starve,
     tiers,
     turns,
+    wire,
 )
 from pshare_jax.bench.fleet import command as fleet
 from pshare_jax.bench.hardware import report as hardware_report
@@ -50,6 +51,12 @@ PLAIN: dict[str, PlainCommand] = {
         codec.CodecOptions,
         codec.run,
         codec.lines,
+    ),
+    "wire": PlainCommand(
+        "KV from another process, as it is and compressed, over links of several rates.",
+        wire.WireOptions,
+        wire.run,
+        wire.lines,
     ),
     "restart": PlainCommand(
         "First tokens over a known context after a restart, with a store and without.",

@@ -283,5 +283,7 @@ def _counters(stats: EngineStats) -> EngineStats:
         busy_seconds=stats.busy_seconds,
         store=stats.store,
         transfers=stats.transfers,
+        transfer_bytes=stats.transfer_bytes,
+        miscoded=stats.miscoded,
         tiers={name: tier.of_the_dead() for name, tier in stats.tiers.items()},
     )

@@ -151,7 +151,9 @@ class EngineStats:
     read again since rows share them; they are counted where `decode.shared_prefix` is in force.
     `ahead_tokens` and `foreseen_tokens` are those of `PrefillStats`. `store` is, by worker, what
     was asked of the KV store, and `tiers` are its tiers by name. `transfers` that have arrived from
-    other processes are by worker and by the way that they took. Where meshes may do either,
+    other processes are by worker and by the way that they took; their `transfer_bytes` by worker,
+    way, codec, and "raw", as they are in a pool, or "wire", as they came; `miscoded` are those that
+    came coded and were not what they should be, by worker and reason. Where meshes may do either,
     `moved_rows` are, by decode worker, sequences that left it with their KV, and `working` says of
     every worker whether its mesh is its own at present; elsewhere both are empty.
     """
@@ -176,6 +178,8 @@ class EngineStats:
     store: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     tiers: Mapping[str, TierStats] = field(default_factory=dict)
     transfers: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    transfer_bytes: Mapping[tuple[str, str, str, str], int] = field(default_factory=dict)
+    miscoded: Mapping[tuple[str, str], int] = field(default_factory=dict)
     moved_rows: Mapping[str, int] = field(default_factory=dict)
     working: Mapping[str, bool] = field(default_factory=dict)
 

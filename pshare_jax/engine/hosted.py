@@ -32,7 +32,7 @@ from pshare_jax.engine.assembly import Assembly
 from pshare_jax.engine.devices import compute_dtype, prepare_jax
 from pshare_jax.engine.host_memory import return_freed_memory
 from pshare_jax.engine.hosted_modules import HostedModules
-from pshare_jax.engine.kv_store import EngineStore
+from pshare_jax.engine.kv_store import EngineStore, page_shape
 from pshare_jax.engine.limits import check_cluster, check_config
 from pshare_jax.engine.loader import (
     BaseSource,
@@ -47,6 +47,7 @@ from pshare_jax.engine.shape import cluster_shape
 from pshare_jax.engine.snapshot import worker_stats
 from pshare_jax.errors import ConfigError, PshareError
 from pshare_jax.kernels.backends import backend_for
+from pshare_jax.kv.coding import PageCoder
 from pshare_jax.kv.direct import DirectOffers
 from pshare_jax.kv.offers import OfferFolder
 from pshare_jax.kv.peers import Peers
@@ -82,6 +83,7 @@ class HostedWorkers:
 
     Attributes:
         shape: what others must agree with.
+        coder: codes pages for other hosts.
         parts: the workers, as frontends are to know them.
         thread: hosts them; None until `start`.
 
@@ -124,15 +126,20 @@ class HostedWorkers:
         assembly = Assembly(
             config, base.config, layout, sizes, backend, loader, specs, self._grammars
         )
+        self.coder = PageCoder(
+            config.cluster.codec, page_shape(layout), np.dtype(layout.dtype).name
+        )
         self.offers = OfferFolder(config.cluster.shm_path)
         # A pair over one pool moves nothing.
         self.direct = None if role == "both" else _direct(config, host, mesh.size)
         self._ends: dict[str, RemotePages] = {}
         peers = peers or Peers()
-        transport = config.cluster.transport
+        ways = config.cluster.transport, config.cluster.codec
 
         def new_end(name: str, programs: Programs, pool: PagePool) -> Connector:
-            end = RemotePages(name, programs, pool, self.offers, url, peers, self.direct, transport)
+            end = RemotePages(name, programs, pool, self.offers, url, peers, self.direct, *ways)
+            if self.direct is not None:
+                self.direct.code_by(self.coder, end.records)
             self._ends[name] = end
             return end
 
@@ -221,6 +228,9 @@ class HostedWorkers:
             worker.executor.warm_up(receives=not self._one_pool)
         for worker in self.prefill:
             worker.executor.warm_up(sends=stores or not self._one_pool, receives=stores)
+        for end in self._ends.values():
+            if self.direct is not None and end.records is not None:
+                end.records.warm_up(sends=bool(self.prefill), receives=bool(self.decode))
         self._turns = self._host_turns()
 
         def carry(source: str, to: str, message: Message) -> None:
@@ -320,6 +330,17 @@ class HostedWorkers:
                 for name, end in self._ends.items()
                 for way, count in end.moved.items()
                 if count
+            },
+            transfer_bytes={
+                (name, way, codec, kind): count
+                for name, end in self._ends.items()
+                for kind, counter in (("raw", end.traffic.raw), ("wire", end.traffic.wire))
+                for (way, codec), count in dict(counter).items()
+            },
+            miscoded={
+                (name, reason): count
+                for name, end in self._ends.items()
+                for reason, count in dict(end.traffic.refused).items()
             },
         )
 

@@ -20,11 +20,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import transfer
 
+from pshare_jax.core.buckets import TRANSFER_BUCKETS
+from pshare_jax.core.buckets import pieces as cut
 from pshare_jax.core.connector import TransferError
+from pshare_jax.kv.coding import Coding, PageCoder, Wanted
 from pshare_jax.kv.offers import LEASE_SECONDS
 from pshare_jax.kv.peers import Claimed
+from pshare_jax.kv.records import Records
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +72,8 @@ class DirectOffers:
         lease_seconds: float = LEASE_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ):
+        self._coder: PageCoder | None = None
+        self._records: Records | None = None
         self._lease_seconds = lease_seconds
         self._clock = clock
         self._lock = threading.Lock()
@@ -93,6 +100,15 @@ class DirectOffers:
             self._expire()
             return self._lost <= MAX_LOST_BYTES
 
+    def code_by(self, coder: PageCoder, records: Records | None) -> None:
+        """Codes pages for those who want that.
+
+        Args:
+            coder: by what.
+            records: how that lies in arrays; None codes nothing.
+        """
+        self._coder, self._records = coder, records
+
     def put(self, number: int, worker: str, pieces: Sequence[jax.Array], pages: int) -> None:
         """Offers the pieces of a transfer, which have so many pages beside padding.
 
@@ -117,8 +133,12 @@ class DirectOffers:
             for number in [t for t, offer in self._offers.items() if offer.worker == worker]:
                 del self._offers[number]
 
-    def claim(self, number: int) -> Claimed:
+    def claim(self, number: int, wanted: Wanted | None = None) -> Claimed:
         """Has an offer pulled by who calls this; nobody can claim it any more.
+
+        Args:
+            number: of the transfer.
+            wanted: how its pages had better come.
 
         Raises:
             TransferError: there is none.
@@ -126,14 +146,43 @@ class DirectOffers:
         with self._lock:
             self._expire()
             offer = self._offers.pop(number, None)
-            if offer is None:
-                raise TransferError(f"transfer {number}: nothing is on offer")
-            size = sum(piece.nbytes for piece in offer.pieces)
+        if offer is None:
+            raise TransferError(f"transfer {number}: nothing is on offer")
+        arrays, coding, lengths = self._coded(offer, wanted)
+        size = sum(array.nbytes for array in arrays)
+        with self._lock:
             self._claimed[number] = size, self._clock() + CLAIM_SECONDS
         key = secrets.randbits(63)
-        if offer.pieces:
-            self._server.await_pull(key, list(offer.pieces))
-        return Claimed(self._server.address(), key, offer.pages)
+        if arrays:
+            self._server.await_pull(key, arrays)
+        table = b""
+        if coding is not None and coding.table and self._coder is not None:
+            assert self._coder.codec is not None
+            assert self._coder.codec.book is not None
+            table = self._coder.codec.book.table.tobytes()
+        return Claimed(self._server.address(), key, offer.pages, coding, table, lengths)
+
+    def _coded(
+        self, offer: _Offer, wanted: Wanted | None
+    ) -> tuple[list[jax.Array], Coding | None, list[list[int]]]:
+        """What is given to the transfer server, and what `Claimed` says of it."""
+        arrays = list(offer.pieces)
+        coder, records = self._coder, self._records
+        if coder is None or records is None:
+            return arrays, None, []
+        counts = [length for length, _ in cut(offer.pages, TRANSFER_BUCKETS)]
+        coding = coder.answer(wanted)
+        if coding is not None and coding.coded and coder.codec is not None:
+            lengths: list[list[int]] = []
+            for place, (piece, count) in enumerate(zip(arrays, counts, strict=True)):
+                found = records.encode(coder.codec, piece, count)
+                lengths.append([] if found is None else found[1])
+                arrays[place] = piece if found is None else found[0]
+            return arrays, coding, lengths
+        if coder.learns:
+            for piece, count in zip(arrays, counts, strict=True):
+                coder.learn(np.asarray(piece), count)
+        return arrays, coding, []
 
     def settle(self, number: int) -> None:
         """Who has claimed an offer has it."""

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from pshare_jax.core.connector import TransferError
+from pshare_jax.kv.coding import HEADER, Coding, Wanted
 
 HTTP_SECONDS = 10.0
 """How long another host may let a read wait."""
@@ -23,11 +24,17 @@ class Claimed(msgspec.Struct, frozen=True):
         server: address of the transfer server that has it.
         key: what to ask that for.
         pages: how many there are.
+        coding: what who offers them codes by; None if nothing.
+        table: the codebook, if the reader does not have it.
+        lengths: of the records of the pages of each piece; empty for one that is not coded.
     """
 
     server: str
     key: int
     pages: int
+    coding: Coding | None = None
+    table: bytes = b""
+    lengths: list[list[int]] = []
 
 
 class Peers:
@@ -43,22 +50,24 @@ class Peers:
         self._tls = tls
 
     @contextlib.contextmanager
-    def get_pages(self, url: str, transfer: int) -> Iterator[http.client.HTTPResponse]:
-        """The bytes of a transfer that is on offer; nobody gets them again.
+    def get_pages(
+        self, url: str, transfer: int, wanted: Wanted | None = None
+    ) -> Iterator[http.client.HTTPResponse]:
+        """The bytes of a transfer that is on offer, as `wanted`; nobody gets them again.
 
         Raises:
             TransferError: there is none, or the process at `url` does not answer.
         """
-        with self._asked("GET", url, transfer, "") as answer:
+        with self._asked("GET", url, transfer, "", wanted) as answer:
             yield answer
 
-    def claim_pages(self, url: str, transfer: int) -> Claimed:
-        """Claims a transfer that is on offer for being pulled; nobody else can.
+    def claim_pages(self, url: str, transfer: int, wanted: Wanted | None = None) -> Claimed:
+        """Claims a transfer that is on offer for being pulled, as `wanted`; nobody else can.
 
         Raises:
             TransferError: as of `get_pages`, or the answer makes no sense.
         """
-        with self._asked("POST", url, transfer, "/claim") as answer:
+        with self._asked("POST", url, transfer, "/claim", wanted) as answer:
             try:
                 return msgspec.json.decode(answer.read(), type=Claimed)
             except msgspec.DecodeError as error:
@@ -71,11 +80,12 @@ class Peers:
 
     @contextlib.contextmanager
     def _asked(
-        self, method: str, url: str, transfer: int, what: str
+        self, method: str, url: str, transfer: int, what: str, wanted: Wanted | None = None
     ) -> Iterator[http.client.HTTPResponse]:
         connection = self._connection(url)
+        headers = self._headers if wanted is None else self._headers | {HEADER: wanted.encode()}
         try:
-            connection.request(method, f"/pages/{transfer:016x}{what}", headers=self._headers)
+            connection.request(method, f"/pages/{transfer:016x}{what}", headers=headers)
             answer = connection.getresponse()
             if answer.status != 200:
                 raise TransferError(f"transfer {transfer}: nothing is on offer ({answer.status})")

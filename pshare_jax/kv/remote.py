@@ -8,9 +8,6 @@ memory of the reader's own before they are checked, so nobody can change them af
 
 from __future__ import annotations
 
-import functools
-import http.client
-import io
 import os
 import time
 from collections.abc import Callable
@@ -22,12 +19,13 @@ import jax
 import msgspec
 import numpy as np
 
-from pshare_jax.config import Transport
-from pshare_jax.core.buckets import TRANSFER_BUCKETS, pieces
+from pshare_jax.config import KvCodec, Transport
 from pshare_jax.core.connector import TransferError, TransferState, check_descriptors
 from pshare_jax.core.messages import PageDescriptor
 from pshare_jax.core.plans import Offer, Pull
+from pshare_jax.kv.coding import usable_codecs
 from pshare_jax.kv.direct import DirectOffers
+from pshare_jax.kv.links import Links
 from pshare_jax.kv.offers import OfferFolder, take
 from pshare_jax.kv.peers import Peers
 from pshare_jax.kv.pieces import (
@@ -37,6 +35,9 @@ from pshare_jax.kv.pieces import (
     page_descriptor,
     scatter_pieces,
 )
+from pshare_jax.kv.pulling import PagePuller
+from pshare_jax.kv.reading import PageReader, Read, Traffic
+from pshare_jax.kv.records import Records
 from pshare_jax.kv.ways import Address, Reader, Way, choose, is_here
 from pshare_jax.runtime.pool import PagePool
 from pshare_jax.runtime.programs import Programs
@@ -49,20 +50,20 @@ AVOID_SECONDS = 30.0
 
 Pieces = list[jax.Array]
 
-_Source = io.RawIOBase | http.client.HTTPResponse
-
 
 @dataclass
 class _Arriving:
     """A transfer that was accepted, on its `way`.
 
     `reading` gives its pieces once they have been read, in the host's memory or on the mesh; then
-    they are on the mesh as `staged`, with their `checksums`.
+    they are on the mesh as `staged`, with their `checksums`. `coded` is the way that they came on
+    coded, if they did.
     """
 
     pull: Pull
     way: Way
-    reading: Future[list[np.ndarray] | Pieces]
+    reading: Future[Read]
+    coded: str = ""
     staged: Pieces = field(default_factory=list)
     checksums: Pieces | None = None
 
@@ -79,10 +80,15 @@ class RemotePages:
         peers: asks other processes over HTTP; without a secret unless given.
         direct: what the process has on offer for `jax.experimental.transfer`; None is nothing.
         transport: see `config.ClusterConfig`.
+        codec: see `config.ClusterConfig`.
         clock: seconds, from any start.
 
     Attributes:
         moved: transfers that were written into the pool, by their way.
+        traffic: what has come, and how.
+
+    Raises:
+        ConfigError: `codec` names one that is not for these pages.
     """
 
     def __init__(
@@ -95,6 +101,7 @@ class RemotePages:
         peers: Peers | None = None,
         direct: DirectOffers | None = None,
         transport: Transport = "auto",
+        codec: KvCodec = "auto",
         clock: Callable[[], float] = time.monotonic,
     ):
         self.moved: dict[Way, int] = {"shm": 0, "http": 0, "jax-transfer": 0}
@@ -103,14 +110,24 @@ class RemotePages:
         self._pool = pool
         self._offers = offers
         self._url = url
-        self._peers = peers or Peers()
         self._direct = direct
         self._transport: Transport = transport
         self._clock = clock
         self._ways: dict[int, Way] = {}
         self._arriving: dict[int, _Arriving] = {}
         self._avoided: dict[str, float] = {}
+        peers, layout = peers or Peers(), programs.layout
+        shape = (layout.num_layers, *layout.layer_shape(1)[1:])
+        codecs = usable_codecs(codec, shape, np.dtype(layout.dtype).name)
+        self.traffic = Traffic()
+        self._reader = PageReader(layout, peers, Links(codec, codecs), self.traffic, clock)
+        self._puller = PagePuller(layout, programs.staging, peers, codec, codecs, self.traffic)
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix=f"{worker}-pages")
+
+    @property
+    def records(self) -> Records | None:
+        """How pages lie in arrays that are pulled coded; None where they are not coded."""
+        return self._puller.records
 
     @property
     def num_arriving(self) -> int:
@@ -183,6 +200,9 @@ class RemotePages:
             check_contents(arriving.pull, checksums)
         except TransferError:
             self._failed(arriving)
+            if arriving.coded:
+                way = self._puller if arriving.way == "jax-transfer" else self._reader
+                way.refuse(arriving.coded, "checksum")
             raise
         scatter_pieces(self._programs, self._pool, arriving.staged, arriving.pull.targets)
         self.moved[arriving.way] += 1
@@ -199,86 +219,39 @@ class RemotePages:
         """Ends the threads; what they read is lost."""
         self._readers.shutdown(wait=False)
 
-    def _read(self, pull: Pull, address: Address) -> Future[list[np.ndarray] | Pieces]:
+    def _read(self, pull: Pull, address: Address) -> Future[Read]:
         """Begins to read what is on offer."""
-        transfer, count = pull.transfer, len(pull.keys)
+        transfer, count, reader = pull.transfer, len(pull.keys), self._reader
         if address.way == "jax-transfer":
             if self._direct is None:
                 raise TransferError(f"transfer {transfer}: it is not to be pulled directly here")
-            pull_it = functools.partial(self._pull, self._direct, transfer, address.url, count)
-            return self._readers.submit(pull_it)
+            return self._readers.submit(self._pull, self._direct, transfer, address.url, count)
         if address.way == "shm":
             if is_here(address.folder, self._offers.path):
                 file = take(Path(address.folder), transfer)
                 try:
-                    self._check_size(transfer, os.fstat(file).st_size, count)
+                    reader.check_size(transfer, os.fstat(file).st_size, count)
                 except TransferError:
                     os.close(file)
                     raise
-                return self._readers.submit(self._read_file, transfer, file, count)
+                return self._readers.submit(reader.from_file, transfer, file, count)
             if not address.url:
                 raise TransferError(f"transfer {transfer}: nothing is on offer")
-        return self._readers.submit(self._read_url, transfer, address.url, count)
+        return self._readers.submit(reader.from_url, transfer, address.url, count)
 
-    def _read_file(self, transfer: int, descriptor: int, count: int) -> list[np.ndarray]:
-        with os.fdopen(descriptor, "rb", buffering=0) as source:
-            return self._pieces(transfer, source, count)
-
-    def _read_url(self, transfer: int, url: str, count: int) -> list[np.ndarray]:
-        with self._peers.get_pages(url, transfer) as answer:
-            self._check_size(transfer, answer.length or 0, count)
-            return self._pieces(transfer, answer, count)
-
-    def _pull(self, direct: DirectOffers, transfer: int, url: str, count: int) -> Pieces:
+    def _pull(self, direct: DirectOffers, transfer: int, url: str, count: int) -> Read:
         """Claims a transfer, and pulls it onto the mesh."""
-        wanted = [
-            jax.ShapeDtypeStruct(
-                self._programs.staged_shape(bucket),
-                self._programs.layout.dtype,
-                sharding=self._programs.staging,
-            )
-            for _, bucket in pieces(count, TRANSFER_BUCKETS)
-        ]
-        claimed = self._peers.claim_pages(url, transfer)
-        if claimed.pages != count:
-            raise TransferError(
-                f"transfer {transfer}: {claimed.pages} pages are on offer for {count} keys and "
-                f"{count} places"
-            )
-        try:
-            found = direct.pull(claimed, wanted)
-        except TransferError as error:
-            raise TransferError(f"transfer {transfer}: {error}") from error
+        found = self._puller.pull(direct, transfer, url, count)
         # Nobody waits for it; who is not told keeps it on the books for a while.
-        self._readers.submit(self._peers.settle, url, transfer)
+        self._readers.submit(self._puller.settle, url, transfer)
         return found
-
-    def _check_size(self, transfer: int, size: int, count: int) -> None:
-        """Checks that as many bytes are on offer as `count` pages have."""
-        page = self._programs.layout.bytes_per_page
-        if size != count * page:
-            found = f"{size // page} pages are" if size % page == 0 else f"{size} bytes are"
-            raise TransferError(
-                f"transfer {transfer}: {found} on offer for {count} keys and {count} places"
-            )
-
-    def _pieces(self, transfer: int, source: _Source, count: int) -> list[np.ndarray]:
-        """Reads pieces, padded with zeros."""
-        layout = self._programs.layout
-        read = []
-        for length, bucket in pieces(count, TRANSFER_BUCKETS):
-            piece = np.zeros(self._programs.staged_shape(bucket), layout.dtype)
-            for layer in piece:
-                _fill(transfer, source, memoryview(layer[:length].view(np.uint8).reshape(-1)))
-            read.append(piece)
-        return read
 
     def _put(self, arriving: _Arriving) -> Pieces:
         """Puts what was read on the mesh, once; waits for the reading."""
         if arriving.checksums is None:
             transfer = arriving.pull.transfer
             try:
-                pieces_read = arriving.reading.result()
+                read = arriving.reading.result()
             except TransferError:
                 del self._arriving[transfer]
                 self._failed(arriving)
@@ -287,7 +260,8 @@ class RemotePages:
                 del self._arriving[transfer]
                 raise TransferError(f"transfer {transfer}: it cannot be read: {error}") from error
             staging = self._programs.staging
-            arriving.staged = [jax.device_put(piece, staging) for piece in pieces_read]
+            arriving.coded = read.coded
+            arriving.staged = [jax.device_put(piece, staging) for piece in read.pieces]
             arriving.checksums = [self._programs.checksum(piece) for piece in arriving.staged]
         return arriving.checksums
 
@@ -301,11 +275,3 @@ class RemotePages:
         if arriving is None:
             raise TransferError(f"transfer {transfer} was not accepted, or has ended")
         return arriving
-
-
-def _fill(transfer: int, source: _Source, into: memoryview) -> None:
-    while into:
-        count = source.readinto(into)
-        if not count:
-            raise TransferError(f"transfer {transfer}: it ends too early")
-        into = into[count:]

@@ -16,6 +16,7 @@ from pshare_jax.core.requests import FinishReason, RequestOutput, RequestTimes
 from pshare_jax.core.stats import EngineStats, TokenSource
 from pshare_jax.serve.role_metrics import role_metrics
 from pshare_jax.serve.store_metrics import store_metrics
+from pshare_jax.serve.transfer_metrics import transfer_metrics
 
 _SOURCES: tuple[TokenSource, ...] = ("computed", "same_model", "other_model")
 _SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -121,7 +122,7 @@ class _EngineCollector(Collector):
         )
         yield self._pages(stats)
         yield self._busy_seconds(stats)
-        yield self._transfers(stats)
+        yield from transfer_metrics(stats)
         yield self._decode_pages(stats)
         yield self._failed_transfers(stats)
         yield from store_metrics(stats)
@@ -175,16 +176,6 @@ class _EngineCollector(Collector):
         )
         for name, count in stats.failed_transfers.items():
             family.add_metric([name], count)
-        return family
-
-    def _transfers(self, stats: EngineStats) -> Metric:
-        family = CounterMetricFamily(
-            "pshare_transfers",
-            "Transfers of pages that have come from other processes, by their way.",
-            labels=["engine", "transport"],
-        )
-        for (name, way), count in stats.transfers.items():
-            family.add_metric([name, way], count)
         return family
 
     def _decode_pages(self, stats: EngineStats) -> Metric:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import os
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -16,13 +17,15 @@ from pshare_jax.cluster import wire
 from pshare_jax.cluster.station import Station
 from pshare_jax.core.connector import TransferError
 from pshare_jax.engine.hosted import HostedWorkers
+from pshare_jax.kv.coding import HEADER, PageCoder, read_wanted
 from pshare_jax.kv.direct import DirectOffers
 from pshare_jax.kv.offers import OfferFolder, take
+from pshare_jax.kv.sending import coded_frames, learn, plain_frames, send
 from pshare_jax.serve.info import json_response
 from pshare_jax.serve.metrics import Metrics
 
 _PUBLIC = frozenset({"/health", "/ready", "/metrics"})
-_CHUNK = 1024 * 1024
+Sent = Callable[[int], Awaitable[None]]
 
 OFFERS = web.AppKey("offers", OfferFolder)
 STATION = web.AppKey("station", Station)
@@ -81,7 +84,7 @@ async def metrics(request: web.Request) -> web.Response:
 
 async def pages(request: web.Request) -> web.StreamResponse:
     """`GET /pages/TRANSFER`: the bytes of a transfer that is on offer; nobody gets them again."""
-    return await send_pages(request, request.app[OFFERS].path)
+    return await send_pages(request, request.app[OFFERS].path, request.app[HOSTED].coder)
 
 
 async def claim(request: web.Request) -> web.Response:
@@ -100,28 +103,50 @@ async def settle(request: web.Request) -> web.Response:
 async def claim_pages(request: web.Request, direct: DirectOffers | None) -> web.Response:
     """Claims the transfer that the path names, and says where it is to be pulled from."""
     number = int(request.match_info["transfer"], 16)
+    wanted = read_wanted(request.headers.get(HEADER))
     try:
         if direct is None:
             raise TransferError(f"transfer {number}: nothing is on offer")
         # Whoever serves requests must not wait for devices.
-        claimed = await asyncio.to_thread(direct.claim, number)
+        claimed = await asyncio.to_thread(direct.claim, number, wanted)
     except TransferError as error:
         raise web.HTTPNotFound(text=str(error)) from None
     return web.Response(body=msgspec.json.encode(claimed), content_type="application/json")
 
 
-async def send_pages(request: web.Request, folder: Path) -> web.StreamResponse:
-    """Sends what a folder has on offer under the transfer that the path names."""
+async def send_pages(
+    request: web.Request, folder: Path, coder: PageCoder | None = None, sent: Sent | None = None
+) -> web.StreamResponse:
+    """Sends what a folder has on offer under the transfer that the path names.
+
+    Pages are coded by `coder` where the request asks for that, one while the one before is sent.
+    After so many bytes `sent` is called, if it is given.
+    """
     try:
         descriptor = take(folder, int(request.match_info["transfer"], 16))
     except TransferError as error:
         raise web.HTTPNotFound(text=str(error)) from None
-    with os.fdopen(descriptor, "rb") as file:
+    with os.fdopen(descriptor, "rb"):
         response = web.StreamResponse()
-        response.content_length = os.fstat(descriptor).st_size
+        wanted = read_wanted(request.headers.get(HEADER))
+        if coder is not None and wanted is not None and coder.learns:
+            await asyncio.to_thread(learn, descriptor, coder)
+        coding = coder.answer(wanted) if coder is not None else None
+        if coding is not None:
+            response.headers[HEADER] = coding.header()
+        if coder is not None and coding is not None and coding.coded:
+            frames: Iterator[bytes | memoryview] = coded_frames(descriptor, coder, coding)
+        else:
+            frames = plain_frames(descriptor)
+            response.content_length = os.fstat(descriptor).st_size
         await response.prepare(request)
-        while chunk := file.read(_CHUNK):
-            await response.write(chunk)
+
+        async def write(frame: bytes | memoryview) -> None:
+            await response.write(frame)
+            if sent is not None:
+                await sent(len(frame))
+
+        await send(frames, write)
         await response.write_eof()
     return response
 

@@ -159,6 +159,11 @@ class FakeOrchestrator:
                 decode_pages={("decode0", "read"): 8, ("decode0", "saved"): 5},
                 failed_transfers={"decode0": 0},
                 transfers={("decode0", "http"): 3},
+                transfer_bytes={
+                    ("decode0", "http", "planes", "raw"): 1400,
+                    ("decode0", "http", "planes", "wire"): 1000,
+                },
+                miscoded={("decode0", "record"): 2},
                 busy_seconds={"prefill0": 1.5, "decode0": 2.5},
                 pools={
                     "prefill0": PoolStats(total=99, free=90, used=2, shared=1, cached=7),

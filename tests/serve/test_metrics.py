@@ -74,6 +74,14 @@ def test_transfers_by_their_way(client):
     assert client.metric(name, engine="decode0", transport="http") == 3
 
 
+def test_coded_transfers(client):
+    name = "pshare_transfer_bytes_total"
+    labels = {"engine": "decode0", "transport": "http", "codec": "planes"}
+    assert client.metric(name, kind="raw", **labels) == 1400
+    assert client.metric(name, kind="wire", **labels) == 1000
+    assert client.metric("pshare_transfers_miscoded_total", engine="decode0", reason="record") == 2
+
+
 def test_pools(client):
     for pool, state, pages in [("prefill0", "cached", 7), ("decode0", "used", 15)]:
         assert client.metric("pshare_pages", pool=pool, state=state) == pages

@@ -15,7 +15,7 @@ def encode(book: Codebook, pages: jax.Array, capacity: int) -> tuple[jax.Array, 
     """Records of pages.
 
     Args:
-        book: what their exponents are coded by.
+        book: what their exponents are coded by; while this is traced its table may be traced, too.
         pages: `[n, L, 2, kv_heads, page_size, head_dim]` bfloat16.
         capacity: bytes of a record at most.
 
@@ -29,10 +29,11 @@ def encode(book: Codebook, pages: jax.Array, capacity: int) -> tuple[jax.Array, 
     low = (bits & 0x7F | bits >> 8 & 0x80).astype(jnp.uint8)
     exponents = (bits >> 7 & 0xFF).astype(jnp.uint8)
     if book.codec == "planes":
-        bases = jnp.asarray(book.bases(shape)).reshape(-1)
-        codes = jnp.minimum(exponents - bases, jnp.uint8(7))
+        codes = jnp.minimum(exponents - _bases(book, shape), jnp.uint8(7))
     else:
-        codes = jnp.asarray(book.code_of())[exponents]
+        table = jnp.asarray(book.table)
+        codes = jnp.full(256, 15, jnp.uint8).at[table].min(jnp.arange(15, dtype=jnp.uint8))
+        codes = codes[exponents]
     escaped = codes == 2**book.planes - 1
     planes = codes.reshape(count, -1, 1, GROUP // 8, 8)
     planes = planes >> jnp.arange(book.planes, dtype=jnp.uint8)[:, None, None] & 1
@@ -55,7 +56,7 @@ def decode(book: Codebook, records: jax.Array, shape: tuple[int, ...]) -> jax.Ar
     codes = jnp.sum(bits, axis=2, dtype=jnp.uint8).reshape(count, values)
     escaped = codes == 2**book.planes - 1
     if book.codec == "planes":
-        exponents = codes + jnp.asarray(book.bases(shape)).reshape(-1)
+        exponents = codes + _bases(book, shape)
     else:
         exponents = jnp.append(jnp.asarray(book.table), jnp.uint8(0))[codes]
     place = _places(escaped)
@@ -65,6 +66,11 @@ def decode(book: Codebook, records: jax.Array, shape: tuple[int, ...]) -> jax.Ar
     low = records[:, :values].astype(jnp.uint16)
     joined = exponents << 7 | low & 0x7F | (low & 0x80) << 8
     return lax.bitcast_convert_type(joined, jnp.bfloat16).reshape(count, *shape)
+
+
+def _bases(book: Codebook, shape: tuple[int, ...]) -> jax.Array:
+    """Of all values of a page."""
+    return jnp.broadcast_to(jnp.expand_dims(jnp.asarray(book.table), -2), shape).reshape(-1)
 
 
 def _places(escaped: jax.Array) -> jax.Array:
