@@ -172,7 +172,7 @@ class PageReader:
         read = self._empty(count)
         for piece, (length, _) in zip(read, pieces(count, TRANSFER_BUCKETS), strict=True):
             for layer in piece:
-                stream.fill(memoryview(layer[:length].view(np.uint8).reshape(-1)))
+                stream.fill(layer[:length].view(np.uint8).reshape(-1).data)
         return read
 
     def _coded(
@@ -196,7 +196,7 @@ class PageReader:
             if not 0 < size <= page_bytes:
                 raise CodingError("record", f"{where}, page {number}: a record of {size} bytes")
             record = buffer[:size]
-            stream.fill(memoryview(record))
+            stream.fill(record.data)
             started = time.perf_counter()
             if xxhash.xxh3_64_intdigest(record) != said:
                 raise CodingError("record", f"{where}, page {number}: its digest is another one")

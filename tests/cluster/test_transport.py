@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -133,23 +134,25 @@ def test_by_http_alone(models: Models, tmp_path: Path) -> None:
 
 def test_pages_that_come_coded_give_the_same_tokens(models: Models, tmp_path: Path) -> None:
     """From another host in bfloat16: as they are, and by `planes`."""
+    models = Models(models.config)
+    models.base = {name: array.astype(jnp.bfloat16) for name, array in models.base.items()}
+    models.add_identity("identity")
+    prompts = [np.random.default_rng(seed).integers(0, 256, 50).tolist() for seed in (1, 2)]
     found: dict[str, list[list[int]]] = {}
     for codec in ("raw", "planes"):
         folder = tmp_path / codec
         folder.mkdir()
-        ways: Any = {"transport": "http", "codec": codec}
-        bfloat16 = {"dtype": "bfloat16"}
-        with running_cluster(models, folder, prefill=1, decode=1, settings=bfloat16, **ways) as one:
-            prompts = [np.random.default_rng(seed).integers(0, 256, 50).tolist() for seed in (1, 2)]
-            found[codec] = [one.clients[0].generate("full", p, TOKENS).tokens for p in prompts]
-            hosted = one.hosts["decode0"].hosted
-            stats = hosted.stats()
-            moved = {k: v for k, v in stats.transfer_bytes.items() if k[0] == "decode0"}
-            assert {key[2] for key in moved} == {codec}
-            raw, wire = (moved["decode0", "http", codec, kind] for kind in ("raw", "wire"))
+        ways: Any = {"transport": "http", "codec": codec, "settings": {"dtype": "bfloat16"}}
+        with running_cluster(models, folder, prefill=1, decode=1, **ways) as cluster:
+            client = cluster.clients[0]
+            found[codec] = [client.generate("identity", p, TOKENS).tokens for p in prompts]
+            stats = cluster.hosts["decode0"].hosted.stats()
+            assert {key[:3] for key in stats.transfer_bytes} == {("decode0", "http", codec)}
+            raw, wire = (
+                stats.transfer_bytes["decode0", "http", codec, kind] for kind in ("raw", "wire")
+            )
             assert (wire < raw) is (codec == "planes")
             assert stats.transfers == {("decode0", "http"): 2}
-            assert stats.miscoded == {}
-            assert stats.failed_transfers == {"decode0": 0}
-            one.check_idle()
+            assert (stats.miscoded, stats.failed_transfers) == ({}, {"decode0": 0})
+            cluster.check_idle()
     assert found["raw"] == found["planes"]
