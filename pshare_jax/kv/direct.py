@@ -171,18 +171,18 @@ class DirectOffers:
         if coder is None or records is None:
             return arrays, None, []
         counts = [length for length, _ in cut(offer.pages, TRANSFER_BUCKETS)]
-        coding = coder.answer(wanted)
-        if coding is not None and coding.coded and coder.codec is not None:
-            lengths: list[list[int]] = []
-            for place, (piece, count) in enumerate(zip(arrays, counts, strict=True)):
-                found = records.encode(coder.codec, piece, count)
-                lengths.append([] if found is None else found[1])
-                arrays[place] = piece if found is None else found[0]
-            return arrays, coding, lengths
-        if coder.learns:
+        if wanted is not None and coder.learns:
             for piece, count in zip(arrays, counts, strict=True):
                 coder.learn(np.asarray(piece), count)
-        return arrays, coding, []
+        coding = coder.answer(wanted)
+        if coding is None or not coding.coded or coder.codec is None:
+            return arrays, coding, []
+        lengths: list[list[int]] = []
+        for place, (piece, count) in enumerate(zip(arrays, counts, strict=True)):
+            found = records.encode(coder.codec, piece, count)
+            lengths.append([] if found is None else found[1])
+            arrays[place] = piece if found is None else found[0]
+        return arrays, coding, lengths
 
     def settle(self, number: int) -> None:
         """Who has claimed an offer has it."""
