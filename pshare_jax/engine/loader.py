@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from pshare_jax.config import DecodeConfig, ModelEntry, ServeConfig, Sharing
+from pshare_jax.config import DecodeConfig, KvDtype, ModelEntry, ServeConfig, Sharing
 from pshare_jax.convert.manifest import TOKENIZER_FOLDER
 from pshare_jax.convert.seals import open_checkpoint
 from pshare_jax.core.models import ModelKind, ModelSpec
@@ -59,12 +59,14 @@ class BaseSource:
     fingerprint: str
     load: LoadTensors
     former_fingerprints: tuple[str, ...] = ()
+    kv_dtype: KvDtype = "auto"
 
     @property
     def kv_name(self) -> str:
         """Names the KV that it writes as it is loaded."""
         int8 = self.config.weight_format == "int8"
-        return int8_name(self.fingerprint) if int8 else self.fingerprint
+        name = int8_name(self.fingerprint) if int8 else self.fingerprint
+        return name if self.kv_dtype == "auto" else f"{name}/kv-{self.kv_dtype}"
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def checkpoint_sources(config: ServeConfig, dtype: Any) -> tuple[BaseSource, lis
 
     model = manifest.config if config.weights == "plain" else in_int8(manifest.config)
     load = loader_of(manifest, dtype, model)
-    base = BaseSource(model, manifest.fingerprint, load, manifest.former)
+    base = BaseSource(model, manifest.fingerprint, load, manifest.former, config.kv_dtype)
     return base, [model_source(entry, base, dtype) for entry in config.models]
 
 
@@ -239,6 +241,9 @@ class WeightLoader:
         room: for modules that are loaded later.
         dtype: of weights.
 
+    Attributes:
+        dtype: see above.
+
     Raises:
         ConfigError: the served models are more than there is room for.
     """
@@ -251,6 +256,7 @@ class WeightLoader:
         room: DecodeConfig | None = None,
         dtype: Any = jnp.float32,
     ):
+        self.dtype = dtype
         self._base = base
         self._sources = sources
         self._backend = backend

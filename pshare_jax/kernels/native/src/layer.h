@@ -10,7 +10,9 @@
 #include <vector>
 
 #include "attention.h"
+#include "experts.h"
 #include "norm.h"
+#include "small_pages.h"
 
 namespace pshare {
 
@@ -30,42 +32,68 @@ struct Layer {
   float query_factor, residual_scale;  // of rotated queries; of what is added to x
   bool gelu;     // the gate's activation: tanh-approximated GELU, or SiLU
   bool kv_only;  // write K and V and compute nothing else
+  // Vectors are null where there are none; biases are as long as their products' panels.
   const float *attn_norm, *mlp_norm;
-  const float *bias, *q_norm, *k_norm;  // null where there is none; bias as long as qkv's panels
-  const float *attn_post_norm, *mlp_post_norm;  // of a block's output; null where there is none
-  const E *qkv, *o, *gate_up, *down;
+  const float *bias, *q_norm, *k_norm;
+  bool norm_all_heads;  // q and k are normalised over all heads together
+  const float *attn_post_norm, *mlp_post_norm;  // of a block's output
+  const float *o_bias, *gate_up_bias, *down_bias;
+  const E *qkv, *o, *gate_up, *down;  // gate_up and down of a dense block
+  Experts<E> experts;
   long num_adapters = 0, rank = 0;
   const int32_t* adapter_index = nullptr;  // [batch], -1 for none
   Adapter<E> adapters[kTargets];
+};
+
+// What a layer has besides projections.
+struct Parts {
+  bool pre_norms, bias, qk_norm, post_norms, o_bias, mlp_bias, sinks, expert_biases;
 };
 
 // Where a layer's weights begin in the vectors and matrices of all layers, see
 // decoder_layer/packing.py. Returns what is wrong, or nothing.
 template <class E>
 std::string locate(Layer<E>& l, const float* vectors, long num_vectors, const E* matrices,
-                   long num_matrices, bool bias, bool qk_norm, bool post_norms) {
+                   long num_matrices, const Parts& has) {
   const float* vectors_end = vectors + num_vectors;
   const E* matrices_end = matrices + num_matrices;
   const Geometry& g = l.geometry;
   long heads = g.heads() * g.head_dim, kv = g.kv_heads * g.head_dim;
-  long qkv = panels(heads) + 2 * panels(kv);
-  auto take = [](auto& from, long count) {
+  long qkv = panels(heads) + 2 * panels(kv), count = l.experts.count;
+  auto take = [](auto& from, long size, bool there = true) {
     auto at = from;
-    from += count;
-    return at;
+    from += there ? size : 0;
+    return there ? at : nullptr;
   };
-  l.attn_norm = take(vectors, l.embed);
-  l.mlp_norm = take(vectors, l.embed);
-  l.bias = bias ? take(vectors, qkv * kPanel) : nullptr;
-  l.q_norm = qk_norm ? take(vectors, g.head_dim) : nullptr;
-  l.k_norm = qk_norm ? take(vectors, g.head_dim) : nullptr;
-  l.attn_post_norm = post_norms ? take(vectors, l.embed) : nullptr;
-  l.mlp_post_norm = post_norms ? take(vectors, l.embed) : nullptr;
+  auto take_biases = [&](long columns, bool there) {
+    return take(vectors, panels(columns) * kPanel, there);
+  };
+  l.attn_norm = take(vectors, l.embed, has.pre_norms);
+  l.mlp_norm = take(vectors, l.embed, has.pre_norms);
+  l.bias = take(vectors, qkv * kPanel, has.bias);
+  l.q_norm = take(vectors, l.norm_all_heads ? heads : g.head_dim, has.qk_norm);
+  l.k_norm = take(vectors, l.norm_all_heads ? kv : g.head_dim, has.qk_norm);
+  l.attn_post_norm = take(vectors, l.embed, has.post_norms);
+  l.mlp_post_norm = take(vectors, l.embed, has.post_norms);
+  l.geometry.sinks = take(vectors, g.heads(), has.sinks);
+  l.o_bias = take_biases(l.embed, has.o_bias);
+  l.gate_up_bias = take(vectors, 2 * panels(l.mlp) * kPanel, has.mlp_bias);
+  l.down_bias = take_biases(l.embed, has.mlp_bias);
+  Experts<E>& x = l.experts;
+  x.router_bias = take_biases(count, has.expert_biases);
+  x.gate_up_bias = take(vectors, count * 2 * panels(l.mlp) * kPanel, has.expert_biases);
+  x.down_bias = take(vectors, count * panels(l.embed) * kPanel, has.expert_biases);
   l.qkv = take(matrices, qkv * panel_size<E>(l.embed));
   l.o = take(matrices, panels(l.embed) * panel_size<E>(heads));
-  l.gate_up = take(matrices, 2 * panels(l.mlp) * panel_size<E>(l.embed));
-  l.down = take(matrices, panels(l.embed) * panel_size<E>(l.mlp));
+  long gate_up = 2 * panels(l.mlp) * panel_size<E>(l.embed);
+  long down = panels(l.embed) * panel_size<E>(l.mlp);
+  x.router = take(matrices, panels(count) * panel_size<E>(l.embed), count > 0);
+  x.gate_up = take(matrices, count * gate_up, count > 0);
+  x.down = take(matrices, count * down, count > 0);
+  l.gate_up = take(matrices, gate_up, count == 0);
+  l.down = take(matrices, down, count == 0);
   bool fits = vectors == vectors_end && matrices == matrices_end;
+  if (count > 0 && (x.per_token < 1 || x.per_token > count)) return "no such number of experts";
   return fits ? "" : "the packed weights are of another model";
 }
 
@@ -96,9 +124,11 @@ template <class E>
 class LayerCall {
  public:
   // x [batch * tokens, embed] is updated in place; cos and sin are [batch * tokens, rotated / 2].
+  // Of the two kinds of pages one is null.
   LayerCall(const Layer<E>& layer, const Rows& rows, long tokens, float* x, const float* cos,
-            const float* sin, E* pages)
-      : l_(layer), rows_(rows), g_(layer.geometry), x_(x), cos_(cos), sin_(sin), pages_(pages) {
+            const float* sin, E* pages, fp8* small_pages)
+      : l_(layer), rows_(rows), g_(layer.geometry), x_(x), cos_(cos), sin_(sin), pages_(pages),
+        small_pages_(small_pages) {
     for (long b = 0; b < rows.batch; b++) {
       first_.push_back(static_cast<long>(index_.size()));
       for (long t = 0; t < std::min<long>(rows.lens[b], tokens); t++) {
@@ -121,24 +151,43 @@ class LayerCall {
     qkv_ = qkv.get(count_ * qkv_panels_ * kPanel);
     q_ = q.get(count_ * g_.heads() * g_.head_dim);
     attended_ = attended.get(count_ * round_up(g_.heads() * g_.head_dim, 2));
-    update_ = update.get(l_.attn_post_norm != nullptr ? count_ * l_.embed : 0);
+    bool kept = l_.attn_post_norm != nullptr || l_.experts.count > 0;
+    update_ = update.get(kept ? count_ * l_.embed : 0);
     hidden_ = hidden.get(count_ * round_up(l_.mlp, 2));
     find_adapters();
     low_ = low.get(used_.empty() ? 0 : kTargets * count_ * l_.rank);
-    Attention<E, Left<E>> attention(q_, attended_, pages_, rows_, g_, first_, one_query_);
-    Pool::instance().run([&](Team& team) {
-      attention_block(team, attention);
-      if (!l_.kv_only) mlp_block(team);
-    });
+    if (small_pages_ == nullptr) {
+      run_over(pages_, pages_, rows_, [](Team&) {});
+      return;
+    }
+    WidenedPages<E> wide(small_pages_, rows_, g_);
+    run_over(small_pages_, wide.pages(), wide.rows(), [&](Team& team) { wide.widen(team); });
   }
 
  private:
+  // Writes K and V into `pages`, calls `prepare`, and attends to `read`.
+  template <class P, class Prepare>
+  void run_over(P* pages, const E* read, const Rows& rows, Prepare prepare) {
+    Attention<E, Left<E>> attention(q_, attended_, read, rows, g_, first_, one_query_);
+    Pool::instance().run([&](Team& team) {
+      project(team);
+      team.loop(count_, [&](long r) { rotate_and_store(r, pages); });
+      if (l_.kv_only) return;
+      prepare(team);
+      attention.run(team);
+      project_back(team);
+      norm(team, l_.mlp_norm);
+      if (l_.experts.count > 0) experts_block(team);
+      else mlp_block(team);
+    });
+  }
+
   long embed_stride() const { return round_up(l_.embed, 2); }
   // Of a row; -1 for none.
   long adapter(long r) const { return l_.num_adapters > 0 ? l_.adapter_index[row_[r]] : -1; }
   float* row(long r) { return x_ + index_[r] * l_.embed; }
 
-  void attention_block(Team& team, Attention<E, Left<E>>& attention) {
+  void project(Team& team) {
     norm(team, l_.attn_norm);
     if (l_.kv_only) lower(team, {kK, kV}, normed_, l_.embed);
     else lower(team, {kQ, kK, kV}, normed_, l_.embed);
@@ -156,21 +205,21 @@ class LayerCall {
                     for (long j = 0; j < kPanel; j++) to[j] += l_.bias[panel * kPanel + j];
                   }
                 });
-    team.loop(count_, [&](long r) { rotate_and_store(r); });
-    if (l_.kv_only) return;
-    attention.run(team);
+  }
+
+  void project_back(Team& team) {
     long width = g_.heads() * g_.head_dim;
     lower(team, {kO}, attended_, width);
     multiply<E>(team, count_, attended_, width, l_.o, width, 0, panels(l_.embed), 1,
                 [&](long r, long n, long panel, float* tile) {
                   adapt(kO, r, n, panel, tile, kPanel);
+                  add_bias(n, tile, l_.o_bias, panel, kPanel);
                   add(r, n, panel, tile, l_.attn_post_norm);
                 });
     add_normed(team, l_.attn_post_norm);
   }
 
   void mlp_block(Team& team) {
-    norm(team, l_.mlp_norm);
     lower(team, {kGate, kUp}, normed_, l_.embed);
     long stride = round_up(l_.mlp, 2);
     // Panels of gate and up alternate.
@@ -178,6 +227,7 @@ class LayerCall {
                 2 * panels(l_.mlp), 2, [&](long r, long n, long panel, float* tile) {
                   adapt(kGate, r, n, panel / 2, tile, 2 * kPanel);
                   adapt(kUp, r, n, panel / 2, tile + kPanel, 2 * kPanel);
+                  add_bias(n, tile, l_.gate_up_bias, panel / 2, 2 * kPanel);
                   long column = panel / 2 * kPanel;
                   long width = std::min<long>(kPanel, stride - column);
                   for (long i = 0; i < n; i++) {
@@ -194,14 +244,30 @@ class LayerCall {
     multiply<E>(team, count_, hidden_, stride, l_.down, l_.mlp, 0, panels(l_.embed), 1,
                 [&](long r, long n, long panel, float* tile) {
                   adapt(kDown, r, n, panel, tile, kPanel);
+                  add_bias(n, tile, l_.down_bias, panel, kPanel);
                   add(r, n, panel, tile, l_.mlp_post_norm);
                 });
     add_normed(team, l_.mlp_post_norm);
   }
 
+  void experts_block(Team& team) {
+    ExpertsCall<E> experts(l_.experts, l_.embed, l_.mlp, normed_, embed_stride(), count_);
+    experts.run(team);
+    const float* post_norm = l_.mlp_post_norm;
+    team.loop(count_, [&](long r) {
+      float *update = update_ + r * l_.embed, *to = row(r);
+      experts.sum(r, update);
+      if (post_norm != nullptr) normalise(update, post_norm, l_.embed, l_.eps, update);
+      for (long j = 0; j < l_.embed; j++) to[j] += l_.residual_scale * update[j];
+    });
+  }
+
+  // x in the form that products read, normalised where there is a norm.
   void norm(Team& team, const float* scale) {
     team.loop(count_, [&](long r) {
-      norm_row(row(r), scale, l_.embed, l_.eps, normed_ + r * embed_stride());
+      Left<E>* to = normed_ + r * embed_stride();
+      if (scale == nullptr) convert(row(r), to, l_.embed);
+      else norm_row(row(r), scale, l_.embed, l_.eps, to);
       if (l_.embed % 2) normed_[(r + 1) * embed_stride() - 1] = Left<E>{};
     });
   }
@@ -209,6 +275,14 @@ class LayerCall {
   // SiLU(g) is g * sigmoid(g), and GELU's approximation by tanh is g * sigmoid of this cubic.
   VF exponent(VF g) const {
     return l_.gelu ? g * (g * g * 0.0713548163f + 1.5957691216f) : g;
+  }
+
+  // Adds panel `panel` of a bias, of `width` columns, to the rows of a tile.
+  static void add_bias(long n, float* tile, const float* bias, long panel, long width) {
+    if (bias == nullptr) return;
+    for (long i = 0; i < n; i++) {
+      for (long j = 0; j < width; j++) tile[i * width + j] += bias[panel * width + j];
+    }
   }
 
   // Adds a tile to the residual stream; with a norm in between it is kept until rows are whole.
@@ -234,12 +308,19 @@ class LayerCall {
     });
   }
 
-  void rotate_and_store(long r) {
+  template <class P>
+  void rotate_and_store(long r, P* pages) {
     long half = l_.rotated / 2, b = row_[r], position = rows_.start[b] + r - first_[b];
     const float *cos = cos_ + index_[r] * half, *sin = sin_ + index_[r] * half;
     float* all = qkv_ + r * qkv_panels_ * kPanel;
+    long q_size = g_.heads() * g_.head_dim, k_size = g_.kv_heads * g_.head_dim;
+    if (l_.norm_all_heads && l_.q_norm != nullptr) {
+      float* keys = all + k_panel_ * kPanel;
+      normalise(keys, l_.k_norm, k_size, l_.eps, keys);
+      if (!l_.kv_only) normalise(all, l_.q_norm, q_size, l_.eps, all);
+    }
     auto rotate = [&](float* head, const float* scale) {
-      if (scale != nullptr) normalise(head, scale, g_.head_dim, l_.eps, head);
+      if (scale != nullptr && !l_.norm_all_heads) normalise(head, scale, g_.head_dim, l_.eps, head);
       for (long i = 0; i < half; i++) {
         float x = head[i], y = head[half + i];
         head[i] = x * cos[i] - y * sin[i];
@@ -249,9 +330,9 @@ class LayerCall {
     for (long h = 0; h < g_.kv_heads; h++) {
       float* k = all + k_panel_ * kPanel + h * g_.head_dim;
       rotate(k, l_.k_norm);
-      convert(k, slot(pages_, rows_, g_, b, position, 0, h), g_.head_dim);
+      convert(k, slot(pages, rows_, g_, b, position, 0, h), g_.head_dim);
       convert(all + v_panel_ * kPanel + h * g_.head_dim,
-              slot(pages_, rows_, g_, b, position, 1, h), g_.head_dim);
+              slot(pages, rows_, g_, b, position, 1, h), g_.head_dim);
     }
     if (l_.kv_only) return;
     for (long h = 0; h < g_.heads(); h++) {
@@ -327,6 +408,7 @@ class LayerCall {
   float* x_;
   const float *cos_, *sin_;
   E* pages_;
+  fp8* small_pages_;
   bool one_query_ = false;
   long count_ = 0, k_panel_ = 0, v_panel_ = 0, qkv_panels_ = 0;
   std::vector<long> index_, row_, first_, used_;
