@@ -3,6 +3,7 @@
 #if defined(__x86_64__) && defined(__linux__)
 #include "amx_emulator.h"
 #endif
+#include "gemm.h"
 #include "tile_check.h"
 
 using namespace pshare;
@@ -83,6 +84,18 @@ void panel(long rows, const uint16_t* a, long lda, const uint16_t* b, long units
 
 int start(int wanted) { return static_cast<int>(start_tiles(wanted != 0)); }
 int in_use() { return has_tiles(); }
+
+// Bit 0: registers are in use after a product, bit 1: after the call that it is part of.
+int shaped_while_and_after_a_call() {
+  bf16 a[32] = {}, b[16 * 64] = {};
+  float c[32];
+  int shaped = 0;
+  Pool::instance().run([&](Team&) {
+    multiply_panel<bf16>(1, a, 32, b, 16, c, 32, false);
+    shaped = TwinTiles::state().configured;
+  });
+  return shaped | TwinTiles::state().configured << 1;
+}
 
 float fused_step(float a, float b, float c) { return fused(a, b, c); }
 
