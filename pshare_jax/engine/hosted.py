@@ -26,10 +26,12 @@ from pshare_jax.convert.manifest import TOKENIZER_FOLDER, read_manifest
 from pshare_jax.core.connector import Connector, TransferError
 from pshare_jax.core.messages import Covered, Fetch, Message, Prefill
 from pshare_jax.core.models import ModelSpec
+from pshare_jax.core.pages.sharing_map import PoolView, pool_views
 from pshare_jax.core.router import WorkerInfo
 from pshare_jax.core.stats import EngineStats
 from pshare_jax.engine.assembly import Assembly
 from pshare_jax.engine.devices import compute_dtype, prepare_jax
+from pshare_jax.engine.gang import hosts_of, named_weights
 from pshare_jax.engine.host_memory import return_freed_memory
 from pshare_jax.engine.hosted_modules import HostedModules
 from pshare_jax.engine.kv_store import EngineStore
@@ -53,9 +55,10 @@ from pshare_jax.kv.peers import Peers
 from pshare_jax.kv.remote import RemotePages
 from pshare_jax.runtime.compiles import compile_count
 from pshare_jax.runtime.layout import PageLayout
+from pshare_jax.runtime.mirror import Mirror, Replay, Run
 from pshare_jax.runtime.pool import PagePool
 from pshare_jax.runtime.programs import Programs
-from pshare_jax.sharding.mesh import carve_one
+from pshare_jax.sharding.mesh import carve_one, mesh_of_all_processes
 from pshare_jax.text.grammar import GrammarCompiler, GrammarLimits
 from pshare_jax.text.tokenizer import Tokenizer
 
@@ -111,7 +114,11 @@ class HostedWorkers:
         degree = (config.prefill if role == "prefill" else config.decode).tensor_parallel
         if role == "both" and config.prefill.tensor_parallel != degree:
             raise ConfigError("prefill.tensor_parallel and decode.tensor_parallel must be equal")
-        mesh = carve_one(jax.devices(), 1, degree)[0]
+        hosts = hosts_of(config, role)
+        if hosts > 1:
+            mesh = mesh_of_all_processes(jax.devices(), degree, hosts)
+        else:
+            mesh = carve_one(jax.devices(), 1, degree)[0]
         specs = _hosted_specs(config, role, name, base, sources)
         served = ServedModels(config, base, sources, specs)
         self._served = served
@@ -241,6 +248,22 @@ class HostedWorkers:
         thread.start()
         self.thread = thread
 
+    def lead(self, send: Callable[[Run], None]) -> None:
+        """Has other processes of the mesh told of each call before it is made; before `start`.
+
+        Args:
+            send: tells them, in order.
+        """
+        programs = self.workers[0].executor.programs
+        programs.wrap(Mirror(programs, named_weights(self.prefill, self.decode), send).wrap)
+
+    def replay(self) -> Replay:
+        """What makes the calls of the mesh's first process in another one, instead of `start`."""
+        executor = self.workers[0].executor
+        history = self.decode[0].executor.history if self.decode else None
+        weights = named_weights(self.prefill, self.decode)
+        return Replay(executor.programs, executor.pool, weights, history)
+
     def prepare(self, message: Message) -> Callable[[], None] | None:
         """What is to be done before a worker hears a message, beside its thread: see `Station`.
 
@@ -304,6 +327,12 @@ class HostedWorkers:
         except OSError as error:
             logger.warning("engines of this machine will not take turns: %s", error)
             return None
+
+    def pools(self) -> list[PoolView]:
+        """What the pools hold, who computed it and who reads it now; from any thread."""
+        caches = {worker.name: worker.cache for worker in (*self.prefill, *self.decode)}
+        readers = {worker.name: worker.core.readers() for worker in self.decode}
+        return pool_views(caches, readers, self._store.held if self._store else None)
 
     def stats(self) -> EngineStats:
         """What has been done since the start; of the workers' thread, or once it stands still."""
@@ -372,6 +401,7 @@ def _info(worker: Worker, partner: str) -> WorkerInfo:
 
 def _alone(config: ServeConfig, role: Role) -> ServeConfig:
     """The configuration of one worker's devices."""
-    degree = (config.prefill if role == "prefill" else config.decode).tensor_parallel
+    side = config.prefill if role == "prefill" else config.decode
+    degree = side.tensor_parallel // hosts_of(config, role)
     decode = dataclasses.replace(config.decode, engines=1, tensor_parallel=degree)
     return dataclasses.replace(config, connector="same-mesh", decode=decode)

@@ -1,0 +1,482 @@
+"""The links of a gang: the processes of one mesh, of which the first tells the others what runs.
+
+The others connect to the first one, twice: one connection carries what they are told, the other
+their signs of life, so that each is written by one side alone. Who shows another token, another
+configuration or other code is refused by name. A gang lives and dies as a whole: when a connection
+ends, or nothing has come for a while, each process that notices says so to its owner, and ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import logging
+import queue
+import secrets
+import socket
+import ssl
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import msgspec
+
+from pshare_jax.cluster.secret import split_address
+from pshare_jax.cluster.tls import ClusterTls
+from pshare_jax.errors import ConfigError, PshareError
+from pshare_jax.runtime.mirror import Run
+
+logger = logging.getLogger(__name__)
+
+PROTOCOL = 1
+
+BEAT_SECONDS = 1.0
+"""Between two signs of life."""
+
+SILENCE_SECONDS = 30.0
+"""After this without one a process counts as lost."""
+
+HELLO_SECONDS = 5.0
+"""That who connects may take to say who it is."""
+
+END_SECONDS = 5.0
+"""That the others may take to end."""
+
+AGAIN_SECONDS = 0.2
+"""Between two attempts to connect to the first process."""
+
+SAY_SECONDS = 30.0
+"""Between two log lines about who is waited for."""
+
+_MAX_HELLO = 4096
+_KEEPALIVE = {socket.TCP_KEEPIDLE: 15, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
+_HEADER = struct.Struct(">Q")
+
+
+class GangLostError(PshareError):
+    """A process of the gang has ended, or says nothing any more."""
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """Who connects: `facts` must be the same in all processes; `life` is what the connection is
+    for, and `incarnation` the same random number on both connections of a process."""
+
+    protocol: int
+    token: str
+    rank: int
+    size: int
+    facts: dict[str, str]
+    incarnation: int
+    life: bool
+
+
+class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
+    """All are there; `coordinator` is the address of their `jax.distributed` world."""
+
+    coordinator: str
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    """Says why."""
+
+    why: str
+
+
+class Beat(msgspec.Struct, frozen=True, tag="beat"):
+    """A sign of life."""
+
+
+class Built(msgspec.Struct, frozen=True, tag="built"):
+    """Weights and pool are there; what they are."""
+
+    what: str
+
+
+class Draining(msgspec.Struct, frozen=True, tag="draining"):
+    """This process is to end in good order, and so the gang."""
+
+
+class End(msgspec.Struct, frozen=True, tag="end"):
+    """Nothing will be run any more."""
+
+
+Frame = Hello | Welcome | Refused | Beat | Built | Draining | End | Run
+
+_decoder = msgspec.msgpack.Decoder(Frame)
+_encoder = msgspec.msgpack.Encoder()
+
+
+class Connection:
+    """Frames over a stream, each after its length. Sending is thread-safe."""
+
+    def __init__(self, sock: socket.socket):
+        self._sock = sock
+        self._lock = threading.Lock()
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # Who waits for the others says nothing, and would never hear that the first has gone.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _KEEPALIVE.items():
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+    def send(self, frame: Frame) -> None:
+        """Sends a frame; blocks while the other side reads nothing.
+
+        Raises:
+            GangLostError: it cannot be sent.
+        """
+        data = _encoder.encode(frame)
+        try:
+            with self._lock:
+                self._sock.sendall(_HEADER.pack(len(data)) + data)
+        except OSError as error:
+            raise GangLostError(f"cannot be told anything: {error}") from error
+
+    def receive(self, most: int = 2**40) -> Frame:
+        """Waits for a frame.
+
+        Args:
+            most: bytes that it may have.
+
+        Raises:
+            GangLostError: the connection has ended, nothing has come in time, or what has come is
+                no frame.
+        """
+        try:
+            (length,) = _HEADER.unpack(self._exactly(_HEADER.size))
+            if length > most:
+                raise GangLostError(f"sends a frame of {length} bytes")
+            return _decoder.decode(self._exactly(length))
+        except TimeoutError as error:
+            raise GangLostError(f"has said nothing for {self._sock.gettimeout():g} s") from error
+        except OSError as error:
+            raise GangLostError(f"its connection has broken: {error}") from error
+        except msgspec.DecodeError as error:
+            raise GangLostError(f"sends what is no frame: {error}") from error
+
+    def timeout(self, seconds: float) -> None:
+        """Of everything from now on."""
+        self._sock.settimeout(seconds)
+
+    def close(self) -> None:
+        """Ends it."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._sock.close()
+
+    def _exactly(self, count: int) -> bytearray:
+        data = bytearray(count)
+        view = memoryview(data)
+        while view:
+            received = self._sock.recv_into(view)
+            if not received:
+                raise GangLostError("has ended")
+            view = view[received:]
+        return data
+
+
+class GangLeader:
+    """The side of the first process.
+
+    Args:
+        listener: a socket that listens; it is closed once all are there.
+        size: processes of the gang, this one included.
+        facts: what must be the same in all of them.
+        token: of the cluster.
+        tls: its certificates.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        size: int,
+        facts: Mapping[str, str],
+        token: str = "",
+        tls: ClusterTls | None = None,
+    ):
+        self._listener = listener
+        self._size = size
+        self._facts = dict(facts)
+        self._token = token
+        self._tls = tls
+        self._orders: dict[int, Connection] = {}
+        self._lives: dict[int, Connection] = {}
+        self._built: dict[int, str] = {}
+        self._changed = threading.Condition()
+        self._ending = threading.Event()
+        self._watching: list[threading.Thread] = []
+
+    def gather(self) -> None:
+        """Waits until all processes are there."""
+        found: dict[tuple[int, int], dict[bool, Connection]] = {}
+        said = time.monotonic()
+        self._listener.settimeout(1.0)
+        while len(self._orders) < self._size - 1:
+            if time.monotonic() - said > SAY_SECONDS:
+                said = time.monotonic()
+                missing = sorted(set(range(1, self._size)) - set(self._orders))
+                logger.info("waiting for processes %s of the gang", missing)
+            try:
+                sock, _ = self._listener.accept()
+            except TimeoutError:
+                continue
+            greeted = self._greet(sock)
+            if greeted is None:
+                continue
+            hello, connection = greeted
+            pair = found.setdefault((hello.rank, hello.incarnation), {})
+            pair[hello.life] = connection
+            if len(pair) == 2:
+                # One that was here before has ended meanwhile.
+                self._orders[hello.rank], self._lives[hello.rank] = pair[False], pair[True]
+        self._listener.close()
+
+    def start(
+        self,
+        coordinator: str,
+        on_lost: Callable[[str], None],
+        on_drain: Callable[[], None],
+    ) -> None:
+        """Tells the others where they meet, and watches them from now on.
+
+        Args:
+            coordinator: address of the gang's `jax.distributed` world.
+            on_lost: called, in a thread, with the reason why the gang is of no use any more.
+            on_drain: called, in a thread, when a process is to end in good order.
+
+        Raises:
+            GangLostError: one has ended already.
+        """
+        self.send(Welcome(coordinator))
+        for rank, life in self._lives.items():
+            self._orders[rank].timeout(SILENCE_SECONDS)
+            life.timeout(SILENCE_SECONDS)
+            watch = threading.Thread(
+                target=self._watch, args=(rank, life, on_lost, on_drain), daemon=True
+            )
+            watch.start()
+            self._watching.append(watch)
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def check_built(self, what: str) -> None:
+        """Waits until all have weights and pools, and compares these.
+
+        Raises:
+            ConfigError: names who has others.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._built) == self._size - 1)
+        for rank, there in sorted(self._built.items()):
+            if there != what:
+                raise ConfigError(
+                    f"process {rank} of the gang has other weights or pages than process 0: "
+                    f"{there}, not {what}"
+                )
+
+    def send(self, frame: Frame) -> None:
+        """Tells all others something.
+
+        Raises:
+            GangLostError: one cannot be told.
+        """
+        for rank, orders in self._orders.items():
+            try:
+                orders.send(frame)
+            except GangLostError as error:
+                raise GangLostError(f"process {rank} of the gang: {error}") from error
+
+    def close(self) -> None:
+        """Lets the others end, when they have run all that they were told, and waits for that."""
+        self._ending.set()
+        with contextlib.suppress(GangLostError):
+            self.send(End())
+        end = time.monotonic() + END_SECONDS
+        for watch in self._watching:
+            watch.join(max(0.0, end - time.monotonic()))
+
+    def _greet(self, sock: socket.socket) -> tuple[Hello, Connection] | None:
+        sock.settimeout(HELLO_SECONDS)
+        connection = Connection(sock)
+        try:
+            if self._tls is not None:
+                sock = self._tls.server.wrap_socket(sock, server_side=True)
+                connection = Connection(sock)
+            hello = connection.receive(_MAX_HELLO)
+            if not isinstance(hello, Hello):
+                raise GangLostError("does not say who it is")
+            refusal = self._refusal(hello, sock)
+            if not refusal:
+                return hello, connection
+            logger.warning("process %d of the gang is refused: %s", hello.rank, refusal)
+            connection.send(Refused(refusal))
+        except (GangLostError, OSError) as error:
+            logger.warning("somebody has connected who is not of this gang: %s", error)
+        connection.close()
+        return None
+
+    def _refusal(self, hello: Hello, sock: socket.socket) -> str:
+        """Why a process cannot be one of this gang, or nothing."""
+        if self._tls is not None and isinstance(sock, ssl.SSLSocket) and not sock.getpeercert():
+            return "show a certificate of this cluster's CA"
+        if not hmac.compare_digest(hello.token.encode(), self._token.encode()):
+            return "the token of this cluster is another one"
+        if hello.protocol != PROTOCOL:
+            return f"protocol is {hello.protocol} there and {PROTOCOL} at process 0"
+        if hello.size != self._size or not 0 < hello.rank < self._size:
+            return f"it is process {hello.rank} of {hello.size}, but the gang has {self._size}"
+        for name, here in self._facts.items():
+            if (there := hello.facts.get(name, "")) != here:
+                return f"{name} is {there} there and {here} at process 0"
+        return ""
+
+    def _watch(
+        self,
+        rank: int,
+        life: Connection,
+        on_lost: Callable[[str], None],
+        on_drain: Callable[[], None],
+    ) -> None:
+        try:
+            while True:
+                match life.receive():
+                    case Built(what):
+                        with self._changed:
+                            self._built[rank] = what
+                            self._changed.notify_all()
+                    case Draining():
+                        on_drain()
+                    case _:
+                        pass
+        except GangLostError as error:
+            if not self._ending.is_set():
+                on_lost(f"process {rank} of the gang {error}")
+
+    def _beat(self) -> None:
+        with contextlib.suppress(GangLostError):
+            while not self._ending.wait(BEAT_SECONDS):
+                self.send(Beat())
+
+
+class GangFollower:
+    """The side of another process.
+
+    Args:
+        address: `HOST:PORT` of the first process.
+        rank: which one this is, from 1.
+        size: processes of the gang.
+        facts: what must be the same in all of them.
+        token: of the cluster.
+        tls: its certificates.
+
+    Attributes:
+        coordinator: address of the gang's `jax.distributed` world, once welcome.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        rank: int,
+        size: int,
+        facts: Mapping[str, str],
+        token: str = "",
+        tls: ClusterTls | None = None,
+    ):
+        self.coordinator = ""
+        self._address = split_address(address)
+        self._tls = tls
+        self._hello = Hello(
+            PROTOCOL, token, rank, size, dict(facts), secrets.randbits(63), life=False
+        )
+        self._orders: Connection | None = None
+        self._life: Connection | None = None
+        self._over = threading.Event()
+        self._calls: queue.SimpleQueue[Run | End | GangLostError] = queue.SimpleQueue()
+
+    def join(self, on_lost: Callable[[str], None]) -> None:
+        """Waits for the first process, and until all are there.
+
+        Args:
+            on_lost: called, in a thread, with the reason why the gang is of no use any more.
+
+        Raises:
+            ConfigError: this process is refused; says why.
+            GangLostError: the first process has ended meanwhile.
+        """
+        self._orders, self._life = self._connect(life=False), self._connect(life=True)
+        # The others may take as long as they like.
+        answer = self._orders.receive()
+        if isinstance(answer, Refused):
+            raise ConfigError(f"process 0 of the gang refuses this one: {answer.why}")
+        if not isinstance(answer, Welcome):
+            raise GangLostError("process 0 of the gang does not answer as one")
+        self.coordinator = answer.coordinator
+        self._orders.timeout(SILENCE_SECONDS)
+        threading.Thread(target=self._beat, daemon=True).start()
+        # Beside whatever computes: who waits for a device that waits for the dead hears of it.
+        threading.Thread(target=self._hear, args=(self._orders, on_lost), daemon=True).start()
+
+    def built(self, what: str) -> None:
+        """Says that weights and pool are there."""
+        self._tell(Built(what))
+
+    def drain(self) -> None:
+        """Asks for the gang's end in good order."""
+        self._tell(Draining())
+
+    def calls(self) -> Iterator[Run]:
+        """What is to be run, until nothing is any more.
+
+        Raises:
+            GangLostError: the first process has ended, or says nothing.
+        """
+        while not isinstance(call := self._calls.get(), End):
+            if isinstance(call, GangLostError):
+                raise call
+            yield call
+        self._over.set()
+
+    def close(self) -> None:
+        """Ends the connections."""
+        self._over.set()
+        for connection in (self._orders, self._life):
+            if connection is not None:
+                connection.close()
+
+    def _hear(self, orders: Connection, on_lost: Callable[[str], None]) -> None:
+        try:
+            while True:
+                frame = orders.receive()
+                if isinstance(frame, Run | End):
+                    self._calls.put(frame)
+                if isinstance(frame, End):
+                    return
+        except GangLostError as error:
+            self._calls.put(error)
+            on_lost(f"process 0 of the gang {error}")
+
+    def _tell(self, frame: Frame) -> None:
+        assert self._life is not None
+        self._life.send(frame)
+
+    def _connect(self, *, life: bool) -> Connection:
+        said = time.monotonic()
+        while True:
+            try:
+                sock = socket.create_connection(self._address, HELLO_SECONDS)
+                if self._tls is not None:
+                    sock = self._tls.client.wrap_socket(sock)
+                connection = Connection(sock)
+                connection.send(msgspec.structs.replace(self._hello, life=life))
+                sock.settimeout(None)
+            except (OSError, GangLostError) as error:
+                if time.monotonic() - said > SAY_SECONDS:
+                    said = time.monotonic()
+                    logger.info("waiting for process 0 of the gang: %s", error)
+                time.sleep(AGAIN_SECONDS)
+            else:
+                return connection
+
+    def _beat(self) -> None:
+        with contextlib.suppress(GangLostError):
+            while not self._over.wait(BEAT_SECONDS):
+                self._tell(Beat())
