@@ -58,7 +58,7 @@ class GangLostError(PshareError):
     """A process of the gang has ended, or says nothing any more."""
 
 
-class Hello(msgspec.Struct, frozen=True, tag="hello"):
+class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
     """Who connects: `facts` must be the same in all processes; `life` is what the connection is
     for, and `incarnation` the same random number on both connections of a process."""
 
@@ -71,37 +71,43 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     life: bool
 
 
-class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
+class Welcome(msgspec.Struct, frozen=True, array_like=True, tag="welcome"):
     """All are there; `coordinator` is the address of their `jax.distributed` world."""
 
     coordinator: str
 
 
-class Refused(msgspec.Struct, frozen=True, tag="refused"):
+class Refused(msgspec.Struct, frozen=True, array_like=True, tag="refused"):
     """Says why."""
 
     why: str
 
 
-class Beat(msgspec.Struct, frozen=True, tag="beat"):
+class Beat(msgspec.Struct, frozen=True, array_like=True, tag="beat"):
     """A sign of life."""
 
 
-class Built(msgspec.Struct, frozen=True, tag="built"):
+class Built(msgspec.Struct, frozen=True, array_like=True, tag="built"):
     """Weights and pool are there; what they are."""
 
     what: str
 
 
-class Draining(msgspec.Struct, frozen=True, tag="draining"):
+class Compiled(msgspec.Struct, frozen=True, array_like=True, tag="compiled"):
+    """As many calls have been compiled as were to be."""
+
+    count: int
+
+
+class Draining(msgspec.Struct, frozen=True, array_like=True, tag="draining"):
     """This process is to end in good order, and so the gang."""
 
 
-class End(msgspec.Struct, frozen=True, tag="end"):
+class End(msgspec.Struct, frozen=True, array_like=True, tag="end"):
     """Nothing will be run any more."""
 
 
-Frame = Hello | Welcome | Refused | Beat | Built | Draining | End | Run
+Frame = Hello | Welcome | Refused | Beat | Built | Compiled | Draining | End | Run
 
 _decoder = msgspec.msgpack.Decoder(Frame)
 _encoder = msgspec.msgpack.Encoder()
@@ -202,6 +208,8 @@ class GangLeader:
         self._orders: dict[int, Connection] = {}
         self._lives: dict[int, Connection] = {}
         self._built: dict[int, str] = {}
+        self._compiled: dict[int, int] = {}
+        self._to_compile = 0
         self._changed = threading.Condition()
         self._ending = threading.Event()
         self._watching: list[threading.Thread] = []
@@ -230,6 +238,10 @@ class GangLeader:
                 # One that was here before has ended meanwhile.
                 self._orders[hello.rank], self._lives[hello.rank] = pair[False], pair[True]
         self._listener.close()
+        chosen = [*self._orders.values(), *self._lives.values()]
+        for connection in (one for pair in found.values() for one in pair.values()):
+            if connection not in chosen:
+                connection.close()
 
     def start(
         self,
@@ -273,6 +285,22 @@ class GangLeader:
                     f"{there}, not {what}"
                 )
 
+    def call(self, run: Run) -> None:
+        """Has all others make a call, or compile it.
+
+        Raises:
+            GangLostError: one cannot be told.
+        """
+        self._to_compile += run.compiles
+        self.send(run)
+
+    def wait_compiled(self) -> None:
+        """Waits until all have compiled what they were to; who is lost is told of by `on_lost`."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: all(self._compiled.get(r) == self._to_compile for r in self._orders)
+            )
+
     def send(self, frame: Frame) -> None:
         """Tells all others something.
 
@@ -293,6 +321,9 @@ class GangLeader:
         end = time.monotonic() + END_SECONDS
         for watch in self._watching:
             watch.join(max(0.0, end - time.monotonic()))
+        self._listener.close()
+        for connection in (*self._orders.values(), *self._lives.values()):
+            connection.close()
 
     def _greet(self, sock: socket.socket) -> tuple[Hello, Connection] | None:
         sock.settimeout(HELLO_SECONDS)
@@ -342,6 +373,10 @@ class GangLeader:
                     case Built(what):
                         with self._changed:
                             self._built[rank] = what
+                            self._changed.notify_all()
+                    case Compiled(count):
+                        with self._changed:
+                            self._compiled[rank] = count
                             self._changed.notify_all()
                     case Draining():
                         on_drain()
@@ -418,6 +453,10 @@ class GangFollower:
     def built(self, what: str) -> None:
         """Says that weights and pool are there."""
         self._tell(Built(what))
+
+    def compiled(self, count: int) -> None:
+        """Says that so many calls have been compiled."""
+        self._tell(Compiled(count))
 
     def drain(self) -> None:
         """Asks for the gang's end in good order."""

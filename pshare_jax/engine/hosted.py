@@ -174,6 +174,7 @@ class HostedWorkers:
         )
         self._one_pool = role == "both"
         self._store: EngineStore | None = None
+        self._mirror: Mirror | None = None
         self._turns: HostTurns | None = None
         self._compiles_at_start = 0
 
@@ -228,6 +229,8 @@ class HostedWorkers:
             worker.executor.warm_up(receives=not self._one_pool)
         for worker in self.prefill:
             worker.executor.warm_up(sends=stores or not self._one_pool, receives=stores)
+        if self._mirror is not None:
+            self._mirror.warming = False
         self._turns = self._host_turns()
 
         def carry(source: str, to: str, message: Message) -> None:
@@ -248,14 +251,17 @@ class HostedWorkers:
         thread.start()
         self.thread = thread
 
-    def lead(self, send: Callable[[Run], None]) -> None:
+    def lead(self, send: Callable[[Run], None], compiled: Callable[[], None]) -> None:
         """Has other processes of the mesh told of each call before it is made; before `start`.
 
         Args:
             send: tells them, in order.
+            compiled: waits until they have compiled what they were told to.
         """
         programs = self.workers[0].executor.programs
-        programs.wrap(Mirror(programs, named_weights(self.prefill, self.decode), send).wrap)
+        weights = named_weights(self.prefill, self.decode)
+        self._mirror = Mirror(programs, weights, send, compiled)
+        programs.wrap(self._mirror.wrap)
 
     def replay(self) -> Replay:
         """What makes the calls of the mesh's first process in another one, instead of `start`."""

@@ -63,6 +63,7 @@ class Run(msgspec.Struct, frozen=True, array_like=True, tag="run"):
         hosts: all other arguments, flattened.
         gives: the number of the result that is kept, if one is.
         forget: arrays that nobody will name any more.
+        compiles: whether this is to be compiled only; it will be said again to be run.
     """
 
     number: int
@@ -71,6 +72,7 @@ class Run(msgspec.Struct, frozen=True, array_like=True, tag="run"):
     hosts: list[Host]
     gives: int | None
     forget: list[int]
+    compiles: bool = False
 
 
 class _Signature(msgspec.Struct, frozen=True):
@@ -104,14 +106,27 @@ class Mirror:
         weights: all weights and adapters that programs are given, by a name that is the same in all
             processes.
         send: has the other processes make a call; must keep the order.
+        compiled: waits until they have compiled what they were told to.
+
+    Attributes:
+        warming: whether what is called is compiled first, everywhere: a process that waits in a
+            collective for one that still compiles gives up after a while.
     """
 
-    def __init__(self, programs: Programs, weights: Mapping[str, Any], send: Callable[[Run], None]):
+    def __init__(
+        self,
+        programs: Programs,
+        weights: Mapping[str, Any],
+        send: Callable[[Run], None],
+        compiled: Callable[[], None],
+    ):
+        self.warming = True
         self._signatures = _signatures(programs.all_calls())
         # Kept, so that an id means the same for ever.
         self._weights = dict(weights)
         self._names = {id(value): name for name, value in self._weights.items()}
         self._send = send
+        self._compiled = compiled
         self._lock = threading.Lock()
         self._calls = 0
         self._kept: dict[int, int] = {}
@@ -125,14 +140,19 @@ class Mirror:
         def call(*arguments: Any) -> Any:
             # Two threads must not begin in another order than they say.
             with self._lock:
-                self._tell(name, signature, arguments)
+                run = self._run(name, signature, arguments)
+                if self.warming and hasattr(function, "lower"):
+                    self._send(msgspec.structs.replace(run, compiles=True))
+                    function.lower(*arguments).compile()
+                    self._compiled()
+                self._send(run)
                 results = function(*arguments)
                 self._keep(signature, results)
             return results
 
         return call
 
-    def _tell(self, name: str, signature: _Signature, arguments: Sequence[Any]) -> None:
+    def _run(self, name: str, signature: _Signature, arguments: Sequence[Any]) -> Run:
         slots: list[str | int | None] = []
         others: list[Any] = []
         for slot, value in zip(signature.arguments, arguments, strict=True):
@@ -152,7 +172,7 @@ class Mirror:
             self._arrays += 1
             gives = self._arrays
         hosts = [Host.of(leaf) for leaf in jax.tree.leaves(others)]
-        self._send(Run(self._calls, name, slots, hosts, gives, forget))
+        return Run(self._calls, name, slots, hosts, gives, forget)
 
     def _keep(self, signature: _Signature, results: Any) -> None:
         """Numbers the result that may be an argument again, for as long as it lives here."""
@@ -203,14 +223,15 @@ class Replay:
         return len(self._kept)
 
     def run(self, run: Run) -> None:
-        """Makes a call; does not wait for it.
+        """Makes a call, or compiles it; does not wait for what it gives.
 
         Raises:
             OutOfStepError: it is not the next one, or names what is not here.
         """
         if run.number != self._calls + 1:
             raise OutOfStepError(f"call {run.number} has come after call {self._calls}")
-        self._calls = run.number
+        if not run.compiles:
+            self._calls = run.number
         for number in run.forget:
             self._kept.pop(number, None)
         try:
@@ -242,6 +263,9 @@ class Replay:
     ) -> tuple[Pages, None]:
         there = {Slot.POOL: pages, Slot.HISTORY: self._history}
         given = [there[a] if isinstance(a, Slot) else a for a in arguments]
+        if run.compiles:
+            self._functions[run.program].lower(*given).compile()
+            return pages, None
         results = self._functions[run.program](*given)
         for slot, value in zip(signature.results, _listed(signature, results), strict=True):
             if slot is Slot.POOL:

@@ -194,8 +194,12 @@ def _follow(
         follower.built(identity(hosted))
         log.info("process %d of %s follows", place.rank, options.name)
         app[STATE]["status"] = "ok"
+        compiled = 0
         for run in follower.calls():
             replay.run(run)
+            if run.compiles:
+                compiled += 1
+                follower.compiled(compiled)
     finally:
         hosted.stop()
         follower.close()

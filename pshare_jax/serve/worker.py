@@ -176,7 +176,7 @@ async def _serve(
     )
     if leader is not None:
         await asyncio.to_thread(leader.check_built, gang.identity(hosted))
-        hosted.lead(leader.send)
+        hosted.lead(leader.call, leader.wait_compiled)
     beat = config.cluster.beat_seconds
     station = Station(
         hosted.shape,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import queue
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -57,11 +58,11 @@ Make = Callable[..., Gang]
 def make() -> Iterator[Make]:
     made: list[Gang] = []
 
-    def make(size: int = 3, **second: Any) -> Gang:
+    def make(size: int = 3, other: Mapping[str, Any] = MappingProxyType({})) -> Gang:
         listener = socket.create_server(("127.0.0.1", 0))
         address = f"127.0.0.1:{listener.getsockname()[1]}"
         about = [{"facts": FACTS, "token": TOKEN, "size": size} for _ in range(1, size)]
-        about[0] |= second
+        about[0] |= other
         followers = [GangFollower(address, rank, **a) for rank, a in enumerate(about, 1)]
         made.append(Gang(GangLeader(listener, size, FACTS, TOKEN), followers))
         return made[-1]
@@ -121,7 +122,7 @@ def test_who_does_not_belong_to_it_is_told_why(
     make: Make, other: dict[str, Any], error: str
 ) -> None:
     """And the gang waits for the one that does."""
-    whole = make(2, **other)
+    whole = make(2, other)
     gathering = threading.Thread(target=whole.leader.gather, daemon=True)
     gathering.start()
     with pytest.raises(ConfigError, match=error):

@@ -67,7 +67,7 @@ def cluster(
 
     def start(self: HostedWorkers, *arguments: Any) -> None:
         twin = twins[self.workers[0].name] = Twin(self, models)
-        self.lead(twin.hear)
+        self.lead(twin.hear, lambda: None)
         plain(self, *arguments)
 
     HostedWorkers.start = start  # type: ignore[method-assign]
@@ -110,7 +110,7 @@ def test_the_twins_have_the_same_pages(
         for a, b in zip(here, twin.pages, strict=True):
             np.testing.assert_array_equal(a, b)
     programs = {name: {run.program for run in twin.heard} for name, twin in twins.items()}
-    assert programs["prefill0"] == {"chunk", "copy", "gather", "checksum"}
+    assert programs["prefill0"] == {"chunk", "copy", "gather", "checksum", "stage"}
     assert programs["decode0"] == {
         *("admit", "replay", "decode", "choose", "stage", "checksum", "scatter"),
     }
