@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from pshare_jax.cluster.worker import DecodeWorker, PrefillWorker
 from pshare_jax.config import Role, ServeConfig
 from pshare_jax.engine.numerics import code_digest
 from pshare_jax.errors import ConfigError
+from pshare_jax.runtime.mirror import Mirror, Replay, Run
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,35 @@ def join_worlds(coordinator: str, rank: int, size: int) -> None:
         raise ConfigError(f"the gang does not meet at {coordinator}: {error}") from error
 
 
-def named_weights(
+def mirror_of(
+    prefill: Sequence[PrefillWorker[Any]],
+    decode: Sequence[DecodeWorker[Any]],
+    send: Callable[[Run], None],
+    compiled: Callable[[], None],
+) -> Mirror:
+    """Has other processes of these workers' mesh told of each call before it is made.
+
+    Args:
+        prefill: all that cover prompts.
+        decode: all that generate.
+        send: tells the others, in order.
+        compiled: waits until they have compiled what they were told to.
+    """
+    programs = (*decode, *prefill)[0].executor.programs
+    mirror = Mirror(programs, _named_weights(prefill, decode), send, compiled)
+    programs.wrap(mirror.wrap)
+    return mirror
+
+
+def replay_of(prefill: Sequence[PrefillWorker[Any]], decode: Sequence[DecodeWorker[Any]]) -> Replay:
+    """What makes the calls of the mesh's first process with what these workers have."""
+    executor = (*decode, *prefill)[0].executor
+    history = decode[0].executor.history if decode else None
+    weights = _named_weights(prefill, decode)
+    return Replay(executor.programs, executor.pool, weights, history)
+
+
+def _named_weights(
     prefill: Sequence[PrefillWorker[Any]], decode: Sequence[DecodeWorker[Any]]
 ) -> Mapping[str, Any]:
     """All that programs of these workers are given as weights, by names that all processes of a

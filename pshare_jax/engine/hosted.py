@@ -31,7 +31,7 @@ from pshare_jax.core.router import WorkerInfo
 from pshare_jax.core.stats import EngineStats
 from pshare_jax.engine.assembly import Assembly
 from pshare_jax.engine.devices import compute_dtype, prepare_jax
-from pshare_jax.engine.gang import hosts_of, named_weights
+from pshare_jax.engine.gang import hosts_of, mirror_of, replay_of
 from pshare_jax.engine.host_memory import return_freed_memory
 from pshare_jax.engine.hosted_modules import HostedModules
 from pshare_jax.engine.kv_store import EngineStore
@@ -258,17 +258,11 @@ class HostedWorkers:
             send: tells them, in order.
             compiled: waits until they have compiled what they were told to.
         """
-        programs = self.workers[0].executor.programs
-        weights = named_weights(self.prefill, self.decode)
-        self._mirror = Mirror(programs, weights, send, compiled)
-        programs.wrap(self._mirror.wrap)
+        self._mirror = mirror_of(self.prefill, self.decode, send, compiled)
 
     def replay(self) -> Replay:
         """What makes the calls of the mesh's first process in another one, instead of `start`."""
-        executor = self.workers[0].executor
-        history = self.decode[0].executor.history if self.decode else None
-        weights = named_weights(self.prefill, self.decode)
-        return Replay(executor.programs, executor.pool, weights, history)
+        return replay_of(self.prefill, self.decode)
 
     def prepare(self, message: Message) -> Callable[[], None] | None:
         """What is to be done before a worker hears a message, beside its thread: see `Station`.

@@ -131,7 +131,8 @@ async def follow(
     secrets: Secrets,
 ) -> int:
     """Does what the first process says, until that ends; returns the exit code."""
-    from pshare_jax.cluster.gang import GangFollower, GangLostError
+    from pshare_jax.cluster.gang import GangFollower
+    from pshare_jax.cluster.gang_wire import GangLostError
     from pshare_jax.engine.gang import facts
     from pshare_jax.serve.lifecycle import StopSignal
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from pshare_jax.cluster.gang import GangFollower, GangLeader, GangLostError
+from pshare_jax.cluster.gang import GangFollower, GangLeader
+from pshare_jax.cluster.gang_wire import GangLostError
 from pshare_jax.cluster.tls import cluster_tls
 from pshare_jax.config import ClusterConfig
 from pshare_jax.engine.limits import check_cluster

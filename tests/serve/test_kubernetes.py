@@ -107,7 +107,8 @@ def api(one_api: Api) -> Api:
 
 
 def config(**scale: Any) -> ServeConfig:
-    autoscale = AutoscaleConfig(**{"max_prefill": 4, "max_decode": 4, **scale})
+    told = {"prefill_tokens_per_s": 1000.0, "decode_sequences": 10.0}
+    autoscale = AutoscaleConfig(**{"max_prefill": 4, "max_decode": 4, **told, **scale})
     return serve_config(
         cluster=ClusterConfig(autoscale=autoscale, token_file="token"),
         decode=DecodeConfig(max_num_seqs=8),
