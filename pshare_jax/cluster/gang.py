@@ -383,19 +383,25 @@ class GangFollower:
         said = time.monotonic()
         while True:
             try:
-                sock = socket.create_connection(self._address, HELLO_SECONDS)
-                if self._tls is not None:
-                    sock = self._tls.client.wrap_socket(sock)
-                connection = Connection(sock)
-                connection.send(msgspec.structs.replace(self._hello, life=life))
-                sock.settimeout(None)
+                return self._say_hello(life=life)
             except (OSError, GangLostError) as error:
                 if time.monotonic() - said > SAY_SECONDS:
                     said = time.monotonic()
                     logger.info("waiting for process 0 of the gang: %s", error)
                 time.sleep(AGAIN_SECONDS)
-            else:
-                return connection
+
+    def _say_hello(self, *, life: bool) -> Connection:
+        sock = socket.create_connection(self._address, HELLO_SECONDS)
+        try:
+            if self._tls is not None:
+                sock = self._tls.client.wrap_socket(sock)
+            connection = Connection(sock)
+            connection.send(msgspec.structs.replace(self._hello, life=life))
+            sock.settimeout(None)
+        except BaseException:
+            sock.close()
+            raise
+        return connection
 
     def _beat(self) -> None:
         with contextlib.suppress(GangLostError):
