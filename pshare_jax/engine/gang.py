@@ -99,7 +99,12 @@ def join_worlds(coordinator: str, rank: int, size: int) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(
-            coordinator, size, rank, coordinator_bind_address=coordinator if rank == 0 else None
+            coordinator,
+            size,
+            rank,
+            coordinator_bind_address=coordinator if rank == 0 else None,
+            # All is known: Kubernetes and others need not be asked.
+            cluster_detection_method="deactivate",
         )
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"the gang does not meet at {coordinator}: {error}") from error

@@ -58,7 +58,7 @@ from pshare_jax.runtime.layout import PageLayout
 from pshare_jax.runtime.mirror import Mirror, Replay, Run
 from pshare_jax.runtime.pool import PagePool
 from pshare_jax.runtime.programs import Programs
-from pshare_jax.sharding.mesh import carve_one, mesh_of_all_processes
+from pshare_jax.sharding.mesh import carve_one, meet, mesh_of_all_processes
 from pshare_jax.text.grammar import GrammarCompiler, GrammarLimits
 from pshare_jax.text.tokenizer import Tokenizer
 
@@ -117,6 +117,7 @@ class HostedWorkers:
         hosts = hosts_of(config, role)
         if hosts > 1:
             mesh = mesh_of_all_processes(jax.devices(), degree, hosts)
+            meet(mesh)
         else:
             mesh = carve_one(jax.devices(), 1, degree)[0]
         specs = _hosted_specs(config, role, name, base, sources)

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from pshare_jax.errors import ConfigError
-from pshare_jax.sharding.rules import TENSOR
+from pshare_jax.sharding.rules import TENSOR, replicated
 
 
 def carve(
@@ -97,6 +98,16 @@ def mesh_of_all_processes(devices: Sequence[Any], degree: int, processes: int) -
             )
         taken += own[:each]
     return Mesh(np.asarray(taken), (TENSOR,))
+
+
+def meet(mesh: Mesh) -> None:
+    """Has the processes of a mesh compute something together, and waits for it.
+
+    They must come here at about the same time: connections of collectives are made now, and who
+    makes them gives up after a while. What follows may take as long as it likes.
+    """
+    ones = put(np.ones(mesh.size, np.int32), NamedSharding(mesh, PartitionSpec(TENSOR)))
+    jax.block_until_ready(jax.jit(jnp.sum, out_shardings=replicated(mesh))(ones))
 
 
 def spans_processes(mesh: Mesh) -> bool:
