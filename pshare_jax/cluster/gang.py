@@ -30,14 +30,13 @@ from pshare_jax.cluster.gang_wire import (
     Draining,
     End,
     Frame,
-    GangLostError,
     Hello,
     Refused,
     Welcome,
 )
 from pshare_jax.cluster.secret import split_address
 from pshare_jax.cluster.tls import ClusterTls
-from pshare_jax.errors import ConfigError
+from pshare_jax.errors import ConfigError, GangLostError
 from pshare_jax.runtime.mirror import Run
 
 logger = logging.getLogger(__name__)

@@ -9,17 +9,13 @@ import threading
 
 import msgspec
 
-from pshare_jax.errors import PshareError
+from pshare_jax.errors import GangLostError
 from pshare_jax.runtime.mirror import Run
 
 PROTOCOL = 1
 
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 15, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
 _HEADER = struct.Struct(">Q")
-
-
-class GangLostError(PshareError):
-    """A process of the gang has ended, or says nothing any more."""
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):

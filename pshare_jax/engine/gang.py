@@ -16,7 +16,7 @@ import msgspec
 from pshare_jax.cluster.worker import DecodeWorker, PrefillWorker
 from pshare_jax.config import Role, ServeConfig
 from pshare_jax.engine.numerics import code_digest
-from pshare_jax.errors import ConfigError
+from pshare_jax.errors import ConfigError, GangLostError
 from pshare_jax.runtime.mirror import Mirror, Replay, Run
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def join_worlds(coordinator: str, rank: int, size: int) -> None:
         size: number of processes.
 
     Raises:
-        ConfigError: they do not meet.
+        GangLostError: they do not meet.
     """
     # It would take SIGTERM for itself.
     jax.config.update("jax_enable_preemption_service", False)
@@ -107,7 +107,7 @@ def join_worlds(coordinator: str, rank: int, size: int) -> None:
             cluster_detection_method="deactivate",
         )
     except (RuntimeError, ValueError) as error:
-        raise ConfigError(f"the gang does not meet at {coordinator}: {error}") from error
+        raise GangLostError(f"the gang does not meet at {coordinator}: {error}") from error
 
 
 def mirror_of(

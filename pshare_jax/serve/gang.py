@@ -132,7 +132,6 @@ async def follow(
 ) -> int:
     """Does what the first process says, until that ends; returns the exit code."""
     from pshare_jax.cluster.gang import GangFollower
-    from pshare_jax.cluster.gang_wire import GangLostError
     from pshare_jax.engine.gang import facts
     from pshare_jax.serve.lifecycle import StopSignal
 
@@ -153,11 +152,7 @@ async def follow(
         # The first process drains, and then says that it is over.
         follower.drain()
     stopped.cancel()
-    try:
-        await following
-    except GangLostError as error:
-        log.error("ending: %s", error)
-        return 1
+    await following
     await runner.cleanup()
     log.info("the gang has ended in good order")
     return 0

@@ -21,7 +21,7 @@ from aiohttp import web
 from pshare_jax.cluster.secret import is_loopback, read_token, split_address
 from pshare_jax.cluster.tls import ClusterTls, cluster_tls
 from pshare_jax.config import Role, ServeConfig, load_config
-from pshare_jax.errors import ConfigError, PshareError
+from pshare_jax.errors import ConfigError, GangLostError, PshareError
 from pshare_jax.serve import gang
 from pshare_jax.serve.logs import open_standard_streams, say, set_up
 
@@ -96,6 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 code = asyncio.run(gang.follow(place, config, options, sock, secrets))
             else:
                 code = asyncio.run(_serve(config, options, sock, secrets, place))
+    except GangLostError as error:
+        log.error("ending: %s", error)
+        code = 1
     except PshareError as error:
         say(f"pshare worker: {error}", sys.stderr)
         code = 2

@@ -14,10 +14,9 @@ import pytest
 
 from pshare_jax.cluster import gang
 from pshare_jax.cluster.gang import GangFollower, GangLeader
-from pshare_jax.cluster.gang_wire import GangLostError
 from pshare_jax.config import DecodeConfig, KvStoreConfig, PrefillConfig
 from pshare_jax.engine.gang import facts, hosts_of
-from pshare_jax.errors import ConfigError
+from pshare_jax.errors import ConfigError, GangLostError
 from pshare_jax.runtime.mirror import Run
 from tests.engine.harness import serve_config
 
