@@ -14,7 +14,7 @@ import jsonargparse
 import yaml
 
 from pshare_jax.errors import ConfigError
-from pshare_jax.launch_config import AutoscaleConfig, RayConfig
+from pshare_jax.launch_config import AutoscaleConfig, KubernetesConfig, RayConfig
 
 Sharing = Literal["shared", "isolated"]
 DType = Literal["auto", "float32", "bfloat16"]
@@ -30,7 +30,7 @@ PrefetchPolicy = Literal["off", "next-agent"]
 Reasoning = Literal["auto", "on", "off"]
 GenerationConfig = Literal["auto", "none"]
 ReplyKV = Literal["off", "ahead", "while-decoding"]
-Launcher = Literal["none", "local", "ray"]
+Launcher = Literal["none", "local", "ray", "kubernetes"]
 Role = Literal["prefill", "decode", "both"]
 Transport = Literal["auto", "shm", "http", "jax-transfer"]
 MetricsAccess = Literal["auto", "public", "key", "admin", "off"]
@@ -71,6 +71,8 @@ class PrefillConfig:
     Args:
         engines: number of prefill engines, each with a mesh of its own.
         tensor_parallel: devices of one engine's mesh.
+        hosts: processes, each with as many of these devices, that have one engine's mesh together;
+            in a cluster only.
         num_pages: pages of one engine's pool; 0 sizes it from `max_model_len`.
         chunk_buckets: chunk lengths (tokens) that are compiled; the largest is the chunk size, and
             as many tokens of shorter prompts are computed in one call.
@@ -78,6 +80,7 @@ class PrefillConfig:
 
     engines: int = 1
     tensor_parallel: int = 1
+    hosts: int = 1
     num_pages: int = 0
     chunk_buckets: list[int] = field(default_factory=lambda: [32, 128, 512])
 
@@ -89,6 +92,8 @@ class DecodeConfig:
     Args:
         engines: number of decode engines, each with a mesh of its own.
         tensor_parallel: devices of one engine's mesh.
+        hosts: processes, each with as many of these devices, that have one engine's mesh together;
+            in a cluster only.
         num_pages: pages of one engine's pool; 0 sizes it from `max_model_len`.
         max_num_seqs: sequences that may run at once on one engine.
         batch_buckets: batch sizes that are compiled; the largest bounds one dispatch.
@@ -112,6 +117,7 @@ class DecodeConfig:
 
     engines: int = 1
     tensor_parallel: int = 1
+    hosts: int = 1
     num_pages: int = 0
     max_num_seqs: int = 32
     batch_buckets: list[int] = field(default_factory=lambda: [1, 8, 32])
@@ -194,15 +200,18 @@ class ClusterConfig:
     Args:
         launcher: `local` starts `prefill.engines` and `decode.engines` worker processes and
             `frontends` servers on this machine, and starts again what ends; `ray` has Ray place
-            them on its hosts.
+            them on its hosts; `kubernetes` has as many workers as `autoscale` finds right, of those
+            that Kubernetes runs.
         ray_address: `HOST:PORT` of the Ray that the launcher uses, or `auto` for the one that runs
             on this machine; empty starts one here that only this machine can reach.
         ray: what the launcher asks of it.
+        kubernetes: what the launcher changes there.
         autoscale: how many workers the launcher may run.
         frontends: servers that the launcher starts; the first listens on `server.port`, the others
             on the ports after it.
         workers: addresses, `HOST:PORT`, of worker processes that somebody else starts with
-            `pshare worker`; this process then is a frontend.
+            `pshare worker`; this process then is a frontend. `dns:NAME:PORT` is every address that
+            the name has, looked up again and again.
         token_file: file of the secret by which the processes of a cluster know each other; without
             it, and without a certificate, workers are for 127.0.0.1 only.
         tls_cert: PEM file of this process's certificate and those above it; with `tls_key` and
@@ -227,6 +236,7 @@ class ClusterConfig:
     launcher: Launcher = "none"
     ray_address: str = ""
     ray: RayConfig = field(default_factory=RayConfig)
+    kubernetes: KubernetesConfig = field(default_factory=KubernetesConfig)
     autoscale: AutoscaleConfig = field(default_factory=AutoscaleConfig)
     frontends: int = 1
     workers: list[str] = field(default_factory=list)

@@ -85,5 +85,9 @@ class EngineDeadError(PshareError):
     """An engine thread has failed; nothing more can be served until a restart."""
 
 
+class GangLostError(PshareError):
+    """A process of a mesh over several hosts has ended, or says nothing any more; none goes on."""
+
+
 class BenchmarkError(PshareError):
     """A benchmark run that cannot be counted: a reply failed or was not what was asked for."""

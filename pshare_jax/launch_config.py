@@ -50,6 +50,23 @@ class RayConfig:
 
 
 @dataclass(frozen=True)
+class KubernetesConfig:
+    """What the launcher `kubernetes` changes the size of; it starts nothing itself.
+
+    Args:
+        prefill: of prefill workers, as the API names it: `statefulsets/NAME`, or
+            `leaderworkersets/NAME` for workers of several hosts.
+        decode: of decode workers.
+        frontends: who is asked for the load: `HOST:PORT`, or `dns:NAME:PORT` for all that have the
+            name, with commas between them.
+    """
+
+    prefill: str = "statefulsets/pshare-prefill"
+    decode: str = "statefulsets/pshare-decode"
+    frontends: str = "dns:pshare-frontends:8000"
+
+
+@dataclass(frozen=True)
 class AutoscaleConfig:
     """How many workers the launcher may run; it begins with `prefill.engines` and `decode.engines`.
 

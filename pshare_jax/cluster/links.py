@@ -13,8 +13,11 @@ from collections.abc import Callable, Sequence
 import aiohttp
 
 from pshare_jax.cluster import wire
+from pshare_jax.cluster.discovery import LOOK_SECONDS, Discovery
 from pshare_jax.cluster.link import Link, LinkLostError, LinkTimes
+from pshare_jax.cluster.looks import SeenPools
 from pshare_jax.core.messages import DISPATCHER, Message
+from pshare_jax.core.pages.sharing_map import PoolView
 from pshare_jax.core.stats import EngineStats, together
 
 logger = logging.getLogger(__name__)
@@ -29,7 +32,8 @@ class Links:
     """Links to worker processes. Methods are for any thread; callbacks come from its own.
 
     Args:
-        addresses: `HOST:PORT` of each worker process.
+        addresses: `HOST:PORT` of each worker process, and names that stand for some: see
+            `cluster.discovery`.
         hello: who we are.
         token: that the processes of the cluster know each other by.
         tls: who we are and whom we believe; None is plain HTTP.
@@ -66,7 +70,8 @@ class Links:
 
         self._new_link = link
         # Replaced as a whole: other threads read it.
-        self._links = [link(address) for address in dict.fromkeys(addresses)]
+        self._discovery = Discovery(addresses)
+        self._links = [link(address) for address in dict.fromkeys(self._discovery.fixed)]
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._session: aiohttp.ClientSession | None = None
         self._times = times
@@ -79,6 +84,7 @@ class Links:
         self._may_pass = may_pass
         self._on_modules = on_modules
         self._each_beat = each_beat
+        self._pools = SeenPools()
         self._link_of: dict[str, Link] = {}
         self._ended_stats = EngineStats()
         self._retained: OrderedDict[str, EngineStats] = OrderedDict()
@@ -130,15 +136,16 @@ class Links:
         Who is not named any more is lost at once, also if it is linked.
         """
         with contextlib.suppress(RuntimeError):  # the loop is closed: all have ended
-            self._loop.call_soon_threadsafe(self._change, list(dict.fromkeys(addresses)))
+            self._loop.call_soon_threadsafe(self._take, addresses)
 
     def states(self) -> dict[str, str]:
         """All addresses, and why there is no link; empty where there is one."""
-        return {link.address: "" if link.welcome else link.why for link in self._links}
+        links = {link.address: "" if link.welcome else link.why for link in self._links}
+        return {**links, **self._discovery.problems}
 
     def missing(self) -> dict[str, str]:
         """Addresses without a link, and why."""
-        return {link.address: link.why for link in self._links if link.welcome is None}
+        return {address: why for address, why in self.states().items() if why}
 
     def stats(self) -> list[EngineStats]:
         """What the worker processes have last said that they have done, those that ended too."""
@@ -153,6 +160,13 @@ class Links:
                 found.append(last.stats)
         return [*found, *retained.values()]
 
+    def pools(self) -> list[PoolView]:
+        """What the workers' pools hold, as they said last; asks them, for the next time."""
+        for link in self._links:
+            if link.welcome is not None and (seen := self._pools.ask(link.address)) is not None:
+                link.send(wire.Look(seen))
+        return self._pools.views()
+
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         try:
@@ -165,11 +179,11 @@ class Links:
         async with aiohttp.ClientSession(connector=connector) as self._session:
             for link in self._links:
                 self._begin(link, self._session)
-            beating = asyncio.create_task(self._beat())
+            others = [asyncio.create_task(self._beat()), asyncio.create_task(self._discover())]
             try:
                 await self._ended
             finally:
-                tasks = [beating, *self._tasks.values()]
+                tasks = [*others, *self._tasks.values()]
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
@@ -179,6 +193,22 @@ class Links:
 
     def _begin(self, link: Link, session: aiohttp.ClientSession) -> None:
         self._tasks[link.address] = asyncio.create_task(link.run(session))
+
+    async def _discover(self) -> None:
+        """Finds who has come and gone, where names stand for workers."""
+        while True:
+            discovery = self._discovery
+            if not discovery.static:
+                linked = {link.address for link in self._links if link.welcome is not None}
+                found = await discovery.look(linked)
+                if discovery is self._discovery and found != [one.address for one in self._links]:
+                    self._change(found)
+            await asyncio.sleep(LOOK_SECONDS)
+
+    def _take(self, addresses: Sequence[str]) -> None:
+        self._discovery = Discovery(addresses)
+        if self._discovery.static:
+            self._change(list(dict.fromkeys(addresses)))
 
     def _change(self, addresses: list[str]) -> None:
         """Takes other addresses: first those go that are not wanted, since who comes may have the
@@ -241,6 +271,7 @@ class Links:
                 if len(self._retained) > MAX_RETAINED:
                     _, oldest = self._retained.popitem(last=False)
                     self._ended_stats = together([self._ended_stats, oldest])
+        self._pools.lose(link.address)
         for name in [name for name, other in self._link_of.items() if other is link]:
             del self._link_of[name]
             self._on_lost(name, reason)
@@ -258,6 +289,8 @@ class Links:
                         self._on_load(name, load)
             case wire.Hosting() | wire.Modules():
                 self._on_modules(frame)
+            case wire.Pools(number, data):
+                self._pools.hear(link.address, number, data)
             case wire.Draining():
                 for name, other in tuple(self._link_of.items()):
                     if other is link:

@@ -20,12 +20,14 @@ import msgspec
 from aiohttp import WSMsgType, web
 
 from pshare_jax.cluster import wire
+from pshare_jax.cluster.looks import PoolLooks
 from pshare_jax.cluster.modules import ModuleEntry
 from pshare_jax.cluster.outbox import FrameQueue
 from pshare_jax.cluster.thread import WorkerThread
 from pshare_jax.core import messages as m
 from pshare_jax.core.messages import DISPATCHER, Message
 from pshare_jax.core.pages.page_cache import PageCache
+from pshare_jax.core.pages.sharing_map import PoolView
 from pshare_jax.core.stats import EngineStats
 
 logger = logging.getLogger(__name__)
@@ -94,6 +96,7 @@ class Station:
         stats: what they have done; called in their thread.
         beat_seconds: between two signs of life.
         modules: decode modules that come and go; None is none.
+        pools: gives what the pools hold; called in other threads.
         prepare: what a message needs that takes too long for the workers' thread, if anything;
             done in another one before the message is heard, and so are those after it.
 
@@ -110,6 +113,7 @@ class Station:
         beat_seconds: float,
         prepare: Callable[[Message], Callable[[], None] | None] = lambda message: None,
         modules: StationModules | None = None,
+        pools: Callable[[], Sequence[PoolView]] = tuple,
     ):
         self.incarnation = secrets.token_hex(8)
         self.ready = False
@@ -121,6 +125,8 @@ class Station:
         self._modules = modules
         if modules is not None:
             modules.broadcast = self._broadcast
+        self._looks = PoolLooks(pools)
+        self._shows: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self._frontends: dict[int, _Frontend] = {}
         self._draining = False
@@ -305,8 +311,21 @@ class Station:
                     self._thread.post(frame.to, frame.message)
                 elif isinstance(frame, wire.Left):
                     frontend.left.set()
+                elif isinstance(frame, wire.Look):
+                    show = asyncio.create_task(self._show(frontend, frame.seen))
+                    self._shows.add(show)
+                    show.add_done_callback(self._shows.discard)
                 elif self._modules and isinstance(frame, wire.Load | wire.Retired | wire.Modules):
                     self._modules.hear(frontend.incarnation, frame)
+
+    async def _show(self, frontend: _Frontend, seen: int) -> None:
+        """Tells a frontend what the pools hold, if it does not know."""
+        try:
+            await self._looks.newest()
+        finally:
+            # It waits for an answer before it asks again.
+            number = self._looks.number
+            frontend.queue.put(wire.Pools(number, b"" if number == seen else self._looks.data))
 
     def _send_back(self, frontend: _Frontend, carried: wire.Carry, model: str) -> None:
         """Gives a sequence of a model back that is not here, such as one that has just gone."""

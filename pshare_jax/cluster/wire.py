@@ -23,7 +23,7 @@ from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.router import WorkerInfo
 from pshare_jax.core.stats import EngineStats
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Grows when frames change so that the older side would misunderstand them."""
 
 PATH = "/cluster"
@@ -200,8 +200,33 @@ class Modules(msgspec.Struct, frozen=True, tag=True):
     entries: dict[str, ModuleEntry]
 
 
+class Look(msgspec.Struct, frozen=True, tag=True):
+    """A frontend wants to see what the pools hold; `seen` is the number that it has been told."""
+
+    seen: int
+
+
+class Pools(msgspec.Struct, frozen=True, tag=True):
+    """What the pools hold; `data` is empty if that is what has been seen, see `cluster.looks`."""
+
+    number: int
+    data: bytes
+
+
 Frame = (
-    Hello | Welcome | Refused | Carry | Beat | Draining | Left | Load | Retired | Hosting | Modules
+    Hello
+    | Welcome
+    | Refused
+    | Carry
+    | Beat
+    | Draining
+    | Left
+    | Load
+    | Retired
+    | Hosting
+    | Modules
+    | Look
+    | Pools
 )
 
 _encoder = msgspec.msgpack.Encoder()

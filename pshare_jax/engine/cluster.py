@@ -13,9 +13,10 @@ from pathlib import Path
 import msgspec
 
 from pshare_jax.cluster import wire
+from pshare_jax.cluster.discovery import check_workers
 from pshare_jax.cluster.link import LinkTimes
 from pshare_jax.cluster.links import Links
-from pshare_jax.cluster.secret import read_token, split_address
+from pshare_jax.cluster.secret import read_token
 from pshare_jax.cluster.tls import cluster_tls
 from pshare_jax.config import ServeConfig
 from pshare_jax.convert.manifest import TOKENIZER_FOLDER
@@ -24,7 +25,7 @@ from pshare_jax.core.dispatcher import Dispatcher
 from pshare_jax.core.load import Load, load_of
 from pshare_jax.core.messages import DISPATCHER, Message
 from pshare_jax.core.models import ModelSpec
-from pshare_jax.core.pages.sharing_map import SharingMap
+from pshare_jax.core.pages.sharing_map import SharingMap, map_of
 from pshare_jax.core.router import Router
 from pshare_jax.core.sessions import SessionPolicy
 from pshare_jax.core.stats import EngineStats, together
@@ -71,8 +72,7 @@ class ClusterEngine(Front):
     ):
         check_cluster(config)
         cluster = config.cluster
-        for address in cluster.workers:
-            split_address(address)
+        check_workers(cluster.workers)
         # Who generates for a model is what workers say.
         specs = {
             name: msgspec.structs.replace(spec, decode_workers=())
@@ -179,8 +179,7 @@ class ClusterEngine(Front):
         """
         if not addresses:
             raise ConfigError("a frontend needs at least one worker")
-        for address in addresses:
-            split_address(address)
+        check_workers(addresses)
         self._links.set_addresses(addresses)
 
     def workers(self) -> dict[str, str]:
@@ -247,8 +246,8 @@ class ClusterEngine(Front):
         )
 
     def sharing_map(self) -> SharingMap:
-        """Nothing: pools are elsewhere."""
-        return SharingMap(self.config.page_size, [])
+        """What the pools of all workers held when the last map was made: see `cluster.looks`."""
+        return map_of(self._links.pools(), self.config.page_size)
 
     def _post(self, to: str, message: Message) -> None:
         # Of modules that come and go workers hear in other ways: they have several dispatchers.

@@ -50,6 +50,12 @@ def place(config: ServeConfig) -> Meshes:
         ConfigError: there are too few, or the sides differ where they are to share a mesh.
     """
     prefill, decode, devices = config.prefill, config.decode, jax.devices()
+    for side, values in (("prefill", prefill), ("decode", decode)):
+        if values.hosts != 1:
+            raise ConfigError(
+                f"{side}.hosts: {values.hosts} hosts have a mesh together in a cluster only, where "
+                "each worker has processes of its own (cluster.launcher)"
+            )
     one_processor = devices[0].platform == "cpu"
     needed = num_devices(config)
     one_pool = config.connector == "same-mesh" or (

@@ -26,10 +26,12 @@ from pshare_jax.convert.manifest import TOKENIZER_FOLDER, read_manifest
 from pshare_jax.core.connector import Connector, TransferError
 from pshare_jax.core.messages import Covered, Fetch, Message, Prefill
 from pshare_jax.core.models import ModelSpec
+from pshare_jax.core.pages.sharing_map import PoolView, pool_views
 from pshare_jax.core.router import WorkerInfo
 from pshare_jax.core.stats import EngineStats
 from pshare_jax.engine.assembly import Assembly
 from pshare_jax.engine.devices import compute_dtype, page_dtype, prepare_jax
+from pshare_jax.engine.gang import hosts_of, mirror_of, replay_of
 from pshare_jax.engine.host_memory import return_freed_memory
 from pshare_jax.engine.hosted_modules import HostedModules
 from pshare_jax.engine.kv_store import EngineStore, page_shape
@@ -54,9 +56,10 @@ from pshare_jax.kv.peers import Peers
 from pshare_jax.kv.remote import RemotePages
 from pshare_jax.runtime.compiles import compile_count
 from pshare_jax.runtime.layout import PageLayout
+from pshare_jax.runtime.mirror import Mirror, Replay, Run
 from pshare_jax.runtime.pool import PagePool
 from pshare_jax.runtime.programs import Programs
-from pshare_jax.sharding.mesh import carve_one
+from pshare_jax.sharding.mesh import carve_one, meet, mesh_of_all_processes
 from pshare_jax.text.grammar import GrammarCompiler, GrammarLimits
 from pshare_jax.text.tokenizer import Tokenizer
 
@@ -115,7 +118,12 @@ class HostedWorkers:
         degree = (config.prefill if role == "prefill" else config.decode).tensor_parallel
         if role == "both" and config.prefill.tensor_parallel != degree:
             raise ConfigError("prefill.tensor_parallel and decode.tensor_parallel must be equal")
-        mesh = carve_one(jax.devices(), 1, degree)[0]
+        hosts = hosts_of(config, role)
+        if hosts > 1:
+            mesh = mesh_of_all_processes(jax.devices(), degree, hosts)
+            meet(mesh)
+        else:
+            mesh = carve_one(jax.devices(), 1, degree)[0]
         specs = _hosted_specs(config, role, name, base, sources)
         served = ServedModels(config, base, sources, specs)
         self._served = served
@@ -176,6 +184,7 @@ class HostedWorkers:
         )
         self._one_pool = role == "both"
         self._store: EngineStore | None = None
+        self._mirror: Mirror | None = None
         self._turns: HostTurns | None = None
         self._compiles_at_start = 0
 
@@ -233,6 +242,8 @@ class HostedWorkers:
         for end in self._ends.values():
             if self.direct is not None and end.records is not None:
                 end.records.warm_up(sends=bool(self.prefill), receives=bool(self.decode))
+        if self._mirror is not None:
+            self._mirror.warming = False
         self._turns = self._host_turns()
 
         def carry(source: str, to: str, message: Message) -> None:
@@ -252,6 +263,19 @@ class HostedWorkers:
         self._compiles_at_start = compile_count()
         thread.start()
         self.thread = thread
+
+    def lead(self, send: Callable[[Run], None], compiled: Callable[[], None]) -> None:
+        """Has other processes of the mesh told of each call before it is made; before `start`.
+
+        Args:
+            send: tells them, in order.
+            compiled: waits until they have compiled what they were told to.
+        """
+        self._mirror = mirror_of(self.prefill, self.decode, send, compiled)
+
+    def replay(self) -> Replay:
+        """What makes the calls of the mesh's first process in another one, instead of `start`."""
+        return replay_of(self.prefill, self.decode)
 
     def prepare(self, message: Message) -> Callable[[], None] | None:
         """What is to be done before a worker hears a message, beside its thread: see `Station`.
@@ -316,6 +340,12 @@ class HostedWorkers:
         except OSError as error:
             logger.warning("engines of this machine will not take turns: %s", error)
             return None
+
+    def pools(self) -> list[PoolView]:
+        """What the pools hold, who computed it and who reads it now; from any thread."""
+        caches = {worker.name: worker.cache for worker in (*self.prefill, *self.decode)}
+        readers = {worker.name: worker.core.readers() for worker in self.decode}
+        return pool_views(caches, readers, self._store.held if self._store else None)
 
     def stats(self) -> EngineStats:
         """What has been done since the start; of the workers' thread, or once it stands still."""
@@ -395,6 +425,7 @@ def _info(worker: Worker, partner: str) -> WorkerInfo:
 
 def _alone(config: ServeConfig, role: Role) -> ServeConfig:
     """The configuration of one worker's devices."""
-    degree = (config.prefill if role == "prefill" else config.decode).tensor_parallel
+    side = config.prefill if role == "prefill" else config.decode
+    degree = side.tensor_parallel // hosts_of(config, role)
     decode = dataclasses.replace(config.decode, engines=1, tensor_parallel=degree)
     return dataclasses.replace(config, connector="same-mesh", decode=decode)

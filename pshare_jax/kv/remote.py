@@ -259,9 +259,8 @@ class RemotePages:
             except OSError as error:
                 del self._arriving[transfer]
                 raise TransferError(f"transfer {transfer}: it cannot be read: {error}") from error
-            staging = self._programs.staging
             arriving.coded = read.coded
-            arriving.staged = [jax.device_put(piece, staging) for piece in read.pieces]
+            arriving.staged = [self._programs.stage(piece) for piece in read.pieces]
             arriving.checksums = [self._programs.checksum(piece) for piece in arriving.staged]
         return arriving.checksums
 

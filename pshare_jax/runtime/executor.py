@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -67,7 +67,7 @@ class PrefillExecutor:
     ):
         self.pool = pool
         self.programs = programs
-        self._weights = weights
+        self.weights = weights
         self.connector = connector
         self.store: StoreEnd | None = None
 
@@ -84,7 +84,7 @@ class PrefillExecutor:
             calls += self.programs.sending_calls()
         if receives:
             calls += self.programs.receiving_calls()
-        state = WarmUp(self.programs, self.pool, next(iter(self._weights.values())))
+        state = WarmUp(self.programs, self.pool, next(iter(self.weights.values())))
         for call in calls:
             state.run(call)
         self.pool.disown()
@@ -131,7 +131,7 @@ class PrefillExecutor:
             [len(chunk.tokens) for chunk in chunks],
             batch,
         )
-        weights = self._weights[plan.weights]
+        weights = self.weights[plan.weights]
         return self.pool.update(lambda pages: self.programs.chunk(weights, pages, ids, rows))
 
 
@@ -227,6 +227,16 @@ class DecodeExecutor:
     def weights(self, group: str) -> GroupWeights:
         """What a group decodes with."""
         return self._groups[group]
+
+    @property
+    def groups(self) -> Mapping[str, GroupWeights]:
+        """What all groups decode with."""
+        return self._groups
+
+    @property
+    def history(self) -> Any:
+        """What lies on the device of all sequences; given away by the next step."""
+        return self._history
 
     @property
     def num_dispatched(self) -> int:

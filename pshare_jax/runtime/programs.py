@@ -7,7 +7,7 @@ not there; all of them read this list.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeVar
@@ -40,9 +40,24 @@ from pshare_jax.runtime.steps import (
     prefill_chunk,
     replay_chunk,
 )
+from pshare_jax.sharding.mesh import put, spans_processes
 from pshare_jax.sharding.rules import pool_sharding, replicated
 
 T = TypeVar("T")
+
+NAMES = (
+    "chunk",
+    "copy",
+    "gather",
+    "checksum",
+    "scatter",
+    "admit",
+    "replay",
+    "decode",
+    "choose",
+    "stage",
+)
+"""Of what runs on a mesh again and again, in `Programs`."""
 
 
 class Slot(Enum):
@@ -124,6 +139,17 @@ class Programs:
         self.replay = jitted.replay
         self.decode = jitted.decode
         self.choose = jitted.choose
+        self.stage = functools.partial(put, sharding=self.staging)
+        """Puts pages of the host on the mesh, `staged_shape(count)`."""
+
+    def wrap(self, wrapper: Callable[[str, Any], Any]) -> None:
+        """Replaces everything that runs on the mesh from now on by what `wrapper` makes of it.
+
+        Args:
+            wrapper: gets the name of a program, and what runs it.
+        """
+        for name in NAMES:
+            setattr(self, name, wrapper(name, getattr(self, name)))
 
     def staged_shape(self, count: int) -> tuple[int, ...]:
         """Shape of `count` pages of all layers on their way."""
@@ -153,6 +179,13 @@ class Programs:
             yield Call("checksum", self.checksum, (Slot.STAGED,), (None,), (count,))
             arguments = (Slot.POOL, Slot.STAGED, _ints(count))
             yield Call("scatter", self.scatter, arguments, (Slot.POOL,), (count,))
+
+    def all_calls(self) -> Iterator[Call]:
+        """What any worker may run, but for `stage`."""
+        yield from self.prefill_calls()
+        yield from self.sending_calls()
+        yield from self.receiving_calls()
+        yield from self.decode_calls()
 
     def decode_calls(self) -> Iterator[Call]:
         """What generating runs."""
@@ -268,7 +301,12 @@ def _jitted(
 
 
 def _staging(pool: NamedSharding) -> NamedSharding:
-    return NamedSharding(pool.mesh, PartitionSpec(None, *pool.spec))
+    mesh = pool.mesh
+    assert isinstance(mesh, Mesh)
+    if spans_processes(mesh):
+        # The process that speaks to others must have the whole pages.
+        return replicated(mesh)
+    return NamedSharding(mesh, PartitionSpec(None, *pool.spec))
 
 
 def _ints(*shape: int) -> jax.Array:

@@ -62,4 +62,4 @@ class WarmUp:
 
     def _staged(self, count: int) -> jax.Array:
         zeros = np.zeros(self.programs.staged_shape(count), self.programs.layout.dtype)
-        return jax.device_put(zeros, self.programs.staging)
+        return self.programs.stage(zeros)

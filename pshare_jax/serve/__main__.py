@@ -20,9 +20,9 @@ _DESCRIPTION = (
     "Serves decode modules over one shared prefill module with OpenAI's HTTP API. Every key of the "
     "configuration file is a flag too: --decode.max_num_seqs=16. --host and --port are short for "
     "--server.host and --server.port; port 0 picks a free one. --launcher=local starts workers "
-    "and frontends as processes of their own, --launcher=ray has Ray place them; "
-    "--workers=HOST:PORT,... is a frontend of workers that run already. SIGTERM drains, a second "
-    "one ends at once."
+    "and frontends as processes of their own, --launcher=ray has Ray place them, "
+    "--launcher=kubernetes has as many workers there as the load needs; --workers=HOST:PORT,... is "
+    "a frontend of workers that run already. SIGTERM drains, a second one ends at once."
 )
 _INHERITED = "--listen-fd="
 """A socket that listens already, of a launcher; no key of the configuration."""

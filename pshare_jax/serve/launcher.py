@@ -29,6 +29,7 @@ from pshare_jax.config import ServeConfig
 from pshare_jax.core.autoscale import Split
 from pshare_jax.engine.limits import check_cluster
 from pshare_jax.errors import PshareError
+from pshare_jax.serve import kubernetes
 from pshare_jax.serve.frontend_client import FrontendClient, NoAnswerError, State
 from pshare_jax.serve.local_host import LocalHost
 from pshare_jax.serve.logs import say
@@ -188,6 +189,7 @@ class Launcher:
             ("127.0.0.1", 0),
             WORKER_READY,
             watched=True,
+            hosts=getattr(self._config, role).hosts,
         )
 
     def _frontend(self, index: int) -> Spec:
@@ -290,7 +292,7 @@ def _at_once(actions: Sequence[Callable[[], None]]) -> None:
 
 
 def launch(config: ServeConfig, args: Sequence[str]) -> int:
-    """Runs a cluster until a signal; returns the exit code.
+    """Runs a cluster, or scales that of Kubernetes, until a signal; returns the exit code.
 
     SIGTERM and SIGINT end it in good order; SIGHUP replaces all processes, see `Launcher.restart`.
 
@@ -301,6 +303,8 @@ def launch(config: ServeConfig, args: Sequence[str]) -> int:
     """
     check_cluster(config)
     check_autoscale(config)
+    if config.cluster.launcher == "kubernetes":
+        return kubernetes.run(config)
     if config.cluster.launcher == "ray":
         from pshare_jax.serve.ray_host import ray_launcher
 

@@ -10,9 +10,11 @@ import dataclasses
 import socket
 import subprocess
 import threading
+from collections.abc import Sequence
 
 from pshare_jax.config import ServerConfig
 from pshare_jax.serve.lifecycle import bind
+from pshare_jax.serve.local_gang import LocalGang
 from pshare_jax.serve.supervision import Spec, StartError
 
 
@@ -43,20 +45,26 @@ class LocalHost:
         self._sockets[spec.name] = sock
         return address_of(sock)
 
-    def start(self, spec: Spec, cancelled: threading.Event) -> LocalProcess:
+    def start(self, spec: Spec, cancelled: threading.Event) -> LocalProcess | LocalGang:
         """Starts a child, see `Host.start`."""
         sock = self._sockets[spec.name]
-        descriptor = sock.fileno()
-        try:
-            process = subprocess.Popen(
-                [*spec.command, *spec.more, f"--listen-fd={descriptor}"],
-                stdout=subprocess.PIPE,
-                text=True,
-                pass_fds=(descriptor,),
-            )
-        except OSError as error:
-            raise StartError(str(error)) from error
-        return LocalProcess(process, spec.ready, address_of(sock))
+        if spec.hosts == 1:
+            return _child(spec, sock)
+        # Where the others meet the first one; of each start another one.
+        with socket.create_server(("127.0.0.1", 0)) as meeting:
+            address = f"--gang-coordinator={address_of(meeting)}"
+            first = (address, "--gang-rank=0", f"--gang-fd={meeting.fileno()}")
+            members = [_child(spec, sock, first, meeting)]
+            try:
+                for rank in range(1, spec.hosts):
+                    flags = (address, f"--gang-rank={rank}")
+                    members += [_child(spec, None, flags)]
+            except StartError:
+                for member in members:
+                    member.kill()
+                    member.wait()
+                raise
+        return LocalGang(members)
 
     def release(self, name: str) -> None:
         """Closes the socket, see `Host.release`."""
@@ -65,6 +73,38 @@ class LocalHost:
 
     def close(self) -> None:
         """See `Host.close`; the sockets were closed by `release`."""
+
+
+def _child(
+    spec: Spec,
+    sock: socket.socket | None,
+    flags: Sequence[str] = (),
+    other: socket.socket | None = None,
+) -> LocalProcess:
+    """Starts one process.
+
+    Args:
+        spec: what to run.
+        sock: that it is to listen on; without one it takes what it finds.
+        flags: more of them.
+        other: another socket that it gets.
+
+    Raises:
+        StartError: it cannot be started.
+    """
+    sockets = [s for s in (sock, other) if s is not None]
+    if sock is not None:
+        flags = [*flags, f"--listen-fd={sock.fileno()}"]
+    try:
+        process = subprocess.Popen(
+            [*spec.command, *spec.more, *flags],
+            stdout=subprocess.PIPE,
+            text=True,
+            pass_fds=[s.fileno() for s in sockets],
+        )
+    except OSError as error:
+        raise StartError(str(error)) from error
+    return LocalProcess(process, spec.ready, "" if sock is None else address_of(sock))
 
 
 class LocalProcess:

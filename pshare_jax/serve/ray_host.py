@@ -65,6 +65,12 @@ def ray_launcher(config: ServeConfig, args: Sequence[str]) -> Launcher:
     """
     require("ray", "--launcher=ray")
     cluster = config.cluster
+    for side in ("prefill", "decode"):
+        if getattr(config, side).hosts > 1:
+            raise ConfigError(
+                f"{side}.hosts: Ray places workers of one host each; start those of several with "
+                "`--launcher=local`, or as a StatefulSet each on Kubernetes"
+            )
     if not _NAME.fullmatch(cluster.ray.name):
         raise ConfigError(
             f"cluster.ray.name: {cluster.ray.name!r} must be letters, digits, '-' and '_'"

@@ -56,6 +56,7 @@ class Spec:
         ready: how the line begins by which it says that it is ready.
         more: flags that may be others at the next start.
         watched: whether it is killed when its `/health` finds that it does not get on.
+        hosts: processes that are it together, of which the first one listens: see `serve.gang`.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Spec:
     ready: str
     more: tuple[str, ...] = ()
     watched: bool = False
+    hosts: int = 1
 
     @property
     def side(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import gc
 import logging
 import math
@@ -20,11 +21,14 @@ from aiohttp import web
 from pshare_jax.cluster.secret import is_loopback, read_token, split_address
 from pshare_jax.cluster.tls import ClusterTls, cluster_tls
 from pshare_jax.config import Role, ServeConfig, load_config
-from pshare_jax.errors import ConfigError, PshareError
+from pshare_jax.errors import ConfigError, GangLostError, PshareError
+from pshare_jax.serve import gang
 from pshare_jax.serve.logs import open_standard_streams, say, set_up
 
 if TYPE_CHECKING:
+    from pshare_jax.cluster.gang import GangLeader
     from pshare_jax.cluster.station import Station
+    from pshare_jax.serve.lifecycle import StopSignal
 
 log = logging.getLogger(__name__)
 
@@ -72,25 +76,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=math.inf,
         help="ends after so long without a frontend; never, unless given",
     )
+    gang.add_flags(parser)
     options, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     if options.token_file:
         rest.append(f"--cluster.token_file={options.token_file}")
     for name in ("tls_cert", "tls_key", "tls_ca"):
         if path := getattr(options, name):
             rest.append(f"--cluster.{name}={path}")
+    place = None
     try:
         config = load_config(ServeConfig, rest, prog="pshare worker", description=_DESCRIPTION)
         open_standard_streams()
         set_up()
         logging.getLogger("jax").setLevel(logging.WARNING)
         secrets = Secrets(read_token(config.cluster.token_file), cluster_tls(config.cluster))
+        place = gang.place_of(options, config)
         with _bind(options.listen, options.listen_fd, secrets) as sock:
-            return asyncio.run(_serve(config, options, sock, secrets))
+            if place is not None and place.rank:
+                code = asyncio.run(gang.follow(place, config, options, sock, secrets))
+            else:
+                code = asyncio.run(_serve(config, options, sock, secrets, place))
+    except GangLostError as error:
+        log.error("ending: %s", error)
+        code = 1
     except PshareError as error:
         say(f"pshare worker: {error}", sys.stderr)
-        return 2
+        code = 2
     except KeyboardInterrupt:
-        return 130
+        code = 130
+    except Exception:
+        if place is None:
+            raise
+        log.exception("ending")
+        code = 1
+    if place is not None:
+        gang.end(code)
+    return code
 
 
 def _bind(address: str, descriptor: int | None, secrets: Secrets) -> socket.socket:
@@ -123,9 +144,16 @@ def _reachable(host: str, port: int) -> str:
 
 
 async def _serve(
-    config: ServeConfig, options: argparse.Namespace, sock: socket.socket, secrets: Secrets
+    config: ServeConfig,
+    options: argparse.Namespace,
+    sock: socket.socket,
+    secrets: Secrets,
+    place: gang.Place | None = None,
 ) -> int:
-    """Serves until a signal, or until a worker fails; returns the exit code."""
+    """Serves until a signal, or until a worker fails; returns the exit code.
+
+    With a `place` it leads a gang, and ends when another process of that does.
+    """
     # Imported late: jax takes seconds, which --help and a typing error need not wait for.
     from pshare_jax.cluster.station import Station
     from pshare_jax.engine.hosted import HostedWorkers
@@ -138,6 +166,9 @@ async def _serve(
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     reachable = _reachable(host, port)
     tls = secrets.tls
+    leader = None
+    if place is not None:
+        leader = await _lead(place, config, options, secrets, stop)
     hosted = HostedWorkers.from_config(
         config,
         options.role,
@@ -146,9 +177,18 @@ async def _serve(
         Peers(secrets.token, tls.client if tls else None),
         split_address(reachable)[0],
     )
+    if leader is not None:
+        await asyncio.to_thread(leader.check_built, gang.identity(hosted))
+        hosted.lead(leader.call, leader.wait_compiled)
     beat = config.cluster.beat_seconds
     station = Station(
-        hosted.shape, hosted.parts, hosted.stats, beat, hosted.prepare, hosted.modules
+        hosted.shape,
+        hosted.parts,
+        hosted.stats,
+        beat,
+        hosted.prepare,
+        hosted.modules,
+        hosted.pools,
     )
     app = worker_app(hosted, station, secrets.token, certified=tls is not None)
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
@@ -182,8 +222,37 @@ async def _serve(
     await station.close()
     await runner.cleanup()
     await asyncio.to_thread(hosted.stop)
+    if leader is not None:
+        leader.close()
     log.info("drained")
     return 0
+
+
+async def _lead(
+    place: gang.Place,
+    config: ServeConfig,
+    options: argparse.Namespace,
+    secrets: Secrets,
+    stop: StopSignal,
+) -> GangLeader:
+    """Waits for the other processes of the gang, unless there is a signal, and joins them."""
+    loop = asyncio.get_running_loop()
+
+    def lost(reason: str) -> None:
+        log.error("ending: %s", reason)
+        gang.end(1)
+
+    gathering = asyncio.ensure_future(
+        asyncio.to_thread(gang.gather, place, config, options, secrets)
+    )
+    stopped = asyncio.ensure_future(stop.received.wait())
+    await asyncio.wait({gathering, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    if stopped.done():
+        gang.end(0)
+    stopped.cancel()
+    start = await gathering
+    drain = functools.partial(loop.call_soon_threadsafe, stop.received.set)
+    return await asyncio.to_thread(start, lost, drain)
 
 
 async def _until_alone(station: Station, seconds: float) -> None:

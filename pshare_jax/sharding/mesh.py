@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from pshare_jax.errors import ConfigError
-from pshare_jax.sharding.rules import TENSOR
+from pshare_jax.sharding.rules import TENSOR, replicated
 
 
 def carve(
@@ -73,6 +74,61 @@ def carve_one(devices: Sequence[Any], engines: int, degree: int) -> list[Mesh]:
     return [
         Mesh(np.asarray(devices[i * degree : (i + 1) * degree]), (TENSOR,)) for i in range(engines)
     ]
+
+
+def mesh_of_all_processes(devices: Sequence[Any], degree: int, processes: int) -> Mesh:
+    """One mesh over the devices of several processes, as many of each.
+
+    Args:
+        devices: `jax.devices()`, those of all processes.
+        degree: devices of the mesh, a multiple of `processes`.
+        processes: number of processes.
+
+    Raises:
+        ConfigError: a process has too few devices.
+    """
+    each = degree // processes
+    taken: list[Any] = []
+    for process in range(processes):
+        own = [device for device in devices if device.process_index == process]
+        if len(own) < each:
+            raise ConfigError(
+                f"tensor_parallel={degree} over {processes} processes needs {each} devices of each "
+                f"of them, but process {process} has {len(own)} ({devices[0].platform})"
+            )
+        taken += own[:each]
+    return Mesh(np.asarray(taken), (TENSOR,))
+
+
+def meet(mesh: Mesh) -> None:
+    """Has the processes of a mesh compute something together, and waits for it.
+
+    They must come here at about the same time: connections of collectives are made now, and who
+    makes them gives up after a while. What follows may take as long as it likes.
+    """
+    ones = put(np.ones(mesh.size, np.int32), NamedSharding(mesh, PartitionSpec(TENSOR)))
+    jax.block_until_ready(jax.jit(jnp.sum, out_shardings=replicated(mesh))(ones))
+
+
+def spans_processes(mesh: Mesh) -> bool:
+    """Whether other processes have devices of a mesh.
+
+    A mesh of a machine that is not here, for which programs are only compiled, spans none.
+    """
+    return jax.process_count() > 1 and mesh.is_multi_process
+
+
+def put(array: Any, sharding: Sharding) -> jax.Array:
+    """An array of the host on devices; of several processes each puts its own shards there.
+
+    Args:
+        array: the whole array; the same in all processes.
+        sharding: where it goes.
+    """
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    # `device_put` would compare the array among the processes.
+    return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
 
 
 def request_cpu_devices(count: int) -> None:

@@ -72,7 +72,13 @@ class Host:
         hosted = self.hosted
         beat = config.cluster.beat_seconds
         self.station = Station(
-            hosted.shape, hosted.parts, hosted.stats, beat, hosted.prepare, hosted.modules
+            hosted.shape,
+            hosted.parts,
+            hosted.stats,
+            beat,
+            hosted.prepare,
+            hosted.modules,
+            hosted.pools,
         )
         app = worker_app(hosted, self.station, TOKEN, certified=self._tls is not None)
         self.runner = web.AppRunner(app, access_log=None, handler_cancellation=True)

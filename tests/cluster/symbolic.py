@@ -27,6 +27,7 @@ from pshare_jax.core.decode import DecodeCore
 from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.pages.prefix_index import root_key
+from pshare_jax.core.pages.sharing_map import PoolView, pool_views
 from pshare_jax.core.plans import DecodePlan, Landed, PrefillPlan, PrefillResult
 from pshare_jax.core.prefill import PrefillCore
 from pshare_jax.core.requests import (
@@ -161,8 +162,12 @@ class Host:
         decode = [w for w in workers if not w.covers]
         return worker_stats(prefill, decode, {}, lambda counters: _sum(counters))
 
+    def _pools(self) -> list[PoolView]:
+        readers = {} if self.worker.covers else {self.name: self.worker.core.readers()}
+        return pool_views({self.name: self.worker.cache}, readers)
+
     async def _listen(self, shape: wire.Shape, part: wire.Part, beat: float, port: int) -> None:
-        self.station = Station(shape, [part], self._stats, beat)
+        self.station = Station(shape, [part], self._stats, beat, pools=self._pools)
         app = web.Application()
         app.router.add_get(wire.PATH, self.station.handle)
         self.runner = web.AppRunner(app, access_log=None, handler_cancellation=True)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import http.client
+import socket
 import ssl
 import subprocess
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from pshare_jax.cluster.gang import GangFollower, GangLeader
 from pshare_jax.cluster.tls import cluster_tls
 from pshare_jax.config import ClusterConfig
 from pshare_jax.engine.limits import check_cluster
-from pshare_jax.errors import ConfigError
+from pshare_jax.errors import ConfigError, GangLostError
+from pshare_jax.runtime.mirror import Run
 from tests.cluster.harness import TOKEN, cluster_config, running_cluster
 from tests.engine.harness import Models, wait_until
 from tests.helpers import tiny_config
@@ -138,3 +142,32 @@ def test_a_key_for_a_ca_is_none(files: dict[str, dict[str, str]]) -> None:
 def test_what_knows_no_tls_is_refused_with_it(files: dict[str, dict[str, str]]) -> None:
     with pytest.raises(ConfigError, match="`jax-transfer` knows no TLS"):
         check_cluster(cluster_config(transport="jax-transfer", **files["member"]))
+
+
+def test_the_link_of_a_gang_goes_by_tls(files: dict[str, dict[str, str]]) -> None:
+    """Who shows no certificate of the cluster is no process of the mesh, whatever it says."""
+    tls = {name: cluster_tls(ClusterConfig(**given)) for name, given in files.items()}
+    listener = socket.create_server(("127.0.0.1", 0))
+    address = f"127.0.0.1:{listener.getsockname()[1]}"
+    leader = GangLeader(listener, 2, {}, tls=tls["member"])
+    gathering = threading.Thread(target=leader.gather, daemon=True)
+    gathering.start()
+    lost: list[str] = []
+    stranger = GangFollower(address, 1, 2, {}, tls=tls["stranger"])
+    with pytest.raises(GangLostError):
+        stranger.join(lost.append)
+    stranger.close()
+    assert gathering.is_alive()
+    member = GangFollower(address, 1, 2, {}, tls=tls["member"])
+    joining = threading.Thread(target=member.join, args=(lost.append,), daemon=True)
+    joining.start()
+    gathering.join(30)
+    leader.start("127.0.0.1:9", lost.append, lambda: None)
+    joining.join(30)
+    leader.send(Run(1, "copy", [None], [], None, []))
+    closing = threading.Thread(target=leader.close)
+    closing.start()
+    assert [run.number for run in member.calls()] == [1]
+    member.close()
+    closing.join(30)
+    assert (lost, closing.is_alive()) == ([], False)

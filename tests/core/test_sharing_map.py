@@ -142,3 +142,23 @@ def test_pages_that_the_store_has_name_its_tiers():
     assert asked == [keys]
     assert sharing_map({"prefill0": PageCache(8, SIZE)}, {}, held).contexts == []
     assert len(asked) == 1
+
+
+def test_the_map_of_several_processes_is_that_of_one():
+    """Made of what each tells of its own pools; what is partly full tells no token."""
+    prefill, decode = PageCache(16, SIZE), PageCache(16, SIZE)
+    hold(prefill, [0, 1, 2, 3, 4, 5, 6, 7, 8], "aaaaaabbb")
+    hold(prefill, [0, 1, 2, 3, 9, 9, 9, 9], "aaaabbbb")
+    held = hold(decode, [0, 1, 2, 3, 4, 5, 6, 7], "")
+    readers = {"decode0": [("b", held), ("a", held[:1])]}
+    whole = sharing_map({"prefill0": prefill, "decode0": decode}, readers)
+    views = [
+        *module.pool_views({"prefill0": prefill}, {}),
+        *module.pool_views({"decode0": decode}, readers),
+    ]
+    found = module.map_of(views, SIZE)
+    assert [c.pages for c in found.contexts] == [c.pages for c in whole.contexts]
+    assert [c.start for c in found.contexts] == [c.start for c in whole.contexts]
+    assert not any(b"(8,)" in page.key for view in views for page in view.pages)
+    both = {"prefill0": prefill, "decode0": prefill}
+    assert [view.worker for view in module.pool_views(both, {})] == ["prefill0"]

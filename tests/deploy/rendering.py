@@ -16,8 +16,10 @@ DEPLOY = Path(__file__).parents[2] / "deploy"
 KUSTOMIZE = DEPLOY / "kustomize"
 CHART = DEPLOY / "helm/pshare-jax"
 PLATFORMS = ("cpu", "gpu", "tpu")
+OTHERS = ("autoscaled", "multihost")
+"""Overlays that the chart has no values for."""
 FOLDERS = (
-    *(f"kustomize/overlays/{platform}" for platform in PLATFORMS),
+    *(f"kustomize/overlays/{overlay}" for overlay in (*PLATFORMS, *OTHERS)),
     *("kustomize/single", "kustomize/storage", "kustomize/monitoring", "ray"),
 )
 """Everything that `kubectl apply -k` takes."""
@@ -75,7 +77,8 @@ def rendered(values: Manifest, release: str = "pshare") -> tuple[Manifest, ...]:
 def everything() -> dict[str, tuple[Manifest, ...]]:
     """All objects, by where they come from."""
     found = {folder: kustomized(folder) for folder in FOLDERS}
-    return found | {f"helm {p}": charted(p, monitored=True) for p in PLATFORMS}
+    found |= {f"helm {p}": charted(p, monitored=True) for p in PLATFORMS}
+    return found | {"helm scaled": rendered({"scaler": {"enabled": True}})}
 
 
 def named(manifests: tuple[Manifest, ...], kind: str, name: str) -> Manifest:
@@ -89,4 +92,6 @@ def pods(manifest: Manifest) -> list[Manifest]:
     spec = manifest.get("spec", {})
     if manifest["kind"] == "RayCluster":
         return [group["template"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
+    if manifest["kind"] == "LeaderWorkerSet":
+        return [spec["leaderWorkerTemplate"]["workerTemplate"]]
     return [spec["template"]] if "template" in spec else []

@@ -13,14 +13,17 @@ import yaml
 import pshare_jax
 from pshare_jax.cli import COMMANDS
 from pshare_jax.config import ServeConfig, load_serve_config
+from pshare_jax.engine.gang import hosts_of
 from pshare_jax.serve import app
+from pshare_jax.serve.kubernetes import ACCOUNT, check_kubernetes
 from pshare_jax.serve.lifecycle import SHUTDOWN_SECONDS
+from pshare_jax.serve.scaling import check_autoscale
 from tests.deploy import contract
 from tests.deploy.rendering import (
     CHART,
+    OTHERS,
     PLATFORMS,
     Manifest,
-    charted,
     everything,
     kustomized,
     named,
@@ -29,11 +32,13 @@ from tests.deploy.rendering import (
 
 ROOT = Path(__file__).parents[2]
 SERVED = [
-    *(f"kustomize/overlays/{platform}" for platform in PLATFORMS),
+    *(f"kustomize/overlays/{overlay}" for overlay in (*PLATFORMS, *OTHERS)),
     "kustomize/single",
-    *(f"helm {platform}" for platform in PLATFORMS),
+    *(f"helm {values}" for values in (*PLATFORMS, "scaled")),
 ]
 """What runs servers."""
+
+WORKER_INDEX = "leaderworkerset.sigs.k8s.io/worker-index"
 
 
 def templates(origin: str) -> list[Manifest]:
@@ -107,7 +112,9 @@ def test_ports_are_those_that_are_listened_on(origin: str) -> None:
         ports = {port["name"]: port["containerPort"] for port in container["ports"]}
         if container["args"][0] == "worker":
             assert ports == {"control": int(flags(container)["--listen"].split(":")[1])}
-            assert flags(container)["--advertise"].endswith(f"-workers:{ports['control']}")
+            host, _, port = flags(container)["--advertise"].rpartition(":")
+            assert int(port) == ports["control"]
+            assert host == "$(LWS_LEADER_ADDRESS)" or host.endswith("-workers")
             assert services["control"]["port"] == ports["control"]
         else:
             assert ports == {"http": int(flags(container)["--port"])}
@@ -138,24 +145,76 @@ def test_pods_have_time_to_drain(origin: str, tmp_path: Path) -> None:
         assert pod["terminationGracePeriodSeconds"] >= needed + 5
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
-@pytest.mark.parametrize("way", ["kustomize", "helm"])
-def test_frontends_are_told_of_every_worker(platform: str, way: str) -> None:
-    if way == "kustomize":
-        manifests = kustomized(f"kustomize/overlays/{platform}")
-        (listed,) = (m["data"]["workers"] for m in manifests if "workers" in m.get("data", {}))
-    else:
-        manifests = charted(platform)
-        (container,) = pods(named(manifests, "Deployment", "pshare-frontend"))[0]["spec"][
-            "containers"
-        ]
-        (listed,) = (e["value"] for e in container["env"] if e["name"] == "PSHARE_WORKERS")
-    names = []
-    for role in ("prefill", "decode"):
-        spec = named(manifests, "StatefulSet", f"pshare-{role}")["spec"]
-        assert named(manifests, "Service", spec["serviceName"])["spec"]["clusterIP"] == "None"
-        names += [f"pshare-{role}-{i}.{spec['serviceName']}:7000" for i in range(spec["replicas"])]
-    assert listed.split(",") == names
+@pytest.mark.parametrize("origin", [o for o in SERVED if o != "kustomize/single"])
+def test_frontends_look_up_every_worker_and_nobody_else(origin: str) -> None:
+    manifests = everything()[origin]
+    services = {m["metadata"]["name"]: m["spec"] for m in manifests if m["kind"] == "Service"}
+    (listed,) = {
+        flags(container)["--workers"]
+        for _, container in programs(origin)
+        if "--workers" in flags(container)
+    }
+    selectors = []
+    for entry in listed.split(","):
+        scheme, name, port = entry.split(":")
+        assert (scheme, int(port)) == ("dns", services[name]["ports"][0]["port"])
+        assert services[name]["clusterIP"] == "None"
+        # Who still compiles, and who drains, is linked.
+        assert services[name]["publishNotReadyAddresses"] is True
+        selectors.append(services[name]["selector"].items())
+    for manifest in manifests:
+        for template in pods(manifest):
+            labels, (container, *_) = template["metadata"]["labels"], template["spec"]["containers"]
+            is_worker = container["args"][0] == "worker"
+            gang = manifest["kind"] == "LeaderWorkerSet"
+            for index in ("0", "1") if gang else ("",):
+                more = {WORKER_INDEX: index} if gang else {}
+                found = sum(selector <= (labels | more).items() for selector in selectors)
+                assert found == (is_worker and index != "1")
+
+
+def test_a_worker_of_several_hosts_has_as_many_pods(tmp_path: Path) -> None:
+    origin = "kustomize/overlays/multihost"
+    (group,) = (m["spec"] for m in everything()[origin] if m["kind"] == "LeaderWorkerSet")
+    config = config_of(origin, tmp_path)
+    template = group["leaderWorkerTemplate"]
+    assert template["size"] == config.decode.hosts == 2
+    (container,) = template["workerTemplate"]["spec"]["containers"]
+    devices = int(container["resources"]["limits"]["nvidia.com/gpu"])
+    assert devices * template["size"] == config.decode.tensor_parallel
+    given = flags(container)
+    port = int(given["--gang-coordinator"].split(":")[1])
+    assert port != int(given["--listen"].split(":")[1])
+    assert hosts_of(config, "decode") == 2
+    assert hosts_of(config, "prefill") == 1
+
+
+@pytest.mark.parametrize("origin", ["kustomize/overlays/autoscaled", "helm scaled"])
+def test_the_scaler_may_change_what_it_is_to_change(origin: str, tmp_path: Path) -> None:
+    manifests = everything()[origin]
+    (container,) = (
+        c for template in templates(origin) for c in template["spec"]["containers"]
+        if c["name"] == "scaler"
+    )  # fmt: skip
+    given = flags(container)
+    assert set(given) <= contract.SERVE
+    own = [f"{flag}={value}" for flag, value in given.items() if flag.startswith("--cluster.")]
+    config_of(origin, tmp_path)
+    token = f"--cluster.token_file={given['--token-file']}"
+    config = load_serve_config(tmp_path / "serve.yaml", *own, token)
+    check_autoscale(config)
+    check_kubernetes(config)
+    rules = named(manifests, "Role", "pshare-scaler")["rules"]
+    for side in ("prefill", "decode"):
+        kind, name = getattr(config.cluster.kubernetes, side).split("/")
+        assert named(manifests, "StatefulSet", name)
+        assert any(
+            name in rule["resourceNames"] and f"{kind}/scale" in rule["resources"] for rule in rules
+        )
+    _, name, port = config.cluster.kubernetes.frontends.split(":")
+    assert named(manifests, "Service", name)["spec"]["ports"][0]["port"] == int(port)
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert mounts["account"] == str(ACCOUNT)
 
 
 @pytest.mark.parametrize("origin", [*SERVED, "kustomize/storage", "ray"])
@@ -181,6 +240,8 @@ def test_pods_may_do_no_more_than_they_need(origin: str) -> None:
 @pytest.mark.parametrize("origin", [*SERVED, "ray"])
 def test_budgets_and_policies_select_pods_that_exist(origin: str) -> None:
     labels = [template["metadata"]["labels"] for template in templates(origin)]
+    # LeaderWorkerSet gives each pod its place in the group.
+    labels += [have | {WORKER_INDEX: "0"} for have in labels if "pshare-jax/gang" in have]
     covered = 0
     for manifest in everything()[origin]:
         spec: dict[str, Any] = manifest.get("spec", {})

@@ -29,7 +29,7 @@ OLDEST, NEWEST = "1.28", "1.37"
 """Versions of Kubernetes; the chart names the oldest too."""
 
 CUSTOM = yaml.safe_load((Path(__file__).parent / "crds.yaml").read_text())
-ORIGINS = (*FOLDERS, *(f"helm {platform}" for platform in PLATFORMS))
+ORIGINS = (*FOLDERS, *(f"helm {values}" for values in (*PLATFORMS, "scaled")))
 
 
 def check(manifest: Manifest, version: str) -> None:
@@ -123,8 +123,8 @@ def test_a_release_of_another_name_refers_to_its_own_objects() -> None:
     for kept in ("pshare-jax", "pshare-api-keys", "pshare-control", "pshare-checkpoints"):
         text = text.replace(kept, "")
     assert "pshare-" not in text
-    workers = environment(named(manifests, "Deployment", "other-frontend"))["PSHARE_WORKERS"]
-    assert workers.split(",")[0] == "other-prefill-0.other-workers:7000"
+    (container,) = pods(named(manifests, "Deployment", "other-frontend"))[0]["spec"]["containers"]
+    assert "--workers=dns:other-workers:7000" in container["args"]
 
 
 def test_what_can_be_turned_off_is_off() -> None:
@@ -158,18 +158,12 @@ def test_helm_finds_no_fault_with_the_chart() -> None:
     assert [message["error"] for message in found["messages"]] == ["icon is recommended"]
 
 
-def environment(manifest: Manifest) -> dict[str, str]:
-    """Literal variables of the pod's first container."""
-    container = pods(manifest)[0]["spec"]["containers"][0]
-    return {e["name"]: e["value"] for e in container.get("env", []) if "value" in e}
-
-
 def comparable(template: Manifest) -> Manifest:
     """A pod template without what the two ways of rendering call by different names."""
     spec = without_instance(copy.deepcopy(template["spec"]))
     (container,) = spec["containers"]
     container.pop("imagePullPolicy", None)
-    container["env"] = sorted(entry["name"] for entry in container["env"])
+    container["env"] = sorted(entry["name"] for entry in container.get("env", []))
     container["volumeMounts"].sort(key=lambda mount: mount["name"])
     spec["volumes"].sort(key=lambda volume: volume["name"])
     for volume in spec["volumes"]:

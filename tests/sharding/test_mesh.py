@@ -5,12 +5,21 @@ import sys
 import textwrap
 
 import jax
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pshare_jax.errors import ConfigError
-from pshare_jax.sharding.mesh import carve, request_cpu_devices
+from pshare_jax.sharding.mesh import (
+    carve,
+    meet,
+    mesh_of_all_processes,
+    put,
+    request_cpu_devices,
+    spans_processes,
+)
+from pshare_jax.sharding.rules import pool_sharding
 
 count = st.integers(1, 3)
 
@@ -73,3 +82,32 @@ def test_request_before_start_never_lowers():
     command = [sys.executable, "-c", textwrap.dedent(program)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == "3\n"
+
+
+class Device:
+    """A device of one of several processes."""
+
+    platform = "gpu"
+
+    def __init__(self, process_index, id):
+        self.process_index = process_index
+        self.id = id
+
+
+def test_a_mesh_of_several_processes_has_as_many_devices_of_each():
+    devices = [Device(process, id) for process in (0, 1) for id in range(4)]
+    mesh = mesh_of_all_processes(devices, 6, 2)
+    found = [(device.process_index, device.id) for device in mesh.devices]
+    assert found == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    with pytest.raises(ConfigError, match="needs 4 devices of each of them, but process 1 has 3"):
+        mesh_of_all_processes(devices[:7], 8, 2)
+
+
+def test_what_one_process_has_is_put_where_it_belongs():
+    mesh = mesh_of_all_processes(jax.devices(), 2, 1)
+    assert not spans_processes(mesh)
+    meet(mesh)
+    array = np.arange(8.0).reshape(1, 2, 4, 1, 1)
+    there = put(array, pool_sharding(mesh, 4))
+    np.testing.assert_array_equal(there, array)
+    assert [shard.data.shape[2] for shard in there.addressable_shards] == [2, 2]

@@ -75,26 +75,56 @@ class SharingMap(msgspec.Struct, frozen=True):
     hidden: int = 0
 
 
+class SeenPage(msgspec.Struct, array_like=True, frozen=True):
+    """A page of one pool, for a map that is made elsewhere.
+
+    Args:
+        key: of its contents and all before them.
+        parent: key of the page before it, or of where prompts begin.
+        tokens: how many it holds.
+        computed_by, readers, arriving, tiers: see `MapPage`.
+    """
+
+    key: bytes
+    parent: bytes
+    tokens: int
+    computed_by: list[tuple[str, int]]
+    readers: list[str]
+    arriving: bool
+    tiers: list[str]
+
+
+class PoolView(msgspec.Struct, frozen=True):
+    """What one pool holds, oldest page first; `worker` is the first of those that share it."""
+
+    worker: str
+    page_size: int
+    pages: list[SeenPage]
+    hidden: int
+
+
 class _Block:
     """One page's contents, wherever they lie."""
 
     __slots__ = (
         "arriving",
         "children",
+        "full",
         "key",
-        "node",
-        "origins",
         "parent_key",
         "pools",
         "readers",
+        "runs",
         "tiers",
+        "tokens",
     )
 
-    def __init__(self, key: bytes, node: Node):
+    def __init__(self, key: bytes, parent_key: bytes, tokens: int, *, full: bool = True):
         self.key = key
-        self.node = node
-        self.parent_key = node.parent_key
-        self.origins: list[str] = []
+        self.parent_key = parent_key
+        self.tokens = tokens
+        self.full = full
+        self.runs: list[tuple[str, int]] = []
         self.readers: set[str] = set()
         self.pools: set[str] = set()
         self.arriving = False
@@ -102,9 +132,21 @@ class _Block:
         self.children: list[_Block] = []
 
     def page(self) -> MapPage:
-        runs = [(name, len(list(same))) for name, same in itertools.groupby(self.origins)]
         readers, pools = sorted(self.readers), sorted(self.pools)
-        return MapPage(len(self.node.tokens), runs, readers, pools, self.arriving, self.tiers)
+        return MapPage(self.tokens, self.runs, readers, pools, self.arriving, self.tiers)
+
+    def seen(self) -> SeenPage:
+        # A key that is not full holds tokens, which nobody is to learn.
+        key = self.key if self.full else hashlib.blake2b(self.key, digest_size=16).digest()
+        return SeenPage(
+            key,
+            self.parent_key,
+            self.tokens,
+            self.runs,
+            sorted(self.readers),
+            self.arriving,
+            self.tiers,
+        )
 
 
 Held = Callable[[Sequence[bytes]], Mapping[str, Sequence[bool]]]
@@ -124,6 +166,58 @@ def sharing_map(
         held: of the KV store, if there is one.
     """
     blocks: dict[bytes, _Block] = {}
+    hidden = _take_in(blocks, caches, readers, held)
+    page_size = next(iter(caches.values())).page_size if caches else 0
+    return SharingMap(page_size, _contexts(blocks), hidden)
+
+
+def pool_views(
+    caches: Mapping[str, PageCache],
+    readers: Mapping[str, Iterable[Reader]],
+    held: Held | None = None,
+) -> list[PoolView]:
+    """What the pools of one process hold; arguments as of `sharing_map`.
+
+    Of several workers over one pool it is the first one's.
+    """
+    own: dict[int, list[str]] = {}
+    for worker, cache in caches.items():
+        own.setdefault(id(cache), []).append(worker)
+    views = []
+    for workers in own.values():
+        blocks: dict[bytes, _Block] = {}
+        hidden = _take_in(blocks, {name: caches[name] for name in workers}, readers, held)
+        pages = [block.seen() for block in blocks.values()]
+        views.append(PoolView(workers[0], caches[workers[0]].page_size, pages, hidden))
+    return views
+
+
+def map_of(views: Iterable[PoolView], page_size: int) -> SharingMap:
+    """The contexts of the pools of several processes as one map."""
+    blocks: dict[bytes, _Block] = {}
+    hidden = 0
+    for view in views:
+        hidden += view.hidden
+        for page in view.pages:
+            block = blocks.get(page.key)
+            if block is None:
+                block = blocks[page.key] = _Block(page.key, page.parent, page.tokens)
+            block.pools.add(view.worker)
+            block.arriving |= page.arriving
+            block.runs = block.runs or page.computed_by
+            block.readers.update(page.readers)
+            # Stores of several hosts may have it.
+            block.tiers = list(dict.fromkeys([*block.tiers, *page.tiers]))
+    return SharingMap(page_size, _contexts(blocks), hidden)
+
+
+def _take_in(
+    blocks: dict[bytes, _Block],
+    caches: Mapping[str, PageCache],
+    readers: Mapping[str, Iterable[Reader]],
+    held: Held | None,
+) -> int:
+    """Adds what pools hold to `blocks`; gives the number of pages that are hidden."""
     pools: dict[int, dict[int, _Block]] = {}
     hidden = 0
     for worker, cache in caches.items():
@@ -135,23 +229,27 @@ def sharing_map(
         for model, pages in readers.get(worker, ()):
             for block in filter(None, map(by_page.get, tuple(pages))):
                 block.readers.add(model)
-    full = [block for block in blocks.values() if block.node.key is not None]
+    full = [block for block in blocks.values() if block.full]
     if held is not None and full:
         for tier, has in held([block.key for block in full]).items():
             for block, is_there in zip(full, has, strict=True):
                 if is_there:
                     block.tiers.append(tier)
-    page_size = next(iter(caches.values())).page_size if caches else 0
-    return SharingMap(page_size, _contexts(blocks), hidden)
+    return hidden
 
 
 def _add(blocks: dict[bytes, _Block], worker: str, node: Node) -> _Block:
     # A page that is not full has no key: it is the only one at its place that begins so.
     key = node.key or node.parent_key + repr(node.tokens).encode()
-    block = blocks.setdefault(key, _Block(key, node))
+    block = blocks.get(key)
+    if block is None:
+        full = node.key is not None
+        block = blocks[key] = _Block(key, node.parent_key, len(node.tokens), full=full)
     block.pools.add(worker)
     block.arriving |= node.state is PageState.ARRIVING
-    block.origins = block.origins or list(node.origins)
+    if not block.runs:
+        same = itertools.groupby(list(node.origins))
+        block.runs = [(name, len(list(run))) for name, run in same]
     return block
 
 

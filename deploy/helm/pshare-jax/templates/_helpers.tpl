@@ -17,17 +17,6 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{ add (int .Values.config.server.drain_seconds) 20 }}
 {{- end }}
 
-{{/* HOST:PORT of every worker: the pods of the two stateful sets. */}}
-{{- define "pshare.workers" -}}
-{{- $names := list -}}
-{{- range $role := list "prefill" "decode" -}}
-{{- range $i := until (int (index $.Values $role).replicas) -}}
-{{- $names = append $names (printf "%s-%s-%d.%s-workers:7000" $.Release.Name $role $i $.Release.Name) -}}
-{{- end -}}
-{{- end -}}
-{{ join "," $names }}
-{{- end }}
-
 {{- define "pshare.podSecurity" -}}
 runAsNonRoot: true
 runAsUser: 10001
