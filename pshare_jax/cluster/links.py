@@ -283,5 +283,6 @@ def _counters(stats: EngineStats) -> EngineStats:
         busy_seconds=stats.busy_seconds,
         store=stats.store,
         transfers=stats.transfers,
+        borrowed_tokens=stats.borrowed_tokens,
         tiers={name: tier.of_the_dead() for name, tier in stats.tiers.items()},
     )

@@ -23,7 +23,7 @@ from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.router import WorkerInfo
 from pshare_jax.core.stats import EngineStats
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Grows when frames change so that the older side would misunderstand them."""
 
 PATH = "/cluster"
@@ -89,11 +89,15 @@ class Part(msgspec.Struct, frozen=True):
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
-    """A frontend's first frame; its `incarnation` begins the ids of its sequences."""
+    """A frontend's first frame; its `incarnation` begins the ids of its sequences.
+
+    `process` is longer and random: two frontends of one incarnation are told apart by it.
+    """
 
     protocol: int
     incarnation: int
     shape: Shape
+    process: str = ""
 
 
 class Welcome(msgspec.Struct, frozen=True, tag=True):
@@ -228,8 +232,12 @@ def new_incarnation() -> int:
 
 
 def sequence_ids(incarnation: int) -> Iterator[int]:
-    """Ids of a frontend's sequences, which say whose they are."""
-    return itertools.count(incarnation << _COUNTER_BITS)
+    """Ids of a frontend's sequences, which say whose they are.
+
+    They begin anywhere in the lower half of what there is: should another frontend have had the
+    same incarnation, nothing that is still said of its sequences is taken for one of these.
+    """
+    return itertools.count((incarnation << _COUNTER_BITS) + secrets.randbits(_COUNTER_BITS - 1))
 
 
 def owner_of(sequence_id: int) -> int:

@@ -7,15 +7,19 @@ the next prompts will begin with: see `reply_prefill`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import itertools
+import secrets
+from collections.abc import Collection, Iterator, Mapping
 from collections.abc import Sequence as Sequence_
 
 import msgspec
 
 from pshare_jax.core import messages as m
+from pshare_jax.core.borrowing import Borrowing
 from pshare_jax.core.chunk_planner import ChunkPlanner, chunks_of
 from pshare_jax.core.held_prompts import HeldPrompts
 from pshare_jax.core.index_feed import IndexFeed
+from pshare_jax.core.loans import Loans
 from pshare_jax.core.messages import DISPATCHER, Message, Outbox
 from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.pages.page_cache import PageCache
@@ -29,7 +33,13 @@ from pshare_jax.core.stats import PrefillStats
 from pshare_jax.core.store_client import StoreClient
 
 STORE_SECONDS = 0.01
-"""Between two looks at the deadlines of what was asked of the KV store."""
+"""Between two looks at the deadlines of what was asked of the KV store, or of other workers."""
+
+POLL_SECONDS = 0.0005
+"""Between two looks at a transfer that is being pulled."""
+
+LEASE_LOOK_SECONDS = 1.0
+"""Between two looks at leases of what others have borrowed."""
 
 MAX_TRIES = 2
 """Calls in which a chunk may fail before its request does."""
@@ -44,6 +54,7 @@ class PrefillCore:
         models: the served models by name.
         chunk_buckets: compiled chunk lengths, in tokens; the largest holds at least one page.
         pads: whether rows of a call are computed though nothing is in them.
+        transfer_ids: see `Borrowing`.
 
     Attributes:
         outbox: messages to others; who carries them empties it.
@@ -52,6 +63,8 @@ class PrefillCore:
         chunks: prompts that are being covered.
         held: prompts that are covered.
         index_feed: what routers are told of its index.
+        loans: pages that other workers get.
+        borrowing: prompts for which pages come from other workers.
         store: its side of the KV store, if there is one.
         rests: whether no prompts are taken, since the mesh does something else.
     """
@@ -64,11 +77,15 @@ class PrefillCore:
         chunk_buckets: Sequence_[int],
         *,
         pads: bool = True,
+        transfer_ids: Iterator[int] | None = None,
     ):
         self.name = name
         self.cache = cache
         self.outbox: Outbox = []
         self.stats = PrefillStats()
+        ids = transfer_ids or (secrets.randbits(63) for _ in itertools.count())
+        self.loans = Loans(name, cache, self.outbox)
+        self.borrowing = Borrowing(name, cache, self.outbox, ids, self.stats)
         self.queue = PrefillQueue(cache)
         self.index_feed = IndexFeed(cache)
         self.store: StoreClient | None = None
@@ -81,12 +98,17 @@ class PrefillCore:
     @property
     def urgent(self) -> bool:
         """Whether somebody waits for pages that are there."""
-        return self.held.wanted or (self.store is not None and self.store.urgent)
+        others = self.held.wanted or self.loans.wanted or self.borrowing.urgent
+        return others or (self.store is not None and self.store.urgent)
 
     @property
     def patience(self) -> float | None:
         """Seconds after which `schedule` should be called again though nothing was heard."""
-        return STORE_SECONDS if self.store is not None and self.store.waits else None
+        if self.borrowing.is_pulling:
+            return POLL_SECONDS
+        if self.borrowing.waits or (self.store is not None and self.store.waits):
+            return STORE_SECONDS
+        return LEASE_LOOK_SECONDS if self.loans else None
 
     def receive(self, message: Message) -> None:
         """Takes a message in."""
@@ -107,6 +129,14 @@ class PrefillCore:
                     self._send(message.worker, refused)
             case m.Release(id):
                 self._release(id)
+            case m.Lend():
+                self.loans.lend(message)
+            case m.Repaid(transfer):
+                self.loans.repaid(transfer)
+            case m.Offered():
+                self.borrowing.offered(message)
+            case m.NotOffered():
+                self.borrowing.not_offered(message)
             case m.IndexWanted():
                 self._send(DISPATCHER, self.index_feed.snapshot())
             case m.Replied():
@@ -130,9 +160,9 @@ class PrefillCore:
         """
         self.cache.tick(now)
         self._replies.pin_heard()
-        withdrawn = self.held.take_withdrawn()
-        if self.held.wanted:
-            return PrefillPlan(offers=self.held.take_offers(), withdrawn=withdrawn)
+        withdrawn = [*self.held.take_withdrawn(), *self.loans.take_ended()]
+        if (plan := self._transfers(now, withdrawn)) is not None:
+            return plan
         store, alone = self._store_plan(now)
         if store is not None and alone:
             return PrefillPlan(withdrawn=withdrawn, store=store)
@@ -143,7 +173,9 @@ class PrefillCore:
             self._cover(task)
         self._publish()
         if not batch:
-            return PrefillPlan(withdrawn=withdrawn, store=store) if withdrawn or store else None
+            # An empty plan has the executor look at what it pulls.
+            some = withdrawn or store or self.borrowing.is_pulling
+            return PrefillPlan(withdrawn=withdrawn, store=store) if some else None
         return PrefillPlan(
             withdrawn=withdrawn,
             copies=self.chunks.take_copies(),
@@ -157,11 +189,21 @@ class PrefillCore:
         """A chunk of a reply that nobody asks for yet; None while anybody waits for anything."""
         if self.queue.tasks or self.chunks.active or self.held or self.held.wanted:
             return None
-        if self.store is not None and self.store.waits:
+        if self.borrowing.waits or (self.store is not None and self.store.waits):
             return None
         plan = self._replies.plan()
         self._publish()
         return plan
+
+    def _transfers(self, now: float, withdrawn: list[int]) -> PrefillPlan | None:
+        """A plan of what others wait for or lend, if there is any of it; `now` is in seconds."""
+        self.loans.expire(now)
+        self.borrowing.expire(now)
+        offers = [*self.held.take_offers(), *self.loans.take_offers()]
+        cancelled, pulls = self.borrowing.take_cancelled(), self.borrowing.take_pulls()
+        if not (offers or cancelled or pulls):
+            return None
+        return PrefillPlan(offers=offers, withdrawn=withdrawn, cancelled=cancelled, pulls=pulls)
 
     def apply(self, plan: PrefillPlan, result: PrefillResult) -> None:
         """Takes in what came of a plan."""
@@ -169,6 +211,8 @@ class PrefillCore:
             self._publish()
             return
         self.outbox += self.held.answers(plan, result)
+        self.loans.offered(plan.offers, result)
+        self.borrowing.landed(result.landed)
         if plan.store is not None and self.store is not None:
             self.store.landed(plan.store)
         planned = {chunk.id for chunk in plan.chunks}
@@ -180,7 +224,8 @@ class PrefillCore:
     @property
     def holds_pages(self) -> bool:
         """Whether any sequence holds pages here."""
-        return bool(self.chunks.active or self.held or (self.store and self.store.holds_pages))
+        elsewhere = self.borrowing.waits or (self.store and self.store.holds_pages)
+        return bool(self.chunks.active or self.held or elsewhere)
 
     def holders(self, inside: Collection[int]) -> list[HasSequence]:
         """Tasks that hold pages and can start anew, and runs that are fetched for tasks.
@@ -244,6 +289,8 @@ class PrefillCore:
             self.cache.release(task.pages)
         if self.store is not None:
             self.store.release_all()
+        self.borrowing.release_all()
+        self.loans.release_all()
         self.queue.tasks.clear()
         self.chunks.active.clear()
         self.held.clear()
@@ -329,7 +376,8 @@ class PrefillCore:
                     self.cache.release(task.pages)
                     self._send(DISPATCHER, m.Dropped(id))
                     return
-        if self.store is not None and (task := self.store.abort(id)) is not None:
+        task = self.borrowing.abort(id) or (self.store.abort(id) if self.store else None)
+        if task is not None:
             self.cache.release(task.pages)
             self._send(DISPATCHER, m.Dropped(id))
             return
@@ -346,19 +394,22 @@ class PrefillCore:
         self.cache.release(task.pages)
 
     def _start_waiting(self) -> None:
-        """Gives pages to waiting tasks; what the pool does not hold of them may be in the store."""
-        store = self.store
-        arriving = store.arriving() if store is not None else ()
+        """Gives pages to waiting tasks; what the pool lacks of them others may lend, or the store
+        may have."""
+        store, borrowing = self.store, self.borrowing
+        arriving = borrowing.arriving() | (store.arriving() if store is not None else set())
         held = [*self.held.tasks(), *self._looked_for()]
-        for task in self.queue.enter(self.chunks.active, held, arriving):
+        entered = self.queue.enter(self.chunks.active, held, arriving)
+        lent = [*borrowing.take_ready(), *(task for task in entered if not borrowing.ask(task))]
+        for task in lent:
             if store is None or not task.remaining or not store.ask(task):
                 self._begin(task)
         for task in store.take_ready() if store is not None else ():
             self._begin(task)
 
     def _looked_for(self) -> list[PrefillTask]:
-        """Prompts that have pages, and wait for the store."""
-        return self.store.tasks() if self.store is not None else []
+        """Prompts that have pages, and wait for those of other workers or of the store."""
+        return [*self.borrowing.tasks(), *(self.store.tasks() if self.store is not None else ())]
 
     def _begin(self, task: PrefillTask) -> None:
         """What a prompt lacks, if anything, is computed, beginning with its next turn."""

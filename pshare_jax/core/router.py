@@ -67,6 +67,7 @@ class Router:
         decode: the decode workers.
         policy: how prefill workers are chosen.
         replicas: routers that send sequences to these workers, this one included.
+        lends: whether workers give pages to prefill workers, see `core.borrowing`.
     """
 
     def __init__(
@@ -76,7 +77,9 @@ class Router:
         policy: RoutingPolicy = "prefix",
         *,
         replicas: int = 1,
+        lends: bool = False,
     ):
+        self._lends = lends
         self._policy = policy
         self._stored: OrderedDict[bytes, None] = OrderedDict()
         self._covering = Fleet(lambda view: view.pending_tokens + view.others, spreads=True)
@@ -179,6 +182,7 @@ class Router:
         )
         decode, num_pages = self._best_decode(sequence, hosts, latest, next_hosts or {})
         self._sessions.went(session, prefill.info.name, decode.info.name)
+        lender = self._lender(sequence, prefill, decode, uncached) if self._lends else ""
         prefill.set_pending(sequence.id, uncached)
         prefill.remember(sequence.chain)
         decode.load += num_pages
@@ -188,8 +192,29 @@ class Router:
             sequence,
             prefill_worker=prefill.info.name,
             decode_worker=decode.info.name,
+            lender=lender,
             num_uncached=uncached,
         )
+
+    def _lender(
+        self, sequence: Sequence, prefill: WorkerView, decode: WorkerView, uncached: int
+    ) -> str:
+        """Who has most of a prompt, if it is more than its prefill worker or the KV store has.
+
+        Of those who have as much, the one that generates, whose pages will not be fetched then.
+        Who shares its pool with another worker neither gets nor gives pages.
+        """
+        page_size, keys = prefill.info.page_size, sequence.keys
+        lacking = min(uncached, self._not_stored(sequence, page_size))
+        if prefill.info.partner or lacking < page_size:
+            return ""
+        best, most = "", (sequence.covered - lacking) // page_size
+        for fleet, first in ((self._generating, decode), (self._covering, prefill)):
+            run, view = fleet.holder(keys, first)
+            alone = view is not None and not view.info.partner and view is not prefill
+            if alone and run > most:
+                best, most = view.info.name, run
+        return best
 
     def move(
         self,

@@ -18,13 +18,16 @@ class PrefillStats:
     """What a prefill core has done, by model: prompt tokens by who computed their KV.
 
     `ahead_tokens` are those of replies that were covered before anybody asked, `foreseen_tokens`
-    prompt tokens that were found for that reason, each once.
+    prompt tokens that were found for that reason, each once. `borrowed_tokens` are those whose
+    pages came from other workers, `failed_loans` transfers for that which failed.
     """
 
     def __init__(self) -> None:
         self.prefill_tokens: Counter[tuple[str, TokenSource]] = Counter()
         self.ahead_tokens: Counter[str] = Counter()
         self.foreseen_tokens: Counter[str] = Counter()
+        self.borrowed_tokens = 0
+        self.failed_loans = 0
 
     def prefilled(self, model: str, usage: PromptUsage, foreseen: int = 0) -> None:
         """A prompt's KV is complete in the pool; `foreseen` of its tokens were computed ahead."""
@@ -151,9 +154,10 @@ class EngineStats:
     read again since rows share them; they are counted where `decode.shared_prefix` is in force.
     `ahead_tokens` and `foreseen_tokens` are those of `PrefillStats`. `store` is, by worker, what
     was asked of the KV store, and `tiers` are its tiers by name. `transfers` that have arrived from
-    other processes are by worker and by the way that they took. Where meshes may do either,
-    `moved_rows` are, by decode worker, sequences that left it with their KV, and `working` says of
-    every worker whether its mesh is its own at present; elsewhere both are empty.
+    other processes are by worker and by the way that they took; `borrowed_tokens`, by prefill
+    worker, are prompt tokens whose KV came from another worker that had it. Where meshes may do
+    either, `moved_rows` are, by decode worker, sequences that left it with their KV, and `working`
+    says of every worker whether its mesh is its own at present; elsewhere both are empty.
     """
 
     prefill_tokens: Mapping[tuple[str, TokenSource], int] = field(default_factory=dict)
@@ -176,6 +180,7 @@ class EngineStats:
     store: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     tiers: Mapping[str, TierStats] = field(default_factory=dict)
     transfers: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    borrowed_tokens: Mapping[str, int] = field(default_factory=dict)
     moved_rows: Mapping[str, int] = field(default_factory=dict)
     working: Mapping[str, bool] = field(default_factory=dict)
 
