@@ -122,6 +122,7 @@ class _EngineCollector(Collector):
         yield self._pages(stats)
         yield self._busy_seconds(stats)
         yield self._transfers(stats)
+        yield self._borrowed(stats)
         yield self._decode_pages(stats)
         yield self._failed_transfers(stats)
         yield from store_metrics(stats)
@@ -185,6 +186,16 @@ class _EngineCollector(Collector):
         )
         for (name, way), count in stats.transfers.items():
             family.add_metric([name, way], count)
+        return family
+
+    def _borrowed(self, stats: EngineStats) -> Metric:
+        family = CounterMetricFamily(
+            "pshare_borrowed_tokens",
+            "Prompt tokens whose KV a prefill worker got from another worker.",
+            labels=["engine"],
+        )
+        for name, count in stats.borrowed_tokens.items():
+            family.add_metric([name], count)
         return family
 
     def _decode_pages(self, stats: EngineStats) -> Metric:

@@ -27,6 +27,7 @@ import yaml
 from pshare_jax.serve.process import READY
 from tests.e2e.conftest import write_config
 from tests.engine.harness import wait_until
+from tests.serve.test_resume_apis import stream_of, told
 
 SECONDS = 200
 MODELS = ("planner", "coder", "critic")
@@ -34,6 +35,16 @@ CHAOS = int(os.environ.get("CHAOS_REQUESTS", "24"))
 """Requests of the random attack; `make chaos` has a thousand."""
 
 PROMPTS = [f"{word} and on it goes " * 3 for word in ("red", "green", "blue", "grey")]
+
+
+CHAT = [{"role": "user", "content": PROMPTS[1]}]
+OTHER_APIS: dict[str, dict[str, Any]] = {
+    "/v1/messages": {"model": "coder", "max_tokens": 40, "messages": CHAT, "temperature": 1.0},
+    "/v1/responses": {"model": "critic", "input": PROMPTS[2], "max_output_tokens": 40},
+    "/v1/fanout": {"model": MODELS, "messages": CHAT, "n": 2, "max_tokens": 20},
+    "/v1/completions": {"model": "planner", "prompt": PROMPTS[3], "n": 20, "max_tokens": 8},
+}
+"""Answers without a seed: what they are depends on their ids."""
 
 
 @dataclass
@@ -223,8 +234,10 @@ def test_what_processes_answer_is_what_one_does(
 def test_a_frontend_is_killed_in_mid_stream(
     processes: Processes, expected: Callable[[int], str]
 ) -> None:
-    """The client goes on with the other one: the same text, nothing twice."""
+    """Clients go on with the other one, by every API: the same answers, nothing twice."""
     stream = Stream()
+    one, other = (int(url.rpartition(":")[2]) for url in processes.urls)
+    begun = {path: stream_of(one, path, body, cut=5) for path, body in OTHER_APIS.items()}
     body = body_of(5)
     killed = []
 
@@ -240,8 +253,27 @@ def test_a_frontend_is_killed_in_mid_stream(
         read(processes.urls[1], body, stream)
     assert stream.text == expected(5)
     assert len(set(stream.ids)) == len(stream.ids)
+    for path, other_body in OTHER_APIS.items():
+        got = begun[path] + stream_of(other, path, other_body, begun[path][-1][0])
+        assert len({id for id, _, _ in got}) == len(got) > 10
+        first = got[0]
+        assert told([first, *stream_of(other, path, other_body, first[0])]) == told(got)
     wait_until(processes.whole, SECONDS)
     assert read(processes.urls[0], body, Stream()).text == expected(5)
+
+
+@pytest.mark.slow
+def test_a_launcher_that_stands_still_is_not_missed(
+    processes: Processes, expected: Callable[[int], str]
+) -> None:
+    processes.launcher.send_signal(signal.SIGSTOP)
+    try:
+        for number in range(6):
+            url = processes.urls[number % 2]
+            assert read(url, body_of(number), Stream()).text == expected(number)
+    finally:
+        processes.launcher.send_signal(signal.SIGCONT)
+    wait_until(processes.whole, SECONDS)
 
 
 def attacks() -> list[tuple[str, int]]:

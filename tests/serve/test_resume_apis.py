@@ -59,10 +59,15 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Client, Clie
 
 
 def stream(client: Client, path: str, body: dict[str, Any], last: str = "", cut: int = -1) -> Any:
+    """`stream_of` a client's server."""
+    return stream_of(client.port, path, body, last, cut)
+
+
+def stream_of(port: int, path: str, body: dict[str, Any], last: str = "", cut: int = -1) -> Any:
     """The events of a stream; the connection is cut in the middle of event number `cut`."""
     headers = {"Content-Type": "application/json", "x-api-key": "secret"}
     headers |= {"Authorization": "Bearer secret"} | ({"Last-Event-ID": last} if last else {})
-    connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.request("POST", path, json.dumps({**body, "stream": True}), headers)
     answer = connection.getresponse()
     assert answer.status == 200, answer.read()
