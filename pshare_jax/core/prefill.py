@@ -15,17 +15,15 @@ from collections.abc import Sequence as Sequence_
 import msgspec
 
 from pshare_jax.core import messages as m
-from pshare_jax.core.borrowing import Borrowing
 from pshare_jax.core.chunk_planner import ChunkPlanner, chunks_of
-from pshare_jax.core.held_prompts import HeldPrompts
 from pshare_jax.core.index_feed import IndexFeed
-from pshare_jax.core.loans import Loans
 from pshare_jax.core.messages import DISPATCHER, Message, Outbox
 from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.plans import PrefillPlan, PrefillResult, StorePlan
 from pshare_jax.core.prefill_queue import PrefillQueue
 from pshare_jax.core.prefill_task import PrefillTask
+from pshare_jax.core.prefill_transfers import PrefillTransfers
 from pshare_jax.core.reply_prefill import ReplyPrefill
 from pshare_jax.core.sequences import Moved, Sequence
 from pshare_jax.core.shares import HasSequence
@@ -33,13 +31,7 @@ from pshare_jax.core.stats import PrefillStats
 from pshare_jax.core.store_client import StoreClient
 
 STORE_SECONDS = 0.01
-"""Between two looks at the deadlines of what was asked of the KV store, or of other workers."""
-
-POLL_SECONDS = 0.0005
-"""Between two looks at a transfer that is being pulled."""
-
-LEASE_LOOK_SECONDS = 1.0
-"""Between two looks at leases of what others have borrowed."""
+"""Between two looks at the deadlines of what was asked of the KV store."""
 
 MAX_TRIES = 2
 """Calls in which a chunk may fail before its request does."""
@@ -84,31 +76,28 @@ class PrefillCore:
         self.outbox: Outbox = []
         self.stats = PrefillStats()
         ids = transfer_ids or (secrets.randbits(63) for _ in itertools.count())
-        self.loans = Loans(name, cache, self.outbox)
-        self.borrowing = Borrowing(name, cache, self.outbox, ids, self.stats)
+        self._transfers = PrefillTransfers(name, cache, self.outbox, ids, self.stats)
+        self.held, self.loans = self._transfers.held, self._transfers.loans
+        self.borrowing = self._transfers.borrowing
         self.queue = PrefillQueue(cache)
         self.index_feed = IndexFeed(cache)
         self.store: StoreClient | None = None
         self.rests = False
         self._models = dict(models)
         self.chunks = ChunkPlanner(cache, self._models, chunk_buckets, pads=pads)
-        self.held = HeldPrompts()
         self._replies = ReplyPrefill(cache, self._models, sorted(chunk_buckets), self.stats)
 
     @property
     def urgent(self) -> bool:
         """Whether somebody waits for pages that are there."""
-        others = self.held.wanted or self.loans.wanted or self.borrowing.urgent
-        return others or (self.store is not None and self.store.urgent)
+        return self._transfers.urgent or (self.store is not None and self.store.urgent)
 
     @property
     def patience(self) -> float | None:
         """Seconds after which `schedule` should be called again though nothing was heard."""
-        if self.borrowing.is_pulling:
-            return POLL_SECONDS
-        if self.borrowing.waits or (self.store is not None and self.store.waits):
-            return STORE_SECONDS
-        return LEASE_LOOK_SECONDS if self.loans else None
+        store = STORE_SECONDS if self.store is not None and self.store.waits else None
+        waits = [seconds for seconds in (self._transfers.patience, store) if seconds is not None]
+        return min(waits, default=None)
 
     def receive(self, message: Message) -> None:
         """Takes a message in."""
@@ -123,20 +112,10 @@ class PrefillCore:
                     self._let_waiting_go()
             case m.Abort(id, decode_worker):
                 self._abort(id, decode_worker)
-            case m.Fetch():
-                refused = self.held.fetch(self.name, message)
-                if refused is not None:
-                    self._send(message.worker, refused)
             case m.Release(id):
                 self._release(id)
-            case m.Lend():
-                self.loans.lend(message)
-            case m.Repaid(transfer):
-                self.loans.repaid(transfer)
-            case m.Offered():
-                self.borrowing.offered(message)
-            case m.NotOffered():
-                self.borrowing.not_offered(message)
+            case m.Fetch() | m.Lend() | m.Repaid() | m.Offered() | m.NotOffered():
+                self._transfers.hear(message)
             case m.IndexWanted():
                 self._send(DISPATCHER, self.index_feed.snapshot())
             case m.Replied():
@@ -160,8 +139,8 @@ class PrefillCore:
         """
         self.cache.tick(now)
         self._replies.pin_heard()
-        withdrawn = [*self.held.take_withdrawn(), *self.loans.take_ended()]
-        if (plan := self._transfers(now, withdrawn)) is not None:
+        withdrawn = self._transfers.take_withdrawn()
+        if (plan := self._transfers.plan(now, withdrawn)) is not None:
             return plan
         store, alone = self._store_plan(now)
         if store is not None and alone:
@@ -195,24 +174,12 @@ class PrefillCore:
         self._publish()
         return plan
 
-    def _transfers(self, now: float, withdrawn: list[int]) -> PrefillPlan | None:
-        """A plan of what others wait for or lend, if there is any of it; `now` is in seconds."""
-        self.loans.expire(now)
-        self.borrowing.expire(now)
-        offers = [*self.held.take_offers(), *self.loans.take_offers()]
-        cancelled, pulls = self.borrowing.take_cancelled(), self.borrowing.take_pulls()
-        if not (offers or cancelled or pulls):
-            return None
-        return PrefillPlan(offers=offers, withdrawn=withdrawn, cancelled=cancelled, pulls=pulls)
-
     def apply(self, plan: PrefillPlan, result: PrefillResult) -> None:
         """Takes in what came of a plan."""
         if self._replies.apply(plan, result):
             self._publish()
             return
-        self.outbox += self.held.answers(plan, result)
-        self.loans.offered(plan.offers, result)
-        self.borrowing.landed(result.landed)
+        self._transfers.apply(plan, result)
         if plan.store is not None and self.store is not None:
             self.store.landed(plan.store)
         planned = {chunk.id for chunk in plan.chunks}
@@ -285,15 +252,13 @@ class PrefillCore:
 
     def release_all(self) -> None:
         """Gives all pages back, of sequences that nobody will end."""
-        for task in (*self.queue.tasks, *self.chunks.active, *self.held.tasks()):
+        held = self._transfers.release_all()
+        for task in (*self.queue.tasks, *self.chunks.active, *held):
             self.cache.release(task.pages)
         if self.store is not None:
             self.store.release_all()
-        self.borrowing.release_all()
-        self.loans.release_all()
         self.queue.tasks.clear()
         self.chunks.active.clear()
-        self.held.clear()
         self._replies.clear()
         self.outbox.clear()
 

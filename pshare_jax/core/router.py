@@ -25,13 +25,14 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from collections.abc import Sequence as Sequence_
 
 import msgspec
 
 from pshare_jax.config import RoutingPolicy
 from pshare_jax.core.fleet import Among, Cost, Fleet
+from pshare_jax.core.lender import lender_of
 from pshare_jax.core.messages import IndexChanged, IndexSnapshot
 from pshare_jax.core.sequences import Sequence
 from pshare_jax.core.sessions import SessionKey, SessionTable
@@ -157,6 +158,7 @@ class Router:
         decode_workers: Iterable[str],
         session: SessionKey | None = None,
         next_hosts: Mapping[str, int] | None = None,
+        avoided: Collection[str] = (),
     ) -> Sequence:
         """The sequence with its workers and `num_uncached`.
 
@@ -165,11 +167,15 @@ class Router:
             decode_workers: those that host its model.
             session: that it is a call of.
             next_hosts: how many of the models that will be asked next a decode worker hosts.
+            avoided: prefill workers that are taken if there are no others.
 
         Raises:
             NoWorkerError: none of those that could do it is alive.
         """
         able, alone = self._who_can(tuple(decode_workers), sequence.model)
+        if avoided:
+            others = {self._covering.at(slot).info.name for slot in able.slots} - {*avoided}
+            able = self._covering.among(others) if others else able
         stay = self._sessions.find(session)
         prefill, uncached = self._best_prefill(sequence, able, stay.prefill if stay else "")
         hosts = alone
@@ -182,7 +188,10 @@ class Router:
         )
         decode, num_pages = self._best_decode(sequence, hosts, latest, next_hosts or {})
         self._sessions.went(session, prefill.info.name, decode.info.name)
-        lender = self._lender(sequence, prefill, decode, uncached) if self._lends else ""
+        lender = ""
+        if self._lends:
+            lacking = min(uncached, self._not_stored(sequence, prefill.info.page_size))
+            lender = lender_of(sequence, lacking, prefill, decode, self._covering, self._generating)
         prefill.set_pending(sequence.id, uncached)
         prefill.remember(sequence.chain)
         decode.load += num_pages
@@ -195,26 +204,6 @@ class Router:
             lender=lender,
             num_uncached=uncached,
         )
-
-    def _lender(
-        self, sequence: Sequence, prefill: WorkerView, decode: WorkerView, uncached: int
-    ) -> str:
-        """Who has most of a prompt, if it is more than its prefill worker or the KV store has.
-
-        Of those who have as much, the one that generates, whose pages will not be fetched then.
-        Who shares its pool with another worker neither gets nor gives pages.
-        """
-        page_size, keys = prefill.info.page_size, sequence.keys
-        lacking = min(uncached, self._not_stored(sequence, page_size))
-        if prefill.info.partner or lacking < page_size:
-            return ""
-        best, most = "", (sequence.covered - lacking) // page_size
-        for fleet, first in ((self._generating, decode), (self._covering, prefill)):
-            run, view = fleet.holder(keys, first)
-            alone = view is not None and not view.info.partner and view is not prefill
-            if alone and run > most:
-                best, most = view.info.name, run
-        return best
 
     def move(
         self,

@@ -6,8 +6,10 @@ import pytest
 
 from pshare_jax.core import messages as m
 from pshare_jax.core.borrowing import PIECE_SECONDS
+from pshare_jax.core.connector import TransferError
 from pshare_jax.core.loans import LEASE_SECONDS
 from pshare_jax.core.messages import DISPATCHER
+from pshare_jax.core.plans import Offer
 from pshare_jax.core.requests import FinishReason
 from tests.core.reply import Reply
 from tests.core.scripted import Host
@@ -63,10 +65,13 @@ def test_after_a_death_what_the_decode_side_has_is_not_computed_again() -> None:
     assert borrowed(host) == 32
 
 
+@pytest.mark.parametrize("lends", [True, False])
 @pytest.mark.parametrize("step", range(12))
-def test_its_worker_is_killed_at_each_step_of_the_transfer(step: int) -> None:
+def test_its_worker_is_killed_at_each_step_of_the_transfer(step: int, lends: bool) -> None:
     """Three models wait for the same pages; what the decode side has already stays there."""
-    host, name = known_context()
+    host, name = known_context(
+        Setting(prefill=2, decode=1, prefill_pages=40, decode_pages=60, lends=lends)
+    )
     before = computed(host)
     longer = [*CONTEXT, *range(60, 81)]
     replies = [host.submit(model, longer) for model in ("lora", "identity", "alora")]
@@ -81,6 +86,8 @@ def test_its_worker_is_killed_at_each_step_of_the_transfer(step: int) -> None:
     host.kill(name)
     host.drain()
     assert [reply.tokens for reply in replies] == [reply.expected for reply in replies]
+    if not lends:
+        return
     again = computed(host) - before
     # At most what was not there yet: once by the dead, and once by the other one.
     assert again <= 2 * (len(longer) - 1 - 32), "what the decode side had was computed again"
@@ -229,3 +236,19 @@ def test_a_thousand_abandoned_fetches_leave_nothing() -> None:
     assert not any(kept), kept
     assert host.dispatcher._attempts == {}
     assert host.dispatcher._lost_workers == {}
+
+
+@pytest.mark.parametrize("lends", [True, False])
+def test_pages_that_cannot_be_had_from_one_come_from_another(lends: bool) -> None:
+    """One retry, then another source, though the router would go on with the first."""
+    host, name = known_context(Setting(prefill=2, prefill_pages=40, decode_pages=40, lends=lends))
+
+    def offer(offer: Offer) -> list[m.PageDescriptor]:
+        raise TransferError("no room")
+
+    host.prefill[name].executor.connector.offer = offer  # type: ignore[method-assign]
+    replies = [host.submit(model, [*CONTEXT, 98, 99]) for model in ("identity", "lora")]
+    assert {covering(host, reply) for reply in replies} == {name}
+    host.drain()
+    assert [reply.tokens for reply in replies] == [reply.expected for reply in replies]
+    assert host.decode["decode0"].core.stats.failed_transfers == 4

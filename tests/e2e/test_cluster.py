@@ -34,6 +34,9 @@ MODELS = ("planner", "coder", "critic")
 CHAOS = int(os.environ.get("CHAOS_REQUESTS", "24"))
 """Requests of the random attack; `make chaos` has a thousand."""
 
+REPORT = os.environ.get("CHAOS_REPORT", "")
+"""File that the figures of the random attack are written to."""
+
 PROMPTS = [f"{word} and on it goes " * 3 for word in ("red", "green", "blue", "grey")]
 
 
@@ -43,6 +46,12 @@ OTHER_APIS: dict[str, dict[str, Any]] = {
     "/v1/responses": {"model": "critic", "input": PROMPTS[2], "max_output_tokens": 40},
     "/v1/fanout": {"model": MODELS, "messages": CHAT, "n": 2, "max_tokens": 20},
     "/v1/completions": {"model": "planner", "prompt": PROMPTS[3], "n": 20, "max_tokens": 8},
+    "/v1/chat/completions": {
+        "model": "planner",
+        "messages": CHAT,
+        "max_tokens": 24,
+        "structured_outputs": {"regex": "(yes|no|maybe)( (yes|no))*"},
+    },
 }
 """Answers without a seed: what they are depends on their ids."""
 
@@ -276,17 +285,43 @@ def test_a_launcher_that_stands_still_is_not_missed(
     wait_until(processes.whole, SECONDS)
 
 
-def attacks() -> list[tuple[str, int]]:
-    """Who is killed or stopped, one after the other."""
-    first = [
-        ("decode1", signal.SIGKILL),
-        ("prefill0", signal.SIGKILL),
-        ("decode0", signal.SIGSTOP),
-    ]
-    rng = random.Random(2)
-    names = ("prefill0", "prefill1", "decode0", "decode1")
-    kinds = (signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP)
-    return first + [(rng.choice(names), rng.choice(kinds)) for _ in range(CHAOS // 60)]
+WORKERS = ("prefill0", "prefill1", "decode0", "decode1")
+KINDS = (signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP)
+FIRST = (
+    ("decode1", signal.SIGKILL),
+    ("prefill0", signal.SIGKILL),
+    ("decode0", signal.SIGSTOP),
+)
+"""Who is killed or stopped, one after the other; in the long attack others follow."""
+
+
+class Attack:
+    """Kills and stops workers; `done` has `(name, signal)` of each."""
+
+    def __init__(self, processes: Processes):
+        self.done: list[tuple[str, int]] = []
+        self._processes = processes
+
+    def strike(self, name: str, kind: int) -> None:
+        pid = self._processes.send(name, kind)
+        self.done.append((name, kind))
+        if kind == signal.SIGSTOP:
+            # Longer than `lost_seconds`.
+            time.sleep(5.0)
+            os.kill(pid, signal.SIGCONT)
+
+    def go_on(self, over: threading.Event) -> None:
+        """Every 2 s a random worker, until it is over; of each side one at a time is away."""
+        rng = random.Random(2)
+        while not over.wait(2.0):
+            away = max(self._away(url) for url in self._processes.urls)
+            latest = self.done[-1][0][:-1]
+            names = [name for name in WORKERS if not away or not name.startswith(latest)]
+            if away < 2:
+                self.strike(rng.choice(names), rng.choice(KINDS))
+
+    def _away(self, url: str) -> int:
+        return len(self._processes.health(url).get("failed_workers", ()))
 
 
 @pytest.mark.slow
@@ -294,38 +329,55 @@ def test_requests_while_workers_die_and_hang(
     processes: Processes, expected: Callable[[int], str]
 ) -> None:
     """Every stream ends with the text of one process; there are streams until all was done."""
-    over = threading.Event()
-    numbers = itertools.count()
+    struck, over = threading.Event(), threading.Event()
+    numbers, attack = itertools.count(), Attack(processes)
+    started = time.monotonic()
 
-    def attack() -> None:
+    def strike() -> None:
         try:
-            for name, kind in attacks():
-                pid = processes.send(name, kind)
-                if kind == signal.SIGSTOP:
-                    # Longer than `lost_seconds`.
-                    time.sleep(5.0)
-                    os.kill(pid, signal.SIGCONT)
-                time.sleep(2.0 if CHAOS > 100 else 0.3)
+            for name, kind in FIRST:
+                attack.strike(name, kind)
+                time.sleep(0.3)
+            if CHAOS > 100:
+                attack.go_on(over)
         finally:
-            over.set()
+            struck.set()
 
-    def play() -> list[tuple[int, Stream]]:
+    def play() -> list[tuple[int, Stream, str]]:
         done = []
-        while (number := next(numbers)) < CHAOS or not over.is_set():
-            url = processes.urls[number % 2]
-            done.append((number, read(url, body_of(number), Stream())))
+        while (number := next(numbers)) < CHAOS or not (CHAOS > 100 or struck.is_set()):
+            stream, error = Stream(), ""
+            try:
+                read(processes.urls[number % 2], body_of(number), stream)
+            except (OSError, http.client.HTTPException, AssertionError) as failure:
+                error = repr(failure)
+            done.append((number, stream, error))
         return done
 
     with ThreadPoolExecutor(7) as pool:
-        attacker = pool.submit(attack)
+        attacker = pool.submit(strike)
         players = [pool.submit(play) for _ in range(6)]
-        streams = [stream for player in players for stream in player.result()]
+        try:
+            streams = [stream for player in players for stream in player.result()]
+        finally:
+            over.set()
         attacker.result()
-    assert len(streams) >= CHAOS
-    for number, stream in streams:
-        assert stream.text == expected(number), number
-        assert stream.reason == "length"
-        assert len(set(stream.ids)) == len(stream.ids)
+    told_all = [(number, stream) for number, stream, error in streams if not error]
+    report = {
+        "requests": len(streams),
+        "seconds": round(time.monotonic() - started, 1),
+        "kills": sum(kind == signal.SIGKILL for _, kind in attack.done),
+        "stops": sum(kind == signal.SIGSTOP for _, kind in attack.done),
+        "failed": [(number, error) for number, _, error in streams if error],
+        "different": [n for n, stream in told_all if stream.text != expected(n)],
+        "cut short": [n for n, stream in told_all if stream.reason != "length"],
+        "an event twice": [n for n, stream, _ in streams if len({*stream.ids}) < len(stream.ids)],
+    }
+    if REPORT:
+        Path(REPORT).write_text(json.dumps(report, indent=2))
+    assert report["requests"] >= CHAOS
+    for what in ("failed", "different", "cut short", "an event twice"):
+        assert report[what] == [], what
     wait_until(processes.whole, SECONDS)
     # Nobody holds a page of the pools.
     wait_until(lambda: processes.metric("pshare_pages", 'state="used"') == 0, SECONDS)
