@@ -241,4 +241,4 @@ class Borrowing:
             self._calls.pulls.remove(piece.pull)
         elif piece.pull is not None and not landed:
             self._calls.cancelled.append(piece.transfer)
-        self._outbox.append((sequence.lender, m.Repaid(piece.transfer, sequence.id)))
+        self._outbox.append((sequence.lender, m.Repaid(sequence.id, piece.transfer)))

@@ -123,8 +123,8 @@ class DecodeCore:
         return [(row.sequence.model, row.pages) for row in self.rows.all()]
 
     def held_ids(self) -> set[int]:
-        """Sequences that are known here, in any state."""
-        return self._queue.ids() | self.inside_ids()
+        """Sequences that are known here, in any state, those that borrow pages among them."""
+        return self._queue.ids() | self.inside_ids() | self.loans.ids()
 
     def loads(self) -> dict[int, int]:
         """Pages of all sequences that are known here, by sequence."""
@@ -165,8 +165,8 @@ class DecodeCore:
                 self._abort(id)
             case m.Lend():
                 self.loans.lend(message)
-            case m.Repaid(transfer):
-                self.loans.repaid(transfer)
+            case m.Repaid(id, transfer):
+                self.loans.repaid(id, transfer)
             case m.IndexWanted():
                 if self._owns_cache:
                     self._send(DISPATCHER, self.index_feed.snapshot())
@@ -368,6 +368,7 @@ class DecodeCore:
         self._send(arrival.sequence.prefill_worker, m.Release(arrival.sequence.held_id))
 
     def _abort(self, id: int) -> None:
+        self.loans.repaid(id)
         row = self.rows.get(id)
         if row is not None:
             self.rows.remove(row)

@@ -272,6 +272,8 @@ class Dispatcher:
                 self._retry(live, f"{worker}: {reason}")
             elif sequence.prefill_worker == worker and not live.started:
                 self.outbox.append((sequence.decode_worker, m.Abort(sequence.id)))
+                if sequence.lender and sequence.lender not in self._lost_workers:
+                    self.outbox.append((sequence.lender, m.Repaid(sequence.id)))
                 self._retry(live, f"{worker}: {reason}")
 
     def _about(self, live: LiveRequest, message: m.ToDispatcher, now: float) -> None:

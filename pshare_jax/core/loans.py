@@ -2,7 +2,7 @@
 
 Any index may be asked: only pages that a prefill module wrote are in one, under keys that name what
 they hold. Pages are copied out when they are put on offer, so they are held until then alone. An
-offer that nobody says is done with is withdrawn after a while.
+offer is withdrawn once somebody says that it is done with, or after a while.
 """
 
 from __future__ import annotations
@@ -66,11 +66,18 @@ class Loans:
         keys = wanted.keys[: len(pages)]
         self._offers.append(Offer(wanted.transfer, wanted.worker, pages, keys, wanted.reader))
 
-    def repaid(self, transfer: int) -> None:
-        """A transfer has come, or is not wanted any more."""
-        loan = self._loans.pop(transfer, None)
-        if loan is None:
-            return
+    def ids(self) -> set[int]:
+        """Sequences for which pages are on offer."""
+        return {loan.id for loan in self._loans.values()}
+
+    def repaid(self, id: int, transfer: int | None = None) -> None:
+        """A transfer, or all for a sequence, has come or is not wanted any more."""
+        for number, loan in tuple(self._loans.items()):
+            if loan.id == id and transfer in (None, number):
+                self._end(number)
+
+    def _end(self, transfer: int) -> None:
+        loan = self._loans.pop(transfer)
         self._offers = [offer for offer in self._offers if offer.transfer != transfer]
         self._cache.release(loan.pages)
         self._ended.append(transfer)
@@ -81,7 +88,7 @@ class Loans:
             if loan.until is None:
                 loan.until = now + LEASE_SECONDS
             elif now >= loan.until:
-                self.repaid(transfer)
+                self._end(transfer)
 
     def take_offers(self) -> list[Offer]:
         """What is to be put on offer now."""

@@ -132,10 +132,13 @@ class Lend(msgspec.Struct, frozen=True, tag=True):
 
 
 class Repaid(msgspec.Struct, frozen=True, tag=True):
-    """What was asked for by `Lend` has come, or is not wanted any more."""
+    """What was asked for by `Lend`, for the sequence `id`, has come or is not wanted any more.
 
-    transfer: int
+    Without a transfer that is all that was.
+    """
+
     id: int
+    transfer: int | None = None
 
 
 class IndexWanted(msgspec.Struct, frozen=True, tag=True):

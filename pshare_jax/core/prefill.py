@@ -351,6 +351,7 @@ class PrefillCore:
             self._send(decode_worker, m.Abort(id))
 
     def _release(self, id: int) -> None:
+        self.loans.repaid(id)
         task = self.held.release(id)
         if task is None:
             return
@@ -424,7 +425,7 @@ class PrefillCore:
         return {task.sequence.id: task.remaining for task in tasks}
 
     def held_ids(self) -> set[int]:
-        """Sequences whose pages are held here, in any state."""
+        """Sequences that are known here, in any state, those that borrow pages among them."""
         waiting = (*self.queue.tasks, *self._looked_for())
         tasks = (*waiting, *self.chunks.active, *self.held.tasks())
-        return {task.sequence.id for task in tasks}
+        return {task.sequence.id for task in tasks} | self.loans.ids()

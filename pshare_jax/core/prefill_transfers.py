@@ -83,8 +83,8 @@ class PrefillTransfers:
                     self._say(message.worker, refused)
             case m.Lend():
                 self.loans.lend(message)
-            case m.Repaid(transfer):
-                self.loans.repaid(transfer)
+            case m.Repaid(id, transfer):
+                self.loans.repaid(id, transfer)
             case m.Offered():
                 self.borrowing.offered(message)
             case m.NotOffered():

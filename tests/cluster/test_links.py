@@ -383,7 +383,7 @@ def test_two_frontends_of_one_incarnation_are_one_too_many(monkeypatch: pytest.M
     [
         ({"fingerprint": "other"}, "fingerprint is base-print at the frontend and other at the"),
         ({"max_model_len": 64}, "max_model_len is 128 at the frontend and 64 at the worker"),
-        ({"models": {"full": "0" * 16}}, "model 'full' is .* at the frontend and 0000"),
+        ({"models": {"identity": "0" * 16}}, "model 'identity' is .* at the frontend and 0000"),
     ],
 )
 def test_a_worker_comes_again_as_another(

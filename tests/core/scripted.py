@@ -309,7 +309,7 @@ class Host:
 
     def _busy(self) -> bool:
         workers = [self.prefill.get(name) or self.decode[name] for name in self.alive]
-        return any(worker.core.held_ids() or worker.core.loans for worker in workers)
+        return any(worker.core.held_ids() for worker in workers)
 
     def _build(self) -> None:
         setting = self.setting
