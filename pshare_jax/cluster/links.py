@@ -14,7 +14,7 @@ import aiohttp
 
 from pshare_jax.cluster import wire
 from pshare_jax.cluster.link import Link, LinkLostError, LinkTimes
-from pshare_jax.core.messages import DISPATCHER, Message
+from pshare_jax.core.messages import DISPATCHER, Lend, Message, NotOffered
 from pshare_jax.core.stats import EngineStats, together
 
 logger = logging.getLogger(__name__)
@@ -250,6 +250,10 @@ class Links:
             case wire.Carry(source, to, message) if self._link_of.get(source) is link:
                 if to == DISPATCHER:
                     self._on_message(source, message)
+                elif isinstance(message, Lend) and to not in self._link_of:
+                    # Who asks would wait for an answer; of other messages' ends the dispatcher tells.
+                    why = f"{to} is not here"
+                    self.send(to, source, NotOffered(message.transfer, why, message.id))
                 elif self._may_pass(source, message):
                     self.send(source, to, message)
             case wire.Beat(_, _, others):

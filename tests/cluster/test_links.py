@@ -404,3 +404,13 @@ def test_a_worker_comes_again_as_another(
     cluster.again("prefill0")
     cluster.linked()
     check(ask(cluster.frontends, 23, 30))
+
+
+def test_who_would_borrow_from_one_that_is_not_here_is_told_at_once(cluster: Cluster) -> None:
+    host, frontend = cluster.hosts["prefill0"], cluster.frontends[0]
+    heard: list[m.Message] = []
+    plain = host.worker.receive
+    host.worker.receive = lambda message: (heard.append(message), plain(message))
+    wanted = m.Lend("prefill0", 7, next(frontend.engine._dispatcher._ids), [b"key"], (1, 2, 3, 4))
+    host.thread.call(lambda: host.station.send("prefill0", "decode9", wanted))
+    wait_until(lambda: m.NotOffered(7, "decode9 is not here", wanted.id) in heard)
