@@ -251,7 +251,7 @@ class Links:
                 if to == DISPATCHER:
                     self._on_message(source, message)
                 elif isinstance(message, Lend) and to not in self._link_of:
-                    # Who asks would wait for an answer; of other messages' ends the dispatcher tells.
+                    # Who asks waits for an answer; nobody else would give one.
                     why = f"{to} is not here"
                     self.send(to, source, NotOffered(message.transfer, why, message.id))
                 elif self._may_pass(source, message):
