@@ -118,11 +118,16 @@ def test_who_has_lost_too_much_offers_files(
 
 def test_pages_come_back_from_the_decode_side(cluster: Cluster, models: Models) -> None:
     """A prefill worker that has started anew gets them by the same way."""
-    prompt = np.random.default_rng(8).integers(0, 256, 50).tolist()
+    assert come_back(cluster, models, 8) == {"shm": 0, "http": 0, "jax-transfer": 1}
+
+
+def come_back(cluster: Cluster, models: Models, seed: int) -> dict[Any, int]:
+    """Has the prefill worker end and another come, which borrows a prompt; and by which way."""
+    prompt = np.random.default_rng(seed).integers(0, 256, 50).tolist()
     client = cluster.clients[0]
     client.generate("full", prompt, TOKENS)
-    router = client.engine._dispatcher._router  # type: ignore[attr-defined]
-    wait_until(lambda: len(router._decode["decode0"].held) >= 6)
+    view = client.engine._dispatcher._router._decode["decode0"]
+    wait_until(lambda: len(view.held) >= 6)
     cluster.hosts["prefill0"].kill()
     host = cluster.again("prefill0")
     wait_until(lambda: not client.engine.failed_workers)
@@ -131,7 +136,7 @@ def test_pages_come_back_from_the_decode_side(cluster: Cluster, models: Models) 
     assert reply.tokens == models.expected("full", longer, TOKENS)
     assert reply.usage is not None
     assert reply.usage.cached_tokens == 48
-    assert host.hosted._ends["prefill0"].moved["jax-transfer"] == 1
+    return host.hosted._ends["prefill0"].moved
 
 
 def test_by_http_alone(models: Models, tmp_path: Path) -> None:
@@ -146,4 +151,5 @@ def test_by_http_alone(models: Models, tmp_path: Path) -> None:
             "http": 1,
             "jax-transfer": 0,
         }
+        assert come_back(cluster, models, 9) == {"shm": 0, "http": 1, "jax-transfer": 0}
         cluster.check_idle()
