@@ -270,7 +270,7 @@ def test_a_frontend_is_killed_in_mid_stream(
     assert len(set(stream.ids)) == len(stream.ids)
     for path, other_body in OTHER_APIS.items():
         got = begun[path] + stream_of(other, path, other_body, begun[path][-1][0])
-        assert len({id for id, _, _ in got}) == len(got) > 10
+        assert len({id for id, _, _ in got}) == len(got)
         first = got[0]
         assert told([first, *stream_of(other, path, other_body, first[0])]) == told(got)
     wait_until(processes.whole, SECONDS)
