@@ -34,7 +34,8 @@ def lender_of(
     best, most = "", (sequence.covered - lacking) // page_size
     for fleet, first in ((generating, decode), (covering, prefill)):
         run, view = fleet.holder(sequence.keys, first)
-        alone = view is not None and not view.info.partner and view is not prefill
-        if alone and run > most:
+        if view is None or view is prefill or view.info.partner:
+            continue
+        if run > most:
             best, most = view.info.name, run
     return best

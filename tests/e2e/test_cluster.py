@@ -369,7 +369,7 @@ def test_requests_while_workers_die_and_hang(
             over.set()
         attacker.result()
     told_all = [(number, stream) for number, stream, error in streams if not error]
-    report = {
+    report: dict[str, Any] = {
         "requests": len(streams),
         "seconds": round(time.monotonic() - started, 1),
         "kills": sum(kind == signal.SIGKILL for _, kind in attack.done),
