@@ -123,7 +123,7 @@ audit: .venv/.lock
 # while it answers a thousand requests.
 chaos: .venv/.test
 	CHAOS_SECONDS=600 $(BIN)/python -m pytest tests/attack/test_kv_store.py
-	CHAOS_REQUESTS=1000 $(BIN)/python -m pytest -o timeout=7200 tests/e2e/test_cluster.py
+	CHAOS_REQUESTS=1000 CHAOS_REPORT=chaos.json $(BIN)/python -m pytest -o timeout=7200 tests/e2e/test_cluster.py
 	$(BIN)/python -m pytest tests/bench/test_failover.py -m chaos
 
 lint: .venv/.test

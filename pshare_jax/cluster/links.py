@@ -16,7 +16,7 @@ from pshare_jax.cluster import wire
 from pshare_jax.cluster.discovery import LOOK_SECONDS, Discovery
 from pshare_jax.cluster.link import Link, LinkLostError, LinkTimes
 from pshare_jax.cluster.looks import SeenPools
-from pshare_jax.core.messages import DISPATCHER, Message
+from pshare_jax.core.messages import DISPATCHER, Lend, Message, NotOffered
 from pshare_jax.core.pages.sharing_map import PoolView
 from pshare_jax.core.stats import EngineStats, together
 
@@ -281,6 +281,10 @@ class Links:
             case wire.Carry(source, to, message) if self._link_of.get(source) is link:
                 if to == DISPATCHER:
                     self._on_message(source, message)
+                elif isinstance(message, Lend) and to not in self._link_of:
+                    # Who asks waits for an answer; nobody else would give one.
+                    why = f"{to} is not here"
+                    self.send(to, source, NotOffered(message.transfer, why, message.id))
                 elif self._may_pass(source, message):
                     self.send(source, to, message)
             case wire.Beat(_, _, others):
@@ -318,5 +322,6 @@ def _counters(stats: EngineStats) -> EngineStats:
         transfers=stats.transfers,
         transfer_bytes=stats.transfer_bytes,
         miscoded=stats.miscoded,
+        borrowed_tokens=stats.borrowed_tokens,
         tiers={name: tier.of_the_dead() for name, tier in stats.tiers.items()},
     )

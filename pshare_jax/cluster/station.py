@@ -50,6 +50,7 @@ class _Frontend:
     """A frontend that is linked; `left` is set when it needs this process no more."""
 
     incarnation: int
+    process: str
     queue: FrameQueue
     socket: web.WebSocketResponse
     gone: asyncio.Event = field(default_factory=asyncio.Event)
@@ -251,7 +252,7 @@ class Station:
             # It has noticed the end of its link before us.
             await old.socket.close()
             await old.gone.wait()
-        frontend = _Frontend(hello.incarnation, FrameQueue(self._loop), socket)
+        frontend = _Frontend(hello.incarnation, hello.process, FrameQueue(self._loop), socket)
         self._frontends[hello.incarnation] = frontend
         entries = self._modules.entries if self._modules else {}
         welcome = wire.Welcome(self.incarnation, self._parts, self._shape.dtype, dict(entries))
@@ -274,6 +275,13 @@ class Station:
         mismatch = hello.shape.mismatch(self._shape, prefills=prefills)
         if mismatch is not None:
             return wire.Refused(mismatch, again=False)
+        other = self._frontends.get(hello.incarnation)
+        if other is not None and other.process != hello.process:
+            return wire.Refused(
+                f"another frontend that is linked has the incarnation {hello.incarnation}, too: "
+                "start this one again",
+                again=False,
+            )
         if not self.ready or self._draining:
             return wire.Refused("draining" if self._draining else "warming up", again=True)
         return None

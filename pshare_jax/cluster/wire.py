@@ -89,11 +89,15 @@ class Part(msgspec.Struct, frozen=True):
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
-    """A frontend's first frame; its `incarnation` begins the ids of its sequences."""
+    """A frontend's first frame; its `incarnation` begins the ids of its sequences.
+
+    `process` is longer and random: two frontends of one incarnation are told apart by it.
+    """
 
     protocol: int
     incarnation: int
     shape: Shape
+    process: str = ""
 
 
 class Welcome(msgspec.Struct, frozen=True, tag=True):
@@ -253,8 +257,12 @@ def new_incarnation() -> int:
 
 
 def sequence_ids(incarnation: int) -> Iterator[int]:
-    """Ids of a frontend's sequences, which say whose they are."""
-    return itertools.count(incarnation << _COUNTER_BITS)
+    """Ids of a frontend's sequences, which say whose they are.
+
+    They begin anywhere in the lower half of what there is: should another frontend have had the
+    same incarnation, nothing that is still said of its sequences is taken for one of these.
+    """
+    return itertools.count((incarnation << _COUNTER_BITS) + secrets.randbits(_COUNTER_BITS - 1))
 
 
 def owner_of(sequence_id: int) -> int:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Generic, Protocol, TypeVar
 
 from pshare_jax.core.decode import DecodeCore
 from pshare_jax.core.fairness import Share
 from pshare_jax.core.messages import IndexSnapshot, Message, Outbox, StoreChanged, WeightsFreed
 from pshare_jax.core.pages.page_cache import PageCache
-from pshare_jax.core.plans import DecodePlan, DecodeResult, Landed, PrefillPlan, PrefillResult
+from pshare_jax.core.plans import (
+    DecodePlan,
+    DecodeResult,
+    Landed,
+    Offer,
+    PrefillPlan,
+    PrefillResult,
+)
 from pshare_jax.core.prefill import PrefillCore
 from pshare_jax.core.scheduling import DECODE_WEIGHT, PREFILL_WEIGHT
 
@@ -46,7 +53,11 @@ class DecodeRuns(Protocol):
         ...
 
     def begin(self, plan: DecodePlan) -> list[Landed]:
-        """Begins a plan."""
+        """Begins a plan, whose offers have been made."""
+        ...
+
+    def offer(self, offers: Sequence[Offer]) -> PrefillResult:
+        """Puts pages on offer to prefill workers; what came of each, as in a prefill result."""
         ...
 
     def finish(self) -> tuple[DecodePlan, DecodeResult]:
@@ -225,8 +236,10 @@ class PrefillWorker(Generic[P]):
         self.core.release_all()
 
     def _run(self, plan: PrefillPlan) -> bool:
-        self.core.apply(plan, self.executor.run(plan))
-        return True
+        result = self.executor.run(plan)
+        self.core.apply(plan, result)
+        # An empty plan looks at what is being pulled, which may not have come yet.
+        return bool(result.landed) or plan != PrefillPlan()
 
 
 class DecodeWorker(Generic[D]):
@@ -322,6 +335,8 @@ class DecodeWorker(Generic[D]):
         self.core.release_all()
 
     def _run(self, plan: DecodePlan) -> bool:
+        if plan.offers:
+            self.core.offered(plan, self.executor.offer(plan.offers))
         landed = self.executor.begin(plan)
         self.core.landed(landed)
         while self.executor.num_dispatched > self._steps_ahead:
@@ -330,7 +345,7 @@ class DecodeWorker(Generic[D]):
         if polled and self.executor.num_dispatched:
             # A transfer under way must not keep the tokens that are there.
             return self._finish()
-        return bool(landed or plan.cancelled) or not polled
+        return bool(landed or plan.cancelled or plan.offers) or not polled
 
     def _finish(self) -> bool:
         self.core.apply(*self.executor.finish())

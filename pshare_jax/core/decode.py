@@ -23,10 +23,19 @@ from pshare_jax.core.arrivals import Arrival, Arrivals
 from pshare_jax.core.decode_queue import DecodeQueue
 from pshare_jax.core.decode_rows import DecodeRows
 from pshare_jax.core.index_feed import IndexFeed
+from pshare_jax.core.loans import Loans
 from pshare_jax.core.messages import DISPATCHER, Message, Outbox
 from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.pages.page_cache import PageCache
-from pshare_jax.core.plans import Admit, DecodePlan, DecodeResult, Landed, Replay, Step
+from pshare_jax.core.plans import (
+    Admit,
+    DecodePlan,
+    DecodeResult,
+    Landed,
+    PrefillResult,
+    Replay,
+    Step,
+)
 from pshare_jax.core.requests import PromptUsage, TokenLogprobs
 from pshare_jax.core.rows import DecodeRow
 from pshare_jax.core.sequences import Moved
@@ -57,6 +66,7 @@ class DecodeCore:
         stats: what has been done.
         index_feed: what routers are told of its index.
         rows: the sequences that run.
+        loans: pages that prefill workers get.
         leaves: whether all sequences are to go, since the mesh does something else.
     """
 
@@ -82,6 +92,7 @@ class DecodeCore:
         self.index_feed = IndexFeed(cache)
         self._owns_cache = owns_cache
         ids = transfer_ids or (secrets.randbits(63) for _ in itertools.count())
+        self.loans = Loans(name, cache, self.outbox)
         self._arrivals = Arrivals(name, cache, self.outbox, ids)
         self._queue = DecodeQueue(self.admission, cache.page_size)
         self.rows = DecodeRows(cache, self.admission, self._arrivals, self.outbox, self.stats)
@@ -93,14 +104,14 @@ class DecodeCore:
     @property
     def urgent(self) -> bool:
         """Whether transfers can go on, for which no computation is needed."""
-        return bool(self._arrivals.pulls)
+        return bool(self._arrivals.pulls) or self.loans.wanted
 
     @property
     def patience(self) -> float | None:
         """Seconds after which `schedule` should be called again though nothing was heard."""
         if self._arrivals.is_pulling:
             return POLL_SECONDS
-        return DEADLINE_SECONDS if self._arrivals.waits else None
+        return DEADLINE_SECONDS if self._arrivals.waits or self.loans else None
 
     def running(self) -> dict[str, int]:
         """Sequences that have a slot and all their pages, by model; probes are not counted."""
@@ -112,8 +123,8 @@ class DecodeCore:
         return [(row.sequence.model, row.pages) for row in self.rows.all()]
 
     def held_ids(self) -> set[int]:
-        """Sequences that are known here, in any state."""
-        return self._queue.ids() | self.inside_ids()
+        """Sequences that are known here, in any state, those that borrow pages among them."""
+        return self._queue.ids() | self.inside_ids() | self.loans.ids()
 
     def loads(self) -> dict[int, int]:
         """Pages of all sequences that are known here, by sequence."""
@@ -152,6 +163,10 @@ class DecodeCore:
                 self._fetch_failed(transfer, reason)
             case m.Abort(id):
                 self._abort(id)
+            case m.Lend():
+                self.loans.lend(message)
+            case m.Repaid(id, transfer):
+                self.loans.repaid(id, transfer)
             case m.IndexWanted():
                 if self._owns_cache:
                     self._send(DISPATCHER, self.index_feed.snapshot())
@@ -169,10 +184,12 @@ class DecodeCore:
         self.cache.tick(now)
         for transfer in self._arrivals.expired(now):
             self._fetch_failed(transfer, "the transfer took too long")
+        self.loans.expire(now)
+        arrivals = self._arrivals
+        arrivals.cancelled += self.loans.take_ended()
         self.rows.forget_wants()
         self._enter()
-        arrivals = self._arrivals
-        if arrivals.pulls:
+        if arrivals.pulls or self.loans.wanted:
             # Alone, so that those who wait for the pages do not wait for a step as well.
             return self._plan()
         for arrival in arrivals.refetch():
@@ -200,11 +217,21 @@ class DecodeCore:
         arrivals = self._arrivals
         self._number += 1
         plan = DecodePlan(
-            self._number, arrivals.cancelled, arrivals.pulls, admits or [], replay, step
+            self._number,
+            cancelled=arrivals.cancelled,
+            pulls=arrivals.pulls,
+            offers=self.loans.take_offers(),
+            admits=admits or [],
+            replay=replay,
+            step=step,
         )
         arrivals.cancelled, arrivals.pulls = [], []
         self._publish()
         return plan
+
+    def offered(self, plan: DecodePlan, result: PrefillResult) -> None:
+        """The offers of a plan have been made, or could not be."""
+        self.loans.offered(plan.offers, result)
 
     def landed(self, transfers: list[Landed]) -> None:
         """Transfers have ended; known as soon as a plan has been begun."""
@@ -256,6 +283,7 @@ class DecodeCore:
             if arrival is not None:
                 self.admission.leave(arrival.reservation.slot, arrival.reservation.pages)
         self._queue.clear()
+        self.loans.release_all()
         self.outbox.clear()
 
     def _send(self, to: str, message: Message) -> None:
@@ -343,6 +371,7 @@ class DecodeCore:
         self._send(arrival.sequence.prefill_worker, m.Release(arrival.sequence.held_id))
 
     def _abort(self, id: int) -> None:
+        self.loans.repaid(id)
         row = self.rows.get(id)
         if row is not None:
             self.rows.remove(row)

@@ -272,6 +272,8 @@ class Dispatcher:
                 self._retry(live, f"{worker}: {reason}")
             elif sequence.prefill_worker == worker and not live.started:
                 self.outbox.append((sequence.decode_worker, m.Abort(sequence.id)))
+                if sequence.lender and sequence.lender not in self._lost_workers:
+                    self.outbox.append((sequence.lender, m.Repaid(sequence.id)))
                 self._retry(live, f"{worker}: {reason}")
 
     def _about(self, live: LiveRequest, message: m.ToDispatcher, now: float) -> None:
@@ -286,6 +288,8 @@ class Dispatcher:
                 elif cause == "preempted":
                     self._attempt(live)
                 else:
+                    # What cannot be had from one worker is got from another, if there is one.
+                    live.avoided |= {live.sequence.prefill_worker} if live.sequence else set()
                     self._retry(live, detail)
             case m.Dropped():
                 self._finish(live, FinishReason.ABORT)
@@ -332,7 +336,8 @@ class Dispatcher:
         try:
             hosts = self._models.hosts(live.model)
             coming = self._models.hosts_of_names(request.session.next_models)
-            sequence = self._router.route(sequence, hosts, session_key(request), coming)
+            session = session_key(request)
+            sequence = self._router.route(sequence, hosts, session, coming, live.avoided)
         except NoWorkerError as error:
             if self._patience:
                 live.sequence = None

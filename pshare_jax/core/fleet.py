@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -122,6 +123,19 @@ class Fleet:
         """How many of the first keys a worker has."""
         found = self._known.runs(chain, 1 << view.slot)
         return found[0][0] if found else 0
+
+    def holder(self, chain: Sequence[bytes], first: WorkerView) -> tuple[int, WorkerView | None]:
+        """Who holds most of the first keys, and how many; `first` if it is among several.
+
+        Keys of prompts that were sent to a worker and are not there yet do not count, but may hide
+        who holds fewer.
+        """
+        found = self._known.runs(chain, (1 << len(self._slots)) - 1)
+        if not found:
+            return 0, None
+        _, mask = found[0]
+        view = self.at(first.slot if mask >> first.slot & 1 else next(members(mask)))
+        return sum(1 for _ in itertools.takewhile(view.held.__contains__, chain)), view
 
     def cost(self, view: WorkerView, run: int, price: Callable[[int], int]) -> Cost:
         """What a sequence costs at a worker that has its first `run` keys; see `cheapest`."""

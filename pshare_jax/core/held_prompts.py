@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pshare_jax.core import messages as m
+from pshare_jax.core.loans import offer_answer
 from pshare_jax.core.messages import Message
 from pshare_jax.core.plans import Offer, PrefillPlan, PrefillResult
 from pshare_jax.core.prefill_task import PrefillTask
@@ -69,20 +70,12 @@ class HeldPrompts:
         return withdrawn
 
     def answers(self, plan: PrefillPlan, result: PrefillResult) -> list[tuple[str, Message]]:
-        """What those hear whose pages were to be put on offer."""
-        found: list[tuple[str, Message]] = []
-        for offer in plan.offers:
-            transfer = offer.transfer
-            id = self._offer_of.get(transfer, -1)
-            if transfer in result.offered:
-                descriptors = result.offered[transfer]
-                address = result.addresses.get(transfer, "")
-                answer = m.Offered(transfer, descriptors, address, id)
-            else:
-                reason = result.not_offered.get(transfer, "the pages were not put on offer")
-                answer = m.NotOffered(transfer, reason, id)
-            found.append((offer.target, answer))
-        return found
+        """What those hear who have asked for pages of prompts that are held."""
+        return [
+            (offer.target, offer_answer(offer, result, self._offer_of[offer.transfer]))
+            for offer in plan.offers
+            if offer.transfer in self._offer_of
+        ]
 
     def is_offered(self, task: PrefillTask) -> bool:
         """Whether somebody may be reading its pages."""

@@ -43,6 +43,7 @@ class LiveRequest:
         started: whether the present attempt has a decode slot.
         aborted: whether nobody waits for it any more.
         lost: attempts that were lost to failures.
+        avoided: prefill workers whose pages could not be fetched.
     """
 
     request: Request
@@ -64,6 +65,7 @@ class LiveRequest:
     started: bool = False
     aborted: bool = False
     lost: int = 0
+    avoided: set[str] = field(default_factory=set)
 
     @classmethod
     def of(

@@ -83,7 +83,7 @@ class Fetch(msgspec.Struct, frozen=True, tag=True):
 
 
 class Offered(msgspec.Struct, frozen=True, tag=True):
-    """Prefill to decode: the pages of a transfer can be pulled; one descriptor each.
+    """To who asked for pages: those of a transfer can be pulled; one descriptor each.
 
     `address` says where, to a connector that needs to know; `id` is the sequence's.
     """
@@ -95,7 +95,7 @@ class Offered(msgspec.Struct, frozen=True, tag=True):
 
 
 class NotOffered(msgspec.Struct, frozen=True, tag=True):
-    """Prefill to decode: the pages of a transfer, for the sequence `id`, cannot be had."""
+    """To who asked for pages: those of a transfer, for the sequence `id`, cannot be had."""
 
     transfer: int
     reason: str
@@ -106,6 +106,39 @@ class Release(msgspec.Struct, frozen=True, tag=True):
     """Decode to prefill: the pages of that sequence need not be held any more."""
 
     id: int
+
+
+class Lend(msgspec.Struct, frozen=True, tag=True):
+    """To any worker: offer `worker` those of these full pages that your index holds.
+
+    They are wanted to cover the prompt of the sequence `id`, which is not yours; the answer is
+    `Offered`, with as many of the first ones as there are, or `NotOffered`.
+
+    Args:
+        worker: a prefill worker, which asks.
+        transfer: random id of the transfer.
+        id: of the sequence.
+        keys: of the pages, one after the other.
+        tokens: that they hold.
+        reader: as of `Fetch`.
+    """
+
+    worker: str
+    transfer: int
+    id: int
+    keys: list[bytes]
+    tokens: tuple[int, ...]
+    reader: str = ""
+
+
+class Repaid(msgspec.Struct, frozen=True, tag=True):
+    """What was asked for by `Lend`, for the sequence `id`, has come or is not wanted any more.
+
+    Without a transfer that is all that was.
+    """
+
+    id: int
+    transfer: int | None = None
 
 
 class IndexWanted(msgspec.Struct, frozen=True, tag=True):
@@ -276,6 +309,8 @@ ToWorker = (
     | Offered
     | NotOffered
     | Release
+    | Lend
+    | Repaid
     | IndexWanted
     | Replied
     | Expected

@@ -86,41 +86,6 @@ class StorePlan(msgspec.Struct, frozen=True):
     touched: list[bytes] = []
 
 
-class PrefillPlan(msgspec.Struct, frozen=True):
-    """One piece of a prefill worker's work, in this order: offers, store, copies, one chunk call.
-
-    Args:
-        offers: pages to put on offer.
-        withdrawn: transfers whose pages need not be offered any more.
-        copies: pages to copy within the pool, (source, target).
-        weights: name of the weights that compute the chunks.
-        shape: rows and tokens a row of the program that holds the chunks.
-        chunks: rows of the call.
-        store: what is to be done with the KV store.
-    """
-
-    offers: list[Offer] = []
-    withdrawn: list[int] = []
-    copies: list[tuple[int, int]] = []
-    weights: str = ""
-    shape: tuple[int, int] = (1, 1)
-    chunks: list[Chunk] = []
-    store: StorePlan | None = None
-
-
-class PrefillResult(msgspec.Struct, frozen=True):
-    """What came of a prefill plan: descriptors by transfer, and what failed, with why.
-
-    `failed` has the ids of chunks whose KV is not there, `not_offered` transfers. What is offered
-    can be pulled from its address in `addresses`, see `core.connector`.
-    """
-
-    offered: dict[int, list[PageDescriptor]] = {}
-    not_offered: dict[int, str] = {}
-    failed: dict[int, str] = {}
-    addresses: dict[int, str] = {}
-
-
 class Pull(msgspec.Struct, frozen=True):
     """A transfer to be pulled into pool pages `targets`; `keys` are those that were asked for.
 
@@ -133,6 +98,57 @@ class Pull(msgspec.Struct, frozen=True):
     keys: list[bytes]
     targets: list[int]
     address: str = ""
+
+
+class Landed(msgspec.Struct, frozen=True):
+    """A transfer has ended: well, or with an error; then nothing of it may be read."""
+
+    transfer: int
+    error: str | None = None
+
+
+class PrefillPlan(msgspec.Struct, frozen=True):
+    """One piece of a prefill worker's work, in this order: what ends, pulls, offers, store, copies,
+    one chunk call.
+
+    Pulls of earlier plans go on with each plan, also with an empty one.
+
+    Args:
+        offers: pages to put on offer.
+        withdrawn: transfers whose pages need not be offered any more.
+        cancelled: transfers to this worker that must not be written any more.
+        pulls: transfers to begin.
+        copies: pages to copy within the pool, (source, target).
+        weights: name of the weights that compute the chunks.
+        shape: rows and tokens a row of the program that holds the chunks.
+        chunks: rows of the call.
+        store: what is to be done with the KV store.
+    """
+
+    offers: list[Offer] = []
+    withdrawn: list[int] = []
+    cancelled: list[int] = []
+    pulls: list[Pull] = []
+    copies: list[tuple[int, int]] = []
+    weights: str = ""
+    shape: tuple[int, int] = (1, 1)
+    chunks: list[Chunk] = []
+    store: StorePlan | None = None
+
+
+class PrefillResult(msgspec.Struct, frozen=True):
+    """What came of a prefill plan: descriptors by transfer, and what failed, with why.
+
+    `failed` has the ids of chunks whose KV is not there, `not_offered` transfers. What is offered
+    can be pulled from its address in `addresses`, see `core.connector`. `landed` are pulls that
+    have ended.
+    """
+
+    offered: dict[int, list[PageDescriptor]] = {}
+    not_offered: dict[int, str] = {}
+    failed: dict[int, str] = {}
+    addresses: dict[int, str] = {}
+    landed: list[Landed] = []
 
 
 class Admit(msgspec.Struct, frozen=True):
@@ -185,6 +201,7 @@ class DecodePlan(msgspec.Struct, frozen=True):
         number: of the plan; results come in the order of plans.
         cancelled: transfers that must not be written any more.
         pulls: transfers to begin.
+        offers: pages to put on offer to prefill workers, see `messages.Lend`.
         admits: sequences that get a slot.
         replay: known tokens to compute, if any.
         step: tokens to generate, if any.
@@ -193,16 +210,10 @@ class DecodePlan(msgspec.Struct, frozen=True):
     number: int
     cancelled: list[int] = []
     pulls: list[Pull] = []
+    offers: list[Offer] = []
     admits: list[Admit] = []
     replay: Replay | None = None
     step: Step | None = None
-
-
-class Landed(msgspec.Struct, frozen=True):
-    """A transfer has ended: well, or with an error; then nothing of it may be read."""
-
-    transfer: int
-    error: str | None = None
 
 
 class DecodeResult(msgspec.Struct, frozen=True):

@@ -7,14 +7,15 @@ the next prompts will begin with: see `reply_prefill`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import itertools
+import secrets
+from collections.abc import Collection, Iterator, Mapping
 from collections.abc import Sequence as Sequence_
 
 import msgspec
 
 from pshare_jax.core import messages as m
 from pshare_jax.core.chunk_planner import ChunkPlanner, chunks_of
-from pshare_jax.core.held_prompts import HeldPrompts
 from pshare_jax.core.index_feed import IndexFeed
 from pshare_jax.core.messages import DISPATCHER, Message, Outbox
 from pshare_jax.core.models import ModelSpec
@@ -22,6 +23,7 @@ from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.plans import PrefillPlan, PrefillResult, StorePlan
 from pshare_jax.core.prefill_queue import PrefillQueue
 from pshare_jax.core.prefill_task import PrefillTask
+from pshare_jax.core.prefill_transfers import PrefillTransfers
 from pshare_jax.core.reply_prefill import ReplyPrefill
 from pshare_jax.core.sequences import Moved, Sequence
 from pshare_jax.core.shares import HasSequence
@@ -44,6 +46,7 @@ class PrefillCore:
         models: the served models by name.
         chunk_buckets: compiled chunk lengths, in tokens; the largest holds at least one page.
         pads: whether rows of a call are computed though nothing is in them.
+        transfer_ids: see `Borrowing`.
 
     Attributes:
         outbox: messages to others; who carries them empties it.
@@ -52,6 +55,8 @@ class PrefillCore:
         chunks: prompts that are being covered.
         held: prompts that are covered.
         index_feed: what routers are told of its index.
+        loans: pages that other workers get.
+        borrowing: prompts for which pages come from other workers.
         store: its side of the KV store, if there is one.
         rests: whether no prompts are taken, since the mesh does something else.
     """
@@ -64,29 +69,35 @@ class PrefillCore:
         chunk_buckets: Sequence_[int],
         *,
         pads: bool = True,
+        transfer_ids: Iterator[int] | None = None,
     ):
         self.name = name
         self.cache = cache
         self.outbox: Outbox = []
         self.stats = PrefillStats()
+        ids = transfer_ids or (secrets.randbits(63) for _ in itertools.count())
+        self._transfers = PrefillTransfers(name, cache, self.outbox, ids, self.stats)
+        self.held, self.loans = self._transfers.held, self._transfers.loans
+        self.borrowing = self._transfers.borrowing
         self.queue = PrefillQueue(cache)
         self.index_feed = IndexFeed(cache)
         self.store: StoreClient | None = None
         self.rests = False
         self._models = dict(models)
         self.chunks = ChunkPlanner(cache, self._models, chunk_buckets, pads=pads)
-        self.held = HeldPrompts()
         self._replies = ReplyPrefill(cache, self._models, sorted(chunk_buckets), self.stats)
 
     @property
     def urgent(self) -> bool:
         """Whether somebody waits for pages that are there."""
-        return self.held.wanted or (self.store is not None and self.store.urgent)
+        return self._transfers.urgent or (self.store is not None and self.store.urgent)
 
     @property
     def patience(self) -> float | None:
         """Seconds after which `schedule` should be called again though nothing was heard."""
-        return STORE_SECONDS if self.store is not None and self.store.waits else None
+        store = STORE_SECONDS if self.store is not None and self.store.waits else None
+        waits = [seconds for seconds in (self._transfers.patience, store) if seconds is not None]
+        return min(waits, default=None)
 
     def receive(self, message: Message) -> None:
         """Takes a message in."""
@@ -101,12 +112,10 @@ class PrefillCore:
                     self._let_waiting_go()
             case m.Abort(id, decode_worker):
                 self._abort(id, decode_worker)
-            case m.Fetch():
-                refused = self.held.fetch(self.name, message)
-                if refused is not None:
-                    self._send(message.worker, refused)
             case m.Release(id):
                 self._release(id)
+            case m.Fetch() | m.Lend() | m.Repaid() | m.Offered() | m.NotOffered():
+                self._transfers.hear(message)
             case m.IndexWanted():
                 self._send(DISPATCHER, self.index_feed.snapshot())
             case m.Replied():
@@ -130,9 +139,9 @@ class PrefillCore:
         """
         self.cache.tick(now)
         self._replies.pin_heard()
-        withdrawn = self.held.take_withdrawn()
-        if self.held.wanted:
-            return PrefillPlan(offers=self.held.take_offers(), withdrawn=withdrawn)
+        withdrawn = self._transfers.take_withdrawn()
+        if (plan := self._transfers.plan(now, withdrawn)) is not None:
+            return plan
         store, alone = self._store_plan(now)
         if store is not None and alone:
             return PrefillPlan(withdrawn=withdrawn, store=store)
@@ -143,7 +152,9 @@ class PrefillCore:
             self._cover(task)
         self._publish()
         if not batch:
-            return PrefillPlan(withdrawn=withdrawn, store=store) if withdrawn or store else None
+            # An empty plan has the executor look at what it pulls.
+            some = withdrawn or store or self.borrowing.is_pulling
+            return PrefillPlan(withdrawn=withdrawn, store=store) if some else None
         return PrefillPlan(
             withdrawn=withdrawn,
             copies=self.chunks.take_copies(),
@@ -157,7 +168,7 @@ class PrefillCore:
         """A chunk of a reply that nobody asks for yet; None while anybody waits for anything."""
         if self.queue.tasks or self.chunks.active or self.held or self.held.wanted:
             return None
-        if self.store is not None and self.store.waits:
+        if self.borrowing.waits or (self.store is not None and self.store.waits):
             return None
         plan = self._replies.plan()
         self._publish()
@@ -168,7 +179,7 @@ class PrefillCore:
         if self._replies.apply(plan, result):
             self._publish()
             return
-        self.outbox += self.held.answers(plan, result)
+        self._transfers.apply(plan, result)
         if plan.store is not None and self.store is not None:
             self.store.landed(plan.store)
         planned = {chunk.id for chunk in plan.chunks}
@@ -180,7 +191,8 @@ class PrefillCore:
     @property
     def holds_pages(self) -> bool:
         """Whether any sequence holds pages here."""
-        return bool(self.chunks.active or self.held or (self.store and self.store.holds_pages))
+        elsewhere = self.borrowing.waits or (self.store and self.store.holds_pages)
+        return bool(self.chunks.active or self.held or elsewhere)
 
     def holders(self, inside: Collection[int]) -> list[HasSequence]:
         """Tasks that hold pages and can start anew, and runs that are fetched for tasks.
@@ -240,13 +252,13 @@ class PrefillCore:
 
     def release_all(self) -> None:
         """Gives all pages back, of sequences that nobody will end."""
-        for task in (*self.queue.tasks, *self.chunks.active, *self.held.tasks()):
+        held = self._transfers.release_all()
+        for task in (*self.queue.tasks, *self.chunks.active, *held):
             self.cache.release(task.pages)
         if self.store is not None:
             self.store.release_all()
         self.queue.tasks.clear()
         self.chunks.active.clear()
-        self.held.clear()
         self._replies.clear()
         self.outbox.clear()
 
@@ -330,7 +342,8 @@ class PrefillCore:
                     self.cache.release(task.pages)
                     self._send(DISPATCHER, m.Dropped(id))
                     return
-        if self.store is not None and (task := self.store.abort(id)) is not None:
+        task = self.borrowing.abort(id) or (self.store.abort(id) if self.store else None)
+        if task is not None:
             self.cache.release(task.pages)
             self._send(DISPATCHER, m.Dropped(id))
             return
@@ -339,6 +352,7 @@ class PrefillCore:
             self._send(decode_worker, m.Abort(id))
 
     def _release(self, id: int) -> None:
+        self.loans.repaid(id)
         task = self.held.release(id)
         if task is None:
             return
@@ -347,19 +361,22 @@ class PrefillCore:
         self.cache.release(task.pages)
 
     def _start_waiting(self) -> None:
-        """Gives pages to waiting tasks; what the pool does not hold of them may be in the store."""
-        store = self.store
-        arriving = store.arriving() if store is not None else ()
+        """Gives pages to waiting tasks; what the pool lacks of them others may lend, or the store
+        may have."""
+        store, borrowing = self.store, self.borrowing
+        arriving = borrowing.arriving() | (store.arriving() if store is not None else set())
         held = [*self.held.tasks(), *self._looked_for()]
-        for task in self.queue.enter(self.chunks.active, held, arriving):
+        entered = self.queue.enter(self.chunks.active, held, arriving)
+        lent = [*borrowing.take_ready(), *(task for task in entered if not borrowing.ask(task))]
+        for task in lent:
             if store is None or not task.remaining or not store.ask(task):
                 self._begin(task)
         for task in store.take_ready() if store is not None else ():
             self._begin(task)
 
     def _looked_for(self) -> list[PrefillTask]:
-        """Prompts that have pages, and wait for the store."""
-        return self.store.tasks() if self.store is not None else []
+        """Prompts that have pages, and wait for those of other workers or of the store."""
+        return [*self.borrowing.tasks(), *(self.store.tasks() if self.store is not None else ())]
 
     def _begin(self, task: PrefillTask) -> None:
         """What a prompt lacks, if anything, is computed, beginning with its next turn."""
@@ -409,7 +426,7 @@ class PrefillCore:
         return {task.sequence.id: task.remaining for task in tasks}
 
     def held_ids(self) -> set[int]:
-        """Sequences whose pages are held here, in any state."""
+        """Sequences that are known here, in any state, those that borrow pages among them."""
         waiting = (*self.queue.tasks, *self._looked_for())
         tasks = (*waiting, *self.chunks.active, *self.held.tasks())
-        return {task.sequence.id for task in tasks}
+        return {task.sequence.id for task in tasks} | self.loans.ids()

@@ -25,13 +25,14 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from collections.abc import Sequence as Sequence_
 
 import msgspec
 
 from pshare_jax.config import RoutingPolicy
 from pshare_jax.core.fleet import Among, Cost, Fleet
+from pshare_jax.core.lender import lender_of
 from pshare_jax.core.messages import IndexChanged, IndexSnapshot
 from pshare_jax.core.sequences import Sequence
 from pshare_jax.core.sessions import SessionKey, SessionTable
@@ -67,6 +68,7 @@ class Router:
         decode: the decode workers.
         policy: how prefill workers are chosen.
         replicas: routers that send sequences to these workers, this one included.
+        lends: whether workers give pages to prefill workers, see `core.borrowing`.
     """
 
     def __init__(
@@ -76,7 +78,9 @@ class Router:
         policy: RoutingPolicy = "prefix",
         *,
         replicas: int = 1,
+        lends: bool = False,
     ):
+        self._lends = lends
         self._policy = policy
         self._stored: OrderedDict[bytes, None] = OrderedDict()
         self._covering = Fleet(lambda view: view.pending_tokens + view.others, spreads=True)
@@ -154,6 +158,7 @@ class Router:
         decode_workers: Iterable[str],
         session: SessionKey | None = None,
         next_hosts: Mapping[str, int] | None = None,
+        avoided: Collection[str] = (),
     ) -> Sequence:
         """The sequence with its workers and `num_uncached`.
 
@@ -162,11 +167,15 @@ class Router:
             decode_workers: those that host its model.
             session: that it is a call of.
             next_hosts: how many of the models that will be asked next a decode worker hosts.
+            avoided: prefill workers that are taken if there are no others.
 
         Raises:
             NoWorkerError: none of those that could do it is alive.
         """
         able, alone = self._who_can(tuple(decode_workers), sequence.model)
+        if avoided:
+            others = {self._covering.at(slot).info.name for slot in able.slots} - {*avoided}
+            able = self._covering.among(others) if others else able
         stay = self._sessions.find(session)
         prefill, uncached = self._best_prefill(sequence, able, stay.prefill if stay else "")
         hosts = alone
@@ -179,6 +188,10 @@ class Router:
         )
         decode, num_pages = self._best_decode(sequence, hosts, latest, next_hosts or {})
         self._sessions.went(session, prefill.info.name, decode.info.name)
+        lender = ""
+        if self._lends:
+            lacking = min(uncached, self._not_stored(sequence, prefill.info.page_size))
+            lender = lender_of(sequence, lacking, prefill, decode, self._covering, self._generating)
         prefill.set_pending(sequence.id, uncached)
         prefill.remember(sequence.chain)
         decode.load += num_pages
@@ -188,6 +201,7 @@ class Router:
             sequence,
             prefill_worker=prefill.info.name,
             decode_worker=decode.info.name,
+            lender=lender,
             num_uncached=uncached,
         )
 

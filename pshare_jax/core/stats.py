@@ -18,13 +18,16 @@ class PrefillStats:
     """What a prefill core has done, by model: prompt tokens by who computed their KV.
 
     `ahead_tokens` are those of replies that were covered before anybody asked, `foreseen_tokens`
-    prompt tokens that were found for that reason, each once.
+    prompt tokens that were found for that reason, each once. `borrowed_tokens` are those whose
+    pages came from other workers, `failed_loans` transfers for that which failed.
     """
 
     def __init__(self) -> None:
         self.prefill_tokens: Counter[tuple[str, TokenSource]] = Counter()
         self.ahead_tokens: Counter[str] = Counter()
         self.foreseen_tokens: Counter[str] = Counter()
+        self.borrowed_tokens = 0
+        self.failed_loans = 0
 
     def prefilled(self, model: str, usage: PromptUsage, foreseen: int = 0) -> None:
         """A prompt's KV is complete in the pool; `foreseen` of its tokens were computed ahead."""
@@ -153,8 +156,8 @@ class EngineStats:
     was asked of the KV store, and `tiers` are its tiers by name. `transfers` that have arrived from
     other processes are by worker and by the way that they took; their `transfer_bytes` by worker,
     way, codec, and "raw", as they are in a pool, or "wire", as they came; `miscoded` are those that
-    came coded and were not what they should be, by worker and reason. Where meshes may do either,
-    `moved_rows` are, by decode worker, sequences that left it with their KV, and `working` says of
+    came coded and were not what they should be, by worker and reason. `borrowed_tokens`, by prefill worker, are prompt tokens
+    whose KV came from another worker that had it. Where meshes may do either, `moved_rows` are, by decode worker, sequences that left it with their KV, and `working` says of
     every worker whether its mesh is its own at present; elsewhere both are empty.
     """
 
@@ -180,6 +183,7 @@ class EngineStats:
     transfers: Mapping[tuple[str, str], int] = field(default_factory=dict)
     transfer_bytes: Mapping[tuple[str, str, str, str], int] = field(default_factory=dict)
     miscoded: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    borrowed_tokens: Mapping[str, int] = field(default_factory=dict)
     moved_rows: Mapping[str, int] = field(default_factory=dict)
     working: Mapping[str, bool] = field(default_factory=dict)
 

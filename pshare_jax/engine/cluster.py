@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import secrets
 import threading
 import time
 from collections import Counter
@@ -88,7 +89,7 @@ class ClusterEngine(Front):
             prefetch=config.kv_store.prefetch != "off",
         )
         # Other frontends may send sequences to the same workers.
-        self._router = Router([], [], config.router.policy, replicas=2)
+        self._router = Router([], [], config.router.policy, replicas=2, lends=True)
         dispatcher = Dispatcher(
             specs,
             self._router,
@@ -109,7 +110,7 @@ class ClusterEngine(Front):
         tls = cluster_tls(cluster)
         self._links = Links(
             cluster.workers,
-            wire.Hello(wire.PROTOCOL, self.incarnation, shape),
+            wire.Hello(wire.PROTOCOL, self.incarnation, shape, secrets.token_hex(16)),
             read_token(cluster.token_file),
             tls.client if tls else None,
             LinkTimes(beat_seconds=cluster.beat_seconds, lost_seconds=cluster.lost_seconds),
@@ -308,6 +309,11 @@ class ClusterEngine(Front):
                 self._hosts[model].add(part.info.name)
         if self._covering and all(self._hosts.values()):
             self._served_now.set()
+        self._note_lacking()
+
+    def _note_lacking(self) -> None:
+        """Says what nobody does of what was configured; who drains takes no requests any more."""
+        self.lacking = self._router.unserved(self._hosts)
 
     def _heard(self, source: str, message: Message) -> None:
         now = time.monotonic()
@@ -320,6 +326,7 @@ class ClusterEngine(Front):
         def drain() -> None:
             self._dispatcher.drain_worker(worker)
             self._leaving.add(worker)
+            self._note_lacking()
 
         self._control.post(drain)
 
@@ -332,6 +339,7 @@ class ClusterEngine(Front):
             for hosts in self._hosts.values():
                 hosts.discard(worker)
             self._dispatcher.lose_worker(worker, reason)
+            self._note_lacking()
 
         self._control.post(lose)
 

@@ -59,6 +59,9 @@ class Front(ABC):
         order: arrival order of the next request; grows.
 
     Attributes:
+        ready: whether requests are taken.
+        lacking: what no worker does at present, such as `cover prompts`, so that requests wait for
+            one to come; empty if nothing.
         heard: called with a name under which another process has a module served here; from any
             thread, before anybody can ask for it, and again when it is known.
     """
@@ -74,6 +77,7 @@ class Front(ABC):
         self.config = config
         self.model_config = model_config
         self.ready = False
+        self.lacking = ""
         self.heard: Callable[[str], None] = lambda name: None
         self.grammars: GrammarCompiler | None = None
         if tokenizer is not None and tokenizer.eos_token_ids:

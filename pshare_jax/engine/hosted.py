@@ -24,7 +24,7 @@ from pshare_jax.cluster.worker import DecodeWorker, PrefillWorker, Worker
 from pshare_jax.config import Role, ServeConfig
 from pshare_jax.convert.manifest import TOKENIZER_FOLDER, read_manifest
 from pshare_jax.core.connector import Connector, TransferError
-from pshare_jax.core.messages import Covered, Fetch, Message, Prefill
+from pshare_jax.core.messages import Covered, Fetch, Lend, Message, Prefill
 from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.pages.sharing_map import PoolView, pool_views
 from pshare_jax.core.router import WorkerInfo
@@ -236,18 +236,19 @@ class HostedWorkers:
         compile_count()
         stores = bool(self.config.kv_store.path) and bool(self.prefill)
         for worker in self.decode:
-            worker.executor.warm_up(receives=not self._one_pool)
+            worker.executor.warm_up(receives=not self._one_pool, sends=not self._one_pool)
         for worker in self.prefill:
-            worker.executor.warm_up(sends=stores or not self._one_pool, receives=stores)
+            moves = stores or not self._one_pool
+            worker.executor.warm_up(sends=moves, receives=moves)
         for end in self._ends.values():
             if self.direct is not None and end.records is not None:
-                end.records.warm_up(sends=bool(self.prefill), receives=bool(self.decode))
+                end.records.warm_up(sends=True, receives=True)
         if self._mirror is not None:
             self._mirror.warming = False
         self._turns = self._host_turns()
 
         def carry(source: str, to: str, message: Message) -> None:
-            if isinstance(message, Fetch):
+            if isinstance(message, Fetch | Lend):
                 # Of one process are only those that share a pool, and fetch nothing.
                 message = msgspec.structs.replace(message, reader=self._ends[source].reader(to))
             send(source, to, message)
@@ -349,6 +350,10 @@ class HostedWorkers:
 
     def stats(self) -> EngineStats:
         """What has been done since the start; of the workers' thread, or once it stands still."""
+        # Asked for with each beat: then what nobody has taken for too long goes, too.
+        self.offers.expire(time.monotonic())
+        if self.direct is not None:
+            self.direct.expire()
         busy = {} if self.thread is None else self.thread.busy_seconds
         store, tiers = self._store.stats() if self._store is not None else ({}, {})
         started = self.thread is not None

@@ -37,7 +37,10 @@ def worker_stats(
         forced_tokens=total(stats.forced_tokens for stats in generates.values()),
         handoff_bytes=total(stats.handoff_bytes for stats in generates.values()),
         handoff_pages=total(stats.handoff_pages for stats in generates.values()),
-        failed_transfers={name: stats.failed_transfers for name, stats in generates.items()},
+        failed_transfers={
+            **{worker.name: n for worker in prefill if (n := worker.core.stats.failed_loans)},
+            **{name: stats.failed_transfers for name, stats in generates.items()},
+        },
         preemptions=total(stats.preemptions for stats in generates.values()),
         decode_pages={
             (name, kind): count
@@ -47,6 +50,9 @@ def worker_stats(
         running=total(worker.core.running() for worker in decode),
         pools={worker.name: _pool_stats(worker.cache) for worker in (*prefill, *decode)},
         busy_seconds=dict(busy_seconds),
+        borrowed_tokens={
+            worker.name: n for worker in prefill if (n := worker.core.stats.borrowed_tokens)
+        },
     )
 
 

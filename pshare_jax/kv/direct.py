@@ -218,6 +218,11 @@ class DirectOffers:
             time.sleep(_LOOK_SECONDS)
         return list(jax.block_until_ready(arrays))
 
+    def expire(self) -> None:
+        """Forgets offers and claims whose time is over."""
+        with self._lock:
+            self._expire()
+
     def _expire(self) -> None:
         now = self._clock()
         for number in [t for t, offer in self._offers.items() if offer.until <= now]:

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from pshare_jax.core.connector import Connector, TransferError, TransferState
-from pshare_jax.core.messages import PageDescriptor
+from pshare_jax.core.connector import Connector
 from pshare_jax.core.plans import (
     Admit,
     DecodePlan,
     DecodeResult,
     Landed,
+    Offer,
     PrefillPlan,
     PrefillResult,
     Replay,
@@ -32,6 +32,7 @@ from pshare_jax.runtime.host_arrays import host_array, padded
 from pshare_jax.runtime.masks import Masks, RowMask, only
 from pshare_jax.runtime.pool import PagePool, Pages
 from pshare_jax.runtime.programs import Programs
+from pshare_jax.runtime.pulls import Pulls, make_offers
 from pshare_jax.runtime.sampler import Sampled, row_logprobs
 from pshare_jax.runtime.steps import DecodeInput
 from pshare_jax.runtime.warm_up import WarmUp
@@ -69,6 +70,7 @@ class PrefillExecutor:
         self.programs = programs
         self.weights = weights
         self.connector = connector
+        self._pulls = Pulls(connector)
         self.store: StoreEnd | None = None
 
     def warm_up(self, *, sends: bool, receives: bool) -> None:
@@ -97,21 +99,17 @@ class PrefillExecutor:
         """Carries out a plan; blocks until its chunks are computed."""
         for transfer in plan.withdrawn:
             self.connector.abort(transfer)
-        offered: dict[int, list[PageDescriptor]] = {}
-        refused: dict[int, str] = {}
-        for offer in plan.offers:
-            try:
-                offered[offer.transfer] = self.connector.offer(offer)
-            except TransferError as error:
-                refused[offer.transfer] = str(error)
+        landed = self._pulls.run(plan.cancelled, plan.pulls)
+        made = make_offers(self.connector, plan.offers)
         if plan.store is not None and self.store is not None:
             self.store.run(plan.store)
         for source, target in plan.copies:
             self._copy(source, target)
         if plan.chunks:
             self.compute(plan)
-        addresses = {transfer: self.connector.address_of(transfer) for transfer in offered}
-        return PrefillResult(offered, refused, addresses=addresses)
+        return PrefillResult(
+            made.offered, made.not_offered, addresses=made.addresses, landed=landed
+        )
 
     def _copy(self, source: int, target: int) -> None:
         src, dst = np.asarray([source], np.int32), np.asarray([target], np.int32)
@@ -190,16 +188,23 @@ class DecodeExecutor:
         self._slots: dict[int, Admit] = {}
         self._masks = masks
         self._masked: dict[int, RowMask] = {}
-        self._pulling: list[int] = []
+        self._pulls = Pulls(connector)
         self._dispatched: deque[_Dispatched] = deque()
 
-    def warm_up(self, *, receives: bool) -> None:
-        """Compiles every step of every kind of group, on the padding page and the spare slot."""
+    def warm_up(self, *, receives: bool, sends: bool = False) -> None:
+        """Compiles every step of every kind of group, on the padding page and the spare slot.
+
+        Args:
+            receives: also what writes pages into the pool.
+            sends: also what copies pages out of the pool.
+        """
         self.pool.own()
         kinds = {group.adapters is None: group for group in self._groups.values()}
         calls = list(self.programs.decode_calls())
         if receives:
             calls += self.programs.receiving_calls()
+        if sends:
+            calls += self.programs.sending_calls()
         for group in kinds.values():
             state = WarmUp(self.programs, self.pool, group.weights, group.adapters, self._history)
             for call in calls:
@@ -243,6 +248,10 @@ class DecodeExecutor:
         """Steps that were begun and not finished."""
         return len(self._dispatched)
 
+    def offer(self, offers: Sequence[Offer]) -> PrefillResult:
+        """Puts pages on offer to prefill workers; waits for steps under way."""
+        return make_offers(self.connector, offers)
+
     def begin(self, plan: DecodePlan) -> list[Landed]:
         """Begins a plan; its step may still run when this returns.
 
@@ -252,11 +261,7 @@ class DecodeExecutor:
         for earlier in tuple(self._dispatched):
             # Its tokens are fed to the next one, and its slots may get others.
             self._choose(earlier)
-        for transfer in plan.cancelled:
-            self.connector.abort(transfer)
-            if transfer in self._pulling:
-                self._pulling.remove(transfer)
-        landed = self._pull(plan)
+        landed = self._pulls.run(plan.cancelled, plan.pulls)
         for admit in plan.admits:
             self._admit(admit)
         if plan.replay is not None:
@@ -282,25 +287,6 @@ class DecodeExecutor:
             done.reads.saved_pages,
             done.failed,
         )
-
-    def _pull(self, plan: DecodePlan) -> list[Landed]:
-        landed: list[Landed] = []
-        for pull in plan.pulls:
-            try:
-                self.connector.accept(pull)
-                self._pulling.append(pull.transfer)
-            except TransferError as error:
-                landed.append(Landed(pull.transfer, str(error)))
-        for transfer in tuple(self._pulling):
-            try:
-                if self.connector.poll(transfer) is TransferState.ARRIVING:
-                    continue
-                self.connector.commit(transfer)
-                landed.append(Landed(transfer))
-            except TransferError as error:
-                landed.append(Landed(transfer, str(error)))
-            self._pulling.remove(transfer)
-        return landed
 
     def _admit(self, admit: Admit) -> None:
         self._slots[admit.slot] = admit

@@ -36,7 +36,7 @@ class ChatFormat:
         tokenizer: names the tokens of log-probabilities.
         logprobs: how many of the most likely tokens are listed, or None for no probabilities.
         reader: makes the reader of one sample.
-        new_call_id: makes the id of a call.
+        call_id: makes the id of a call, of what says which one it is.
         prompt_ids: token ids of the prompt, when token ids are listed.
         legacy: calls are spelled as `function_call`, which there can be one of.
         scored_ids: token ids of the prompt, when their log-probabilities are listed.
@@ -49,7 +49,7 @@ class ChatFormat:
         tokenizer: Tokenizer,
         logprobs: int | None,
         reader: Callable[[], AnswerReader],
-        new_call_id: Callable[[], str],
+        call_id: Callable[[str], str],
         prompt_ids: Sequence[int] | None = None,
         legacy: bool = False,
         scored_ids: Sequence[int] = (),
@@ -60,7 +60,7 @@ class ChatFormat:
         self._logprobs = logprobs
         self._new_reader = reader
         self._readers: dict[int, AnswerReader] = {}
-        self._new_call_id = new_call_id
+        self._make_call_id = call_id
         self._prompt_ids = prompt_ids
         self._legacy = legacy
         self._scored_ids = scored_ids
@@ -79,7 +79,7 @@ class ChatFormat:
     def chunk(self, index: int, piece: Piece, sequence: SequenceOutput) -> Sequence[Event]:
         """A piece of the message."""
         reader = self._readers.setdefault(index, self._new_reader())
-        delta = self._delta(read_parts(reader, piece, sequence))
+        delta = self._delta(index, read_parts(reader, piece, sequence))
         listed = piece.tokens or (self._prompt_ids is not None and piece.token_ids)
         if delta == Delta() and not listed and sequence.finish_reason is None:
             return []
@@ -100,7 +100,7 @@ class ChatFormat:
         choices = []
         for index, (piece, sequence) in enumerate(zip(pieces, sequences, strict=True)):
             reader = self._new_reader()
-            message = self._message(read_parts(reader, piece, sequence))
+            message = self._message(index, read_parts(reader, piece, sequence))
             choices.append(self._choice(index, piece, sequence, reader.calls, message=message))
         heading = self.heading
         ids = UNSET if self._prompt_ids is None else self._prompt_ids
@@ -112,7 +112,10 @@ class ChatFormat:
             answer.prompt_logprobs = listed(self._tokenizer, self._scored_ids, scores, count)
         return answer
 
-    def _message(self, parts: list[Part]) -> AssistantMessage:
+    def _call_id(self, choice: int, number: int) -> str:
+        return self._make_call_id(f"{self.heading.id}/{choice}/{number}")
+
+    def _message(self, choice: int, parts: list[Part]) -> AssistantMessage:
         reasoning, content, calls = joined(parts)
         message = AssistantMessage(None if calls and not content else content)
         if reasoning:
@@ -122,12 +125,12 @@ class ChatFormat:
             message.function_call = functions[0]
         elif functions:
             message.tool_calls = [
-                ToolCall(function, id=self._new_call_id(), type="function")
-                for function in functions
+                ToolCall(function, id=self._call_id(choice, number), type="function")
+                for number, function in enumerate(functions)
             ]
         return message
 
-    def _delta(self, parts: list[Part]) -> Delta:
+    def _delta(self, choice: int, parts: list[Part]) -> Delta:
         delta = Delta()
         calls: dict[int, ToolCall] = {}
         for part in parts:
@@ -138,7 +141,8 @@ class ChatFormat:
                     delta.reasoning_content = (delta.reasoning_content or "") + text
                 case CallStart(index, name):
                     function = FunctionCall("", name)
-                    calls[index] = ToolCall(function, index, self._new_call_id(), "function")
+                    call_id = self._call_id(choice, index)
+                    calls[index] = ToolCall(function, index, call_id, "function")
                 case CallArguments(index, text):
                     call = calls.setdefault(index, ToolCall(FunctionCall(""), index))
                     call.function.arguments += text

@@ -45,7 +45,7 @@ class ChatPlan:
         sampling: how tokens are chosen.
         output: how they become text.
         new_reader: makes the reader of one sample.
-        new_call_id: makes the id of a call.
+        call_id: makes the id of a call, of what says which one it is.
         priority: among the client's requests.
     """
 
@@ -54,7 +54,7 @@ class ChatPlan:
     sampling: SamplingParams
     output: OutputParams
     new_reader: Callable[[], AnswerReader]
-    new_call_id: Callable[[], str]
+    call_id: Callable[[str], str]
     priority: int = 0
 
     def job(self, spelling: Format, arrival: float) -> Job:
@@ -113,7 +113,7 @@ async def plan_chat(
         sampling,
         output,
         lambda: model.reader(schemas, prompt.in_reasoning, one_call),
-        (model.parser or ToolParser).new_call_id,
+        (model.parser or ToolParser).call_id,
         request_priority(body),
     )
 

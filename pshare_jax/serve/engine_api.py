@@ -123,6 +123,12 @@ class Engine(Submitter, Protocol):
         ...
 
     @property
+    def lacking(self) -> str:
+        """What no worker does at present, such as `cover prompts`; empty if nothing. Requests are
+        taken, and wait."""
+        ...
+
+    @property
     def dead(self) -> str | None:
         """Why nothing can be served any more, if so."""
         ...

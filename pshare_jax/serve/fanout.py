@@ -7,6 +7,8 @@ The models' prompts come together, so what they share is computed once. Each mod
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import itertools
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -25,10 +27,11 @@ from pshare_jax.serve.access_log import REPORT
 from pshare_jax.serve.chat_format import ChatFormat
 from pshare_jax.serve.chat_plan import plan_chat
 from pshare_jax.serve.errors import ApiError, as_api_error
-from pshare_jax.serve.formats import DONE, Event, Heading, encode_answer, heading
+from pshare_jax.serve.formats import DONE, Event, Heading, encode_answer, heading, part_id
 from pshare_jax.serve.generate import (
     Job,
     Run,
+    add_event,
     check_count,
     generating,
     told,
@@ -38,6 +41,7 @@ from pshare_jax.serve.generate import (
 from pshare_jax.serve.offload import is_large
 from pshare_jax.serve.parsing import read_request
 from pshare_jax.serve.protocol import FanoutAnswer, PromptTokensDetails, Usage
+from pshare_jax.serve.resume import StreamPart, repeatable, resumption, slots_of
 from pshare_jax.serve.service import REQUEST_ID, SERVICE, Service
 from pshare_jax.serve.sessions import session_of
 from pshare_jax.serve.sse import EventStream
@@ -120,10 +124,10 @@ async def fan_out(request: web.Request) -> web.StreamResponse:
         raise next(branch.plan for branch in branches if isinstance(branch.plan, ApiError))
     check_count(service, jobs)
     head = heading("fanout", "", jobs[0].output.include_usage)
+    if jobs[0].output.stream:
+        return await _stream(request, session, branches, head)
     request.setdefault(REQUEST_ID, head.id)
     fan = request[REPORT] = _Fan(request, session, head.id)
-    if jobs[0].output.stream:
-        return await _stream(request, fan, branches, head)
     parts = await _all(_whole(fan, branch) for branch in branches)
     usage = _total([usage for _, usage in parts])
     answer = FanoutAnswer(head.id, "fanout", head.created, [part for part, _ in parts], usage)
@@ -160,7 +164,7 @@ async def _branch(service: Service, body: ChatRequest, large: bool, arrival: flo
         service.tokenizer,
         plan.output.logprobs,
         plan.new_reader,
-        plan.new_call_id,
+        plan.call_id,
         plan.prompt.token_ids if plan.output.token_ids else None,
         legacy=bool(body.functions),
         scored_ids=plan.prompt.token_ids,
@@ -197,29 +201,72 @@ async def _whole(fan: _Fan, branch: _Branch) -> tuple[msgspec.Raw, Usage | None]
 
 
 async def _stream(
-    request: web.Request, fan: _Fan, branches: Sequence[_Branch], head: Heading
+    request: web.Request, session: Session, branches: Sequence[_Branch], head: Heading
 ) -> web.StreamResponse:
     config = request.app[SERVICE].config
+    head, branches, parts = _placed(request, branches, head)
+    request.setdefault(REQUEST_ID, head.id)
+    fan = request[REPORT] = _Fan(request, session, head.id)
     stream, ping_seconds = EventStream(request, config.write_timeout_seconds), config.ping_seconds
     await stream.open()
-    usages = await _all(_branch_stream(fan, branch, stream, ping_seconds) for branch in branches)
+    usages = await _all(
+        _branch_stream(fan, branch, stream, ping_seconds, part)
+        for branch, part in zip(branches, parts, strict=False)
+    )
+    closing = [DONE]
     if head.stream_usage:
-        stream.add(FanoutAnswer(head.id, "fanout.usage", head.created, [], _total(usages)))
-    stream.add(DONE)
+        usage = FanoutAnswer(head.id, "fanout.usage", head.created, [], _total(usages))
+        closing.insert(0, msgspec.json.encode(usage))
+    for event in closing:
+        add_event(stream, event, parts[-1])
     await stream.flush()
     return stream.response
 
 
+def _placed(
+    request: web.Request, branches: Sequence[_Branch], head: Heading
+) -> tuple[Heading, list[_Branch], list[StreamPart | None]]:
+    """The heading and the branches so that another frontend could go on with their stream.
+
+    Where in the stream each of them begins, and at last what closes it; see `resume`.
+
+    Raises:
+        ApiError: see `resume.resumption`.
+    """
+    plans = [branch.plan for branch in branches]
+    slots = [1 if isinstance(plan, ApiError) else slots_of(plan) for plan in plans]
+    found = resumption(request, head, plans, sum(slots) + 1)
+    placed: list[_Branch] = []
+    for number, branch in enumerate(branches):
+        plan = branch.plan
+        if found is not None and isinstance(plan, Job):
+            id = f"chatcmpl-{part_id(found.heading.id, number)}"
+            created = found.heading.created
+            plan.format.heading = dataclasses.replace(plan.format.heading, id=id, created=created)
+            plan = repeatable(plan, found.again)
+        placed.append(_Branch(branch.model, plan))
+    if found is None:
+        return head, placed, [None] * (len(slots) + 1)
+    starts = itertools.accumulate(slots, initial=0)
+    counts = [*(count - 1 for count in slots), 0]
+    places = [found.position.part(*place) for place in zip(starts, counts, strict=True)]
+    return found.heading, placed, [*places]
+
+
 async def _branch_stream(
-    fan: _Fan, branch: _Branch, stream: EventStream, ping_seconds: float
+    fan: _Fan,
+    branch: _Branch,
+    stream: EventStream,
+    ping_seconds: float,
+    position: StreamPart | None,
 ) -> Usage | None:
     job = branch.plan
     if isinstance(job, ApiError):
-        stream.add(_labelled(branch.model, job))
+        add_event(stream, _labelled(branch.model, job), position)
         return None
     try:
         async with fan.generating(job) as run:
-            await write_stream(stream, job, run, ping_seconds or None)
+            await write_stream(stream, job, run, ping_seconds or None, position)
             return run.usage()
     except ConnectionError:
         raise

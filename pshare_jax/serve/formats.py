@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,11 @@ class Heading:
 def heading(prefix: str, model: str, stream_usage: bool = False) -> Heading:
     """A new answer's heading."""
     return Heading(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), model, stream_usage)
+
+
+def part_id(answer: str, number: int) -> str:
+    """32 hexadecimal digits for a part of an answer, the same whenever that is made."""
+    return hashlib.blake2b(f"{answer}/{number}".encode(), digest_size=16).hexdigest()
 
 
 # What one event of a stream carries: an object, or bytes that are written as they are.

@@ -34,7 +34,7 @@ from pshare_jax.serve.formats import Event as StreamEvent
 from pshare_jax.serve.formats import Format, encode_answer, with_usage
 from pshare_jax.serve.metrics import SequenceTimer
 from pshare_jax.serve.protocol import Usage
-from pshare_jax.serve.resume import StreamPosition, resumable, single_tokens
+from pshare_jax.serve.resume import StreamPart, resumable, single_tokens
 from pshare_jax.serve.service import REQUEST_ID, Service
 from pshare_jax.serve.sessions import session_of
 from pshare_jax.serve.sse import EventStream
@@ -237,7 +237,7 @@ async def respond(request: web.Request, service: Service, job: Job) -> web.Strea
     check_count(service, [job])
     key = request[KEY]
     position = None
-    if service.resumable and job.output.stream:
+    if job.output.stream:
         job, position = resumable(request, job)
     requests = job.requests(key, session_of(request, service, job.hints))
     request.setdefault(REQUEST_ID, job.format.heading.id)
@@ -286,7 +286,7 @@ def check_count(service: Service, jobs: Sequence[Job]) -> None:
 
 
 async def _answer(
-    request: web.Request, service: Service, job: Job, run: Run, position: StreamPosition | None
+    request: web.Request, service: Service, job: Job, run: Run, position: StreamPart | None
 ) -> web.StreamResponse:
     if not job.output.stream:
         async for _ in run.progress():
@@ -334,7 +334,7 @@ async def write_stream(
     job: Job,
     run: Run,
     ping_seconds: float | None,
-    position: StreamPosition | None = None,
+    position: StreamPart | None = None,
 ) -> None:
     """Writes a job's answer piece by piece; others may write to the stream meanwhile.
 
@@ -351,24 +351,25 @@ async def write_stream(
             if index not in opened:
                 opened.add(index)
                 for event in job.format.opening(index, run.usage()):
-                    _add(stream, with_usage(event, usage), position, index)
+                    add_event(stream, with_usage(event, usage), position, index)
             piece = sequence.take()
             ids = job.output.token_ids and piece.token_ids
             events: Sequence[StreamEvent] = []
             if piece.text or piece.tokens or ids or sequence.finish_reason is not None:
                 events = job.format.chunk(index, piece, sequence)
             for event in events:
-                _add(stream, with_usage(event, usage), position, index)
+                add_event(stream, with_usage(event, usage), position, index)
             await turn.pause()
         await stream.flush()
     for event in job.format.closing(run.usage()):
-        _add(stream, event, position)
+        add_event(stream, event, position)
     await stream.flush()
 
 
-def _add(
-    stream: EventStream, event: StreamEvent, position: StreamPosition | None, *choice: int
+def add_event(
+    stream: EventStream, event: StreamEvent, position: StreamPart | None, *choice: int
 ) -> None:
+    """Adds an event of a choice, or of the closing, unless the client has it already."""
     if position is None:
         stream.add(event)
     elif (id := position.next(*choice)) is not None:

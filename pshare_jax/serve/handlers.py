@@ -112,7 +112,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
         service.tokenizer,
         plan.output.logprobs,
         plan.new_reader,
-        plan.new_call_id,
+        plan.call_id,
         plan.prompt.token_ids if plan.output.token_ids else None,
         legacy=bool(body.functions),
         scored_ids=plan.prompt.token_ids,

@@ -121,8 +121,14 @@ async def health(request: web.Request) -> web.Response:
 
 
 async def ready(request: web.Request) -> web.Response:
-    """`GET /ready`: 200 while requests are taken."""
-    state = request.app[SERVICE].state
+    """`GET /ready`: 200 while requests are taken that would be served now.
+
+    Those that come while workers are lacking wait for them, but had better go to who has some.
+    """
+    service = request.app[SERVICE]
+    state, lacking = service.state, service.engine.lacking
+    if state == "ok" and lacking:
+        return json_response({"status": "waiting", "reason": f"no worker can {lacking}"}, 503)
     return json_response({"status": state}, 200 if state == "ok" else 503)
 
 

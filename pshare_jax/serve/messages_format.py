@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -31,15 +31,16 @@ class MessagesFormat:
     Args:
         heading: see there.
         reader: reads the answer's text.
-        new_call_id: makes the id of a call.
+        call_id: makes the id of a call, of what says which one it is.
     """
 
     named_events = True
 
-    def __init__(self, heading: Heading, reader: AnswerReader, new_call_id: Any):
+    def __init__(self, heading: Heading, reader: AnswerReader, call_id: Callable[[str], str]):
         self.heading = heading
         self._reader = reader
-        self._new_call_id = new_call_id
+        self._call_id = call_id
+        self._calls = 0
         self._open = ""
         self._blocks = 0
         self._stop: tuple[str | None, str | None] = (None, None)
@@ -121,8 +122,9 @@ class MessagesFormat:
             self._blocks += 1
 
     def _call(self, name: str) -> dict[str, Any]:
-        call_id = f"toolu_{self._new_call_id().removeprefix('call_')}"
-        return {"type": "tool_use", "id": call_id, "name": name, "input": {}}
+        call_id = self._call_id(f"{self.heading.id}/0/{self._calls}").removeprefix("call_")
+        self._calls += 1
+        return {"type": "tool_use", "id": f"toolu_{call_id}", "name": name, "input": {}}
 
     def _message(
         self, blocks: list[dict[str, Any]], stop: tuple[str | None, str | None], usage: Usage

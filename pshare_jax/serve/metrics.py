@@ -123,6 +123,7 @@ class _EngineCollector(Collector):
         yield self._pages(stats)
         yield self._busy_seconds(stats)
         yield from transfer_metrics(stats)
+        yield self._borrowed(stats)
         yield self._decode_pages(stats)
         yield self._failed_transfers(stats)
         yield from store_metrics(stats)
@@ -175,6 +176,16 @@ class _EngineCollector(Collector):
             labels=["engine"],
         )
         for name, count in stats.failed_transfers.items():
+            family.add_metric([name], count)
+        return family
+
+    def _borrowed(self, stats: EngineStats) -> Metric:
+        family = CounterMetricFamily(
+            "pshare_borrowed_tokens",
+            "Prompt tokens whose KV a prefill worker got from another worker.",
+            labels=["engine"],
+        )
+        for name, count in stats.borrowed_tokens.items():
             family.add_metric([name], count)
         return family
 

@@ -40,7 +40,7 @@ async def responses(request: web.Request) -> web.StreamResponse:
         heading("resp", body.model),
         body,
         plan.new_reader(),
-        plan.new_call_id,
+        plan.call_id,
         service.tokenizer,
     )
     return await respond(request, service, plan.job(spelling, arrival))
@@ -83,7 +83,7 @@ async def messages(request: web.Request) -> web.StreamResponse:
     chat = await service.offload.run_if(large, messages_api.as_chat, body)
     # Clients have to name a number, and name that of larger models.
     plan = await plan_chat(service, chat, large, clip=True)
-    spelling = MessagesFormat(heading("msg", body.model), plan.new_reader(), plan.new_call_id)
+    spelling = MessagesFormat(heading("msg", body.model), plan.new_reader(), plan.call_id)
     return await respond(request, service, plan.job(spelling, arrival))
 
 

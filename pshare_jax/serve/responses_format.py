@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from pshare_jax.core.requests import FinishReason
@@ -13,7 +12,7 @@ from pshare_jax.frontend.responses_api import ResponsesRequest
 from pshare_jax.frontend.tool_calls.parts import CallArguments, CallStart, Part, Reasoning, Text
 from pshare_jax.serve.chat_format import read_parts
 from pshare_jax.serve.errors import ApiError
-from pshare_jax.serve.formats import Event, Heading
+from pshare_jax.serve.formats import Event, Heading, part_id
 from pshare_jax.serve.protocol import Usage
 from pshare_jax.text.tokenizer import Tokenizer
 
@@ -27,7 +26,7 @@ class ResponsesFormat:
         heading: see there.
         body: the request, much of which the answer repeats.
         reader: reads the answer's text.
-        new_call_id: makes the id of a call.
+        call_id: makes the id of a call, of what says which one it is.
         tokenizer: counts the tokens of thoughts.
     """
 
@@ -38,13 +37,13 @@ class ResponsesFormat:
         heading: Heading,
         body: ResponsesRequest,
         reader: AnswerReader,
-        new_call_id: Any,
+        call_id: Callable[[str], str],
         tokenizer: Tokenizer,
     ):
         self.heading = heading
         self._body = body
         self._reader = reader
-        self._new_call_id = new_call_id
+        self._call_id = call_id
         self._tokenizer = tokenizer
         self._items: list[Item] = []
         self._open: Item | None = None
@@ -110,9 +109,9 @@ class ResponsesFormat:
         yield from self._close()
         item: Item = {"id": "", "type": kind, "status": "in_progress", "content": []}
         if kind == "message":
-            item |= {"id": _new_id("msg"), "role": "assistant"}
+            item |= {"id": self._item_id("msg"), "role": "assistant"}
         else:
-            item |= {"id": _new_id("rs"), "summary": []}
+            item |= {"id": self._item_id("rs"), "summary": []}
         yield from self._start(item)
         part = _part(kind)
         yield self._about("response.content_part.added", content_index=0, part=dict(part))
@@ -154,13 +153,17 @@ class ResponsesFormat:
 
     def _call(self, name: str) -> Item:
         return {
-            "id": _new_id("fc"),
+            "id": self._item_id("fc"),
             "type": "function_call",
             "status": "in_progress",
-            "call_id": self._new_call_id(),
+            "call_id": self._call_id(f"{self.heading.id}/0/{len(self._items)}"),
             "name": name,
             "arguments": "",
         }
+
+    def _item_id(self, prefix: str) -> str:
+        """The id of the next item, which is the same if the answer is made again."""
+        return f"{prefix}_{part_id(self.heading.id, len(self._items))}"
 
     def _about(self, kind: str, **fields: Any) -> Event:
         """An event about the open item."""
@@ -223,7 +226,3 @@ def _part(kind: str) -> dict[str, Any]:
     if kind == "reasoning":
         return {"type": "reasoning_text", "text": ""}
     return {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-
-
-def _new_id(prefix: str) -> str:
-    return f"{prefix}_{uuid.uuid4().hex}"

@@ -10,11 +10,13 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
+import msgspec
 from aiohttp import web
 
 from pshare_jax.cluster import wire
@@ -121,6 +123,7 @@ class Host:
         port: int = 0,
         hosts: Sequence[str] = NAMES,
         dtype: str = "int64",
+        change: Mapping[str, Any] = MappingProxyType({}),
     ):
         self.name, self._loop, self._gate = name, cluster.loop, threading.Event()
         self._gate.set()
@@ -144,6 +147,7 @@ class Host:
             WorkerInfo(name, PAGES - 1, PAGE), side, () if self.worker.covers else tuple(hosts)
         )
         shape = cluster_shape(cluster.config, BASE, SOURCES, SPECS, dtype)
+        shape = msgspec.structs.replace(shape, **change)
         self._loop.run(self._listen(shape, part, cluster.config.cluster.beat_seconds, port))
 
     def _listen_to_roots(self, worker: Worker) -> None:

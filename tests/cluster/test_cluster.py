@@ -181,6 +181,54 @@ def test_workers_die_and_others_come(models: Models, tmp_path: Path) -> None:
         cluster.check_idle()
 
 
+def computed(cluster: Cluster) -> dict[str, int]:
+    """Prompt tokens that each prefill worker has computed."""
+    cores = {
+        name: worker.core for name, host in cluster.hosts.items() for worker in host.hosted.prefill
+    }
+    return {
+        name: sum(n for (_, source), n in core.stats.prefill_tokens.items() if source == "computed")
+        for name, core in cores.items()
+    }
+
+
+def test_a_death_costs_only_what_is_missing(models: Models, tmp_path: Path) -> None:
+    """A prefill worker gets what the decode side has; a decode worker's end costs no prompt."""
+    prompt = prompts_of(51, 1, 50, 56)[0]
+    pages = (len(prompt) - 1) // 8
+    with running_cluster(models, tmp_path) as cluster:
+        client = cluster.clients[0]
+        client.generate("full", prompt, 4)
+        router = client.engine._dispatcher._router
+        wait_until(lambda: any(len(view.held) >= pages for view in router._decode.values()))
+        [victim] = [name for name, count in computed(cluster).items() if count]
+        cluster.hosts.pop(victim).kill()
+        wait_until(lambda: client.engine.failed_workers)
+        longer = [*prompt, *range(20)]
+        reply = client.generate("lora", longer, TOKENS)
+        assert reply.tokens == models.expected("lora", longer, TOKENS)
+        assert reply.usage is not None
+        assert reply.usage.computed_tokens == len(longer) - 1 - 8 * pages
+        assert reply.usage.cached_tokens == 8 * pages
+        [other] = {"prefill0", "prefill1"} - {victim}
+        wait_until(lambda: client.engine.stats().borrowed_tokens == {other: 8 * pages})
+        assert sum(client.engine.stats().failed_transfers.values()) == 0
+
+        before = computed(cluster)
+        params = {"temperature": 1.0, "seed": 5, "repetition_penalty": 1.3, "presence_penalty": 0.5}
+        asked = [client.submit("lora", longer, 30, **params) for _ in range(4)]
+        for one in asked:
+            one.next_event()
+        hosts = [cluster.hosts[name] for name in ("decode0", "decode1")]
+        lost = max(hosts, key=lambda host: len(host.call(host.hosted.decode[0].held_ids)))
+        lost.kill()
+        cluster.hosts.pop(lost.name)
+        assert len({(one.wait().reason, *one.tokens) for one in asked}) == 1
+        assert asked[0].tokens == client.generate("lora", longer, 30, **params).tokens
+        assert computed(cluster) == before
+        cluster.check_idle()
+
+
 def test_a_pair_over_one_pool(models: Models, tmp_path: Path) -> None:
     """One chip does both: nothing is moved but the ends of prompts, within the process."""
     with running_cluster(models, tmp_path, prefill=0, decode=0, frontends=0) as cluster:

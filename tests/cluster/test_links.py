@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from pshare_jax.cluster import wire
 from pshare_jax.core import messages as m
 from pshare_jax.core.requests import FinishReason
 from tests.cluster.symbolic import NAMES, Cluster, Frontend, Reply, symbolic_cluster
@@ -337,3 +338,79 @@ def test_what_is_of_no_sequence_is_told_to_all(cluster: Cluster) -> None:
     for frontend in cluster.frontends:
         router = frontend.engine._dispatcher._router
         wait_until(lambda router=router: b"key" in router._stored)
+
+
+def test_a_frontend_says_when_a_side_is_lacking() -> None:
+    """Probes then send clients elsewhere; those that come all the same wait."""
+    with symbolic_cluster(prefill=2, decode=1, frontends=1) as cluster:
+        frontend = cluster.frontends[0]
+        assert frontend.engine.lacking == ""
+        cluster.hosts["prefill1"].kill()
+        wait_until(lambda: frontend.engine.failed_workers)
+        assert frontend.engine.lacking == "", "one of two is enough"
+        for name, lacking in (("prefill0", "cover prompts"), ("decode0", "generate for identity")):
+            cluster.hosts[name].kill()
+            wait_until(lambda lacking=lacking: frontend.engine.lacking == lacking)
+            assert frontend.engine.ready
+            replies = ask([frontend], 18, 3)
+            cluster.again(name)
+            check(replies)
+            wait_until(lambda: frontend.engine.lacking == "")
+        cluster.again("prefill1")
+        cluster.check_idle()
+
+
+def test_two_frontends_of_one_incarnation_are_one_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody gets what is the other one's; the second is refused until the first has gone."""
+    monkeypatch.setattr(wire, "new_incarnation", lambda: 12345)
+    with symbolic_cluster(prefill=1, decode=1, frontends=1) as cluster:
+        first = cluster.frontends[0]
+        second = cluster.frontend(wait=False)
+        wait_until(lambda: "has the incarnation 12345" in str(second.engine.failed_workers))
+        check(ask([first], 19, 20))
+        assert not second.engine.ready
+        first.die()
+        wait_until(lambda: second.engine.ready)
+        check(ask([second], 20, 20))
+        cluster.linked(1)
+        cluster.frontends.remove(first)
+        cluster.check_idle()
+        first.stop()
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"fingerprint": "other"}, "fingerprint is base-print at the frontend and other at the"),
+        ({"max_model_len": 64}, "max_model_len is 128 at the frontend and 64 at the worker"),
+        ({"models": {"identity": "0" * 16}}, "model 'identity' is .* at the frontend and 0000"),
+    ],
+)
+def test_a_worker_comes_again_as_another(
+    cluster: Cluster, change: dict[str, Any], why: str
+) -> None:
+    """It is refused by name, and what it had goes on elsewhere; as itself it is taken back."""
+    replies = ask(cluster.frontends, 21, 20)
+    replies[0].next_event()
+    cluster.hosts["prefill0"].kill()
+    check(replies)
+    port = cluster.hosts.pop("prefill0").port
+    other = cluster.host("prefill0", port, change=change)
+    for frontend in cluster.frontends:
+        wait_until(lambda f=frontend: re.search(why, str(f.engine.failed_workers)))
+    check(ask(cluster.frontends, 22, 10))
+    assert other.worker.cache.num_indexed == 0
+    other.kill()
+    cluster.again("prefill0")
+    cluster.linked()
+    check(ask(cluster.frontends, 23, 30))
+
+
+def test_who_would_borrow_from_one_that_is_not_here_is_told_at_once(cluster: Cluster) -> None:
+    host, frontend = cluster.hosts["prefill0"], cluster.frontends[0]
+    heard: list[m.Message] = []
+    plain = host.worker.receive
+    host.worker.receive = lambda message: (heard.append(message), plain(message))
+    wanted = m.Lend("prefill0", 7, next(frontend.engine._dispatcher._ids), [b"key"], (1, 2, 3, 4))
+    host.thread.call(lambda: host.station.send("prefill0", "decode9", wanted))
+    wait_until(lambda: m.NotOffered(7, "decode9 is not here", wanted.id) in heard)

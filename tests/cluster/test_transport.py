@@ -117,6 +117,29 @@ def test_who_has_lost_too_much_offers_files(
     assert ask(cluster, models, 7) == (0, 1, 0)
 
 
+def test_pages_come_back_from_the_decode_side(cluster: Cluster, models: Models) -> None:
+    """A prefill worker that has started anew gets them by the same way."""
+    assert come_back(cluster, models, 8) == {"shm": 0, "http": 0, "jax-transfer": 1}
+
+
+def come_back(cluster: Cluster, models: Models, seed: int) -> dict[Any, int]:
+    """Has the prefill worker end and another come, which borrows a prompt; and by which way."""
+    prompt = np.random.default_rng(seed).integers(0, 256, 50).tolist()
+    client = cluster.clients[0]
+    client.generate("full", prompt, TOKENS)
+    view = client.engine._dispatcher._router._decode["decode0"]
+    wait_until(lambda: len(view.held) >= 6)
+    cluster.hosts["prefill0"].kill()
+    host = cluster.again("prefill0")
+    wait_until(lambda: not client.engine.failed_workers)
+    longer = [*prompt, *range(10)]
+    reply = client.generate("full", longer, TOKENS)
+    assert reply.tokens == models.expected("full", longer, TOKENS)
+    assert reply.usage is not None
+    assert reply.usage.cached_tokens == 48
+    return host.hosted._ends["prefill0"].moved
+
+
 def test_by_http_alone(models: Models, tmp_path: Path) -> None:
     """On one host, too, if that is asked for."""
     with running_cluster(models, tmp_path, prefill=1, decode=1, transport="http") as cluster:
@@ -129,6 +152,7 @@ def test_by_http_alone(models: Models, tmp_path: Path) -> None:
             "http": 1,
             "jax-transfer": 0,
         }
+        assert come_back(cluster, models, 9) == {"shm": 0, "http": 1, "jax-transfer": 0}
         cluster.check_idle()
 
 

@@ -52,6 +52,9 @@ def test_ids_say_whose_they_are() -> None:
     assert len(set(ids)) == 3
     assert [wire.owner_of(id) for id in ids] == [7, 7, (1 << 30) - 1]
     assert max(ids) < 1 << 63
+    assert ids[1] == ids[0] + 1
+    # Should two have the same incarnation, their sequences have not the same ids.
+    assert abs(next(wire.sequence_ids(7)) - next(wire.sequence_ids(7))) > 100
     assert 0 <= wire.new_incarnation() < 1 << 30
 
 

@@ -90,7 +90,9 @@ class Host:
         self._transfer_ids = itertools.count(1)
         self._build()
         self.router = Router(
-            [self._info(name) for name in self.prefill], [self._info(name) for name in self.decode]
+            [self._info(name) for name in self.prefill],
+            [self._info(name) for name in self.decode],
+            lends=setting.lends,
         )
         policy = SessionPolicy(
             setting.reply_ahead,
@@ -294,9 +296,12 @@ class Host:
                 assert client.waits is False
                 assert isinstance(end, SymbolicStoreEnd)
                 assert end.staged == {}
+            assert name in self.dead or not worker.core.borrowing.waits
         for worker in self.decode.values():
             assert worker.name in self.dead or worker.core.admission.num_inside == 0
+        for worker in (*self.prefill.values(), *self.decode.values()):
             assert worker.name in self.dead or worker.executor.connector.arriving == {}
+            assert len(worker.core.loans) == 0
         assert self.link.offers == {}
         assert self.router._assigned == {}
         assert all(worker.load == 0 for worker in self.router._decode.values())
@@ -331,7 +336,13 @@ class Host:
             name = f"prefill{i}"
             pool = SymbolicPool(setting.prefill_pages, PAGE)
             cache = PageCache(setting.prefill_pages, PAGE, setting.pinned_share)
-            core = PrefillCore(name, cache, self.models, self.setting.chunk_buckets)
+            core = PrefillCore(
+                name,
+                cache,
+                self.models,
+                self.setting.chunk_buckets,
+                transfer_ids=self._transfer_ids,
+            )
             end = SymbolicConnector(name, pool, self.link)
             self.prefill[name] = PrefillWorker(core, self._prefill_executor(end))
         for name, worker in self.prefill.items():

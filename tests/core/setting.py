@@ -41,7 +41,8 @@ class Setting:
     """What a host is made of. `wire` sends messages through their encoding, `reply_ahead` covers
     replies before anybody asks; with a `store` prefill workers write pages to it and fetch them, so
     many `prefetched` ones before anybody asks. Meshes that may do `either` are as many as there are
-    prefill and decode workers; each has one of both, of which one works. With `balanced` waiting
+    prefill and decode workers; each has one of both, of which one works. With `lends` workers give
+    pages to prefill workers that lack them. With `balanced` waiting
     tokens at each prefill worker they change by themselves."""
 
     prefill: int = 1
@@ -56,6 +57,7 @@ class Setting:
     max_num_seqs: int = 4
     wire: bool = True
     store: bool = False
+    lends: bool = False
     prefetched: int = 0
     reply_ahead: bool = False
     streaming_step: int = 0

@@ -34,6 +34,7 @@ from pshare_jax.core.plans import (
 )
 from pshare_jax.core.requests import TokenLogprobs
 from pshare_jax.core.store_end import StoreEnd
+from pshare_jax.runtime.pulls import Pulls, make_offers
 
 VOCAB = 2**20
 
@@ -190,6 +191,10 @@ class SymbolicConnector:
         for target, content in zip(pull.targets, arriving.contents, strict=True):
             self.pool.pages[target] = list(content)
 
+    def address_of(self, transfer: int) -> str:
+        """See `Connector.address_of`."""
+        return ""
+
     def abort(self, transfer: int) -> None:
         """See `Connector.abort`."""
         self.link.offers.pop(transfer, None)
@@ -210,6 +215,7 @@ class SymbolicPrefill:
         root_of: Callable[[int], bytes],
     ):
         self.connector, self.pool = connector, connector.pool
+        self.pulls = Pulls(connector)
         self.shapes = chunk_shapes(chunk_buckets)
         self.failures = 0
         self.store: StoreEnd | None = None
@@ -223,12 +229,9 @@ class SymbolicPrefill:
         plan = through_wire(plan)
         for transfer in plan.withdrawn:
             self.connector.abort(transfer)
-        result = PrefillResult({}, {}, {})
-        for offer in plan.offers:
-            try:
-                result.offered[offer.transfer] = self.connector.offer(offer)
-            except TransferError as error:
-                result.not_offered[offer.transfer] = str(error)
+        landed = self.pulls.run(plan.cancelled, plan.pulls)
+        made = make_offers(self.connector, plan.offers)
+        result = PrefillResult(made.offered, made.not_offered, {}, made.addresses, landed)
         if plan.store is not None:
             assert self.store is not None
             self.store.run(plan.store)
@@ -270,7 +273,7 @@ class SymbolicDecode:
     def __init__(self, connector: SymbolicConnector, config: DecodeConfig):
         self.connector, self.pool, self.config = connector, connector.pool, config
         self._slots: dict[int, tuple[Admit, list[int]]] = {}
-        self._pulling: list[int] = []
+        self.pulls = Pulls(connector)
         self._dispatched: deque[tuple[DecodePlan, DecodeResult]] = deque()
 
     def own(self) -> None:
@@ -284,14 +287,14 @@ class SymbolicDecode:
         """See `DecodeRuns`."""
         return len(self._dispatched)
 
+    def offer(self, offers: Sequence[Offer]) -> PrefillResult:
+        """See `DecodeRuns`."""
+        return through_wire(make_offers(self.connector, offers))
+
     def begin(self, plan: DecodePlan) -> list[Landed]:
         """See `DecodeRuns`."""
         plan = through_wire(plan)
-        for transfer in plan.cancelled:
-            self.connector.abort(transfer)
-            if transfer in self._pulling:
-                self._pulling.remove(transfer)
-        landed = self._pull(plan)
+        landed = self.pulls.run(plan.cancelled, plan.pulls)
         for admit in plan.admits:
             assert admit.slot < self.config.max_num_seqs
             self._slots[admit.slot] = admit, list(admit.tokens)
@@ -309,25 +312,6 @@ class SymbolicDecode:
         """See `DecodeRuns`."""
         plan, result = self._dispatched.popleft()
         return plan, through_wire(result)
-
-    def _pull(self, plan: DecodePlan) -> list[Landed]:
-        landed: list[Landed] = []
-        for pull in plan.pulls:
-            try:
-                self.connector.accept(pull)
-                self._pulling.append(pull.transfer)
-            except TransferError as error:
-                landed.append(Landed(pull.transfer, str(error)))
-        for transfer in tuple(self._pulling):
-            try:
-                if self.connector.poll(transfer) is TransferState.ARRIVING:
-                    continue
-                self.connector.commit(transfer)
-                landed.append(Landed(transfer))
-            except TransferError as error:
-                landed.append(Landed(transfer, str(error)))
-            self._pulling.remove(transfer)
-        return landed
 
     def _step(self, plan: DecodePlan) -> DecodeResult:
         step = plan.step

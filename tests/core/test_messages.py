@@ -42,6 +42,8 @@ MESSAGES: list[m.Message] = [
     m.Offered(5, [PageDescriptor(b"key", (0, 2), (2, 1, 4, 8), "bfloat16", "raw", 2**32 - 1)]),
     m.NotOffered(5, "gone"),
     m.Release(3),
+    m.Lend("prefill1", 2**62 + 2, 3, [b"k" * 16], (1, 2, 3, 4), "reader"),
+    m.Repaid(3, 2**62 + 2),
     m.Looked(3, [1, 1, 2]),
     m.Loaded(2**62, "its checksum is wrong"),
     m.Stored([b"a", b"b"], [b"a"], [b"c"]),

@@ -67,6 +67,10 @@ SETTINGS = {
     "meshes for either and a store": Setting(
         either=True, prefill=1, decode=2, decode_pages=15, store=True, prefetched=3, balanced=10
     ),
+    "pages are lent": Setting(prefill=2, decode=2, prefill_pages=9, decode_pages=40, lends=True),
+    "pages are lent, a store": Setting(
+        prefill=3, decode=2, prefill_pages=9, decode_pages=20, store=True, lends=True
+    ),
     "replies ahead, tiny pools": Setting(
         reply_ahead=True, prefill_pages=9, decode_pages=9, pinned_share=1.0
     ),

@@ -27,13 +27,33 @@ import yaml
 from pshare_jax.serve.process import READY
 from tests.e2e.conftest import write_config
 from tests.engine.harness import wait_until
+from tests.serve.test_resume_apis import stream_of, told
 
 SECONDS = 200
 MODELS = ("planner", "coder", "critic")
 CHAOS = int(os.environ.get("CHAOS_REQUESTS", "24"))
 """Requests of the random attack; `make chaos` has a thousand."""
 
+REPORT = os.environ.get("CHAOS_REPORT", "")
+"""File that the figures of the random attack are written to."""
+
 PROMPTS = [f"{word} and on it goes " * 3 for word in ("red", "green", "blue", "grey")]
+
+
+CHAT = [{"role": "user", "content": PROMPTS[1]}]
+OTHER_APIS: dict[str, dict[str, Any]] = {
+    "/v1/messages": {"model": "coder", "max_tokens": 40, "messages": CHAT, "temperature": 1.0},
+    "/v1/responses": {"model": "critic", "input": PROMPTS[2], "max_output_tokens": 40},
+    "/v1/fanout": {"model": MODELS, "messages": CHAT, "n": 2, "max_tokens": 20},
+    "/v1/completions": {"model": "planner", "prompt": PROMPTS[3], "n": 20, "max_tokens": 8},
+    "/v1/chat/completions": {
+        "model": "planner",
+        "messages": CHAT,
+        "max_tokens": 24,
+        "structured_outputs": {"regex": "(yes|no|maybe)( (yes|no))*"},
+    },
+}
+"""Answers without a seed: what they are depends on their ids."""
 
 
 @dataclass
@@ -58,7 +78,13 @@ def body_of(number: int, max_tokens: int = 24) -> dict[str, Any]:
         "temperature": 1.0 * seeded,
         "top_p": 0.9,
         "seed": number % 84,
+        "repetition_penalty": 1.2 if number % 7 == 3 else 1.0,
     }
+
+
+def body_in_chaos(number: int) -> tuple[dict[str, Any], int]:
+    """A request, and the number of its expected answer; some follow a grammar."""
+    return (grammar_body(1), -1) if number % 12 == 7 else (body_of(number), number)
 
 
 def read(
@@ -223,8 +249,10 @@ def test_what_processes_answer_is_what_one_does(
 def test_a_frontend_is_killed_in_mid_stream(
     processes: Processes, expected: Callable[[int], str]
 ) -> None:
-    """The client goes on with the other one: the same text, nothing twice."""
+    """Clients go on with the other one, by every API: the same answers, nothing twice."""
     stream = Stream()
+    one, other = (int(url.rpartition(":")[2]) for url in processes.urls)
+    begun = {path: stream_of(one, path, body, cut=5) for path, body in OTHER_APIS.items()}
     body = body_of(5)
     killed = []
 
@@ -240,21 +268,66 @@ def test_a_frontend_is_killed_in_mid_stream(
         read(processes.urls[1], body, stream)
     assert stream.text == expected(5)
     assert len(set(stream.ids)) == len(stream.ids)
+    for path, other_body in OTHER_APIS.items():
+        got = begun[path] + stream_of(other, path, other_body, begun[path][-1][0])
+        assert len({id for id, _, _ in got}) == len(got)
+        first = got[0]
+        assert told([first, *stream_of(other, path, other_body, first[0])]) == told(got)
     wait_until(processes.whole, SECONDS)
     assert read(processes.urls[0], body, Stream()).text == expected(5)
 
 
-def attacks() -> list[tuple[str, int]]:
-    """Who is killed or stopped, one after the other."""
-    first = [
-        ("decode1", signal.SIGKILL),
-        ("prefill0", signal.SIGKILL),
-        ("decode0", signal.SIGSTOP),
-    ]
-    rng = random.Random(2)
-    names = ("prefill0", "prefill1", "decode0", "decode1")
-    kinds = (signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP)
-    return first + [(rng.choice(names), rng.choice(kinds)) for _ in range(CHAOS // 60)]
+@pytest.mark.slow
+def test_a_launcher_that_stands_still_is_not_missed(
+    processes: Processes, expected: Callable[[int], str]
+) -> None:
+    processes.launcher.send_signal(signal.SIGSTOP)
+    try:
+        for number in range(6):
+            url = processes.urls[number % 2]
+            assert read(url, body_of(number), Stream()).text == expected(number)
+    finally:
+        processes.launcher.send_signal(signal.SIGCONT)
+    wait_until(processes.whole, SECONDS)
+
+
+WORKERS = ("prefill0", "prefill1", "decode0", "decode1")
+KINDS = (signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP)
+FIRST = (
+    ("decode1", signal.SIGKILL),
+    ("prefill0", signal.SIGKILL),
+    ("decode0", signal.SIGSTOP),
+)
+"""Who is killed or stopped, one after the other; in the long attack others follow."""
+
+
+class Attack:
+    """Kills and stops workers; `done` has `(name, signal)` of each."""
+
+    def __init__(self, processes: Processes):
+        self.done: list[tuple[str, int]] = []
+        self._processes = processes
+
+    def strike(self, name: str, kind: int) -> None:
+        pid = self._processes.send(name, kind)
+        self.done.append((name, kind))
+        if kind == signal.SIGSTOP:
+            # Longer than `lost_seconds`.
+            time.sleep(5.0)
+            os.kill(pid, signal.SIGCONT)
+
+    def go_on(self, over: threading.Event) -> None:
+        """Every 2 s a random worker, until it is over; of each side one at a time is away."""
+        rng = random.Random(2)
+        while not over.wait(2.0):
+            away = max(self._away(url) for url in self._processes.urls)
+            latest = self.done[-1][0][:-1]
+            names = [name for name in WORKERS if not away or not name.startswith(latest)]
+            if away < 2:
+                self.strike(rng.choice(names), rng.choice(KINDS))
+
+    def _away(self, url: str) -> int:
+        return len(self._processes.health(url).get("failed_workers", ()))
 
 
 @pytest.mark.slow
@@ -262,38 +335,55 @@ def test_requests_while_workers_die_and_hang(
     processes: Processes, expected: Callable[[int], str]
 ) -> None:
     """Every stream ends with the text of one process; there are streams until all was done."""
-    over = threading.Event()
-    numbers = itertools.count()
+    struck, over = threading.Event(), threading.Event()
+    numbers, attack = itertools.count(), Attack(processes)
+    started = time.monotonic()
 
-    def attack() -> None:
+    def strike() -> None:
         try:
-            for name, kind in attacks():
-                pid = processes.send(name, kind)
-                if kind == signal.SIGSTOP:
-                    # Longer than `lost_seconds`.
-                    time.sleep(5.0)
-                    os.kill(pid, signal.SIGCONT)
-                time.sleep(2.0 if CHAOS > 100 else 0.3)
+            for name, kind in FIRST:
+                attack.strike(name, kind)
+                time.sleep(0.3)
+            if CHAOS > 100:
+                attack.go_on(over)
         finally:
-            over.set()
+            struck.set()
 
-    def play() -> list[tuple[int, Stream]]:
+    def play() -> list[tuple[int, Stream, str]]:
         done = []
-        while (number := next(numbers)) < CHAOS or not over.is_set():
-            url = processes.urls[number % 2]
-            done.append((number, read(url, body_of(number), Stream())))
+        while (number := next(numbers)) < CHAOS or not (CHAOS > 100 or struck.is_set()):
+            stream, error = Stream(), ""
+            try:
+                read(processes.urls[number % 2], body_in_chaos(number)[0], stream)
+            except (OSError, http.client.HTTPException, AssertionError) as failure:
+                error = repr(failure)
+            done.append((number, stream, error))
         return done
 
     with ThreadPoolExecutor(7) as pool:
-        attacker = pool.submit(attack)
+        attacker = pool.submit(strike)
         players = [pool.submit(play) for _ in range(6)]
-        streams = [stream for player in players for stream in player.result()]
+        try:
+            streams = [stream for player in players for stream in player.result()]
+        finally:
+            over.set()
         attacker.result()
-    assert len(streams) >= CHAOS
-    for number, stream in streams:
-        assert stream.text == expected(number), number
-        assert stream.reason == "length"
-        assert len(set(stream.ids)) == len(stream.ids)
+    told_all = [(number, stream) for number, stream, error in streams if not error]
+    report: dict[str, Any] = {
+        "requests": len(streams),
+        "seconds": round(time.monotonic() - started, 1),
+        "kills": sum(kind == signal.SIGKILL for _, kind in attack.done),
+        "stops": sum(kind == signal.SIGSTOP for _, kind in attack.done),
+        "failed": [(number, error) for number, _, error in streams if error],
+        "different": [n for n, s in told_all if s.text != expected(body_in_chaos(n)[1])],
+        "cut short": [n for n, stream in told_all if stream.reason is None],
+        "an event twice": [n for n, stream, _ in streams if len({*stream.ids}) < len(stream.ids)],
+    }
+    if REPORT:
+        Path(REPORT).write_text(json.dumps(report, indent=2))
+    assert report["requests"] >= CHAOS
+    for what in ("failed", "different", "cut short", "an event twice"):
+        assert report[what] == [], what
     wait_until(processes.whole, SECONDS)
     # Nobody holds a page of the pools.
     wait_until(lambda: processes.metric("pshare_pages", 'state="used"') == 0, SECONDS)

@@ -66,6 +66,7 @@ class FakeOrchestrator:
     start_error: Exception | None = None
     submit_error: Exception | None = None
     ready: bool = False
+    lacking: str = ""
     dead: str | None = None
     failed_workers: dict[str, str] = field(default_factory=dict)
     submitted: list[Request] = field(default_factory=list)

@@ -57,6 +57,17 @@ def test_a_worker_that_has_failed_is_named_while_others_go_on(client):
     assert client.complete().status == 200
 
 
+def test_a_frontend_that_lacks_a_side_is_not_ready_but_takes_requests(client):
+    client.engine.lacking = "cover prompts"
+    assert state(client) == (200, 503, 200)
+    assert client.get("/ready").json == {
+        "status": "waiting",
+        "reason": "no worker can cover prompts",
+    }
+    client.engine.lacking = ""
+    assert client.get("/ready").json == {"status": "ok"}
+
+
 def test_a_dead_engine_fails_its_requests_and_the_health_check(client):
     client.engine.gate.clear()
     with client.raw_request("/v1/completions", {"model": "planner", "prompt": "x"}) as sock:

@@ -18,6 +18,7 @@ from pshare_jax.core.plans import (
     DecodePlan,
     DecodeResult,
     Landed,
+    Offer,
     PrefillPlan,
     PrefillResult,
     Step,
@@ -111,6 +112,10 @@ class CostDecode(_Costed):
     def num_dispatched(self) -> int:
         """Steps that were begun and not finished."""
         return len(self._dispatched)
+
+    def offer(self, offers: Sequence[Offer]) -> PrefillResult:
+        """Nobody borrows pages here: routers of one process name no lender."""
+        raise NotImplementedError("no offers of decode workers in virtual time")
 
     def begin(self, plan: DecodePlan) -> list[Landed]:
         """Begins a plan, for whose end `finish` waits."""

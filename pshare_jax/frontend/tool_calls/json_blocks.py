@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from pshare_jax.frontend.tool_calls.json_reader import JsonCallReader
-from pshare_jax.frontend.tool_calls.parser import ToolParser, begun, random_alphanumeric
+from pshare_jax.frontend.tool_calls.parser import ToolParser, alphanumeric, begun
 
 _SEPARATORS = " \t\r\n,;[]"
 
@@ -173,9 +173,9 @@ class Mistral(JsonBlocks):
     _NAME_ENDS = "[{"
 
     @classmethod
-    def new_call_id(cls) -> str:
+    def call_id(cls, name: str) -> str:
         """Nine letters and digits."""
-        return random_alphanumeric(9)
+        return alphanumeric(name, 9)
 
     def _between(self) -> bool:
         if self._buffer.startswith(self.opening):

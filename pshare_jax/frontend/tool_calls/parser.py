@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import hashlib
 import string
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
@@ -53,9 +53,12 @@ class ToolParser(ABC):
         return self.push("")
 
     @classmethod
-    def new_call_id(cls) -> str:
-        """An id for a call, as clients and chat templates of the family expect it."""
-        return f"call_{secrets.token_hex(12)}"
+    def call_id(cls, name: str) -> str:
+        """The id of a call, as clients and chat templates of the family expect it.
+
+        `name` says which call it is, of which answer: nobody else's is the same.
+        """
+        return f"call_{hashlib.blake2b(name.encode(), digest_size=12).hexdigest()}"
 
     @abstractmethod
     def _step(self) -> bool:
@@ -110,6 +113,12 @@ def begun(text: str, tag: str) -> int:
     return 0
 
 
-def random_alphanumeric(length: int) -> str:
-    """A random text of letters and digits."""
-    return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(length))
+def alphanumeric(name: str, length: int) -> str:
+    """Letters and digits that a name gives, and that look random; at most 24 of them."""
+    letters = string.ascii_letters + string.digits
+    number = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=24).digest())
+    found = ""
+    for _ in range(length):
+        number, rest = divmod(number, len(letters))
+        found += letters[rest]
+    return found
