@@ -156,9 +156,10 @@ class EngineStats:
     was asked of the KV store, and `tiers` are its tiers by name. `transfers` that have arrived from
     other processes are by worker and by the way that they took; their `transfer_bytes` by worker,
     way, codec, and "raw", as they are in a pool, or "wire", as they came; `miscoded` are those that
-    came coded and were not what they should be, by worker and reason. `borrowed_tokens`, by prefill worker, are prompt tokens
-    whose KV came from another worker that had it. Where meshes may do either, `moved_rows` are, by decode worker, sequences that left it with their KV, and `working` says of
-    every worker whether its mesh is its own at present; elsewhere both are empty.
+    came coded and were not what they should be, by worker and reason. `borrowed_tokens`, by prefill
+    worker, are prompt tokens whose KV came from another worker that had it. Where meshes may do
+    either, `moved_rows` are, by decode worker, sequences that left it with their KV, and `working`
+    says of every worker whether its mesh is its own at present; elsewhere both are empty.
     """
 
     prefill_tokens: Mapping[tuple[str, TokenSource], int] = field(default_factory=dict)
