@@ -110,9 +110,9 @@ def test_the_twins_have_the_same_pages(
         for a, b in zip(here, twin.pages, strict=True):
             np.testing.assert_array_equal(a, b)
     programs = {name: {run.program for run in twin.heard} for name, twin in twins.items()}
-    assert programs["prefill0"] == {"chunk", "copy", "gather", "checksum", "stage"}
+    assert programs["prefill0"] == {"chunk", "copy", "gather", "checksum", "stage", "scatter"}
     assert programs["decode0"] == {
-        *("admit", "replay", "decode", "choose", "stage", "checksum", "scatter"),
+        *("admit", "replay", "decode", "choose", "stage", "checksum", "scatter", "gather"),
     }
 
 
