@@ -198,7 +198,7 @@ class PageReader:
             record = buffer[:size]
             stream.fill(record.data)
             started = time.perf_counter()
-            if xxhash.xxh3_64_intdigest(record) != said:
+            if xxhash.xxh3_64_intdigest(record.data) != said:
                 raise CodingError("record", f"{where}, page {number}: its digest is another one")
             try:
                 # One that does not shrink comes as it is.

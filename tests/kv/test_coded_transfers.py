@@ -94,6 +94,7 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
     async def claim(request: web.Request) -> web.StreamResponse:
         answer = await worker_app.claim_pages(request, server.direct)
+        assert isinstance(answer.body, bytes)
         said = msgspec.json.decode(answer.body, type=Claimed)
         return web.Response(body=msgspec.json.encode(server.claimed(said)))
 
@@ -594,6 +595,7 @@ def test_devices_code_the_same_rows(
     """Compiled beforehand, whatever the codebook will be."""
     staging = programs[0].staging
     host, device = Records(SHAPE, staging), Records(SHAPE, staging, "planes")
+    programs_of_device: Any = (device._encode, device._decode)
     device.warm_up(sends=True, receives=True)
     coder = PageCoder("planes", SHAPE, "bfloat16")
     coder.learn(realistic(0, 8), 8)
@@ -601,7 +603,7 @@ def test_devices_code_the_same_rows(
     book = coder.codec.book
     assert book is not None
     piece = jax.device_put(realistic(3, 4).view(jnp.bfloat16), staging)
-    compiled = device._encode._cache_size(), device._decode._cache_size()
+    compiled = [program._cache_size() for program in programs_of_device]
     for records in (host, device):
         found = records.encode(coder.codec, piece, 3)
         assert found is not None
@@ -610,7 +612,7 @@ def test_devices_code_the_same_rows(
         for other in (host, device):
             back = np.asarray(other.decode(book, rows, lengths)).view(np.uint16)
             np.testing.assert_array_equal(back[:, :3], np.asarray(piece).view(np.uint16)[:, :3])
-    assert (device._encode._cache_size(), device._decode._cache_size()) == compiled
+    assert [program._cache_size() for program in programs_of_device] == compiled
     wild = np.full((SHAPE[0], 4, *SHAPE[1:]), 0x7FC0, np.uint16).view(jnp.bfloat16)
     for records in (host, device):
         assert records.encode(coder.codec, jax.device_put(wild, staging), 4) is None, "no room"
