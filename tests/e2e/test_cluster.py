@@ -34,6 +34,9 @@ MODELS = ("planner", "coder", "critic")
 CHAOS = int(os.environ.get("CHAOS_REQUESTS", "24"))
 """Requests of the random attack; `make chaos` has a thousand."""
 
+TOKENS = 24 if CHAOS <= 100 else 64
+"""Of an answer; more of them die in the middle if they are long."""
+
 REPORT = os.environ.get("CHAOS_REPORT", "")
 """File that the figures of the random attack are written to."""
 
@@ -67,7 +70,7 @@ class Stream:
     ids: list[str] = field(default_factory=list)
 
 
-def body_of(number: int, max_tokens: int = 24) -> dict[str, Any]:
+def body_of(number: int, max_tokens: int = TOKENS) -> dict[str, Any]:
     seeded = number % 2
     return {
         "model": MODELS[number % 3],
