@@ -110,7 +110,7 @@ def gather(
     leader.gather()
 
     def start(on_lost: Callable[[str], None], on_drain: Callable[[], None]) -> GangLeader:
-        coordinator = free_coordinator(socket.getaddrinfo(host, None)[0][4][0])
+        coordinator = free_coordinator(str(socket.getaddrinfo(host, None)[0][4][0]))
         leader.start(coordinator, on_lost, on_drain)
         join_worlds(coordinator, 0, place.size)
         return leader

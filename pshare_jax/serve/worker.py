@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import functools
 import gc
 import logging
 import math
@@ -251,7 +250,10 @@ async def _lead(
         gang.end(0)
     stopped.cancel()
     start = await gathering
-    drain = functools.partial(loop.call_soon_threadsafe, stop.received.set)
+
+    def drain() -> None:
+        loop.call_soon_threadsafe(stop.received.set)
+
     return await asyncio.to_thread(start, lost, drain)
 
 

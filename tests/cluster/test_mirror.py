@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ import pytest
 from pshare_jax.core.requests import FinishReason
 from pshare_jax.engine.hosted import HostedWorkers
 from pshare_jax.runtime.mirror import OutOfStepError, Replay, Run
-from tests.cluster.harness import Cluster, running_cluster
+from tests.cluster.harness import Cluster, Host, running_cluster
 from tests.engine.harness import Models, lora_module
 from tests.helpers import tiny_config
 
@@ -34,8 +35,9 @@ class Twin:
     """A worker's other process, here in the same one, which hears by way of bytes."""
 
     def __init__(self, first: HostedWorkers, models: Models):
-        role = "decode" if first.decode else "prefill"
-        name = first.workers[0].name
+        sides = (["prefill"] if first.prefill else []) + (["decode"] if first.decode else [])
+        role: Any = "both" if len(sides) == 2 else sides[0]
+        name = first.workers[0].name.rpartition(".")[2]
         self.hosted = HostedWorkers(first.config, role, name, models.base_source, models.sources)
         self.replay: Replay = self.hosted.replay()
         self.heard: list[Run] = []
@@ -58,11 +60,9 @@ def twins() -> dict[str, Twin]:
     return {}
 
 
-@pytest.fixture(scope="module")
-def cluster(
-    models: Models, twins: dict[str, Twin], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Cluster]:
-    """One prefill and one decode worker, each with a twin that hears all that it runs."""
+@contextmanager
+def twinned(models: Models, twins: dict[str, Twin]) -> Iterator[None]:
+    """Workers that are started meanwhile have a twin each, which hears all that they run."""
     plain = HostedWorkers.start
 
     def start(self: HostedWorkers, *arguments: Any) -> None:
@@ -71,18 +71,28 @@ def cluster(
         plain(self, *arguments)
 
     HostedWorkers.start = start  # type: ignore[method-assign]
-    folder = tmp_path_factory.mktemp("cluster")
     try:
-        with running_cluster(models, folder, prefill=1, decode=1) as cluster:
-            yield cluster
+        yield
     finally:
         HostedWorkers.start = plain  # type: ignore[method-assign]
         for twin in twins.values():
             twin.hosted.stop()
 
 
-def pages_of(cluster: Cluster, name: str) -> list[np.ndarray]:
-    host = cluster.hosts[name]
+@pytest.fixture(scope="module")
+def cluster(
+    models: Models, twins: dict[str, Twin], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Cluster]:
+    """One prefill and one decode worker."""
+    folder = tmp_path_factory.mktemp("cluster")
+    with (
+        twinned(models, twins),
+        running_cluster(models, folder, prefill=1, decode=1) as cluster,
+    ):
+        yield cluster
+
+
+def pages_of(host: Host) -> list[np.ndarray]:
     pool = host.hosted.workers[0].executor.pool
     return host.call(lambda: pool.read(lambda arrays: [np.asarray(array) for array in arrays]))
 
@@ -105,7 +115,7 @@ def test_the_twins_have_the_same_pages(
     assert replies[1].tokens == models.expected("lora", prompt[:33], TOKENS)
     cluster.check_idle()
     for name, twin in twins.items():
-        here = pages_of(cluster, name)
+        here = pages_of(cluster.hosts[name])
         assert any(array[1:].any() for array in here)
         for a, b in zip(here, twin.pages, strict=True):
             np.testing.assert_array_equal(a, b)
@@ -143,3 +153,23 @@ def test_a_call_that_is_not_the_next_one_is_refused(
     # Those two have the same number again.
     twin.replay._calls = last.number
     assert jax.tree.leaves(twin.pages)
+
+
+def test_a_worker_that_does_both(models: Models, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Over one pool, in which ends of prompts are copied."""
+    twins: dict[str, Twin] = {}
+    folder = tmp_path_factory.mktemp("both")
+    with (
+        twinned(models, twins),
+        running_cluster(models, folder, prefill=0, decode=0, frontends=0) as cluster,
+    ):
+        host = cluster.host("both", "engine0")
+        client = cluster.frontend()
+        prompt = list(range(60, 97))
+        for name in ("full", "lora"):
+            assert client.generate(name, prompt, 6).tokens == models.expected(name, prompt, 6)
+        cluster.check_idle()
+        (twin,) = twins.values()
+        for a, b in zip(pages_of(host), twin.pages, strict=True):
+            np.testing.assert_array_equal(a, b)
+        assert {"chunk", "copy", "decode"} <= {run.program for run in twin.heard}
