@@ -153,6 +153,7 @@ def _card(service: Service, model: ModelInfo, alias: str | None = None) -> Model
         tail=model.tail,
         max_model_len=service.limits.max_model_len,
         chat_template=template_name(service.tokenizer_of(model.name)),
+        weights=service.engine.config.weights,
     )
 
 

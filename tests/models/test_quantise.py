@@ -12,12 +12,12 @@ from pshare_jax.models.attention import CausalAttention
 from pshare_jax.models.decoder import bind, init_weights
 from pshare_jax.models.lora import LoraModule, merge
 from pshare_jax.models.packed import unsupported
-from pshare_jax.models.quantise import in_int8, int8_name, quantise
+from pshare_jax.models.quantise import in_format, kv_name, quantise
 from pshare_jax.models.weights import Weights, check_weights, lora_specs, weight_specs
 from tests.helpers import tiny_config
 
 PLAIN = tiny_config(architecture="qwen2", tie_word_embeddings=False)
-CONFIG = in_int8(PLAIN)
+CONFIG = in_format(PLAIN, "int8")
 WEIGHTS = init_weights(PLAIN, seed=0)
 
 
@@ -89,7 +89,7 @@ def test_the_shards_of_a_mesh_are_those_of_one_device():
 
 def test_experts_are_refused_by_name():
     with pytest.raises(ConfigError, match="int8 is not supported for a mixtral with experts"):
-        in_int8(tiny_config(architecture="mixtral"))
+        in_format(tiny_config(architecture="mixtral"), "int8")
 
 
 def test_nothing_is_merged_into_whole_numbers():
@@ -99,6 +99,7 @@ def test_nothing_is_merged_into_whole_numbers():
 
 
 def test_they_have_a_name_of_their_own_and_no_layers_in_cpp():
-    assert int8_name("abc") == "abc/int8"
-    assert unsupported(CONFIG) == "weights of 8 bits"
+    names = [kv_name("abc", form) for form in ("plain", "int8", "int8-dynamic")]
+    assert names == ["abc", "abc/int8", "abc/int8-dynamic"]
+    assert unsupported(CONFIG) == "weights of 8 bits with activations that are not"
     assert CONFIG.with_weights("plain") == PLAIN

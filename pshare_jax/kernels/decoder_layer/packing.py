@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +31,10 @@ class PackedLayers:
     Args:
         vectors: `[layers, m]` float32: scales of the two norms, then qkv's bias padded like its
             columns, then the scales of the norms of q and k, then those of the norms after both
-            blocks, where the architecture has them.
-        matrices: `[layers, n]` float32 or bfloat16: packed qkv, o, gate and up with alternating
-            panels, and down.
+            blocks, where the architecture has them. Last, of matrices of 8 bits, the scales of
+            their columns, laid out as these.
+        matrices: `[layers, n]` float32, bfloat16, or uint8 for whole numbers plus 128: packed
+            qkv, o, gate and up with alternating panels, and down.
         bias: whether there is a bias.
         qk_norm: whether q and k are normalised.
         post_norms: whether blocks' outputs are.
@@ -80,18 +80,15 @@ def unpack_columns(packed: jax.Array, inputs: int, columns: int, index: jax.Arra
         index: int32, any shape; what is out of range gives some column.
 
     Returns:
-        `[*index.shape, K]`.
+        `[*index.shape, K]`; of a matrix of 8 bits whole numbers, as int32.
     """
-    unit = _unit(packed.dtype)
+    unit = 4 // packed.dtype.itemsize
     panels = packed.reshape(-1, -(-inputs // unit), columns, unit)
     found = panels.at[index // columns, :, index % columns].get(mode="clip")
-    return found.reshape(*index.shape, -1)[..., :inputs]
+    found = found.reshape(*index.shape, -1)[..., :inputs]
+    return found.astype(jnp.int32) - 128 if packed.dtype == jnp.uint8 else found
 
 
 def pad_columns(rows: Sequence[np.ndarray], columns: int) -> np.ndarray:
     """Vectors `[N_i]` one after the other, laid out like the columns of `pack_into`."""
     return np.concatenate([np.pad(row, (0, -row.shape[0] % columns)) for row in rows])
-
-
-def _unit(dtype: Any) -> int:
-    return 2 if dtype == jnp.bfloat16 else 1

@@ -2,7 +2,7 @@
 //
 // Only valid tokens are computed: they are gathered into consecutive rows, so that a batch or chunk
 // that is not full costs no more than what is in it. The residual stream is float32; what enters a
-// matrix product from the left is rounded to Left<E>.
+// matrix product from the left is rounded to Left<E>, or to 8 bits where weights W are (int8.h).
 #pragma once
 
 #include <initializer_list>
@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "int8.h"
 #include "norm.h"
 
 namespace pshare {
@@ -22,7 +23,7 @@ struct Adapter {
   const E *a = nullptr, *b = nullptr;  // packed [inputs, num * rank] and [num * rank, outputs]
 };
 
-template <class E>
+template <class E, class W = E>
 struct Layer {
   long embed, mlp, rotated;  // rotated: components of a head, its first; the others stay
   Geometry geometry;
@@ -33,7 +34,7 @@ struct Layer {
   const float *attn_norm, *mlp_norm;
   const float *bias, *q_norm, *k_norm;  // null where there is none; bias as long as qkv's panels
   const float *attn_post_norm, *mlp_post_norm;  // of a block's output; null where there is none
-  const E *qkv, *o, *gate_up, *down;
+  Matrix<W> qkv, o, gate_up, down;
   long num_adapters = 0, rank = 0;
   const int32_t* adapter_index = nullptr;  // [batch], -1 for none
   Adapter<E> adapters[kTargets];
@@ -41,11 +42,11 @@ struct Layer {
 
 // Where a layer's weights begin in the vectors and matrices of all layers, see
 // decoder_layer/packing.py. Returns what is wrong, or nothing.
-template <class E>
-std::string locate(Layer<E>& l, const float* vectors, long num_vectors, const E* matrices,
+template <class E, class W>
+std::string locate(Layer<E, W>& l, const float* vectors, long num_vectors, const W* matrices,
                    long num_matrices, bool bias, bool qk_norm, bool post_norms) {
   const float* vectors_end = vectors + num_vectors;
-  const E* matrices_end = matrices + num_matrices;
+  const W* matrices_end = matrices + num_matrices;
   const Geometry& g = l.geometry;
   long heads = g.heads() * g.head_dim, kv = g.kv_heads * g.head_dim;
   long qkv = panels(heads) + 2 * panels(kv);
@@ -61,17 +62,21 @@ std::string locate(Layer<E>& l, const float* vectors, long num_vectors, const E*
   l.k_norm = qk_norm ? take(vectors, g.head_dim) : nullptr;
   l.attn_post_norm = post_norms ? take(vectors, l.embed) : nullptr;
   l.mlp_post_norm = post_norms ? take(vectors, l.embed) : nullptr;
-  l.qkv = take(matrices, qkv * panel_size<E>(l.embed));
-  l.o = take(matrices, panels(l.embed) * panel_size<E>(heads));
-  l.gate_up = take(matrices, 2 * panels(l.mlp) * panel_size<E>(l.embed));
-  l.down = take(matrices, panels(l.embed) * panel_size<E>(l.mlp));
+  auto matrix = [&](long columns, long inputs) {
+    const float* scales = std::is_same_v<W, Int8> ? take(vectors, columns * kPanel) : nullptr;
+    return Matrix<W>{take(matrices, columns * panel_size<W>(inputs)), scales};
+  };
+  l.qkv = matrix(qkv, l.embed);
+  l.o = matrix(panels(l.embed), heads);
+  l.gate_up = matrix(2 * panels(l.mlp), l.embed);
+  l.down = matrix(panels(l.embed), l.mlp);
   bool fits = vectors == vectors_end && matrices == matrices_end;
   return fits ? "" : "the packed weights are of another model";
 }
 
 // The same for the factors of the targets in the bit set `targets`.
-template <class E>
-std::string locate_adapters(Layer<E>& l, const E* factors, long count, long batch, long targets) {
+template <class E, class W>
+std::string locate_adapters(Layer<E, W>& l, const E* factors, long count, long batch, long targets) {
   const E* end = factors + count;
   const Geometry& g = l.geometry;
   long heads = g.heads() * g.head_dim, kv = g.kv_heads * g.head_dim;
@@ -92,11 +97,11 @@ std::string locate_adapters(Layer<E>& l, const E* factors, long count, long batc
   return "";
 }
 
-template <class E>
+template <class E, class W = E>
 class LayerCall {
  public:
   // x [batch * tokens, embed] is updated in place; cos and sin are [batch * tokens, rotated / 2].
-  LayerCall(const Layer<E>& layer, const Rows& rows, long tokens, float* x, const float* cos,
+  LayerCall(const Layer<E, W>& layer, const Rows& rows, long tokens, float* x, const float* cos,
             const float* sin, E* pages)
       : l_(layer), rows_(rows), g_(layer.geometry), x_(x), cos_(cos), sin_(sin), pages_(pages) {
     for (long b = 0; b < rows.batch; b++) {
@@ -117,6 +122,8 @@ class LayerCall {
     if (count_ == 0) return;
     static thread_local Buffer<Left<E>> normed, q, attended, hidden, low;
     static thread_local Buffer<float> qkv, update;
+    static thread_local RoundedBuffer rounded;
+    rounded_memory_ = &rounded;
     normed_ = normed.get(count_ * embed_stride());
     qkv_ = qkv.get(count_ * qkv_panels_ * kPanel);
     q_ = q.get(count_ * g_.heads() * g_.head_dim);
@@ -133,6 +140,8 @@ class LayerCall {
   }
 
  private:
+  static constexpr bool kRounds = std::is_same_v<W, Int8>;
+
   long embed_stride() const { return round_up(l_.embed, 2); }
   // Of a row; -1 for none.
   long adapter(long r) const { return l_.num_adapters > 0 ? l_.adapter_index[row_[r]] : -1; }
@@ -143,29 +152,29 @@ class LayerCall {
     if (l_.kv_only) lower(team, {kK, kV}, normed_, l_.embed);
     else lower(team, {kQ, kK, kV}, normed_, l_.embed);
     long columns = qkv_panels_ * kPanel;
-    multiply<E>(team, count_, normed_, embed_stride(), l_.qkv, l_.embed,
-                l_.kv_only ? k_panel_ : 0, qkv_panels_, 1,
-                [&](long r, long n, long panel, float* tile) {
-                  Target target = panel < k_panel_ ? kQ : panel < v_panel_ ? kK : kV;
-                  long base = target == kQ ? 0 : target == kK ? k_panel_ : v_panel_;
-                  adapt(target, r, n, panel - base, tile, kPanel);
-                  for (long i = 0; i < n; i++) {
-                    float* to = qkv_ + (r + i) * columns + panel * kPanel;
-                    std::memcpy(to, tile + i * kPanel, kPanel * sizeof(float));
-                    if (l_.bias == nullptr) continue;
-                    for (long j = 0; j < kPanel; j++) to[j] += l_.bias[panel * kPanel + j];
-                  }
-                });
+    times(team, normed_, embed_stride(), l_.qkv, l_.embed, l_.kv_only ? k_panel_ : 0,
+          qkv_panels_, 1, [&](long r, long n, long panel, float* tile) {
+            Target target = panel < k_panel_ ? kQ : panel < v_panel_ ? kK : kV;
+            long base = target == kQ ? 0 : target == kK ? k_panel_ : v_panel_;
+            adapt(target, r, n, panel - base, tile, kPanel);
+            for (long i = 0; i < n; i++) {
+              float* to = qkv_ + (r + i) * columns + panel * kPanel;
+              std::memcpy(to, tile + i * kPanel, kPanel * sizeof(float));
+              if (l_.bias == nullptr) continue;
+              for (long j = 0; j < kPanel; j++) to[j] += l_.bias[panel * kPanel + j];
+            }
+          });
     team.loop(count_, [&](long r) { rotate_and_store(r); });
     if (l_.kv_only) return;
     attention.run(team);
     long width = g_.heads() * g_.head_dim;
     lower(team, {kO}, attended_, width);
-    multiply<E>(team, count_, attended_, width, l_.o, width, 0, panels(l_.embed), 1,
-                [&](long r, long n, long panel, float* tile) {
-                  adapt(kO, r, n, panel, tile, kPanel);
-                  add(r, n, panel, tile, l_.attn_post_norm);
-                });
+    round(team, attended_, width, width);
+    times(team, attended_, width, l_.o, width, 0, panels(l_.embed), 1,
+          [&](long r, long n, long panel, float* tile) {
+            adapt(kO, r, n, panel, tile, kPanel);
+            add(r, n, panel, tile, l_.attn_post_norm);
+          });
     add_normed(team, l_.attn_post_norm);
   }
 
@@ -174,35 +183,66 @@ class LayerCall {
     lower(team, {kGate, kUp}, normed_, l_.embed);
     long stride = round_up(l_.mlp, 2);
     // Panels of gate and up alternate.
-    multiply<E>(team, count_, normed_, embed_stride(), l_.gate_up, l_.embed, 0,
-                2 * panels(l_.mlp), 2, [&](long r, long n, long panel, float* tile) {
-                  adapt(kGate, r, n, panel / 2, tile, 2 * kPanel);
-                  adapt(kUp, r, n, panel / 2, tile + kPanel, 2 * kPanel);
-                  long column = panel / 2 * kPanel;
-                  long width = std::min<long>(kPanel, stride - column);
-                  for (long i = 0; i < n; i++) {
-                    float* gate = tile + i * 2 * kPanel;
-                    for (int v = 0; v < kVectors; v++) {
-                      VF g = load<VF>(gate + v * kWidth);
-                      VF up = load<VF>(gate + kPanel + v * kWidth);
-                      store(gate + v * kWidth, g / (1.0f + exp(-exponent(g))) * up);
-                    }
-                    convert(gate, hidden_ + (r + i) * stride + column, width);
-                  }
-                });
+    times(team, normed_, embed_stride(), l_.gate_up, l_.embed, 0, 2 * panels(l_.mlp), 2,
+          [&](long r, long n, long panel, float* tile) {
+            adapt(kGate, r, n, panel / 2, tile, 2 * kPanel);
+            adapt(kUp, r, n, panel / 2, tile + kPanel, 2 * kPanel);
+            long column = panel / 2 * kPanel;
+            long width = std::min<long>(kPanel, stride - column);
+            for (long i = 0; i < n; i++) {
+              float* gate = tile + i * 2 * kPanel;
+              for (int v = 0; v < kVectors; v++) {
+                VF g = load<VF>(gate + v * kWidth);
+                VF up = load<VF>(gate + kPanel + v * kWidth);
+                store(gate + v * kWidth, g / (1.0f + exp(-exponent(g))) * up);
+              }
+              convert(gate, hidden_ + (r + i) * stride + column, width);
+            }
+          });
     lower(team, {kDown}, hidden_, l_.mlp);
-    multiply<E>(team, count_, hidden_, stride, l_.down, l_.mlp, 0, panels(l_.embed), 1,
-                [&](long r, long n, long panel, float* tile) {
-                  adapt(kDown, r, n, panel, tile, kPanel);
-                  add(r, n, panel, tile, l_.mlp_post_norm);
-                });
+    round(team, hidden_, stride, l_.mlp);
+    times(team, hidden_, stride, l_.down, l_.mlp, 0, panels(l_.embed), 1,
+          [&](long r, long n, long panel, float* tile) {
+            adapt(kDown, r, n, panel, tile, kPanel);
+            add(r, n, panel, tile, l_.mlp_post_norm);
+          });
     add_normed(team, l_.mlp_post_norm);
   }
 
-  void norm(Team& team, const float* scale) {
+  // Calls `done(row, rows, panel, tile)` with tiles of x [count_, k] times some panels of a matrix.
+  template <class Done>
+  void times(Team& team, const Left<E>* x, long stride, const Matrix<W>& m, long k, long first,
+             long last, int group, Done done) {
+    if constexpr (kRounds) multiply(team, count_, rounded_, m, first, last, group, done);
+    else multiply<E>(team, count_, x, stride, m.panels, k, first, last, group, done);
+  }
+
+  // Rounds x [count_, k] for the next product, where weights need that.
+  void round(Team& team, const Left<E>* x, long stride, long k) {
+    if constexpr (!kRounds) return;
+    rounded_ = rounded_memory_->get(count_, k);
     team.loop(count_, [&](long r) {
-      norm_row(row(r), scale, l_.embed, l_.eps, normed_ + r * embed_stride());
-      if (l_.embed % 2) normed_[(r + 1) * embed_stride() - 1] = Left<E>{};
+      static thread_local Buffer<float> wide;
+      convert(x + r * stride, wide.get(k), k);
+      round_row(wide.get(k), rounded_, r);
+    });
+  }
+
+  void norm(Team& team, const float* scale) {
+    if constexpr (kRounds) rounded_ = rounded_memory_->get(count_, l_.embed);
+    team.loop(count_, [&](long r) {
+      Left<E>* to = normed_ + r * embed_stride();
+      if constexpr (kRounds) {
+        static thread_local Buffer<float> memory;
+        float* wide = memory.get(l_.embed);
+        normalise(row(r), scale, l_.embed, l_.eps, wide);
+        round_row(wide, rounded_, r);
+        if (used_.empty()) return;
+        convert(wide, to, l_.embed);
+      } else {
+        norm_row(row(r), scale, l_.embed, l_.eps, to);
+      }
+      if (l_.embed % 2) to[embed_stride() - 1] = Left<E>{};
     });
   }
 
@@ -321,7 +361,7 @@ class LayerCall {
     }
   }
 
-  const Layer<E>& l_;
+  const Layer<E, W>& l_;
   const Rows& rows_;
   const Geometry& g_;
   float* x_;
@@ -333,6 +373,8 @@ class LayerCall {
   Left<E> *normed_ = nullptr, *q_ = nullptr, *attended_ = nullptr, *hidden_ = nullptr,
           *low_ = nullptr;
   float *qkv_ = nullptr, *update_ = nullptr;
+  RoundedBuffer* rounded_memory_ = nullptr;
+  RoundedRows rounded_;  // what the next product reads, where it reads rounded rows
 };
 
 }  // namespace pshare
