@@ -19,6 +19,7 @@ from pshare_jax.launch_config import AutoscaleConfig, RayConfig
 Sharing = Literal["shared", "isolated"]
 DType = Literal["auto", "float32", "bfloat16"]
 WeightFormat = Literal["plain", "int8", "int8-dynamic"]
+KvDtype = Literal["auto", "fp8"]
 SharedPrefix = Literal["auto", "on", "off"]
 ConnectorName = Literal["auto", "device_put", "same-mesh"]
 KvCodec = Literal["auto", "planes", "top16", "raw"]
@@ -334,6 +335,8 @@ class ServeConfig:
             half of the memory of bfloat16. `int8-dynamic`, for CPUs, has embeddings in 8 bits too,
             and rounds what products read: half of the time of decoding besides. Each has KV of its
             own.
+        kv_dtype: `fp8` keeps KV in 8 bits: half of bfloat16's memory, handoffs and reads. It is
+            another KV than that of `auto`, which is kept in `dtype`.
         max_model_len: most tokens of prompt plus completion.
         page_size: token slots of one KV page.
         max_queue: waiting requests beyond which new ones get 429.
@@ -360,6 +363,7 @@ class ServeConfig:
     models: list[ModelEntry] = field(default_factory=list)
     dtype: DType = "auto"
     weights: WeightFormat = "plain"
+    kv_dtype: KvDtype = "auto"
     max_model_len: int = 2048
     page_size: int = 32
     max_queue: int = 256

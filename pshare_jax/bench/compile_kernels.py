@@ -31,6 +31,7 @@ class KernelCase:
     dtype: str = "bfloat16"
     sliding_window: int | None = None
     soft_cap: float | None = None
+    sinks: bool = False
 
     def __str__(self) -> str:
         parts = [
@@ -41,6 +42,8 @@ class KernelCase:
             parts.append(f"window {self.sliding_window}")
         if self.soft_cap is not None:
             parts.append(f"soft cap {self.soft_cap:g}")
+        if self.sinks:
+            parts.append("sinks")
         return ", ".join(parts)
 
 
@@ -54,6 +57,9 @@ KERNEL_CASES = (
     KernelCase(4, 64, 12, 12, 96, 128, sliding_window=4096),
     KernelCase(8, 1, 16, 2, 256, 256, soft_cap=30.0),
     KernelCase(2, 200, 16, 2, 256, 64),
+    # gpt-oss.
+    KernelCase(32, 1, 64, 8, 64, 32, sliding_window=128, sinks=True),
+    KernelCase(1, 512, 64, 8, 64, 32, sinks=True),
 )
 """Every head size, page sizes from end to end, decode and chunks, both dtypes."""
 
@@ -74,7 +80,12 @@ def kernel_program(accelerator: Accelerator, case: KernelCase) -> Program:
     width = layout.pages_for(2048)
 
     def write_and_attend(
-        pages: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows
+        pages: jax.Array,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        rows: Rows,
+        sinks: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
         pages = kv_write(pages, k, v, *rows, mesh=mesh, backend=accelerator.backend)
         out = paged_attention(
@@ -83,6 +94,7 @@ def kernel_program(accelerator: Accelerator, case: KernelCase) -> Program:
             *rows,
             sliding_window=case.sliding_window,
             soft_cap=case.soft_cap,
+            sinks=sinks,
             mesh=mesh,
             backend=accelerator.backend,
         )
@@ -95,10 +107,11 @@ def kernel_program(accelerator: Accelerator, case: KernelCase) -> Program:
         return abstract(shape, jnp.int32, everywhere)
 
     kv = tokens(case.kv_heads)
+    sinks = abstract((case.heads,), jnp.float32, everywhere) if case.sinks else None
     rows = Rows(ints(case.batch, width), ints(case.batch), ints(case.batch))
     return Program(
         str(case),
         jax.jit(write_and_attend, donate_argnums=0, out_shardings=(placement, everywhere)),
-        (pages, tokens(case.heads), kv, kv, rows),
+        (pages, tokens(case.heads), kv, kv, rows, sinks),
         pool_bytes=bytes_per_device(pages),
     )

@@ -2,8 +2,34 @@
 
 from __future__ import annotations
 
-from pshare_jax.models.config import ModelConfig
-from pshare_jax.models.rope import Llama3RopeScaling
+from pshare_jax.models.config import Experts, LayerSpec, ModelConfig
+from pshare_jax.models.rope import (
+    Llama3RopeScaling,
+    Rope,
+    YarnRopeScaling,
+    yarn_attention_factor,
+)
+
+
+def _gpt_oss(num_layers: int, num_experts: int) -> ModelConfig:
+    rope = Rope(150000.0, YarnRopeScaling(32.0, 4096, yarn_attention_factor(32.0), truncate=False))
+    experts = Experts(num_experts, 4, 2880, biases=True, limit=7.0)
+    return ModelConfig(
+        architecture="gpt_oss",
+        vocab_size=201088,
+        hidden_size=2880,
+        intermediate_size=2880,
+        num_layers=num_layers,
+        num_heads=64,
+        num_kv_heads=8,
+        head_dim=64,
+        max_position_embeddings=131072,
+        qkv_bias=True,
+        o_bias=True,
+        attention_sinks=True,
+        layers=tuple(LayerSpec(None if i % 2 else 128, rope, experts) for i in range(num_layers)),
+    )
+
 
 MODELS = {
     "Llama-3.1-8B": ModelConfig(
@@ -47,4 +73,5 @@ MODELS = {
         max_position_embeddings=40960,
         qk_norm=True,
     ),
+    "gpt-oss-20b": _gpt_oss(24, 32),
 }

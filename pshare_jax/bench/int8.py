@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from pshare_jax.bench.distributions import divergence, perplexity
 from pshare_jax.bench.machine import describe
 from pshare_jax.convert.manifest import TOKENIZER_FOLDER
 from pshare_jax.convert.orbax import open_weights
@@ -64,7 +65,7 @@ def run(options: Int8Options) -> dict[str, Any]:
         "options": asdict(options),
         "machine": describe(),
         "positions": len(logits),
-        "plain": {"bytes": _bytes(config), "perplexity": _perplexity(logits, encoded)},
+        "plain": {"bytes": _bytes(config), "perplexity": perplexity(logits, encoded)},
         **{form: _compared(model, plain, encoded, logits) for form, model in forms.items()},
     }
 
@@ -101,8 +102,8 @@ def _compared(
     logits = Head(config, tensors).logits(hidden)
     return {
         "bytes": _bytes(config),
-        "perplexity": _perplexity(logits, encoded),
-        "mean_kl": float(np.mean(_divergence(expected, logits))),
+        "perplexity": perplexity(logits, encoded),
+        "mean_kl": float(np.mean(divergence(expected, logits))),
         "same_best": float(np.mean(expected.argmax(-1) == logits.argmax(-1))),
     }
 
@@ -134,24 +135,3 @@ def _quantised(config: ModelConfig, plain: Mapping[str, LazyTensor]) -> dict[str
         for part in (name, name + SCALE)
         if part in specs
     }
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    wide = logits.astype(np.float64)
-    wide -= wide.max(-1, keepdims=True)
-    return wide - np.log(np.exp(wide).sum(-1, keepdims=True))
-
-
-def _divergence(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    x, y = _log_softmax(a), _log_softmax(b)
-    return (np.exp(x) * (x - y)).sum(-1)
-
-
-def _perplexity(logits: np.ndarray, encoded: Sequence[Sequence[int]]) -> float:
-    losses: list[np.ndarray] = []
-    start = 0
-    for tokens in encoded:
-        scores = _log_softmax(logits[start : start + len(tokens) - 1])
-        losses.append(-scores[np.arange(len(scores)), tokens[1:]])
-        start += len(tokens)
-    return float(np.exp(np.mean(np.concatenate(losses))))

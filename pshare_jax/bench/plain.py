@@ -11,6 +11,7 @@ from pshare_jax.bench import (
     autoscale,
     codec,
     failover,
+    fp8_kv,
     int8,
     loading,
     masks,
@@ -128,6 +129,12 @@ PLAIN: dict[str, PlainCommand] = {
         int8.Int8Options,
         int8.run,
         int8.lines,
+    ),
+    "fp8-kv": PlainCommand(
+        "KV of 8 bits: bytes, and how far the next-token distributions move.",
+        fp8_kv.Fp8KvOptions,
+        fp8_kv.run,
+        fp8_kv.lines,
     ),
     "starve": PlainCommand(
         "How long a small request takes while others flood the server.",

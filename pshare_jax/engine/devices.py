@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from pshare_jax.config import ServeConfig
 from pshare_jax.errors import ConfigError
 from pshare_jax.kernels.backends import CPU_FFI, backend_for
+from pshare_jax.kernels.kv_dtype import FP8
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.packed import unsupported
 from pshare_jax.runtime_files import compilation_cache_folder
@@ -89,8 +90,23 @@ def num_devices(config: ServeConfig) -> int:
     return sum(side.engines * side.tensor_parallel for side in sides)
 
 
+def page_dtype(config: ServeConfig, model: ModelConfig | None = None) -> jnp.dtype:
+    """The dtype of KV pages: 8 bits, or what is computed in. Arguments as for `compute_dtype`.
+
+    Raises:
+        ConfigError: there are no kernels for pages of 8 bits on this platform.
+    """
+    if config.kv_dtype == "auto":
+        return compute_dtype(config, model)
+    if jax.default_backend() == "tpu":
+        raise ConfigError(
+            f"kv_dtype: the kernels for TPUs do not read {config.kv_dtype}; leave it at auto"
+        )
+    return FP8
+
+
 def compute_dtype(config: ServeConfig, model: ModelConfig | None = None) -> jnp.dtype:
-    """The dtype of weights, activations and KV.
+    """The dtype of weights and activations, and of KV unless `kv_dtype` says another.
 
     Unless configured it is bfloat16, but float32 on CPUs where XLA does the products, which in
     bfloat16 are slow.

@@ -29,7 +29,7 @@ from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.router import WorkerInfo
 from pshare_jax.core.stats import EngineStats
 from pshare_jax.engine.assembly import Assembly
-from pshare_jax.engine.devices import compute_dtype, prepare_jax
+from pshare_jax.engine.devices import compute_dtype, page_dtype, prepare_jax
 from pshare_jax.engine.host_memory import return_freed_memory
 from pshare_jax.engine.hosted_modules import HostedModules
 from pshare_jax.engine.kv_store import EngineStore
@@ -105,7 +105,9 @@ class HostedWorkers:
         self.config = config
         self.thread: WorkerThread | None = None
         self._tokenizer = tokenizer
-        layout = PageLayout.of(base.config, config.page_size, compute_dtype(config, base.config))
+        dtype = compute_dtype(config, base.config)
+        base = dataclasses.replace(base, kv_dtype=config.kv_dtype)
+        layout = PageLayout.of(base.config, config.page_size, page_dtype(config, base.config))
         sizes = check_config(config, base.config, layout)
         check_cluster(config)
         degree = (config.prefill if role == "prefill" else config.decode).tensor_parallel
@@ -117,7 +119,7 @@ class HostedWorkers:
         self._served = served
         self.shape: Shape = cluster_shape(config, base, sources, specs, np.dtype(layout.dtype).name)
         backend = backend_for(config.kernel_backend, jax.default_backend())
-        loader = WeightLoader(base, sources, backend, config.decode, layout.dtype)
+        loader = WeightLoader(base, sources, backend, config.decode, dtype)
         self._grammars: GrammarCompiler | None = None
         if tokenizer is not None and tokenizer.eos_token_ids and role != "prefill":
             self._grammars = GrammarCompiler(tokenizer, _FRONTENDS_JUDGE)
@@ -157,7 +159,7 @@ class HostedWorkers:
         self._layout = layout
         self.modules = HostedModules(
             base,
-            layout.dtype,
+            dtype,
             self._places(base, loader, sources, specs),
             served,
             specs,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from pshare_jax.config import DecodeConfig, ModelEntry, ServeConfig, Sharing
+from pshare_jax.config import DecodeConfig, KvDtype, ModelEntry, ServeConfig, Sharing
 from pshare_jax.convert.manifest import TOKENIZER_FOLDER
 from pshare_jax.convert.seals import open_checkpoint
 from pshare_jax.core.models import ModelKind, ModelSpec
@@ -63,11 +63,13 @@ class BaseSource:
     load: LoadTensors
     former_fingerprints: tuple[str, ...] = ()
     load_plain: LoadTensors | None = None
+    kv_dtype: KvDtype = "auto"
 
     @property
     def kv_name(self) -> str:
         """Names the KV that it writes as it is loaded."""
-        return kv_name(self.fingerprint, self.config.weight_format)
+        name = kv_name(self.fingerprint, self.config.weight_format)
+        return name if self.kv_dtype == "auto" else f"{name}/kv-{self.kv_dtype}"
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def checkpoint_sources(config: ServeConfig, dtype: Any) -> tuple[BaseSource, lis
 
     model = in_format(manifest.config, config.weights)
     load, plain = loader_of(manifest, dtype, model), loader_of(manifest, dtype, manifest.config)
-    base = BaseSource(model, manifest.fingerprint, load, manifest.former, plain)
+    base = BaseSource(model, manifest.fingerprint, load, manifest.former, plain, config.kv_dtype)
     return base, [model_source(entry, base, dtype) for entry in config.models]
 
 
@@ -241,6 +243,9 @@ class WeightLoader:
         room: for modules that are loaded later.
         dtype: of weights.
 
+    Attributes:
+        dtype: see above.
+
     Raises:
         ConfigError: the served models are more than there is room for.
     """
@@ -253,6 +258,7 @@ class WeightLoader:
         room: DecodeConfig | None = None,
         dtype: Any = jnp.float32,
     ):
+        self.dtype = dtype
         self._base = base
         self._sources = sources
         self._backend = backend

@@ -192,7 +192,7 @@ class Modules:
         programs = self._executors[0].programs
         # Packed weights are a second copy, made of the first.
         copies = 2 if programs.spec.packed else 1
-        size = copies * numbers * jnp.dtype(programs.layout.dtype).itemsize
+        size = copies * numbers * jnp.dtype(self._loader.dtype).itemsize
         return size // programs.mesh.size
 
     def _check_memory(self, needed: int, what: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,9 +35,11 @@ class Monolithic:
     Args:
         config: the architecture of both.
         max_len: most tokens of prompt plus completion.
+        kv_dtype: of the cache; None for that of the weights.
     """
 
-    def __init__(self, config: ModelConfig, max_len: int):
+    def __init__(self, config: ModelConfig, max_len: int, kv_dtype: Any = None):
+        self._kv_dtype = kv_dtype
         self._config = config
         self._max_len = max_len
         self._step = jax.jit(functools.partial(_step, config))
@@ -102,7 +105,7 @@ class Monolithic:
         tail: int | SplitRule,
     ) -> tuple[Weights, jax.Array, list[KV]]:
         """Reads a prompt: the weights that answer, the logits after it, and its KV."""
-        dtype = prefill_weights["final_norm.scale"].dtype
+        dtype = self._kv_dtype or prefill_weights["final_norm.scale"].dtype
         cache = init_cache(self._config, 1, self._max_len, dtype)
         split = (LastTokens(tail) if isinstance(tail, int) else tail).split(prompt)
         own_weights = decode_weights if split.invoked else prefill_weights

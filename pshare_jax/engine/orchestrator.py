@@ -25,7 +25,7 @@ from pshare_jax.core.router import NoWorkerError, Router
 from pshare_jax.core.sessions import SessionPolicy
 from pshare_jax.core.stats import EngineStats
 from pshare_jax.engine.assembly import Assembly
-from pshare_jax.engine.devices import compute_dtype, place, prepare_jax
+from pshare_jax.engine.devices import compute_dtype, page_dtype, place, prepare_jax
 from pshare_jax.engine.front import Front
 from pshare_jax.engine.host_memory import return_freed_memory
 from pshare_jax.engine.kv_store import EngineStore
@@ -76,7 +76,9 @@ class Orchestrator(Front):
         sources: list[ModelSource],
         tokenizer: Tokenizer | None = None,
     ):
-        layout = PageLayout.of(base.config, config.page_size, compute_dtype(config, base.config))
+        dtype = compute_dtype(config, base.config)
+        base = dataclasses.replace(base, kv_dtype=config.kv_dtype)
+        layout = PageLayout.of(base.config, config.page_size, page_dtype(config, base.config))
         sizes = check_config(config, base.config, layout)
         meshes = place(config)
         specs = model_specs(base, sources, len(meshes.decode))
@@ -85,7 +87,7 @@ class Orchestrator(Front):
         backend = backend_for(config.kernel_backend, jax.default_backend())
         if backend == CPU_FFI and (reason := unsupported(base.config)) is not None:
             logger.info("layers are computed by XLA, not in C++, which does not have: %s", reason)
-        loader = WeightLoader(base, sources, backend, config.decode, layout.dtype)
+        loader = WeightLoader(base, sources, backend, config.decode, dtype)
         assembly = Assembly(
             config, base.config, layout, sizes, backend, loader, specs, self.grammars
         )

@@ -55,16 +55,25 @@ def attention_over_heads(
         sliding_window: int | None,
         soft_cap: float | None,
         mesh: Mesh | None,
+        sinks: jax.Array | None = None,
     ) -> jax.Array:
-        call: Kernel = partial(
-            kernel,
-            sliding_window=sliding_window,
-            soft_cap=soft_cap,
-            tiles=for_device_kind(tiles, mesh, default),
-            interpret=interpret,
-        )
+        def call(q: jax.Array, pages: jax.Array, *rows: jax.Array, **heads: Any) -> jax.Array:
+            if sinks is not None:
+                *rows, heads["sinks"] = rows
+            return kernel(
+                q,
+                pages,
+                *rows,
+                sliding_window=sliding_window,
+                soft_cap=soft_cap,
+                tiles=for_device_kind(tiles, mesh, default),
+                interpret=interpret,
+                **heads,
+            )
+
+        of_heads = () if sinks is None else (sinks,)
         if mesh is None or mesh.size == 1:
-            return call(q, pages, *rows)
+            return call(q, pages, *rows, *of_heads)
         degree, heads, kv_heads = mesh.shape[TENSOR], q.shape[2], pages.shape[2]
         group = heads // kv_heads
 
@@ -73,6 +82,7 @@ def attention_over_heads(
             return call(q, *rest, first_kv_head=first, kv_heads=1)
 
         q_spec, pages_spec, local = _HEADS, _HEADS, call
+        sinks_spec = PartitionSpec(TENSOR)
         if kv_heads % degree:
             # KV heads are replicated. A device's query heads share one of them, or straddle
             # several unevenly: then every device computes all heads.
@@ -80,14 +90,19 @@ def attention_over_heads(
             if heads % degree == 0 and group % (heads // degree) == 0:
                 local = of_one_kv_head
             else:
-                q_spec = _WHOLE
+                q_spec = sinks_spec = _WHOLE
         return jax.shard_map(
             local,
             mesh=mesh,
-            in_specs=(q_spec, pages_spec, *(_WHOLE for _ in rows)),
+            in_specs=(
+                q_spec,
+                pages_spec,
+                *(_WHOLE for _ in rows),
+                *(sinks_spec for _ in of_heads),
+            ),
             out_specs=q_spec,
             check_vma=False,
-        )(q, pages, *rows)
+        )(q, pages, *rows, *of_heads)
 
     return attend
 

@@ -48,6 +48,20 @@ def merge(a: PartialSoftmax, b: PartialSoftmax) -> PartialSoftmax:
     return PartialSoftmax(highest, a.total * of_a + b.total * of_b, values)
 
 
+def with_sinks(softmax: PartialSoftmax, sinks: jax.Array) -> PartialSoftmax:
+    """The softmax over one score more, which takes weight and gives nothing (arXiv 2309.17453).
+
+    Args:
+        softmax: of queries `[..., *heads]`.
+        sinks: the score of each head, `[*heads]`.
+    """
+    sinks = jnp.broadcast_to(sinks.astype(jnp.float32), softmax.highest.shape)
+    highest = jnp.maximum(softmax.highest, sinks)
+    kept = jnp.exp(softmax.highest - highest)
+    total = softmax.total * kept + jnp.exp(sinks - highest)
+    return PartialSoftmax(highest, total, softmax.values * kept[..., None])
+
+
 def merge_first_axis(parts: PartialSoftmax) -> PartialSoftmax:
     """The softmax over the keys of all parts along the first axis."""
     highest = parts.highest.max(axis=0)

@@ -8,11 +8,12 @@ or in an engine's pages.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
+from pshare_jax.kernels.kv_dtype import as_kv
 from pshare_jax.models.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -126,10 +127,15 @@ class CausalAttention:
     """Attention within the T tokens alone: an ordinary forward pass. Keeps no KV.
 
     Token t of a row sees tokens 0 .. t of that row, the sliding window permitting.
+
+    Args:
+        config: the decoder's.
+        kv_dtype: what keys and values are rounded to first, as pages would.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, kv_dtype: Any = None):
         self._config = config
+        self._kv_dtype = kv_dtype
         self._masks = Masks(config)
 
     def attend(
@@ -141,6 +147,8 @@ class CausalAttention:
         sinks: jax.Array | None = None,
     ) -> jax.Array:
         """See `AttentionIO.attend`."""
+        if self._kv_dtype is not None:
+            k, v = (as_kv(x, self._kv_dtype).astype(q.dtype) for x in (k, v))
         steps = jnp.arange(q.shape[1])
         mask = self._masks.of(layer, lambda window: causal_mask(steps, steps, window))
         return dense_attention(q, k, v, mask, self._config.attention_soft_cap, sinks)
@@ -179,7 +187,7 @@ class DenseCache:
         self._masks = Masks(config)
 
     def _write(self, slots: jax.Array, new: jax.Array) -> jax.Array:
-        new = new.astype(slots.dtype)
+        new = as_kv(new, slots.dtype)
         if new.shape[1] > slots.shape[1]:
             raise ValueError(f"{new.shape[1]} tokens do not fit a cache of {slots.shape[1]} slots")
         if self._start.ndim == 0:

@@ -96,6 +96,7 @@ class Family:
         gguf_layer: native names of weights of a layer to GGUF's names within a block, where these
             do not follow from Hugging Face's.
         gguf_rotates_pairs: whether GGUF stores queries and keys for rotating neighbouring pairs.
+        gguf_rotates_part: whether a GGUF file may say that a part of each head rotates.
         decoder_layer: a class like `blocks.layer.DecoderLayer`, in place of it.
     """
 
@@ -124,6 +125,7 @@ class Family:
     gguf_tensors: ClassVar[str] = "LLAMA"
     gguf_layer: ClassVar[Mapping[str, str]] = {}
     gguf_rotates_pairs: ClassVar[bool] = False
+    gguf_rotates_part: ClassVar[bool] = False
     decoder_layer: ClassVar[type | None] = None
 
     def layer_weights(self, config: ModelConfig, layer: int) -> dict[str, WeightSpec] | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -21,6 +22,8 @@ from pshare_jax.kernels.decoder_layer.packing import (
     TARGETS,
     PackedAdapters,
     PackedLayers,
+    Parts,
+    alternate_columns,
     pad_columns,
     unpack_columns,
 )
@@ -44,12 +47,8 @@ def unsupported(config: ModelConfig) -> str | None:
     """
     problems = {
         "layers of its own": family(config.architecture).decoder_layer is not None,
-        "experts": config.has_experts,
-        "attention sinks": config.attention_sinks,
+        "experts in some layers only": len({spec.experts for spec in config.layer_specs}) > 1,
         "weights of 8 bits with activations that are not": config.weight_format == "int8",
-        "no norms before blocks": config.norms == "after",
-        "norms over all heads": config.qk_norm and config.qk_norm_scope != "head",
-        "biases of o or the feed-forward block": config.o_bias or config.mlp_bias,
     }
     return next((name for name, present in problems.items() if present), None)
 
@@ -94,14 +93,9 @@ def pack_weights(config: ModelConfig, weights: Weights, nice: int = 0) -> Weight
     kernel = host[name].T if tied else host[name]
     head = _packed([[_Block([kernel])]], library, nice)[0]
     scale = _norm_factors(config, host["final_norm.scale"])
+    computed = weights["final_norm.scale"].dtype.name
     vectors, matrices, head, scale = jax.device_put([vectors, rows, head, scale], sharding)
-    layers = PackedLayers(
-        vectors,
-        matrices,
-        bias=config.qkv_bias,
-        qk_norm=config.qk_norm,
-        post_norms=config.norms == "both",
-    )
+    layers = PackedLayers(vectors, matrices, _parts(config), computed)
     library.advise_large_pages([layers.matrices, head])
     arrays = {"layers": layers, "final_norm.scale": scale, "head": head}
     if (head_scales := host.get(name + SCALE)) is not None:
@@ -149,20 +143,62 @@ def _own(host: Named, layer: int) -> Named:
     return {n.removeprefix(prefix): w for n, w in host.items() if n.startswith(prefix)}
 
 
+def _parts(config: ModelConfig) -> Parts:
+    parts = Parts(
+        pre_norms=config.norms != "after",
+        bias=config.qkv_bias,
+        qk_norm=config.qk_norm,
+        norm_all_heads=config.qk_norm_scope == "all_heads",
+        post_norms=config.norms != "before",
+        o_bias=config.o_bias,
+        mlp_bias=config.mlp_bias,
+        sinks=config.attention_sinks,
+    )
+    if (experts := config.layer(0).experts) is None:
+        return parts
+    return replace(
+        parts,
+        mlp_bias=False,
+        experts=experts.count,
+        experts_per_token=experts.per_token,
+        experts_normalised=experts.normalised,
+        expert_biases=experts.biases,
+        experts_limit=float(experts.limit or 0),
+    )
+
+
 def _layer_vectors(columns: int, config: ModelConfig, own: Named) -> list[np.ndarray]:
     """The parts of one layer's row of `PackedLayers.vectors`."""
+    parts = _parts(config)
 
     def norms(*names: str) -> list[np.ndarray]:
-        return [_norm_factors(config, own[f"{name}.scale"]) for name in names]
+        return [_norm_factors(config, own[f"{name}.scale"]).reshape(-1) for name in names]
 
-    vectors = norms("attn_norm", "mlp_norm")
-    if config.qkv_bias:
-        biases = [own[f"attn.{t}.bias"].reshape(-1).astype(np.float32) for t in "qkv"]
-        vectors.append(pad_columns(biases, columns))
-    if config.qk_norm:
+    def wide(name: str) -> np.ndarray:
+        return own[name].astype(np.float32)
+
+    def padded(*names: str) -> np.ndarray:
+        return pad_columns([wide(name).reshape(-1) for name in names], columns)
+
+    vectors = norms("attn_norm", "mlp_norm") if parts.pre_norms else []
+    if parts.bias:
+        vectors.append(padded(*(f"attn.{t}.bias" for t in "qkv")))
+    if parts.qk_norm:
         vectors += norms("attn.q_norm", "attn.k_norm")
-    if config.norms == "both":
+    if parts.post_norms:
         vectors += norms("attn_post_norm", "mlp_post_norm")
+    if parts.sinks:
+        vectors.append(wide("attn.sinks"))
+    if parts.o_bias:
+        vectors.append(padded("attn.o.bias"))
+    if parts.mlp_bias:
+        gate, up = wide("mlp.gate.bias"), wide("mlp.up.bias")
+        vectors += [alternate_columns(gate, up, columns), padded("mlp.down.bias")]
+    if parts.expert_biases:
+        pairs = zip(wide("experts.gate.bias"), wide("experts.up.bias"), strict=True)
+        vectors.append(padded("experts.router.bias"))
+        vectors += [alternate_columns(gate, up, columns) for gate, up in pairs]
+        vectors.append(pad_columns(list(wide("experts.down.bias")), columns))
     if config.weight_format == "int8-dynamic":
         vectors += _column_scales(columns, own)
     return vectors
@@ -171,13 +207,12 @@ def _layer_vectors(columns: int, config: ModelConfig, own: Named) -> list[np.nda
 def _column_scales(columns: int, own: Named) -> list[np.ndarray]:
     """The scales of one layer's matrices of 8 bits, laid out as the columns of their panels."""
 
-    def scales(*targets: str) -> list[np.ndarray]:
-        found = [own[f"{projection_path(t)}.kernel{SCALE}"].reshape(-1) for t in targets]
-        return [pad_columns([scale], columns) for scale in found]
+    def of(target: str) -> np.ndarray:
+        return own[f"{projection_path(target)}.kernel{SCALE}"].reshape(-1)
 
-    gate, up = (scale.reshape(-1, columns) for scale in scales("gate", "up"))
-    alternating = np.stack([gate, up], axis=1).reshape(-1)
-    return [*scales("q", "k", "v", "o"), alternating, *scales("down")]
+    alternating = alternate_columns(of("gate"), of("up"), columns)
+    attention = pad_columns([of(target) for target in "qkvo"], columns)
+    return [attention, alternating, pad_columns([of("down")], columns)]
 
 
 def _layer_matrices(own: Named) -> list[_Block]:
@@ -188,9 +223,13 @@ def _layer_matrices(own: Named) -> list[_Block]:
         # `o` alone has two input axes.
         return kernel.reshape((-1, kernel.shape[-1]) if target == "o" else (kernel.shape[0], -1))
 
+    attention = [_Block([matrix(target) for target in "qkv"]), _Block([matrix("o")])]
+    if (router := own.get("experts.router.kernel")) is not None:
+        gates, ups, downs = (own[f"experts.{name}.kernel"] for name in ("gate", "up", "down"))
+        pairs = [_Block([gate, up], interleave=True) for gate, up in zip(gates, ups, strict=True)]
+        return [*attention, _Block([router]), *pairs, *(_Block([down]) for down in downs)]
     return [
-        _Block([matrix(target) for target in "qkv"]),
-        _Block([matrix("o")]),
+        *attention,
         _Block([matrix("gate"), matrix("up")], interleave=True),
         _Block([matrix("down")]),
     ]
@@ -284,6 +323,8 @@ class PackedDecoder:
             `[B, T, embed]` float32, and the pages.
         """
         config = self._config
+        experts = config.layer(0).experts
+        units = config.intermediate_size if experts is None else experts.intermediate_size
         ropes = rope_tables(config, positions)
         x = scaled_embedding(config, self._embed(tokens)).astype(jnp.float32)
         written = list(pages)
@@ -301,7 +342,7 @@ class PackedDecoder:
                 self._index,
                 LayerShape(
                     config.num_heads,
-                    config.intermediate_size,
+                    units,
                     config.rms_norm_eps,
                     spec.sliding_window,
                     config.attention_soft_cap,

@@ -101,8 +101,6 @@ class PagedAttention:
     ) -> jax.Array:
         """Writes k and v, then gives attention of q `[B, T, heads, head_dim]`."""
         self.store(layer, k, v)
-        if sinks is not None:
-            return self._with_sinks(layer, q, sinks)
         attend, groups = paged_attention, ()
         if self._runs is not None:
             attend, groups = shared_prefix_attention, self._runs
@@ -113,21 +111,9 @@ class PagedAttention:
             *groups,
             sliding_window=self._spec.config.layer(layer).sliding_window,
             soft_cap=self._spec.config.attention_soft_cap,
-            mesh=self._spec.mesh,
-            backend=self._spec.backend,
-        )
-
-    def _with_sinks(self, layer: int, q: jax.Array, sinks: jax.Array) -> jax.Array:
-        """Of the backends those in XLA know sinks, and none that reads shared pages once."""
-        return paged_attention(
-            q,
-            self.pages[layer],
-            *self._rows,
-            sliding_window=self._spec.config.layer(layer).sliding_window,
-            soft_cap=self._spec.config.attention_soft_cap,
             sinks=sinks,
             mesh=self._spec.mesh,
-            backend="reference" if self._spec.backend == "reference" else "xla",
+            backend=self._spec.backend,
         )
 
 

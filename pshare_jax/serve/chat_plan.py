@@ -32,6 +32,7 @@ from pshare_jax.serve.formats import Format
 from pshare_jax.serve.generate import Job
 from pshare_jax.serve.restrictions import restricted
 from pshare_jax.serve.service import Service
+from pshare_jax.serve.templates import beginnings
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ async def plan_chat(
     thoughts = thoughts_before(grammar, model, prompt, service.tokenizer)
     sampling = msgspec.structs.replace(sampling, max_tokens=max_tokens, thoughts=thoughts)
     [sampling] = await restricted(service, [sampling], body, grammar)
+    await _note_template(service, body, prompt, large)
     return ChatPlan(
         body,
         prompt,
@@ -114,6 +116,15 @@ async def plan_chat(
         (model.parser or ToolParser).new_call_id,
         request_priority(body),
     )
+
+
+async def _note_template(service: Service, body: ChatRequest, prompt: Prompt, large: bool) -> None:
+    """Counts what the model's own chat template loses."""
+    if not service.templates.may_lose(body.model):
+        return
+    shared_by = body.cache_salt, body.chat_template_kwargs, usable_tools(body)
+    begun = await service.offload.run_if(large, beginnings, shared_by, body.messages)
+    service.templates.chat(body.model, begun, len(prompt.token_ids))
 
 
 async def chat_prompt_of(service: Service, body: ChatRequest, large: bool) -> Prompt:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-
 import msgspec
 from aiohttp import web
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_1_0_0
@@ -19,7 +16,6 @@ from pshare_jax.serve.offload import is_large
 from pshare_jax.serve.parsing import read_request
 from pshare_jax.serve.protocol import DetokenizeResponse, ModelCard, ModelList, TokenizeResponse
 from pshare_jax.serve.service import SERVICE, Service
-from pshare_jax.text.tokenizer import Tokenizer
 
 
 def json_response(value: object, status: int = 200) -> web.Response:
@@ -152,14 +148,6 @@ def _card(service: Service, model: ModelInfo, alias: str | None = None) -> Model
         kind=model.kind,
         tail=model.tail,
         max_model_len=service.limits.max_model_len,
-        chat_template=template_name(service.tokenizer_of(model.name)),
+        chat_template=service.templates.name(model.name),
         weights=service.engine.config.weights,
     )
-
-
-def template_name(tokenizer: Tokenizer) -> str | None:
-    """Names the chat templates of a model: prompts of two models begin alike if their names do."""
-    if not tokenizer.has_chat_template:
-        return None
-    text = json.dumps(tokenizer.chat_templates, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]

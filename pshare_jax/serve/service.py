@@ -24,6 +24,7 @@ from pshare_jax.serve.loop_lag import LoopLag
 from pshare_jax.serve.metrics import Metrics
 from pshare_jax.serve.offload import Offload
 from pshare_jax.serve.session_log import SessionLog
+from pshare_jax.serve.templates import TemplateLosses
 from pshare_jax.serve.tracing import tracing_of
 from pshare_jax.text.grammar import GrammarLimits
 from pshare_jax.text.tokenizer import Tokenizer
@@ -67,6 +68,8 @@ class Service:
         self.access = Access(self.config)
         self.metrics = Metrics(engine.models, engine.stats, self.access)
         self.metrics.register(EngineInfo(engine))
+        self.templates = TemplateLosses(engine)
+        self.metrics.register(self.templates)
         engine.heard = self._heard
         self.sessions = SessionLog()
         self.live = Live(engine, self.offload, self.sessions)

@@ -18,6 +18,7 @@ from pshare_jax.convert.orbax import open_weights
 from pshare_jax.convert.peft import ADAPTER_CONFIG, read_lora
 from pshare_jax.convert.sources import open_source
 from pshare_jax.convert.tensors import LazyTensor
+from pshare_jax.convert.vocabulary import without_padding
 from pshare_jax.errors import CheckpointError, ConfigError
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.family import uses_long_factors
@@ -64,7 +65,7 @@ class FineTune:
         if (folder / MANIFEST_FILE).is_file():
             self._open_module(folder)
         elif (folder / ADAPTER_CONFIG).is_file():
-            found = read_lora(folder, base.config)
+            found = read_lora(folder, base.config, open_weights(base))
             # An activated LoRA reads the base's KV up to its invocation.
             options = read_json(folder / ADAPTER_CONFIG)
             self.cache_conditioned = bool(options.get("alora_invocation_tokens"))
@@ -75,6 +76,8 @@ class FineTune:
                 tokenizer=False,
                 long_context=uses_long_factors(base.config),
             )
+            if source.config.vocab_size > base.config.vocab_size:
+                source = without_padding(source, path, base.config.vocab_size)
             self.config, self._tensors = source.config, source.tensors
         if self.config.vocab_size != base.config.vocab_size:
             raise ConfigError(

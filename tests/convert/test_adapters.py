@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Iterator
@@ -152,6 +153,25 @@ def test_logits_are_pefts_or_it_is_refused(tmp_path: Path, kind: str) -> None:
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4)
     invoked = kind != "activated, not invoked"
     assert (np.abs(plain - expected).max() > 0.01) == invoked
+
+
+def with_its_own_head(config: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weights]:
+    """As `import --untie-head` makes it."""
+    head = {"lm_head.kernel": weights["embed.embedding"].T}
+    return dataclasses.replace(config, tie_word_embeddings=False), {**weights, **head}
+
+
+@pytest.mark.parametrize("kind", ["tied, saved head", "tied, adapted head"])
+def test_a_base_that_was_untied_takes_adapters_with_a_head(tmp_path: Path, kind: str) -> None:
+    config, weights, tokens = base_of(KINDS[kind]["case"])
+    config, weights = with_its_own_head(config, weights)
+    expected = saved()[f"{kind}/logits"]
+    base = {name: as_lazy(value) for name, value in weights.items()}
+    source = peft.read_adapter(write_folder(tmp_path, kind), config)
+    found = hf.native_tensors(config, merged_tensors(source, config, base))
+    merged = {name: jnp.asarray(tensor.read()) for name, tensor in found.items()}
+    actual = logits(config, merged, jnp.asarray(tokens[:, : len(expected)], jnp.int32))
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4)
 
 
 def test_the_kinds_are_those_that_were_made() -> None:

@@ -12,7 +12,8 @@ from gguf import GGMLQuantizationType as QuantizationType
 
 from pshare_jax.convert import gguf as our_gguf
 from pshare_jax.convert.conversions import export, import_model
-from pshare_jax.convert.gguf import GGUFFile, rope_factors, unpermute_rope_rows
+from pshare_jax.convert.gguf import GGUFFile, unpermute_rope_rows
+from pshare_jax.convert.gguf_rope import rope_factors
 from pshare_jax.convert.orbax import load_weights
 from pshare_jax.convert.sources import open_source
 from pshare_jax.errors import CheckpointError
@@ -62,11 +63,13 @@ def test_mistral_may_be_called_so(tmp_path):
 
 @pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
 @pytest.mark.parametrize("block", [1, 1000, 1 << 18])
-def test_quantised_tensors_are_what_gguf_makes_of_them(tmp_path, monkeypatch, kind, block):
-    """In blocks of rows of any size."""
+def test_quantised_tensors_are_what_gguf_makes_of_them(tmp_path, monkeypatch, caplog, kind, block):
+    """In blocks of rows of any size; that they are dequantised is said."""
     monkeypatch.setattr(our_gguf, "BLOCK_ELEMENTS", block)
     stored = write_gguf(tmp_path / "m.gguf", CONFIG, WEIGHTS, QuantizationType[kind])
     tensors = open_source(tmp_path / "m.gguf").tensors
+    said = [f"the weights are quantised ({kind}); they are" in line for line in caplog.messages]
+    assert said == [True] * (kind != "F16")
     for name, value in stored.items():
         assert same_bits(tensors[name].read(), value), name
         matrix = value.ndim > 1

@@ -16,8 +16,14 @@ import pytest
 from pshare_jax.convert import names
 from pshare_jax.convert.gguf import GGUFFile
 from pshare_jax.errors import CheckpointError
-from pshare_jax.models.config import LayerSpec, ModelConfig, with_layers
-from pshare_jax.models.rope import LinearRopeScaling, Rope, YarnRopeScaling, yarn_attention_factor
+from pshare_jax.models.config import Experts, LayerSpec, ModelConfig, with_layers
+from pshare_jax.models.rope import (
+    LinearRopeScaling,
+    LongRopeScaling,
+    Rope,
+    YarnRopeScaling,
+    yarn_attention_factor,
+)
 from tests.convert.helpers import permute_rope_rows, random_weights, same_bits
 from tests.helpers import tiny_config
 
@@ -34,6 +40,7 @@ BLOCK = {
     "attn.o.kernel": "attn_output",
     "attn.q_norm.scale": "attn_q_norm",
     "attn.k_norm.scale": "attn_k_norm",
+    "attn.sinks": "attn_sinks",
     "attn_post_norm.scale": "post_attention_norm",
     "mlp_norm.scale": "ffn_norm",
     "mlp_post_norm.scale": "post_ffw_norm",
@@ -45,13 +52,35 @@ BLOCK = {
     "experts.up.kernel": "ffn_up_exps",
     "experts.down.kernel": "ffn_down_exps",
 }
+FUSED = {"attn_q": "attn_qkv", "attn_k": "attn_qkv", "attn_v": "attn_qkv"}
+FUSED |= {"ffn_gate": "ffn_up", "ffn_up": "ffn_up"}
 ROTATES_PAIRS = ("llama", "mixtral", "smollm3", "granite")
 
 
+def name_of(native: str, config: ModelConfig) -> str:
+    parts = native.split(".", 2)
+    if parts[0] != "layers":
+        return f"{TOP[native]}.weight"
+    bare, ending = parts[2], "weight"
+    if bare.endswith(".bias"):
+        bare, ending = bare.replace(".bias", ".kernel"), "bias"
+    name = BLOCK[bare]
+    if config.architecture == "phi3":
+        name = FUSED.get(name, name)
+    if config.architecture == "gpt_oss" and name == "ffn_norm":
+        name = "post_attention_norm"
+    return f"blk.{parts[1]}.{name}.{ending}"
+
+
 def write_file(
-    path: Path, config: ModelConfig, weights: dict[str, np.ndarray], arch: str, **metadata: Any
+    path: Path,
+    config: ModelConfig,
+    weights: dict[str, np.ndarray],
+    arch: str,
+    lists: dict[str, list[float]] | None = None,
+    **metadata: Any,
 ) -> None:
-    """`metadata` has `__` where keys have a dot."""
+    """`metadata` has `__` where keys have a dot; `lists` are tensors of factors."""
     writer = gguf.GGUFWriter(path, arch)
     numbers = {
         "context_length": config.max_position_embeddings,
@@ -68,9 +97,8 @@ def write_file(
     add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     for key, value in numbers.items():
         add[type(value)](f"{arch}.{key}", value)
+    stored_as: dict[str, list[np.ndarray]] = {}
     for native, value in weights.items():
-        parts = native.split(".", 2)
-        name = f"blk.{parts[1]}.{BLOCK[parts[2]]}" if parts[0] == "layers" else TOP[native]
         if names.has_experts(native, config):
             stored = np.stack([names.to_hf(native, part, config) for part in value])
         else:
@@ -80,7 +108,11 @@ def write_file(
         if config.architecture in ROTATES_PAIRS and native.endswith(("q.kernel", "k.kernel")):
             heads = config.num_heads if ".q." in native else config.num_kv_heads
             stored = permute_rope_rows(stored, heads)
-        writer.add_tensor(f"{name}.weight", np.ascontiguousarray(stored))
+        stored_as.setdefault(name_of(native, config), []).append(stored)
+    for name, factors in (lists or {}).items():
+        stored_as[name] = [np.asarray(factors, np.float32)]
+    for name, parts in stored_as.items():
+        writer.add_tensor(name, np.ascontiguousarray(np.concatenate(parts)))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -144,6 +176,52 @@ CASES: dict[str, tuple[ModelConfig, str, dict[str, Any]]] = {
         },
     ),
     "olmo2": (tiny_config(architecture="olmo2"), "olmo2", {}),
+    "phi3": (
+        tiny_config(architecture="phi3", rope_scaling=None, rope_fraction=0.75),
+        "phi3",
+        {"attention__sliding_window": 5, "rope__dimension_count": 12},
+    ),
+    "phi3, longrope": (
+        tiny_config(architecture="phi3", max_position_embeddings=64),
+        "phi3",
+        {
+            "attention__sliding_window": 5,
+            "rope__dimension_count": 12,
+            "context_length": 256,
+            "rope__scaling__original_context_length": 64,
+            "rope__scaling__attn_factor": 1.2,
+            "lists": {
+                "rope_factors_short.weight": [1.0, 1.1, 1.5, 2.0, 3.0, 5.0],
+                "rope_factors_long.weight": [1.0, 2.1, 2.5, 4.0, 6.0, 9.0],
+            },
+        },
+    ),
+    "gpt_oss": (
+        with_layers(
+            tiny_config(architecture="gpt_oss"),
+            [
+                LayerSpec(
+                    window,
+                    Rope(
+                        150000.0,
+                        YarnRopeScaling(4.0, 64, yarn_attention_factor(4.0), truncate=False),
+                    ),
+                    Experts(4, 2, 64, biases=True, limit=7.0),
+                )
+                for window in (5, None)
+            ],
+        ),
+        "gpt-oss",
+        {
+            **EXPERTS,
+            "expert_feed_forward_length": 64,
+            "attention__sliding_window": 5,
+            "rope__freq_base": 150000.0,
+            "rope__scaling__type": "yarn",
+            "rope__scaling__factor": 4.0,
+            "rope__scaling__original_context_length": 64,
+        },
+    ),
     "yarn": (
         tiny_config(
             architecture="qwen2", rope_scaling=YarnRopeScaling(4.0, 64, yarn_attention_factor(4.0))
@@ -180,6 +258,33 @@ def test_every_family_comes_back(tmp_path, case):
             assert same_bits(read, value), name
 
 
+def test_one_of_longropes_lists_is_chosen(tmp_path):
+    config, arch, metadata = CASES["phi3, longrope"]
+    write_file(tmp_path / "m.gguf", config, random_weights(config), arch, **metadata)
+    long = GGUFFile(tmp_path / "m.gguf", long_context=True).config
+    factors = (1.0, 2.1, 2.5, 4.0, 6.0, 9.0)
+    assert long.rope_scaling == LongRopeScaling(factors, 1.2, 64)
+    assert long.max_position_embeddings == 256
+    lists = {k: v for k, v in metadata["lists"].items() if "long" in k}
+    weights = random_weights(config)
+    write_file(tmp_path / "n.gguf", config, weights, arch, **{**metadata, "lists": lists})
+    with pytest.raises(CheckpointError, match=r"rope_factors_short\.weight is missing"):
+        GGUFFile(tmp_path / "n.gguf")
+    lists = {name: factors[:-1] for name, factors in metadata["lists"].items()}
+    write_file(tmp_path / "o.gguf", config, weights, arch, **{**metadata, "lists": lists})
+    with pytest.raises(CheckpointError, match=r"has shape \[5\], but 6 components"):
+        GGUFFile(tmp_path / "o.gguf")
+
+
+def test_a_fused_tensor_of_another_size_is_named(tmp_path):
+    config, arch, metadata = CASES["phi3"]
+    other = dataclasses.replace(config, num_kv_heads=4)
+    fewer = {**metadata, "attention__head_count_kv": 2}
+    write_file(tmp_path / "m.gguf", other, random_weights(other), arch, **fewer)
+    with pytest.raises(CheckpointError, match=r"attn_qkv\.weight has shape \[192, 48\]"):
+        GGUFFile(tmp_path / "m.gguf").tensors()
+
+
 def test_yarn_as_llama_cpp_computes_it(tmp_path):
     config, arch, metadata = CASES["yarn"]
     write_file(tmp_path / "m.gguf", config, without_biases(config), arch, **metadata)
@@ -189,6 +294,13 @@ def test_yarn_as_llama_cpp_computes_it(tmp_path):
     assert GGUFFile(tmp_path / "n.gguf").config.rope_scaling == YarnRopeScaling(
         4.0, 64, 0.5 * yarn_attention_factor(4.0), 16.0
     )
+
+
+def test_what_changes_nothing_is_passed_over(tmp_path):
+    config, arch, _ = CASES["yarn"]
+    neutral = {"attention__scale": 0.0, "logit_scale": 1.0, "expert_shared_count": 0}
+    write_file(tmp_path / "m.gguf", config, without_biases(config), arch, **neutral)
+    assert GGUFFile(tmp_path / "m.gguf").config.rope_scaling is None
 
 
 @pytest.mark.parametrize(
@@ -201,8 +313,11 @@ def test_yarn_as_llama_cpp_computes_it(tmp_path):
             "yarn_ext_factor is not supported",
         ),
         ({"rope__dimension_count": 8}, "rope.dimension_count is 8; only the head size 16"),
+        ({"attention__scale": 0.5}, "attention.scale is 0.5, which is not supported"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0, which is not"),
+        ({"expert_gating_func": 2}, "expert_gating_func is 2, which is not supported"),
     ],
-    ids=["experts", "linear", "yarn", "partial"],
+    ids=["experts", "linear", "yarn", "partial", "scale", "cap", "gating"],
 )
 def test_what_changes_results_and_is_not_computed_is_named(tmp_path, metadata, words):
     config, arch, _ = CASES["yarn"]

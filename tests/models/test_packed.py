@@ -14,7 +14,7 @@ from pshare_jax.kernels.decoder_layer.packing import unpack_columns
 from pshare_jax.kernels.kv_write.api import kv_write
 from pshare_jax.kernels.native.library import require_library
 from pshare_jax.kernels.paged_attention.api import paged_attention
-from pshare_jax.models.config import ModelConfig
+from pshare_jax.models.config import Experts, ModelConfig
 from pshare_jax.models.decoder import bind, init_weights
 from pshare_jax.models.lora import Adapters, LoraModule, stack_adapters
 from pshare_jax.models.packed import PackedDecoder, pack_adapters, pack_weights
@@ -31,8 +31,24 @@ CONFIGS = {
     **{name: tiny_config(architecture=name) for name in ARCHITECTURES},
     **{
         name: tiny_config(architecture=name)
-        for name in ("gemma2", "gemma3", "smollm3", "granite", "phi3")
+        for name in (
+            "gemma2",
+            "gemma3",
+            "smollm3",
+            "granite",
+            "phi3",
+            "olmo2",
+            "mixtral",
+            "gpt_oss",
+        )
     },
+    "biases everywhere": tiny_config(qkv_bias=True, o_bias=True, mlp_bias=True),
+    "experts of odd sizes": tiny_config(
+        architecture="mixtral",
+        hidden_size=51,
+        intermediate_size=77,
+        experts=Experts(37, 5, 33, normalised=False, biases=True),
+    ),
     "odd sizes": tiny_config(hidden_size=51, intermediate_size=77, vocab_size=131, head_dim=10),
     "more than one panel of everything": tiny_config(
         architecture="qwen2", hidden_size=96, intermediate_size=200, num_heads=6, head_dim=48
@@ -59,12 +75,17 @@ class PagedIO:
     def store(self, layer, k, v):
         self.pages[layer] = kv_write(self.pages[layer], k, v, *self._rows)
 
-    def attend(self, layer, q, k, v):
+    def attend(self, layer, q, k, v, sinks=None):
         self.store(layer, k, v)
         window = self._config.layer(layer).sliding_window
         soft_cap = self._config.attention_soft_cap
         return paged_attention(
-            q, self.pages[layer], *self._rows, sliding_window=window, soft_cap=soft_cap
+            q,
+            self.pages[layer],
+            *self._rows,
+            sliding_window=window,
+            soft_cap=soft_cap,
+            sinks=sinks,
         )
 
 
@@ -206,7 +227,8 @@ def test_rows_of_the_base_are_the_same_among_rows_of_adapters(name, dtype):
     """To the bit, logits and KV, in C++ and in XLA, whatever adapters are loaded or used beside."""
     config = CONFIGS[name]
     weights, inputs = init_weights(config, 1, jnp.dtype(dtype)), batch(config, dtype)
-    modules = [random_lora(config, r, LORA_TARGETS, 4.0, r, dtype) for r in (3, 16)]
+    targets = tuple("qkvo") if config.has_experts else LORA_TARGETS
+    modules = [random_lora(config, r, targets, 4.0, r, dtype) for r in (3, 16)]
     stacked = stack_adapters(modules)
     sides = {
         in_xla: (weights, stacked),
@@ -275,11 +297,13 @@ def test_a_mask_that_does_not_fit_is_an_error():
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_a_row_depends_on_nothing_beside_it(dtype):
+@pytest.mark.parametrize("name", ["qwen3", "gpt_oss", "experts of odd sizes"])
+def test_a_row_depends_on_nothing_beside_it(name, dtype):
     """To the bit: alone, in a batch, in one chunk or token by token."""
-    config = CONFIGS["qwen3"]
+    config = CONFIGS[name]
     weights = pack_weights(config, init_weights(config, 1, jnp.dtype(dtype)))
-    modules = [random_lora(config, r, LORA_TARGETS, 4.0, r, dtype) for r in (2, 5)]
+    targets = tuple("qkvo") if config.has_experts else LORA_TARGETS
+    modules = [random_lora(config, r, targets, 4.0, r, dtype) for r in (2, 5)]
     adapters, index = pack_adapters(config, stack_adapters(modules)), np.asarray([1, 0, 0, -1])
     index = index.astype(np.int32)
     tokens, positions, rows, pages = batch(config, dtype)

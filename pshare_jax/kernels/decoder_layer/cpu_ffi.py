@@ -7,13 +7,14 @@ computed. The residual stream is float32; what enters a product has the dtype of
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pshare_jax.kernels.decoder_layer.packing import TARGETS, PackedAdapters, PackedLayers
+from pshare_jax.kernels.decoder_layer.packing import TARGETS, PackedAdapters, PackedLayers, Parts
+from pshare_jax.kernels.kv_dtype import FP8
 from pshare_jax.kernels.native.library import require_library
 
 Rows = tuple[jax.Array, jax.Array, jax.Array]
@@ -51,7 +52,8 @@ def decoder_layer(
     Args:
         x: `[B, T, embed]` float32, updated in place where XLA allows it.
         pages: `[num_pages, 2, kv_heads, page_size, head_dim]` of the weights' dtype, any of both
-            where weights have 8 bits; in place when donated to the surrounding jit.
+            where weights have 8 bits, or of 8 bits themselves; in place when donated to the
+            surrounding jit.
         rows: where the tokens live.
         rope: cosine and sine, each `[B, T, 1, R / 2]` float32; the first R components of a head
             rotate.
@@ -66,21 +68,21 @@ def decoder_layer(
         x and pages; x of tokens that are not valid stays as it is.
 
     Raises:
-        ValueError: pages of another dtype than the weights.
+        ValueError: pages of another dtype than the weights, and not of 8 bits.
         ConfigError: the C++ library cannot be had on this machine.
     """
     require_library()
-    dtype = pages.dtype
+    dtype = jnp.dtype(layers.computed) if pages.dtype == FP8 else pages.dtype
     if layers.matrices.dtype not in (dtype, jnp.uint8):
         raise ValueError(
-            f"decoder_layer: pages are {dtype}, but weights are {layers.matrices.dtype}"
+            f"decoder_layer: pages are {pages.dtype}, but weights are {layers.matrices.dtype}"
         )
     if adapters is None or adapter_index is None:
         adapters = PackedAdapters(jnp.zeros((1, 0), dtype), 0, 0, ())
         adapter_index = jnp.zeros(0, jnp.int32)
     call = jax.ffi.ffi_call(
         "pshare_decoder_layer",
-        (jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct(pages.shape, dtype)),
+        (jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct(pages.shape, pages.dtype)),
         input_output_aliases={0: 0, 1: 1},
     )
     x, pages = call(
@@ -98,9 +100,7 @@ def decoder_layer(
         eps=np.float32(shape.rms_norm_eps),
         window=np.int64(shape.sliding_window or 0),
         soft_cap=np.float32(shape.soft_cap or 0),
-        bias=layers.bias,
-        qk_norm=layers.qk_norm,
-        post_norms=layers.post_norms,
+        **_attributes(layers.parts),
         query_factor=np.float32(shape.query_factor),
         residual_scale=np.float32(shape.residual_scale),
         gelu=shape.gelu,
@@ -110,6 +110,12 @@ def decoder_layer(
         targets=np.int64(sum(1 << TARGETS.index(target) for target in adapters.targets)),
     )
     return x, pages
+
+
+def _attributes(parts: Parts) -> dict[str, Any]:
+    """The parts with the types that the C++ side reads."""
+    kinds = {bool: bool, int: np.int64, float: np.float32}
+    return {name: kinds[type(value)](value) for name, value in vars(parts).items()}
 
 
 def lm_head(

@@ -19,32 +19,67 @@ TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 """The projections that adapters may be on, in the order of the C++ side."""
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What every layer of a decoder has besides its projections; `locate` reads the same.
+
+    Args:
+        pre_norms: whether blocks' inputs are normalised.
+        bias: whether queries, keys and values have biases.
+        qk_norm: whether queries and keys are normalised.
+        norm_all_heads: whether they are over all heads together.
+        post_norms: whether blocks' outputs are normalised.
+        o_bias: whether the attention's output projection has a bias.
+        mlp_bias: whether the projections of a dense feed-forward block have biases.
+        sinks: whether heads have attention sinks.
+        experts: how many there are; 0 for a dense feed-forward block.
+        experts_per_token: how many of them a token takes.
+        experts_normalised: whether their weights are divided by their sum.
+        expert_biases: whether the router and the experts have biases.
+        experts_limit: of gpt-oss's gate; 0 for SiLU.
+    """
+
+    pre_norms: bool = True
+    bias: bool = False
+    qk_norm: bool = False
+    norm_all_heads: bool = False
+    post_norms: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    sinks: bool = False
+    experts: int = 0
+    experts_per_token: int = 0
+    experts_normalised: bool = False
+    expert_biases: bool = False
+    experts_limit: float = 0.0
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["vectors", "matrices"],
-    meta_fields=["bias", "qk_norm", "post_norms"],
+    meta_fields=["parts", "computed"],
 )
 @dataclass(frozen=True)
 class PackedLayers:
     """The weights of all layers.
 
     Args:
-        vectors: `[layers, m]` float32: scales of the two norms, then qkv's bias padded like its
-            columns, then the scales of the norms of q and k, then those of the norms after both
-            blocks, where the architecture has them. Last, of matrices of 8 bits, the scales of
-            their columns, laid out as these.
+        vectors: `[layers, m]` float32, of those that `parts` says are there: scales of the two
+            norms; qkv's bias; scales of the norms of q and k; of the norms after both blocks;
+            sinks; biases of o, of gate and up with alternating panels, of down; of the router, of
+            all experts' gate and up, of their down. Biases are padded like their columns. Last, of
+            matrices of 8 bits, the scales of their columns, laid out as these.
         matrices: `[layers, n]` float32, bfloat16, or uint8 for whole numbers plus 128: packed
-            qkv, o, gate and up with alternating panels, and down.
-        bias: whether there is a bias.
-        qk_norm: whether q and k are normalised.
-        post_norms: whether blocks' outputs are.
+            qkv, o, gate and up with alternating panels, and down; with experts after o the router,
+            gate and up of each expert, and down of each.
+        parts: what layers have.
+        computed: name of the dtype that is computed in, where weights and pages do not say.
     """
 
     vectors: jax.Array
     matrices: jax.Array
-    bias: bool
-    qk_norm: bool
-    post_norms: bool
+    parts: Parts
+    computed: str
 
 
 @functools.partial(
@@ -92,3 +127,11 @@ def unpack_columns(packed: jax.Array, inputs: int, columns: int, index: jax.Arra
 def pad_columns(rows: Sequence[np.ndarray], columns: int) -> np.ndarray:
     """Vectors `[N_i]` one after the other, laid out like the columns of `pack_into`."""
     return np.concatenate([np.pad(row, (0, -row.shape[0] % columns)) for row in rows])
+
+
+def alternate_columns(first: np.ndarray, second: np.ndarray, columns: int) -> np.ndarray:
+    """Two vectors `[N]` laid out like the columns of matrices that `pack_into` interleaves."""
+    pair = [
+        np.pad(row, (0, -row.shape[0] % columns)).reshape(-1, columns) for row in (first, second)
+    ]
+    return np.stack(pair, axis=1).reshape(-1)

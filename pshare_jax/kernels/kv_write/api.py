@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from jax.sharding import Mesh
 
 from pshare_jax.kernels.backends import select_backend
+from pshare_jax.kernels.kv_dtype import as_kv
 from pshare_jax.kernels.kv_write import cpu_ffi, pallas_tpu, reference, xla
 from pshare_jax.kernels.over_heads import write_over_heads
 
@@ -44,7 +45,7 @@ def kv_write(
 
     Args:
         pages: `[num_pages, 2, kv_heads, page_size, head_dim]`.
-        k: `[B, T, kv_heads, head_dim]`, rotated; cast to the dtype of pages.
+        k: `[B, T, kv_heads, head_dim]`, rotated; rounded to the dtype of pages, see `as_kv`.
         v: `[B, T, kv_heads, head_dim]`.
         page_table: `[B, N]` int32.
         q_start: `[B]` int32, position of each row's first token.
@@ -60,4 +61,5 @@ def kv_write(
         ValueError: an unknown backend.
     """
     write = select_backend("kv_write", BACKENDS, backend)
+    k, v = as_kv(k, pages.dtype), as_kv(v, pages.dtype)
     return write(pages, k, v, page_table, q_start, q_lens, mesh=mesh)

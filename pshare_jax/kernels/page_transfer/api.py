@@ -105,7 +105,7 @@ def page_checksums(
     a single value is noticed, and different factors notice values that changed places.
 
     Args:
-        staged: `[L, n, 2, kv_heads, page_size, head_dim]`, of 2 or 4 bytes a value.
+        staged: `[L, n, 2, kv_heads, page_size, head_dim]`, of 1, 2 or 4 bytes a value.
         backend: a key of the table, or `auto`.
 
     Returns:

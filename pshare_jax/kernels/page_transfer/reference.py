@@ -30,7 +30,7 @@ def copy_pages(
 
 def page_checksums(staged: jax.Array) -> jax.Array:
     """See `api.page_checksums`."""
-    unsigned = {2: jnp.uint16, 4: jnp.uint32}[staged.dtype.itemsize]
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[staged.dtype.itemsize]
     pages = jnp.moveaxis(staged, 1, 0).reshape(staged.shape[1], -1)
     words = jax.lax.bitcast_convert_type(pages, unsigned).astype(jnp.uint32)
     factors = 2 * jnp.arange(words.shape[1], dtype=jnp.uint32) + 1

@@ -67,7 +67,7 @@ def copy_pages(
 def page_checksums(staged: jax.Array) -> jax.Array:
     """See `api.page_checksums`."""
     layers, _, *page_shape = staged.shape
-    unsigned = {2: jnp.uint16, 4: jnp.uint32}[staged.dtype.itemsize]
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[staged.dtype.itemsize]
     words = lax.bitcast_convert_type(staged, unsigned).astype(jnp.uint32)
     # The number of each value within its page: a sum of iotas, so that a sharded axis stays so.
     sizes = (layers, 1, *page_shape)

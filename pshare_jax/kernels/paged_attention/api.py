@@ -59,7 +59,7 @@ def paged_attention(
         sliding_window: number of most recent positions a query sees (itself included), or None.
         soft_cap: bound of the scores' size, or None.
         sinks: `[heads]`, a score of each head's that takes weight and gives nothing (arXiv
-            2309.17453), or None; in `xla` and `reference`.
+            2309.17453), or None.
         mesh: the mesh that the arrays live on, as `sharding/rules.py` lays them out; None for one
             device. Pallas backends need it to split their work and to choose tile sizes.
         backend: a key of `BACKENDS`, or `auto`.
@@ -68,18 +68,12 @@ def paged_attention(
         `[B, T, heads, head_dim]` of q's dtype. Queries past q_lens give finite garbage.
 
     Raises:
-        ValueError: an unknown backend, or one that has no sinks, or heads that are no multiple of
-            kv_heads.
+        ValueError: an unknown backend, or heads that are no multiple of kv_heads.
     """
     heads, kv_heads = q.shape[2], pages.shape[2]
     if heads % kv_heads:
         raise ValueError(f"paged_attention: {heads} heads are no multiple of {kv_heads} KV heads")
     attend = select_backend("paged_attention", BACKENDS, backend)
-    options = {}
-    if sinks is not None:
-        if attend not in (xla.paged_attention, reference.paged_attention):
-            raise ValueError(f"paged_attention: backend {backend!r} has no sinks; xla has")
-        options["sinks"] = sinks
     return attend(
         q,
         pages,
@@ -88,6 +82,6 @@ def paged_attention(
         q_lens,
         sliding_window=sliding_window,
         soft_cap=soft_cap,
+        sinks=sinks,
         mesh=mesh,
-        **options,
     )

@@ -23,7 +23,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pshare_jax.kernels.partial_softmax import MASKED, PartialSoftmax, merge_first_axis
+from pshare_jax.kernels.partial_softmax import (
+    MASKED,
+    PartialSoftmax,
+    merge_first_axis,
+    with_sinks,
+)
 
 MIN_DOT = 16
 """Smallest operand size of a Triton product."""
@@ -81,6 +86,7 @@ def paged_attention(
     *,
     sliding_window: int | None,
     soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
     first_kv_head: jax.Array | None = None,
     kv_heads: int | None = None,
     tiles: Tiles | None = None,
@@ -96,6 +102,7 @@ def paged_attention(
         q_lens: `[B]` int32.
         sliding_window: see api.
         soft_cap: see api.
+        sinks: see api; of q's heads.
         first_kv_head: int32 scalar, the KV head that query head 0 reads; 0 if None.
         kv_heads: number of KV heads that q's heads read, all of them if None.
         tiles: sizes for the GPU.
@@ -110,6 +117,8 @@ def paged_attention(
     state = _attend(
         q, pages, page_table, first, end, soft_cap, first_kv_head, kv_heads, tiles, interpret
     )
+    if sinks is not None:
+        state = with_sinks(state, sinks)
     return state.result(q.dtype)
 
 

@@ -64,6 +64,7 @@ def paged_attention(
     *,
     sliding_window: int | None,
     soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
     first_kv_head: jax.Array | None = None,
     kv_heads: int | None = None,
     tiles: Tiles | None = None,
@@ -79,20 +80,23 @@ def paged_attention(
         q_lens: `[B]` int32.
         sliding_window: see api.
         soft_cap: see api.
+        sinks: see api; of q's heads.
         first_kv_head: int32 scalar, the KV head that query head 0 reads; 0 if None.
         kv_heads: number of KV heads that q's heads read, all of them if None.
         tiles: sizes for the chip.
         interpret: run the kernel in Pallas' interpreter (True or `pltpu.InterpretParams`).
     """
     call = _Call(q, pages, page_table, kv_heads, tiles or Tiles(), interpret)
-    static = call.static(causal=True, window=sliding_window, soft_cap=soft_cap)
+    static = call.static(
+        causal=True, window=sliding_window, soft_cap=soft_cap, sinks=sinks is not None
+    )
     query = q_start[:, None] + jnp.arange(static.tiles_per_row, dtype=jnp.int32) * static.tile
     end = jnp.minimum(query + static.tile, (q_start + q_lens)[:, None])
     end = jnp.where(query < end, end, 0)
     first = jnp.zeros_like(end)
     if sliding_window is not None:
         first = jnp.minimum(jnp.maximum(query - (sliding_window - 1), 0), end)
-    [out] = call.run(static, page_table, first, end, query, first_kv_head, None)
+    [out] = call.run(static, page_table, first, end, query, first_kv_head, None, sinks)
     return call.tokens(static, out)
 
 
@@ -162,7 +166,7 @@ class _Call(NamedTuple):
         tile = min(self.tiles.queries, pl.next_power_of_2(T))
         keys = self.tiles.decode_keys if T == 1 else self.tiles.prefill_keys
         return Static(
-            **{"bounded": False, "window": None, **mode},
+            **{"bounded": False, "window": None, "sinks": False, **mode},
             tile=tile,
             tiles_per_row=pl.cdiv(T, tile),
             block_pages=max(1, min(keys // S, N)),
@@ -212,6 +216,14 @@ class _Call(NamedTuple):
         bound = jnp.pad(bound, ((0, 0), (0, self.rows(static) - G * tile)))
         return jnp.broadcast_to(bound[:, :, None], (*bound.shape, LANES))
 
+    def rows_of_heads(self, static: Static, sinks: jax.Array) -> jax.Array:
+        """`[heads]` to `[KH, M, LANES]` float32, for the rows of any program."""
+        of_rows = jnp.repeat(
+            sinks.astype(jnp.float32).reshape(static.kv_heads, -1), static.tile, axis=1
+        )
+        of_rows = jnp.pad(of_rows, ((0, 0), (0, self.rows(static) - of_rows.shape[1])))
+        return jnp.broadcast_to(of_rows[:, :, None], (*of_rows.shape, LANES))
+
     def run(
         self,
         static: Static,
@@ -221,6 +233,7 @@ class _Call(NamedTuple):
         query: jax.Array,
         first_kv_head: jax.Array | None,
         seen_from: jax.Array | None,
+        sinks: jax.Array | None = None,
     ) -> list[jax.Array]:
         """The kernel's outputs; first, end and query are of each program."""
         D, KH, M, S = self.q.shape[3], static.kv_heads, self.rows(static), static.page_size
@@ -246,6 +259,9 @@ class _Call(NamedTuple):
         if seen_from is not None:
             operands.append(self.bounds(static, seen_from))
             in_specs.append(of_program(M, LANES))
+        if sinks is not None:
+            operands.append(self.rows_of_heads(static, sinks))
+            in_specs.append(pl.BlockSpec((KH, M, LANES), lambda *_: (0, 0, 0)))
         out_shapes = [jax.ShapeDtypeStruct(q.shape, q.dtype if static.causal else jnp.float32)]
         out_specs = [of_program(KH, M, D)]
         if not static.causal:

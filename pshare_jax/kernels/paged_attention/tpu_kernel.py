@@ -31,6 +31,8 @@ LANES = 128
 class Static(NamedTuple):
     """What is fixed when the kernel is compiled.
 
+    With `sinks`, the softmax begins with a score that the rows are given, and that gives nothing.
+
     `causal`: query i of a program is at position `query + i` of its scalars, sees keys up to its
     own and with a `window` only the last ones, and the output is normalised. Otherwise every query
     sees the whole range, or with `bounded` what lies past its own first key, and the outputs are
@@ -48,6 +50,7 @@ class Static(NamedTuple):
     bounded: bool
     window: int | None
     soft_cap: float | None
+    sinks: bool
 
 
 class Scalars(NamedTuple):
@@ -89,6 +92,7 @@ def kernel(static: Static, *refs: Any) -> None:
     """Attention of one program; see `pallas_tpu` for the blocks that `refs` are."""
     scalars, (q_ref, *inputs) = Scalars(*refs[:5]), refs[5:]
     from_ref = inputs.pop(0) if static.bounded else None
+    sinks_ref = inputs.pop(0) if static.sinks else None
     pages_ref, *outputs, buffers, arrivals, buffer_ref, highest_ref, total_ref, acc_ref = inputs
     index, per_core = pl.program_id(1), pl.num_programs(1)
     program = pl.program_id(0) * per_core + index
@@ -115,8 +119,12 @@ def kernel(static: Static, *refs: Any) -> None:
         buffer_ref[0] = 0
         for_each_copy(span, span.first_block, jnp.int32(0), "start")
 
-    highest_ref[...] = jnp.full_like(highest_ref, MASKED)
-    total_ref[...] = jnp.zeros_like(total_ref)
+    if sinks_ref is None:
+        highest_ref[...] = jnp.full_like(highest_ref, MASKED)
+        total_ref[...] = jnp.zeros_like(total_ref)
+    else:
+        highest_ref[...] = sinks_ref[...]
+        total_ref[...] = jnp.ones_like(total_ref)
     acc_ref[...] = jnp.zeros_like(acc_ref)
 
     def attend_block(block_index: jax.Array, buffer: jax.Array) -> jax.Array:

@@ -48,6 +48,7 @@ def shared_prefix_attention(
     *,
     sliding_window: int | None = None,
     soft_cap: float | None = None,
+    sinks: Float[Array, " heads"] | None = None,
     mesh: Mesh | None = None,
     backend: str = "auto",
 ) -> Float[Array, "B 1 heads head_dim"]:
@@ -68,6 +69,7 @@ def shared_prefix_attention(
             `q_start + 1` of every member. 0 for a group that is not used.
         sliding_window: see `paged_attention`.
         soft_cap: see `paged_attention`.
+        sinks: see `paged_attention`.
         mesh: see `paged_attention`.
         backend: a key of `BACKENDS`, or `auto`.
 
@@ -101,5 +103,6 @@ def shared_prefix_attention(
         run_lens,
         sliding_window=sliding_window,
         soft_cap=soft_cap,
+        sinks=sinks,
         mesh=mesh,
     )

@@ -14,7 +14,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pshare_jax.kernels.partial_softmax import MASKED, PartialSoftmax, merge, merge_first_axis
+from pshare_jax.kernels.partial_softmax import (
+    MASKED,
+    PartialSoftmax,
+    merge,
+    merge_first_axis,
+    with_sinks,
+)
 
 
 class _Runs(NamedTuple):
@@ -46,6 +52,7 @@ def shared_prefix_attention(
     run_lens: jax.Array,
     *,
     sliding_window: int | None,
+    sinks: jax.Array | None = None,
     **options: Any,
 ) -> jax.Array:
     """See `api.shared_prefix_attention`.
@@ -61,6 +68,7 @@ def shared_prefix_attention(
         members: see api.
         run_lens: see api.
         sliding_window: see api.
+        sinks: see api; of q's heads.
         options: further arguments of the kernel.
     """
     B, _, H, D = q.shape
@@ -101,7 +109,10 @@ def shared_prefix_attention(
     tail_first = jnp.minimum(jnp.maximum(seen_from, run_of_row), end)
     tails = attend(q, pages, page_table, tail_first, end, q_lens)
     tails = PartialSoftmax(*(x[:, 0] for x in tails))
-    return merge(of_rows, tails).result(q.dtype).reshape(B, 1, H, D)
+    whole = merge(of_rows, tails)
+    if sinks is not None:
+        whole = with_sinks(whole, sinks)
+    return whole.result(q.dtype).reshape(B, 1, H, D)
 
 
 def _runs(

@@ -12,7 +12,13 @@ from jax import lax
 from jax.sharding import Mesh
 
 from pshare_jax.kernels.paged_attention.xla import BLOCK_PAGES, DECODE_BLOCK_TOKENS
-from pshare_jax.kernels.partial_softmax import MASKED, PartialSoftmax, merge, nothing
+from pshare_jax.kernels.partial_softmax import (
+    MASKED,
+    PartialSoftmax,
+    merge,
+    nothing,
+    with_sinks,
+)
 
 
 def shared_prefix_attention(
@@ -26,6 +32,7 @@ def shared_prefix_attention(
     *,
     sliding_window: int | None,
     soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
     mesh: Mesh | None = None,
 ) -> jax.Array:
     """See `api.shared_prefix_attention`."""
@@ -106,7 +113,10 @@ def shared_prefix_attention(
         end = jnp.where(q_lens[row] > 0, start + 1, 0)
         tail = attend(row[None], start[None], row, first, end)
         run = PartialSoftmax(*(lax.dynamic_index_in_dim(x, row) for x in shared))
-        result = merge(run, tail).result(out.dtype)
+        whole = merge(run, tail)
+        if sinks is not None:
+            whole = with_sinks(whole, sinks.reshape(KH, G))
+        result = whole.result(out.dtype)
         return lax.dynamic_update_slice(out, result, (row, 0, 0, 0))
 
     out = lax.fori_loop(0, B, attend_tail, jnp.zeros((B, KH, G, D), q.dtype))

@@ -5,19 +5,24 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from pshare_jax.models.config import Experts, LayerSpec, ModelConfig
+from pshare_jax.models.config import Experts, LayerSpec, ModelConfig, with_layers
+from pshare_jax.models.families.mixtral import GGUF_EXPERTS
 from pshare_jax.models.family import (
     FULL,
     HF_LAYER,
     SLIDING,
     Family,
+    GGUFMetadata,
     layer_types,
     layers_of_types,
     window_of,
 )
 from pshare_jax.models.hf_fields import Fields, read_rope
+from pshare_jax.models.rope import YarnRopeScaling
 
 SHARPNESS = 1.702
+LIMIT = 7.0
+WINDOW = 128
 
 
 class GptOss(Family):
@@ -44,6 +49,17 @@ class GptOss(Family):
         for hf, targets in (("gate_up_proj", ("gate", "up")), ("down_proj", ("down",)))
         for ending, kind in (("", "kernel"), ("_bias", "bias"))
     }
+    gguf = "gpt-oss"
+    gguf_tensors = "GPT_OSS"
+    gguf_layer = {
+        "attn.sinks": "attn_sinks.weight",
+        "mlp_norm.scale": "post_attention_norm.weight",
+        **GGUF_EXPERTS,
+        **{
+            native.replace(".kernel", ".bias"): name.replace(".weight", ".bias")
+            for native, name in GGUF_EXPERTS.items()
+        },
+    }
 
     def options(self, fields: Fields, hidden_size: int, head_dim: int) -> dict[str, Any]:
         """All projections of attention have biases, or none."""
@@ -62,9 +78,9 @@ class GptOss(Family):
             fields.positive("num_experts_per_tok", int, 4),
             config.intermediate_size,
             biases=True,
-            limit=fields.positive("swiglu_limit", float, 7.0),
+            limit=fields.positive("swiglu_limit", float, LIMIT),
         )
-        window = fields.positive("sliding_window", int, 128)
+        window = fields.positive("sliding_window", int, WINDOW)
         specs = layers_of_types(types, window, read_rope(fields, self.rope_theta))
         return [replace(spec, experts=experts) for spec in specs]
 
@@ -78,8 +94,28 @@ class GptOss(Family):
             "num_experts_per_tok": experts.per_token,
             "swiglu_limit": experts.limit,
             "layer_types": layer_types(config),
-            "sliding_window": window_of(config) or 128,
+            "sliding_window": window_of(config) or WINDOW,
         }
+
+    def config_from_gguf(self, config: ModelConfig, metadata: GGUFMetadata) -> ModelConfig:
+        """Every second layer has a window; YaRN's band is not widened, as its makers have it."""
+        spec = config.layer(0)
+        assert spec.rope is not None
+        rope = spec.rope
+        if isinstance(rope.scaling, YarnRopeScaling):
+            rope = replace(rope, scaling=replace(rope.scaling, truncate=False))
+        experts = Experts(
+            metadata.size("expert_count"),
+            metadata.size("expert_used_count"),
+            metadata.size("expert_feed_forward_length", config.intermediate_size),
+            biases=True,
+            limit=LIMIT,
+        )
+        types = [FULL if i % 2 else SLIDING for i in range(config.num_layers)]
+        specs = layers_of_types(types, spec.sliding_window or WINDOW, rope)
+        bias = metadata.has_tensor("blk.0.attn_q.bias")
+        config = replace(config, qkv_bias=bias, o_bias=bias)
+        return with_layers(config, [replace(spec, experts=experts) for spec in specs])
 
 
 FAMILY = GptOss()

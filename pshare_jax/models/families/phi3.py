@@ -22,6 +22,9 @@ class Phi3(Family):
         "self_attn.qkv_proj.weight": ("attn.q.kernel", "attn.k.kernel", "attn.v.kernel"),
         "mlp.gate_up_proj.weight": ("mlp.gate.kernel", "mlp.up.kernel"),
     }
+    gguf = "phi3"
+    gguf_tensors = "PHI3"
+    gguf_rotates_part = True
 
     def layers(self, fields: Fields, config: ModelConfig) -> list[LayerSpec]:
         """All alike."""

@@ -31,6 +31,7 @@ struct Rows {
 struct Geometry {
   long kv_heads, group, page_size, head_dim, window;  // window 0: unlimited
   float soft_cap;                                     // 0: none
+  const float* sinks = nullptr;  // [heads], scores that take weight and give nothing; null: none
   long heads() const { return kv_heads * group; }
 };
 
@@ -166,7 +167,7 @@ class Attention {
 
   void merge_parts(long item, long head) {
     Scratch& s = scratch();
-    s.row.reset(g_.group, g_.head_dim);
+    begin_row(s, 1, head);
     for (long c = 0; c < items_[item].chunks; c++) {
       const float* from = part_of(item + c, head);
       merge(s.row, from, from + g_.group, from + 2 * g_.group, g_.group);
@@ -179,13 +180,22 @@ class Attention {
     long start = rows_.start[at.row] + at.index;
     long count = std::min(kTileTokens, rows_.lens[at.row] - at.index);
     load_queries(s, at.row, at.index, count, head);
-    s.row.reset(count * g_.group, g_.head_dim);
+    begin_row(s, count, head);
     for (long c = chunk_of_first_key(start); c <= (start + count - 1) / kChunkKeys; c++) {
       chunk(s, at.row, at.index, count, head, c);
       merge(s.row, s.chunk.highest.data(), s.chunk.total.data(), s.chunk.values.data(),
             count * g_.group);
     }
     finish(s, at.row, at.index, count, head);
+  }
+
+  // A sink is a score that has been seen before all others, with nothing to give.
+  void begin_row(Scratch& s, long count, long head) {
+    s.row.reset(count * g_.group, g_.head_dim);
+    for (long i = 0; i < count * g_.group && g_.sinks != nullptr; i++) {
+      s.row.highest[i] = g_.sinks[head * g_.group + i % g_.group];
+      s.row.total[i] = 1.0f;
+    }
   }
 
   void load_queries(Scratch& s, long row, long token, long count, long head) {

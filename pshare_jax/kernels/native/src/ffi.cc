@@ -100,10 +100,22 @@ ffi::Error typed(Call& call, size_t i, Body body) {
   return call.error().empty() ? ffi::Error::Success() : ffi::Error::InvalidArgument(call.error());
 }
 
+// As `typed`, for pages of 8 bits too.
+template <class Body>
+ffi::Error typed_pages(Call& call, size_t i, Body body) {
+  if (call.arg(i).element_type() != ffi::DataType::F8E4M3FN) return typed(call, i, body);
+  body(fp8{});
+  return call.error().empty() ? ffi::Error::Success() : ffi::Error::InvalidArgument(call.error());
+}
+
+bool has_small_pages(Call& call, size_t i) {
+  return call.arg(i).element_type() == ffi::DataType::F8E4M3FN;
+}
+
 // pages, k, v, page_table, start, lens -> pages
 ffi::Error kv_write(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dictionary attrs) {
   Call call(args, rets, attrs);
-  return typed(call, 0, [&](auto element) {
+  return typed_pages(call, 0, [&](auto element) {
     using E = decltype(element);
     E* pages = static_cast<E*>(updated(call.arg(0), call.ret(0)));
     Rows rows = call.rows(3);
@@ -126,7 +138,7 @@ ffi::Error kv_write(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dicti
   });
 }
 
-// q, pages, page_table, start, lens -> out
+// q, pages, page_table, start, lens, sinks of no or all heads -> out
 ffi::Error paged_attention(ffi::RemainingArgs args, ffi::RemainingRets rets,
                            ffi::Dictionary attrs) {
   Call call(args, rets, attrs);
@@ -135,6 +147,9 @@ ffi::Error paged_attention(ffi::RemainingArgs args, ffi::RemainingRets rets,
     Rows rows = call.rows(2);
     long tokens = call.dim(0, 1);
     Geometry g = call.geometry(1, call.dim(0, 2));
+    g.sinks = call.data<float>(5);
+    bool of_heads = g.sinks == nullptr || call.dim(5, 0) == g.heads();
+    if (!call.good(of_heads ? "" : "there must be a sink for each head, or none")) return;
     E* out = static_cast<E*>(call.ret(0).untyped_data());
     if (!call.good(problem(rows, tokens, g, call.dim(1, 0)))) return;
     std::vector<long> first;
@@ -143,16 +158,31 @@ ffi::Error paged_attention(ffi::RemainingArgs args, ffi::RemainingRets rets,
       long valid = std::max(0, rows.lens[b]), width = g.heads() * g.head_dim;
       std::fill(out + (b * tokens + valid) * width, out + (b + 1) * tokens * width, E{});
     }
-    Attention<E, E> attention(call.data<E>(0), out, call.data<E>(1), rows, g, first, tokens == 1);
+    const E* q = call.data<E>(0);
+    if (has_small_pages(call, 1)) {
+      WidenedPages<E> wide(call.data<fp8>(1), rows, g);
+      Attention<E, E> attention(q, out, wide.pages(), wide.rows(), g, first, tokens == 1);
+      Pool::instance().run([&](Team& team) {
+        wide.widen(team);
+        attention.run(team);
+      });
+      return;
+    }
+    bool alike = call.arg(1).element_type() == call.arg(0).element_type();
+    if (!call.good(alike ? "" : "pages are of another dtype than queries")) return;
+    Attention<E, E> attention(q, out, call.data<E>(1), rows, g, first, tokens == 1);
     Pool::instance().run([&](Team& team) { attention.run(team); });
   });
 }
 
-// A layer over pages of E and weights of W.
+// A layer that computes in E, over pages of E or of 8 bits, and weights of W.
 template <class E, class W>
 void run_layer(Call& call) {
+  bool small = has_small_pages(call, 1);
+  bool alike = small || call.arg(1).element_type() == call.arg(9).element_type();
+  if (!call.good(alike ? "" : "pages are of another dtype than weights")) return;
   float* x = static_cast<float*>(updated(call.arg(0), call.ret(0)));
-  E* pages = static_cast<E*>(updated(call.arg(1), call.ret(1)));
+  void* pages = updated(call.arg(1), call.ret(1));
   Rows rows = call.rows(2);
   Layer<E, W> layer{};
   layer.embed = call.dim(0, 2);
@@ -164,6 +194,15 @@ void run_layer(Call& call) {
   layer.residual_scale = call.attr<float>("residual_scale");
   layer.gelu = call.attr<bool>("gelu");
   layer.kv_only = call.attr<bool>("kv_only");
+  layer.norm_all_heads = call.attr<bool>("norm_all_heads");
+  layer.experts.count = call.attr<int64_t>("experts");
+  layer.experts.per_token = call.attr<int64_t>("experts_per_token");
+  layer.experts.normalised = call.attr<bool>("experts_normalised");
+  layer.experts.limit = call.attr<float>("experts_limit");
+  const Parts parts{call.attr<bool>("pre_norms"), call.attr<bool>("bias"),
+                    call.attr<bool>("qk_norm"),   call.attr<bool>("post_norms"),
+                    call.attr<bool>("o_bias"),    call.attr<bool>("mlp_bias"),
+                    call.attr<bool>("sinks"),     call.attr<bool>("expert_biases")};
   layer.num_adapters = call.attr<int64_t>("num_adapters");
   layer.rank = call.attr<int64_t>("rank");
   layer.adapter_index = call.data<int32_t>(10);
@@ -173,19 +212,22 @@ void run_layer(Call& call) {
   if (layer.rotated > layer.geometry.head_dim) call.good("more rotates than a head has");
   if (!call.good(problem(rows, tokens, layer.geometry, call.dim(1, 0))) ||
       !call.good(locate(layer, call.data<float>(7) + number * vectors, vectors,
-                        call.data<W>(8) + number * matrices, matrices, call.attr<bool>("bias"),
-                        call.attr<bool>("qk_norm"), call.attr<bool>("post_norms"))) ||
+                        call.data<W>(8) + number * matrices, matrices, parts)) ||
       !call.good(locate_adapters(layer, call.data<E>(9) + number * factors, factors, rows.batch,
                                  call.attr<int64_t>("targets")))) {
     return;
   }
-  LayerCall<E, W>(layer, rows, tokens, x, call.data<float>(5), call.data<float>(6), pages).run();
+  LayerCall<E, W>(layer, rows, tokens, x, call.data<float>(5), call.data<float>(6),
+                  small ? nullptr : static_cast<E*>(pages),
+                  small ? static_cast<fp8*>(pages) : nullptr)
+      .run();
 }
 
 // See decoder_layer/cpu_ffi.py for the operands -> x, pages
 ffi::Error decoder_layer(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dictionary attrs) {
   Call call(args, rets, attrs);
-  return typed(call, 1, [&](auto element) {
+  // Adapters, of which there may be none, have the dtype that is computed in.
+  return typed(call, 9, [&](auto element) {
     using E = decltype(element);
     bool bytes = call.arg(8).element_type() == ffi::DataType::U8;
     bytes ? run_layer<E, Int8>(call) : run_layer<E, E>(call);
@@ -271,9 +313,14 @@ ffi::Error page_checksums(ffi::RemainingArgs args, ffi::RemainingRets rets,
       uint32_t sum = 0;
       for (long layer = 0; layer < layers; layer++) {
         const char* from = data + (layer * count + i) * values * width;
-        sum += width == 2
-                   ? weighted_sum(reinterpret_cast<const uint16_t*>(from), values, layer * values)
-                   : weighted_sum(reinterpret_cast<const uint32_t*>(from), values, layer * values);
+        long first = layer * values;
+        if (width == 1) {
+          sum += weighted_sum(reinterpret_cast<const uint8_t*>(from), values, first);
+        } else if (width == 2) {
+          sum += weighted_sum(reinterpret_cast<const uint16_t*>(from), values, first);
+        } else {
+          sum += weighted_sum(reinterpret_cast<const uint32_t*>(from), values, first);
+        }
       }
       sums[i] = sum;
     });

@@ -6,104 +6,23 @@
 #pragma once
 
 #include <initializer_list>
-#include <string>
 #include <vector>
 
-#include "attention.h"
-#include "int8.h"
+#include "layer_weights.h"
 #include "norm.h"
+#include "small_pages.h"
 
 namespace pshare {
-
-constexpr int kTargets = 7;
-enum Target { kQ, kK, kV, kO, kGate, kUp, kDown };
-
-template <class E>
-struct Adapter {
-  const E *a = nullptr, *b = nullptr;  // packed [inputs, num * rank] and [num * rank, outputs]
-};
-
-template <class E, class W = E>
-struct Layer {
-  long embed, mlp, rotated;  // rotated: components of a head, its first; the others stay
-  Geometry geometry;
-  float eps;
-  float query_factor, residual_scale;  // of rotated queries; of what is added to x
-  bool gelu;     // the gate's activation: tanh-approximated GELU, or SiLU
-  bool kv_only;  // write K and V and compute nothing else
-  const float *attn_norm, *mlp_norm;
-  const float *bias, *q_norm, *k_norm;  // null where there is none; bias as long as qkv's panels
-  const float *attn_post_norm, *mlp_post_norm;  // of a block's output; null where there is none
-  Matrix<W> qkv, o, gate_up, down;
-  long num_adapters = 0, rank = 0;
-  const int32_t* adapter_index = nullptr;  // [batch], -1 for none
-  Adapter<E> adapters[kTargets];
-};
-
-// Where a layer's weights begin in the vectors and matrices of all layers, see
-// decoder_layer/packing.py. Returns what is wrong, or nothing.
-template <class E, class W>
-std::string locate(Layer<E, W>& l, const float* vectors, long num_vectors, const W* matrices,
-                   long num_matrices, bool bias, bool qk_norm, bool post_norms) {
-  const float* vectors_end = vectors + num_vectors;
-  const W* matrices_end = matrices + num_matrices;
-  const Geometry& g = l.geometry;
-  long heads = g.heads() * g.head_dim, kv = g.kv_heads * g.head_dim;
-  long qkv = panels(heads) + 2 * panels(kv);
-  auto take = [](auto& from, long count) {
-    auto at = from;
-    from += count;
-    return at;
-  };
-  l.attn_norm = take(vectors, l.embed);
-  l.mlp_norm = take(vectors, l.embed);
-  l.bias = bias ? take(vectors, qkv * kPanel) : nullptr;
-  l.q_norm = qk_norm ? take(vectors, g.head_dim) : nullptr;
-  l.k_norm = qk_norm ? take(vectors, g.head_dim) : nullptr;
-  l.attn_post_norm = post_norms ? take(vectors, l.embed) : nullptr;
-  l.mlp_post_norm = post_norms ? take(vectors, l.embed) : nullptr;
-  auto matrix = [&](long columns, long inputs) {
-    const float* scales = std::is_same_v<W, Int8> ? take(vectors, columns * kPanel) : nullptr;
-    return Matrix<W>{take(matrices, columns * panel_size<W>(inputs)), scales};
-  };
-  l.qkv = matrix(qkv, l.embed);
-  l.o = matrix(panels(l.embed), heads);
-  l.gate_up = matrix(2 * panels(l.mlp), l.embed);
-  l.down = matrix(panels(l.embed), l.mlp);
-  bool fits = vectors == vectors_end && matrices == matrices_end;
-  return fits ? "" : "the packed weights are of another model";
-}
-
-// The same for the factors of the targets in the bit set `targets`.
-template <class E, class W>
-std::string locate_adapters(Layer<E, W>& l, const E* factors, long count, long batch, long targets) {
-  const E* end = factors + count;
-  const Geometry& g = l.geometry;
-  long heads = g.heads() * g.head_dim, kv = g.kv_heads * g.head_dim;
-  const long inputs[kTargets] = {l.embed, l.embed, l.embed, heads, l.embed, l.embed, l.mlp};
-  const long outputs[kTargets] = {heads, kv, kv, l.embed, l.mlp, l.mlp, l.embed};
-  long low = l.num_adapters * l.rank;
-  for (int t = 0; t < kTargets; t++) {
-    if ((targets >> t & 1) == 0) continue;
-    l.adapters[t].a = factors;
-    factors += panels(low) * panel_size<E>(inputs[t]);
-    l.adapters[t].b = factors;
-    factors += panels(outputs[t]) * panel_size<E>(low);
-  }
-  if (factors != end) return "the packed adapters are of another model";
-  for (long b = 0; b < batch && low > 0; b++) {
-    if (l.adapter_index[b] >= l.num_adapters) return "an adapter's index is out of range";
-  }
-  return "";
-}
 
 template <class E, class W = E>
 class LayerCall {
  public:
   // x [batch * tokens, embed] is updated in place; cos and sin are [batch * tokens, rotated / 2].
+  // Of the two kinds of pages one is null.
   LayerCall(const Layer<E, W>& layer, const Rows& rows, long tokens, float* x, const float* cos,
-            const float* sin, E* pages)
-      : l_(layer), rows_(rows), g_(layer.geometry), x_(x), cos_(cos), sin_(sin), pages_(pages) {
+            const float* sin, E* pages, fp8* small_pages)
+      : l_(layer), rows_(rows), g_(layer.geometry), x_(x), cos_(cos), sin_(sin), pages_(pages),
+        small_pages_(small_pages) {
     for (long b = 0; b < rows.batch; b++) {
       first_.push_back(static_cast<long>(index_.size()));
       for (long t = 0; t < std::min<long>(rows.lens[b], tokens); t++) {
@@ -128,26 +47,45 @@ class LayerCall {
     qkv_ = qkv.get(count_ * qkv_panels_ * kPanel);
     q_ = q.get(count_ * g_.heads() * g_.head_dim);
     attended_ = attended.get(count_ * round_up(g_.heads() * g_.head_dim, 2));
-    update_ = update.get(l_.attn_post_norm != nullptr ? count_ * l_.embed : 0);
+    bool kept = l_.attn_post_norm != nullptr || l_.experts.count > 0;
+    update_ = update.get(kept ? count_ * l_.embed : 0);
     hidden_ = hidden.get(count_ * round_up(l_.mlp, 2));
     find_adapters();
     low_ = low.get(used_.empty() ? 0 : kTargets * count_ * l_.rank);
-    Attention<E, Left<E>> attention(q_, attended_, pages_, rows_, g_, first_, one_query_);
-    Pool::instance().run([&](Team& team) {
-      attention_block(team, attention);
-      if (!l_.kv_only) mlp_block(team);
-    });
+    if (small_pages_ == nullptr) {
+      run_over(pages_, pages_, rows_, [](Team&) {});
+      return;
+    }
+    WidenedPages<E> wide(small_pages_, rows_, g_);
+    run_over(small_pages_, wide.pages(), wide.rows(), [&](Team& team) { wide.widen(team); });
   }
 
  private:
   static constexpr bool kRounds = std::is_same_v<W, Int8>;
+
+  // Writes K and V into `pages`, calls `prepare`, and attends to `read`.
+  template <class P, class Prepare>
+  void run_over(P* pages, const E* read, const Rows& rows, Prepare prepare) {
+    Attention<E, Left<E>> attention(q_, attended_, read, rows, g_, first_, one_query_);
+    Pool::instance().run([&](Team& team) {
+      project(team);
+      team.loop(count_, [&](long r) { rotate_and_store(r, pages); });
+      if (l_.kv_only) return;
+      prepare(team);
+      attention.run(team);
+      project_back(team);
+      norm(team, l_.mlp_norm);
+      if (l_.experts.count > 0) experts_block(team);
+      else mlp_block(team);
+    });
+  }
 
   long embed_stride() const { return round_up(l_.embed, 2); }
   // Of a row; -1 for none.
   long adapter(long r) const { return l_.num_adapters > 0 ? l_.adapter_index[row_[r]] : -1; }
   float* row(long r) { return x_ + index_[r] * l_.embed; }
 
-  void attention_block(Team& team, Attention<E, Left<E>>& attention) {
+  void project(Team& team) {
     norm(team, l_.attn_norm);
     if (l_.kv_only) lower(team, {kK, kV}, normed_, l_.embed);
     else lower(team, {kQ, kK, kV}, normed_, l_.embed);
@@ -164,22 +102,22 @@ class LayerCall {
               for (long j = 0; j < kPanel; j++) to[j] += l_.bias[panel * kPanel + j];
             }
           });
-    team.loop(count_, [&](long r) { rotate_and_store(r); });
-    if (l_.kv_only) return;
-    attention.run(team);
+  }
+
+  void project_back(Team& team) {
     long width = g_.heads() * g_.head_dim;
     lower(team, {kO}, attended_, width);
     round(team, attended_, width, width);
     times(team, attended_, width, l_.o, width, 0, panels(l_.embed), 1,
           [&](long r, long n, long panel, float* tile) {
             adapt(kO, r, n, panel, tile, kPanel);
+            add_bias(n, tile, l_.o_bias, panel, kPanel);
             add(r, n, panel, tile, l_.attn_post_norm);
           });
     add_normed(team, l_.attn_post_norm);
   }
 
   void mlp_block(Team& team) {
-    norm(team, l_.mlp_norm);
     lower(team, {kGate, kUp}, normed_, l_.embed);
     long stride = round_up(l_.mlp, 2);
     // Panels of gate and up alternate.
@@ -187,6 +125,7 @@ class LayerCall {
           [&](long r, long n, long panel, float* tile) {
             adapt(kGate, r, n, panel / 2, tile, 2 * kPanel);
             adapt(kUp, r, n, panel / 2, tile + kPanel, 2 * kPanel);
+            add_bias(n, tile, l_.gate_up_bias, panel / 2, 2 * kPanel);
             long column = panel / 2 * kPanel;
             long width = std::min<long>(kPanel, stride - column);
             for (long i = 0; i < n; i++) {
@@ -204,9 +143,22 @@ class LayerCall {
     times(team, hidden_, stride, l_.down, l_.mlp, 0, panels(l_.embed), 1,
           [&](long r, long n, long panel, float* tile) {
             adapt(kDown, r, n, panel, tile, kPanel);
+            add_bias(n, tile, l_.down_bias, panel, kPanel);
             add(r, n, panel, tile, l_.mlp_post_norm);
           });
     add_normed(team, l_.mlp_post_norm);
+  }
+
+  void experts_block(Team& team) {
+    ExpertsCall<E> experts(l_.experts, l_.embed, l_.mlp, normed_, embed_stride(), count_);
+    experts.run(team);
+    const float* post_norm = l_.mlp_post_norm;
+    team.loop(count_, [&](long r) {
+      float *update = update_ + r * l_.embed, *to = row(r);
+      experts.sum(r, update);
+      if (post_norm != nullptr) normalise(update, post_norm, l_.embed, l_.eps, update);
+      for (long j = 0; j < l_.embed; j++) to[j] += l_.residual_scale * update[j];
+    });
   }
 
   // Calls `done(row, rows, panel, tile)` with tiles of x [count_, k] times some panels of a matrix.
@@ -228,6 +180,7 @@ class LayerCall {
     });
   }
 
+  // x in the form that products read, normalised where there is a norm.
   void norm(Team& team, const float* scale) {
     if constexpr (kRounds) rounded_ = rounded_memory_->get(count_, l_.embed);
     team.loop(count_, [&](long r) {
@@ -235,10 +188,13 @@ class LayerCall {
       if constexpr (kRounds) {
         static thread_local Buffer<float> memory;
         float* wide = memory.get(l_.embed);
-        normalise(row(r), scale, l_.embed, l_.eps, wide);
+        if (scale == nullptr) convert(row(r), wide, l_.embed);
+        else normalise(row(r), scale, l_.embed, l_.eps, wide);
         round_row(wide, rounded_, r);
         if (used_.empty()) return;
         convert(wide, to, l_.embed);
+      } else if (scale == nullptr) {
+        convert(row(r), to, l_.embed);
       } else {
         norm_row(row(r), scale, l_.embed, l_.eps, to);
       }
@@ -249,6 +205,14 @@ class LayerCall {
   // SiLU(g) is g * sigmoid(g), and GELU's approximation by tanh is g * sigmoid of this cubic.
   VF exponent(VF g) const {
     return l_.gelu ? g * (g * g * 0.0713548163f + 1.5957691216f) : g;
+  }
+
+  // Adds panel `panel` of a bias, of `width` columns, to the rows of a tile.
+  static void add_bias(long n, float* tile, const float* bias, long panel, long width) {
+    if (bias == nullptr) return;
+    for (long i = 0; i < n; i++) {
+      for (long j = 0; j < width; j++) tile[i * width + j] += bias[panel * width + j];
+    }
   }
 
   // Adds a tile to the residual stream; with a norm in between it is kept until rows are whole.
@@ -274,12 +238,19 @@ class LayerCall {
     });
   }
 
-  void rotate_and_store(long r) {
+  template <class P>
+  void rotate_and_store(long r, P* pages) {
     long half = l_.rotated / 2, b = row_[r], position = rows_.start[b] + r - first_[b];
     const float *cos = cos_ + index_[r] * half, *sin = sin_ + index_[r] * half;
     float* all = qkv_ + r * qkv_panels_ * kPanel;
+    long q_size = g_.heads() * g_.head_dim, k_size = g_.kv_heads * g_.head_dim;
+    if (l_.norm_all_heads && l_.q_norm != nullptr) {
+      float* keys = all + k_panel_ * kPanel;
+      normalise(keys, l_.k_norm, k_size, l_.eps, keys);
+      if (!l_.kv_only) normalise(all, l_.q_norm, q_size, l_.eps, all);
+    }
     auto rotate = [&](float* head, const float* scale) {
-      if (scale != nullptr) normalise(head, scale, g_.head_dim, l_.eps, head);
+      if (scale != nullptr && !l_.norm_all_heads) normalise(head, scale, g_.head_dim, l_.eps, head);
       for (long i = 0; i < half; i++) {
         float x = head[i], y = head[half + i];
         head[i] = x * cos[i] - y * sin[i];
@@ -289,9 +260,9 @@ class LayerCall {
     for (long h = 0; h < g_.kv_heads; h++) {
       float* k = all + k_panel_ * kPanel + h * g_.head_dim;
       rotate(k, l_.k_norm);
-      convert(k, slot(pages_, rows_, g_, b, position, 0, h), g_.head_dim);
+      convert(k, slot(pages, rows_, g_, b, position, 0, h), g_.head_dim);
       convert(all + v_panel_ * kPanel + h * g_.head_dim,
-              slot(pages_, rows_, g_, b, position, 1, h), g_.head_dim);
+              slot(pages, rows_, g_, b, position, 1, h), g_.head_dim);
     }
     if (l_.kv_only) return;
     for (long h = 0; h < g_.heads(); h++) {
@@ -367,6 +338,7 @@ class LayerCall {
   float* x_;
   const float *cos_, *sin_;
   E* pages_;
+  fp8* small_pages_;
   bool one_query_ = false;
   long count_ = 0, k_panel_ = 0, v_panel_ = 0, qkv_panels_ = 0;
   std::vector<long> index_, row_, first_, used_;
