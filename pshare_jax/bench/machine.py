@@ -11,7 +11,12 @@ from typing import Any
 import pshare_jax
 
 PACKAGES = ("pshare_jax", "jax", "jaxlib", "flax", "numpy")
-_VECTORS = {"avx512_bf16": "AVX512-BF16", "avx512f": "AVX-512", "avx2": "AVX2"}
+_VECTORS = {
+    "amx_bf16": "AMX and AVX512-BF16",
+    "avx512_bf16": "AVX512-BF16",
+    "avx512f": "AVX-512",
+    "avx2": "AVX2",
+}
 """Flags of /proc/cpuinfo, best first: CPUs of one name may differ, and so do their figures."""
 
 
@@ -55,6 +60,19 @@ def cpu_model(info: str) -> str:
     vectors = next((name for flag, name in _VECTORS.items() if flag in flags), None)
     name = facts.get("model name", "")
     return f"{name} with {vectors}" if name and vectors else name
+
+
+def has_amx(info: str | None = None) -> bool:
+    """Whether the CPU has Intel's matrix unit for bfloat16, and the system knows of it.
+
+    Args:
+        info: the text of /proc/cpuinfo; None reads it.
+    """
+    if info is None:
+        file = Path("/proc/cpuinfo")
+        info = file.read_text() if file.is_file() else ""
+    flags = next((line for line in info.splitlines() if line.startswith("flags")), "").split()
+    return {"amx_tile", "amx_bf16"} <= set(flags)
 
 
 def _version(package: str) -> str:

@@ -18,6 +18,7 @@ from pshare_jax.bench import (
     moving,
     pool,
     restart,
+    roofline,
     routes,
     shift,
     starve,
@@ -141,6 +142,12 @@ PLAIN: dict[str, PlainCommand] = {
         starve.StarveOptions,
         starve.run,
         starve.lines,
+    ),
+    "machine": PlainCommand(
+        "What this CPU can do at most: products, memory, and whether its matrix unit is used.",
+        roofline.MachineOptions,
+        roofline.run,
+        roofline.lines,
     ),
     "hardware": PlainCommand(
         "What this machine's accelerator does: kernels, serving, transfers; minutes.",

@@ -25,8 +25,10 @@ def computed_by(backend: str, mesh_size: int) -> list[str | int | None]:
     device = jax.devices()[0]
     names = [backend, device.platform, device.device_kind, mesh_size, version("jaxlib")]
     library = load_library() if device.platform == "cpu" else None
-    # The library is named by sources, compiler and the CPU's instruction sets.
-    compiled = None if library is None else library.path.parent.name
+    # The library is named by sources, compiler and the CPU's instruction sets. With the same one,
+    # two processes may multiply by different units (one has PSHARE_AMX=0, say), which sum
+    # in different orders.
+    compiled = None if library is None else f"{library.path.parent.name} {library.multiplier}"
     precision: str | None = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
     return [*names, compiled, precision, code_digest(Path(__file__).parents[1])]
 

@@ -13,12 +13,21 @@ from pshare_jax.bench import machine
         ("sse2 avx2 fma", "AMD EPYC with AVX2"),
         ("avx2 avx512f avx512bw", "AMD EPYC with AVX-512"),
         ("avx2 avx512f avx512_bf16", "AMD EPYC with AVX512-BF16"),
+        ("avx2 avx512f avx512_bf16 amx_bf16 amx_tile", "AMD EPYC with AMX and AVX512-BF16"),
         ("sse2", "AMD EPYC"),
     ],
 )
 def test_cpus_of_one_name_are_told_apart(flags, expected):
     core = f"processor\t: 0\nmodel name\t: AMD EPYC\nflags\t\t: {flags}\n"
     assert machine.cpu_model(core + "\n" + core) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [("amx_bf16 avx512_bf16 amx_tile", True), ("amx_tile amx_int8", False), ("avx2", False)],
+)
+def test_the_matrix_unit_is_one_for_bfloat16(flags, expected):
+    assert machine.has_amx(f"model name\t: CPU\nflags\t\t: {flags}\n") is expected
 
 
 def test_a_cpu_without_a_name():

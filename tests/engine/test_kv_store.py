@@ -23,9 +23,11 @@ from pshare_jax.config import (
 )
 from pshare_jax.core.prices import DISK, SHARED, Prices
 from pshare_jax.core.requests import FinishReason, Session
+from pshare_jax.engine import numerics
 from pshare_jax.engine.kv_store import EngineStore, page_shape, store_root
 from pshare_jax.engine.numerics import code_digest
 from pshare_jax.errors import ConfigError
+from pshare_jax.kernels.native.library import require_library
 from pshare_jax.kv.store.file import HEADER, PoolRequest, Regions
 from pshare_jax.runtime.layout import PageLayout
 from tests.engine.harness import PAGE, Client, Models, Reply, running, serve_config, wait_until
@@ -378,6 +380,17 @@ def test_roots_tell_layouts_and_kernels_apart(models: Models) -> None:
     with jax.default_matmul_precision("highest"):
         roots.add(store_root(layout, "xla", 1))
     assert len(roots) == 7
+
+
+def test_roots_tell_units_of_one_cpu_apart(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With PSHARE_AMX=0 the same library sums in another order than without."""
+    layout = PageLayout.of(models.config, PAGE, jnp.dtype(jnp.bfloat16))
+    roots = set()
+    for multiplier in ("vectors", "amx"):
+        library = replace(require_library(), multiplier=multiplier)
+        monkeypatch.setattr(numerics, "load_library", lambda found=library: found)
+        roots.add(store_root(layout, "cpu_ffi", 1))
+    assert len(roots) == 2
 
 
 def test_roots_tell_versions_of_the_code_apart(tmp_path: Path) -> None:

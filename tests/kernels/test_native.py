@@ -161,6 +161,54 @@ def test_no_folder_at_all_is_one_line_and_xla(small, anew, tmp_path, monkeypatch
     assert line.startswith("CPU kernels are not available, XLA takes their place: ")
 
 
+@pytest.mark.parametrize(
+    ("answer", "used", "line"),
+    [
+        (0, "vectors", None),
+        (1, "amx", None),
+        (2, "twin", None),
+        (-1, "vectors", "PSHARE_AMX=0"),
+        (-2, "vectors", "the operating system does not let this process use it"),
+        (-3, "vectors", "its results differ from those that its manual gives"),
+    ],
+)
+def test_the_matrix_unit_is_used_or_one_line_says_why_not(answer, used, line, monkeypatch, caplog):
+    monkeypatch.delenv(library.AMX_VARIABLE, raising=False)
+    asked = []
+
+    class Started:
+        def pshare_start_tiles(self, wanted: bool) -> int:
+            asked.append(wanted)
+            return answer
+
+    with caplog.at_level(logging.INFO, "pshare_jax"):
+        assert library._start_multiplier(Started()) == used  # pyright: ignore[reportArgumentType]
+        monkeypatch.setenv(library.AMX_VARIABLE, "0")
+        assert library._start_multiplier(Started()) == used  # pyright: ignore[reportArgumentType]
+    assert asked == [True, False]
+    if line is None:
+        assert caplog.messages == []
+    else:
+        assert all(
+            text.startswith(f"The CPU's matrix unit (AMX) is not used: {line}")
+            for text in caplog.messages
+        )
+
+
+TWIN = """
+import sys
+from pshare_jax.kernels.native import library
+library.FLAGS += ("-DPSHARE_TILES_TWIN",)
+loaded = library.require_library()
+assert (loaded.panel_columns, loaded.multiplier) == (32, "twin"), loaded
+import pytest
+names = "(cpu_ffi or cpp or bits or packed or test_bfloat16) and not float32"
+files = ["tests/models/test_packed.py", "tests/kernels/test_matmul.py"]
+files += ["tests/kernels/test_paged_attention.py", "tests/engine/test_cpu_backend.py"]
+sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *files, "-k", names]))
+"""
+
+
 AVX2 = """
 import os, sys
 from pshare_jax.kernels.native import library
@@ -176,13 +224,10 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *files, "-k", names]))
 """
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the flags are those of x86-64")
-def test_the_code_for_cpus_without_avx512(tmp_path):
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+def run_in_another_process(script: str, cache: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", AVX2],
-        env=environment,
+        [sys.executable, "-c", script],
+        env={**os.environ, "XDG_CACHE_HOME": str(cache)},
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -190,3 +235,15 @@ def test_the_code_for_cpus_without_avx512(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the flags are those of x86-64")
+def test_the_code_for_cpus_without_avx512(tmp_path):
+    run_in_another_process(AVX2, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_code_for_cpus_with_a_matrix_unit(tmp_path):
+    """All of it but the instructions themselves, which test_tiles.py runs: with the unit's twin."""
+    run_in_another_process(TWIN, tmp_path)

@@ -48,6 +48,15 @@ TARGETS = (
     "pshare_page_checksums",
 )
 TIMEOUT_SECONDS = 600
+AMX_VARIABLE = "PSHARE_AMX"
+"""Of the environment: `0` leaves a CPU's matrix unit alone, so that vectors multiply bfloat16."""
+_MULTIPLIERS = {0: "vectors", 1: "amx", 2: "twin"}
+_WHY_VECTORS = {
+    -1: f"{AMX_VARIABLE}=0",
+    -2: "the operating system does not let this process use it (arch_prctl ARCH_REQ_XCOMP_PERM)",
+    -3: "its results differ from those that its manual gives for them",
+}
+"""Why the matrix unit is left alone, by what `src/tile_check.h` answers."""
 _lock = threading.Lock()
 
 
@@ -62,6 +71,8 @@ class Library:
     Args:
         path: its file.
         panel_columns: columns of one panel of a packed matrix, see `src/gemm.h`.
+        multiplier: of bfloat16 in this process: `amx`, Intel's matrix unit; `vectors`; or `twin`,
+            that unit in C++, of a library compiled for tests. Each sums in an order of its own.
         kv_encode: codes a KV page, see `src/ffi.cc`; host memory by address, without the GIL.
         kv_decode: the inverse.
         pack: a matrix into panels, see `loading.pack_into`.
@@ -70,6 +81,7 @@ class Library:
 
     path: Path
     panel_columns: int
+    multiplier: str
     kv_encode: Callable[..., int]
     kv_decode: Callable[..., int]
     pack: Callable[..., None]
@@ -117,10 +129,17 @@ def _load() -> Library | None:
     for name in TARGETS:
         handler = jax.ffi.pycapsule(getattr(library, name))
         jax.ffi.register_ffi_target(name, handler, platform="cpu")
-    logger.info("CPU kernels: %s", path)
-    return Library(
-        path, library.pshare_panel_columns(), *_codec(library), *_loading(library), library
-    )
+    multiplier = _start_multiplier(library)
+    logger.info("CPU kernels: %s; bfloat16 is multiplied by: %s", path, multiplier)
+    columns = library.pshare_panel_columns()
+    return Library(path, columns, multiplier, *_codec(library), *_loading(library), library)
+
+
+def _start_multiplier(library: ctypes.CDLL) -> str:
+    answer = library.pshare_start_tiles(os.environ.get(AMX_VARIABLE, "") != "0")
+    if answer in _WHY_VECTORS:
+        logger.warning("The CPU's matrix unit (AMX) is not used: %s", _WHY_VECTORS[answer])
+    return _MULTIPLIERS.get(answer, "vectors")
 
 
 def _codec(library: ctypes.CDLL) -> tuple[Callable[..., int], Callable[..., int]]:

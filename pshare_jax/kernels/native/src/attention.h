@@ -5,90 +5,23 @@
 // positions, counted from position 0; a chunk's sums are then merged into the row's (online
 // softmax, Milakov and Gimelshein, arXiv 1805.02867). With one query a row, chunks are shared out
 // over threads, otherwise tiles are; the sums are the same ones in the same order, so a query's
-// result does not depend on what it is computed beside.
+// result does not depend on what it is computed beside. Where there is a matrix unit, the sums over
+// a chunk of bfloat16 are those of tile_attention.h.
 #pragma once
 
 #include <string>
+#include <type_traits>
 #include <vector>
 
-#include "kv_panels.h"
+#include "paged_rows.h"
+#include "tile_attention.h"
 
 namespace pshare {
 
 constexpr long kTileTokens = 64;
 constexpr long kBlockKeys = 2 * kPanel;
-constexpr long kChunkKeys = 256;
-constexpr float kMasked = -1e30f;
+constexpr long kBlockQueries = 2 * kTileRows;  // whose scores and weights stay in the nearest cache
 static_assert(kChunkKeys % kBlockKeys == 0);
-
-// The rows of a batch; position j of row b is in page table[b * width + j / page_size].
-struct Rows {
-  const int32_t *table, *start, *lens;
-  long batch, width;
-};
-
-// Pages [num_pages, 2, kv_heads, page_size, head_dim]; heads = kv_heads * group.
-struct Geometry {
-  long kv_heads, group, page_size, head_dim, window;  // window 0: unlimited
-  float soft_cap;                                     // 0: none
-  const float* sinks = nullptr;  // [heads], scores that take weight and give nothing; null: none
-  long heads() const { return kv_heads * group; }
-};
-
-template <class E>
-E* slot(E* pages, const Rows& rows, const Geometry& g, long row, long position, int part,
-        long head) {
-  long page = rows.table[row * rows.width + position / g.page_size];
-  return pages + (((page * 2 + part) * g.kv_heads + head) * g.page_size + position % g.page_size) *
-                     g.head_dim;
-}
-
-// What is wrong with the rows of a call of `tokens` tokens a row, if anything: nothing outside of
-// the pool and the page table may be touched, whatever a caller does.
-inline std::string problem(const Rows& rows, long tokens, const Geometry& g, long num_pages) {
-  for (long b = 0; b < rows.batch; b++) {
-    long start = rows.start[b], end = start + rows.lens[b];
-    if (rows.lens[b] <= 0) continue;
-    if (rows.lens[b] > tokens) return "q_lens exceeds the tokens of the call";
-    if (start < 0 || end > rows.width * g.page_size) return "positions exceed the page table";
-    long first = g.window > 0 ? std::max<long>(start - g.window + 1, 0) : 0;
-    for (long n = first / g.page_size; n * g.page_size < end; n++) {
-      long page = rows.table[b * rows.width + n];
-      if (page < 0 || page >= num_pages) return "a page number is out of range";
-    }
-  }
-  return "";
-}
-
-// Sums of one chunk, or of a whole row: highest score and total weight a query, and weighted values.
-struct Sums {
-  std::vector<float> highest, total, values;
-  long stride = 0;
-  void reset(long queries, long dims) {
-    stride = round_up(dims, kPanel);
-    highest.assign(queries, kMasked);
-    total.assign(queries, 0.0f);
-    values.assign(queries * stride, 0.0f);
-  }
-};
-
-inline void scale_row(float* row, long count, float factor) {
-  for (long i = 0; i < count; i++) row[i] *= factor;
-}
-
-// Adds the sums of a later chunk to `into`.
-inline void merge(Sums& into, const float* highest, const float* total, const float* values,
-                  long queries) {
-  for (long i = 0; i < queries; i++) {
-    float top = std::max(into.highest[i], highest[i]);
-    float mine = std::exp(into.highest[i] - top), theirs = std::exp(highest[i] - top);
-    into.highest[i] = top;
-    into.total[i] = into.total[i] * mine + total[i] * theirs;
-    float* to = &into.values[i * into.stride];
-    const float* from = values + i * into.stride;
-    for (long d = 0; d < into.stride; d++) to[d] = to[d] * mine + from[d] * theirs;
-  }
-}
 
 // Over pages of E, with queries and results of T.
 template <class E, class T>
@@ -130,14 +63,17 @@ class Attention {
   struct Item {
     long row, index, chunks;
   };
-  struct Block {
-    const E *keys[kBlockKeys], *values[kBlockKeys];
-  };
+  using Block = KeyBlock<E, kBlockKeys>;
+  // Whether a chunk's sums are computed by tiles.
+  static bool by_tiles() { return std::is_same_v<E, bf16> && has_tiles(); }
   struct Scratch {
     std::vector<E> keys, values, zeros;
     std::vector<Left<E>> queries, weights;
     std::vector<float> scores, ordered;
     Sums chunk, row;
+#if defined(PSHARE_TILES)
+    TileScratch tiles;
+#endif
   };
 
   long first_key(long position) const {
@@ -193,7 +129,7 @@ class Attention {
   void begin_row(Scratch& s, long count, long head) {
     s.row.reset(count * g_.group, g_.head_dim);
     for (long i = 0; i < count * g_.group && g_.sinks != nullptr; i++) {
-      s.row.highest[i] = g_.sinks[head * g_.group + i % g_.group];
+      s.row.highest[i] = kLog2E * g_.sinks[head * g_.group + i % g_.group];
       s.row.total[i] = 1.0f;
     }
   }
@@ -205,6 +141,11 @@ class Attention {
       const T* from = q_ + ((first_[row] + token + t) * g_.heads() + head * g_.group) * dims;
       convert(from, &s.queries[t * width], width);
     }
+#if defined(PSHARE_TILES)
+    if constexpr (std::is_same_v<E, bf16>) {
+      if (by_tiles()) pack_queries(s.queries.data(), count * g_.group, g_.group, dims, s.tiles);
+    }
+#endif
   }
 
   void finish(Scratch& s, long row, long token, long count, long head) {
@@ -228,98 +169,103 @@ class Attention {
     long from = std::max(first_key(start), number * kChunkKeys);
     long to = std::min(end, (number + 1) * kChunkKeys);
     s.chunk.reset(queries, dims);
-    s.scores.resize(queries * kBlockKeys);
-    s.weights.resize(queries * kBlockKeys);
+#if defined(PSHARE_TILES)
+    if constexpr (std::is_same_v<E, bf16>) {
+      if (by_tiles()) {
+        TileAttention<Tiles>{pages_, rows_, g_, row, head, start, queries, s.tiles}.run(from, to,
+                                                                                       s.chunk);
+        return;
+      }
+    }
+#endif
+    long some = std::min(queries, kBlockQueries);
+    s.scores.resize(some * kBlockKeys);
+    s.weights.resize(some * kBlockKeys);
     s.keys.resize(kBlockKeys * dims);
     s.values.resize(panels(dims) * panel_size<E>(kBlockKeys));
     s.zeros.assign(dims, E{});
     Block at[2];
     long block = from / kBlockKeys * kBlockKeys;
-    find_keys(s, row, head, block, from, to, at[0]);
+    at[0].find(pages_, rows_, g_, row, head, block, from, to, s.zeros.data());
     for (int now = 0; block < to; block += kBlockKeys, now = 1 - now) {
       // The next block is fetched while this one is computed.
       const Block &here = at[now], &next = at[1 - now];
-      find_keys(s, row, head, block + kBlockKeys, from, to, at[1 - now]);
+      at[1 - now].find(pages_, rows_, g_, row, head, block + kBlockKeys, from, to, s.zeros.data());
       for (long p = 0; p < 2; p++) {
-        E* packed = &s.keys[p * kPanel * dims];
-        fetch(next.keys + p * kPanel, dims);
-        transpose_panel<E>(here.keys + p * kPanel, dims, reinterpret_cast<uint32_t*>(packed));
-        multiply_panel<E>(queries, s.queries.data(), dims, packed, dims / Unit<E>::size,
-                          &s.scores[p * kPanel], kBlockKeys, false);
+        fetch(next.keys + p * kPanel, kPanel, dims);
+        transpose_panel<E>(here.keys + p * kPanel, dims,
+                           reinterpret_cast<uint32_t*>(&s.keys[p * kPanel * dims]));
       }
-      for (long i = 0; i < queries; i++) weigh(s, i, start + i / g_.group - block);
-      fetch(next.values, dims);
+      fetch(next.values, kPanel, dims);
       pack_values(here.values, kBlockKeys, dims, s.values.data());
-      fetch(next.values + kPanel, dims);
-      for (long p = 0; p < panels(dims); p++) {
-        multiply_panel<E>(queries, s.weights.data(), kBlockKeys,
-                          &s.values[p * panel_size<E>(kBlockKeys)], units<E>(kBlockKeys),
-                          &s.chunk.values[p * kPanel], s.chunk.stride, true);
+      fetch(next.values + kPanel, kPanel, dims);
+      for (long q = 0; q < queries; q += some) {
+        attend(s, q, std::min(some, queries - q), start - block);
       }
     }
   }
 
-  static void fetch(const E* const* rows, long dims) {
-    for (long j = 0; j < kPanel; j++) {
-      for (long d = 0; d < dims; d += 64 / sizeof(E)) __builtin_prefetch(rows[j] + d, 0, 2);
+  // Adds a block of keys and values to the sums of `count` queries from q on; the tile's first token
+  // is at position `start`, counted from the block's first.
+  void attend(Scratch& s, long q, long count, long start) {
+    long dims = g_.head_dim;
+    for (long p = 0; p < 2; p++) {
+      multiply_panel<E>(count, &s.queries[q * dims], dims, &s.keys[p * kPanel * dims],
+                        dims / Unit<E>::size, &s.scores[p * kPanel], kBlockKeys, false);
+    }
+    for (long i = 0; i < count; i++) {
+      long last = start + (q + i) / g_.group, first = g_.window > 0 ? last - g_.window + 1 : 0;
+      if (g_.soft_cap > 0) cap(&s.scores[i * kBlockKeys]);
+      if (first <= 0 && last >= kBlockKeys - 1) weigh<true>(s, q, i, first, last);
+      else weigh<false>(s, q, i, first, last);
+    }
+    for (long p = 0; p < panels(dims); p++) {
+      multiply_panel<E>(count, s.weights.data(), kBlockKeys,
+                        &s.values[p * panel_size<E>(kBlockKeys)], units<E>(kBlockKeys),
+                        &s.chunk.values[q * s.chunk.stride + p * kPanel], s.chunk.stride, true);
     }
   }
 
-  // Pointers to the keys and values of a block, page by page. Slots outside of what the tile sees,
-  // from .. to - 1, may hold NaN: zeros take their place.
-  void find_keys(Scratch& s, long row, long head, long block, long from, long to, Block& out) {
-    long value = g_.kv_heads * g_.page_size * g_.head_dim;
-    from = std::max(from, block);
-    to = std::min(to, block + kBlockKeys);
-    std::fill_n(out.keys, kBlockKeys, s.zeros.data());
-    std::fill_n(out.values, kBlockKeys, s.zeros.data());
-    while (from < to) {
-      const E* key = slot(pages_, rows_, g_, row, from, 0, head);
-      long count = std::min(to - from, g_.page_size - from % g_.page_size);
-      for (long j = from - block; j < from - block + count; j++, key += g_.head_dim) {
-        out.keys[j] = key;
-        out.values[j] = key + value;
-      }
-      from += count;
-    }
+  void cap(float* scores) const {
+    float cap = g_.soft_cap * std::sqrt(static_cast<float>(g_.head_dim));
+    for (long j = 0; j < kBlockKeys; j++) scores[j] = cap * std::tanh(scores[j] / cap);
   }
 
-  // Scores of query i -> weights; it sees the keys up to `last`, counted from the block's first.
-  void weigh(Scratch& s, long i, long last) {
+  // Scores of the i-th query of those from q on -> weights; it sees keys first .. last, or all.
+  template <bool all>
+  void weigh(Scratch& s, long q, long i, long first, long last) {
     constexpr long kVecs = kBlockKeys / kWidth;
-    float* scores = &s.scores[i * kBlockKeys];
-    long first = g_.window > 0 ? last - g_.window + 1 : 0;
+    const float* scores = &s.scores[i * kBlockKeys];
+    const float scale = kLog2E / std::sqrt(static_cast<float>(g_.head_dim));
     VF score[kVecs], top = splat(kMasked);
     VI seen[kVecs], lane;
     for (int j = 0; j < kWidth; j++) lane[j] = j;
-    float scale = 1.0f / std::sqrt(static_cast<float>(g_.head_dim));
+#pragma GCC unroll 8
     for (long v = 0; v < kVecs; v++) {
-      VI key = lane + static_cast<int32_t>(v * kWidth);
-      seen[v] = (key <= static_cast<int32_t>(last)) & (key >= static_cast<int32_t>(first));
       score[v] = load<VF>(scores + v * kWidth) * scale;
-      if (g_.soft_cap > 0) {
-        for (int j = 0; j < kWidth; j++) {
-          score[v][j] = g_.soft_cap * std::tanh(score[v][j] / g_.soft_cap);
-        }
+      if (!all) {
+        VI key = lane + static_cast<int32_t>(v * kWidth);
+        seen[v] = (key <= static_cast<int32_t>(last)) & (key >= static_cast<int32_t>(first));
+        score[v] = choose(seen[v], score[v], splat(kMasked));
       }
-      score[v] = choose(seen[v], score[v], splat(kMasked));
       top = choose(score[v] > top, score[v], top);
     }
-    float before = s.chunk.highest[i], highest = std::max(before, largest(top));
+    float before = s.chunk.highest[q + i], highest = std::max(before, largest(top));
     VF total = {};
+#pragma GCC unroll 8
     for (long v = 0; v < kVecs; v++) {
-      VF weight = choose(seen[v], exp(score[v] - highest), VF{});
-      total += weight;
-      store(scores + v * kWidth, weight);
+      score[v] = exp2(score[v] - highest);
+      if (!all) score[v] = choose(seen[v], score[v], VF{});
+      total += score[v];
     }
-    convert(scores, &s.weights[i * kBlockKeys], kBlockKeys);
+    convert(reinterpret_cast<const float*>(score), &s.weights[i * kBlockKeys], kBlockKeys);
     if (highest != before) {
-      float factor = std::exp(before - highest);
-      s.chunk.total[i] *= factor;
-      scale_row(&s.chunk.values[i * s.chunk.stride], s.chunk.stride, factor);
+      float factor = exp2(before - highest);
+      s.chunk.total[q + i] *= factor;
+      scale_row(&s.chunk.values[(q + i) * s.chunk.stride], s.chunk.stride, factor);
     }
-    s.chunk.highest[i] = highest;
-    s.chunk.total[i] += sum(total);
+    s.chunk.highest[q + i] = highest;
+    s.chunk.total[q + i] += sum(total);
   }
 
   const T* q_;

@@ -10,6 +10,7 @@
 #include "layer.h"
 #include "loading.h"
 #include "matmul.h"
+#include "tile_check.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -471,3 +472,9 @@ extern "C" int pshare_read_tensor(const char* path, long rows, long chunks, long
 
 // Columns of a panel of a packed matrix: what the Python side packs by.
 extern "C" int pshare_panel_columns() { return kPanel; }
+
+// Decides what multiplies bfloat16, before anything does; see tile_check.h. Once for good.
+extern "C" int pshare_start_tiles(int wanted) {
+  static const Multiplier decided = start_tiles(wanted != 0);
+  return static_cast<int>(decided);
+}

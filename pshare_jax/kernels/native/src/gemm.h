@@ -3,13 +3,16 @@
 // A matrix [K, N] is packed into panels of kPanel columns: [N / kPanel, K / unit, kPanel, unit],
 // zero-padded, where a unit is one float32 or two bfloat16. A product keeps a tile of rows by one
 // panel in registers and runs along K once. Every element is summed in the order of K in one
-// float32 accumulator, whatever the tile: a row's result depends on no other row.
+// float32 accumulator, whatever the tile: a row's result depends on no other row. Where the CPU has a
+// matrix unit bfloat16 goes through that instead (tile_gemm.h).
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "simd.h"
 #include "threads.h"
+#include "tile_gemm.h"
 
 namespace pshare {
 
@@ -97,6 +100,12 @@ void multiply_panel(long rows, const Left<E>* a, long lda, const E* b, long coun
   if (count == 0 && !add) {
     for (long i = 0; i < rows; i++) std::fill_n(c + i * ldc, kPanel, 0.0f);
   }
+#if defined(PSHARE_TILES)
+  static_assert(kPanel == kTileColumns);
+  if constexpr (std::is_same_v<E, bf16>) {
+    if (has_tiles()) return tile_panel<Tiles>(rows, a, lda, b, count, c, ldc, add);
+  }
+#endif
   for (long k = 0; k < count; k += kBlockUnits) {
     long part = std::min(kBlockUnits, count - k);
     for (long i = 0; i < rows; i += kTileRows) {
@@ -105,6 +114,34 @@ void multiply_panel(long rows, const Left<E>* a, long lda, const E* b, long coun
     }
   }
 }
+
+#if defined(PSHARE_TILES)
+// `multiply` by tiles. The unit is quick: panels come from memory once for up to 256 rows, and any
+// number of threads gets shares.
+template <class Done>
+void multiply_by_tiles(Team& team, long rows, const bf16* a, long lda, const bf16* packed, long k,
+                       long first, long last, int group, Done done) {
+  long fit = kTileLeftBytes / (4 * std::max(units<bf16>(k), 1L));
+  long most = std::clamp(fit / 64 * 64, 64L, kTileBlockRows);
+  long blocks = std::max(1L, (rows + most - 1) / most), groups = (last - first) / group;
+  long block = round_up((rows + blocks - 1) / blocks, 2 * kTileLines);
+  long shares = std::min(groups, (4 * team.size() + blocks - 1) / blocks);
+  team.loop(rows == 0 ? 0 : blocks * shares, [&](long item) {
+    alignas(64) float out[kTileBlockRows * 2 * kPanel];
+    long row = item / shares * block, share = item % shares;
+    long count = std::min(block, rows - row), ldc = group * kPanel;
+    if (count <= 0) return;
+    for (long g = groups * share / shares; g < groups * (share + 1) / shares; g++) {
+      long panel = first + g * group;
+      for (int p = 0; p < group; p++) {
+        tile_panel<Tiles>(count, a + row * lda, lda, packed + (panel + p) * panel_size<bf16>(k),
+                          units<bf16>(k), out + p * kPanel, ldc, false);
+      }
+      done(row, count, panel, out);
+    }
+  });
+}
+#endif
 
 // Shares out panels `first .. last - 1` of a product of `rows` rows, `group` adjacent ones at a time:
 // `product(row, rows, panel, tile, stride)` gives one panel's part of a tile, and
@@ -135,6 +172,13 @@ void share_panels(Team& team, long rows, long first, long last, int group, Done 
 template <class E, class Done>
 void multiply(Team& team, long rows, const Left<E>* a, long lda, const E* packed, long k, long first,
               long last, int group, Done done) {
+#if defined(PSHARE_TILES)
+  if constexpr (std::is_same_v<E, bf16>) {
+    if (has_tiles()) {
+      return multiply_by_tiles(team, rows, a, lda, packed, k, first, last, group, done);
+    }
+  }
+#endif
   share_panels(team, rows, first, last, group, done,
                [&](long row, long count, long panel, float* out, long ldc) {
                  multiply_panel<E>(count, a + row * lda, lda, packed + panel * panel_size<E>(k),

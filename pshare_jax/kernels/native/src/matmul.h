@@ -32,27 +32,6 @@ struct Side {
 
 using Square = uint32_t[kWidth][kWidth];
 
-#if defined(__AVX512F__)
-inline void transpose(__m512i rows[kWidth]) {
-#pragma GCC unroll 4
-  for (int step = 1; step < kWidth; step *= 2) {
-    alignas(64) int32_t low[kWidth], high[kWidth];
-    for (int l = 0; l < kWidth; l++) {
-      low[l] = l & step ? kWidth + l - step : l;
-      high[l] = l & step ? kWidth + l : l + step;
-    }
-    __m512i pick_low = _mm512_load_si512(low), pick_high = _mm512_load_si512(high);
-#pragma GCC unroll 16
-    for (int i = 0; i < kWidth; i++) {
-      if (i & step) continue;
-      __m512i a = rows[i], b = rows[i + step];
-      rows[i] = _mm512_permutex2var_epi32(a, pick_low, b);
-      rows[i + step] = _mm512_permutex2var_epi32(a, pick_high, b);
-    }
-  }
-}
-#endif
-
 // The units of kWidth lines by kWidth units from (line, unit) on, zero outside the matrix:
 // square[unit][line], or square[line][unit] if `lines_first`.
 inline void read_square(const Side& side, long line, long unit, bool lines_first, Square square) {

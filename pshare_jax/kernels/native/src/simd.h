@@ -13,7 +13,7 @@
 
 namespace pshare {
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(PSHARE_TILES_TWIN)  // panels as wide as two tile registers
 constexpr int kWidth = 16;
 #elif defined(__AVX__)
 constexpr int kWidth = 8;
@@ -63,6 +63,12 @@ inline bf16 from_float<bf16>(float x) {
   return bf16{static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
 }
 
+// The same for vectors; the bits of a bfloat16 in each lane.
+inline VU half_bits(VU bits) {
+  VI is_nan = (VI)((bits & 0x7fffffff) > 0x7f800000);
+  return is_nan ? VU{} + 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
 template <class T>
 void convert(const T* from, T* to, long count) {
   std::memcpy(to, from, count * sizeof(T));
@@ -80,11 +86,7 @@ inline void convert(const float* from, bf16* to, long count) {
 #else
   typedef uint16_t Half __attribute__((vector_size(kWidth * 2)));
   for (; i + kWidth <= count; i += kWidth) {
-    VU bits = load<VU>(from + i);
-    VU rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    VI is_nan = (VI)((bits & 0x7fffffff) > 0x7f800000);
-    VU result = is_nan ? VU{} + 0x7fc0 : rounded;
-    store(to + i, __builtin_convertvector(result, Half));
+    store(to + i, __builtin_convertvector(half_bits(load<VU>(from + i)), Half));
   }
 #endif
   for (; i < count; i++) to[i] = from_float<bf16>(from[i]);
@@ -115,6 +117,15 @@ struct Unit<bf16> {
     return (VF)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
   }
 };
+#elif defined(PSHARE_TILES_TWIN)
+template <>
+struct Unit<bf16> {
+  using Left = bf16;
+  static constexpr int size = 2, passes = 2;
+  static VF left(const bf16* a, int pass) { return splat(to_float(a[pass])); }
+  static VF right(VU b, int pass) { return (VF)(pass == 0 ? b << 16 : b & 0xffff0000u); }
+  static VF multiply_add(VF acc, VF a, VF b) { return acc + a * b; }
+};
 #else
 template <>
 struct Unit<bf16> {
@@ -128,8 +139,27 @@ struct Unit<bf16> {
 template <class E>
 using Left = typename Unit<E>::Left;
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
 // rows[i][j] = rows[j][i]
+#if defined(__AVX512F__)
+inline void transpose(__m512i rows[kWidth]) {
+#pragma GCC unroll 4
+  for (int step = 1; step < kWidth; step *= 2) {
+    alignas(64) int32_t low[kWidth], high[kWidth];
+    for (int l = 0; l < kWidth; l++) {
+      low[l] = l & step ? kWidth + l - step : l;
+      high[l] = l & step ? kWidth + l : l + step;
+    }
+    __m512i pick_low = _mm512_load_si512(low), pick_high = _mm512_load_si512(high);
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; i++) {
+      if (i & step) continue;
+      __m512i a = rows[i], b = rows[i + step];
+      rows[i] = _mm512_permutex2var_epi32(a, pick_low, b);
+      rows[i + step] = _mm512_permutex2var_epi32(a, pick_high, b);
+    }
+  }
+}
+#elif defined(__AVX2__) && !defined(PSHARE_TILES_TWIN)
 inline void transpose(VU rows[8]) {
   __m256i r[8], t[8];
   for (int i = 0; i < 8; i++) r[i] = (__m256i)rows[i];
@@ -151,7 +181,7 @@ inline void transpose(VU rows[8]) {
     rows[i + 4] = (VU)_mm256_permute2x128_si256(r[i], r[i + 4], 0x31);
   }
 }
-#elif !defined(__AVX512F__)
+#else
 inline void transpose(VU rows[kWidth]) {
   for (int i = 0; i < kWidth; i++) {
     for (int j = 0; j < i; j++) {
@@ -185,13 +215,57 @@ inline float largest(VF v) {
 
 inline VF choose(VI mask, VF yes, VF no) { return mask ? yes : no; }
 
+// What exp and exp2 are made of. `raised` and `lowered` keep a number at or above, or below, a limit
+// and leave NaN as it is; `scaled` is 2^n p for whole n, and 0 outside the given lanes. Without
+// them a result below the least normal number would cost as much as a hundred others.
+#if defined(__AVX512F__)
+using Lanes = __mmask16;
+inline Lanes at_least(VF x, float least) {  // or NaN
+  return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(least), _CMP_NLT_UQ);
+}
+// Of two operands these instructions give the second one where any is NaN.
+inline VF raised(VF x, float least) {
+  return (VF)_mm512_max_ps(_mm512_set1_ps(least), (__m512)x);
+}
+inline VF lowered(VF x, float most) { return (VF)_mm512_min_ps(_mm512_set1_ps(most), (__m512)x); }
+inline VF nearest(VF x) {
+  return (VF)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+inline VF scaled(Lanes lanes, VF p, VF n) {
+  return (VF)_mm512_maskz_scalef_ps(lanes, (__m512)p, (__m512)n);
+}
+#else
+using Lanes = VI;
+inline Lanes at_least(VF x, float least) { return ~(x < least); }
+inline VF raised(VF x, float least) { return choose(x < least, splat(least), x); }
+inline VF lowered(VF x, float most) { return choose(x > most, splat(most), x); }
+inline VF nearest(VF x) { return (x + splat(12582912.0f)) - splat(12582912.0f); }
+inline VF scaled(Lanes lanes, VF p, VF n) {
+  VI scale = (__builtin_convertvector(n, VI) + 127) << 23;
+  return choose(lanes, p * (VF)scale, VF{});
+}
+#endif
+
+// 2^x of x <= 0 within 2 units in the last place, exactly 1 of 0; 0 below -126.
+inline VF exp2(VF x) {
+  Lanes normal = at_least(x, -126.0f);
+  x = raised(x, -126.0f);
+  VF n = nearest(x), r = x - n;
+  VF p = splat(1.32647271e-3f);
+  p = p * r + 9.67151264e-3f;
+  p = p * r + 5.55073374e-2f;
+  p = p * r + 2.40222421e-1f;
+  p = p * r + 6.93146978e-1f;
+  p = p * r + 1.0f;
+  return scaled(normal, p, n);
+}
+
 // exp(x) within 2 units in the last place; 0 below -87.3. Range reduction by ln 2 in two parts
 // and a polynomial of degree 6.
 inline VF exp(VF x) {
-  VI tiny = x < -87.3f;
-  x = choose(x > 88.0f, splat(88.0f), choose(tiny, splat(-87.3f), x));
-  VF magic = splat(12582912.0f);
-  VF n = (x * 1.44269504f + magic) - magic;
+  Lanes normal = at_least(x, -87.3f);
+  x = raised(lowered(x, 88.0f), -87.3f);
+  VF n = nearest(x * 1.44269504f);
   VF r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
   VF p = splat(1.0f / 720);
@@ -201,8 +275,7 @@ inline VF exp(VF x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  VI scale = (__builtin_convertvector(n, VI) + 127) << 23;
-  return choose(tiny, VF{}, p * (VF)scale);
+  return scaled(normal, p, n);
 }
 
 }  // namespace pshare

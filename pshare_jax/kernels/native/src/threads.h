@@ -23,6 +23,8 @@
 #include <cstring>
 #endif
 
+#include "tile_gemm.h"
+
 namespace pshare {
 
 inline void pause() {
@@ -94,6 +96,7 @@ class Pool {
         gate = gate_.load(std::memory_order_acquire);
       }
       if (!fresh(gate, done)) {
+        release_tiles();  // a CPU whose tile registers are in use does not sleep deeply
         std::unique_lock<std::mutex> lock(sleep_);
         sleepers_.fetch_add(1);
         wake_.wait(lock, [&] { return fresh(gate = gate_.load(), done); });
@@ -163,6 +166,7 @@ void Pool::run(Job job) {
   std::unique_lock<std::mutex> caller(callers_, std::try_to_lock);
   Team team(caller.owns_lock() && size_ > 1 ? this : nullptr);
   job(team);
+  release_tiles();  // the caller's thread may run code that shapes them in its own way
 }
 
 }  // namespace pshare
