@@ -1,10 +1,11 @@
-// Products of weights of 8 bits with rows that are rounded to 8 bits as well.
+// Products of weights of 8 bits with rows that are rounded to 8 or 16 bits.
 //
 // A weight is a whole number from -127 to 127 times the scale of its column. A row is cut into
 // groups of kGroupInputs inputs, and each is rounded to whole numbers with a scale of its own, so
 // that an input that is far from the others costs its group alone their precision. The sums of a
 // group are whole numbers below 2^24, exact in any order and on any CPU; groups are added in float32,
 // in the order of K, and the column's scale comes last: a row's result depends on no other row.
+// A row of 16 bits is two of 8, the upper and the lower halves, whose results are added.
 //
 // Panels are those of gemm.h with units of four weights, each stored plus 128: the instruction for
 // them (vpdpbusd) multiplies unsigned bytes by signed ones. 128 times the sum of the row's group is
@@ -20,7 +21,7 @@
 
 namespace pshare {
 
-constexpr long kGroupInputs = 128;
+constexpr long kGroupInputs = 32;
 
 // A weight plus 128.
 struct Int8 {
@@ -72,13 +73,14 @@ struct Matrix {
 
 inline long groups(long k) { return (k + kGroupInputs - 1) / kGroupInputs; }
 
-// Rounded rows of k inputs: of each row whole groups, and for each group its scale and minus 128
-// times its sum.
+// Rounded rows of k inputs, of one byte a number or two in two rows: of each row whole groups, and
+// for each group its scale and minus 128 times its sum.
 struct RoundedRows {
   Rounded* data = nullptr;
   float* scale = nullptr;
   int32_t* start = nullptr;
   long k = 0;
+  int bytes = 1;
 };
 
 // Memory of rounded rows that lasts as that of `Buffer`.
@@ -86,49 +88,77 @@ struct RoundedBuffer {
   Buffer<Rounded> data;
   Buffer<float> scale;
   Buffer<int32_t> start;
-  RoundedRows get(long rows, long k) {
-    long count = rows * groups(k);
-    return {data.get(count * kGroupInputs), scale.get(count), start.get(count), k};
+  RoundedRows get(long rows, long k, int bytes) {
+    long count = rows * bytes * groups(k);
+    return {data.get(count * kGroupInputs), scale.get(count), start.get(count), k, bytes};
   }
 };
 
-// Rounds kGroupInputs numbers. A group in which something is not finite has the scale NaN, so that
-// what is computed of it shows that; one of next to nothing is zero.
-inline void round_group(const float* x, Rounded* to, float* scale, int32_t* start) {
-  VI highest{};
-  for (long i = 0; i < kGroupInputs; i += kWidth) {
-    VI bits = (VI)(load<VU>(x + i) & 0x7fffffffu);  // ordered as the numbers are, NaN above all
-    highest = bits > highest ? bits : highest;
-  }
-  int32_t top = 0;
-  for (int j = 0; j < kWidth; j++) top = std::max<int32_t>(top, highest[j]);
-  float largest = load<float>(&top);
-  bool finite = top < 0x7f800000;
-  if (!finite || largest < 1e-30f) {
-    std::fill_n(to, kGroupInputs, Rounded{});
-    *scale = finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
-    *start = 0;
-    return;
-  }
-  float factor = 127.0f / largest;
-  VF magic = splat(12582912.0f);
+// A group's whole numbers.
+constexpr int kGroupVectors = kGroupInputs / kWidth;
+using Group = VI[kGroupVectors];
+
+inline int32_t highest(VI v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_epi32((__m512i)v);
+#else
+  int32_t top = v[0];
+  for (int j = 1; j < kWidth; j++) top = std::max<int32_t>(top, v[j]);
+  return top;
+#endif
+}
+
+inline int32_t sum(VI v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_epi32((__m512i)v);
+#else
+  int32_t total = 0;
+  for (int j = 0; j < kWidth; j++) total += v[j];
+  return total;
+#endif
+}
+
+// Stores numbers that fit into a byte.
+inline void put_group(const Group& whole, Rounded* to, int32_t* start) {
   VI total{};
-  alignas(64) int32_t whole[kGroupInputs];
-  for (long i = 0; i < kGroupInputs; i += kWidth) {
-    VI rounded = __builtin_convertvector((load<VF>(x + i) * factor + magic) - magic, VI);
-    total += rounded;
-    store(whole + i, rounded);
-  }
-  for (long i = 0; i < kGroupInputs; i += 4) {
-    for (int j = 0; j < 4; j++) {
-      int from = kDotPasses == 1 ? j : j % 2 * 2 + j / 2;
-      to[i + j] = static_cast<Rounded>(whole[i + from]);
+  alignas(64) int32_t apart[kGroupInputs];
+  for (int v = 0; v < kGroupVectors; v++) {
+    total += whole[v];
+    if constexpr (kDotPasses == 1) {
+      typedef int8_t Bytes __attribute__((vector_size(kWidth)));
+      store(to + v * kWidth, __builtin_convertvector(whole[v], Bytes));
+    } else {
+      store(apart + v * kWidth, whole[v]);
     }
   }
-  int32_t sum = 0;
-  for (int j = 0; j < kWidth; j++) sum += total[j];
-  *scale = largest / 127.0f;
-  *start = -128 * sum;
+  for (long i = 0; kDotPasses == 2 && i < kGroupInputs; i++) {
+    long in_unit = i % 4;
+    to[i] = static_cast<Rounded>(apart[i - in_unit + in_unit % 2 * 2 + in_unit / 2]);
+  }
+  *start = -128 * sum(total);
+}
+
+// Rounds kGroupInputs numbers to whole ones up to `most`, and gives their scale. That of a group in
+// which something is not finite is NaN, so that what is computed of it shows that; a group of next
+// to nothing is zero.
+inline float round_group(const float* x, float most, Group& whole) {
+  VI tops{};
+  for (int v = 0; v < kGroupVectors; v++) {
+    VI bits = (VI)(load<VU>(x + v * kWidth) & 0x7fffffffu);  // ordered as the numbers, NaN above all
+    tops = bits > tops ? bits : tops;
+    whole[v] = VI{};
+  }
+  int32_t top = highest(tops);
+  float largest = load<float>(&top);
+  if (top >= 0x7f800000) return std::numeric_limits<float>::quiet_NaN();
+  if (largest < 1e-30f) return 0.0f;
+  float factor = most / largest;
+  VF magic = splat(12582912.0f);
+  for (int v = 0; v < kGroupVectors; v++) {
+    VF rounded = (load<VF>(x + v * kWidth) * factor + magic) - magic;
+    whole[v] = __builtin_convertvector(rounded, VI);
+  }
+  return largest / most;
 }
 
 // Rounds row r, given as k numbers.
@@ -137,13 +167,27 @@ inline void round_row(const float* x, const RoundedRows& rows, long r) {
   for (long g = 0; g < count; g++) {
     alignas(64) float padded[kGroupInputs];
     const float* from = x + g * kGroupInputs;
-    long rest = rows.k - g * kGroupInputs, at = r * count + g;
+    long rest = rows.k - g * kGroupInputs, at = r * rows.bytes * count + g;
     if (rest < kGroupInputs) {
       std::copy_n(from, rest, padded);
       std::fill(padded + rest, padded + kGroupInputs, 0.0f);
       from = padded;
     }
-    round_group(from, rows.data + at * kGroupInputs, rows.scale + at, rows.start + at);
+    Group whole;
+    if (rows.bytes == 2) {
+      Group upper;
+      rows.scale[at + count] = round_group(from, 127.0f * 256.0f, whole);
+      rows.scale[at] = 256.0f * rows.scale[at + count];
+      for (int v = 0; v < kGroupVectors; v++) {
+        upper[v] = (whole[v] + 128) >> 8;
+        whole[v] -= upper[v] * 256;
+      }
+      put_group(upper, rows.data + at * kGroupInputs, rows.start + at);
+      at += count;
+    } else {
+      rows.scale[at] = round_group(from, 127.0f, whole);
+    }
+    put_group(whole, rows.data + at * kGroupInputs, rows.start + at);
   }
 }
 
@@ -213,13 +257,27 @@ inline void int8_tile_of(long rows, const RoundedRows& a, long row, const Int8* 
   if constexpr (R > 1) int8_tile_of<R - 1>(rows, a, row, b, scales, c, ldc);
 }
 
-// As `int8_tile`, for any number of rows and panel number `panel`.
+// As `int8_tile`, for any number of rows, of one byte or two, and panel number `panel`.
 inline void multiply_panel(const RoundedRows& a, long row, long rows, const Matrix<Int8>& m,
                            long panel, float* c, long ldc) {
   const Int8* b = m.panels + panel * panel_size<Int8>(a.k);
-  for (long i = 0; i < rows; i += kTileRows) {
-    int8_tile_of<>(std::min<long>(kTileRows, rows - i), a, row + i, b, m.scales + panel * kPanel,
-                   c + i * ldc, ldc);
+  const float* scales = m.scales + panel * kPanel;
+  long step = kTileRows / a.bytes;
+  for (long i = 0; i < rows; i += step) {
+    long count = std::min(step, rows - i);
+    if (a.bytes == 1) {
+      int8_tile_of<>(count, a, row + i, b, scales, c + i * ldc, ldc);
+      continue;
+    }
+    alignas(64) float halves[kTileRows * kPanel];
+    int8_tile_of<>(2 * count, a, 2 * (row + i), b, scales, halves, kPanel);
+    for (long r = 0; r < count; r++) {
+      const float* half = halves + 2 * r * kPanel;
+      for (int j = 0; j < kVectors; j++) {
+        store(c + (i + r) * ldc + j * kWidth,
+              load<VF>(half + j * kWidth) + load<VF>(half + kPanel + j * kWidth));
+      }
+    }
   }
 }
 
