@@ -100,7 +100,7 @@ def test_whole_numbers_are_exact(product, depth):
     """Groups whose largest number is 127 are not rounded at all."""
     rng = np.random.default_rng(depth)
     x = rng.integers(-127, 128, (30, depth)).astype(np.float32)
-    x[:, ::GROUP] = 127
+    x[:, :: GROUP[1]] = 127
     x[0], x[1] = 127, -127  # the largest sums
     kernel, scales = weights(depth, 70)
     expected = (x.astype(np.int64) @ kernel.astype(np.int64)) * scales.astype(np.float64)
@@ -111,7 +111,7 @@ def test_whole_numbers_are_exact(product, depth):
 def test_of_two_bytes_nothing_is_lost(product):
     rng = np.random.default_rng(2)
     x = rng.integers(-32512, 32513, (13, 300)).astype(np.float32)
-    x[:, ::GROUP], x[0], x[1] = 32512, 32512, -32512
+    x[:, :: GROUP[2]], x[0], x[1] = 32512, 32512, -32512
     kernel, scales = weights(300, 40)
     exact = (x.astype(np.int64) @ kernel.astype(np.int64)) * scales.astype(np.float64)
     # Sums of groups are exact; of 24 bits are what is added of them.
@@ -162,10 +162,10 @@ def test_what_is_not_finite_shows_and_next_to_nothing_is_zero(product):
 
 
 def test_a_number_far_from_the_others_costs_its_group_alone():
-    x = np.full((1, 3 * GROUP), 0.01, np.float32)
+    x = np.full((1, 3 * GROUP[1]), 0.01, np.float32)
     x[0, 5] = 1000.0
     whole, scale = rounded(jnp.asarray(x))
-    assert whole.shape == (1, 1, 3, GROUP)
+    assert whole.shape == (1, 1, 3, GROUP[1])
     assert int(whole[0, 0, 0, 5]) == 127
     assert not np.asarray(whole)[0, 0, 0, :5].any()
     np.testing.assert_array_equal(whole[0, 0, 1:], 127)

@@ -1,6 +1,6 @@
 """Rounded activations times weights of 8 bits, in XLA: what `native/src/int8.h` computes.
 
-Inputs are rounded in groups of `GROUP`, each with a scale of its own, to whole numbers of one byte
+Inputs are rounded in groups, each with a scale of its own, to whole numbers of one byte
 or two. Each byte's sum over a group is a whole number below 2^24, which float32 holds: it is exact
 here too, in any order.
 """
@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-GROUP = 32
-"""Inputs that share a scale."""
+GROUP = {1: 32, 2: 128}
+"""Inputs that share a scale, by the bytes of a rounded number."""
 
 BYTES = {"lm_head": 2}
 """Of rounded activations, by the name of the projection; one for the others. As in
@@ -22,15 +22,15 @@ BYTES = {"lm_head": 2}
 
 
 def rounded(x: jax.Array, bytes: int = 1) -> tuple[jax.Array, jax.Array]:
-    """`[..., K]` -> whole numbers `[..., bytes, groups, GROUP]`, scales `[..., bytes, groups]`.
+    """`[..., K]` -> whole numbers `[..., bytes, groups, n]`, scales `[..., bytes, groups]`.
 
     Both are float32. Of two bytes the upper one comes first; each is a number from -128 to 127. The
     last group is filled up with zeros. A group with something that is not finite has the scale NaN,
     and one of next to nothing is zero.
     """
-    k = x.shape[-1]
-    wide = jnp.pad(x.astype(jnp.float32), [(0, 0)] * (x.ndim - 1) + [(0, -k % GROUP)])
-    wide = wide.reshape(*x.shape[:-1], -1, GROUP)
+    group = GROUP[bytes]
+    wide = jnp.pad(x.astype(jnp.float32), [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % group)])
+    wide = wide.reshape(*x.shape[:-1], -1, group)
     largest = jnp.max(jnp.abs(wide), axis=-1, keepdims=True)
     finite = jnp.isfinite(largest)
     used = finite & (largest >= 1e-30)
@@ -71,8 +71,8 @@ def rounded_matmul(
     outer, inner = x.shape[: x.ndim - input_axes], math.prod(x.shape[x.ndim - input_axes :])
     whole, scales = rounded(x.reshape(*outer, inner), bytes)
     columns = kernel.T if transposed else kernel.reshape(inner, -1)
-    columns = jnp.pad(columns.astype(jnp.float32), [(0, -inner % GROUP), (0, 0)])
-    columns = columns.reshape(-1, GROUP, columns.shape[1])
+    columns = jnp.pad(columns.astype(jnp.float32), [(0, -inner % GROUP[bytes]), (0, 0)])
+    columns = columns.reshape(-1, GROUP[bytes], columns.shape[1])
     sums = jnp.einsum("...bgk,gkn->...bgn", whole, columns)
     y = jnp.einsum("...bgn,...bg->...n", sums, scales) * scale.reshape(-1)
     return y.reshape(*outer, *scale.shape).astype(dtype)

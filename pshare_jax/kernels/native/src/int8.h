@@ -1,11 +1,11 @@
 // Products of weights of 8 bits with rows that are rounded to 8 or 16 bits.
 //
 // A weight is a whole number from -127 to 127 times the scale of its column. A row is cut into
-// groups of kGroupInputs inputs, and each is rounded to whole numbers with a scale of its own, so
-// that an input that is far from the others costs its group alone their precision. The sums of a
-// group are whole numbers below 2^24, exact in any order and on any CPU; groups are added in float32,
-// in the order of K, and the column's scale comes last: a row's result depends on no other row.
-// A row of 16 bits is two of 8, the upper and the lower halves, whose results are added.
+// groups of inputs, and each is rounded to whole numbers with a scale of its own, so that an input
+// that is far from the others costs its group alone their precision. The sums of a group are whole
+// numbers below 2^24, exact in any order and on any CPU; groups are added in float32, in the order of
+// K, and the column's scale comes last: a row's result depends on no other row. A row of 16 bits is
+// two of 8, the upper and the lower halves, whose results are added.
 //
 // Panels are those of gemm.h with units of four weights, each stored plus 128: the instruction for
 // them (vpdpbusd) multiplies unsigned bytes by signed ones. 128 times the sum of the row's group is
@@ -21,7 +21,8 @@
 
 namespace pshare {
 
-constexpr long kGroupInputs = 32;
+// Inputs that share a scale. Two bytes are precise without small groups, which take time.
+constexpr long group_inputs(int bytes) { return bytes == 1 ? 32 : 128; }
 
 // A weight plus 128.
 struct Int8 {
@@ -71,8 +72,6 @@ struct Matrix {
   const float* scales = nullptr;
 };
 
-inline long groups(long k) { return (k + kGroupInputs - 1) / kGroupInputs; }
-
 // Rounded rows of k inputs, of one byte a number or two in two rows: of each row whole groups, and
 // for each group its scale and minus 128 times its sum.
 struct RoundedRows {
@@ -81,6 +80,8 @@ struct RoundedRows {
   int32_t* start = nullptr;
   long k = 0;
   int bytes = 1;
+  long group() const { return group_inputs(bytes); }
+  long groups() const { return (k + group() - 1) / group(); }
 };
 
 // Memory of rounded rows that lasts as that of `Buffer`.
@@ -89,14 +90,13 @@ struct RoundedBuffer {
   Buffer<float> scale;
   Buffer<int32_t> start;
   RoundedRows get(long rows, long k, int bytes) {
-    long count = rows * bytes * groups(k);
-    return {data.get(count * kGroupInputs), scale.get(count), start.get(count), k, bytes};
+    RoundedRows made{nullptr, nullptr, nullptr, k, bytes};
+    long count = rows * bytes * made.groups();
+    made.data = data.get(count * made.group());
+    made.scale = scale.get(count), made.start = start.get(count);
+    return made;
   }
 };
-
-// A group's whole numbers.
-constexpr int kGroupVectors = kGroupInputs / kWidth;
-using Group = VI[kGroupVectors];
 
 inline int32_t highest(VI v) {
 #if defined(__AVX512F__)
@@ -118,11 +118,12 @@ inline int32_t sum(VI v) {
 #endif
 }
 
-// Stores numbers that fit into a byte.
-inline void put_group(const Group& whole, Rounded* to, int32_t* start) {
+// Stores the numbers of a group that fit into a byte.
+template <long N>
+inline void put_group(const VI* whole, Rounded* to, int32_t* start) {
   VI total{};
-  alignas(64) int32_t apart[kGroupInputs];
-  for (int v = 0; v < kGroupVectors; v++) {
+  alignas(64) int32_t apart[N];
+  for (int v = 0; v < N / kWidth; v++) {
     total += whole[v];
     if constexpr (kDotPasses == 1) {
       typedef int8_t Bytes __attribute__((vector_size(kWidth)));
@@ -131,19 +132,20 @@ inline void put_group(const Group& whole, Rounded* to, int32_t* start) {
       store(apart + v * kWidth, whole[v]);
     }
   }
-  for (long i = 0; kDotPasses == 2 && i < kGroupInputs; i++) {
+  for (long i = 0; kDotPasses == 2 && i < N; i++) {
     long in_unit = i % 4;
     to[i] = static_cast<Rounded>(apart[i - in_unit + in_unit % 2 * 2 + in_unit / 2]);
   }
   *start = -128 * sum(total);
 }
 
-// Rounds kGroupInputs numbers to whole ones up to `most`, and gives their scale. That of a group in
-// which something is not finite is NaN, so that what is computed of it shows that; a group of next
-// to nothing is zero.
-inline float round_group(const float* x, float most, Group& whole) {
+// Rounds N numbers to whole ones up to `most`, and gives their scale. That of a group in which
+// something is not finite is NaN, so that what is computed of it shows that; a group of next to
+// nothing is zero.
+template <long N>
+inline float round_group(const float* x, float most, VI* whole) {
   VI tops{};
-  for (int v = 0; v < kGroupVectors; v++) {
+  for (int v = 0; v < N / kWidth; v++) {
     VI bits = (VI)(load<VU>(x + v * kWidth) & 0x7fffffffu);  // ordered as the numbers, NaN above all
     tops = bits > tops ? bits : tops;
     whole[v] = VI{};
@@ -154,49 +156,56 @@ inline float round_group(const float* x, float most, Group& whole) {
   if (largest < 1e-30f) return 0.0f;
   float factor = most / largest;
   VF magic = splat(12582912.0f);
-  for (int v = 0; v < kGroupVectors; v++) {
+  for (int v = 0; v < N / kWidth; v++) {
     VF rounded = (load<VF>(x + v * kWidth) * factor + magic) - magic;
     whole[v] = __builtin_convertvector(rounded, VI);
   }
   return largest / most;
 }
 
-// Rounds row r, given as k numbers.
-inline void round_row(const float* x, const RoundedRows& rows, long r) {
-  long count = groups(rows.k);
+template <int bytes>
+inline void round_row_to(const float* x, const RoundedRows& rows, long r) {
+  constexpr long N = group_inputs(bytes), vectors = N / kWidth;
+  long count = rows.groups();
   for (long g = 0; g < count; g++) {
-    alignas(64) float padded[kGroupInputs];
-    const float* from = x + g * kGroupInputs;
-    long rest = rows.k - g * kGroupInputs, at = r * rows.bytes * count + g;
-    if (rest < kGroupInputs) {
+    alignas(64) float padded[N];
+    const float* from = x + g * N;
+    long rest = rows.k - g * N, at = r * bytes * count + g;
+    if (rest < N) {
       std::copy_n(from, rest, padded);
-      std::fill(padded + rest, padded + kGroupInputs, 0.0f);
+      std::fill(padded + rest, padded + N, 0.0f);
       from = padded;
     }
-    Group whole;
-    if (rows.bytes == 2) {
-      Group upper;
-      rows.scale[at + count] = round_group(from, 127.0f * 256.0f, whole);
-      rows.scale[at] = 256.0f * rows.scale[at + count];
-      for (int v = 0; v < kGroupVectors; v++) {
+    VI whole[vectors];
+    float scale = round_group<N>(from, bytes == 1 ? 127.0f : 127.0f * 256.0f, whole);
+    if constexpr (bytes == 2) {
+      VI upper[vectors];
+      for (int v = 0; v < vectors; v++) {
         upper[v] = (whole[v] + 128) >> 8;
         whole[v] -= upper[v] * 256;
       }
-      put_group(upper, rows.data + at * kGroupInputs, rows.start + at);
+      put_group<N>(upper, rows.data + at * N, rows.start + at);
+      rows.scale[at] = 256.0f * scale;
       at += count;
-    } else {
-      rows.scale[at] = round_group(from, 127.0f, whole);
     }
-    put_group(whole, rows.data + at * kGroupInputs, rows.start + at);
+    put_group<N>(whole, rows.data + at * N, rows.start + at);
+    rows.scale[at] = scale;
   }
+}
+
+// Rounds row r, given as k numbers.
+inline void round_row(const float* x, const RoundedRows& rows, long r) {
+  rows.bytes == 1 ? round_row_to<1>(x, rows, r) : round_row_to<2>(x, rows, r);
 }
 
 // c[R, kPanel] = rows row .. row + R - 1 times one panel.
 template <int R>
 inline void int8_tile(const RoundedRows& a, long row, const Int8* b, const float* scales, float* c,
                       long ldc) {
-  constexpr long ahead = 96;
-  long count = groups(a.k), all = units<Int8>(a.k);
+  // As in gemm.h.
+  constexpr long ahead = R <= 4 ? 96 : 256;
+  constexpr int level = R <= 4 ? 3 : 2;
+  long count = a.groups(), all = units<Int8>(a.k), group = a.group(), stride = count * group;
   VF sum[R][kVectors];
 #pragma GCC unroll 16
   for (int i = 0; i < R; i++) {
@@ -204,18 +213,18 @@ inline void int8_tile(const RoundedRows& a, long row, const Int8* b, const float
     for (int j = 0; j < kVectors; j++) sum[i][j] = VF{};
   }
   for (long g = 0; g < count; g++) {
-    const Rounded* from = a.data + (row * count + g) * kGroupInputs;
+    const Rounded* from = a.data + row * stride + g * group;
     VI acc[R][kVectors];
 #pragma GCC unroll 16
     for (int i = 0; i < R; i++) {
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; j++) acc[i][j] = VI{} + a.start[(row + i) * count + g];
     }
-    long last = std::min(all, (g + 1) * kGroupInputs / 4);
-    for (long k = g * kGroupInputs / 4; k < last; k++, from += 4) {
+    long last = std::min(all, (g + 1) * group / 4);
+    for (long k = g * group / 4; k < last; k++, from += 4) {
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; j++) {
-        __builtin_prefetch(b + ((k + ahead) * kPanel + j * kWidth) * 4, 0, 3);
+        __builtin_prefetch(b + ((k + ahead) * kPanel + j * kWidth) * 4, 0, level);
       }
 #pragma GCC unroll 2
       for (int pass = 0; pass < kDotPasses; pass++) {
@@ -226,7 +235,7 @@ inline void int8_tile(const RoundedRows& a, long row, const Int8* b, const float
         }
 #pragma GCC unroll 16
         for (int i = 0; i < R; i++) {
-          VU left = VU{} + load<uint32_t>(from + i * count * kGroupInputs + pass * 2);
+          VU left = VU{} + load<uint32_t>(from + i * stride + pass * 2);
 #pragma GCC unroll 4
           for (int j = 0; j < kVectors; j++) acc[i][j] = dot(acc[i][j], right[j], left);
         }
@@ -262,7 +271,9 @@ inline void multiply_panel(const RoundedRows& a, long row, long rows, const Matr
                            long panel, float* c, long ldc) {
   const Int8* b = m.panels + panel * panel_size<Int8>(a.k);
   const float* scales = m.scales + panel * kPanel;
-  long step = kTileRows / a.bytes;
+  // Tiles of like size: the panel is read once for each.
+  long most = kTileRows / a.bytes, tiles = (rows + most - 1) / most;
+  long step = tiles > 0 ? (rows + tiles - 1) / tiles : 1;
   for (long i = 0; i < rows; i += step) {
     long count = std::min(step, rows - i);
     if (a.bytes == 1) {
