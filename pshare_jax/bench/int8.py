@@ -18,7 +18,7 @@ from pshare_jax.convert.seals import open_checkpoint
 from pshare_jax.convert.streamed import Head, hidden_states
 from pshare_jax.convert.tensors import DTYPES, LazyTensor
 from pshare_jax.convert.verify import SAMPLE_PROMPTS, read_prompts
-from pshare_jax.kernels.matmul.rounded import BYTES, rounded
+from pshare_jax.kernels.matmul.rounded import rounded
 from pshare_jax.models.config import ModelConfig, WeightFormat
 from pshare_jax.models.quantise import in_format, quantise
 from pshare_jax.models.weights import SCALE, weight_specs
@@ -95,8 +95,8 @@ def _compared(
     tensors = _quantised(config, plain)
     hidden = hidden_states(config, tensors, encoded)
     if rounds:
-        whole, scale = rounded(jnp.asarray(hidden), BYTES["lm_head"])
-        values = (whole * scale[..., None]).sum(axis=1).reshape(len(hidden), -1)
+        whole, scale = rounded(jnp.asarray(hidden))
+        values = (whole * scale[..., None]).reshape(len(hidden), -1)
         hidden = np.asarray(values)[:, : config.hidden_size]
     logits = Head(config, tensors).logits(hidden)
     return {

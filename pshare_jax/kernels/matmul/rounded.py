@@ -1,8 +1,7 @@
-"""Rounded activations times weights of 8 bits, in XLA: what `native/src/int8.h` computes.
+"""Activations rounded to 8 bits times weights of 8 bits, in XLA: what `native/src/int8.h` computes.
 
-Inputs are rounded in groups, each with a scale of its own, to whole numbers of one byte
-or two. Each byte's sum over a group is a whole number below 2^24, which float32 holds: it is exact
-here too, in any order.
+Inputs are rounded in groups of `GROUP`, each with a scale of its own. A group's sum is a whole
+number below 2^24, which float32 holds: it is exact here too, in any order.
 """
 
 from __future__ import annotations
@@ -13,35 +12,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-GROUP = {1: 32, 2: 128}
-"""Inputs that share a scale, by the bytes of a rounded number."""
-
-BYTES = {"lm_head": 2}
-"""Of rounded activations, by the name of the projection; one for the others. As in
-`native/src/layer.h` and `head.h`."""
+GROUP = 32
+"""Inputs that share a scale."""
 
 
-def rounded(x: jax.Array, bytes: int = 1) -> tuple[jax.Array, jax.Array]:
-    """`[..., K]` -> whole numbers `[..., bytes, groups, n]`, scales `[..., bytes, groups]`.
+def rounded(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`[..., K]` -> whole numbers `[..., groups, GROUP]` and their scales `[..., groups]`, float32.
 
-    Both are float32. Of two bytes the upper one comes first; each is a number from -128 to 127. The
-    last group is filled up with zeros. A group with something that is not finite has the scale NaN,
-    and one of next to nothing is zero.
+    The last group is filled up with zeros. A group with something that is not finite has the scale
+    NaN, and one of next to nothing is zero.
     """
-    group = GROUP[bytes]
-    wide = jnp.pad(x.astype(jnp.float32), [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % group)])
-    wide = wide.reshape(*x.shape[:-1], -1, group)
+    wide = jnp.pad(x.astype(jnp.float32), [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % GROUP)])
+    wide = wide.reshape(*x.shape[:-1], -1, GROUP)
     largest = jnp.max(jnp.abs(wide), axis=-1, keepdims=True)
     finite = jnp.isfinite(largest)
     used = finite & (largest >= 1e-30)
-    most = 127.0 if bytes == 1 else 127.0 * 256
-    whole = jnp.where(used, jnp.round(wide * (most / jnp.where(used, largest, 1.0))), 0.0)
-    scale = jnp.where(used, largest / most, jnp.where(finite, 0.0, jnp.nan))[..., 0]
-    if bytes == 1:
-        return whole[..., None, :, :], scale[..., None, :]
-    upper = jnp.floor((whole + 128) / 256)
-    halves = jnp.stack([upper, whole - 256 * upper], axis=-3)
-    return halves, jnp.stack([256 * scale, scale], axis=-2)
+    whole = jnp.where(used, jnp.round(wide * (127.0 / jnp.where(used, largest, 1.0))), 0.0)
+    scale = jnp.where(used, largest / 127.0, jnp.where(finite, 0.0, jnp.nan))
+    return whole, scale[..., 0]
 
 
 def rounded_matmul(
@@ -51,7 +39,6 @@ def rounded_matmul(
     *,
     input_axes: int = 1,
     transposed: bool = False,
-    bytes: int = 1,
     dtype: Any = jnp.float32,
 ) -> jax.Array:
     """Rounds x and multiplies.
@@ -62,17 +49,16 @@ def rounded_matmul(
         scale: `[*out]` float32, of the kernel.
         input_axes: the number of `in` axes.
         transposed: of a kernel with two axes.
-        bytes: of a rounded number of x.
         dtype: of the result.
 
     Returns:
         `[..., *out]`.
     """
     outer, inner = x.shape[: x.ndim - input_axes], math.prod(x.shape[x.ndim - input_axes :])
-    whole, scales = rounded(x.reshape(*outer, inner), bytes)
+    whole, scales = rounded(x.reshape(*outer, inner))
     columns = kernel.T if transposed else kernel.reshape(inner, -1)
-    columns = jnp.pad(columns.astype(jnp.float32), [(0, -inner % GROUP[bytes]), (0, 0)])
-    columns = columns.reshape(-1, GROUP[bytes], columns.shape[1])
-    sums = jnp.einsum("...bgk,gkn->...bgn", whole, columns)
-    y = jnp.einsum("...bgn,...bg->...n", sums, scales) * scale.reshape(-1)
+    columns = jnp.pad(columns.astype(jnp.float32), [(0, -inner % GROUP), (0, 0)])
+    columns = columns.reshape(-1, GROUP, columns.shape[1])
+    sums = jnp.einsum("...gk,gkn->...gn", whole, columns)
+    y = jnp.einsum("...gn,...g->...n", sums, scales) * scale.reshape(-1)
     return y.reshape(*outer, *scale.shape).astype(dtype)

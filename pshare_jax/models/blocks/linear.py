@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pshare_jax.kernels.matmul.api import matmul
-from pshare_jax.kernels.matmul.rounded import BYTES, rounded_matmul
+from pshare_jax.kernels.matmul.rounded import rounded_matmul
 from pshare_jax.models.lora import Adapters
 from pshare_jax.models.weights import SCALE, Weights
 
@@ -77,14 +77,8 @@ class Projection(nnx.Module):
         scale = self.kernel_scale
         if self.backend == ROUNDED:
             assert scale is not None
-            return rounded_matmul(
-                x,
-                self.kernel[...],
-                scale[...],
-                input_axes=self.input_axes,
-                bytes=BYTES.get(self.path.rpartition(".")[2], 1),
-                dtype=dtype,
-            )
+            axes = self.input_axes
+            return rounded_matmul(x, self.kernel[...], scale[...], input_axes=axes, dtype=dtype)
         y = matmul(
             x,
             self.kernel[...],
@@ -119,7 +113,5 @@ class Embedding(nnx.Module):
     def logits(self, x: jax.Array) -> jax.Array:
         """`[..., embed]` -> `[..., vocab]` float32: the similarity to every token's embedding."""
         if (scale := self.embedding_scale) is not None:
-            return rounded_matmul(
-                x, self.embedding[...], scale[...], transposed=True, bytes=BYTES["lm_head"]
-            )
+            return rounded_matmul(x, self.embedding[...], scale[...], transposed=True)
         return matmul(x, self.embedding[...], transposed=True, backend=self.backend)

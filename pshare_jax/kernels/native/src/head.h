@@ -48,8 +48,7 @@ void head(const float* x, const float* scale, const Matrix<W>& m, const int32_t*
   static thread_local Buffer<float> tops;
   X* normed = memory.get(count * stride);
   RoundedRows rounded;
-  // Logits are compared with each other: two bytes keep apart what one would not.
-  if constexpr (rounds) rounded = rounded_memory.get(count, embed, 2);
+  if constexpr (rounds) rounded = rounded_memory.get(count, embed);
   float* top = tops.get(all * count);  // of each panel
   Pool::instance().run([&](Team& team) {
     team.loop(count, [&](long r) {

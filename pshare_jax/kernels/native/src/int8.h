@@ -1,11 +1,10 @@
-// Products of weights of 8 bits with rows that are rounded to 8 or 16 bits.
+// Products of weights of 8 bits with rows that are rounded to 8 bits as well.
 //
 // A weight is a whole number from -127 to 127 times the scale of its column. A row is cut into
 // groups of inputs, and each is rounded to whole numbers with a scale of its own, so that an input
 // that is far from the others costs its group alone their precision. The sums of a group are whole
 // numbers below 2^24, exact in any order and on any CPU; groups are added in float32, in the order of
-// K, and the column's scale comes last: a row's result depends on no other row. A row of 16 bits is
-// two of 8, the upper and the lower halves, whose results are added.
+// K, and the column's scale comes last: a row's result depends on no other row.
 //
 // Panels are those of gemm.h with units of four weights, each stored plus 128: the instruction for
 // them (vpdpbusd) multiplies unsigned bytes by signed ones. 128 times the sum of the row's group is
@@ -21,8 +20,7 @@
 
 namespace pshare {
 
-// Inputs that share a scale. Two bytes are precise without small groups, which take time.
-constexpr long group_inputs(int bytes) { return bytes == 1 ? 32 : 128; }
+constexpr long kGroupInputs = 32;  // that share a scale
 
 // A weight plus 128.
 struct Int8 {
@@ -72,16 +70,14 @@ struct Matrix {
   const float* scales = nullptr;
 };
 
-// Rounded rows of k inputs, of one byte a number or two in two rows: of each row whole groups, and
-// for each group its scale and minus 128 times its sum.
+// Rounded rows of k inputs: of each row whole groups, and for each group its scale and minus 128
+// times its sum.
 struct RoundedRows {
   Rounded* data = nullptr;
   float* scale = nullptr;
   int32_t* start = nullptr;
   long k = 0;
-  int bytes = 1;
-  long group() const { return group_inputs(bytes); }
-  long groups() const { return (k + group() - 1) / group(); }
+  long groups() const { return (k + kGroupInputs - 1) / kGroupInputs; }
 };
 
 // Memory of rounded rows that lasts as that of `Buffer`.
@@ -89,10 +85,10 @@ struct RoundedBuffer {
   Buffer<Rounded> data;
   Buffer<float> scale;
   Buffer<int32_t> start;
-  RoundedRows get(long rows, long k, int bytes) {
-    RoundedRows made{nullptr, nullptr, nullptr, k, bytes};
-    long count = rows * bytes * made.groups();
-    made.data = data.get(count * made.group());
+  RoundedRows get(long rows, long k) {
+    RoundedRows made{nullptr, nullptr, nullptr, k};
+    long count = rows * made.groups();
+    made.data = data.get(count * kGroupInputs);
     made.scale = scale.get(count), made.start = start.get(count);
     return made;
   }
@@ -118,12 +114,24 @@ inline int32_t sum(VI v) {
 #endif
 }
 
-// Stores the numbers of a group that fit into a byte.
-template <long N>
-inline void put_group(const VI* whole, Rounded* to, int32_t* start) {
-  VI total{};
-  alignas(64) int32_t apart[N];
-  for (int v = 0; v < N / kWidth; v++) {
+// Rounds the numbers of a group. The scale of one in which something is not finite is NaN, so that
+// what is computed of it shows that; a group of next to nothing is zero.
+inline void round_group(const float* x, Rounded* to, float* scale, int32_t* start) {
+  constexpr int vectors = kGroupInputs / kWidth;
+  VI tops{}, total{}, whole[vectors];
+  for (int v = 0; v < vectors; v++) {
+    VI bits = (VI)(load<VU>(x + v * kWidth) & 0x7fffffffu);  // ordered as the numbers, NaN above all
+    tops = bits > tops ? bits : tops;
+  }
+  int32_t top = highest(tops);
+  float largest = load<float>(&top);
+  bool finite = top < 0x7f800000, used = finite && largest >= 1e-30f;
+  float factor = used ? 127.0f / largest : 0.0f;
+  VF magic = splat(12582912.0f);
+  alignas(64) int32_t apart[kGroupInputs];
+  for (int v = 0; v < vectors; v++) {
+    VF rounded = (load<VF>(x + v * kWidth) * factor + magic) - magic;
+    whole[v] = used ? __builtin_convertvector(rounded, VI) : VI{};
     total += whole[v];
     if constexpr (kDotPasses == 1) {
       typedef int8_t Bytes __attribute__((vector_size(kWidth)));
@@ -132,70 +140,28 @@ inline void put_group(const VI* whole, Rounded* to, int32_t* start) {
       store(apart + v * kWidth, whole[v]);
     }
   }
-  for (long i = 0; kDotPasses == 2 && i < N; i++) {
+  for (long i = 0; kDotPasses == 2 && i < kGroupInputs; i++) {
     long in_unit = i % 4;
     to[i] = static_cast<Rounded>(apart[i - in_unit + in_unit % 2 * 2 + in_unit / 2]);
   }
+  *scale = used ? largest / 127.0f : finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
   *start = -128 * sum(total);
-}
-
-// Rounds N numbers to whole ones up to `most`, and gives their scale. That of a group in which
-// something is not finite is NaN, so that what is computed of it shows that; a group of next to
-// nothing is zero.
-template <long N>
-inline float round_group(const float* x, float most, VI* whole) {
-  VI tops{};
-  for (int v = 0; v < N / kWidth; v++) {
-    VI bits = (VI)(load<VU>(x + v * kWidth) & 0x7fffffffu);  // ordered as the numbers, NaN above all
-    tops = bits > tops ? bits : tops;
-    whole[v] = VI{};
-  }
-  int32_t top = highest(tops);
-  float largest = load<float>(&top);
-  if (top >= 0x7f800000) return std::numeric_limits<float>::quiet_NaN();
-  if (largest < 1e-30f) return 0.0f;
-  float factor = most / largest;
-  VF magic = splat(12582912.0f);
-  for (int v = 0; v < N / kWidth; v++) {
-    VF rounded = (load<VF>(x + v * kWidth) * factor + magic) - magic;
-    whole[v] = __builtin_convertvector(rounded, VI);
-  }
-  return largest / most;
-}
-
-template <int bytes>
-inline void round_row_to(const float* x, const RoundedRows& rows, long r) {
-  constexpr long N = group_inputs(bytes), vectors = N / kWidth;
-  long count = rows.groups();
-  for (long g = 0; g < count; g++) {
-    alignas(64) float padded[N];
-    const float* from = x + g * N;
-    long rest = rows.k - g * N, at = r * bytes * count + g;
-    if (rest < N) {
-      std::copy_n(from, rest, padded);
-      std::fill(padded + rest, padded + N, 0.0f);
-      from = padded;
-    }
-    VI whole[vectors];
-    float scale = round_group<N>(from, bytes == 1 ? 127.0f : 127.0f * 256.0f, whole);
-    if constexpr (bytes == 2) {
-      VI upper[vectors];
-      for (int v = 0; v < vectors; v++) {
-        upper[v] = (whole[v] + 128) >> 8;
-        whole[v] -= upper[v] * 256;
-      }
-      put_group<N>(upper, rows.data + at * N, rows.start + at);
-      rows.scale[at] = 256.0f * scale;
-      at += count;
-    }
-    put_group<N>(whole, rows.data + at * N, rows.start + at);
-    rows.scale[at] = scale;
-  }
 }
 
 // Rounds row r, given as k numbers.
 inline void round_row(const float* x, const RoundedRows& rows, long r) {
-  rows.bytes == 1 ? round_row_to<1>(x, rows, r) : round_row_to<2>(x, rows, r);
+  long count = rows.groups();
+  for (long g = 0; g < count; g++) {
+    alignas(64) float padded[kGroupInputs];
+    const float* from = x + g * kGroupInputs;
+    long rest = rows.k - g * kGroupInputs, at = r * count + g;
+    if (rest < kGroupInputs) {
+      std::copy_n(from, rest, padded);
+      std::fill(padded + rest, padded + kGroupInputs, 0.0f);
+      from = padded;
+    }
+    round_group(from, rows.data + at * kGroupInputs, rows.scale + at, rows.start + at);
+  }
 }
 
 // c[R, kPanel] = rows row .. row + R - 1 times one panel.
@@ -205,7 +171,7 @@ inline void int8_tile(const RoundedRows& a, long row, const Int8* b, const float
   // As in gemm.h.
   constexpr long ahead = R <= 4 ? 96 : 256;
   constexpr int level = R <= 4 ? 3 : 2;
-  long count = a.groups(), all = units<Int8>(a.k), group = a.group(), stride = count * group;
+  long count = a.groups(), all = units<Int8>(a.k), stride = count * kGroupInputs;
   VF sum[R][kVectors];
 #pragma GCC unroll 16
   for (int i = 0; i < R; i++) {
@@ -213,15 +179,15 @@ inline void int8_tile(const RoundedRows& a, long row, const Int8* b, const float
     for (int j = 0; j < kVectors; j++) sum[i][j] = VF{};
   }
   for (long g = 0; g < count; g++) {
-    const Rounded* from = a.data + row * stride + g * group;
+    const Rounded* from = a.data + row * stride + g * kGroupInputs;
     VI acc[R][kVectors];
 #pragma GCC unroll 16
     for (int i = 0; i < R; i++) {
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; j++) acc[i][j] = VI{} + a.start[(row + i) * count + g];
     }
-    long last = std::min(all, (g + 1) * group / 4);
-    for (long k = g * group / 4; k < last; k++, from += 4) {
+    long last = std::min(all, (g + 1) * kGroupInputs / 4);
+    for (long k = g * kGroupInputs / 4; k < last; k++, from += 4) {
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; j++) {
         __builtin_prefetch(b + ((k + ahead) * kPanel + j * kWidth) * 4, 0, level);
@@ -266,29 +232,13 @@ inline void int8_tile_of(long rows, const RoundedRows& a, long row, const Int8* 
   if constexpr (R > 1) int8_tile_of<R - 1>(rows, a, row, b, scales, c, ldc);
 }
 
-// As `int8_tile`, for any number of rows, of one byte or two, and panel number `panel`.
+// As `int8_tile`, for any number of rows and panel number `panel`.
 inline void multiply_panel(const RoundedRows& a, long row, long rows, const Matrix<Int8>& m,
                            long panel, float* c, long ldc) {
   const Int8* b = m.panels + panel * panel_size<Int8>(a.k);
-  const float* scales = m.scales + panel * kPanel;
-  // Tiles of like size: the panel is read once for each.
-  long most = kTileRows / a.bytes, tiles = (rows + most - 1) / most;
-  long step = tiles > 0 ? (rows + tiles - 1) / tiles : 1;
-  for (long i = 0; i < rows; i += step) {
-    long count = std::min(step, rows - i);
-    if (a.bytes == 1) {
-      int8_tile_of<>(count, a, row + i, b, scales, c + i * ldc, ldc);
-      continue;
-    }
-    alignas(64) float halves[kTileRows * kPanel];
-    int8_tile_of<>(2 * count, a, 2 * (row + i), b, scales, halves, kPanel);
-    for (long r = 0; r < count; r++) {
-      const float* half = halves + 2 * r * kPanel;
-      for (int j = 0; j < kVectors; j++) {
-        store(c + (i + r) * ldc + j * kWidth,
-              load<VF>(half + j * kWidth) + load<VF>(half + kPanel + j * kWidth));
-      }
-    }
+  for (long i = 0; i < rows; i += kTileRows) {
+    int8_tile_of<>(std::min<long>(kTileRows, rows - i), a, row + i, b, m.scales + panel * kPanel,
+                   c + i * ldc, ldc);
   }
 }
 

@@ -220,7 +220,7 @@ class LayerCall {
   // Rounds x [count_, k] for the next product, where weights need that.
   void round(Team& team, const Left<E>* x, long stride, long k) {
     if constexpr (!kRounds) return;
-    rounded_ = rounded_memory_->get(count_, k, 1);
+    rounded_ = rounded_memory_->get(count_, k);
     team.loop(count_, [&](long r) {
       static thread_local Buffer<float> wide;
       convert(x + r * stride, wide.get(k), k);
@@ -229,7 +229,7 @@ class LayerCall {
   }
 
   void norm(Team& team, const float* scale) {
-    if constexpr (kRounds) rounded_ = rounded_memory_->get(count_, l_.embed, 1);
+    if constexpr (kRounds) rounded_ = rounded_memory_->get(count_, l_.embed);
     team.loop(count_, [&](long r) {
       Left<E>* to = normed_ + r * embed_stride();
       if constexpr (kRounds) {
