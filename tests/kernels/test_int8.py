@@ -75,7 +75,7 @@ class Products:
             long(first),
             long(count),
         )
-        assert not out[:, kernel.shape[1] :].any()
+        assert not np.nan_to_num(out[:, kernel.shape[1] :]).any()
         return out[:, : kernel.shape[1]]
 
 
@@ -110,12 +110,15 @@ def test_any_numbers_are_those_of_the_definition(product):
     x = (rng.standard_normal((13, 577)) * np.exp(rng.standard_normal((13, 577)))).astype(np.float32)
     kernel, scales = weights(577, 40)
     expected = np.asarray(rounded_matmul(jnp.asarray(x), kernel, scales))
-    # A number in the middle of two may be rounded to either.
-    step = np.abs(x).max() / 127 * 127 * scales.max()
-    np.testing.assert_allclose(product(x, kernel, scales), expected, rtol=1e-5, atol=2e-6 * step)
+    found = product(x, kernel, scales)
+    far = np.abs(found - expected) > 1e-5 * np.abs(expected) + 1e-3
+    # A number in the middle of two may be rounded to either: in few rows, and by one step.
+    assert np.count_nonzero(far.any(axis=1)) <= 2
+    step = np.abs(x).max() * scales.max()
+    assert np.abs(found - expected).max() < step
     exact = x.astype(np.float64) @ (kernel * scales.astype(np.float64))
     error = np.linalg.norm(expected - exact) / np.linalg.norm(exact)
-    assert 1e-4 < error < 0.02, error
+    assert 1e-3 < error < 1e-2, error
 
 
 def test_a_row_depends_on_no_other(product):
@@ -133,7 +136,8 @@ def test_what_is_not_finite_shows_and_next_to_nothing_is_zero(product):
     x[1, 299], x[2, 0], x[3, 140] = np.nan, np.inf, -np.inf
     x[4], x[5] = 0, 1e-38
     kernel, scales = weights(300, 3)
-    for found in (product(x, kernel, scales), np.asarray(rounded_matmul(x, kernel, scales))):
+    in_xla = np.asarray(rounded_matmul(jnp.asarray(x), kernel, scales))
+    for found in (product(x, kernel, scales), in_xla):
         assert np.isnan(found[1:4]).all()
         np.testing.assert_array_equal(found[4:], 0)
         np.testing.assert_allclose(found[0], kernel.sum(axis=0, dtype=np.int64) * scales, rtol=1e-6)

@@ -14,6 +14,7 @@ from pshare_jax.models.lora import LoraModule, merge
 from pshare_jax.models.packed import unsupported
 from pshare_jax.models.quantise import in_format, kv_name, quantise
 from pshare_jax.models.weights import Weights, check_weights, lora_specs, weight_specs
+from pshare_jax.sharding.rules import weight_shardings
 from tests.helpers import tiny_config
 
 PLAIN = tiny_config(architecture="qwen2", tie_word_embeddings=False)
@@ -75,6 +76,23 @@ def test_logits_are_those_of_the_values(dtype):
     np.testing.assert_allclose(logits(CONFIG, weights), logits(PLAIN, values), atol=tolerance)
     off = np.abs(logits(CONFIG, weights) - logits(PLAIN, plain)).max()
     assert 1e-4 < off < 0.2
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rounded_activations_are_near_and_split_like_others(tied):
+    """On a mesh of two each device has its part of the groups."""
+    plain = tiny_config(architecture="qwen2", tie_word_embeddings=tied)
+    config, weights = in_format(plain, "int8-dynamic"), init_weights(plain, seed=0)
+    rounded = quantise(config, weights)
+    check_weights(config, rounded)
+    assert (rounded["embed.embedding"].dtype == jnp.int8) is tied
+    found = logits(config, rounded)
+    weight_only = in_format(plain, "int8")
+    without = logits(weight_only, quantise(weight_only, weights))
+    assert 1e-3 < np.abs(found - without).max() < 0.15
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:2]), ("tensor",))
+    split = jax.device_put(rounded, weight_shardings(mesh, weight_specs(config)))
+    np.testing.assert_allclose(logits(config, split), found, atol=2e-2)
 
 
 def test_the_shards_of_a_mesh_are_those_of_one_device():

@@ -12,10 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-GROUP = 128
+GROUP = 32
 """Inputs that share a scale."""
-
-LARGEST = 127
 
 
 def rounded(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -24,13 +22,13 @@ def rounded(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     The last group is filled up with zeros. A group with something that is not finite has the scale
     NaN, and one of next to nothing is zero.
     """
-    k = x.shape[-1]
-    wide = jnp.pad(x.astype(jnp.float32), [(0, 0)] * (x.ndim - 1) + [(0, -k % GROUP)])
+    wide = jnp.pad(x.astype(jnp.float32), [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % GROUP)])
     wide = wide.reshape(*x.shape[:-1], -1, GROUP)
     largest = jnp.max(jnp.abs(wide), axis=-1, keepdims=True)
-    used = jnp.isfinite(largest) & (largest >= 1e-30)
-    whole = jnp.where(used, jnp.round(wide * (LARGEST / jnp.where(used, largest, 1.0))), 0.0)
-    scale = jnp.where(used, largest / LARGEST, jnp.where(jnp.isfinite(largest), 0.0, jnp.nan))
+    finite = jnp.isfinite(largest)
+    used = finite & (largest >= 1e-30)
+    whole = jnp.where(used, jnp.round(wide * (127.0 / jnp.where(used, largest, 1.0))), 0.0)
+    scale = jnp.where(used, largest / 127.0, jnp.where(finite, 0.0, jnp.nan))
     return whole, scale[..., 0]
 
 

@@ -1,10 +1,10 @@
 // Products of weights of 8 bits with rows that are rounded to 8 bits as well.
 //
 // A weight is a whole number from -127 to 127 times the scale of its column. A row is cut into
-// groups of kGroupInputs inputs, and each is rounded to whole numbers with a scale of its own, so
-// that an input that is far from the others costs its group alone their precision. The sums of a
-// group are whole numbers below 2^24, exact in any order and on any CPU; groups are added in float32,
-// in the order of K, and the column's scale comes last: a row's result depends on no other row.
+// groups of inputs, and each is rounded to whole numbers with a scale of its own, so that an input
+// that is far from the others costs its group alone their precision. The sums of a group are whole
+// numbers below 2^24, exact in any order and on any CPU; groups are added in float32, in the order of
+// K, and the column's scale comes last: a row's result depends on no other row.
 //
 // Panels are those of gemm.h with units of four weights, each stored plus 128: the instruction for
 // them (vpdpbusd) multiplies unsigned bytes by signed ones. 128 times the sum of the row's group is
@@ -20,7 +20,7 @@
 
 namespace pshare {
 
-constexpr long kGroupInputs = 128;
+constexpr long kGroupInputs = 32;  // that share a scale
 
 // A weight plus 128.
 struct Int8 {
@@ -70,8 +70,6 @@ struct Matrix {
   const float* scales = nullptr;
 };
 
-inline long groups(long k) { return (k + kGroupInputs - 1) / kGroupInputs; }
-
 // Rounded rows of k inputs: of each row whole groups, and for each group its scale and minus 128
 // times its sum.
 struct RoundedRows {
@@ -79,6 +77,7 @@ struct RoundedRows {
   float* scale = nullptr;
   int32_t* start = nullptr;
   long k = 0;
+  long groups() const { return (k + kGroupInputs - 1) / kGroupInputs; }
 };
 
 // Memory of rounded rows that lasts as that of `Buffer`.
@@ -87,53 +86,71 @@ struct RoundedBuffer {
   Buffer<float> scale;
   Buffer<int32_t> start;
   RoundedRows get(long rows, long k) {
-    long count = rows * groups(k);
-    return {data.get(count * kGroupInputs), scale.get(count), start.get(count), k};
+    RoundedRows made{nullptr, nullptr, nullptr, k};
+    long count = rows * made.groups();
+    made.data = data.get(count * kGroupInputs);
+    made.scale = scale.get(count), made.start = start.get(count);
+    return made;
   }
 };
 
-// Rounds kGroupInputs numbers. A group in which something is not finite has the scale NaN, so that
-// what is computed of it shows that; one of next to nothing is zero.
+inline int32_t highest(VI v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_epi32((__m512i)v);
+#else
+  int32_t top = v[0];
+  for (int j = 1; j < kWidth; j++) top = std::max<int32_t>(top, v[j]);
+  return top;
+#endif
+}
+
+inline int32_t sum(VI v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_epi32((__m512i)v);
+#else
+  int32_t total = 0;
+  for (int j = 0; j < kWidth; j++) total += v[j];
+  return total;
+#endif
+}
+
+// Rounds the numbers of a group. The scale of one in which something is not finite is NaN, so that
+// what is computed of it shows that; a group of next to nothing is zero.
 inline void round_group(const float* x, Rounded* to, float* scale, int32_t* start) {
-  VI highest{};
-  for (long i = 0; i < kGroupInputs; i += kWidth) {
-    VI bits = (VI)(load<VU>(x + i) & 0x7fffffffu);  // ordered as the numbers are, NaN above all
-    highest = bits > highest ? bits : highest;
+  constexpr int vectors = kGroupInputs / kWidth;
+  VI tops{}, total{}, whole[vectors];
+  for (int v = 0; v < vectors; v++) {
+    VI bits = (VI)(load<VU>(x + v * kWidth) & 0x7fffffffu);  // ordered as the numbers, NaN above all
+    tops = bits > tops ? bits : tops;
   }
-  int32_t top = 0;
-  for (int j = 0; j < kWidth; j++) top = std::max<int32_t>(top, highest[j]);
+  int32_t top = highest(tops);
   float largest = load<float>(&top);
-  bool finite = top < 0x7f800000;
-  if (!finite || largest < 1e-30f) {
-    std::fill_n(to, kGroupInputs, Rounded{});
-    *scale = finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
-    *start = 0;
-    return;
-  }
-  float factor = 127.0f / largest;
+  bool finite = top < 0x7f800000, used = finite && largest >= 1e-30f;
+  float factor = used ? 127.0f / largest : 0.0f;
   VF magic = splat(12582912.0f);
-  VI total{};
-  alignas(64) int32_t whole[kGroupInputs];
-  for (long i = 0; i < kGroupInputs; i += kWidth) {
-    VI rounded = __builtin_convertvector((load<VF>(x + i) * factor + magic) - magic, VI);
-    total += rounded;
-    store(whole + i, rounded);
-  }
-  for (long i = 0; i < kGroupInputs; i += 4) {
-    for (int j = 0; j < 4; j++) {
-      int from = kDotPasses == 1 ? j : j % 2 * 2 + j / 2;
-      to[i + j] = static_cast<Rounded>(whole[i + from]);
+  alignas(64) int32_t apart[kGroupInputs];
+  for (int v = 0; v < vectors; v++) {
+    VF rounded = (load<VF>(x + v * kWidth) * factor + magic) - magic;
+    whole[v] = used ? __builtin_convertvector(rounded, VI) : VI{};
+    total += whole[v];
+    if constexpr (kDotPasses == 1) {
+      typedef int8_t Bytes __attribute__((vector_size(kWidth)));
+      store(to + v * kWidth, __builtin_convertvector(whole[v], Bytes));
+    } else {
+      store(apart + v * kWidth, whole[v]);
     }
   }
-  int32_t sum = 0;
-  for (int j = 0; j < kWidth; j++) sum += total[j];
-  *scale = largest / 127.0f;
-  *start = -128 * sum;
+  for (long i = 0; kDotPasses == 2 && i < kGroupInputs; i++) {
+    long in_unit = i % 4;
+    to[i] = static_cast<Rounded>(apart[i - in_unit + in_unit % 2 * 2 + in_unit / 2]);
+  }
+  *scale = used ? largest / 127.0f : finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+  *start = -128 * sum(total);
 }
 
 // Rounds row r, given as k numbers.
 inline void round_row(const float* x, const RoundedRows& rows, long r) {
-  long count = groups(rows.k);
+  long count = rows.groups();
   for (long g = 0; g < count; g++) {
     alignas(64) float padded[kGroupInputs];
     const float* from = x + g * kGroupInputs;
@@ -151,8 +168,10 @@ inline void round_row(const float* x, const RoundedRows& rows, long r) {
 template <int R>
 inline void int8_tile(const RoundedRows& a, long row, const Int8* b, const float* scales, float* c,
                       long ldc) {
-  constexpr long ahead = 96;
-  long count = groups(a.k), all = units<Int8>(a.k);
+  // As in gemm.h.
+  constexpr long ahead = R <= 4 ? 96 : 256;
+  constexpr int level = R <= 4 ? 3 : 2;
+  long count = a.groups(), all = units<Int8>(a.k), stride = count * kGroupInputs;
   VF sum[R][kVectors];
 #pragma GCC unroll 16
   for (int i = 0; i < R; i++) {
@@ -160,7 +179,7 @@ inline void int8_tile(const RoundedRows& a, long row, const Int8* b, const float
     for (int j = 0; j < kVectors; j++) sum[i][j] = VF{};
   }
   for (long g = 0; g < count; g++) {
-    const Rounded* from = a.data + (row * count + g) * kGroupInputs;
+    const Rounded* from = a.data + row * stride + g * kGroupInputs;
     VI acc[R][kVectors];
 #pragma GCC unroll 16
     for (int i = 0; i < R; i++) {
@@ -171,7 +190,7 @@ inline void int8_tile(const RoundedRows& a, long row, const Int8* b, const float
     for (long k = g * kGroupInputs / 4; k < last; k++, from += 4) {
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; j++) {
-        __builtin_prefetch(b + ((k + ahead) * kPanel + j * kWidth) * 4, 0, 3);
+        __builtin_prefetch(b + ((k + ahead) * kPanel + j * kWidth) * 4, 0, level);
       }
 #pragma GCC unroll 2
       for (int pass = 0; pass < kDotPasses; pass++) {
@@ -182,7 +201,7 @@ inline void int8_tile(const RoundedRows& a, long row, const Int8* b, const float
         }
 #pragma GCC unroll 16
         for (int i = 0; i < R; i++) {
-          VU left = VU{} + load<uint32_t>(from + i * count * kGroupInputs + pass * 2);
+          VU left = VU{} + load<uint32_t>(from + i * stride + pass * 2);
 #pragma GCC unroll 4
           for (int j = 0; j < kVectors; j++) acc[i][j] = dot(acc[i][j], right[j], left);
         }
