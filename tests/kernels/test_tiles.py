@@ -10,6 +10,7 @@ import platform
 import subprocess
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -61,7 +62,7 @@ def rounded(exact: Fraction) -> np.float32:
     return np.float32(sign * float(found))
 
 
-def operand(x: np.float32) -> Fraction:
+def operand(x: Any) -> Fraction:
     return Fraction(float(x)) if abs(float(x)) >= LEAST else Fraction(0)
 
 
@@ -183,12 +184,20 @@ def test_what_sums_otherwise_is_found_out(tiles):
     assert tiles.denormals_agree() == 0
 
 
+EVERYTHING = """
+#include "attention.h"
+#include "matmul.h"
+#include "tile_check.h"
+template class pshare::Attention<pshare::bf16, pshare::bf16>;
+template void pshare::matmul<float>(const pshare::Side&, const pshare::Side&, float*);
+pshare::Multiplier start(bool wanted) { return pshare::start_tiles(wanted); }
+"""
+
+
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are those of x86-64")
 def test_it_compiles_for_a_cpu_that_has_the_unit(tmp_path):
     source, out = tmp_path / "all.cc", tmp_path / "all.s"
-    headers = ("head", "layer", "matmul", "tile_check")
-    text = "".join(f'#include "{name}.h"\n' for name in headers)
-    source.write_text(text + "template class pshare::LayerCall<pshare::bf16>;\n")
+    source.write_text(EVERYTHING)
     flags = ["-O0", "-march=sapphirerapids", "-std=c++17", "-S", "-w", f"-I{library.SOURCES}"]
     command = [library._compiler(), *flags, str(source), "-o", str(out)]
     subprocess.run(command, check=True, timeout=300)
@@ -229,6 +238,12 @@ def test_a_unit_that_errs_by_a_bit_is_not_used(tmp_path):
 def test_a_unit_that_is_not_wanted_is_not_used(tiles):
     assert (tiles.start(0), tiles.in_use()) == (-1, 0)
     assert (tiles.start(1), tiles.in_use()) == (2, 1)
+
+
+def test_registers_are_released_when_a_call_ends(tiles):
+    """Whatever else runs in the caller's thread may shape them in its own way."""
+    tiles.start(1)
+    assert tiles.shaped_while_and_after_a_call() == 0b01
 
 
 @pytest.mark.parametrize("base_two", [0, 1])

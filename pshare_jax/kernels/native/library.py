@@ -138,7 +138,8 @@ def _load() -> Library | None:
 def _start_multiplier(library: ctypes.CDLL) -> str:
     answer = library.pshare_start_tiles(os.environ.get(AMX_VARIABLE, "") != "0")
     if answer in _WHY_VECTORS:
-        logger.warning("The CPU's matrix unit (AMX) is not used: %s", _WHY_VECTORS[answer])
+        level = logging.INFO if answer == -1 else logging.WARNING
+        logger.log(level, "The CPU's matrix unit (AMX) is not used: %s", _WHY_VECTORS[answer])
     return _MULTIPLIERS.get(answer, "vectors")
 
 

@@ -156,7 +156,9 @@ class Attention {
       long r = first_[row] + token + i / g_.group, h = head * g_.group + i % g_.group;
       float* ordered = s.ordered.data();
       for (long p = 0; p < s.row.stride; p += kPanel) {
-        for (long j = 0; j < kPanel; j++) ordered[p + column_order<E>(j)] = values[p + j];
+        for (long j = 0; j < kPanel; j += 4) {  // four stay together in any order of columns
+          std::memcpy(ordered + p + column_order<E>(j), values + p + j, 4 * sizeof(float));
+        }
       }
       convert(ordered, out_ + (r * g_.heads() + h) * g_.head_dim, g_.head_dim);
     }

@@ -14,12 +14,13 @@
 namespace pshare {
 
 #if defined(__AVX512F__) || defined(PSHARE_TILES_TWIN)  // panels as wide as two tile registers
-constexpr int kWidth = 16;
+#define PSHARE_WIDTH 16
 #elif defined(__AVX__)
-constexpr int kWidth = 8;
+#define PSHARE_WIDTH 8
 #else
-constexpr int kWidth = 4;
+#define PSHARE_WIDTH 4
 #endif
+constexpr int kWidth = PSHARE_WIDTH;
 
 typedef float VF __attribute__((vector_size(kWidth * 4)));
 typedef int32_t VI __attribute__((vector_size(kWidth * 4)));
@@ -159,7 +160,7 @@ inline void transpose(__m512i rows[kWidth]) {
     }
   }
 }
-#elif defined(__AVX2__) && !defined(PSHARE_TILES_TWIN)
+#elif defined(__AVX2__) && PSHARE_WIDTH == 8
 inline void transpose(VU rows[8]) {
   __m256i r[8], t[8];
   for (int i = 0; i < 8; i++) r[i] = (__m256i)rows[i];

@@ -31,7 +31,7 @@ inline long tile_steps(long dims) { return (dims + 31) / 32; }
 // the last query. What is beside may see what the last query does.
 inline void pack_queries(const bf16* rows, long count, long group, long dims, TileScratch& s) {
   long size = tile_steps(dims) * 32 * kTileQueries, all = (count + kTileQueries - 1) / kTileQueries;
-  s.queries.assign(all * size, bf16{});
+  s.queries.resize(all * size);
   s.zeros.assign(tile_steps(dims) * 32, bf16{});
   s.tokens.resize(all * kTileQueries);
   for (long i = 0; i < all * kTileQueries; i++) {
@@ -43,7 +43,9 @@ inline void pack_queries(const bf16* rows, long count, long group, long dims, Ti
       long query = p * kTileQueries + i;
       from[i] = query < count ? rows + query * dims : s.zeros.data();
     }
-    transpose_panel<bf16>(from, dims, reinterpret_cast<uint32_t*>(&s.queries[p * size]));
+    bf16* panel = &s.queries[p * size];
+    transpose_panel<bf16>(from, dims, reinterpret_cast<uint32_t*>(panel));
+    std::fill(panel + dims * kTileQueries, panel + size, bf16{});
   }
 }
 
@@ -86,35 +88,43 @@ class TileAttention {
     };
     long block = from / kTileKeys * kTileKeys;
     find(0, block);
+    fetch(at[0].values, kTileKeys, g_.head_dim);
     for (int now = 0; block < to; block += kTileKeys, now = 1 - now) {
+      const auto &here = at[now], &next = at[1 - now];
       find(1 - now, block + kTileKeys);
       // Strips of keys that nobody sees are left out: they would add zeros.
       low_ = std::max(from - block, 0L) / kStripKeys * kStripKeys;
       high_ = round_up(std::min(to - block, kTileKeys), kStripKeys);
-      find_lines(block, from, to, at[now].keys);
-      fetch(at[1 - now].keys, kTileKeys, g_.head_dim);
-      pack_values(at[now].values + low_, high_ - low_, g_.head_dim, s_.values.data());
-      fetch(at[1 - now].values, kTileKeys, g_.head_dim);
+      find_lines(block, from, to, here.keys);
       for (long q = 0; q < queries_; q += kTileQueries) {
-        if (queries_ - q > kTileLines) attend<true>(q, block, sums);
-        else attend<false>(q, block, sums);
+        bool wide = queries_ - q > kTileLines;
+        wide ? score<true>(q) : score<false>(q);
+        for (long c = 0; c < (wide ? 2 : 1) * kTileLines; c += kTileLines) weigh(q, c, block, sums);
+        if (q == 0) {
+          // What comes from memory was asked for long before.
+          fetch(next.keys, kTileKeys, g_.head_dim);
+          pack_values(here.values + low_, high_ - low_, g_.head_dim, s_.values.data());
+          fetch(next.values, kTileKeys, g_.head_dim);
+        }
+        wide ? add_values<true>(q, sums) : add_values<false>(q, sums);
       }
     }
   }
 
  private:
-  // A block of keys for up to 32 queries from q on; `wide`: more than 16.
+  // Of up to 32 queries from q on; `wide`: more than 16.
   template <bool wide>
-  void attend(long q, long block, Sums& sums) {
-    long steps = tile_steps(g_.head_dim), stride = sums.stride;
-    const bf16* panel = &s_.queries[q * steps * 32];
+  void score(long q) {
+    long steps = tile_steps(g_.head_dim);
     for (long j = low_; j < high_; j += kStripKeys) {
-      tile_rows<Tiles, true, wide, false>(lines_[j / 16], lines_[j / 16 + 1], panel, steps * 16,
+      tile_rows<Tiles, true, wide, false>(lines_[j / 16], lines_[j / 16 + 1],
+                                          &s_.queries[q * steps * 32], steps * kTileUnits,
                                           s_.scores + j * kTileQueries, kTileQueries, false);
     }
-    weigh(q, 0, block, sums);
-    if (wide) weigh(q, kTileLines, block, sums);
-    long size = panel_size<bf16>(high_ - low_);
+  }
+  template <bool wide>
+  void add_values(long q, Sums& sums) {
+    long size = panel_size<bf16>(high_ - low_), stride = sums.stride;
     TileLeft first{s_.weights + low_, 2 * kTileKeys};
     TileLeft second{s_.weights + kTileLines * kTileKeys + low_, 2 * kTileKeys};
     for (long p = 0; p < panels(g_.head_dim); p++) {
@@ -163,18 +173,21 @@ class TileAttention {
   template <bool all>
   VF weigh_seen(long column, VI last, float* highest, float* total) {
     float* scores = s_.scores + column;
+    const float scale = kLog2E / std::sqrt(static_cast<float>(g_.head_dim));
+    const long window = g_.window, low = low_, high = high_;
+    if (g_.soft_cap > 0) cap(scores);
     auto visible = [&](long j) {
       int32_t key = static_cast<int32_t>(j);
       VI seen = last >= key;
-      return g_.window > 0 ? seen & (last - static_cast<int32_t>(g_.window) < key) : seen;
+      return window > 0 ? seen & (last - static_cast<int32_t>(window) < key) : seen;
     };
     VF top[4];
     for (VF& t : top) t = splat(kMasked);
-    for (long j = low_; j < high_; j += 4) {
+    for (long j = low; j < high; j += 4) {
 #pragma GCC unroll 4
       for (long i = 0; i < 4; i++) {
         float* at = scores + (j + i) * kTileQueries;
-        VF score = scaled_score(load<VF>(at));
+        VF score = load<VF>(at) * scale;
         if (!all) score = choose(visible(j + i), score, splat(kMasked));
         store(at, score);
         top[i] = choose(score > top[i], score, top[i]);  // a NaN is none
@@ -183,7 +196,7 @@ class TileAttention {
     for (int i = 1; i < 4; i++) top[0] = choose(top[i] > top[0], top[i], top[0]);
     VF before = load<VF>(highest), now = choose(top[0] > before, top[0], before);
     VF sum[4] = {};
-    for (long j = low_; j < high_; j += kStripKeys) {
+    for (long j = low; j < high; j += kStripKeys) {
       Pairs pairs[kTileLines];
 #pragma GCC unroll 16
       for (long i = 0; i < kTileLines; i++) {
@@ -207,14 +220,15 @@ class TileAttention {
     return factor;
   }
 
-  // As a power of 2. tanh(x) is (1 - t) / (1 + t) with t = exp(-2 |x|), of the sign of x.
-  VF scaled_score(VF score) const {
-    const float scale = kLog2E / std::sqrt(static_cast<float>(g_.head_dim));
-    if (g_.soft_cap == 0) return score * scale;
-    VF x = score * (2 * scale / g_.soft_cap);
-    VF t = exp2(choose(x > 0, -x, x));
-    VF tanh = (1.0f - t) / (1.0f + t);
-    return kLog2E * g_.soft_cap * choose(x > 0, tanh, -tanh);
+  // tanh(x) is (1 - t) / (1 + t) with t = exp(-2 |x|), of the sign of x.
+  void cap(float* scores) const {
+    float cap = g_.soft_cap * std::sqrt(static_cast<float>(g_.head_dim));
+    for (long j = low_; j < high_; j++) {
+      VF x = load<VF>(scores + j * kTileQueries) * (2 * kLog2E / cap);
+      VF t = exp2(choose(x > 0, -x, x));
+      VF tanh = (1.0f - t) / (1.0f + t);
+      store(scores + j * kTileQueries, cap * choose(x > 0, tanh, -tanh));
+    }
   }
 
   const bf16* pages_;
