@@ -8,9 +8,16 @@ import jax
 import numpy as np
 import pytest
 
-from pshare_jax.config import DecodeConfig, ModelEntry, PrefillConfig, ServeConfig
+from pshare_jax.config import (
+    DecodeConfig,
+    KvStoreConfig,
+    ModelEntry,
+    PrefillConfig,
+    ServeConfig,
+)
 from pshare_jax.convert.conversions import import_model
 from pshare_jax.engine.devices import page_dtype
+from pshare_jax.engine.kv_store import EngineStore
 from pshare_jax.engine.loader import checkpoint_sources, model_specs
 from pshare_jax.engine.monolithic import Monolithic
 from pshare_jax.errors import ConfigError
@@ -18,6 +25,7 @@ from pshare_jax.kernels.kv_dtype import FP8
 from pshare_jax.runtime.layout import PageLayout
 from tests.convert.helpers import model_config, random_weights, write_hf_folder
 from tests.engine.harness import MAX_LEN, Models, lora_module, running, serve_config
+from tests.engine.test_kv_store import FREE, served
 from tests.helpers import tiny_config
 
 
@@ -46,6 +54,27 @@ def test_greedy_tokens_are_the_oracles(backend: str) -> None:
         client.check_idle()
     for (name, prompt), reply in zip(asked, replies, strict=True):
         assert reply.tokens == models.expected(name, prompt, 5), (name, len(prompt))
+
+
+def test_a_store_gives_its_pages_back(tmp_path, monkeypatch) -> None:
+    """As they are, without a codec: another engine computes nothing."""
+    monkeypatch.setattr(EngineStore, "_measure", lambda self, tiers: FREE)
+    models = Models(tiny_config(architecture="qwen3"))
+    models.add_identity("identity")
+    prompt = tuple(np.random.default_rng(1).integers(0, 256, 41).tolist())
+    config = serve_config(
+        kv_dtype="fp8",
+        kv_store=KvStoreConfig(path=str(tmp_path / "pool"), bytes=4 << 20),
+        prefill=PrefillConfig(chunk_buckets=[16], num_pages=20),
+        decode=DecodeConfig(batch_buckets=[1], replay_buckets=[4], num_pages=20),
+    )
+    replies = []
+    for _ in range(2):
+        with served(models, config) as client:
+            replies.append(client.generate("identity", prompt))
+    first, second = (reply.usage for reply in replies)
+    assert (first.computed_tokens, second.computed_tokens) == (40, 0)
+    assert replies[0].tokens == replies[1].tokens
 
 
 def test_its_kv_has_a_name_of_its_own(tmp_path) -> None:

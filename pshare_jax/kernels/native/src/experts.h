@@ -59,8 +59,8 @@ class ExpertsCall {
       std::memcpy(gathered_ + place_[i] * stride_, x_ + i / e_.per_token * stride_,
                   stride_ * sizeof(Left<E>));
     });
-    loop(team, panels(mlp_), [&](const Block& b, long panel) { gate(b, panel); });
-    loop(team, panels(embed_), [&](const Block& b, long panel) { lead_back(b, panel); });
+    loop(team, panels(mlp_), [&](const Block& b, long panel) { multiply_gate(b, panel); });
+    loop(team, panels(embed_), [&](const Block& b, long panel) { multiply_down(b, panel); });
   }
 
   // The weighted sum of row r's experts.
@@ -130,7 +130,7 @@ class ExpertsCall {
     });
   }
 
-  void gate(const Block& b, long panel) {
+  void multiply_gate(const Block& b, long panel) {
     alignas(64) float tile[kBlockRows * 2 * kPanel];
     long pair = b.expert * panels(mlp_) + panel, size = panel_size<E>(embed_);
     for (long p = 0; p < 2; p++) {
@@ -162,7 +162,7 @@ class ExpertsCall {
     return gate / (1.0f + exp(-1.702f * gate)) * (up + 1.0f);
   }
 
-  void lead_back(const Block& b, long panel) {
+  void multiply_down(const Block& b, long panel) {
     alignas(64) float tile[kBlockRows * kPanel];
     long stride = round_up(mlp_, 2), width = std::min<long>(kPanel, embed_ - panel * kPanel);
     long number = b.expert * panels(embed_) + panel;
