@@ -59,7 +59,7 @@ def attention_over_heads(
     ) -> jax.Array:
         def call(q: jax.Array, pages: jax.Array, *rows: jax.Array, **heads: Any) -> jax.Array:
             if sinks is not None:
-                *rows, heads["sinks"] = rows
+                rows, heads["sinks"] = rows[:-1], rows[-1]
             return kernel(
                 q,
                 pages,
