@@ -115,8 +115,10 @@ def test_a_row_depends_on_nothing_beside_it(dtype):
         np.testing.assert_array_equal(out[0], logits[0])
         assert best[0] == np.asarray(logits[0]).argmax()
         for whole, single in zip(after, alone, strict=True):
-            own = [np.asarray(pages, np.float32)[rows[0][0]] for pages in (whole, single)]
-            np.testing.assert_array_equal(*own)
+            own = rows[0][0]
+            np.testing.assert_array_equal(
+                np.asarray(whole, np.float32)[own], np.asarray(single, np.float32)[own]
+            )
 
 
 @pytest.mark.parametrize("tied", [False, True])
