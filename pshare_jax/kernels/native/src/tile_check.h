@@ -53,45 +53,66 @@ inline bool same_bits(const float* a, const float* b, long count) {
   return true;
 }
 
-// Whether two kinds of tiles give the same bits: sums anew and added to, few and many rows, whole steps
-// and the rest of one, more than a block of the inner axis, and one register of columns.
+// Operands of the check's products, and both results.
+struct CheckedProducts {
+  static constexpr long rows = 70, units = 2 * kTileBlockUnits + 21, lda = 2 * units;
+  bf16 a[rows * lda], b[(units + 16) * 2 * kTileColumns];
+  float c[2][rows * kTileColumns];
+
+  CheckedProducts() {
+    Numbers numbers;
+    for (bf16& x : a) x = numbers.next();
+    for (bf16& x : b) x = numbers.next();
+    a[3 * lda + 1] = bf16{0x7f80};  // infinity, in a row of its own
+    a[4 * lda + 5] = bf16{0x7fc0};  // NaN
+    a[5 * lda + 2] = bf16{0x7f00};  // so large that it gives infinity
+  }
+
+  // Whether `one(c)` and `other(c)` give the same bits.
+  template <class F, class G>
+  bool same(F one, G other) {
+    constexpr long count = rows * kTileColumns;
+    for (long i = 0; i < count; i++) c[0][i] = c[1][i] = 0.25f * (i % 13);
+    one(c[0]);
+    other(c[1]);
+    return same_bits(c[0], c[1], count);
+  }
+};
+
+// `depth` units of `n` rows, added to what is there or not.
+template <class One, class Other>
+bool panels_agree(CheckedProducts& p, long n, long depth, bool add) {
+  auto product = [&](auto multiply) {
+    return [&, multiply](float* c) { multiply(n, p.a, p.lda, p.b, depth, c, kTileColumns, add); };
+  };
+  return p.same(product(tile_panel<One>), product(tile_panel<Other>));
+}
+
+// Two times 16 rows from different places, one register of columns: as scores are computed.
+template <class Tiles>
+void multiply_scores(CheckedProducts& p, float* c) {
+  shape_tiles<Tiles>(kTileLines, kTileLines);
+  TileLeft first{p.a, 2 * p.lda}, second{p.a + 20 * p.lda, 2 * p.lda};
+  tile_rows<Tiles, true, false, false>(first, second, p.b, 48, c, kTileColumns, false);
+}
+
+// Whether two kinds of tiles give the same bits: few and many rows, whole steps and the rest of one, and
+// more than a block of the inner axis.
 template <class One, class Other>
 bool agree() {
-  constexpr long rows = 70, units = 2 * kTileBlockUnits + 21, lda = 2 * units;
-  struct Memory {
-    bf16 a[rows * lda], b[(units + 16) * 2 * kTileColumns];
-    float c[2][rows * kTileColumns];
-  };
-  auto m = std::make_unique<Memory>();
-  Numbers numbers;
-  for (bf16& x : m->a) x = numbers.next();
-  for (bf16& x : m->b) x = numbers.next();
-  m->a[3 * lda + 1] = bf16{0x7f80};  // infinity, in a row of its own
-  m->a[4 * lda + 5] = bf16{0x7fc0};  // NaN
-  m->a[5 * lda + 2] = bf16{0x7f00};  // so large that it gives infinity
-  auto reset = [&] {
-    for (long i = 0; i < rows * kTileColumns; i++) m->c[0][i] = m->c[1][i] = 0.25f * (i % 13);
-  };
-  const long some[] = {1, 7, 16, 17, 32, 33, 70}, depths[] = {1, 16, 37, units};
+  auto p = std::make_unique<CheckedProducts>();
+  bool same = p->same([&](float* c) { multiply_scores<One>(*p, c); },
+                      [&](float* c) { multiply_scores<Other>(*p, c); });
   for (bool add : {false, true}) {
-    for (long n : some) {
-      for (long depth : depths) {
-        reset();
-        tile_panel<One>(n, m->a, lda, m->b, depth, m->c[0], kTileColumns, add);
-        tile_panel<Other>(n, m->a, lda, m->b, depth, m->c[1], kTileColumns, add);
-        if (!same_bits(m->c[0], m->c[1], rows * kTileColumns)) return false;
+    for (long n : {1, 7, 16, 17, 32, 33, 70}) {
+      for (long depth : {1L, 16L, 37L, CheckedProducts::units}) {
+        same = same && panels_agree<One, Other>(*p, n, depth, add);
       }
     }
   }
-  reset();
-  shape_tiles<One>(kTileLines, kTileLines);
-  shape_tiles<Other>(kTileLines, kTileLines);
-  TileLeft first{m->a, 2 * lda}, second{m->a + 20 * lda, 2 * lda};
-  tile_rows<One, true, false, false>(first, second, m->b, 48, m->c[0], kTileColumns, false);
-  tile_rows<Other, true, false, false>(first, second, m->b, 48, m->c[1], kTileColumns, false);
   release_shape<One>();
   release_shape<Other>();
-  return same_bits(m->c[0], m->c[1], rows * kTileColumns);
+  return same;
 }
 
 #if defined(PSHARE_AMX)
