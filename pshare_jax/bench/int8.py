@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from pshare_jax.bench.distributions import divergence, perplexity
 from pshare_jax.bench.machine import describe
 from pshare_jax.convert.manifest import TOKENIZER_FOLDER
 from pshare_jax.convert.orbax import open_weights
@@ -18,10 +19,13 @@ from pshare_jax.convert.seals import open_checkpoint
 from pshare_jax.convert.streamed import Head, hidden_states
 from pshare_jax.convert.tensors import DTYPES, LazyTensor
 from pshare_jax.convert.verify import SAMPLE_PROMPTS, read_prompts
-from pshare_jax.models.config import ModelConfig
-from pshare_jax.models.quantise import in_int8, quantise
+from pshare_jax.kernels.matmul.rounded import rounded
+from pshare_jax.models.config import ModelConfig, WeightFormat
+from pshare_jax.models.quantise import in_format, quantise
 from pshare_jax.models.weights import SCALE, weight_specs
 from pshare_jax.text.tokenizer import Tokenizer
+
+FORMS: tuple[WeightFormat, ...] = ("int8", "int8-dynamic")
 
 
 @dataclass(frozen=True)
@@ -41,44 +45,67 @@ class Int8Options:
 
 
 def run(options: Int8Options) -> dict[str, Any]:
-    """Bytes of the weights in both forms, and how far the next-token distributions are apart.
+    """Bytes of the weights in each form, and how far the next-token distributions are apart.
 
-    Logits are computed in float32, so that only the rounding of weights counts.
+    Logits are computed in float32, so that only the rounding counts that a form is.
 
     Raises:
         CheckpointError: no such checkpoint.
         ConfigError: its architecture has no weights of 8 bits.
     """
     manifest = open_checkpoint(options.base)
-    config, int8 = manifest.config, in_int8(manifest.config)
+    config = manifest.config
+    forms = {form: in_format(config, form) for form in FORMS}
     tokenizer = Tokenizer.load(manifest.folder / TOKENIZER_FOLDER)
     texts = read_prompts(options.prompts) if options.prompts else SAMPLE_PROMPTS
     encoded = [tokens for t in texts if (tokens := tokenizer.encode(t)[: options.max_tokens])]
     plain = open_weights(manifest)
-    a, b = (_logits(config, tensors, encoded) for tensors in (plain, _rounded(int8, plain)))
+    logits = Head(config, plain).logits(hidden_states(config, plain, encoded))
     return {
         "options": asdict(options),
         "machine": describe(),
-        "bfloat16_bytes": _bytes(config),
-        "int8_bytes": _bytes(int8),
-        "positions": len(a),
-        "mean_kl": float(np.mean(_divergence(a, b))),
-        "same_best": float(np.mean(a.argmax(-1) == b.argmax(-1))),
-        "perplexity": [_perplexity(logits, encoded) for logits in (a, b)],
+        "positions": len(logits),
+        "plain": {"bytes": _bytes(config), "perplexity": perplexity(logits, encoded)},
+        **{form: _compared(model, plain, encoded, logits) for form, model in forms.items()},
     }
 
 
 def lines(result: dict[str, Any]) -> Sequence[str]:
     """The result as a Markdown table."""
-    before, after = result["bfloat16_bytes"], result["int8_bytes"]
-    perplexity = result["perplexity"]
+    plain = result["plain"]
     return (
         "| weights | MB | perplexity | mean KL (nats) | same most likely token |",
         "|---|---|---|---|---|",
-        f"| bfloat16 | {before / 1e6:.1f} | {perplexity[0]:.3f} | | |",
-        f"| int8 | {after / 1e6:.1f} | {perplexity[1]:.3f} | {result['mean_kl']:.2g} "
-        f"| {result['same_best']:.1%} of {result['positions']} |",
+        f"| bfloat16 | {plain['bytes'] / 1e6:.1f} | {plain['perplexity']:.3f} | | |",
+        *(
+            f"| {form} | {found['bytes'] / 1e6:.1f} | {found['perplexity']:.3f} "
+            f"| {found['mean_kl']:.2g} | {found['same_best']:.1%} of {result['positions']} |"
+            for form, found in ((form, result[form]) for form in FORMS)
+        ),
     )
+
+
+def _compared(
+    config: ModelConfig,
+    plain: Mapping[str, LazyTensor],
+    encoded: Sequence[Sequence[int]],
+    expected: np.ndarray,
+) -> dict[str, float]:
+    """What the weights in the form of `config` give, beside the logits of plain ones."""
+    rounds = config.weight_format == "int8-dynamic"
+    tensors = _quantised(config, plain)
+    hidden = hidden_states(config, tensors, encoded)
+    if rounds:
+        whole, scale = rounded(jnp.asarray(hidden))
+        values = (whole * scale[..., None]).reshape(len(hidden), -1)
+        hidden = np.asarray(values)[:, : config.hidden_size]
+    logits = Head(config, tensors).logits(hidden)
+    return {
+        "bytes": _bytes(config),
+        "perplexity": perplexity(logits, encoded),
+        "mean_kl": float(np.mean(divergence(expected, logits))),
+        "same_best": float(np.mean(expected.argmax(-1) == logits.argmax(-1))),
+    }
 
 
 def _bytes(config: ModelConfig) -> int:
@@ -87,43 +114,24 @@ def _bytes(config: ModelConfig) -> int:
     return sum(math.prod(spec.shape) * size[spec.dtype] for spec in weight_specs(config).values())
 
 
-def _rounded(int8: ModelConfig, plain: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """The weights that whole numbers and scales stand for."""
+def _quantised(config: ModelConfig, plain: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """The weights in the form of `config`, in float32: whole numbers and their scales.
 
-    def read(name: str, tensor: LazyTensor) -> np.ndarray:
-        found = quantise(int8, {name: jnp.asarray(tensor.read())})
-        scale = found.get(name + SCALE)
-        values = found[name].astype(jnp.float32)
-        return np.asarray(values if scale is None else values * scale)
+    What is read by rows, not multiplied, has the values that these stand for.
+    """
+    specs = weight_specs(config)
+
+    def read(name: str, part: str) -> np.ndarray:
+        found = quantise(config, {name: jnp.asarray(plain[name].read())})
+        if part == name and not name.startswith("layers.") and name + SCALE in found:
+            scale = found[name + SCALE]
+            scale = scale[:, None] if specs[name].axes[0] == "vocab" else scale
+            return np.asarray(found[name] * scale)
+        return np.asarray(found[part].astype(jnp.float32))
 
     return {
-        name: LazyTensor(tensor.shape, DTYPES["float32"], functools.partial(read, name, tensor))
-        for name, tensor in plain.items()
+        part: LazyTensor(specs[part].shape, DTYPES["float32"], functools.partial(read, name, part))
+        for name in plain
+        for part in (name, name + SCALE)
+        if part in specs
     }
-
-
-def _logits(
-    config: ModelConfig, tensors: Mapping[str, LazyTensor], encoded: Sequence[Sequence[int]]
-) -> np.ndarray:
-    return Head(config, tensors).logits(hidden_states(config, tensors, encoded))
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    wide = logits.astype(np.float64)
-    wide -= wide.max(-1, keepdims=True)
-    return wide - np.log(np.exp(wide).sum(-1, keepdims=True))
-
-
-def _divergence(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    x, y = _log_softmax(a), _log_softmax(b)
-    return (np.exp(x) * (x - y)).sum(-1)
-
-
-def _perplexity(logits: np.ndarray, encoded: Sequence[Sequence[int]]) -> float:
-    losses: list[np.ndarray] = []
-    start = 0
-    for tokens in encoded:
-        scores = _log_softmax(logits[start : start + len(tokens) - 1])
-        losses.append(-scores[np.arange(len(scores)), tokens[1:]])
-        start += len(tokens)
-    return float(np.exp(np.mean(np.concatenate(losses))))

@@ -2,7 +2,7 @@
 
 What is measured is said in `micro_rates`. LoRA: as decode, eight rows of one random module, or two
 rows each of four, in turn. With `vllm`, vLLM's engine is measured beside this one, each
-repeat on both in turn.
+repeat on both in turn; with `beside_weights` a second engine of this kind is.
 """
 
 from __future__ import annotations
@@ -21,7 +21,14 @@ import numpy as np
 from pshare_jax.bench.micro_rates import Rate, Rates
 from pshare_jax.bench.micro_targets import MODEL, EngineTarget, Target, VllmTarget
 from pshare_jax.bench.traces import Profile, read_profile, traced
-from pshare_jax.config import DecodeConfig, DType, ModelEntry, PrefillConfig, ServeConfig
+from pshare_jax.config import (
+    DecodeConfig,
+    DType,
+    ModelEntry,
+    PrefillConfig,
+    ServeConfig,
+    WeightFormat,
+)
 from pshare_jax.convert.manifest import read_manifest
 from pshare_jax.core.split_rule import LAST_TOKEN
 from pshare_jax.engine.loader import BaseSource, ModelSource, checkpoint_sources
@@ -33,7 +40,7 @@ from pshare_jax.models.weights import LORA_TARGETS, Weights, lora_specs
 PREFILL_LENGTHS = (512, 2048)
 BATCHES = (1, 8, 32)
 LORA_MODULES, LORA_ROWS = 4, 8
-OURS, VLLM = "pshare_jax", "vllm"
+OURS, VLLM, BESIDE = "pshare_jax", "vllm", "beside"
 VLLM_KV_GIB = 3
 
 
@@ -67,6 +74,8 @@ class MicroOptions:
         page_size: token slots of a KV page.
         chunk: prefill chunk size, in tokens.
         dtype: as in the server's configuration.
+        weights: as in the server's configuration.
+        beside_weights: of a second engine, measured beside the first, if any.
         kernel_backend: as in the server's configuration.
         seed: of the random prompts.
         trace: folder for traces of JAX's profiler, of one prefill of each length and one decode
@@ -82,6 +91,8 @@ class MicroOptions:
     page_size: int = 64
     chunk: int = 512
     dtype: DType = "auto"
+    weights: WeightFormat = "plain"
+    beside_weights: WeightFormat | None = None
     kernel_backend: str = "auto"
     seed: int = 0
     trace: str = ""
@@ -97,6 +108,7 @@ def serve_config(options: MicroOptions) -> ServeConfig:
         base=options.base,
         models=[ModelEntry(MODEL)],
         dtype=options.dtype,
+        weights=options.weights,
         kernel_backend=options.kernel_backend,
         max_model_len=max_model_len,
         page_size=options.page_size,
@@ -114,7 +126,8 @@ def run(options: MicroOptions) -> dict[str, Any]:
         "decode": {context: {batch: rate}}, "lora": {rows: rate}, "profiles": {run: profile},
         "compiles"}`; with vLLM also `"vllm": {"packages", "prefill", "decode", "ratios"}`, where
         ratios are of this engine to vLLM, `{"prefill": {length: rate},
-        "decode": {context: {batch: rate}}}`, each from the two rates of one repeat.
+        "decode": {context: {batch: rate}}}`, each from the two rates of one repeat; with a second
+        engine likewise `"beside": {"weights", "prefill", "decode", "ratios"}`.
 
     Raises:
         CheckpointError: the base cannot be loaded.
@@ -122,15 +135,22 @@ def run(options: MicroOptions) -> dict[str, Any]:
     """
     config = serve_config(options)
     prepare_jax(config)
-    dtype = compute_dtype(config, read_manifest(config.base).config)
-    base, sources = checkpoint_sources(config, dtype)
+    base, sources, dtype = _sources(config)
     if options.lora_rank:
         sources += [_random_lora(base, i, options.lora_rank, dtype) for i in range(LORA_MODULES)]
     engine = Orchestrator(config, base, sources)
     with ExitStack() as stack:
+        beside: dict[str, Target] = {}
+        if options.beside_weights:
+            # Before the first: that one counts what the process compiles from its start on.
+            second_config = replace(config, weights=options.beside_weights)
+            second = Orchestrator(second_config, *_sources(second_config)[:2])
+            second.start()
+            stack.callback(second.stop)
+            beside[BESIDE] = EngineTarget(second)
         engine.start()
         stack.callback(engine.stop)
-        targets: dict[str, Target] = {OURS: EngineTarget(engine)}
+        targets: dict[str, Target] = {OURS: EngineTarget(engine), **beside}
         vllm = _start_vllm(options.vllm, config) if options.vllm else None
         if vllm is not None:
             stack.callback(vllm.close)
@@ -162,12 +182,17 @@ def run(options: MicroOptions) -> dict[str, Any]:
         "compiles": compiles,
     }
     if vllm is not None:
-        result["vllm"] = {
-            "packages": vllm.packages,
-            **_figures(prefill, decode, lambda found: found[VLLM]),
-            "ratios": _figures(prefill, decode, _ratios),
-        }
+        result["vllm"] = {"packages": vllm.packages, **_peer(prefill, decode, VLLM)}
+    if options.beside_weights:
+        peer = _peer(prefill, decode, BESIDE)
+        result["beside"] = {"weights": options.beside_weights, **peer}
     return result
+
+
+def _sources(config: ServeConfig) -> tuple[BaseSource, list[ModelSource], jnp.dtype]:
+    model = read_manifest(config.base).config.with_weights(config.weights)
+    dtype = compute_dtype(config, model)
+    return *checkpoint_sources(config, dtype), dtype
 
 
 Found = Mapping[str, Sequence[float]]
@@ -188,8 +213,16 @@ def _figures(
     }
 
 
-def _ratios(found: Found) -> list[float]:
-    return [ours / theirs for ours, theirs in zip(found[OURS], found[VLLM], strict=True)]
+def _peer(
+    prefill: Mapping[int, Found], decode: Mapping[int, Mapping[int, Found]], name: str
+) -> dict[str, Any]:
+    """The figures of another target, and the ratios of this engine's to them."""
+
+    def ratios(found: Found) -> list[float]:
+        return [ours / theirs for ours, theirs in zip(found[OURS], found[name], strict=True)]
+
+    theirs = _figures(prefill, decode, lambda found: found[name])
+    return {**theirs, "ratios": _figures(prefill, decode, ratios)}
 
 
 def _rates(

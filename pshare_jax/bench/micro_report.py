@@ -18,26 +18,33 @@ def tables(result: dict[str, Any]) -> list[Table]:
     Args:
         result: of `micro.run`.
     """
-    options, vllm = result["options"], result.get("vllm")
-    table = Table(title=f"{options['base']}, {result['dtype']}, {result['backend']}: tokens/s")
+    options, peers = result["options"], []
+    weights = "" if options["weights"] == "plain" else f", weights {options['weights']}"
+    kind = f"{result['dtype']}{weights}, {result['backend']}"
+    table = Table(title=f"{options['base']}, {kind}: tokens/s")
     headers = ["median", "slowest", "fastest"]
-    if vllm:
+    if (vllm := result.get("vllm")) is not None:
         headers += [f"vLLM {vllm['packages']['vllm']}, median", "ratio", "lowest", "highest"]
+        peers.append(vllm)
+    if (beside := result.get("beside")) is not None:
+        headers += [f"weights {beside['weights']}, median", "ratio", "lowest", "highest"]
+        peers.append(beside)
     table.add_column("")
     for header in headers:
         table.add_column(header, justify="right")
     for length, rate in result["prefill"].items():
-        peer = vllm and (vllm["prefill"][length], vllm["ratios"]["prefill"][length])
-        table.add_row(f"prefill, {length} tokens", *_cells(rate, peer))
+        found = [(peer["prefill"][length], peer["ratios"]["prefill"][length]) for peer in peers]
+        table.add_row(f"prefill, {length} tokens", *_cells(rate, found))
     for context, rates in result["decode"].items():
         for batch, rate in rates.items():
-            peer = vllm and tuple(
-                figures["decode"][context][batch] for figures in (vllm, vllm["ratios"])
-            )
+            found = [
+                (peer["decode"][context][batch], peer["ratios"]["decode"][context][batch])
+                for peer in peers
+            ]
             name = f"decode, batch {batch}, {context} tokens of context"
-            table.add_row(name, *_cells(rate, peer))
+            table.add_row(name, *_cells(rate, found))
     for rows, rate in result["lora"].items():
-        table.add_row(f"decode, {LORA_ROWS} rows of {rows} (LoRA)", *_cells(rate, None))
+        table.add_row(f"decode, {LORA_ROWS} rows of {rows} (LoRA)", *_cells(rate, []))
     return [table, _profiles_table(result["profiles"])] if result["profiles"] else [table]
 
 
@@ -61,11 +68,10 @@ def _profiles_table(profiles: dict[str, Any]) -> Table:
 
 
 def _cells(
-    rate: dict[str, float], peer: tuple[dict[str, float], dict[str, float]] | None
+    rate: dict[str, float], peers: list[tuple[dict[str, float], dict[str, float]]]
 ) -> list[str]:
     cells = [f"{rate[key]:,.1f}" for key in ("median", "low", "high")]
-    if peer:
-        theirs, ratio = peer
+    for theirs, ratio in peers:
         cells += [f"{theirs['median']:,.1f}"]
         cells += [f"{ratio[key]:.2f}" for key in ("median", "low", "high")]
     return cells

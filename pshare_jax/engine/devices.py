@@ -120,7 +120,14 @@ def compute_dtype(config: ServeConfig, model: ModelConfig | None = None) -> jnp.
     Args:
         config: the serving configuration.
         model: the base's architecture; None for one that the C++ layers compute.
+
+    Raises:
+        ConfigError: weights in a form that is not for these devices.
     """
+    if config.weights == "int8-dynamic" and jax.default_backend() != "cpu":
+        raise ConfigError(
+            f"weights: int8-dynamic is for CPUs, but JAX runs on {jax.default_backend()}; use int8"
+        )
     if config.dtype != "auto":
         return jnp.dtype(config.dtype)
     platform = jax.default_backend()

@@ -21,7 +21,7 @@ from pshare_jax.core.models import ModelKind, ModelSpec
 from pshare_jax.core.split_rule import LAST_TOKEN, SplitRule
 from pshare_jax.engine.adapter_stack import AdapterStack, check_room
 from pshare_jax.engine.host_memory import return_freed_memory
-from pshare_jax.engine.weight_format import LoadTensors, check_form, loader_of
+from pshare_jax.engine.weight_format import LoadTensors, loader_of
 from pshare_jax.errors import CheckpointError, ConfigError
 from pshare_jax.kernels.backends import on_mesh
 from pshare_jax.kernels.decoder_layer.packing import PackedAdapters
@@ -29,7 +29,7 @@ from pshare_jax.kernels.native.loading import BESIDE_OTHERS
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.lora import LoraModule, merge, stack_adapters
 from pshare_jax.models.packed import holds_packed, is_packed, pack_adapters, pack_weights
-from pshare_jax.models.quantise import in_int8, int8_name
+from pshare_jax.models.quantise import in_format, kv_name, quantise
 from pshare_jax.models.split import Certificate, check_certificate, isolated_namespace
 from pshare_jax.models.weights import (
     Weights,
@@ -53,19 +53,22 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class BaseSource:
-    """The prefill checkpoint: architecture, fingerprint, and how to load its weights."""
+    """The prefill checkpoint: architecture, fingerprint, and how to load its weights.
+
+    `load_plain` loads them in plain form, if that is another than the one that `config` has.
+    """
 
     config: ModelConfig
     fingerprint: str
     load: LoadTensors
     former_fingerprints: tuple[str, ...] = ()
+    load_plain: LoadTensors | None = None
     kv_dtype: KvDtype = "auto"
 
     @property
     def kv_name(self) -> str:
         """Names the KV that it writes as it is loaded."""
-        int8 = self.config.weight_format == "int8"
-        name = int8_name(self.fingerprint) if int8 else self.fingerprint
+        name = kv_name(self.fingerprint, self.config.weight_format)
         return name if self.kv_dtype == "auto" else f"{name}/kv-{self.kv_dtype}"
 
 
@@ -103,9 +106,9 @@ def checkpoint_sources(config: ServeConfig, dtype: Any) -> tuple[BaseSource, lis
     if manifest.kind != "prefill":
         raise ConfigError(f"base: {config.base} is a decode module; name a prefill checkpoint")
 
-    model = manifest.config if config.weights == "plain" else in_int8(manifest.config)
-    load = loader_of(manifest, dtype, model)
-    base = BaseSource(model, manifest.fingerprint, load, manifest.former, config.kv_dtype)
+    model = in_format(manifest.config, config.weights)
+    load, plain = loader_of(manifest, dtype, model), loader_of(manifest, dtype, manifest.config)
+    base = BaseSource(model, manifest.fingerprint, load, manifest.former, plain, config.kv_dtype)
     return base, [model_source(entry, base, dtype) for entry in config.models]
 
 
@@ -129,7 +132,6 @@ def model_source(
     check_certificate(
         manifest.certificate, base.fingerprint, entry.sharing, entry.name, base.former_fingerprints
     )
-    check_form(entry, manifest.certificate.kind, base.config)
     return ModelSource(
         entry.name,
         manifest.certificate.kind,
@@ -275,7 +277,7 @@ class WeightLoader:
         """What one prefill mesh needs, by `ModelSpec.prefill_weights`: the base's weights, and
         those of each isolated model that has others."""
         weights = {BASE: self._base_weights(mesh)}
-        base = functools.cache(lambda: self._unpacked(weights[BASE], mesh))
+        base = functools.cache(lambda: self._plain(weights[BASE], mesh))
         for source in self._sources:
             name = _prefill_weights(source)
             if name == BASE:
@@ -363,12 +365,20 @@ class WeightLoader:
     def _full(self, load: LoadTensors, mesh: Mesh, nice: int = 0) -> Weights:
         return self._packed(load(self._shardings(mesh)), mesh, nice)
 
-    def _unpacked(self, base: Weights, mesh: Mesh) -> Weights:
-        """The base's weights by name, of those that the steps of `mesh` read."""
-        return self._base.load(self._shardings(mesh)) if holds_packed(base) else base
+    def _plain(self, base: Weights, mesh: Mesh) -> Weights:
+        """The base's weights in plain form, by name, of those that the steps of `mesh` read."""
+        config = self._base.config
+        if config.weight_format == "plain":
+            return self._base.load(self._shardings(mesh)) if holds_packed(base) else base
+        load = self._base.load_plain
+        if load is None:
+            raise CheckpointError(f"the base's weights are there as {config.weight_format} only")
+        return load(weight_shardings(mesh, weight_specs(config.with_weights("plain"))))
 
     def _merged(self, base: Callable[[], Weights], source: ModelSource, mesh: Mesh) -> Weights:
         merged = merge(base(), self._lora(source, mesh))
+        if self._base.config.weight_format != "plain":
+            merged = quantise(self._base.config, merged)
         return self._packed(jax.device_put(merged, self._shardings(mesh)), mesh)
 
     def _adapters(self, mesh: Mesh) -> Weights | PackedAdapters:

@@ -105,7 +105,7 @@ class Monolithic:
         tail: int | SplitRule,
     ) -> tuple[Weights, jax.Array, list[KV]]:
         """Reads a prompt: the weights that answer, the logits after it, and its KV."""
-        dtype = self._kv_dtype or prefill_weights["embed.embedding"].dtype
+        dtype = self._kv_dtype or prefill_weights["final_norm.scale"].dtype
         cache = init_cache(self._config, 1, self._max_len, dtype)
         split = (LastTokens(tail) if isinstance(tail, int) else tail).split(prompt)
         own_weights = decode_weights if split.invoked else prefill_weights

@@ -1,4 +1,4 @@
-"""The form in which weights are loaded (`weights: int8`): how, and what has no such form."""
+"""The form in which weights are loaded (`weights: int8`)."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ from collections.abc import Callable, Mapping
 
 from jax.sharding import Sharding
 
-from pshare_jax.config import ModelEntry
 from pshare_jax.convert.manifest import Manifest
 from pshare_jax.convert.orbax import load_weights
-from pshare_jax.core.models import ModelKind
-from pshare_jax.errors import ConfigError
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.quantise import quantise
 from pshare_jax.models.weights import Weights
@@ -31,16 +28,3 @@ def loader_of(
     return lambda shardings: load_weights(
         manifest, dtype=dtype, shardings=shardings, convert=convert, gentle=gentle
     )
-
-
-def check_form(entry: ModelEntry, kind: ModelKind, model: ModelConfig) -> None:
-    """Refuses what prefills with weights that a LoRA module is merged into, if they are not plain.
-
-    Raises:
-        ConfigError: names the model.
-    """
-    if kind == "lora" and entry.sharing == "isolated" and model.weight_format != "plain":
-        raise ConfigError(
-            f"models.{entry.name}: a LoRA module that is isolated prefills with weights that it is "
-            "merged into, which `weights: int8` has not; use plain"
-        )

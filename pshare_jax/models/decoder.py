@@ -18,7 +18,7 @@ from pshare_jax.models.attention import AttentionIO
 from pshare_jax.models.blocks.attention import RopeTables
 from pshare_jax.models.blocks.experts import ExpertsBackend
 from pshare_jax.models.blocks.layer import DecoderLayer
-from pshare_jax.models.blocks.linear import Embedding, Projection, RMSNorm
+from pshare_jax.models.blocks.linear import ROUNDED, Embedding, Projection, RMSNorm
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.lora import Adapters
 from pshare_jax.models.quantise import quantise
@@ -52,7 +52,12 @@ def make_layer(
 ) -> DecoderLayer:
     """Layer number `layer` of a decoder, whose weights begin with `path`."""
     kind = family(config.architecture).decoder_layer or DecoderLayer
-    return kind(path, weights, config, layer, backend, experts)
+    return kind(path, weights, config, layer, _products(config, backend), experts)
+
+
+def _products(config: ModelConfig, backend: str) -> str:
+    """The backend of a decoder's products, given the one for products that round nothing."""
+    return ROUNDED if config.weight_format == "int8-dynamic" else backend
 
 
 def scaled_embedding(config: ModelConfig, x: jax.Array) -> jax.Array:
@@ -86,7 +91,8 @@ class Decoder(nnx.Module):
         experts: ExpertsBackend = ExpertsBackend(),  # noqa: B008 - immutable
     ):
         self.config = config
-        self.embed = Embedding("embed", weights, backend)
+        dtype = jnp.dtype(weights["final_norm.scale"].dtype)
+        self.embed = Embedding("embed", weights, backend, dtype)
         self.layers = nnx.List(
             [
                 make_layer(f"layers.{i}", weights, config, i, backend, experts)
@@ -97,7 +103,8 @@ class Decoder(nnx.Module):
             "final_norm", weights, config.rms_norm_eps, adds_one=config.norm_adds_one
         )
         tied = config.tie_word_embeddings
-        self.lm_head = None if tied else Projection("lm_head", weights, backend)
+        head = _products(config, backend)
+        self.lm_head = None if tied else Projection("lm_head", weights, head)
 
     def hidden(
         self,
@@ -194,7 +201,7 @@ def init_weights(config: ModelConfig, seed: int, dtype: jnp.dtype = jnp.float32)
     Kernels and embeddings are normal with variance 1 / inputs, biases normal with deviation 0.1,
     norm factors uniform in 0.75 .. 1.25, so that no part of the computation is an identity.
     """
-    if config.weight_format == "int8":
+    if config.weight_format != "plain":
         return quantise(config, init_weights(config.with_weights("plain"), seed, dtype))
     rng = np.random.default_rng(seed)
     weights: Weights = {}

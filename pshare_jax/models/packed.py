@@ -34,7 +34,7 @@ from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.decoder import rope_tables, scaled_embedding, scaled_logits
 from pshare_jax.models.registry import family
 from pshare_jax.models.rope import unrotated
-from pshare_jax.models.weights import Weights, check_weights, projection_path
+from pshare_jax.models.weights import SCALE, Weights, check_weights, projection_path
 
 LARGE_PAGE = 2 << 20
 """Bytes of a large memory page."""
@@ -48,7 +48,7 @@ def unsupported(config: ModelConfig) -> str | None:
     problems = {
         "layers of its own": family(config.architecture).decoder_layer is not None,
         "experts in some layers only": len({spec.experts for spec in config.layer_specs}) > 1,
-        "weights of 8 bits": config.weight_format != "plain",
+        "weights of 8 bits with activations that are not": config.weight_format == "int8",
     }
     return next((name for name, present in problems.items() if present), None)
 
@@ -66,7 +66,8 @@ def holds_packed(weights: Weights) -> bool:
 def pack_weights(config: ModelConfig, weights: Weights, nice: int = 0) -> Weights:
     """A full module's weights as `PackedDecoder` reads them.
 
-    A tied embedding is in memory once, as the packed head; another is kept as it is too.
+    A tied embedding is in memory once, as the packed head; another is kept as it is too. Scales of
+    weights of 8 bits are among the vectors, those of the head in an array of their own.
 
     Args:
         config: the decoder's.
@@ -83,17 +84,22 @@ def pack_weights(config: ModelConfig, weights: Weights, nice: int = 0) -> Weight
     host = {name: np.asarray(weight) for name, weight in weights.items()}
     layers = [_own(host, i) for i in range(config.num_layers)]
     rows = _packed([_layer_matrices(own) for own in layers], library, nice)
-    norms = [np.concatenate(_layer_vectors(library.panel_columns, config, own)) for own in layers]
+    columns = library.panel_columns
+    norms = [np.concatenate(_layer_vectors(columns, config, own)) for own in layers]
     vectors = aligned((len(norms), len(norms[0])), np.float32)
     np.stack(norms, out=vectors)
     tied = config.tie_word_embeddings
-    kernel = host["embed.embedding"].T if tied else host["lm_head.kernel"]
+    name = "embed.embedding" if tied else "lm_head.kernel"
+    kernel = host[name].T if tied else host[name]
     head = _packed([[_Block([kernel])]], library, nice)[0]
     scale = _norm_factors(config, host["final_norm.scale"])
+    computed = weights["final_norm.scale"].dtype.name
     vectors, matrices, head, scale = jax.device_put([vectors, rows, head, scale], sharding)
-    layers = PackedLayers(vectors, matrices, _parts(config))
+    layers = PackedLayers(vectors, matrices, _parts(config), computed)
     library.advise_large_pages([layers.matrices, head])
     arrays = {"layers": layers, "final_norm.scale": scale, "head": head}
+    if (head_scales := host.get(name + SCALE)) is not None:
+        arrays["head_scales"] = jax.device_put(pad_columns([head_scales], columns), sharding)
     return arrays if tied else arrays | {"embed.embedding": weights["embed.embedding"]}
 
 
@@ -115,7 +121,8 @@ def _packed(layers: Sequence[Sequence[_Block]], library: Library, nice: int) -> 
     """`[layers, n]`: the blocks of each layer, one after the other."""
     sizes = [packed_size(library, block.matrices) for block in layers[0]]
     ends = list(itertools.accumulate(sizes))
-    rows = aligned((len(layers), ends[-1]), layers[0][0].matrices[0].dtype, LARGE_PAGE)
+    dtype = layers[0][0].matrices[0].dtype
+    rows = aligned((len(layers), ends[-1]), np.uint8 if dtype == np.int8 else dtype, LARGE_PAGE)
     for row, blocks in zip(rows, layers, strict=True):
         for block, size, end in zip(blocks, sizes, ends, strict=True):
             out = row[end - size : end]
@@ -192,7 +199,20 @@ def _layer_vectors(columns: int, config: ModelConfig, own: Named) -> list[np.nda
         vectors.append(padded("experts.router.bias"))
         vectors += [alternate_columns(gate, up, columns) for gate, up in pairs]
         vectors.append(pad_columns(list(wide("experts.down.bias")), columns))
+    if config.weight_format == "int8-dynamic":
+        vectors += _column_scales(columns, own)
     return vectors
+
+
+def _column_scales(columns: int, own: Named) -> list[np.ndarray]:
+    """The scales of one layer's matrices of 8 bits, laid out as the columns of their panels."""
+
+    def of(target: str) -> np.ndarray:
+        return own[f"{projection_path(target)}.kernel{SCALE}"].reshape(-1)
+
+    alternating = alternate_columns(of("gate"), of("up"), columns)
+    attention = pad_columns([of(target) for target in "qkvo"], columns)
+    return [attention, alternating, pad_columns([of("down")], columns)]
 
 
 def _layer_matrices(own: Named) -> list[_Block]:
@@ -338,7 +358,10 @@ class PackedDecoder:
         if (embedding := self._weights.get("embed.embedding")) is not None:
             return jnp.take(embedding, tokens, axis=0, mode="clip")
         columns = require_library().panel_columns
-        return unpack_columns(self._weights["head"], self._config.hidden_size, columns, tokens)
+        found = unpack_columns(self._weights["head"], self._config.hidden_size, columns, tokens)
+        if (scales := self._weights.get("head_scales")) is None:
+            return found
+        return found * jnp.take(scales, tokens, mode="clip")[..., None]
 
     def logits(
         self, x: jax.Array, lens: jax.Array, wanted: jax.Array, mask: jax.Array | None = None
@@ -355,6 +378,7 @@ class PackedDecoder:
             lens,
             wanted,
             mask,
+            self._weights.get("head_scales"),
             vocab_size=self._config.vocab_size,
             eps=self._config.rms_norm_eps,
         )

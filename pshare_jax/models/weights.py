@@ -166,19 +166,24 @@ def weight_specs(config: ModelConfig) -> dict[str, WeightSpec]:
     specs["final_norm.scale"] = WeightSpec((e,), (None,))
     if not config.tie_word_embeddings:
         specs["lm_head.kernel"] = WeightSpec((e, v), ("embed", "vocab"))
-    return _in_int8(specs) if config.weight_format == "int8" else specs
+    if config.weight_format == "plain":
+        return specs
+    tied = config.weight_format == "int8-dynamic" and config.tie_word_embeddings
+    return _in_int8(specs, embedding=tied)
 
 
-def _in_int8(specs: dict[str, WeightSpec]) -> dict[str, WeightSpec]:
-    """Kernels of whole numbers, and the scale of each of their outputs."""
+def _in_int8(specs: dict[str, WeightSpec], *, embedding: bool) -> dict[str, WeightSpec]:
+    """Kernels of whole numbers, the embedding too if asked, and the scale of each output."""
     quantised: dict[str, WeightSpec] = {}
     for name, spec in specs.items():
-        if not name.endswith(".kernel"):
+        if not name.endswith(".kernel") and not (embedding and name == "embed.embedding"):
             quantised[name] = spec
             continue
-        inputs = 2 if name.endswith(".o.kernel") else 1
+        outputs = slice(2 if name.endswith(".o.kernel") else 1, None)
+        if spec.axes[0] == "vocab":
+            outputs = slice(1)
         quantised[name] = WeightSpec(spec.shape, spec.axes, "int8")
-        quantised[name + SCALE] = WeightSpec(spec.shape[inputs:], spec.axes[inputs:], "float32")
+        quantised[name + SCALE] = WeightSpec(spec.shape[outputs], spec.axes[outputs], "float32")
     return quantised
 
 

@@ -184,6 +184,7 @@ class ModelCard(Struct):
     """One served decode module; `parent` is the base whose KV it reads when `sharing` says so.
 
     `chat_template` names how messages are rendered: chats of models with one name share prompts.
+    `weights` is the form in which they are computed, as in the configuration.
     """
 
     id: str
@@ -195,6 +196,7 @@ class ModelCard(Struct):
     tail: int | dict[str, Any]
     max_model_len: int
     chat_template: str | None = None
+    weights: str = "plain"
     object: str = "model"
     owned_by: str = "pshare_jax"
 

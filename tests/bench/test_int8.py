@@ -19,10 +19,22 @@ def test_bytes_and_distances(tmp_path):
     kernels = 2 * (2 * 48 * 64 + 2 * 48 * 32 + 3 * 48 * 64)
     norms = 5 * 48
     outputs = 2 * (64 + 32 + 32 + 48 + 64 + 64 + 48) + 416
-    assert result["bfloat16_bytes"] == 2 * (embed + head + kernels + norms)
-    assert result["int8_bytes"] == 2 * (embed + norms) + head + kernels + 4 * outputs
-    assert 0 < result["mean_kl"] < 1e-3
-    assert result["same_best"] > 0.8
-    before, after = result["perplexity"]
-    assert after == pytest.approx(before, rel=1e-2)
-    assert "| int8 | " in int8.lines(result)[3]
+    assert result["plain"]["bytes"] == 2 * (embed + head + kernels + norms)
+    for form, most in (("int8", 1e-3), ("int8-dynamic", 3e-3)):
+        found = result[form]
+        assert found["bytes"] == 2 * (embed + norms) + head + kernels + 4 * outputs
+        assert 0 < found["mean_kl"] < most
+        assert found["same_best"] > 0.8
+        assert found["perplexity"] == pytest.approx(result["plain"]["perplexity"], rel=1e-2)
+    assert result["int8-dynamic"]["mean_kl"] > result["int8"]["mean_kl"]
+    assert [line.split(" ")[1] for line in int8.lines(result)[2:]] == ["bfloat16", *int8.FORMS]
+
+
+def test_a_tied_embedding_has_8_bits_where_activations_have(tmp_path):
+    config = model_config(tie_word_embeddings=True)
+    import_model(
+        write_hf_folder(tmp_path / "hf", config, random_weights(config)), tmp_path / "base"
+    )
+    result = int8.run(int8.Int8Options(str(tmp_path / "base"), max_tokens=8))
+    assert result["int8"]["bytes"] - result["int8-dynamic"]["bytes"] == 416 * 48 - 4 * 416
+    assert 0 < result["int8-dynamic"]["mean_kl"] < 3e-3

@@ -185,7 +185,7 @@ def test_this_engine_beside_vllm(base, fake_vllm, tmp_path, monkeypatch, capsys)
     flags = [f"--base={base}", "--contexts=[16,40]", "--window=12", "--repeats=3", "--lora_rank=2"]
     flags += ["--page_size=16", "--chunk=64", "--kernel_backend=xla", "--dtype=float32"]
     flags += [f"--vllm.python={fake_vllm}", "--vllm.model=folder", f"--json={tmp_path}/out.json"]
-    flags += [f"--trace={tmp_path}/traces"]
+    flags += [f"--trace={tmp_path}/traces", "--weights=int8", "--beside_weights=plain"]
     assert main(["micro", *flags]) == 0
     result = json.loads((tmp_path / "out.json").read_text())
     assert result["backend"] == "xla"
@@ -203,7 +203,9 @@ def test_this_engine_beside_vllm(base, fake_vllm, tmp_path, monkeypatch, capsys)
     assert len(list((tmp_path / "traces").glob("*/plugins/profile/*/*.xplane.pb"))) == 4
     vllm = result["vllm"]
     assert vllm["packages"] == {"vllm": "9.9", "torch": "8.8"}
-    for figures in (result, vllm, vllm["ratios"]):
+    beside = result["beside"]
+    assert beside["weights"] == "plain"
+    for figures in (result, vllm, vllm["ratios"], beside, beside["ratios"]):
         assert set(figures["prefill"]) == {"48", "96"}
         assert {context: set(rates) for context, rates in figures["decode"].items()} == {
             "16": {"2"},
@@ -217,4 +219,6 @@ def test_this_engine_beside_vllm(base, fake_vllm, tmp_path, monkeypatch, capsys)
     assert ours["low"] / theirs["high"] <= ratio["low"] <= ratio["high"]
     assert ratio["high"] <= ours["high"] / theirs["low"]
     assert set(result["lora"]) == {"one module", "several modules"}
-    assert "vLLM 9.9, median" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "float32, weights int8, xla: tokens/s" in " ".join(printed.split())
+    assert all(header in printed for header in ("vLLM 9.9", "weights"))

@@ -10,27 +10,35 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pshare_jax.config import DecodeConfig, PrefillConfig, ServeConfig
+from pshare_jax.config import DecodeConfig, PrefillConfig, ServeConfig, WeightFormat
 from pshare_jax.engine.orchestrator import compute_dtype
 from pshare_jax.kernels.native import library
-from pshare_jax.models.weights import Weights
+from pshare_jax.models.quantise import in_format
+from pshare_jax.models.weights import SCALE, Weights
 from tests.engine.harness import Models, lora_module, running, serve_config
 from tests.helpers import tiny_config
 
 
 def half(weights: Weights) -> Weights:
-    return {name: weight.astype(jnp.bfloat16) for name, weight in weights.items()}
+    """In bfloat16, but for what has 8 bits, and its scales."""
+    whole = {name for name, weight in weights.items() if weight.dtype == jnp.int8}
+    kept = whole | {name + SCALE for name in whole}
+    return {n: w if n in kept else w.astype(jnp.bfloat16) for n, w in weights.items()}
 
 
-def test_bfloat16_answers_depend_on_nothing_but_the_request() -> None:
+@pytest.mark.parametrize("form", ["plain", "int8-dynamic"])
+def test_bfloat16_answers_depend_on_nothing_but_the_request(form: WeightFormat) -> None:
     """Shared, isolated, in other chunks and batches, beside other models, after cache hits: the
     same tokens."""
-    models = Models(tiny_config(architecture="qwen3"))
+    plain = Models(tiny_config(architecture="qwen3", tie_word_embeddings=form != "plain"))
+    module = lora_module(plain.config, 3, rank=3, targets=("q", "down"))
+    plain.add_lora("lora", module._replace(weights=half(module.weights)))
+    models = Models(in_format(plain.config, form))
     models.base = half(models.base)
     models.add_identity("shared")
     models.add_identity("isolated", isolated=True)
-    module = lora_module(models.config, 3, rank=3, targets=("q", "down"))
-    models.add_lora("lora", module._replace(weights=half(module.weights)))
+    models.sources += plain.sources
+    models.tails["lora"] = 1
     contexts = np.random.default_rng(0).integers(0, 256, (3, 50)).tolist()
     prompts = [tuple(c[:n]) for c in contexts for n in (1, 9, 33, 50)]
     configs: list[ServeConfig] = [

@@ -11,12 +11,15 @@ import pytest
 
 from pshare_jax.config import DecodeConfig, ModelEntry, PrefillConfig, ServeConfig
 from pshare_jax.convert.conversions import import_model, make_decoder
-from pshare_jax.engine.loader import checkpoint_sources, model_specs
+from pshare_jax.engine.devices import compute_dtype
+from pshare_jax.engine.loader import WeightLoader, checkpoint_sources, model_specs
 from pshare_jax.errors import ConfigError
-from pshare_jax.models.quantise import in_int8, quantise
-from pshare_jax.models.weights import weight_specs
+from pshare_jax.models.lora import merge
+from pshare_jax.models.packed import pack_weights
+from pshare_jax.models.quantise import in_format, quantise
+from pshare_jax.models.weights import lora_specs, weight_specs
 from pshare_jax.sharding.mesh import carve_one
-from pshare_jax.sharding.rules import weight_shardings
+from pshare_jax.sharding.rules import replicated, weight_shardings
 from tests.convert.helpers import model_config, random_weights, same_bits, write_hf_folder
 from tests.convert.test_decoder import factors_for, write_peft
 from tests.engine.harness import Models, lora_module, running, serve_config
@@ -25,7 +28,7 @@ from tests.models.test_quantise import dequantised
 
 
 def test_greedy_tokens_are_the_oracles() -> None:
-    config = in_int8(tiny_config(architecture="qwen3"))
+    config = in_format(tiny_config(architecture="qwen3"), "int8")
     models = Models(config)
     models.add_identity("identity")
     models.add_full("full", 1, tail=2)
@@ -94,6 +97,30 @@ def test_checkpoints_are_quantised_when_they_are_loaded(served) -> None:
     assert plain.kv_name == plain.fingerprint == base.fingerprint
 
 
-def test_an_isolated_lora_is_refused_by_name(served) -> None:
-    with pytest.raises(ConfigError, match=r"models\.lora: a LoRA module that is isolated"):
-        checkpoint_sources(configured(served, sharing="isolated"), "float32")
+@pytest.mark.parametrize(("form", "backend"), [("int8", "xla"), ("int8-dynamic", "cpu_ffi")])
+def test_an_isolated_lora_is_merged_before_it_is_quantised(served, form, backend) -> None:
+    config = dataclasses.replace(configured(served, sharing="isolated"), weights=form)
+    base, sources = checkpoint_sources(config, "float32")
+    mesh = carve_one(jax.devices(), 1, 1)[0]
+    loaded = WeightLoader(base, sources, backend).prefill(mesh)["lora/lora"]
+    names = lora_specs(model_config(), 4, ("q",))
+    factors = sources[-1].load(dict.fromkeys(names, replicated(mesh)))
+    certificate = sources[-1].certificate
+    assert certificate is not None
+    merged = merge(random_weights(model_config()), certificate.lora_module(factors))
+    expected = quantise(base.config, merged)
+    if backend == "cpu_ffi":
+        expected = pack_weights(base.config, jax.device_put(expected, replicated(mesh)))
+    assert jax.tree.structure(loaded) == jax.tree.structure(expected)
+    assert all(map(same_bits, jax.tree.leaves(loaded), jax.tree.leaves(expected)))
+    specs = model_specs(base, sources, 1)
+    assert specs["lora"].namespace.startswith("isolated/")
+    assert f"{base.fingerprint}/{form}" in specs["lora"].namespace
+
+
+def test_a_form_for_cpus_is_refused_elsewhere(monkeypatch) -> None:
+    config = ServeConfig(base="base", models=[ModelEntry("base")], weights="int8-dynamic")
+    assert compute_dtype(config, in_format(model_config(), "int8-dynamic")) == "bfloat16"
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    with pytest.raises(ConfigError, match=r"int8-dynamic is for CPUs, .* on tpu; use int8"):
+        compute_dtype(config)

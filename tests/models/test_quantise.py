@@ -12,12 +12,13 @@ from pshare_jax.models.attention import CausalAttention
 from pshare_jax.models.decoder import bind, init_weights
 from pshare_jax.models.lora import LoraModule, merge
 from pshare_jax.models.packed import unsupported
-from pshare_jax.models.quantise import in_int8, int8_name, quantise
+from pshare_jax.models.quantise import in_format, kv_name, quantise
 from pshare_jax.models.weights import Weights, check_weights, lora_specs, weight_specs
+from pshare_jax.sharding.rules import weight_shardings
 from tests.helpers import tiny_config
 
 PLAIN = tiny_config(architecture="qwen2", tie_word_embeddings=False)
-CONFIG = in_int8(PLAIN)
+CONFIG = in_format(PLAIN, "int8")
 WEIGHTS = init_weights(PLAIN, seed=0)
 
 
@@ -77,6 +78,23 @@ def test_logits_are_those_of_the_values(dtype):
     assert 1e-4 < off < 0.2
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_rounded_activations_are_near_and_split_like_others(tied):
+    """On a mesh of two each device has its part of the groups."""
+    plain = tiny_config(architecture="qwen2", tie_word_embeddings=tied)
+    config, weights = in_format(plain, "int8-dynamic"), init_weights(plain, seed=0)
+    rounded = quantise(config, weights)
+    check_weights(config, rounded)
+    assert (rounded["embed.embedding"].dtype == jnp.int8) is tied
+    found = logits(config, rounded)
+    weight_only = in_format(plain, "int8")
+    without = logits(weight_only, quantise(weight_only, weights))
+    assert 1e-3 < np.abs(found - without).max() < 0.15
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:2]), ("tensor",))
+    split = jax.device_put(rounded, weight_shardings(mesh, weight_specs(config)))
+    np.testing.assert_allclose(logits(config, split), found, atol=2e-2)
+
+
 def test_the_shards_of_a_mesh_are_those_of_one_device():
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:2]), ("tensor",))
     axes = jax.sharding.PartitionSpec(None, "tensor")
@@ -89,7 +107,7 @@ def test_the_shards_of_a_mesh_are_those_of_one_device():
 
 def test_experts_are_refused_by_name():
     with pytest.raises(ConfigError, match="int8 is not supported for a mixtral with experts"):
-        in_int8(tiny_config(architecture="mixtral"))
+        in_format(tiny_config(architecture="mixtral"), "int8")
 
 
 def test_nothing_is_merged_into_whole_numbers():
@@ -99,6 +117,7 @@ def test_nothing_is_merged_into_whole_numbers():
 
 
 def test_they_have_a_name_of_their_own_and_no_layers_in_cpp():
-    assert int8_name("abc") == "abc/int8"
-    assert unsupported(CONFIG) == "weights of 8 bits"
+    names = [kv_name("abc", form) for form in ("plain", "int8", "int8-dynamic")]
+    assert names == ["abc", "abc/int8", "abc/int8-dynamic"]
+    assert unsupported(CONFIG) == "weights of 8 bits with activations that are not"
     assert CONFIG.with_weights("plain") == PLAIN

@@ -108,6 +108,7 @@ def test_version_and_models(client):
         "sharing": "isolated",
         "kind": "identity",
         "tail": 1,
+        "weights": "plain",
         "max_model_len": 256,
     }
 

@@ -51,8 +51,9 @@ def decoder_layer(
 
     Args:
         x: `[B, T, embed]` float32, updated in place where XLA allows it.
-        pages: `[num_pages, 2, kv_heads, page_size, head_dim]` of the weights' dtype, or of 8 bits;
-            in place when donated to the surrounding jit.
+        pages: `[num_pages, 2, kv_heads, page_size, head_dim]` of the weights' dtype, any of both
+            where weights have 8 bits, or of 8 bits themselves; in place when donated to the
+            surrounding jit.
         rows: where the tokens live.
         rope: cosine and sine, each `[B, T, 1, R / 2]` float32; the first R components of a head
             rotate.
@@ -71,9 +72,11 @@ def decoder_layer(
         ConfigError: the C++ library cannot be had on this machine.
     """
     require_library()
-    dtype = layers.matrices.dtype
-    if pages.dtype not in (dtype, FP8):
-        raise ValueError(f"decoder_layer: pages are {pages.dtype}, but weights are {dtype}")
+    dtype = jnp.dtype(layers.computed) if pages.dtype == FP8 else pages.dtype
+    if layers.matrices.dtype not in (dtype, jnp.uint8):
+        raise ValueError(
+            f"decoder_layer: pages are {pages.dtype}, but weights are {layers.matrices.dtype}"
+        )
     if adapters is None or adapter_index is None:
         adapters = PackedAdapters(jnp.zeros((1, 0), dtype), 0, 0, ())
         adapter_index = jnp.zeros(0, jnp.int32)
@@ -122,6 +125,7 @@ def lm_head(
     lens: jax.Array,
     wanted: jax.Array,
     mask: jax.Array | None = None,
+    head_scales: jax.Array | None = None,
     *,
     vocab_size: int,
     eps: float,
@@ -136,6 +140,7 @@ def lm_head(
         wanted: bool scalar, whether logits are looked at; if not they are left undefined.
         mask: `[B, words]` uint32, from which tokens the most likely is taken, as in
             `runtime.sampler.sample`; logits are those without it.
+        head_scales: `[columns of all panels]` float32 of a head of 8 bits; then x is rounded.
         vocab_size: columns of the head without padding.
         eps: of the norm.
 
@@ -153,5 +158,7 @@ def lm_head(
     call = jax.ffi.ffi_call("pshare_lm_head", out)
     if mask is None:
         mask = jnp.zeros((x.shape[0], 0), jnp.uint32)
-    logits, tokens = call(x, scale, head, lens, wanted, mask, eps=np.float32(eps))
+    if head_scales is None:
+        head_scales = jnp.zeros(0, jnp.float32)
+    logits, tokens = call(x, scale, head, lens, wanted, mask, head_scales, eps=np.float32(eps))
     return logits, tokens

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +57,7 @@ class Parts:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["vectors", "matrices"],
-    meta_fields=["parts"],
+    meta_fields=["parts", "computed"],
 )
 @dataclass(frozen=True)
 class PackedLayers:
@@ -68,16 +67,19 @@ class PackedLayers:
         vectors: `[layers, m]` float32, of those that `parts` says are there: scales of the two
             norms; qkv's bias; scales of the norms of q and k; of the norms after both blocks;
             sinks; biases of o, of gate and up with alternating panels, of down; of the router, of
-            all experts' gate and up, of their down. Biases are padded like their columns.
-        matrices: `[layers, n]` float32 or bfloat16: packed qkv, o, gate and up with alternating
-            panels, and down; with experts after o the router, gate and up of each expert, and down
-            of each.
+            all experts' gate and up, of their down. Biases are padded like their columns. Last, of
+            matrices of 8 bits, the scales of their columns, laid out as these.
+        matrices: `[layers, n]` float32, bfloat16, or uint8 for whole numbers plus 128: packed
+            qkv, o, gate and up with alternating panels, and down; with experts after o the router,
+            gate and up of each expert, and down of each.
         parts: what layers have.
+        computed: name of the dtype that is computed in, where weights and pages do not say.
     """
 
     vectors: jax.Array
     matrices: jax.Array
     parts: Parts
+    computed: str
 
 
 @functools.partial(
@@ -113,12 +115,13 @@ def unpack_columns(packed: jax.Array, inputs: int, columns: int, index: jax.Arra
         index: int32, any shape; what is out of range gives some column.
 
     Returns:
-        `[*index.shape, K]`.
+        `[*index.shape, K]`; of a matrix of 8 bits whole numbers, as int32.
     """
-    unit = _unit(packed.dtype)
+    unit = 4 // packed.dtype.itemsize
     panels = packed.reshape(-1, -(-inputs // unit), columns, unit)
     found = panels.at[index // columns, :, index % columns].get(mode="clip")
-    return found.reshape(*index.shape, -1)[..., :inputs]
+    found = found.reshape(*index.shape, -1)[..., :inputs]
+    return found.astype(jnp.int32) - 128 if packed.dtype == jnp.uint8 else found
 
 
 def pad_columns(rows: Sequence[np.ndarray], columns: int) -> np.ndarray:
@@ -132,7 +135,3 @@ def alternate_columns(first: np.ndarray, second: np.ndarray, columns: int) -> np
         np.pad(row, (0, -row.shape[0] % columns)).reshape(-1, columns) for row in (first, second)
     ]
     return np.stack(pair, axis=1).reshape(-1)
-
-
-def _unit(dtype: Any) -> int:
-    return 2 if dtype == jnp.bfloat16 else 1

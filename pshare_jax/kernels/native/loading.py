@@ -58,13 +58,13 @@ def pack_into(
 ) -> None:
     """Writes matrices `[K, N_i]` side by side as panels `[panels, K / unit, columns, unit]`.
 
-    A unit is two rows of bfloat16 or one of float32. Each matrix begins with a panel of its own and
-    is padded with zeros to whole panels.
+    A unit is four rows of int8, two of bfloat16 or one of float32. Each matrix begins with a panel
+    of its own and is padded with zeros to whole panels. Numbers of int8 are written plus 128.
 
     Args:
         library: has the number of a panel's columns.
-        matrices: float32 or bfloat16, of one dtype and one K, with any strides.
-        out: `[packed_size]` of that dtype, contiguous.
+        matrices: float32, bfloat16 or int8, of one dtype and one K, with any strides.
+        out: `[packed_size]` of that dtype, uint8 for int8; contiguous.
         interleave: let the panels of the matrices, which are of one shape, alternate.
         nice: steps by which the thread that does it has a lower priority.
     """

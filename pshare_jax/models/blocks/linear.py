@@ -13,11 +13,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pshare_jax.kernels.matmul.api import matmul
+from pshare_jax.kernels.matmul.rounded import rounded_matmul
 from pshare_jax.models.lora import Adapters
 from pshare_jax.models.weights import SCALE, Weights
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
+
+ROUNDED = "rounded"
+"""The backend of weights of 8 bits that multiply rounded activations."""
 
 
 class RMSNorm(nnx.Module):
@@ -71,6 +75,10 @@ class Projection(nnx.Module):
     def product(self, x: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
         """`[..., *in]` -> `[..., *out]` of `dtype`, without bias and adapters."""
         scale = self.kernel_scale
+        if self.backend == ROUNDED:
+            assert scale is not None
+            axes = self.input_axes
+            return rounded_matmul(x, self.kernel[...], scale[...], input_axes=axes, dtype=dtype)
         y = matmul(
             x,
             self.kernel[...],
@@ -82,16 +90,28 @@ class Projection(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Token embedding `[vocab, embed]`, which a tied head reads backwards."""
+    """Token embedding `[vocab, embed]`, which a tied head reads backwards.
 
-    def __init__(self, path: str, weights: Weights, backend: str):
+    One of whole numbers has scales `[vocab]`; `dtype` is what it is looked up in.
+    """
+
+    def __init__(self, path: str, weights: Weights, backend: str, dtype: Any):
         self.embedding = nnx.Param(weights[f"{path}.embedding"])
+        scale = weights.get(f"{path}.embedding{SCALE}")
+        self.embedding_scale = None if scale is None else nnx.Param(scale)
         self.backend = backend
+        self.dtype = dtype
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """`[...]` int32 -> `[..., embed]`; ids out of range are clipped."""
-        return jnp.take(self.embedding[...], tokens, axis=0, mode="clip")
+        found = jnp.take(self.embedding[...], tokens, axis=0, mode="clip")
+        if self.embedding_scale is None:
+            return found
+        scale = jnp.take(self.embedding_scale[...], tokens, mode="clip")
+        return (found.astype(jnp.float32) * scale[..., None]).astype(self.dtype)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """`[..., embed]` -> `[..., vocab]` float32: the similarity to every token's embedding."""
+        if (scale := self.embedding_scale) is not None:
+            return rounded_matmul(x, self.embedding[...], scale[...], transposed=True)
         return matmul(x, self.embedding[...], transposed=True, backend=self.backend)

@@ -129,7 +129,7 @@ class Attention {
   void begin_row(Scratch& s, long count, long head) {
     s.row.reset(count * g_.group, g_.head_dim);
     for (long i = 0; i < count * g_.group && g_.sinks != nullptr; i++) {
-      s.row.highest[i] = g_.sinks[head * g_.group + i % g_.group];
+      s.row.highest[i] = kLog2E * g_.sinks[head * g_.group + i % g_.group];
       s.row.total[i] = 1.0f;
     }
   }

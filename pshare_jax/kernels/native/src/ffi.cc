@@ -176,54 +176,62 @@ ffi::Error paged_attention(ffi::RemainingArgs args, ffi::RemainingRets rets,
   });
 }
 
+// A layer that computes in E, over pages of E or of 8 bits, and weights of W.
+template <class E, class W>
+void run_layer(Call& call) {
+  bool small = has_small_pages(call, 1);
+  bool alike = small || call.arg(1).element_type() == call.arg(9).element_type();
+  if (!call.good(alike ? "" : "pages are of another dtype than weights")) return;
+  float* x = static_cast<float*>(updated(call.arg(0), call.ret(0)));
+  void* pages = updated(call.arg(1), call.ret(1));
+  Rows rows = call.rows(2);
+  Layer<E, W> layer{};
+  layer.embed = call.dim(0, 2);
+  layer.mlp = call.attr<int64_t>("mlp");
+  layer.geometry = call.geometry(1, call.attr<int64_t>("heads"));
+  layer.rotated = 2 * call.dim(5, 3);
+  layer.eps = call.attr<float>("eps");
+  layer.query_factor = call.attr<float>("query_factor");
+  layer.residual_scale = call.attr<float>("residual_scale");
+  layer.gelu = call.attr<bool>("gelu");
+  layer.kv_only = call.attr<bool>("kv_only");
+  layer.norm_all_heads = call.attr<bool>("norm_all_heads");
+  layer.experts.count = call.attr<int64_t>("experts");
+  layer.experts.per_token = call.attr<int64_t>("experts_per_token");
+  layer.experts.normalised = call.attr<bool>("experts_normalised");
+  layer.experts.limit = call.attr<float>("experts_limit");
+  const Parts parts{call.attr<bool>("pre_norms"), call.attr<bool>("bias"),
+                    call.attr<bool>("qk_norm"),   call.attr<bool>("post_norms"),
+                    call.attr<bool>("o_bias"),    call.attr<bool>("mlp_bias"),
+                    call.attr<bool>("sinks"),     call.attr<bool>("expert_biases")};
+  layer.num_adapters = call.attr<int64_t>("num_adapters");
+  layer.rank = call.attr<int64_t>("rank");
+  layer.adapter_index = call.data<int32_t>(10);
+  long number = call.attr<int64_t>("layer"), tokens = call.dim(0, 1);
+  long vectors = call.dim(7, 1), matrices = call.dim(8, 1), factors = call.dim(9, 1);
+  if (number < 0 || number >= call.dim(7, 0)) call.good("no such layer");
+  if (layer.rotated > layer.geometry.head_dim) call.good("more rotates than a head has");
+  if (!call.good(problem(rows, tokens, layer.geometry, call.dim(1, 0))) ||
+      !call.good(locate(layer, call.data<float>(7) + number * vectors, vectors,
+                        call.data<W>(8) + number * matrices, matrices, parts)) ||
+      !call.good(locate_adapters(layer, call.data<E>(9) + number * factors, factors, rows.batch,
+                                 call.attr<int64_t>("targets")))) {
+    return;
+  }
+  LayerCall<E, W>(layer, rows, tokens, x, call.data<float>(5), call.data<float>(6),
+                  small ? nullptr : static_cast<E*>(pages),
+                  small ? static_cast<fp8*>(pages) : nullptr)
+      .run();
+}
+
 // See decoder_layer/cpu_ffi.py for the operands -> x, pages
 ffi::Error decoder_layer(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dictionary attrs) {
   Call call(args, rets, attrs);
-  return typed(call, 8, [&](auto element) {
+  // Adapters, of which there may be none, have the dtype that is computed in.
+  return typed(call, 9, [&](auto element) {
     using E = decltype(element);
-    float* x = static_cast<float*>(updated(call.arg(0), call.ret(0)));
-    void* pages = updated(call.arg(1), call.ret(1));
-    bool small = has_small_pages(call, 1);
-    if (!call.good(small || call.arg(1).element_type() == call.arg(8).element_type()
-                       ? "" : "pages are of another dtype than weights")) return;
-    Rows rows = call.rows(2);
-    Layer<E> layer{};
-    layer.embed = call.dim(0, 2);
-    layer.mlp = call.attr<int64_t>("mlp");
-    layer.geometry = call.geometry(1, call.attr<int64_t>("heads"));
-    layer.rotated = 2 * call.dim(5, 3);
-    layer.eps = call.attr<float>("eps");
-    layer.query_factor = call.attr<float>("query_factor");
-    layer.residual_scale = call.attr<float>("residual_scale");
-    layer.gelu = call.attr<bool>("gelu");
-    layer.kv_only = call.attr<bool>("kv_only");
-    layer.norm_all_heads = call.attr<bool>("norm_all_heads");
-    layer.experts.count = call.attr<int64_t>("experts");
-    layer.experts.per_token = call.attr<int64_t>("experts_per_token");
-    layer.experts.normalised = call.attr<bool>("experts_normalised");
-    layer.experts.limit = call.attr<float>("experts_limit");
-    const Parts parts{call.attr<bool>("pre_norms"),     call.attr<bool>("bias"),
-                      call.attr<bool>("qk_norm"),       call.attr<bool>("post_norms"),
-                      call.attr<bool>("o_bias"),        call.attr<bool>("mlp_bias"),
-                      call.attr<bool>("sinks"),         call.attr<bool>("expert_biases")};
-    layer.num_adapters = call.attr<int64_t>("num_adapters");
-    layer.rank = call.attr<int64_t>("rank");
-    layer.adapter_index = call.data<int32_t>(10);
-    long number = call.attr<int64_t>("layer"), tokens = call.dim(0, 1);
-    long vectors = call.dim(7, 1), matrices = call.dim(8, 1), factors = call.dim(9, 1);
-    if (number < 0 || number >= call.dim(7, 0)) call.good("no such layer");
-    if (layer.rotated > layer.geometry.head_dim) call.good("more rotates than a head has");
-    if (!call.good(problem(rows, tokens, layer.geometry, call.dim(1, 0))) ||
-        !call.good(locate(layer, call.data<float>(7) + number * vectors, vectors,
-                          call.data<E>(8) + number * matrices, matrices, parts)) ||
-        !call.good(locate_adapters(layer, call.data<E>(9) + number * factors, factors, rows.batch,
-                                   call.attr<int64_t>("targets")))) {
-      return;
-    }
-    LayerCall<E>(layer, rows, tokens, x, call.data<float>(5), call.data<float>(6),
-                 small ? nullptr : static_cast<E*>(pages),
-                 small ? static_cast<fp8*>(pages) : nullptr)
-        .run();
+    bool bytes = call.arg(8).element_type() == ffi::DataType::U8;
+    bytes ? run_layer<E, Int8>(call) : run_layer<E, E>(call);
   });
 }
 
@@ -336,22 +344,31 @@ ffi::Error copy_pages(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dic
   });
 }
 
-// x, scale, head, lens, whether logits are wanted, mask of no or enough words -> logits, best tokens
+template <class W>
+void run_head(Call& call) {
+  long vocab = call.ret(0).dimensions()[1], scales = call.dim(6, 0);
+  bool fits = call.dim(2, 0) == panels(vocab) * panel_size<W>(call.dim(0, 1)) &&
+              scales == (std::is_same_v<W, Int8> ? panels(vocab) * kPanel : 0);
+  if (!call.good(fits ? "" : "the packed head is of another model")) return;
+  long words = call.dim(5, 1);
+  bool covers = words == 0 || (words * 32 >= vocab && call.dim(5, 0) == call.dim(0, 0));
+  if (!call.good(covers ? "" : "the mask is of another vocabulary or batch")) return;
+  head<W>(call.data<float>(0), call.data<float>(1), {call.data<W>(2), call.data<float>(6)},
+          call.data<int32_t>(3), call.dim(0, 0), call.dim(0, 1), vocab, call.attr<float>("eps"),
+          *call.data<bool>(4), call.data<uint32_t>(5), words,
+          static_cast<float*>(call.ret(0).untyped_data()),
+          static_cast<int32_t*>(call.ret(1).untyped_data()));
+}
+
+// x, scale, head, lens, whether logits are wanted, mask of no or enough words, scales of a head of
+// 8 bits or none -> logits, best tokens
 ffi::Error lm_head(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dictionary attrs) {
   Call call(args, rets, attrs);
-  return typed(call, 2, [&](auto element) {
-    using E = decltype(element);
-    long vocab = call.ret(0).dimensions()[1];
-    bool fits = call.dim(2, 0) == panels(vocab) * panel_size<E>(call.dim(0, 1));
-    if (!call.good(fits ? "" : "the packed head is of another model")) return;
-    long words = call.dim(5, 1);
-    bool covers = words == 0 || (words * 32 >= vocab && call.dim(5, 0) == call.dim(0, 0));
-    if (!call.good(covers ? "" : "the mask is of another vocabulary or batch")) return;
-    head<E>(call.data<float>(0), call.data<float>(1), call.data<E>(2), call.data<int32_t>(3),
-            call.dim(0, 0), call.dim(0, 1), vocab, call.attr<float>("eps"),
-            *call.data<bool>(4), call.data<uint32_t>(5), words, static_cast<float*>(call.ret(0).untyped_data()),
-            static_cast<int32_t*>(call.ret(1).untyped_data()));
-  });
+  if (call.arg(2).element_type() != ffi::DataType::U8) {
+    return typed(call, 2, [&](auto element) { run_head<decltype(element)>(call); });
+  }
+  run_head<Int8>(call);
+  return call.error().empty() ? ffi::Error::Success() : ffi::Error::InvalidArgument(call.error());
 }
 
 // left, right -> out; attributes say which operands are transposed
@@ -437,10 +454,11 @@ extern "C" int pshare_kv_decode(int planes, const uint8_t* in, long length, long
 // A matrix into panels, see loading.h; `bytes` a number, `nice` steps below the caller's priority.
 extern "C" void pshare_pack(const char* data, long k, long n, long row_step, long column_step,
                             int bytes, long panel_step, uint32_t* out, int nice) {
-  Matrix matrix{data, k, n, row_step, column_step};
+  Strided matrix{data, k, n, row_step, column_step};
   at_priority(nice, [&] {
-    bytes == 2 ? pack_panels<uint16_t>(matrix, kPanel, panel_step, out)
-               : pack_panels<uint32_t>(matrix, kPanel, panel_step, out);
+    if (bytes == 1) return pack_panels<uint8_t>(matrix, kPanel, panel_step, out);
+    if (bytes == 2) return pack_panels<uint16_t>(matrix, kPanel, panel_step, out);
+    pack_panels<uint32_t>(matrix, kPanel, panel_step, out);
   });
 }
 

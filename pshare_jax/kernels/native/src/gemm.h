@@ -143,19 +143,12 @@ void multiply_by_tiles(Team& team, long rows, const bf16* a, long lda, const bf1
 }
 #endif
 
-// Computes a[rows, k] times panels `first .. last - 1` of a packed matrix, `group` adjacent panels
-// at a time, and gives each tile to `done(row, rows, panel, tile)`, where tile is
-// [rows, group * kPanel]. Followed by a barrier.
-template <class E, class Done>
-void multiply(Team& team, long rows, const Left<E>* a, long lda, const E* packed, long k, long first,
-              long last, int group, Done done) {
-#if defined(PSHARE_TILES)
-  if constexpr (std::is_same_v<E, bf16>) {
-    if (has_tiles()) {
-      return multiply_by_tiles(team, rows, a, lda, packed, k, first, last, group, done);
-    }
-  }
-#endif
+// Shares out panels `first .. last - 1` of a product of `rows` rows, `group` adjacent ones at a time:
+// `product(row, rows, panel, tile, stride)` gives one panel's part of a tile, and
+// `done(row, rows, panel, tile)` gets the whole [rows, group * kPanel]. Followed by a barrier.
+template <class Done, class Product>
+void share_panels(Team& team, long rows, long first, long last, int group, Done done,
+                  Product product) {
   long blocks = (rows + kBlockRows - 1) / kBlockRows;
   if (blocks == 0) return team.loop(0, [](long) {});
   long block = round_up((rows + blocks - 1) / blocks, kTileRows);
@@ -169,13 +162,28 @@ void multiply(Team& team, long rows, const Left<E>* a, long lda, const E* packed
     if (count <= 0) return;
     for (long g = groups * share / shares; g < groups * (share + 1) / shares; g++) {
       long panel = first + g * group;
-      for (int p = 0; p < group; p++) {
-        multiply_panel<E>(count, a + row * lda, lda, packed + (panel + p) * panel_size<E>(k),
-                          units<E>(k), out + p * kPanel, ldc, false);
-      }
+      for (int p = 0; p < group; p++) product(row, count, panel + p, out + p * kPanel, ldc);
       done(row, count, panel, out);
     }
   });
+}
+
+// Computes a[rows, k] times panels `first .. last - 1` of a packed matrix, see `share_panels`.
+template <class E, class Done>
+void multiply(Team& team, long rows, const Left<E>* a, long lda, const E* packed, long k, long first,
+              long last, int group, Done done) {
+#if defined(PSHARE_TILES)
+  if constexpr (std::is_same_v<E, bf16>) {
+    if (has_tiles()) {
+      return multiply_by_tiles(team, rows, a, lda, packed, k, first, last, group, done);
+    }
+  }
+#endif
+  share_panels(team, rows, first, last, group, done,
+               [&](long row, long count, long panel, float* out, long ldc) {
+                 multiply_panel<E>(count, a + row * lda, lda, packed + panel * panel_size<E>(k),
+                                   units<E>(k), out, ldc, false);
+               });
 }
 
 }  // namespace pshare

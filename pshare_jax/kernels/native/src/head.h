@@ -4,8 +4,7 @@
 #include <limits>
 #include <vector>
 
-#include "gemm.h"
-#include "norm.h"
+#include "int8.h"
 
 namespace pshare {
 
@@ -27,8 +26,8 @@ inline void forbid(float* tile, long width, uint32_t bits) {
 // The most likely token of each row with lens > 0, of those that its bits in mask [batch, words]
 // allow, and its logits [batch, vocab] if they are wanted, allowed or not: final norm, then the
 // head. Other rows get 0.
-template <class E>
-void head(const float* x, const float* scale, const E* packed, const int32_t* lens, long batch,
+template <class W>
+void head(const float* x, const float* scale, const Matrix<W>& m, const int32_t* lens, long batch,
           long embed, long vocab, float eps, bool wanted, const uint32_t* mask, long words,
           float* logits, int32_t* best) {
   std::vector<long> rows;
@@ -42,28 +41,35 @@ void head(const float* x, const float* scale, const E* packed, const int32_t* le
     return panel_bits(mask == nullptr ? nullptr : mask + rows[r] * words, panel);
   };
   long count = static_cast<long>(rows.size()), stride = round_up(embed, 2), all = panels(vocab);
-  static thread_local Buffer<Left<E>> memory;
+  constexpr bool rounds = std::is_same_v<W, Int8>;
+  using X = std::conditional_t<rounds, float, Left<W>>;
+  static thread_local Buffer<X> memory;
+  static thread_local RoundedBuffer rounded_memory;
   static thread_local Buffer<float> tops;
-  Left<E>* normed = memory.get(count * stride);
+  X* normed = memory.get(count * stride);
+  RoundedRows rounded;
+  if constexpr (rounds) rounded = rounded_memory.get(count, embed);
   float* top = tops.get(all * count);  // of each panel
   Pool::instance().run([&](Team& team) {
     team.loop(count, [&](long r) {
       norm_row(x + rows[r] * embed, scale, embed, eps, normed + r * stride);
-      if (embed % 2) normed[(r + 1) * stride - 1] = Left<E>{};
+      if (embed % 2) normed[(r + 1) * stride - 1] = X{};
+      if constexpr (rounds) round_row(normed + r * stride, rounded, r);
     });
-    multiply<E>(team, count, normed, stride, packed, embed, 0, all, 1,
-                [&](long r, long n, long panel, float* tile) {
-                  long width = std::min<long>(kPanel, vocab - panel * kPanel);
-                  for (long i = 0; i < n; i++) {
-                    float* from = tile + i * kPanel;
-                    if (wanted) {
-                      float* to = logits + rows[r + i] * vocab + panel * kPanel;
-                      std::memcpy(to, from, width * sizeof(float));
-                    }
-                    if (mask != nullptr) forbid(from, width, allowed(r + i, panel));
-                    top[panel * count + r + i] = *std::max_element(from, from + width);
-                  }
-                });
+    auto done = [&](long r, long n, long panel, float* tile) {
+      long width = std::min<long>(kPanel, vocab - panel * kPanel);
+      for (long i = 0; i < n; i++) {
+        float* from = tile + i * kPanel;
+        if (wanted) {
+          float* to = logits + rows[r + i] * vocab + panel * kPanel;
+          std::memcpy(to, from, width * sizeof(float));
+        }
+        if (mask != nullptr) forbid(from, width, allowed(r + i, panel));
+        top[panel * count + r + i] = *std::max_element(from, from + width);
+      }
+    };
+    if constexpr (rounds) multiply(team, count, rounded, m, 0, all, 1, done);
+    else multiply<W>(team, count, normed, stride, m.panels, embed, 0, all, 1, done);
     // The first of the highest: its panel is computed again.
     team.loop(count, [&](long r) {
       long panel = 0;
@@ -71,8 +77,12 @@ void head(const float* x, const float* scale, const E* packed, const int32_t* le
         if (top[p * count + r] > top[panel * count + r]) panel = p;
       }
       float tile[kPanel];
-      multiply_panel<E>(1, normed + r * stride, stride, packed + panel * panel_size<E>(embed),
-                        units<E>(embed), tile, kPanel, false);
+      if constexpr (rounds) {
+        multiply_panel(rounded, r, 1, m, panel, tile, kPanel);
+      } else {
+        multiply_panel<W>(1, normed + r * stride, stride, m.panels + panel * panel_size<W>(embed),
+                          units<W>(embed), tile, kPanel, false);
+      }
       long width = std::min<long>(kPanel, vocab - panel * kPanel);
       if (mask != nullptr) forbid(tile, width, allowed(r, panel));
       best[rows[r]] = panel * kPanel + (std::max_element(tile, tile + width) - tile);

@@ -2,130 +2,24 @@
 //
 // Only valid tokens are computed: they are gathered into consecutive rows, so that a batch or chunk
 // that is not full costs no more than what is in it. The residual stream is float32; what enters a
-// matrix product from the left is rounded to Left<E>.
+// matrix product from the left is rounded to Left<E>, or to 8 bits where weights W are (int8.h).
 #pragma once
 
 #include <initializer_list>
-#include <string>
 #include <vector>
 
-#include "attention.h"
-#include "experts.h"
+#include "layer_weights.h"
 #include "norm.h"
 #include "small_pages.h"
 
 namespace pshare {
 
-constexpr int kTargets = 7;
-enum Target { kQ, kK, kV, kO, kGate, kUp, kDown };
-
-template <class E>
-struct Adapter {
-  const E *a = nullptr, *b = nullptr;  // packed [inputs, num * rank] and [num * rank, outputs]
-};
-
-template <class E>
-struct Layer {
-  long embed, mlp, rotated;  // rotated: components of a head, its first; the others stay
-  Geometry geometry;
-  float eps;
-  float query_factor, residual_scale;  // of rotated queries; of what is added to x
-  bool gelu;     // the gate's activation: tanh-approximated GELU, or SiLU
-  bool kv_only;  // write K and V and compute nothing else
-  // Vectors are null where there are none; biases are as long as their products' panels.
-  const float *attn_norm, *mlp_norm;
-  const float *bias, *q_norm, *k_norm;
-  bool norm_all_heads;  // q and k are normalised over all heads together
-  const float *attn_post_norm, *mlp_post_norm;  // of a block's output
-  const float *o_bias, *gate_up_bias, *down_bias;
-  const E *qkv, *o, *gate_up, *down;  // gate_up and down of a dense block
-  Experts<E> experts;
-  long num_adapters = 0, rank = 0;
-  const int32_t* adapter_index = nullptr;  // [batch], -1 for none
-  Adapter<E> adapters[kTargets];
-};
-
-// What a layer has besides projections.
-struct Parts {
-  bool pre_norms, bias, qk_norm, post_norms, o_bias, mlp_bias, sinks, expert_biases;
-};
-
-// Where a layer's weights begin in the vectors and matrices of all layers, see
-// decoder_layer/packing.py. Returns what is wrong, or nothing.
-template <class E>
-std::string locate(Layer<E>& l, const float* vectors, long num_vectors, const E* matrices,
-                   long num_matrices, const Parts& has) {
-  const float* vectors_end = vectors + num_vectors;
-  const E* matrices_end = matrices + num_matrices;
-  const Geometry& g = l.geometry;
-  long heads = g.heads() * g.head_dim, kv = g.kv_heads * g.head_dim;
-  long qkv = panels(heads) + 2 * panels(kv), count = l.experts.count;
-  auto take = [](auto& from, long size, bool there = true) {
-    auto at = from;
-    from += there ? size : 0;
-    return there ? at : nullptr;
-  };
-  auto take_biases = [&](long columns, bool there) {
-    return take(vectors, panels(columns) * kPanel, there);
-  };
-  l.attn_norm = take(vectors, l.embed, has.pre_norms);
-  l.mlp_norm = take(vectors, l.embed, has.pre_norms);
-  l.bias = take(vectors, qkv * kPanel, has.bias);
-  l.q_norm = take(vectors, l.norm_all_heads ? heads : g.head_dim, has.qk_norm);
-  l.k_norm = take(vectors, l.norm_all_heads ? kv : g.head_dim, has.qk_norm);
-  l.attn_post_norm = take(vectors, l.embed, has.post_norms);
-  l.mlp_post_norm = take(vectors, l.embed, has.post_norms);
-  l.geometry.sinks = take(vectors, g.heads(), has.sinks);
-  l.o_bias = take_biases(l.embed, has.o_bias);
-  l.gate_up_bias = take(vectors, 2 * panels(l.mlp) * kPanel, has.mlp_bias);
-  l.down_bias = take_biases(l.embed, has.mlp_bias);
-  Experts<E>& x = l.experts;
-  x.router_bias = take_biases(count, has.expert_biases);
-  x.gate_up_bias = take(vectors, count * 2 * panels(l.mlp) * kPanel, has.expert_biases);
-  x.down_bias = take(vectors, count * panels(l.embed) * kPanel, has.expert_biases);
-  l.qkv = take(matrices, qkv * panel_size<E>(l.embed));
-  l.o = take(matrices, panels(l.embed) * panel_size<E>(heads));
-  long gate_up = 2 * panels(l.mlp) * panel_size<E>(l.embed);
-  long down = panels(l.embed) * panel_size<E>(l.mlp);
-  x.router = take(matrices, panels(count) * panel_size<E>(l.embed), count > 0);
-  x.gate_up = take(matrices, count * gate_up, count > 0);
-  x.down = take(matrices, count * down, count > 0);
-  l.gate_up = take(matrices, gate_up, count == 0);
-  l.down = take(matrices, down, count == 0);
-  bool fits = vectors == vectors_end && matrices == matrices_end;
-  if (count > 0 && (x.per_token < 1 || x.per_token > count)) return "no such number of experts";
-  return fits ? "" : "the packed weights are of another model";
-}
-
-// The same for the factors of the targets in the bit set `targets`.
-template <class E>
-std::string locate_adapters(Layer<E>& l, const E* factors, long count, long batch, long targets) {
-  const E* end = factors + count;
-  const Geometry& g = l.geometry;
-  long heads = g.heads() * g.head_dim, kv = g.kv_heads * g.head_dim;
-  const long inputs[kTargets] = {l.embed, l.embed, l.embed, heads, l.embed, l.embed, l.mlp};
-  const long outputs[kTargets] = {heads, kv, kv, l.embed, l.mlp, l.mlp, l.embed};
-  long low = l.num_adapters * l.rank;
-  for (int t = 0; t < kTargets; t++) {
-    if ((targets >> t & 1) == 0) continue;
-    l.adapters[t].a = factors;
-    factors += panels(low) * panel_size<E>(inputs[t]);
-    l.adapters[t].b = factors;
-    factors += panels(outputs[t]) * panel_size<E>(low);
-  }
-  if (factors != end) return "the packed adapters are of another model";
-  for (long b = 0; b < batch && low > 0; b++) {
-    if (l.adapter_index[b] >= l.num_adapters) return "an adapter's index is out of range";
-  }
-  return "";
-}
-
-template <class E>
+template <class E, class W = E>
 class LayerCall {
  public:
   // x [batch * tokens, embed] is updated in place; cos and sin are [batch * tokens, rotated / 2].
   // Of the two kinds of pages one is null.
-  LayerCall(const Layer<E>& layer, const Rows& rows, long tokens, float* x, const float* cos,
+  LayerCall(const Layer<E, W>& layer, const Rows& rows, long tokens, float* x, const float* cos,
             const float* sin, E* pages, fp8* small_pages)
       : l_(layer), rows_(rows), g_(layer.geometry), x_(x), cos_(cos), sin_(sin), pages_(pages),
         small_pages_(small_pages) {
@@ -147,6 +41,8 @@ class LayerCall {
     if (count_ == 0) return;
     static thread_local Buffer<Left<E>> normed, q, attended, hidden, low;
     static thread_local Buffer<float> qkv, update;
+    static thread_local RoundedBuffer rounded;
+    rounded_memory_ = &rounded;
     normed_ = normed.get(count_ * embed_stride());
     qkv_ = qkv.get(count_ * qkv_panels_ * kPanel);
     q_ = q.get(count_ * g_.heads() * g_.head_dim);
@@ -165,6 +61,8 @@ class LayerCall {
   }
 
  private:
+  static constexpr bool kRounds = std::is_same_v<W, Int8>;
+
   // Writes K and V into `pages`, calls `prepare`, and attends to `read`.
   template <class P, class Prepare>
   void run_over(P* pages, const E* read, const Rows& rows, Prepare prepare) {
@@ -192,30 +90,30 @@ class LayerCall {
     if (l_.kv_only) lower(team, {kK, kV}, normed_, l_.embed);
     else lower(team, {kQ, kK, kV}, normed_, l_.embed);
     long columns = qkv_panels_ * kPanel;
-    multiply<E>(team, count_, normed_, embed_stride(), l_.qkv, l_.embed,
-                l_.kv_only ? k_panel_ : 0, qkv_panels_, 1,
-                [&](long r, long n, long panel, float* tile) {
-                  Target target = panel < k_panel_ ? kQ : panel < v_panel_ ? kK : kV;
-                  long base = target == kQ ? 0 : target == kK ? k_panel_ : v_panel_;
-                  adapt(target, r, n, panel - base, tile, kPanel);
-                  for (long i = 0; i < n; i++) {
-                    float* to = qkv_ + (r + i) * columns + panel * kPanel;
-                    std::memcpy(to, tile + i * kPanel, kPanel * sizeof(float));
-                    if (l_.bias == nullptr) continue;
-                    for (long j = 0; j < kPanel; j++) to[j] += l_.bias[panel * kPanel + j];
-                  }
-                });
+    times(team, normed_, embed_stride(), l_.qkv, l_.embed, l_.kv_only ? k_panel_ : 0,
+          qkv_panels_, 1, [&](long r, long n, long panel, float* tile) {
+            Target target = panel < k_panel_ ? kQ : panel < v_panel_ ? kK : kV;
+            long base = target == kQ ? 0 : target == kK ? k_panel_ : v_panel_;
+            adapt(target, r, n, panel - base, tile, kPanel);
+            for (long i = 0; i < n; i++) {
+              float* to = qkv_ + (r + i) * columns + panel * kPanel;
+              std::memcpy(to, tile + i * kPanel, kPanel * sizeof(float));
+              if (l_.bias == nullptr) continue;
+              for (long j = 0; j < kPanel; j++) to[j] += l_.bias[panel * kPanel + j];
+            }
+          });
   }
 
   void project_back(Team& team) {
     long width = g_.heads() * g_.head_dim;
     lower(team, {kO}, attended_, width);
-    multiply<E>(team, count_, attended_, width, l_.o, width, 0, panels(l_.embed), 1,
-                [&](long r, long n, long panel, float* tile) {
-                  adapt(kO, r, n, panel, tile, kPanel);
-                  add_bias(n, tile, l_.o_bias, panel, kPanel);
-                  add(r, n, panel, tile, l_.attn_post_norm);
-                });
+    round(team, attended_, width, width);
+    times(team, attended_, width, l_.o, width, 0, panels(l_.embed), 1,
+          [&](long r, long n, long panel, float* tile) {
+            adapt(kO, r, n, panel, tile, kPanel);
+            add_bias(n, tile, l_.o_bias, panel, kPanel);
+            add(r, n, panel, tile, l_.attn_post_norm);
+          });
     add_normed(team, l_.attn_post_norm);
   }
 
@@ -223,30 +121,31 @@ class LayerCall {
     lower(team, {kGate, kUp}, normed_, l_.embed);
     long stride = round_up(l_.mlp, 2);
     // Panels of gate and up alternate.
-    multiply<E>(team, count_, normed_, embed_stride(), l_.gate_up, l_.embed, 0,
-                2 * panels(l_.mlp), 2, [&](long r, long n, long panel, float* tile) {
-                  adapt(kGate, r, n, panel / 2, tile, 2 * kPanel);
-                  adapt(kUp, r, n, panel / 2, tile + kPanel, 2 * kPanel);
-                  add_bias(n, tile, l_.gate_up_bias, panel / 2, 2 * kPanel);
-                  long column = panel / 2 * kPanel;
-                  long width = std::min<long>(kPanel, stride - column);
-                  for (long i = 0; i < n; i++) {
-                    float* gate = tile + i * 2 * kPanel;
-                    for (int v = 0; v < kVectors; v++) {
-                      VF g = load<VF>(gate + v * kWidth);
-                      VF up = load<VF>(gate + kPanel + v * kWidth);
-                      store(gate + v * kWidth, g / (1.0f + exp(-exponent(g))) * up);
-                    }
-                    convert(gate, hidden_ + (r + i) * stride + column, width);
-                  }
-                });
+    times(team, normed_, embed_stride(), l_.gate_up, l_.embed, 0, 2 * panels(l_.mlp), 2,
+          [&](long r, long n, long panel, float* tile) {
+            adapt(kGate, r, n, panel / 2, tile, 2 * kPanel);
+            adapt(kUp, r, n, panel / 2, tile + kPanel, 2 * kPanel);
+            add_bias(n, tile, l_.gate_up_bias, panel / 2, 2 * kPanel);
+            long column = panel / 2 * kPanel;
+            long width = std::min<long>(kPanel, stride - column);
+            for (long i = 0; i < n; i++) {
+              float* gate = tile + i * 2 * kPanel;
+              for (int v = 0; v < kVectors; v++) {
+                VF g = load<VF>(gate + v * kWidth);
+                VF up = load<VF>(gate + kPanel + v * kWidth);
+                store(gate + v * kWidth, g / (1.0f + exp(-exponent(g))) * up);
+              }
+              convert(gate, hidden_ + (r + i) * stride + column, width);
+            }
+          });
     lower(team, {kDown}, hidden_, l_.mlp);
-    multiply<E>(team, count_, hidden_, stride, l_.down, l_.mlp, 0, panels(l_.embed), 1,
-                [&](long r, long n, long panel, float* tile) {
-                  adapt(kDown, r, n, panel, tile, kPanel);
-                  add_bias(n, tile, l_.down_bias, panel, kPanel);
-                  add(r, n, panel, tile, l_.mlp_post_norm);
-                });
+    round(team, hidden_, stride, l_.mlp);
+    times(team, hidden_, stride, l_.down, l_.mlp, 0, panels(l_.embed), 1,
+          [&](long r, long n, long panel, float* tile) {
+            adapt(kDown, r, n, panel, tile, kPanel);
+            add_bias(n, tile, l_.down_bias, panel, kPanel);
+            add(r, n, panel, tile, l_.mlp_post_norm);
+          });
     add_normed(team, l_.mlp_post_norm);
   }
 
@@ -262,13 +161,44 @@ class LayerCall {
     });
   }
 
+  // Calls `done(row, rows, panel, tile)` with tiles of x [count_, k] times some panels of a matrix.
+  template <class Done>
+  void times(Team& team, const Left<E>* x, long stride, const Matrix<W>& m, long k, long first,
+             long last, int group, Done done) {
+    if constexpr (kRounds) multiply(team, count_, rounded_, m, first, last, group, done);
+    else multiply<E>(team, count_, x, stride, m.panels, k, first, last, group, done);
+  }
+
+  // Rounds x [count_, k] for the next product, where weights need that.
+  void round(Team& team, const Left<E>* x, long stride, long k) {
+    if constexpr (!kRounds) return;
+    rounded_ = rounded_memory_->get(count_, k);
+    team.loop(count_, [&](long r) {
+      static thread_local Buffer<float> wide;
+      convert(x + r * stride, wide.get(k), k);
+      round_row(wide.get(k), rounded_, r);
+    });
+  }
+
   // x in the form that products read, normalised where there is a norm.
   void norm(Team& team, const float* scale) {
+    if constexpr (kRounds) rounded_ = rounded_memory_->get(count_, l_.embed);
     team.loop(count_, [&](long r) {
       Left<E>* to = normed_ + r * embed_stride();
-      if (scale == nullptr) convert(row(r), to, l_.embed);
-      else norm_row(row(r), scale, l_.embed, l_.eps, to);
-      if (l_.embed % 2) normed_[(r + 1) * embed_stride() - 1] = Left<E>{};
+      if constexpr (kRounds) {
+        static thread_local Buffer<float> memory;
+        float* wide = memory.get(l_.embed);
+        if (scale == nullptr) convert(row(r), wide, l_.embed);
+        else normalise(row(r), scale, l_.embed, l_.eps, wide);
+        round_row(wide, rounded_, r);
+        if (used_.empty()) return;
+        convert(wide, to, l_.embed);
+      } else if (scale == nullptr) {
+        convert(row(r), to, l_.embed);
+      } else {
+        norm_row(row(r), scale, l_.embed, l_.eps, to);
+      }
+      if (l_.embed % 2) to[embed_stride() - 1] = Left<E>{};
     });
   }
 
@@ -402,7 +332,7 @@ class LayerCall {
     }
   }
 
-  const Layer<E>& l_;
+  const Layer<E, W>& l_;
   const Rows& rows_;
   const Geometry& g_;
   float* x_;
@@ -415,6 +345,8 @@ class LayerCall {
   Left<E> *normed_ = nullptr, *q_ = nullptr, *attended_ = nullptr, *hidden_ = nullptr,
           *low_ = nullptr;
   float *qkv_ = nullptr, *update_ = nullptr;
+  RoundedBuffer* rounded_memory_ = nullptr;
+  RoundedRows rounded_;  // what the next product reads, where it reads rounded rows
 };
 
 }  // namespace pshare

@@ -41,22 +41,25 @@ void at_priority(int nice, Job job) {
 }
 
 // A matrix [k, n] of numbers of `bytes` bytes, whose rows and columns lie any distances apart.
-struct Matrix {
+struct Strided {
   const char* data;
   long k, n, row_step, column_step;
 };
 
 // Packs a matrix, see gemm.h: `panel_step` is 2 where another matrix's panels come between.
-template <class Half>  // of a unit's word: uint16_t has two rows in it, uint32_t one
-void pack_panels(const Matrix& m, long columns, long panel_step, uint32_t* out) {
-  constexpr long unit = sizeof(uint32_t) / sizeof(Half);
-  const Half* in = reinterpret_cast<const Half*>(m.data);
+template <class Part>  // of a unit's word: uint32_t is one row, uint16_t has two, uint8_t four
+void pack_panels(const Strided& m, long columns, long panel_step, uint32_t* out) {
+  constexpr long unit = sizeof(uint32_t) / sizeof(Part);
+  constexpr uint32_t zero = unit == 4 ? 0x80808080u : 0;  // bytes are stored plus 128, see int8.h
+  const Part* in = reinterpret_cast<const Part*>(m.data);
   long units = (m.k + unit - 1) / unit, panels = (m.n + columns - 1) / columns;
   auto at = [&](long row, long column) -> uint32_t {
     return row < m.k ? in[row * m.row_step + column * m.column_step] : 0;
   };
   auto word = [&](long u, long column) {
-    return unit == 1 ? at(u, column) : at(2 * u, column) | at(2 * u + 1, column) << 16;
+    uint32_t whole = 0;
+    for (long i = 0; i < unit; i++) whole |= at(unit * u + i, column) << (i * 8 * sizeof(Part));
+    return whole ^ zero;
   };
   for (long p = 0; p < panels; p++) {
     uint32_t* panel = out + p * panel_step * units * columns;
@@ -72,7 +75,7 @@ void pack_panels(const Matrix& m, long columns, long panel_step, uint32_t* out) 
     }
     if (count == columns) continue;
     for (long u = 0; u < units; u++) {
-      std::fill(panel + u * columns + count, panel + (u + 1) * columns, 0);
+      std::fill(panel + u * columns + count, panel + (u + 1) * columns, zero);
     }
   }
 }
