@@ -19,9 +19,11 @@ from pshare_jax.bench.agents_metrics import watched
 from pshare_jax.bench.agents_stats import summary
 from pshare_jax.bench.agents_targets import (
     ISOLATED,
+    LLAMA_CPP,
     SERVERS,
     SHARED,
     VLLM,
+    VLLM_LORA,
     Target,
     find_target,
     open_http,
@@ -29,7 +31,8 @@ from pshare_jax.bench.agents_targets import (
     tokenizer_folder,
 )
 from pshare_jax.bench.agents_workload import Workload
-from pshare_jax.bench.vllm_servers import VllmServers, running_vllm
+from pshare_jax.bench.llama_servers import LlamaServers, running_llama
+from pshare_jax.bench.vllm_servers import VllmServers, running_vllm, running_vllm_lora
 from pshare_jax.config import load_serve_config
 from pshare_jax.errors import ConfigError
 from pshare_jax.text.tokenizer import Tokenizer
@@ -53,7 +56,8 @@ class AgentsOptions:
             share, too.
         checkouts: by name, folders of other checkouts of this project; each is a baseline that
             runs `shared` with its own code, in its folder.
-        vllm: servers of vLLM that are started too, one a model: a baseline.
+        vllm: servers of vLLM that are started too, one a model, and one with adapters: baselines.
+        llama_cpp: servers of llama.cpp that are started too, one a model: a baseline.
         server_args: further flags of the servers that are started.
         names: the models' names; empty takes those that the servers list.
         workload: the shape of a session.
@@ -83,6 +87,7 @@ class AgentsOptions:
     baselines: dict[str, str] = field(default_factory=dict)
     checkouts: dict[str, str] = field(default_factory=dict)
     vllm: VllmServers | None = None
+    llama_cpp: LlamaServers | None = None
     server_args: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     workload: Workload = field(default_factory=Workload)
@@ -102,11 +107,18 @@ class AgentsOptions:
     timeout: float = 600.0
 
     def __post_init__(self) -> None:
-        if not (self.urls or self.configs or self.vllm):
+        if not (self.urls or self.configs or self.vllm or self.llama_cpp):
             raise ConfigError(
-                "name servers: --urls, --shared, --isolated, --variants or --vllm.python"
+                "name servers: --urls, --shared, --isolated, --variants, --vllm.python or "
+                "--llama_cpp.binary"
             )
-        seen = {SHARED, ISOLATED, SERVERS, VLLM}
+        if self.vllm and not (self.vllm.each or self.vllm.adapters):
+            raise ConfigError("vllm: nothing is started with `each` false and no `adapters`")
+        if self.llama_cpp and self.replies == "own":
+            raise ConfigError(
+                "llama_cpp: its replies have no token ids; give --replies=scripted, for all servers"
+            )
+        seen = {SHARED, ISOLATED, SERVERS, VLLM, VLLM_LORA, LLAMA_CPP}
         for option in ("variants", "baselines", "checkouts"):
             named = getattr(self, option)
             if taken := seen & named.keys():
@@ -191,13 +203,23 @@ def run(options: AgentsOptions, progress: Progress = lambda done, total: None) -
 
     with ExitStack() as stack:
         servers = {SERVERS: options.urls} if options.urls else {}
-        if options.vllm:
-            most = max(workload.models for workload in workloads)
-            servers[VLLM] = stack.enter_context(running_vllm(options.vllm, most))
+        servers.update(_peers(options, max(workload.models for workload in workloads), stack))
         addresses = stack.enter_context(started(configs, options.server_args, options.checkouts))
         servers.update({name: [url] for name, url in addresses.items()})
         bench = _Bench(options, workloads, servers, encode, progress)
         return asyncio.run(bench.run())
+
+
+def _peers(options: AgentsOptions, models: int, stack: ExitStack) -> dict[str, list[str]]:
+    """Starts the other projects' servers, for as long as `stack` lasts; gives their URLs."""
+    servers = {}
+    if options.vllm and options.vllm.each:
+        servers[VLLM] = stack.enter_context(running_vllm(options.vllm, models))
+    if options.vllm and options.vllm.adapters:
+        servers[VLLM_LORA] = [stack.enter_context(running_vllm_lora(options.vllm))]
+    if options.llama_cpp:
+        servers[LLAMA_CPP] = stack.enter_context(running_llama(options.llama_cpp, models))
+    return servers
 
 
 class _Bench:

@@ -9,7 +9,12 @@ from typing import Any
 from pshare_jax.bench import machine
 from pshare_jax.bench.agents_report import columns, groups, times
 
-_NAMES = {"vllm": "vLLM, a process for each model", "servers": "other servers"}
+_NAMES = {
+    "vllm": "vLLM, a process for each model",
+    "vllm, LoRA": "vLLM, one process with adapters",
+    "llama.cpp": "llama.cpp, a process for each model",
+    "servers": "other servers",
+}
 
 
 def markdown(result: dict[str, Any], title: str, plots: Sequence[Path] = ()) -> str:
@@ -92,9 +97,9 @@ def _limits(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def _peers(result: dict[str, Any]) -> str:
-    versions = [
+    versions = {
         f", vLLM {target['version']['version']}"
         for target in result["targets"]
-        if target["name"] == "vllm" and target["version"]
-    ]
-    return "".join(versions)
+        if target["name"] in ("vllm", "vllm, LoRA") and target["version"]
+    }
+    return "".join(sorted(versions))

@@ -20,6 +20,8 @@ ISOLATED = "isolated"
 SHARED = "shared"
 SERVERS = "servers"
 VLLM = "vllm"
+VLLM_LORA = "vllm, LoRA"
+LLAMA_CPP = "llama.cpp"
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import numpy as np
 
 from pshare_jax.bench.micro_rates import Rate, Rates
 from pshare_jax.bench.micro_targets import MODEL, EngineTarget, Target, VllmTarget
-from pshare_jax.bench.profile import Profile, read_profile, traced
+from pshare_jax.bench.traces import Profile, read_profile, traced
 from pshare_jax.config import DecodeConfig, DType, ModelEntry, PrefillConfig, ServeConfig
 from pshare_jax.convert.manifest import read_manifest
 from pshare_jax.core.split_rule import LAST_TOKEN

@@ -1,24 +1,13 @@
-"""vLLM's OpenAI-compatible servers, one a model, for as long as a `with` block lasts."""
+"""vLLM's OpenAI-compatible servers, for as long as a `with` block lasts."""
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import subprocess
-import tempfile
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import IO
 
-from pshare_jax.errors import BenchmarkError
+from pshare_jax.bench.peers import running_peer
 
-READY_SECONDS = 600.0
-LOG_LINES = 15
 _MODULE = "vllm.entrypoints.openai.api_server"
 ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_WAIT_POLICY": "passive"}
 """What serves several of them on one machine best. By default each binds its threads to all CPUs
@@ -33,6 +22,10 @@ class VllmServers:
     Args:
         python: an interpreter that has vLLM for CPUs installed.
         model: Hugging Face folder that every one serves; `convert export` makes one.
+        each: start one server for each model that is called.
+        adapters: by name, PEFT folders: with any, one more server is started, of the model and
+            all of these, and measured as a target of its own. Called in this order, after the
+            model itself.
         preload: libraries that vLLM advises to load first (`LD_PRELOAD`): tcmalloc, libiomp5.
         kv_gib: memory for KV of each.
         args: further flags of each.
@@ -41,6 +34,8 @@ class VllmServers:
 
     python: str
     model: str
+    each: bool = True
+    adapters: dict[str, str] = field(default_factory=dict)
     preload: list[str] = field(default_factory=list)
     kv_gib: int = 1
     args: list[str] = field(default_factory=list)
@@ -55,54 +50,28 @@ def running_vllm(servers: VllmServers, count: int) -> Iterator[list[str]]:
         BenchmarkError: one ended, or was not ready in time; with the end of its log.
     """
     with ExitStack() as stack:
-        yield [stack.enter_context(_server(servers, f"model{i}")) for i in range(count)]
+        yield [stack.enter_context(_server(servers, f"model{i}", [])) for i in range(count)]
 
 
-@contextmanager
-def _server(servers: VllmServers, name: str) -> Iterator[str]:
-    port = _free_port()
+def running_vllm_lora(servers: VllmServers) -> AbstractContextManager[str]:
+    """Starts one server of the model, as `model0`, and `servers.adapters`; gives its URL.
+
+    Raises:
+        BenchmarkError: it ended, or was not ready in time; with the end of its log.
+    """
+    # All of them in a batch at the same time: a call never waits for another adapter's to end.
+    flags = ["--enable-lora", "--max-loras", str(len(servers.adapters)), "--lora-modules"]
+    flags += [f"{name}={folder}" for name, folder in servers.adapters.items()]
+    return _server(servers, "model0", flags)
+
+
+def _server(servers: VllmServers, name: str, flags: list[str]) -> AbstractContextManager[str]:
     command = [servers.python, "-m", _MODULE, "--model", servers.model]
-    command += ["--served-model-name", name, "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--dtype", "bfloat16", "--enable-prompt-tokens-details", *servers.args]
-    environment = os.environ | ENVIRONMENT | servers.environment
+    command += ["--served-model-name", name, "--dtype", "bfloat16"]
+    command += ["--enable-prompt-tokens-details", *flags, *servers.args]
+    environment = ENVIRONMENT | servers.environment
     environment["VLLM_TARGET_DEVICE"] = "cpu"
     environment["VLLM_CPU_KVCACHE_SPACE"] = str(servers.kv_gib)
     if servers.preload:
         environment["LD_PRELOAD"] = ":".join(servers.preload)
-    with tempfile.TemporaryFile(mode="w+") as log:
-        try:
-            process = subprocess.Popen(
-                command, stdout=log, stderr=log, env=environment, start_new_session=True
-            )
-        except OSError as error:
-            raise BenchmarkError(
-                f"vllm.python: {servers.python}: {error.strerror or error}"
-            ) from None
-        with process:
-            try:
-                _wait_until_ready(process, f"http://127.0.0.1:{port}", log)
-                yield f"http://127.0.0.1:{port}"
-            finally:
-                # Its engine is a process of its own, which must not outlive it.
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-
-
-def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: IO[str]) -> None:
-    deadline = time.monotonic() + READY_SECONDS
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=5):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.5)
-    log.seek(0)
-    tail = "".join(log.readlines()[-LOG_LINES:])
-    how = "was not ready in time" if process.poll() is None else f"ended: {process.returncode}"
-    raise BenchmarkError(f"a server of vLLM {how}\n{tail}")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return running_peer("vllm.python", command, environment)

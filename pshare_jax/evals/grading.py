@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pshare_jax.evals import code, exact, math, tools
+from pshare_jax.evals import exact, final_number, programs, tools
 from pshare_jax.evals.items import Item
 from pshare_jax.evals.verdict import Grade
 
@@ -17,8 +17,8 @@ def grade(item: Item, text: str) -> Grade:
         case "exact":
             return exact.grade(item.reference, text)
         case "math":
-            return math.grade(item.reference, text)
+            return final_number.grade(item.reference, text)
         case "code":
-            return code.grade(item.reference, text)
+            return programs.grade(item.reference, text)
         case "tools":
             return tools.grade(item.reference, item.tools, text)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from pshare_jax.errors import DataError
-from pshare_jax.evals import code, exact, math, tools
+from pshare_jax.evals import exact, final_number, programs, tools
 from pshare_jax.text.tools import in_openai_form
 
 Kind = Literal["exact", "math", "code", "tools"]
@@ -108,9 +108,9 @@ def _check_reference(item: Item) -> None:
         case "exact":
             exact.check_reference(item.reference)
         case "math":
-            math.check_reference(item.reference)
+            final_number.check_reference(item.reference)
         case "code":
-            code.check_reference(item.reference)
+            programs.check_reference(item.reference)
         case "tools":
             tools.check_reference(item.reference, item.tools)
 

@@ -178,7 +178,13 @@ def test_a_context_that_is_too_long_gives_no_figures(served, tokenizer_folder, t
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "name servers: --urls, --shared, --isolated, --variants or --vllm.python"),
+        ([], "name servers: --urls, --shared, --isolated, --variants, --vllm.python or --llama"),
+        (["--llama_cpp.binary=x", "--llama_cpp.model=y"], "its replies have no token ids"),
+        (
+            ["--vllm.python=x", "--vllm.model=y", "--vllm.each=false"],
+            "vllm: nothing is started with `each` false and no `adapters`",
+        ),
+        (["--shared=a.yaml", "--baselines={llama.cpp: x}"], "baselines: the name 'llama.cpp'"),
         (["--shared=absent.yaml", "--tokenizer=x"], "absent.yaml"),
         (["--urls=[http://127.0.0.1:9]", "--model_counts=[3]"], "cannot be divided among 3"),
         (["--urls=[http://127.0.0.1:9]", "--concurrency=[0]"], "concurrency: must be"),

@@ -21,6 +21,7 @@ from tests.text.tiny import write_byte_level
 
 # Takes requests by the interface of vLLM's engine; a step gives each one token.
 FAKE_VLLM = """
+import profile  # as torch does, by way of cProfile: ours must not be found in its place
 import time
 import types
 
@@ -31,6 +32,7 @@ class EngineArgs:
     def __init__(self, model, dtype, max_model_len, max_num_seqs, skip_tokenizer_init):
         if model == "broken":
             raise SystemExit(3)
+        assert "pshare_jax" not in profile.__file__
         print("noise on standard output")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pshare_jax.errors import DataError, EvaluationError
-from pshare_jax.evals import code, sandbox
+from pshare_jax.evals import programs, sandbox
 from pshare_jax.evals.sandbox import Limits, Outcome, Program
 
 SQUARE = "def solve(x):\n    return x * x\n"
@@ -259,7 +259,7 @@ def test_the_check_of_the_sandbox():
     ],
 )
 def test_which_code_is_run(text, source):
-    assert code.extract(text) == source
+    assert programs.extract(text) == source
 
 
 REFERENCE = {"entry_point": "solve", "tests": TESTS}
@@ -271,12 +271,12 @@ HUMAN_EVAL = {
 
 
 def test_grading_an_answer():
-    assert code.grade(REFERENCE, f"Here:\n```python\n{SQUARE}```").correct
-    assert code.grade(REFERENCE, SQUARE).correct
-    wrong = code.grade(REFERENCE, "I cannot.")
+    assert programs.grade(REFERENCE, f"Here:\n```python\n{SQUARE}```").correct
+    assert programs.grade(REFERENCE, SQUARE).correct
+    wrong = programs.grade(REFERENCE, "I cannot.")
     assert not wrong.correct
     assert "SyntaxError" in wrong.detail
-    assert code.grade(REFERENCE, "x = '\ud800'").detail == "the code is not valid Unicode"
+    assert programs.grade(REFERENCE, "x = '\ud800'").detail == "the code is not valid Unicode"
 
 
 @pytest.mark.parametrize(
@@ -290,12 +290,12 @@ def test_grading_an_answer():
     ],
 )
 def test_human_evals_shape(text, correct):
-    assert code.grade(HUMAN_EVAL, text).correct is correct
+    assert programs.grade(HUMAN_EVAL, text).correct is correct
 
 
 def test_an_entry_point_named_check_is_not_called_as_humanevals():
     reference = {"entry_point": "check", "tests": "assert check(2) == 4\n"}
-    assert code.grade(reference, "def check(x): return 2 * x").correct
+    assert programs.grade(reference, "def check(x): return 2 * x").correct
 
 
 @pytest.mark.parametrize(
@@ -312,4 +312,4 @@ def test_an_entry_point_named_check_is_not_called_as_humanevals():
 )
 def test_bad_references(reference, message):
     with pytest.raises(DataError, match=message):
-        code.check_reference(reference)
+        programs.check_reference(reference)

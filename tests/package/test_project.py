@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -65,6 +66,12 @@ def test_the_changelog_knows_the_version():
 
 def test_the_readme_is_read_in_a_sitting():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_no_module_is_named_like_one_of_python():
+    """A file that is run as a script has its folder first on the path: its neighbours shadow."""
+    modules = (ROOT / "pshare_jax").rglob("*.py")
+    assert not [path for path in modules if path.stem in sys.stdlib_module_names]
 
 
 def test_every_target_of_make_that_is_shown_is_there():

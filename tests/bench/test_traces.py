@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pshare_jax.bench.profile import read_profile
+from pshare_jax.bench.traces import read_profile
 from pshare_jax.errors import BenchmarkError
 
 

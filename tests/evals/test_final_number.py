@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pshare_jax.errors import DataError
-from pshare_jax.evals.math import check_reference, final_number, grade
+from pshare_jax.evals.final_number import check_reference, final_number, grade
 
 
 @pytest.mark.parametrize(

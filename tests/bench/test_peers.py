@@ -1,4 +1,4 @@
-"""Servers of vLLM are started one a model, and ended with their children."""
+"""Servers of other projects are started as they are told, and ended with their children."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pshare_jax.bench.vllm_servers import VllmServers, running_vllm
+from pshare_jax.bench.llama_servers import LlamaServers, running_llama
+from pshare_jax.bench.vllm_servers import VllmServers, running_vllm, running_vllm_lora
 from pshare_jax.errors import BenchmarkError
 
 # Answers any GET with its flags and environment; its child shares its process group.
@@ -82,7 +83,7 @@ def test_each_model_has_a_server_until_the_end(python):
     }
     assert first["argv"][:4] == ["--model", "folder", "--served-model-name", "model0"]
     assert second["argv"][3] == "model1"
-    assert first["argv"][-2:] == ["--seed", "7"]
+    assert first["argv"][-6:-4] == ["--seed", "7"]
     for facts in (first, second):
         wait_until_dead(facts["child"])
 
@@ -93,10 +94,41 @@ def test_threads_are_bound_as_one_says(python):
         assert ask(urls[0])["environment"]["VLLM_CPU_OMP_THREADS_BIND"] == "0-1"
 
 
+def test_one_server_of_a_model_and_its_adapters(python):
+    adapters = {"family": "modules/family", "code": "modules/code"}
+    with running_vllm_lora(VllmServers(python, "folder", adapters=adapters)) as url:
+        argv = ask(url)["argv"]
+    assert argv[argv.index("--enable-lora") :][:6] == [
+        "--enable-lora",
+        "--max-loras",
+        "2",
+        "--lora-modules",
+        "family=modules/family",
+        "code=modules/code",
+    ]
+    assert argv[argv.index("--served-model-name") + 1] == "model0"
+
+
+def test_a_server_of_llama_cpp_for_each_model(tmp_path):
+    binary = tmp_path / "llama-server"
+    binary.write_text(f"#!{sys.executable}\n{FAKE}")
+    binary.chmod(0o755)
+    servers = LlamaServers(str(binary), "model.gguf", slots=8, context=600, args=["--mlock"])
+    with running_llama(servers, 2) as urls:
+        first, second = (ask(url)["argv"] for url in urls)
+    given = dict(zip(first[::2], first[1::2], strict=False))
+    assert given["--model"] == "model.gguf"
+    assert (given["--parallel"], given["--ctx-size"]) == ("8", "4800")
+    assert given["--threads"] == "2"
+    assert "--mlock" in first
+    assert first[first.index("--alias") + 1] == "model0"
+    assert second[second.index("--alias") + 1] == "model1"
+
+
 def test_a_server_that_does_not_start(python):
     for servers, message in (
-        (VllmServers(python, "broken"), "ended: 1\\nno such model"),
-        (VllmServers("nowhere", "folder"), "nowhere: No such file"),
+        (VllmServers(python, "broken"), "vllm.python: the server ended: 1\\nno such model"),
+        (VllmServers("nowhere", "folder"), "vllm.python: nowhere: No such file"),
     ):
         with pytest.raises(BenchmarkError, match=message), running_vllm(servers, 1):
             pass
