@@ -56,11 +56,13 @@ def test_steps_compile_fit_and_keep_the_pool_in_place(name, model):
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("name", "sequences"), [("v6e:2x4", 20), ("h100", 100)])
 def test_one_chip_serves_an_8b_base_with_lora_modules(name, sequences):
-    """One pool and one set of weights: the pool still holds so many sequences at full context."""
+    """One pool and one set of weights: the pool still holds so many sequences at full context. For
+    the GPU all layers are compiled, which takes a TPU's compiler minutes."""
     accelerator, config, sizes = ACCELERATORS[name], MODELS["Llama-3.1-8B"], Sizes()
+    part = None if accelerator.platform == "cuda" else part_of(config)
     compiled = {
         program.name: compile_program(accelerator, program, config.num_layers)
-        for program in one_chip_programs(accelerator, config, sizes, part_of(config))
+        for program in one_chip_programs(accelerator, config, sizes, part)
     }
     assert tuple(compiled) == ("prefill chunk", "decode step", SHARED_STEP, CHOICE)
     del compiled[CHOICE]
@@ -68,27 +70,6 @@ def test_one_chip_serves_an_8b_base_with_lora_modules(name, sequences):
         assert result.pool_in_place, step
         assert result.total_bytes < accelerator.memory, step
         assert result.largest_pool_tokens > sequences * sizes.context, step
-
-
-@pytest.mark.compile
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", ["v6e:2x4", "h100"])
-def test_all_layers_take_what_a_few_say(name):
-    """A decode step of the whole model, all layers compiled: memory and traffic are as above."""
-    accelerator, config, sizes = ACCELERATORS[name], MODELS["Llama-3.1-8B"], Sizes()
-    part, whole = (
-        compile_program(accelerator, program, config.num_layers)
-        for layers in (part_of(config), None)
-        for program in one_chip_programs(accelerator, config, sizes, layers)
-        if program.name == "decode step"
-    )
-    assert whole.pool_in_place
-    assert part.total_bytes == pytest.approx(whole.total_bytes, rel=0.01)
-    assert part.largest_pool_tokens == pytest.approx(whole.largest_pool_tokens, rel=0.02)
-    if accelerator.platform == "tpu":
-        assert part.hbm_bytes / part.least_bytes == pytest.approx(
-            whole.hbm_bytes / whole.least_bytes, rel=0.1
-        )
 
 
 @pytest.mark.compile
