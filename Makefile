@@ -56,12 +56,14 @@ modules: .venv/.study $(BASE)/pshare.json
 	mv modules/.exported modules/smollm2-135m
 
 # Compiling for JAX is mostly work of one thread: two processes use two cores better than one does.
+# Folder by folder: what the files of one share is made once a process.
+PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 test: .venv/.test
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest $(PARALLEL)
 
 # What compiles little: the inner loop.
 quick: .venv/.test
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(QUICK)
+	$(BIN)/python -m pytest $(PARALLEL) $(QUICK)
 
 # The page at /ui in a real browser; SCREENSHOTS=docs makes the picture of docs/ui.md.
 test-browser: .venv/.browser
@@ -87,7 +89,7 @@ NEWEST ?= python3.13
 NEWER := $(QUICK) tests/kernels tests/models tests/engine/test_rule_2_oracle.py \
   tests/engine/test_rule_7_no_surprise_compiles.py tests/bench/test_hardware.py
 test-newest: .venv-newest/.ready
-	.venv-newest/bin/python -m pytest --numprocesses 2 --dist loadfile $(NEWER)
+	.venv-newest/bin/python -m pytest $(PARALLEL) $(NEWER)
 
 test-compile-newest: .venv-compile-newest/.ready
 	.venv-compile-newest/bin/python -m pytest tests/compile -m compile

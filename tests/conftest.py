@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 # Tests compile hundreds of programs and run each for milliseconds: before jax is imported, and for
@@ -12,6 +13,9 @@ os.environ["XLA_FLAGS"] = " ".join(
 
 import jax
 import pytest
+
+from pshare_jax.engine.host_memory import return_freed_memory
+from tests.helpers import optimisations, set_optimisations
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,8 +33,30 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(
+    item: pytest.Item, nextitem: pytest.Item | None
+) -> Generator[None, None, None]:
+    """What the tests of one folder have compiled takes no memory from the next one's."""
+    yield
+    if nextitem is None or nextitem.path.parent != item.path.parent:
+        jax.clear_caches()
+        return_freed_memory()
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    jax.config.update("jax_platforms", config.getoption("--platform"))
+    platform = config.getoption("--platform")
+    jax.config.update("jax_platforms", platform)
+    if platform == "cpu":
+        # Most programs run for milliseconds and compile for seconds.
+        set_optimisations(False)
+
+
+@pytest.fixture(scope="module")
+def optimised() -> Iterator[None]:
+    """The compiler as users have it: for what it makes of a program, or what computes for long."""
+    with optimisations():
+        yield
 
 
 jax.config.update("jax_num_cpu_devices", 8)

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
+from collections.abc import Iterator
 from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 from pshare_jax.models.config import Experts, LayerSpec, ModelConfig
 from pshare_jax.models.rope import LinearRopeScaling, Llama3RopeScaling, LongRopeScaling, Rope
@@ -101,3 +108,25 @@ def tiny_config(**overrides: Any) -> ModelConfig:
         },
     )
     return dataclasses.replace(config, **overrides)
+
+
+def on_device(values: np.ndarray, dtype: Any = jnp.float32) -> jax.Array:
+    """As `jnp.asarray`, which compiles a program for each shape that it converts."""
+    return jnp.asarray(np.asarray(values, np.float32).astype(jnp.dtype(dtype)))
+
+
+def set_optimisations(on: bool) -> None:
+    """Whether XLA optimises what this process compiles, and those that it starts from now on."""
+    jax.config.update("jax_disable_most_optimizations", not on)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(not on))
+
+
+@contextlib.contextmanager
+def optimisations() -> Iterator[None]:
+    """XLA optimises as it does for users, which tests have it leave out."""
+    before = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "0") == "0"
+    set_optimisations(True)
+    try:
+        yield
+    finally:
+        set_optimisations(before)

@@ -103,6 +103,11 @@ class Outcome:
 def compile_program(accelerator: Accelerator, program: Program, layers: int) -> Compiled:
     """Compiles one program and reads what the compiler says of it.
 
+    Args:
+        accelerator: what it is compiled for.
+        program: what is compiled.
+        layers: of the whole model.
+
     Raises:
         Exception: whatever the compiler refuses it with.
     """
@@ -159,9 +164,10 @@ def _hbm_bytes(accelerator: Accelerator, program: Program, layers: int, hlo: str
 
 def _pool_in_place(program: Program, layers: int, memory: Any, hlo: str) -> bool:
     donates_pool = program.name != "handoff: gather"
+    compiled_pool = program.pool_bytes - program.resident_pool_bytes
     limit = max(program.pool_bytes / max(layers, 1), 2**20)
     return (
-        (memory.alias_size_in_bytes >= program.pool_bytes or not donates_pool)
+        (memory.alias_size_in_bytes >= compiled_pool or not donates_pool)
         and memory.temp_size_in_bytes < limit
         and largest_all_gather(hlo) < limit
     )

@@ -67,6 +67,8 @@ class Program:
         least_bytes: bytes that one device must move at least, live KV of `Sizes.context` included.
         least_flops: operations of one device.
         resident_bytes: what else lies in one device's memory while it runs.
+        resident_pool_bytes: of `pool_bytes`, the pages of layers that are not compiled; a part of
+            `resident_bytes`.
         mesh: sizes of the axes `data`, `fsdp` and `tensor`, of a training program only.
         compiler_options: XLA's, where they are not the defaults.
         pages_read: KV that a decode step reads from pages, in bytes of one device.
@@ -81,6 +83,7 @@ class Program:
     least_bytes: float = 0.0
     least_flops: float = 0.0
     resident_bytes: int = 0
+    resident_pool_bytes: int = 0
     mesh: str = ""
     compiler_options: Mapping[str, float] = field(default_factory=dict)
     pages_read: float = 0.0
@@ -114,7 +117,17 @@ NAMES = {
 
 
 class Side:
-    """One mesh of one model: its weights, its pool, and the programs of serving on it."""
+    """One mesh of one model: its weights, its pool, and the programs of serving on it.
+
+    Args:
+        accelerator: what is compiled for.
+        config: the model.
+        mesh: devices of the accelerator.
+        sizes: of the programs.
+        lora: whether there are LoRA modules.
+        whole: the side of a model of which `config` is some layers, to be compiled in its place:
+            it compiles faster, and the pool has the whole one's pages.
+    """
 
     def __init__(
         self,
@@ -123,8 +136,10 @@ class Side:
         mesh: Mesh,
         sizes: Sizes,
         lora: bool = False,
+        whole: Side | None = None,
     ):
         self.config, self.mesh, self.sizes = config, mesh, sizes
+        self._whole = whole or self
         specs = weight_specs(config)
         shardings = weight_shardings(mesh, specs)
         self.weights = {
@@ -141,6 +156,8 @@ class Side:
         one_page = bytes_per_device(self.pool(1))
         free = accelerator.memory - bytes_per_device((self.weights, self.adapters))
         self.num_pages = max(int(POOL_SHARE * free // one_page), sizes.batch)
+        if whole is not None:
+            self.num_pages = whole.num_pages
         self.bytes_per_token = one_page // sizes.page_size
 
     def _adapters(self) -> dict[str, Any]:
@@ -162,7 +179,8 @@ class Side:
         return (one,) * self.config.num_layers
 
     def program(self, call: Call) -> Program:
-        """What serving calls, with abstract arguments."""
+        """What serving calls, with abstract arguments; memory is that of the whole model, and the
+        floors are those of the layers that are compiled."""
         given = {
             Slot.WEIGHTS: self.weights,
             Slot.ADAPTERS: self.adapters,
@@ -178,19 +196,27 @@ class Side:
             for argument in call.arguments
         )
         floors = self._floors(call)
-        weights = (self.weights, self.adapters) if Slot.WEIGHTS in _slots(call) else ()
-        pool = self.pool(self.num_pages) if Slot.POOL in _slots(call) else ()
+        weight_bytes, pool_bytes = self._resident(call)
+        weights_of_all, pool_of_all = self._whole._resident(call)
         return Program(
             NAMES[call.name],
             call.function,
             arguments,
-            weight_bytes=bytes_per_device(weights),
-            pool_bytes=bytes_per_device(pool),
-            bytes_per_token=self.bytes_per_token if pool else 0,
+            weight_bytes=weights_of_all,
+            pool_bytes=pool_of_all,
+            bytes_per_token=self._whole.bytes_per_token if pool_bytes else 0,
+            resident_bytes=weights_of_all - weight_bytes + pool_of_all - pool_bytes,
+            resident_pool_bytes=pool_of_all - pool_bytes,
             least_bytes=floors.get("least_bytes", 0.0),
             least_flops=floors.get("least_flops", 0.0),
             pages_read=floors.get("pages_read", 0.0),
         )
+
+    def _resident(self, call: Call) -> tuple[int, int]:
+        """Bytes of one device: the weights and the pages that a call is given."""
+        weights = (self.weights, self.adapters) if Slot.WEIGHTS in _slots(call) else ()
+        pool = self.pool(self.num_pages) if Slot.POOL in _slots(call) else ()
+        return bytes_per_device(weights), bytes_per_device(pool)
 
     def _logits(self) -> Any:
         """Those of a step, split as the head is."""
@@ -247,14 +273,26 @@ def _slots(call: Call) -> list[Slot]:
     return [argument for argument in call.arguments if isinstance(argument, Slot)]
 
 
-def step_programs(accelerator: Accelerator, config: ModelConfig, sizes: Sizes) -> Iterator[Program]:
+def step_programs(
+    accelerator: Accelerator,
+    config: ModelConfig,
+    sizes: Sizes,
+    part: ModelConfig | None = None,
+) -> Iterator[Program]:
     """The programs of a serving machine: prefill and sending on one mesh, receiving and decode on
-    the other."""
+    the other.
+
+    Args:
+        accelerator: the machine.
+        config: the model.
+        sizes: of the programs.
+        part: some layers of the model, which are compiled alone in its memory; None: all.
+    """
     [prefill_mesh], [decode_mesh] = carve(
         accelerator.devices(), 1, accelerator.prefill, 1, accelerator.decode
     )
-    prefill = Side(accelerator, config, prefill_mesh, sizes)
-    decode = Side(accelerator, config, decode_mesh, sizes)
+    prefill = _side(accelerator, config, prefill_mesh, sizes, part)
+    decode = _side(accelerator, config, decode_mesh, sizes, part)
     yield from _rows(prefill, prefill.programs.prefill_calls())
     yield from _rows(prefill, prefill.programs.sending_calls())
     yield from _rows(decode, decode.programs.receiving_calls())
@@ -262,13 +300,29 @@ def step_programs(accelerator: Accelerator, config: ModelConfig, sizes: Sizes) -
 
 
 def one_chip_programs(
-    accelerator: Accelerator, config: ModelConfig, sizes: Sizes
+    accelerator: Accelerator,
+    config: ModelConfig,
+    sizes: Sizes,
+    part: ModelConfig | None = None,
 ) -> Iterator[Program]:
-    """The programs of one chip with one pool, one set of weights and LoRA modules over them."""
+    """The programs of one chip with one pool, one set of weights and LoRA modules over them;
+    arguments as for `step_programs`."""
     [mesh] = carve_one(accelerator.devices(), 1, 1)
-    side = Side(accelerator, config, mesh, sizes, lora=True)
+    side = _side(accelerator, config, mesh, sizes, part, lora=True)
     yield from _rows(side, side.programs.prefill_calls())
     yield from _rows(side, side.programs.decode_calls())
+
+
+def _side(
+    accelerator: Accelerator,
+    config: ModelConfig,
+    mesh: Mesh,
+    sizes: Sizes,
+    part: ModelConfig | None,
+    lora: bool = False,
+) -> Side:
+    whole = Side(accelerator, config, mesh, sizes, lora)
+    return whole if part is None else Side(accelerator, part, mesh, sizes, lora, whole)
 
 
 def _rows(side: Side, calls: Iterable[Call]) -> Iterator[Program]:

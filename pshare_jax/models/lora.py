@@ -7,11 +7,13 @@ module's part, and the B factors of all modules map that back: two dense product
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pshare_jax.errors import CheckpointError
 from pshare_jax.models.config import ModelConfig
@@ -95,27 +97,38 @@ def stack_adapters(modules: Sequence[LoraModule]) -> Weights:
     """
     rank = max(module.rank for module in modules)
     names = sorted({name for module in modules for name in module.weights})
-    stacked: Weights = {}
-    for name in names:
-        is_a = name.endswith(".lora_a")
-        rank_axis = -1 if is_a else 0
-        parts = []
-        template = next(m.weights[name] for m in modules if name in m.weights)
-        shape = list(template.shape)
-        shape[rank_axis] = rank
-        for module in modules:
-            factor = module.weights.get(name)
-            if factor is None:
-                parts.append(jnp.zeros(shape, template.dtype))
-                continue
-            if not is_a:
-                scale = module.alpha / module.rank
-                factor = (jnp.asarray(factor, jnp.float32) * scale).astype(template.dtype)
-            padding = [(0, 0)] * factor.ndim
-            padding[rank_axis] = (0, rank - module.rank)
-            parts.append(jnp.pad(factor, padding))
-        stacked[name] = jnp.stack(parts, axis=-2 if is_a else 0)
-    return stacked
+    scales = [np.float32(module.alpha / module.rank) for module in modules]
+    return {
+        name: _stack(
+            [module.weights.get(name) for module in modules],
+            scales,
+            rank=rank,
+            is_a=name.endswith(".lora_a"),
+        )
+        for name in names
+    }
+
+
+# One program a shape: each operation for itself would be compiled for itself.
+@functools.partial(jax.jit, static_argnames=("rank", "is_a"))
+def _stack(
+    factors: Sequence[jax.Array | None], scales: Sequence[jax.Array], *, rank: int, is_a: bool
+) -> jax.Array:
+    rank_axis = -1 if is_a else 0
+    template = next(factor for factor in factors if factor is not None)
+    shape = list(template.shape)
+    shape[rank_axis] = rank
+    parts = []
+    for factor, scale in zip(factors, scales, strict=True):
+        if factor is None:
+            parts.append(jnp.zeros(shape, template.dtype))
+            continue
+        if not is_a:
+            factor = (jnp.asarray(factor, jnp.float32) * scale).astype(template.dtype)
+        padding = [(0, 0)] * factor.ndim
+        padding[rank_axis] = (0, rank - factor.shape[rank_axis])
+        parts.append(jnp.pad(factor, padding))
+    return jnp.stack(parts, axis=-2 if is_a else 0)
 
 
 def merge(base: Weights, module: LoraModule) -> Weights:
@@ -132,12 +145,12 @@ def merge(base: Weights, module: LoraModule) -> Weights:
         kernel = merged[f"{path}.kernel"]
         if jnp.issubdtype(kernel.dtype, jnp.integer):
             raise ValueError(f"{path}.kernel: has whole numbers; merge before it is quantised")
-        update = jnp.tensordot(
-            jnp.asarray(a, jnp.float32),
-            jnp.asarray(module.weights[f"{path}.lora_b"], jnp.float32),
-            axes=1,
-        )
-        merged[f"{path}.kernel"] = (
-            jnp.asarray(kernel, jnp.float32) + module.alpha / module.rank * update
-        ).astype(kernel.dtype)
+        scale = np.float32(module.alpha / module.rank)
+        merged[f"{path}.kernel"] = _merged(kernel, a, module.weights[f"{path}.lora_b"], scale)
     return merged
+
+
+@jax.jit
+def _merged(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
+    update = jnp.tensordot(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32), axes=1)
+    return (jnp.asarray(kernel, jnp.float32) + scale * update).astype(kernel.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import optax
@@ -52,6 +53,12 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
                 "gradient transformation"
             )
         return made
+    return _adamw(config, steps)
+
+
+@functools.lru_cache(maxsize=4)
+def _adamw(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Kept, so that a run like an earlier one of this process compiles no update."""
     adamw = optax.adamw(
         learning_rate(config, steps),
         b1=config.beta1,

@@ -60,34 +60,18 @@ class Computations:
         self.mesh = mesh
         self.trainable_shardings = weight_shardings(mesh, specs)
         self.base_shardings = weight_shardings(mesh, weight_specs(recipe.config))
-        self.scalar_sharding = scalar = replicated(mesh)
-        abstract = {
-            name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in specs.items()
-        }
-        self.state_shardings = optax.tree.map_params(
-            optimizer,
-            lambda _, sharding: sharding,
-            jax.eval_shape(optimizer.init, abstract),
-            self.trainable_shardings,
-            transform_non_params=lambda _: scalar,
-        )
-        gradients = Gradients(scalar, scalar, self.trainable_shardings)
-        self._optimizer = optimizer
-        self._init = jax.jit(optimizer.init, out_shardings=self.state_shardings)
-        self._gradients = jax.jit(functools.partial(_gradients, recipe), out_shardings=gradients)
-        self._add = jax.jit(_add, donate_argnums=0, out_shardings=gradients)
-        self._update = jax.jit(
-            functools.partial(_update, optimizer),
-            donate_argnums=(0, 1),
-            out_shardings=(
-                self.trainable_shardings,
-                self.state_shardings,
-                Update(scalar, scalar, scalar),
-            ),
-        )
-        self._loss = jax.jit(functools.partial(_loss, recipe), out_shardings=(scalar, scalar))
-        self._base_kv = jax.jit(functools.partial(base_kv, recipe))
-        self._replicate = jax.jit(lambda x: x, out_shardings=scalar)
+        self.scalar_sharding = replicated(mesh)
+        weights = tuple(specs.items())
+        of_recipe = _of_recipe(recipe, mesh, weights)
+        self._gradients = of_recipe.gradients
+        self._add = of_recipe.add
+        self._loss = of_recipe.loss
+        self._base_kv = of_recipe.base_kv
+        self._replicate = of_recipe.replicate
+        of_optimizer = _of_optimizer(optimizer, mesh, weights)
+        self.state_shardings = of_optimizer.state_shardings
+        self._init = of_optimizer.init
+        self._update = of_optimizer.update
         self.jitted = {
             "base_kv": self._base_kv,
             "gradients": self._gradients,
@@ -149,6 +133,66 @@ class Computations:
     def to_host(self, array: jax.Array) -> np.ndarray:
         """The whole of an array, in every process."""
         return np.asarray(self._replicate(array))
+
+
+Specs = tuple[tuple[str, WeightSpec], ...]
+"""Of the trainable weights, by name."""
+
+
+class _OfRecipe(NamedTuple):
+    """What depends on no optimizer, under jit; see `Computations`."""
+
+    gradients: Any
+    add: Any
+    loss: Any
+    base_kv: Any
+    replicate: Any
+
+
+@functools.lru_cache(maxsize=4)
+def _of_recipe(recipe: Recipe, mesh: Mesh, specs: Specs) -> _OfRecipe:
+    """Kept: runs of one process that differ in data, rates or length compile this once."""
+    scalar = replicated(mesh)
+    gradients = Gradients(scalar, scalar, weight_shardings(mesh, dict(specs)))
+    return _OfRecipe(
+        gradients=jax.jit(functools.partial(_gradients, recipe), out_shardings=gradients),
+        add=jax.jit(_add, donate_argnums=0, out_shardings=gradients),
+        loss=jax.jit(functools.partial(_loss, recipe), out_shardings=(scalar, scalar)),
+        base_kv=jax.jit(functools.partial(base_kv, recipe)),
+        replicate=jax.jit(lambda x: x, out_shardings=scalar),
+    )
+
+
+class _OfOptimizer(NamedTuple):
+    """What depends on the optimizer, under jit, and how its state lies on the mesh."""
+
+    state_shardings: Any
+    init: Any
+    update: Any
+
+
+@functools.lru_cache(maxsize=4)
+def _of_optimizer(
+    optimizer: optax.GradientTransformation, mesh: Mesh, specs: Specs
+) -> _OfOptimizer:
+    scalar, trainable = replicated(mesh), weight_shardings(mesh, dict(specs))
+    abstract = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in specs}
+    state = optax.tree.map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, abstract),
+        trainable,
+        transform_non_params=lambda _: scalar,
+    )
+    return _OfOptimizer(
+        state,
+        init=jax.jit(optimizer.init, out_shardings=state),
+        update=jax.jit(
+            functools.partial(_update, optimizer),
+            donate_argnums=(0, 1),
+            out_shardings=(trainable, state, Update(scalar, scalar, scalar)),
+        ),
+    )
 
 
 def _gradients(

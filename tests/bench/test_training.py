@@ -9,12 +9,12 @@ import pytest
 from pshare_jax.bench import training
 from pshare_jax.bench.__main__ import main
 from pshare_jax.train import loop
-from tests.train.helpers import write_base
+from tests.train.helpers import SHALLOW, write_base
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return write_base(tmp_path_factory.mktemp("base"))
+    return write_base(tmp_path_factory.mktemp("base"), SHALLOW)
 
 
 def test_every_way_is_measured(base, tmp_path, monkeypatch, capsys):

@@ -12,7 +12,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import jax
 from aiohttp import web
 
 from pshare_jax.cluster.station import Station
@@ -203,7 +202,6 @@ def running_cluster(
     **cluster: Any,
 ) -> Iterator[Cluster]:
     """A cluster whose frontends are ready; `settings` are other parts of the configuration."""
-    jax.config.update("jax_disable_most_optimizations", True)
     running = Cluster(models, folder, settings, **cluster)
     try:
         for side, count in (("prefill", prefill), ("decode", decode)):
@@ -214,7 +212,6 @@ def running_cluster(
         yield running
     finally:
         running.close()
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 def ask(

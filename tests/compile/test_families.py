@@ -15,7 +15,7 @@ GEMMA_3_12B = ModelConfig(
     vocab_size=262208,
     hidden_size=3840,
     intermediate_size=15360,
-    num_layers=6,
+    num_layers=48,
     num_heads=16,
     num_kv_heads=8,
     head_dim=256,
@@ -23,30 +23,26 @@ GEMMA_3_12B = ModelConfig(
     max_position_embeddings=131072,
     tie_word_embeddings=True,
     qk_norm=True,
-    layers=(
-        *(LayerSpec(1024),) * 5,
-        LayerSpec(None, Rope(1e6, LinearRopeScaling(8.0))),
-    ),
+    layers=(*(LayerSpec(1024),) * 5, LayerSpec(None, Rope(1e6, LinearRopeScaling(8.0)))) * 8,
     activation="gelu_tanh",
     norm_adds_one=True,
     norms="both",
     embedding_scale=3840**0.5,
 )
-"""Layers of each kind: the pattern once, of eight times."""
-
 GEMMA_2_9B = with_layers(
     replace(
         GEMMA_3_12B,
         architecture="gemma2",
         hidden_size=3584,
         intermediate_size=14336,
+        num_layers=42,
         qk_norm=False,
-        layers=(LayerSpec(),) * 6,
+        layers=(LayerSpec(),) * 42,
         attention_soft_cap=50.0,
         logit_soft_cap=30.0,
         embedding_scale=3584**0.5,
     ),
-    [LayerSpec(4096), LayerSpec()] * 3,
+    [LayerSpec(4096), LayerSpec()] * 21,
 )
 
 QWEN3_30B_A3B = ModelConfig(
@@ -54,7 +50,7 @@ QWEN3_30B_A3B = ModelConfig(
     vocab_size=151936,
     hidden_size=2048,
     intermediate_size=6144,
-    num_layers=4,
+    num_layers=48,
     num_heads=32,
     num_kv_heads=4,
     head_dim=128,
@@ -64,8 +60,12 @@ QWEN3_30B_A3B = ModelConfig(
     qk_norm=True,
     experts=Experts(128, 8, 768),
 )
-"""Four layers of 48."""
-
+PARTS = {
+    "gemma3": replace(GEMMA_3_12B, num_layers=2, layers=GEMMA_3_12B.layers[4:6]),
+    "gemma2": replace(GEMMA_2_9B, num_layers=2, layers=GEMMA_2_9B.layers[:2]),
+    "qwen3_moe": replace(QWEN3_30B_A3B, num_layers=2),
+}
+"""A layer of each kind, which are compiled beside the memory that the others take."""
 STEPS = ("prefill chunk", "decode step")
 
 
@@ -77,7 +77,8 @@ STEPS = ("prefill chunk", "decode step")
 )
 def test_steps_compile_and_keep_the_pool_in_place(name, config):
     accelerator = ACCELERATORS[name]
-    programs = step_programs(accelerator, config, Sizes(batch=8, context=4096))
+    part, sizes = PARTS[config.architecture], Sizes(batch=8, context=4096)
+    programs = step_programs(accelerator, config, sizes, part)
     compiled = {
         program.name: compile_program(accelerator, program, config.num_layers)
         for program in programs

@@ -27,9 +27,10 @@ DEVICES = {**ACCELERATORS, IRONWOOD.name: IRONWOOD}
 
 
 @pytest.mark.parametrize("tokens", [1, FULL.chunk])
-@pytest.mark.parametrize("model", [SHAPE_1B, SHAPE_8B], ids=["1b", "8b"])
 @pytest.mark.parametrize("name", DEVICES)
-def test_attention_of_both_models(name, model, tokens):
+def test_attention_of_both_models(name, tokens):
+    """One of them by token, the other one by chunk: on the next machine it is the other way."""
+    model = (SHAPE_1B, SHAPE_8B)[(list(DEVICES).index(name) + (tokens == 1)) % 2]
     batch = FULL.batch if tokens == 1 else 1
     heads = (model.num_heads, model.num_kv_heads, model.head_dim)
     case = KernelCase(batch, tokens, *heads, FULL.page_size, FULL.dtype)
@@ -40,14 +41,12 @@ def test_attention_of_both_models(name, model, tokens):
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", ["v6e:2x4", "h100"])
 def test_the_steps_of_the_small_model(name):
-    """Of four of its layers: all are alike."""
+    """Two of its layers: all are alike."""
     accelerator = DEVICES[name]
-    config = dataclasses.replace(SHAPE_1B, num_layers=4)
+    part = dataclasses.replace(SHAPE_1B, num_layers=2)
     sizes = Sizes(batch=FULL.batch, context=FULL.context + 512, chunk=FULL.chunk)
-    # Layers of so few have large pools: a little of the memory is left for temporaries.
-    smaller = dataclasses.replace(accelerator, memory=0.9 * accelerator.memory)
-    for program in one_chip_programs(smaller, config, sizes):
-        compiled = compile_program(accelerator, program, config.num_layers)
+    for program in one_chip_programs(accelerator, SHAPE_1B, sizes, part):
+        compiled = compile_program(accelerator, program, SHAPE_1B.num_layers)
         assert compiled.pool_in_place or not program.pool_bytes, program.name
         assert compiled.total_bytes < accelerator.memory, program.name
 

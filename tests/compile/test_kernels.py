@@ -13,12 +13,12 @@ from pshare_jax.bench.compile_kernels import KERNEL_CASES, kernel_program
 from pshare_jax.bench.shared_prefix_programs import SHARED_CASES, attention_program
 from pshare_jax.kernels.kv_write.xla import kv_write as xla_kv_write
 from pshare_jax.kernels.paged_attention import pallas_gpu, pallas_tpu
+from tests.compile.rows import spread
 
 pytestmark = pytest.mark.compile
 
 
-@pytest.mark.parametrize("case", KERNEL_CASES, ids=str)
-@pytest.mark.parametrize("name", ACCELERATORS)
+@pytest.mark.parametrize(("name", "case"), spread(KERNEL_CASES))
 def test_kernels_compile_and_write_in_place(name, case):
     accelerator = ACCELERATORS[name]
     compiled = compile_program(accelerator, kernel_program(accelerator, case), layers=1)
@@ -66,8 +66,7 @@ def test_a_copy_of_the_pages_is_seen():
     assert memory.temp_size_in_bytes >= pages.size * pages.dtype.itemsize
 
 
-@pytest.mark.parametrize("case", SHARED_CASES, ids=str)
-@pytest.mark.parametrize("name", ACCELERATORS)
+@pytest.mark.parametrize(("name", "case"), spread(SHARED_CASES))
 def test_shared_prefix_attention_compiles_and_leaves_the_pages_in_place(name, case):
     accelerator = ACCELERATORS[name]
     program = attention_program(accelerator, case, 2048, shared=True)

@@ -14,7 +14,7 @@ from pshare_jax.convert.conversions import import_model, make_decoder
 from pshare_jax.convert.orbax import write_decode, write_prefill
 from pshare_jax.models.decoder import init_weights
 from pshare_jax.serve.process import running_server
-from tests.helpers import tiny_config
+from tests.helpers import optimisations, tiny_config
 from tests.text.tiny import write_byte_level
 
 ROOT = Path(__file__).parents[2]
@@ -105,8 +105,10 @@ def real_server(real_base, real_modules) -> Iterator[str]:
         "--decode.num_pages=48",
         "--decode.batch_buckets=[4]",
     ]
-    # The configuration names its checkpoints from the repository's folder.
-    with contextlib.chdir(ROOT), running_server(args) as url:
+    with contextlib.ExitStack() as stack:
+        # The configuration names its checkpoints from the repository's folder.
+        with contextlib.chdir(ROOT), optimisations():
+            url = stack.enter_context(running_server(args))
         yield url
 
 

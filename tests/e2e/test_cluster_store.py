@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +20,8 @@ import pytest
 
 from pshare_jax.serve.process import READY
 from tests.e2e.conftest import write_config
-from tests.e2e.test_cluster import SECONDS, Processes, Stream, body_of, read
+from tests.e2e.test_cluster import MODELS, SECONDS, Processes, Stream, body_of, read
+from tests.e2e.test_examples import run
 from tests.engine.harness import wait_until
 
 NUMBERS = range(9)
@@ -81,6 +84,24 @@ def test_pages_go_from_device_to_device(processes: Processes, expected: list[str
     assert texts(processes.urls[0]) == expected
     # Whatever fails goes by file, and the machine may be busy.
     wait_until(lambda: processes.metric("pshare_transfers_total", "jax-transfer") > 0, SECONDS)
+
+
+@pytest.mark.slow
+def test_the_example_goes_on_at_another_frontend(processes: Processes) -> None:
+    """Its answers are those that it gets when nothing breaks."""
+    first, second = processes.urls
+    options = ["--urls", first, second, "--models", *MODELS, "--max-tokens=12"]
+    pattern = r"(\w+): (\d+) of (\d+) prompt tokens from another model, 12 tokens by (.*?): (.*)"
+    broken, whole = (
+        [re.fullmatch(pattern, line).groups() for line in run("cluster.py", *more).splitlines()]  # type: ignore[union-attr]
+        for more in ([*options, "--break-after=3"], options)
+    )
+    assert [row[0] for row in broken] == [row[0] for row in whole] == list(MODELS)
+    assert [row[4] for row in broken] == [row[4] for row in whole]
+    assert [row[3] for row in broken] == [f"{first}, {second}"] * 3
+    assert [row[3] for row in whole] == [first, second, first]
+    # Each model reads what the one before has computed, at whichever frontend that was.
+    assert all(int(row[1]) >= int(before[2]) - 1 for before, row in itertools.pairwise(broken))
 
 
 @pytest.mark.slow

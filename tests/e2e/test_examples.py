@@ -20,6 +20,7 @@ from tests.e2e.conftest import ROOT, write_config
 from tests.train.helpers import chats, write_jsonl
 
 EXAMPLES = ROOT / "examples"
+CLUSTER = "test_cluster_store.py"
 INVOCATION = (260, 261)
 # One device and one size of each: an example is about what it does, not about how fast.
 SMALL = {
@@ -46,7 +47,9 @@ def test_every_example_is_listed_and_tested():
     names = {path.name for path in EXAMPLES.glob("*.py")}
     about = (EXAMPLES / "README.md").read_text()
     assert set(re.findall(r"\((\w+\.py)\)", about)) == names
-    assert names == set(re.findall(r'run\(\s*"(\w+\.py)"', Path(__file__).read_text()))
+    # That of a cluster is asked where a cluster runs.
+    texts = [(ROOT / "tests/e2e" / name).read_text() for name in (Path(__file__).name, CLUSTER)]
+    assert names == set(re.findall(r'run\(\s*"(\w+\.py)"', "".join(texts)))
 
 
 def test_agents_over_one_context(tiny_server):

@@ -17,7 +17,12 @@ from pshare_jax.train.generate import Prompt, generate
 from pshare_jax.train.loss import LoraShape, Recipe
 from tests.e2e import metrics
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+# 135M weights take longer to compute than to compile.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.usefixtures("optimised"),
+]
 
 MODELS = ("base", "family", "tools", "code")
 FACTS = "The harbour office opens at nine. The ferry to Tarva leaves at ten past eight. "

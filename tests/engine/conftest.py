@@ -8,18 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import jax
 import pytest
 
 from tests.engine.harness import Client, Models, every_kind, running, serve_config, two_by_two
-
-
-@pytest.fixture(scope="package", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """Tiny models run for milliseconds and compile for seconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="package")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import queue
 import threading
 import time
@@ -12,7 +13,6 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pshare_jax.config import DecodeConfig, ModelEntry, PrefillConfig, ServeConfig
@@ -35,7 +35,7 @@ from pshare_jax.models.decoder import init_weights
 from pshare_jax.models.lora import LoraModule, merge
 from pshare_jax.models.split import Certificate
 from pshare_jax.models.weights import LORA_TARGETS, Weights, lora_specs
-from tests.helpers import tiny_config
+from tests.helpers import on_device, tiny_config
 
 MAX_LEN = 128
 PAGE = 8
@@ -175,7 +175,7 @@ def lora_module(config: ModelConfig, seed: int, *, rank: int, targets: Sequence[
     """A random module whose update is as large as the base's weights."""
     rng = np.random.default_rng(seed)
     weights = {
-        name: jnp.asarray(rng.normal(0, 0.3, spec.shape), jnp.float32)
+        name: on_device(rng.normal(0, 0.3, spec.shape))
         for name, spec in lora_specs(config, rank, targets).items()
     }
     return LoraModule(weights, 2.0 * rank, rank, targets)
@@ -288,14 +288,14 @@ def wait_until(condition: Callable[[], Any], timeout: float = 60) -> None:
 
 
 @contextmanager
-def held(client: Client, rows: int = 1, number: int = 0) -> Iterator[None]:
-    """A decode worker's thread stands still once so many sequences run there."""
+def held(client: Client, rows: int = 1, number: int = 0, after: int = 0) -> Iterator[None]:
+    """A decode worker's thread stands still once so many sequences run there, `after` steps."""
     worker = client.engine.workers.decode[number]
     executor = worker.executor
-    gate, plain = threading.Event(), executor.finish
+    gate, plain, steps = threading.Event(), executor.finish, itertools.count()
 
     def finish() -> Any:
-        if sum(worker.core.running().values()) >= rows:
+        if sum(worker.core.running().values()) >= rows and next(steps) >= after:
             gate.wait(60)
         return plain()
 
@@ -305,6 +305,15 @@ def held(client: Client, rows: int = 1, number: int = 0) -> Iterator[None]:
     finally:
         executor.finish = plain  # type: ignore[method-assign]
         gate.set()
+
+
+def passed_on(client: Client) -> None:
+    """Waits until workers have been sent what was asked of the engine so far."""
+    # What it has to say is carried after each thing that it does.
+    for _ in range(2):
+        done = threading.Event()
+        client.engine._control.post(done.set)
+        assert done.wait(60)
 
 
 def in_thread_of(client: Client, worker: str, function: Callable[[], Any]) -> Any:

@@ -17,7 +17,9 @@ def test_same_tokens_as_the_oracle_on_unequal_meshes(backend: str) -> None:
     models.add_full("full", 1, tail=2)
     config = serve_config(
         kernel_backend=backend,
-        prefill=PrefillConfig(tensor_parallel=2, chunk_buckets=[16], num_pages=40),
+        # Few pages a row: the TPU kernel's copies of a block's pages are unrolled.
+        page_size=32,
+        prefill=PrefillConfig(tensor_parallel=2, chunk_buckets=[32], num_pages=40),
         decode=DecodeConfig(
             tensor_parallel=4,
             batch_buckets=[2],
@@ -27,7 +29,7 @@ def test_same_tokens_as_the_oracle_on_unequal_meshes(backend: str) -> None:
             shared_prefix="on",
         ),
     )
-    context = np.random.default_rng(0).integers(0, 256, 21).tolist()
+    context = np.random.default_rng(0).integers(0, 256, 70).tolist()
     with running(models, config) as client:
         asked = [name for name in models.tails for _ in range(2)]
         replies = [client.submit(name, tuple(context), 4) for name in asked]

@@ -10,7 +10,16 @@ import pytest
 
 from pshare_jax.core.requests import FinishReason, RequestOutput
 from pshare_jax.errors import EngineDeadError
-from tests.engine.harness import Client, Models, Reply, held, running, serve_config, wait_until
+from tests.engine.harness import (
+    Client,
+    Models,
+    Reply,
+    held,
+    passed_on,
+    running,
+    serve_config,
+    wait_until,
+)
 from tests.helpers import tiny_config
 
 NUM_REQUESTS = 70
@@ -100,20 +109,24 @@ def test_preempted_sequences_replay_and_go_on(client: Client, models: Models) ->
 def test_aborts_at_every_stage(client: Client) -> None:
     """Nobody else is running, so each stage is met for certain."""
     prompt = list(range(60))
-    reply = client.submit("full", prompt, 60)
-    reply.next_event()
-    client.abort(reply)
-    client.abort(reply)
-    client.engine.abort("no such request")
+    with held(client, after=1):
+        reply = client.submit("full", prompt, 60)
+        reply.next_event()
+        client.abort(reply)
+        client.abort(reply)
+        client.engine.abort("no such request")
+        passed_on(client)
     assert reply.wait().reason is FinishReason.ABORT
     assert 0 < len(reply.tokens) < 60
 
     # One sequence fills the decode pool, so that the next one is covered and waits for room.
-    wide = client.submit("full", prompt, 60)
-    wide.next_event()
-    blocked = [client.submit("lora", [i, *prompt], 60) for i in range(6)]
-    for other in blocked:
-        client.abort(other)
+    with held(client, after=1):
+        wide = client.submit("full", prompt, 60)
+        wide.next_event()
+        blocked = [client.submit("lora", [i, *prompt], 60) for i in range(6)]
+        for other in blocked:
+            client.abort(other)
+        passed_on(client)
     assert {other.wait().reason for other in blocked} == {FinishReason.ABORT}
     assert wide.wait().reason is FinishReason.LENGTH
     client.check_idle()

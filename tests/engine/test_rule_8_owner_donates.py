@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -44,14 +44,6 @@ def test_steps_donate_the_pool(client: Client) -> None:
         assert all(page.is_deleted() for page in pages)
         assert [page.unsafe_buffer_pointer() for page in pool._pages] == where
     assert threading.get_ident() not in {pool._owner for pool in pools}
-
-
-@pytest.fixture(scope="module")
-def optimised() -> Iterator[None]:
-    """This file asks what the real compiler makes of a step."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def compiled(call: Call, given: dict[Slot, Any]) -> Any:

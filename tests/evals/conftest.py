@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import pytest
 import yaml
 
@@ -44,16 +43,10 @@ def serve_config(tmp_path_factory) -> Path:
     return path
 
 
-# Of the package, so that what other tests compile is optimised as usual: the bits of a training run
-# depend on that.
 @pytest.fixture(scope="package")
 def engine(serve_config) -> Iterator[Engine]:
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        with Engine.from_config(serve_config) as engine:
-            yield engine
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+    with Engine.from_config(serve_config) as engine:
+        yield engine
 
 
 @pytest.fixture(scope="package")

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
+from tests.helpers import on_device
+
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-3}
 """Relative error of attention that is allowed against the oracle."""
 
@@ -151,9 +153,9 @@ def assert_equals_oracle(attend: Any, geometry: Geometry, dtype: str, case: Rows
     """Compares `attend(q, pages, page_table, q_start, q_lens)` with the oracle on random KV."""
     rng = np.random.default_rng(case.seed)
     table = page_tables(geometry, case, rng)
-    pages = jnp.asarray(filled_pages(geometry, case, table, rng), dtype)
+    pages = on_device(filled_pages(geometry, case, table, rng), dtype)
     shape = (geometry.batch, geometry.tokens, geometry.heads, geometry.head_dim)
-    q = jnp.asarray(rng.standard_normal(shape), dtype)
+    q = on_device(rng.standard_normal(shape), dtype)
 
     out = attend(q, pages, table, case.start, case.lens)
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pshare_jax.kernels.kv_write.api import kv_write
+from tests.helpers import on_device
 from tests.kernels.paged_cases import Geometry, page_tables, rows
 
 BACKENDS = ["xla", "reference", "cpu_ffi", "pallas_tpu_interpret"]
@@ -42,7 +43,7 @@ def test_writes_valid_tokens_and_nothing_else(backend, geometry, dtype, data):
 def assert_writes_valid_tokens(write, geometry, dtype, case):
     rng = np.random.default_rng(case.seed)
     table = page_tables(geometry, case, rng)
-    before = jnp.asarray(rng.standard_normal((geometry.num_pages, *geometry.page_shape)), dtype)
+    before = on_device(rng.standard_normal((geometry.num_pages, *geometry.page_shape)), dtype)
     k, v = rng.standard_normal(
         (2, geometry.batch, geometry.tokens, geometry.kv_heads, geometry.head_dim)
     ).astype(np.float32)

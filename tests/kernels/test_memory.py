@@ -9,6 +9,8 @@ from pshare_jax.kernels.kv_write.api import kv_write
 from pshare_jax.kernels.page_transfer.api import copy_pages, gather_pages, scatter_pages
 from pshare_jax.kernels.paged_attention.api import paged_attention
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE, NUM_PAGES = 2, 4, 2, 16, 16, 4000
 POOL = tuple(
     jax.ShapeDtypeStruct((NUM_PAGES, 2, KV_HEADS, PAGE_SIZE, HEAD_DIM), jnp.float32)

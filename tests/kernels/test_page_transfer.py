@@ -15,6 +15,7 @@ from pshare_jax.kernels.page_transfer.api import (
     page_checksums,
     scatter_pages,
 )
+from tests.helpers import on_device
 
 LAYERS, NUM_PAGES, COUNT = 3, 12, 5
 PAGE_SHAPE = (2, 2, 4, 8)
@@ -29,7 +30,7 @@ def compiled(function, backend: str):
 def random_pool(seed: int, dtype: str) -> tuple[jax.Array, ...]:
     rng = np.random.default_rng(seed)
     shape = (LAYERS, NUM_PAGES, *PAGE_SHAPE)
-    return tuple(jnp.asarray(rng.standard_normal(shape), dtype))
+    return tuple(on_device(rng.standard_normal(shape), dtype))
 
 
 @st.composite
@@ -60,7 +61,7 @@ def test_scatter(backend, dtype, data):
     pool = random_pool(data.draw(st.integers(0, 99)), dtype)
     index = data.draw(indices(COUNT))
     rng = np.random.default_rng(1)
-    staged = jnp.asarray(rng.standard_normal((LAYERS, COUNT, *PAGE_SHAPE)), dtype)
+    staged = on_device(rng.standard_normal((LAYERS, COUNT, *PAGE_SHAPE)), dtype)
     after = compiled(scatter_pages, backend)(pool, staged, index)
     for layer in range(LAYERS):
         expected = np.array(pool[layer])

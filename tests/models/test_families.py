@@ -36,13 +36,6 @@ from tests.helpers import FAMILIES, tiny_config
 PAGE, TOKENS, SPLIT = 4, 13, 9
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def at_once(config, weights, tokens):
     decoder = bind(config, weights)

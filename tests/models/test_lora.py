@@ -11,7 +11,7 @@ from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.decoder import bind, init_weights
 from pshare_jax.models.lora import Adapters, LoraModule, check_lora, merge, stack_adapters
 from pshare_jax.models.weights import LORA_TARGETS, Weights, lora_specs
-from tests.helpers import tiny_config
+from tests.helpers import on_device, tiny_config
 
 TOLERANCE = 1e-5
 
@@ -21,7 +21,7 @@ def random_module(
 ) -> LoraModule:
     rng = np.random.default_rng(seed)
     weights = {
-        name: jnp.asarray(0.2 * rng.standard_normal(spec.shape), jnp.float32)
+        name: on_device(0.2 * rng.standard_normal(spec.shape))
         for name, spec in lora_specs(config, rank, targets).items()
     }
     return LoraModule(weights, alpha, rank, tuple(targets))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from pshare_jax.models.decoder import bind, init_weights
 from pshare_jax.models.lora import Adapters, LoraModule, stack_adapters
 from pshare_jax.models.packed import PackedDecoder, pack_adapters, pack_weights
 from pshare_jax.models.weights import LORA_TARGETS, lora_specs
-from tests.helpers import ARCHITECTURES, tiny_config
+from tests.helpers import ARCHITECTURES, on_device, tiny_config
 
 PAGE, WIDTH, TOKENS = 4, 24, 7
 START = np.asarray([70, 0, 5, 11], np.int32)
@@ -54,14 +53,6 @@ CONFIGS = {
         architecture="qwen2", hidden_size=96, intermediate_size=200, num_heads=6, head_dim=48
     ),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """XLA's side runs for milliseconds and compiles for seconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 class PagedIO:
@@ -103,7 +94,7 @@ def batch(config: ModelConfig, dtype: str):
                 layer[table[row, page], :, :, slot] = rng.standard_normal(
                     (2, config.num_kv_heads, config.head_dim)
                 )
-        pages.append(jnp.asarray(layer, dtype))
+        pages.append(on_device(layer, dtype))
     tokens = rng.integers(0, config.vocab_size, (4, TOKENS)).astype(np.int32)
     positions = START[:, None] + np.arange(TOKENS, dtype=np.int32)
     return tokens, positions, (table, START, LENS), tuple(pages)
@@ -131,7 +122,7 @@ def in_cpp(config, weights, adapters, index, tokens, positions, rows, pages, *, 
 def random_lora(config: ModelConfig, rank: int, targets, alpha: float, seed: int, dtype: str):
     rng = np.random.default_rng(seed)
     weights = {
-        name: jnp.asarray(0.3 * rng.standard_normal(spec.shape), dtype)
+        name: on_device(0.3 * rng.standard_normal(spec.shape), dtype)
         for name, spec in lora_specs(config, rank, targets).items()
     }
     return LoraModule(weights, alpha, rank, tuple(targets))

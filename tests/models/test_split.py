@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -23,7 +24,7 @@ from pshare_jax.models.split import (
     tensor_hash,
 )
 from pshare_jax.models.weights import Weights, lora_specs
-from tests.helpers import ARCHITECTURES, tiny_config
+from tests.helpers import ARCHITECTURES, on_device, tiny_config
 
 # float32 sums in another order: a few units in the last place of logits around 1.
 TOLERANCE = 1e-5
@@ -40,45 +41,46 @@ def random_lora(config: ModelConfig, certificate: Certificate, seed: int) -> Wei
     assert certificate.lora_targets is not None
     rng = np.random.default_rng(seed)
     specs = lora_specs(config, certificate.lora_rank, certificate.lora_targets)
-    return {
-        name: jnp.asarray(0.2 * rng.standard_normal(s.shape), jnp.float32)
-        for name, s in specs.items()
-    }
+    return {name: on_device(0.2 * rng.standard_normal(s.shape)) for name, s in specs.items()}
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def ordinary_logits(config: ModelConfig, weights: Weights, tokens: jax.Array) -> jax.Array:
     """Logits `[B, n, vocab]` of one forward pass without any cache."""
-
-    @jax.jit
-    def forward(weights, tokens):
-        decoder = bind(config, weights)
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        return decoder.logits(decoder.hidden(tokens, positions, CausalAttention(config)))
-
-    return forward(weights, tokens)
+    decoder = bind(config, weights)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return decoder.logits(decoder.hidden(tokens, positions, CausalAttention(config)))
 
 
-def split_logits(prefill: PrefillModule, decode: DecodeModule, tokens: jax.Array):
+def split_logits(
+    config: ModelConfig,
+    base: Weights,
+    own: Weights,
+    certificate: Certificate,
+    tokens: jax.Array,
+    lora: Weights | None = None,
+) -> jax.Array:
     """Logits `[B, n - split, vocab]` of the decode module over the prefill module's KV.
 
     Cache slots that nobody has written hold large values: reading one would show.
     """
-    config, n = prefill.config, tokens.shape[1]
-    split = decode.certificate.tail.split(tokens[0].tolist()).covered
-    positions = jnp.broadcast_to(jnp.arange(n), tokens.shape)
+    split = certificate.tail.split(tokens[0].tolist()).covered
+    return _split_logits(config, certificate, split, base, own, lora, tokens)
 
-    @jax.jit
-    def run(tokens):
-        empty = init_cache(config, tokens.shape[0], n + 3, jnp.dtype(jnp.float32))
-        cache = jax.tree.map(lambda slots: slots + 1e3, empty)
-        if split:
-            written = DenseCache(config, cache, 0)
-            prefill.write_kv(tokens[:, :split], positions[:, :split], written)
-            cache = written.cache
-        rest = DenseCache(config, cache, split)
-        return decode.logits(tokens[:, split:], positions[:, split:], rest)
 
-    return run(tokens)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _split_logits(config, certificate, split, base, own, lora, tokens):
+    prefill = PrefillModule(config, base, "base")
+    decode = DecodeModule(config, own, certificate, lora)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    empty = init_cache(config, tokens.shape[0], tokens.shape[1] + 3, jnp.dtype(jnp.float32))
+    cache = jax.tree.map(lambda slots: slots + 1e3, empty)
+    if split:
+        written = DenseCache(config, cache, 0)
+        prefill.write_kv(tokens[:, :split], positions[:, :split], written)
+        cache = written.cache
+    rest = DenseCache(config, cache, split)
+    return decode.logits(tokens[:, split:], positions[:, split:], rest)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -90,10 +92,9 @@ def test_rule_1_split_identity(architecture, n, tail):
     config = tiny_config(architecture=architecture)
     weights = init_weights(config, seed=1)
     tokens = jnp.asarray(np.random.default_rng(n).integers(0, config.vocab_size, (2, n)), jnp.int32)
-    prefill = PrefillModule(config, weights, fingerprint="base")
-    decode = DecodeModule(config, weights, dataclasses.replace(FULL, tail=LastTokens(tail)))
+    certificate = dataclasses.replace(FULL, tail=LastTokens(tail))
 
-    actual = split_logits(prefill, decode, tokens)
+    actual = split_logits(config, weights, weights, certificate, tokens)
     expected = ordinary_logits(config, weights, tokens)[:, -tail:]
 
     assert actual.shape == (2, min(n, tail), config.vocab_size)
@@ -105,10 +106,9 @@ def test_decode_modules_read_the_bases_kv_not_their_own():
     config = tiny_config()
     base, own = init_weights(config, seed=1), init_weights(config, seed=2)
     tokens = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
-    decode = DecodeModule(config, own, FULL)
 
-    shared = split_logits(PrefillModule(config, base, "base"), decode, tokens)
-    isolated = split_logits(PrefillModule(config, own, "own"), decode, tokens)
+    shared = split_logits(config, base, own, FULL, tokens)
+    isolated = split_logits(config, own, own, FULL, tokens)
 
     expected = ordinary_logits(config, own, tokens)[:, -1:]
     np.testing.assert_allclose(isolated, expected, rtol=0, atol=TOLERANCE)
@@ -120,13 +120,12 @@ def test_lora_decode_module_equals_merged_weights():
     base = init_weights(config, seed=1)
     factors = random_lora(config, LORA, seed=3)
     tokens = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
-    prefill = PrefillModule(config, base, "base")
 
     lora, full = (dataclasses.replace(c, tail=LastTokens(2)) for c in (LORA, FULL))
     merged = merge(base, LORA.lora_module(factors))
-    actual = split_logits(prefill, DecodeModule(config, base, lora, factors), tokens)
-    expected = split_logits(prefill, DecodeModule(config, merged, full), tokens)
-    identity = split_logits(prefill, DecodeModule(config, base, full), tokens)
+    actual = split_logits(config, base, base, lora, tokens, factors)
+    expected = split_logits(config, base, merged, full, tokens)
+    identity = split_logits(config, base, base, full, tokens)
 
     np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE)
     assert np.abs(actual - identity).max() > 0.1

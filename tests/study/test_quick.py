@@ -11,6 +11,7 @@ from pshare_jax.study.quick import lookups
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 def test_cache_conditioned_modules_learn_where_naive_sharing_fails(tmp_path, capsys):
     assert main(["quick", str(tmp_path)]) == 0
     results = {

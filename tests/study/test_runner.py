@@ -14,7 +14,7 @@ from pshare_jax.study import plots, report, runner
 from pshare_jax.study.config import SHARES, Runs, StudyConfig, TaskConfig, expand
 from pshare_jax.study.runner import Study
 from pshare_jax.train.report import Reporter
-from tests.train.helpers import write_base
+from tests.train.helpers import SHALLOW, write_base
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,7 +25,7 @@ TASK = TaskConfig("code", 24, 4, 6, 4)
 def study(tmp_path_factory) -> StudyConfig:
     """Finished: two learning rates of PrefillShare, the better one with LoRA, and full."""
     folder = tmp_path_factory.mktemp("study")
-    base = write_base(folder)
+    base = write_base(folder, SHALLOW)
     config = StudyConfig(
         base=str(base),
         folder=str(folder / "work"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import struct
 from collections.abc import Iterable, Mapping
@@ -29,10 +30,14 @@ MODEL: ModelConfig = tiny_config(vocab_size=416, max_position_embeddings=512)
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "and", "then", "all")
 
 
-def write_base(folder: Path) -> Path:
+SHALLOW: ModelConfig = dataclasses.replace(MODEL, num_layers=1)
+"""For what trains many times over and asks nothing of the model."""
+
+
+def write_base(folder: Path, model: ModelConfig = MODEL) -> Path:
     tokenizer = write_byte_level(folder / "tokenizer-files")
     files = {path.name: path.read_bytes() for path in tokenizer.iterdir()}
-    write_prefill(folder / "base", MODEL, init_weights(MODEL, 0), files)
+    write_prefill(folder / "base", model, init_weights(model, 0), files)
     return folder / "base"
 
 
