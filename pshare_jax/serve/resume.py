@@ -204,6 +204,8 @@ def _unpacked(text: str) -> array[int] | None:
 
 def _digest(service: Service, jobs: Sequence[Job | ApiError]) -> str:
     """Of all that the answers depend on: the weights, and how their text is read, among it."""
+    config = service.engine.config
+    computed = [config.dtype, config.weights, config.kv_dtype]
     facts = [
         (job.status, job.message)
         if isinstance(job, ApiError)
@@ -217,7 +219,7 @@ def _digest(service: Service, jobs: Sequence[Job | ApiError]) -> str:
         )
         for job in jobs
     ]
-    return hashlib.blake2b(msgspec.json.encode(facts), digest_size=8).hexdigest()
+    return hashlib.blake2b(msgspec.json.encode([computed, facts]), digest_size=8).hexdigest()
 
 
 def _seed(answer: str, prompt: int) -> int:

@@ -137,6 +137,20 @@ def test_the_answer_of_a_module_that_was_replaced_is_not_gone_on_with(tokenizer:
     assert "has been replaced" in answer.error["message"]
 
 
+def test_an_answer_of_other_arithmetic_is_not_gone_on_with(tokenizer: Tokenizer) -> None:
+    body = {"model": "planner", "prompt": "mine", "stream": True, "max_tokens": 9}
+    engine = frontend(tokenizer, 1)
+    with running_server(engine) as client:
+        last = stream(client, "/v1/completions", body)[1][0]
+        for changed in ({"weights": "int8"}, {"kv_dtype": "fp8"}, {"dtype": "float32"}):
+            config = engine.config
+            engine.config = replace(config, **changed)
+            answer = client.post("/v1/completions", body, **{"Last-Event-ID": last})
+            assert answer.status == 409, changed
+            engine.config = config
+        assert client.post("/v1/completions", body, **{"Last-Event-ID": last}).status == 200
+
+
 def test_one_process_gives_no_ids(client: Client) -> None:
     """Streams are as they were, and the header means nothing."""
     body = {"model": "planner", "prompt": "x", "stream": True}
