@@ -79,9 +79,9 @@ class Discovery:
             host, port = split_address(name.removeprefix(DNS))
             try:
                 found = await self._resolve(host, port)
-            except OSError as error:
+            except (OSError, UnicodeError) as error:
                 # What was known stays, until somebody knows better.
-                problems[name] = error.strerror or str(error)
+                problems[name] = getattr(error, "strerror", None) or str(error)
                 continue
             staying = [a for a in self._known.get(name, ()) if a in linked and a not in found]
             self._known[name] = [*found, *staying]

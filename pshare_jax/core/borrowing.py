@@ -26,12 +26,16 @@ PIECE_PAGES = 64
 PIECE_SECONDS = 2.0
 """After this a piece is not waited for any more, and the rest is computed."""
 
+AVOID_SECONDS = 30.0
+"""How long nothing is asked of a worker whose pages have not come in time."""
+
 
 @dataclass(eq=False)
 class _Piece:
     """Full pages from number `first` of a prompt on, which its worker has been asked for.
 
-    `pull` is set once they are on offer; they may be fewer then.
+    `pull` is set once they are on offer; they may be fewer then. A piece that is `late` is looked
+    at once more: it may have come long ago.
     """
 
     transfer: int
@@ -40,6 +44,7 @@ class _Piece:
     keys: list[bytes]
     deadline: float | None = None
     pull: Pull | None = None
+    late: bool = False
 
 
 @dataclass(eq=False)
@@ -77,6 +82,7 @@ class Borrowing:
         self._pieces: dict[int, _Piece] = {}
         self._ready: list[PrefillTask] = []
         self._calls = _Calls()
+        self._avoided: dict[str, float] = {}
 
     @property
     def urgent(self) -> bool:
@@ -111,7 +117,7 @@ class Borrowing:
         sequence, page_size = task.sequence, self._cache.page_size
         first, within = divmod(task.filled, page_size)
         keys = sequence.keys[first : first + PIECE_PAGES]
-        if sequence.lender in ("", self._name) or within or not keys:
+        if sequence.lender in ("", self._name, *self._avoided) or within or not keys:
             return False
         transfer = next(self._ids)
         self._pieces[transfer] = _Piece(transfer, task, first, keys)
@@ -160,10 +166,18 @@ class Borrowing:
 
     def expire(self, now: float) -> None:
         """Gives up on what has taken too long; `now` is in seconds, from any start."""
+        for lender, until in tuple(self._avoided.items()):
+            if now >= until:
+                del self._avoided[lender]
         for piece in tuple(self._pieces.values()):
             if piece.deadline is None:
                 piece.deadline = now + PIECE_SECONDS
-            elif now >= piece.deadline:
+            elif now < piece.deadline:
+                continue
+            elif piece.pull is not None and not piece.late:
+                piece.late = True
+            else:
+                self._avoided[piece.task.sequence.lender] = now + AVOID_SECONDS
                 self._failed(piece)
 
     def take_pulls(self) -> list[Pull]:
@@ -199,6 +213,7 @@ class Borrowing:
             self._cache.release(task.pages)
         self._pieces.clear()
         self._ready.clear()
+        self._calls = _Calls()
 
     def _index(self, piece: _Piece) -> None:
         """What has come goes into the index, as if it had been computed here."""
@@ -220,6 +235,7 @@ class Borrowing:
                 origins=[sequence.model] * page_size,
                 key=key,
                 state=PageState.READY,
+                borrowed=True,
             )
             self._cache.insert(parent)
             task.account(parent, page_size)

@@ -56,6 +56,8 @@ class Loans:
 
     def lend(self, wanted: m.Lend) -> None:
         """Puts on offer, with the next plan, as many of the pages as the index holds."""
+        if wanted.transfer in self._loans:
+            return
         nodes = self._cache.match(wanted.keys, wanted.tokens, ready=True)
         if not nodes:
             why = f"{self._name} does not have the pages of sequence {wanted.id}"
@@ -118,6 +120,7 @@ class Loans:
             self._cache.release(loan.pages)
         self._loans.clear()
         self._offers.clear()
+        self._ended.clear()
 
     def _say(self, to: str, message: Message) -> None:
         self._outbox.append((to, message))

@@ -309,7 +309,7 @@ class PrefillCore:
         self.store.expire(now)
         urgent = self.store.urgent
         # Before pages are given away: what is to be written is copied before it is overwritten.
-        busy = bool(self.queue.tasks or self.chunks.active)
+        busy = bool(self.queue.tasks or self.chunks.active or self.borrowing.waits)
         return self.store.work(saves=not urgent, busy=busy), urgent
 
     def _with_looks(self, plan: StorePlan | None) -> StorePlan | None:

@@ -65,6 +65,8 @@ class WriteBehind:
                 self._touched.append(key)
                 continue
             node = self._cache.node_of(task.pages[number])
+            if node is not None and node.borrowed:
+                break  # the store's keys name who computed: not this, nor what it was made from
             start = number * page_size
             tokens = sequence.prompt[start : min(start + page_size, sequence.covered)]
             if node is not None and key not in self._saving:

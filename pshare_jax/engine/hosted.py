@@ -45,7 +45,7 @@ from pshare_jax.engine.loader import (
 )
 from pshare_jax.engine.modules import Modules
 from pshare_jax.engine.served import ModelInfo, ServedModels
-from pshare_jax.engine.shape import cluster_shape
+from pshare_jax.engine.shape import cluster_shape, dtype_of_pages
 from pshare_jax.engine.snapshot import worker_stats
 from pshare_jax.errors import ConfigError, PshareError
 from pshare_jax.kernels.backends import backend_for
@@ -127,7 +127,9 @@ class HostedWorkers:
         specs = _hosted_specs(config, role, name, base, sources)
         served = ServedModels(config, base, sources, specs)
         self._served = served
-        self.shape: Shape = cluster_shape(config, base, sources, specs, np.dtype(layout.dtype).name)
+        self._computed = dtype.name
+        pages = dtype_of_pages(np.dtype(layout.dtype).name, self._computed)
+        self.shape: Shape = cluster_shape(config, base, sources, specs, pages)
         backend = backend_for(config.kernel_backend, jax.default_backend())
         loader = WeightLoader(base, sources, backend, config.decode, dtype)
         self._grammars: GrammarCompiler | None = None
@@ -256,7 +258,11 @@ class HostedWorkers:
         thread = WorkerThread("engine", self.workers, carry, on_failure, host_turns=self._turns)
         if stores:
             self._store = EngineStore(
-                self.config.kv_store, self._layout, self.prefill, self._tokenizer
+                self.config.kv_store,
+                self._layout,
+                self._computed,
+                self.prefill,
+                self._tokenizer,
             )
             self._store.attach(thread.post)
         return_freed_memory()

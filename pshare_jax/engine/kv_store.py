@@ -67,14 +67,15 @@ def page_shape(layout: PageLayout) -> tuple[int, ...]:
     return (layout.num_layers, *layout.layer_shape(1)[1:])
 
 
-def store_root(layout: PageLayout, backend: str, mesh_size: int) -> bytes:
+def store_root(layout: PageLayout, computed: str, backend: str, mesh_size: int) -> bytes:
     """What the contents of a page depend on beside weights, tokens and tenant, as a key.
 
-    Those are in the page's own key. Here are the format, the page's shape and dtype, and who
-    computed it: other kernels, devices or versions round otherwise, and other code may do anything.
+    Those are in the page's own key. Here are the format, the page's shape and dtype, the dtype that
+    was computed in, which pages of 8 bits do not say, and who computed it: other kernels, devices
+    or versions round otherwise, and other code may do anything.
     """
     by = computed_by(backend, mesh_size)
-    names = [VERSION, page_shape(layout), np.dtype(layout.dtype).name, by]
+    names = [VERSION, page_shape(layout), np.dtype(layout.dtype).name, computed, by]
     return hashlib.blake2b(msgspec.json.encode(names), digest_size=16).digest()
 
 
@@ -84,6 +85,7 @@ class EngineStore:
     Args:
         config: where it is.
         layout: of pages.
+        computed: name of the dtype that is computed in.
         workers: the prefill workers, warmed up and not started.
         tokenizer: of the base, for calibration on text; None takes the bytes for tokens.
 
@@ -95,11 +97,13 @@ class EngineStore:
         self,
         config: KvStoreConfig,
         layout: PageLayout,
+        computed: str,
         workers: Sequence[Worker],
         tokenizer: Tokenizer | None,
     ):
         self._config = config
         self._layout = layout
+        self._computed = computed
         self._workers = workers
         self._ends: list[WorkerEnd] = []
         self._tokens = _calibration_tokens(workers[0], tokenizer)
@@ -131,7 +135,8 @@ class EngineStore:
         """Gives each worker its side of the store; `send` carries a message to a worker."""
         for worker in self._workers:
             programs, name = worker.executor.programs, worker.name
-            root = store_root(self._layout, programs.spec.backend, programs.staging.mesh.size)
+            backend, devices = programs.spec.backend, programs.staging.mesh.size
+            root = store_root(self._layout, self._computed, backend, devices)
             end = WorkerEnd(
                 programs,
                 worker.executor.pool,

@@ -77,6 +77,7 @@ class Orchestrator(Front):
         tokenizer: Tokenizer | None = None,
     ):
         dtype = compute_dtype(config, base.config)
+        self._computed = dtype.name
         base = dataclasses.replace(base, kv_dtype=config.kv_dtype)
         layout = PageLayout.of(base.config, config.page_size, page_dtype(config, base.config))
         sizes = check_config(config, base.config, layout)
@@ -156,7 +157,11 @@ class Orchestrator(Front):
         self.workers.warm_up(stores=stores)
         if stores:
             self.store = EngineStore(
-                self.config.kv_store, self._layout, self.workers.prefill, self._tokenizer
+                self.config.kv_store,
+                self._layout,
+                self._computed,
+                self.workers.prefill,
+                self._tokenizer,
             )
             self.store.attach(lambda to, message: self._thread_of[to].post(to, message))
         return_freed_memory()

@@ -29,7 +29,7 @@ K = TypeVar("K")
 class ModelInfo:
     """A served model as clients see it; `tail` is the split rule as its certificate states it,
     `created` is in Unix seconds, `tokenizer_folder` has its own template and end tokens, and
-    `fingerprint` names its weights; empty for the base's own."""
+    `fingerprint` names its weights, and the KV that it reads."""
 
     name: str
     parent: str
@@ -37,8 +37,8 @@ class ModelInfo:
     kind: ModelKind
     tail: int | dict[str, Any]
     created: int
-    tokenizer_folder: Path | None = None
-    fingerprint: str = ""
+    tokenizer_folder: Path | None
+    fingerprint: str
 
 
 class ServedModels:
@@ -171,6 +171,7 @@ class ServedModels:
             )
 
     def _info(self, name: str, source: ModelSource) -> ModelInfo:
+        own = source.certificate.weights_fingerprint if source.certificate else ""
         return ModelInfo(
             name,
             Path(self._config.base).name,
@@ -179,7 +180,7 @@ class ServedModels:
             source.split_rule.to_json(),
             int(time.time()),
             source.tokenizer_folder,
-            source.certificate.weights_fingerprint if source.certificate else "",
+            f"{self._base.kv_name} {own}",
         )
 
 

@@ -10,6 +10,16 @@ from pshare_jax.core.models import ModelSpec
 from pshare_jax.engine.loader import BaseSource, ModelSource
 
 
+def dtype_of_pages(pages: str, computed: str) -> str:
+    """What pages hold, as processes tell each other: the same for all whose KV is the same.
+
+    Args:
+        pages: their dtype.
+        computed: the dtype that is computed in, which pages of 8 bits do not say.
+    """
+    return pages if pages == computed else f"{pages} of {computed}"
+
+
 def cluster_shape(
     config: ServeConfig,
     base: BaseSource,
@@ -28,7 +38,7 @@ def cluster_shape(
     """
     model = base.config
     return Shape(
-        fingerprint=base.fingerprint,
+        fingerprint=base.kv_name,
         max_model_len=config.max_model_len,
         page=(model.num_layers, model.num_kv_heads, config.page_size, model.head_dim),
         dtype=dtype,

@@ -13,6 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Annotated
 
 import msgspec
 import numpy as np
@@ -59,6 +60,9 @@ class Wanted(msgspec.Struct, frozen=True):
         return msgspec.json.encode(self).decode()
 
 
+Rate = Annotated[float, msgspec.Meta(gt=0)]
+
+
 class Coding(msgspec.Struct, frozen=True):
     """What a process codes pages by.
 
@@ -74,9 +78,9 @@ class Coding(msgspec.Struct, frozen=True):
 
     codec: str
     book: str
-    encode: float
-    decode: float
-    ratio: float
+    encode: Rate
+    decode: Rate
+    ratio: Rate
     coded: bool = False
     table: bool = False
 

@@ -36,6 +36,9 @@ from pshare_jax.runtime.layout import PageLayout
 HEAD = struct.Struct("<IQ")
 """Of a frame: length and digest of its record."""
 
+_PART = 256 * 1024
+"""Bytes between two looks at the clock, at most."""
+
 
 class Traffic:
     """What has come to a worker from other processes. Thread-safe.
@@ -259,7 +262,8 @@ class _Stream:
         clock: Callable[[], float],
     ):
         self._transfer = transfer
-        self._source = source
+        # `readinto` of an answer waits until all has come, however slowly.
+        self._read = getattr(source, "readinto1", source.readinto)
         self._clock = clock
         self._end = clock() + TRANSFER_SECONDS
 
@@ -270,7 +274,7 @@ class _Stream:
             TransferError: they do not come, or not in time.
         """
         while into:
-            count = self._source.readinto(into)
+            count = self._read(into[:_PART])
             if not count:
                 raise TransferError(f"transfer {self._transfer}: it ends too early")
             if self._clock() > self._end:
@@ -289,4 +293,4 @@ class _Stream:
     @property
     def has_more(self) -> bool:
         """Whether it goes on."""
-        return bool(self._source.readinto(bytearray(1)))
+        return bool(self._read(bytearray(1)))

@@ -256,7 +256,8 @@ class RemotePages:
                 del self._arriving[transfer]
                 self._failed(arriving)
                 raise
-            except OSError as error:
+            except (OSError, ValueError, ArithmeticError) as error:
+                # What a wrong process says must not end this one.
                 del self._arriving[transfer]
                 raise TransferError(f"transfer {transfer}: it cannot be read: {error}") from error
             arriving.coded = read.coded

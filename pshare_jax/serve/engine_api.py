@@ -52,7 +52,7 @@ class ModelInfo(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Names its weights, the same wherever they are served; empty for the base's own."""
+        """Names its weights, and the KV that it reads, the same wherever they are served."""
         ...
 
 

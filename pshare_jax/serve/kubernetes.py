@@ -60,7 +60,7 @@ class Scales:
             self._port = int(environment["KUBERNETES_SERVICE_PORT"])
             self._namespace = (account / "namespace").read_text().strip()
             self._tls = ssl.create_default_context(cafile=account / "ca.crt")
-        except (KeyError, OSError) as error:
+        except (KeyError, ValueError, OSError) as error:
             raise ConfigError(
                 f"cluster.launcher: `kubernetes` runs in a pod with a service account: {error}"
             ) from error

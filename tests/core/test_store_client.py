@@ -420,6 +420,22 @@ def test_pages_that_were_let_go_are_written_once():
     assert [save.key for save in plan.saves] == sequence.chain[1:2]
 
 
+def test_what_another_worker_computed_is_not_written():
+    """Nor what was computed from it: the keys of the store say that this worker's kernels did."""
+    bench = Bench()
+    sequence = bench.ask(10)
+    bench.store()
+    bench.core.receive(m.Looked(sequence.id, []))
+    bench.chunk()
+    bench.chunk()
+    second = bench.core.cache.match(sequence.keys, sequence.prompt)[1]
+    second.borrowed = True
+    bench.core.receive(m.Release(sequence.id))
+    plan = bench.store()
+    assert plan is not None
+    assert [save.key for save in plan.saves] == sequence.chain[:1]
+
+
 def test_what_was_evicted_is_not_written():
     bench = Bench(pages=6)
     sequence = bench.ask(16)

@@ -20,6 +20,7 @@ from pshare_jax.engine.devices import page_dtype
 from pshare_jax.engine.kv_store import EngineStore
 from pshare_jax.engine.loader import checkpoint_sources, model_specs
 from pshare_jax.engine.monolithic import Monolithic
+from pshare_jax.engine.shape import dtype_of_pages
 from pshare_jax.errors import ConfigError
 from pshare_jax.kernels.kv_dtype import FP8
 from pshare_jax.runtime.layout import PageLayout
@@ -105,3 +106,10 @@ def test_a_token_takes_a_byte_a_value(monkeypatch) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     with pytest.raises(ConfigError, match="kv_dtype: the kernels for TPUs do not read fp8"):
         page_dtype(config)
+
+
+def test_pages_of_8_bits_say_what_was_computed_in() -> None:
+    """A worker that computes in float32 does not read what another has rounded from bfloat16."""
+    said = [dtype_of_pages("float8_e4m3fn", computed) for computed in ("float32", "bfloat16")]
+    assert said == ["float8_e4m3fn of float32", "float8_e4m3fn of bfloat16"]
+    assert dtype_of_pages("bfloat16", "bfloat16") == "bfloat16"

@@ -370,16 +370,17 @@ def test_settings_that_cannot_be_served_are_refused_by_name(tmp_path: Path, mode
 def test_roots_tell_layouts_and_kernels_apart(models: Models) -> None:
     layout = PageLayout.of(models.config, PAGE, jnp.dtype(jnp.float32))
     roots = {
-        store_root(layout, "xla", 1),
-        store_root(layout, "cpu_ffi", 1),
-        store_root(layout, "xla", 2),
-        store_root(replace(layout, page_size=16), "xla", 1),
-        store_root(replace(layout, dtype=jnp.dtype(jnp.bfloat16)), "xla", 1),
-        store_root(replace(layout, num_layers=9), "xla", 1),
+        store_root(layout, "float32", "xla", 1),
+        store_root(layout, "float32", "cpu_ffi", 1),
+        store_root(layout, "float32", "xla", 2),
+        store_root(replace(layout, page_size=16), "float32", "xla", 1),
+        store_root(replace(layout, dtype=jnp.dtype(jnp.bfloat16)), "float32", "xla", 1),
+        store_root(replace(layout, num_layers=9), "float32", "xla", 1),
+        store_root(layout, "bfloat16", "xla", 1),
     }
     with jax.default_matmul_precision("highest"):
-        roots.add(store_root(layout, "xla", 1))
-    assert len(roots) == 7
+        roots.add(store_root(layout, "float32", "xla", 1))
+    assert len(roots) == 8
 
 
 def test_roots_tell_units_of_one_cpu_apart(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -389,7 +390,7 @@ def test_roots_tell_units_of_one_cpu_apart(models: Models, monkeypatch: pytest.M
     for multiplier in ("vectors", "amx"):
         library = replace(require_library(), multiplier=multiplier)
         monkeypatch.setattr(numerics, "load_library", lambda found=library: found)
-        roots.add(store_root(layout, "cpu_ffi", 1))
+        roots.add(store_root(layout, "float32", "cpu_ffi", 1))
     assert len(roots) == 2
 
 

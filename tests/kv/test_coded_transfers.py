@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +25,18 @@ from pshare_jax.errors import ConfigError
 from pshare_jax.kernels.backends import on_mesh
 from pshare_jax.kv import direct as kv_direct
 from pshare_jax.kv import pulling
-from pshare_jax.kv.coding import Coding, PageCoder, Wanted, read_wanted
+from pshare_jax.kv.coding import (
+    Coding,
+    CodingError,
+    PageCoder,
+    Wanted,
+    read_coding,
+    read_wanted,
+)
 from pshare_jax.kv.direct import DirectOffers
 from pshare_jax.kv.offers import PREFIX, OfferFolder, file_of
 from pshare_jax.kv.peers import Claimed, Peers
-from pshare_jax.kv.reading import HEAD
+from pshare_jax.kv.reading import HEAD, _Stream
 from pshare_jax.kv.records import Records
 from pshare_jax.kv.remote import RemotePages
 from pshare_jax.kv.ways import Way
@@ -582,6 +590,38 @@ def test_what_nobody_waits_for_any_more_is_not_read_to_its_end(
     pull = pair.offer(5)
     with pytest.raises(TransferError, match="it has not come within 10 s"):
         pair.reader._reader.from_url(pull.transfer, pair.server.url, 5)
+
+
+class Trickle:
+    """An answer of which a byte comes at a time; to wait for all of it is to wait for days."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def readinto1(self, into: memoryview) -> int:
+        self.now += 9.0
+        into[0] = 0
+        return 1
+
+    def readinto(self, into: memoryview) -> int:
+        raise AssertionError("this waits until the buffer is full")
+
+
+def test_who_trickles_is_not_waited_for() -> None:
+    source = Trickle()
+    stream = _Stream(1, cast(Any, source), lambda: source.now)
+    with pytest.raises(TransferError, match="it has not come within 10 s"):
+        stream.fill(memoryview(bytearray(1_000_000)))
+    assert source.now == 18.0
+
+
+@pytest.mark.parametrize("field", ["encode", "decode", "ratio"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_rates_that_cannot_be_are_refused(field: str, value: float) -> None:
+    """Prices are divided by them."""
+    said = {"codec": "planes", "book": "x", "encode": 1.0, "decode": 1.0, "ratio": 1.4}
+    with pytest.raises(CodingError):
+        read_coding(json.dumps(said | {field: value}))
 
 
 @pytest.mark.parametrize("header", [None, "", "{", "[]", '{"codecs": 3}', "\xff" * 9])

@@ -65,7 +65,8 @@ class Node:
     whose request had it computed. `filler` is the id of the sequence that brings the contents of a
     page that is arriving. A page that is `extending` is being filled further in place. `ahead` are
     tokens that were computed before anybody asked for them, and that nobody has used yet; a page
-    that was fetched `early` is one that came from the KV store so.
+    that was fetched `early` is one that came from the KV store so. One that was `borrowed` may have
+    been computed by other kernels or other code.
     """
 
     parent: Node | None
@@ -80,6 +81,7 @@ class Node:
     num_children: int = 0
     ahead: set[int] = field(default_factory=set)
     early: bool = False
+    borrowed: bool = False
 
     def use(self, length: int) -> int:
         """Somebody uses the first `length` tokens; how many of them were waiting for that."""
