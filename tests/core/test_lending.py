@@ -141,7 +141,7 @@ def test_what_does_not_come_is_computed(fault: str) -> None:
     assert reply.usage.computed_tokens == len(CONTEXT)
     [other] = set(host.prefill) - {name}
     assert host.prefill[other].core.stats.failed_loans == 1
-    assert host.now <= PIECE_SECONDS + 3.5, "it is looked at once more, and not waited for any longer"
+    assert host.now <= PIECE_SECONDS + 3.5, "it is looked at once more, and no longer waited for"
     # Nobody waits for it again, for a while, who has not delivered in time.
     avoided = host.prefill[other].core.borrowing._avoided
     assert set(avoided) == ({"decode0"} if fault == "never" else set())
