@@ -17,7 +17,7 @@ class Pulls:
     """
 
     def __init__(self, connector: Connector):
-        self._connector = connector
+        self.connector = connector
         self._pulling: list[int] = []
 
     def run(self, cancelled: Iterable[int], pulls: Iterable[Pull]) -> list[Landed]:
@@ -31,21 +31,21 @@ class Pulls:
             Those that have ended, well or not.
         """
         for transfer in cancelled:
-            self._connector.abort(transfer)
+            self.connector.abort(transfer)
             if transfer in self._pulling:
                 self._pulling.remove(transfer)
         landed: list[Landed] = []
         for pull in pulls:
             try:
-                self._connector.accept(pull)
+                self.connector.accept(pull)
                 self._pulling.append(pull.transfer)
             except TransferError as error:
                 landed.append(Landed(pull.transfer, str(error)))
         for transfer in tuple(self._pulling):
             try:
-                if self._connector.poll(transfer) is TransferState.ARRIVING:
+                if self.connector.poll(transfer) is TransferState.ARRIVING:
                     continue
-                self._connector.commit(transfer)
+                self.connector.commit(transfer)
                 landed.append(Landed(transfer))
             except TransferError as error:
                 landed.append(Landed(transfer, str(error)))

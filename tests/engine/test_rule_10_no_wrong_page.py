@@ -99,11 +99,11 @@ def client(models: Models, request: pytest.FixtureRequest) -> Iterator[Client]:
 def faults(client: Client, choose: Callable[[Pull], str]) -> Iterator[FaultyEnd]:
     executor = client.engine.workers.decode[0].executor
     end = FaultyEnd(executor.connector, choose)
-    executor.connector = end
+    executor.connector = executor._pulls.connector = end
     try:
         yield end
     finally:
-        executor.connector = end.inner
+        executor.connector = executor._pulls.connector = end.inner
 
 
 def failed_transfers(client: Client) -> int:

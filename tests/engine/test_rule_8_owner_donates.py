@@ -95,7 +95,7 @@ def test_no_step_copies_the_pool(steps: int) -> None:
         if steps == 1 or call.name == "decode"
     ]
     if steps == 1:
-        base = GroupWeights(prefill._weights["base"])
+        base = GroupWeights(prefill.weights["base"])
         cases += [
             (call, given(prefill, base))
             for call in one_of_each(

@@ -25,12 +25,9 @@ from tests.models.test_packed import (
     batch,
     in_cpp,
     in_xla,
-    quick_compilation,
     random_lora,
     written,
 )
-
-__all__ = ["quick_compilation"]
 
 TOLERANCE = {"float32": 5e-3, "bfloat16": 4e-2}
 """Relative error. What is rounded to the nearest on one side may go the other way on the other,
