@@ -45,8 +45,11 @@ def test_no_reply_of_several_samples_is_said_to_go_on(client: Client) -> None:
 def test_a_reply_that_ends_with_a_stop_string_is_complete_and_an_abandoned_one_is_not(
     client: Client,
 ) -> None:
-    client.complete(stop="wor")
-    assert client.engine.completed == [client.engine.submitted[0].id]
+    # The engine may be through before the string is found: then it has ended the reply itself.
+    while not client.engine.completed:
+        client.complete(stop="wor")
+    assert client.engine.completed == [client.engine.submitted[-1].id]
+    before = len(client.engine.aborted)
     client.engine.gate.clear()
     body = {"model": "planner", "prompt": "hello", "stream": True}
     with client.raw_request("/v1/completions", body):
@@ -54,7 +57,7 @@ def test_a_reply_that_ends_with_a_stop_string_is_complete_and_an_abandoned_one_i
             pass
     while client.engine.running_ids:
         pass
-    assert len(client.engine.aborted) == 2
+    assert len(client.engine.aborted) == before + 1
     assert len(client.engine.completed) == 1
 
 
