@@ -69,8 +69,8 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Read:
-    """Pieces of a transfer, in the host's memory or on the mesh; `coded` is the name of the way
-    from which they came coded, or empty."""
+    """Pieces of a transfer, in the host's memory or on the mesh; `coded` is the URL from which they
+    came coded, or empty."""
 
     pieces: Sequence[np.ndarray | jax.Array]
     coded: str = ""
