@@ -26,7 +26,7 @@ import yaml
 
 from pshare_jax.serve.process import READY
 from tests.e2e.conftest import write_config
-from tests.engine.harness import wait_until
+from tests.e2e.metrics import eventually
 from tests.serve.test_resume_apis import stream_of, told
 
 SECONDS = 200
@@ -179,7 +179,7 @@ class Processes:
 
     def send(self, name: str, number: int) -> int:
         """Sends a signal to a child that is there; its process id."""
-        wait_until(lambda: self.pid(name) is not None, SECONDS)
+        eventually(lambda: self.pid(name) is not None, SECONDS)
         pid = self.pid(name)
         assert pid is not None
         os.kill(pid, number)
@@ -276,7 +276,7 @@ def test_a_frontend_is_killed_in_mid_stream(
         assert len({id for id, _, _ in got}) == len(got)
         first = got[0]
         assert told([first, *stream_of(other, path, other_body, first[0])]) == told(got)
-    wait_until(processes.whole, SECONDS)
+    eventually(processes.whole, SECONDS)
     assert read(processes.urls[0], body, Stream()).text == expected(5)
 
 
@@ -291,7 +291,7 @@ def test_a_launcher_that_stands_still_is_not_missed(
             assert read(url, body_of(number), Stream()).text == expected(number)
     finally:
         processes.launcher.send_signal(signal.SIGCONT)
-    wait_until(processes.whole, SECONDS)
+    eventually(processes.whole, SECONDS)
 
 
 WORKERS = ("prefill0", "prefill1", "decode0", "decode1")
@@ -387,9 +387,9 @@ def test_requests_while_workers_die_and_hang(
     assert report["requests"] >= CHAOS
     for what in ("failed", "different", "cut short", "an event twice"):
         assert report[what] == [], what
-    wait_until(processes.whole, SECONDS)
+    eventually(processes.whole, SECONDS)
     # Nobody holds a page of the pools.
-    wait_until(lambda: processes.metric("pshare_pages", 'state="used"') == 0, SECONDS)
+    eventually(lambda: processes.metric("pshare_pages", 'state="used"') == 0, SECONDS)
 
 
 @pytest.mark.slow
@@ -397,7 +397,7 @@ def test_processes_are_replaced_and_nobody_notices(
     processes: Processes, expected: Callable[[int], str]
 ) -> None:
     """One, as `make test` does it, or all, as `make chaos` does."""
-    wait_until(processes.whole, SECONDS)
+    eventually(processes.whole, SECONDS)
     names = ["prefill0", "prefill1", "decode0", "decode1"] if CHAOS > 100 else ["decode1"]
     before = {name: processes.pid(name) for name in names}
     if CHAOS > 100:
@@ -409,4 +409,4 @@ def test_processes_are_replaced_and_nobody_notices(
         # By the frontend that is replaced last, and may have to wait for a worker.
         assert read(processes.urls[1], body_of(number), Stream()).text == expected(number)
         number += 1
-    wait_until(processes.whole, SECONDS)
+    eventually(processes.whole, SECONDS)
