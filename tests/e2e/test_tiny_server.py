@@ -97,6 +97,8 @@ def test_a_module_is_loaded_while_the_server_runs(api, tiny_server):
 def test_one_device_serves_the_same(api, tiny_folder, monkeypatch):
     """Prefill and decode over one pool, since there are not devices enough for two meshes."""
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
+    # It takes the one that its configuration names, which is the same.
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     question = {"prompt": CONTEXT * 9, "max_tokens": 24, "temperature": 0}
     with (
         running_server([f"--config={write_config(tiny_folder)}"]) as url,

@@ -17,6 +17,7 @@ import pytest
 from tests.train.helpers import losses, metrics
 from tests.train.test_loop import assert_same_weights
 
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
 
@@ -52,6 +53,7 @@ def start(
         "--report.peak_tflops=1",
         "--report.tensorboard=false",
         "--checkpoint.every=1",
+        f"--compilation_cache_dir={ROOT / '.cache/xla-tests'}",
         *flags,
     ]
     environment = {
@@ -60,6 +62,8 @@ def start(
         "JAX_NUM_CPU_DEVICES": str(devices),
         **variables,
     }
+    # It takes the one that its configuration names, which is the same.
+    del environment["JAX_COMPILATION_CACHE_DIR"]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
