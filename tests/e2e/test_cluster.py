@@ -25,7 +25,7 @@ import pytest
 import yaml
 
 from pshare_jax.serve.process import READY
-from tests.e2e.conftest import write_config
+from tests.e2e.conftest import FEW, write_config
 from tests.e2e.metrics import eventually
 from tests.serve.test_resume_apis import stream_of, told
 
@@ -126,7 +126,7 @@ def read(
 @pytest.fixture(scope="module")
 def config(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """That of the tiny server, in processes."""
-    settings = yaml.safe_load(write_config(tiny_folder).read_text())
+    settings = yaml.safe_load(write_config(tiny_folder, **FEW).read_text())
     settings["prefill"]["engines"] = settings["decode"]["engines"] = 2
     settings["cluster"] = {
         "frontends": 2,

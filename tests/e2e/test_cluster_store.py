@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from pshare_jax.serve.process import READY
-from tests.e2e.conftest import write_config
+from tests.e2e.conftest import FEW, write_config
 from tests.e2e.metrics import eventually
 from tests.e2e.test_cluster import MODELS, SECONDS, Processes, Stream, body_of, read
 from tests.e2e.test_examples import run
@@ -30,7 +30,8 @@ NUMBERS = range(9)
 @pytest.fixture(scope="module")
 def processes(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
     """2 frontends, a prefill and a decode worker."""
-    command = [sys.executable, "-m", "pshare_jax.serve", f"--config={write_config(tiny_folder)}"]
+    config = write_config(tiny_folder, **FEW)
+    command = [sys.executable, "-m", "pshare_jax.serve", f"--config={config}"]
     command += ["--port=0", "--launcher=local", "--cluster.frontends=2"]
     command += ["--cluster.transport=jax-transfer", "--kv_store.bytes=67108864"]
     command += [f"--kv_store.path={tmp_path_factory.mktemp('store') / 'pool'}"]

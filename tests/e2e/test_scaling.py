@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from pshare_jax.serve.process import READY
-from tests.e2e.conftest import write_config
+from tests.e2e.conftest import FEW, write_config
 from tests.e2e.metrics import eventually
 from tests.e2e.test_cluster import SECONDS, Processes, Stream, body_of, read
 
@@ -24,7 +24,7 @@ TOKENS = 100
 @pytest.fixture(scope="module")
 def processes(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
     """One of each, and up to two decode workers: one for four sequences, whatever comes."""
-    settings = yaml.safe_load(write_config(tiny_folder).read_text())
+    settings = yaml.safe_load(write_config(tiny_folder, **FEW).read_text())
     settings["cluster"] = {
         "lost_seconds": 10.0,
         "autoscale": {
