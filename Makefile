@@ -98,9 +98,11 @@ test-compile-newest: .venv-compile-newest/.ready
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# The random attacks of the tests, a hundred times as many: tens of thousands of requests.
+# The random attacks of the tests, a hundred times as many: tens of thousands of requests, and the
+# cores in states that nobody has thought of.
 attack: .venv/.test
-	ATTACK_SEEDS=300 $(BIN)/python -m pytest -o timeout=7200 tests/attack
+	ATTACK_SEEDS=300 STATE_MACHINE_EXAMPLES=2000 $(BIN)/python -m pytest -o timeout=7200 tests/attack \
+	  tests/core/test_state_machines.py
 
 # Mixed traffic on a real server: fails when anything grows, or an answer is not the one it is alone.
 SOAK_MINUTES ?= 30

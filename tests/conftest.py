@@ -6,10 +6,13 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 # Tests compile hundreds of programs and run each for milliseconds: before jax is imported, and for
-# the processes that tests start.
+# the processes that tests start. What one has compiled no other one compiles again.
 os.environ["XLA_FLAGS"] = " ".join(
     (os.environ.get("XLA_FLAGS", ""), "--xla_llvm_disable_expensive_passes=true")
 ).strip()
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".cache/xla-tests")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest
@@ -60,6 +63,3 @@ def optimised() -> Iterator[None]:
 
 
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".cache/xla-tests"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -1,6 +1,6 @@
 """Checkpoint folders: writing them tensor by tensor, loading them shard by shard.
 
-The weights are an ordinary orbax checkpoint of one flat dict. This is the only file that knows it.
+The weights are an ordinary orbax checkpoint of one flat dict, which `orbax_save.py` writes.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.sharding import Sharding
-from orbax.checkpoint import type_handlers
 
 from pshare_jax.convert.files import atomic_folder, check_space, one_line, write_files
 from pshare_jax.convert.loading import load_gently, load_group, open_tensor
@@ -34,7 +32,7 @@ from pshare_jax.convert.manifest import (
 from pshare_jax.convert.progress import Report, quiet
 from pshare_jax.convert.seals import write_seals
 from pshare_jax.convert.tensors import DTYPES, LazyTensor, as_lazy, total_bytes
-from pshare_jax.convert.zarr import chunk_shape, write_tensor
+from pshare_jax.convert.zarr import chunk_shape
 from pshare_jax.core.split_rule import LAST_TOKEN, SplitRule
 from pshare_jax.errors import CheckpointError
 from pshare_jax.models.config import ModelConfig
@@ -54,45 +52,6 @@ GROUP_BYTES = 1 << 28
 """Tensors are loaded in groups of about this size, which bounds the host memory of a load."""
 
 
-class _LazyTensorHandler(type_handlers.NumpyHandler):
-    """Lets orbax save LazyTensors: one is read, written and forgotten before the next.
-
-    Orbax's own handlers want all arrays at once and cannot be given the chunk axis.
-    """
-
-    def __init__(
-        self,
-        dest: Path,
-        chunks: Mapping[str, Sequence[int]],
-        done: Callable[[str, np.ndarray], None],
-    ):
-        super().__init__()
-        self._dest = dest
-        self._chunks = chunks
-        self._done = done
-
-    async def serialize(
-        self, values: Sequence[Any], infos: Sequence[Any], args: Sequence[Any] | None = None
-    ) -> list[Any]:
-        del args
-        for tensor, info in zip(values, infos, strict=True):
-            await info.await_path_creation()
-            array = np.ascontiguousarray(tensor.read())
-            if array.shape != tensor.shape or array.dtype != tensor.dtype:
-                raise CheckpointError(
-                    f"tensor {info.name}: read as {array.dtype}{list(array.shape)}, "
-                    f"announced as {tensor.dtype}{list(tensor.shape)}"
-                )
-            try:
-                write_tensor(info.parent_dir / info.name, array, self._chunks[info.name])
-            except CheckpointError as error:
-                raise CheckpointError(f"{self._dest}: {error}") from error
-            self._done(info.name, array)
-            # Not held while the next is read.
-            del array
-        return []
-
-
 def _write_weights(
     dest: Path,
     folder: Path,
@@ -107,18 +66,12 @@ def _write_weights(
         entries[name] = TensorEntry(array.shape, array.dtype.name, tensor_hash(array))
         report(name, array.nbytes)
 
+    # Imported late: who only reads need not wait a second for orbax.
+    from pshare_jax.convert.orbax_save import save
+
     chunks = {name: chunk_shape(spec) for name, spec in specs.items()}
-    handler = _LazyTensorHandler(dest, chunks, done)
-    # Orbax warns about a registry without jax.Array, though none is saved here.
-    registry = type_handlers.create_type_handler_registry(
-        (LazyTensor, handler),
-        (jax.Array, type_handlers.ArrayHandler(array_metadata_store=None)),
-    )
-    saver = ocp.PyTreeCheckpointHandler(
-        use_ocdbt=False, use_zarr3=True, type_handler_registry=registry
-    )
     (folder / WEIGHTS_FOLDER).mkdir()
-    saver.save(folder / WEIGHTS_FOLDER, args=ocp.args.PyTreeSave(dict(tensors)))  # type: ignore[arg-type]
+    save(folder / WEIGHTS_FOLDER, dest, tensors, chunks, done)
     return {name: entries[name] for name in specs}
 
 

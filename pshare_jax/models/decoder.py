@@ -24,7 +24,7 @@ from pshare_jax.models.lora import Adapters
 from pshare_jax.models.quantise import quantise
 from pshare_jax.models.recompute import Apply
 from pshare_jax.models.registry import family
-from pshare_jax.models.rope import rope_table
+from pshare_jax.models.rotation import rope_table
 from pshare_jax.models.weights import (
     Weights,
     abstract_weights,

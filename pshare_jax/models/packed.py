@@ -33,7 +33,7 @@ from pshare_jax.models.blocks.attention import query_factor
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.decoder import rope_tables, scaled_embedding, scaled_logits
 from pshare_jax.models.registry import family
-from pshare_jax.models.rope import unrotated
+from pshare_jax.models.rotation import unrotated
 from pshare_jax.models.weights import SCALE, Weights, check_weights, projection_path
 
 LARGE_PAGE = 2 << 20

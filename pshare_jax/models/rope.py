@@ -1,8 +1,8 @@
-"""Rotary position embedding (Su et al., arXiv 2104.09864), and how it is stretched.
+"""Which rotary position embedding (Su et al., arXiv 2104.09864) a model has, stretched or not.
 
 A scaling changes the frequencies, and some the size of what is rotated, as transformers computes
 them. None depends on a sequence's length: a key is rotated once, by its position, and stays valid
-in the cache whatever comes after it.
+in the cache whatever comes after it. Rotating is done by `rotation.py`: facts need no JAX.
 """
 
 from __future__ import annotations
@@ -11,18 +11,9 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int
-
-RopeTable = tuple[jax.Array, jax.Array]
-"""Cosine and sine of every angle, each `[B, T, 1, R / 2]` float32, where R components of a head
-rotate: all of them, or the first."""
 
 
 @dataclass(frozen=True)
@@ -191,43 +182,8 @@ def _plain(theta: float, head_dim: int) -> np.ndarray:
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-    """Angular frequencies, `[R / 2]` float32, radians a position; see `RopeTable`."""
+    """Angular frequencies, `[R / 2]` float32, radians a position; see `rotation.RopeTable`."""
     rotated = rope.rotated(head_dim)
     if rope.scaling is None:
         return _plain(rope.theta, rotated).astype(np.float32)
     return rope.scaling.frequencies(rope.theta, rotated).astype(np.float32)
-
-
-def rope_table(rope: Rope, head_dim: int, positions: Int[Array, "*batch T"]) -> RopeTable:
-    """Cosine and sine of every angle, times the attention factor, for positions `[B, T]`.
-
-    One table serves all layers of a forward pass that rotate alike.
-    """
-    angles = positions[..., None, None].astype(jnp.float32) * rope_frequencies(rope, head_dim)
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    if rope.scaling is None or rope.scaling.attention_factor == 1.0:
-        return cos, sin
-    return cos * rope.scaling.attention_factor, sin * rope.scaling.attention_factor
-
-
-def unrotated(head_dim: int, positions: Int[Array, "*batch T"]) -> RopeTable:
-    """The table of no rotation at all, for positions `[B, T]`."""
-    shape = (*positions.shape, 1, head_dim // 2)
-    return jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
-
-
-def apply_rope(
-    x: Float[Array, "*batch T heads head_dim"], table: RopeTable
-) -> Float[Array, "*batch T heads head_dim"]:
-    """Rotates `x [B, T, heads, head_dim]` by `table`, in float32; the dtype of x is kept.
-
-    Component i of the first half of what rotates is paired with component i of the second half.
-    """
-    cos, sin = table
-    half = cos.shape[-1]
-    wide = x.astype(jnp.float32)
-    first, second = wide[..., :half], wide[..., half : 2 * half]
-    parts = [first * cos - second * sin, second * cos + first * sin]
-    if 2 * half < x.shape[-1]:
-        parts.append(wide[..., 2 * half :])
-    return jnp.concatenate(parts, axis=-1).astype(x.dtype)

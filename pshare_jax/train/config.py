@@ -247,7 +247,8 @@ class TrainConfig:
             end without training.
         kernel_backend: what multiplies matrices. `auto` is `cpu_ffi`, C++, for bfloat16 on one
             device that is a CPU, and `xla` elsewhere.
-        compilation_cache_dir: folder of XLA's persistent compilation cache; empty turns it off.
+        compilation_cache_dir: folder of XLA's persistent compilation cache; empty turns it off. One
+            that JAX_COMPILATION_CACHE_DIR names goes before it.
         data: the examples.
         lora: LoRA instead of a full decode module.
         distill: the teacher.

@@ -25,7 +25,8 @@ def start(config: TrainConfig) -> None:
         ConfigError: process numbers that are missing or contradict each other, or a coordinator
             that cannot be reached.
     """
-    if config.compilation_cache_dir:
+    # As in the server: a folder that the environment names goes before the configured one.
+    if config.compilation_cache_dir and jax.config.values["jax_compilation_cache_dir"] is None:
         folder = compilation_cache_folder(config.compilation_cache_dir)
         jax.config.update("jax_compilation_cache_dir", str(folder))
     if not _join(config.distributed):

@@ -189,18 +189,25 @@ def test_no_disk_space_names_file_and_tensor_and_leaves_nothing(root, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_leaves_nothing(tmp_path, number):
-    """The signal comes while tensors are being written."""
+@pytest.fixture(scope="module")
+def of_many_tensors(tmp_path_factory) -> Path:
+    """A GGUF file that takes long to import."""
     config = gguf_config(num_layers=400)
-    write_gguf(tmp_path / "source" / "m.gguf", config, random_weights(config))
+    path = tmp_path_factory.mktemp("deep") / "m.gguf"
+    write_gguf(path, config, random_weights(config))
+    return path
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_nothing(of_many_tensors, tmp_path, number):
+    """The signal comes while tensors are being written."""
     dest = tmp_path / "dest" / "out"
     # Tests that run in the background of a shell ignore SIGINT, and so would their children; a
     # signal that is handled here has its default action in them.
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         process = subprocess.Popen(
-            command("import", tmp_path / "source" / "m.gguf", dest),
+            command("import", of_many_tensors, dest),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

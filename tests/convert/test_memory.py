@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -46,34 +47,42 @@ def peak_bytes(*args) -> int:
     return int(result.stdout.split("PEAK")[1])
 
 
-def repeated_weights() -> dict[str, np.ndarray]:
+@pytest.fixture(scope="module")
+def weights() -> dict[str, np.ndarray]:
     """One layer's values serve for all of them."""
     layer = random_weights(gguf_config(**{**vars(CONFIG), "num_layers": 1}))
     return {name: layer[re.sub(r"layers\.\d+", "layers.0", name)] for name in weight_specs(CONFIG)}
 
 
+@pytest.fixture(scope="module")
+def imported(weights, tmp_path_factory) -> tuple[Path, int]:
+    """A folder with the model as Hugging Face writes it, `hf`, and imported, `base`; and the peak
+    of that import."""
+    folder = tmp_path_factory.mktemp("large")
+    source = write_hf_folder(folder / "hf", CONFIG, weights)
+    return folder, peak_bytes("import", source, folder / "base")
+
+
 @pytest.mark.slow
-def test_peak_memory_is_bounded_by_the_model(tmp_path):
+def test_peak_memory_is_bounded_by_the_model(weights, imported, tmp_path):
     """At most 1.3 times the larger of source and result, for every direction."""
     assert 300e6 < MODEL_BYTES < 400e6
-    weights = repeated_weights()
-    folder = write_hf_folder(tmp_path / "hf", CONFIG, weights)
+    folder, peak = imported
     write_gguf(tmp_path / "m.gguf", CONFIG, weights, QuantizationType.Q8_0)
     peaks = {
-        "import": peak_bytes("import", folder, tmp_path / "base"),
+        "import": peak,
         "gguf": peak_bytes("import", tmp_path / "m.gguf", tmp_path / "from_gguf"),
-        "decoder": peak_bytes("decoder", tmp_path / "base", tmp_path / "copy"),
-        "export": peak_bytes("export", tmp_path / "base", tmp_path / "out"),
-        "check": peak_bytes("inspect", "--check", tmp_path / "base"),
+        "decoder": peak_bytes("decoder", folder / "base", tmp_path / "copy"),
+        "export": peak_bytes("export", folder / "base", tmp_path / "out"),
+        "check": peak_bytes("inspect", "--check", folder / "base"),
     }
     assert {name: peak for name, peak in peaks.items() if peak > 1.3 * MODEL_BYTES} == {}
 
 
 @pytest.mark.slow
-def test_verify_holds_neither_model(tmp_path):
+def test_verify_holds_neither_model(imported, tmp_path):
     """Beyond what it takes for a model of no size: less than one of the two, however they come."""
     tiny = write_hf_folder(tmp_path / "tiny", gguf_config(), random_weights(gguf_config()))
-    folder = write_hf_folder(tmp_path / "hf", CONFIG, repeated_weights())
-    peak_bytes("import", folder, tmp_path / "base")
+    folder, _ = imported
     least = peak_bytes("verify", tiny, tiny)
-    assert peak_bytes("verify", tmp_path / "base", folder) - least < 0.75 * MODEL_BYTES
+    assert peak_bytes("verify", folder / "base", folder / "hf") - least < 0.75 * MODEL_BYTES

@@ -7,6 +7,8 @@ tokens, each delivered once, or because it was aborted, or with an error; and no
 
 from __future__ import annotations
 
+import os
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, settings
@@ -24,6 +26,9 @@ from pshare_jax.core.arrivals import TRANSFER_SECONDS
 from pshare_jax.core.requests import Owner, Session
 from tests.core.scripted import MAX_TTL, Host
 from tests.core.setting import Setting
+
+EXAMPLES = int(os.environ.get("STATE_MACHINE_EXAMPLES", "0"))
+"""Of each setting, other ones each time, as `make attack` has them; 0: few, and always the same."""
 
 LONGEST = 32
 """Tokens of a prompt and its reply together; each pool holds one such sequence."""
@@ -273,29 +278,30 @@ PIECES = {
 """Where runs of pages come in several pieces, of one page each, of which some fail."""
 
 
-def machine(setting: Setting) -> type[Machine]:
-    return type("Machine", (Machine,), {"setting": setting})
+def machine(name: str, setting: Setting) -> type[Machine]:
+    """By its name Hypothesis gives each setting actions of its own."""
+    return type(f"Machine of {name}", (Machine,), {"setting": setting})
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_whatever_happens_every_request_ends_once_and_nothing_is_held(name: str) -> None:
-    run_machine(SETTINGS[name])
+    run_machine(name, SETTINGS[name])
 
 
 @pytest.mark.parametrize("name", PIECES)
 def test_runs_may_come_in_pieces(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_runs, "PIECE_PAGES", 1)
-    run_machine(PIECES[name], examples=20)
+    run_machine(f"{name} in pieces", PIECES[name])
 
 
-def run_machine(setting: Setting, examples: int = 60) -> None:
+def run_machine(name: str, setting: Setting) -> None:
     run_state_machine_as_test(
-        machine(setting),
+        machine(name, setting),
         settings=settings(
-            max_examples=examples,
+            max_examples=EXAMPLES or 20,
             stateful_step_count=80,
             deadline=None,
-            derandomize=True,
+            derandomize=not EXAMPLES,
             suppress_health_check=list(HealthCheck),
         ),
     )

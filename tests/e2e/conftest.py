@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -37,6 +39,13 @@ def tiny_folder(tmp_path_factory) -> Path:
     return folder
 
 
+# Of processes that are started again and again: one program of each kind.
+FEW: dict[str, dict[str, Any]] = {
+    "prefill": {"chunk_buckets": [64]},
+    "decode": {"batch_buckets": [8], "max_num_seqs": 8, "replay_buckets": [16], "max_full": 4},
+}
+
+
 def write_config(folder: Path, **overrides) -> Path:
     config = {
         "base": str(folder / "base"),
@@ -60,8 +69,10 @@ def write_config(folder: Path, **overrides) -> Path:
         "server": {"adapter_root": str(folder), "allow_runtime_loading": True},
         **overrides,
     }
-    path = folder / "serve.yaml"
-    path.write_text(yaml.safe_dump(config))
+    text = yaml.safe_dump(config)
+    # Processes that are started again read theirs again.
+    path = folder / f"serve-{zlib.crc32(text.encode()):08x}.yaml"
+    path.write_text(text)
     return path
 
 

@@ -23,7 +23,7 @@ def read(url: str) -> Samples:
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    """Waits until `condition` holds.
+    """Waits until `condition` holds; to look takes a server some time, so that is done seldom.
 
     Raises:
         AssertionError: it still does not after `seconds`.

@@ -25,8 +25,8 @@ import pytest
 import yaml
 
 from pshare_jax.serve.process import READY
-from tests.e2e.conftest import write_config
-from tests.engine.harness import wait_until
+from tests.e2e.conftest import FEW, write_config
+from tests.e2e.metrics import eventually
 from tests.serve.test_resume_apis import stream_of, told
 
 SECONDS = 200
@@ -126,7 +126,7 @@ def read(
 @pytest.fixture(scope="module")
 def config(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """That of the tiny server, in processes."""
-    settings = yaml.safe_load(write_config(tiny_folder).read_text())
+    settings = yaml.safe_load(write_config(tiny_folder, **FEW).read_text())
     settings["prefill"]["engines"] = settings["decode"]["engines"] = 2
     settings["cluster"] = {
         "frontends": 2,
@@ -146,7 +146,8 @@ def grammar_body(number: int) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def expected(tiny_server: str) -> Callable[[int], str]:
     """The answers of one process; those of negative numbers follow a grammar."""
-    texts = [read(tiny_server, body_of(number), Stream()).text for number in range(84)]
+    with ThreadPoolExecutor(8) as pool:
+        texts = list(pool.map(lambda n: read(tiny_server, body_of(n), Stream()).text, range(84)))
     grammar = read(tiny_server, grammar_body(1), Stream()).text
     assert len(set(texts)) > 60
     return lambda number: grammar if number < 0 else texts[number % 84]
@@ -179,7 +180,7 @@ class Processes:
 
     def send(self, name: str, number: int) -> int:
         """Sends a signal to a child that is there; its process id."""
-        wait_until(lambda: self.pid(name) is not None, SECONDS)
+        eventually(lambda: self.pid(name) is not None, SECONDS)
         pid = self.pid(name)
         assert pid is not None
         os.kill(pid, number)
@@ -276,7 +277,7 @@ def test_a_frontend_is_killed_in_mid_stream(
         assert len({id for id, _, _ in got}) == len(got)
         first = got[0]
         assert told([first, *stream_of(other, path, other_body, first[0])]) == told(got)
-    wait_until(processes.whole, SECONDS)
+    eventually(processes.whole, SECONDS)
     assert read(processes.urls[0], body, Stream()).text == expected(5)
 
 
@@ -291,7 +292,7 @@ def test_a_launcher_that_stands_still_is_not_missed(
             assert read(url, body_of(number), Stream()).text == expected(number)
     finally:
         processes.launcher.send_signal(signal.SIGCONT)
-    wait_until(processes.whole, SECONDS)
+    eventually(processes.whole, SECONDS)
 
 
 WORKERS = ("prefill0", "prefill1", "decode0", "decode1")
@@ -387,9 +388,9 @@ def test_requests_while_workers_die_and_hang(
     assert report["requests"] >= CHAOS
     for what in ("failed", "different", "cut short", "an event twice"):
         assert report[what] == [], what
-    wait_until(processes.whole, SECONDS)
+    eventually(processes.whole, SECONDS)
     # Nobody holds a page of the pools.
-    wait_until(lambda: processes.metric("pshare_pages", 'state="used"') == 0, SECONDS)
+    eventually(lambda: processes.metric("pshare_pages", 'state="used"') == 0, SECONDS)
 
 
 @pytest.mark.slow
@@ -397,7 +398,7 @@ def test_processes_are_replaced_and_nobody_notices(
     processes: Processes, expected: Callable[[int], str]
 ) -> None:
     """One, as `make test` does it, or all, as `make chaos` does."""
-    wait_until(processes.whole, SECONDS)
+    eventually(processes.whole, SECONDS)
     names = ["prefill0", "prefill1", "decode0", "decode1"] if CHAOS > 100 else ["decode1"]
     before = {name: processes.pid(name) for name in names}
     if CHAOS > 100:
@@ -409,4 +410,4 @@ def test_processes_are_replaced_and_nobody_notices(
         # By the frontend that is replaced last, and may have to wait for a worker.
         assert read(processes.urls[1], body_of(number), Stream()).text == expected(number)
         number += 1
-    wait_until(processes.whole, SECONDS)
+    eventually(processes.whole, SECONDS)

@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 
 from pshare_jax.serve.process import READY
-from tests.e2e.conftest import write_config
+from tests.e2e.conftest import FEW, write_config
+from tests.e2e.metrics import eventually
 from tests.e2e.test_cluster import MODELS, SECONDS, Processes, Stream, body_of, read
 from tests.e2e.test_examples import run
-from tests.engine.harness import wait_until
 
 NUMBERS = range(9)
 
@@ -30,7 +30,8 @@ NUMBERS = range(9)
 @pytest.fixture(scope="module")
 def processes(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
     """2 frontends, a prefill and a decode worker."""
-    command = [sys.executable, "-m", "pshare_jax.serve", f"--config={write_config(tiny_folder)}"]
+    config = write_config(tiny_folder, **FEW)
+    command = [sys.executable, "-m", "pshare_jax.serve", f"--config={config}"]
     command += ["--port=0", "--launcher=local", "--cluster.frontends=2"]
     command += ["--cluster.transport=jax-transfer", "--kv_store.bytes=67108864"]
     command += [f"--kv_store.path={tmp_path_factory.mktemp('store') / 'pool'}"]
@@ -83,7 +84,7 @@ def expected(tiny_server: str) -> list[str]:
 def test_pages_go_from_device_to_device(processes: Processes, expected: list[str]) -> None:
     assert texts(processes.urls[0]) == expected
     # Whatever fails goes by file, and the machine may be busy.
-    wait_until(lambda: processes.metric("pshare_transfers_total", "jax-transfer") > 0, SECONDS)
+    eventually(lambda: processes.metric("pshare_transfers_total", "jax-transfer") > 0, SECONDS)
 
 
 @pytest.mark.slow
@@ -110,12 +111,12 @@ def test_a_prefill_worker_that_starts_again_finds_the_pool(
 ) -> None:
     """Whether it then fetches or computes is a matter of prices; counters do not fall."""
     assert texts(processes.urls[0]) == expected
-    wait_until(lambda: processes.metric("pshare_store_slots", 'state="ready"') > 0, SECONDS)
+    eventually(lambda: processes.metric("pshare_store_slots", 'state="ready"') > 0, SECONDS)
     pid = processes.send("prefill0", signal.SIGKILL)
-    wait_until(lambda: processes.pid("prefill0") not in (None, pid), SECONDS)
+    eventually(lambda: processes.pid("prefill0") not in (None, pid), SECONDS)
     assert texts(processes.urls[1]) == expected
-    wait_until(processes.whole, SECONDS)
-    wait_until(lambda: processes.metric("pshare_store_slots", 'state="ready"') > 0, SECONDS)
+    eventually(processes.whole, SECONDS)
+    eventually(lambda: processes.metric("pshare_store_slots", 'state="ready"') > 0, SECONDS)
     assert processes.metric("pshare_store_stored_total") > 0
     assert processes.metric("pshare_compiles_total") == 0
 
@@ -130,17 +131,17 @@ def test_a_module_is_loaded_at_one_frontend_and_served_by_all(
     assert body_of(2)["model"] == "critic"
     status, said = post(first, "load_lora_adapter", lora_name="new", lora_path="critic")
     assert (status, said) == (200, "Success: LoRA adapter 'new' added successfully.")
-    wait_until(lambda: "new" in models(second), SECONDS)
+    eventually(lambda: "new" in models(second), SECONDS)
     assert read(second, body, Stream()).text == expected[2]
     pid = processes.send("decode0", signal.SIGKILL)
-    wait_until(lambda: processes.pid("decode0") not in (None, pid), SECONDS)
+    eventually(lambda: processes.pid("decode0") not in (None, pid), SECONDS)
     assert read(first, body, Stream()).text == expected[2]
     status, said = post(first, "load_lora_adapter", lora_name="base", lora_path="base")
     assert status == 400
     assert "invalid_module" in said
     status, said = post(second, "unload_lora_adapter", lora_name="new")
     assert status == 200
-    wait_until(lambda: "new" not in models(first), SECONDS)
+    eventually(lambda: "new" not in models(first), SECONDS)
     with contextlib.suppress(urllib.error.HTTPError):
         read(first, body, Stream())
         raise AssertionError("what was unloaded has answered")

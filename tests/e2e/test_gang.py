@@ -20,8 +20,8 @@ import yaml
 from pshare_jax.engine.offline import Engine
 from pshare_jax.serve.process import READY
 from tests.e2e.conftest import write_config
+from tests.e2e.metrics import eventually
 from tests.e2e.test_cluster import SECONDS, Processes, Stream, body_of, read
-from tests.engine.harness import wait_until
 
 NUMBERS = (0, 1, 2, 3, 4, 5)
 """Of requests: greedy and seeded ones, of three models."""
@@ -132,6 +132,6 @@ def test_a_gang_ends_and_is_started_again_whole(gangs: Gangs, expected: dict[int
 
         assert read(gangs.urls[0], body_of(1), Stream(), kill).text == expected[1]
         assert killed
-        wait_until(lambda b=before, n=name: not {gangs.member(n, 0), gangs.member(n, 1)} & {*b}, 60)
+        eventually(lambda b=before, n=name: not {gangs.member(n, 0), gangs.member(n, 1)} & {*b}, 60)
         assert answers(gangs) == expected
-        wait_until(gangs.whole, SECONDS)
+        eventually(gangs.whole, SECONDS)

@@ -12,6 +12,7 @@ import pytest
 from pshare_jax.convert.orbax import load_weights, read_manifest
 from pshare_jax.demo.session import play, questions
 from pshare_jax.engine.monolithic import Monolithic
+from pshare_jax.models.weights import Weights
 from pshare_jax.text.tokenizer import Tokenizer
 from pshare_jax.train.generate import Prompt, generate
 from pshare_jax.train.loss import LoraShape, Recipe
@@ -26,6 +27,16 @@ pytestmark = [
 
 MODELS = ("base", "family", "tools", "code")
 FACTS = "The harbour office opens at nine. The ferry to Tarva leaves at ten past eight. "
+
+
+@pytest.fixture(scope="module")
+def tokenizer(real_base) -> Tokenizer:
+    return Tokenizer.load(real_base / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def weights(real_base) -> Weights:
+    return load_weights(real_base, dtype=jnp.float32)
 
 
 @pytest.fixture
@@ -62,9 +73,7 @@ def test_a_context_of_1000_tokens_is_computed_once_for_four_models(api, real_ser
     assert sum(value for key, value in grown.items() if "computed" in key) == cover
 
 
-def test_served_tokens_are_the_oracles(api, real_base):
-    tokenizer = Tokenizer.load(real_base / "tokenizer")
-    weights = load_weights(real_base, dtype=jnp.float32)
+def test_served_tokens_are_the_oracles(api, real_base, tokenizer, weights):
     prompt = tokenizer.encode("Once upon a time, in a harbour by the sea,")
     oracle = Monolithic(read_manifest(real_base).config, 64)
     expected = oracle.generate(weights, weights, prompt, 24)
@@ -78,33 +87,33 @@ def test_served_tokens_are_the_oracles(api, real_base):
     assert answer.choices[0].text == tokenizer.decode(expected, skip_special_tokens=False)
 
 
-def test_served_tokens_are_the_trainers(api, real_base, real_modules):
+def test_served_tokens_are_the_trainers(api, real_base, real_modules, tokenizer, weights):
     """Greedy decoding by the trainer and by the server, of every trained module, in float32."""
-    tokenizer = Tokenizer.load(real_base / "tokenizer")
-    base = load_weights(real_base, dtype=jnp.float32)
     config = read_manifest(real_base).config
+    asked: dict[str, list[list[int]]] = {}
+    for question in questions():
+        text = tokenizer.apply_chat_template([{"role": "user", "content": question.text}])
+        asked.setdefault(question.model, []).append(tokenizer.encode(text, False))
+    # Beside every module's own: then all batches are as long, and one program serves all.
+    longest = max((prompt for prompts in asked.values() for prompt in prompts), key=len)
+    assert asked.keys() == real_modules.keys()
     for name, folder in real_modules.items():
         certificate = read_manifest(folder).certificate
         lora = LoraShape(certificate.lora_rank, certificate.lora_alpha, certificate.lora_targets)
-        prompts = [
-            tokenizer.encode(
-                tokenizer.apply_chat_template([{"role": "user", "content": question.text}]),
-                add_special_tokens=False,
-            )
-            for question in questions()
-            if question.model == name
-        ]
-        assert len(prompts) == 2
+        assert len(asked[name]) == 2
         trained = generate(
             Recipe(config, "float32", lora),
             load_weights(folder, dtype=jnp.float32),
-            base,
-            [Prompt(tokens, certificate.tail.split(tokens).covered) for tokens in prompts],
+            weights,
+            [
+                Prompt(tokens, certificate.tail.split(tokens).covered)
+                for tokens in (*asked[name], longest)
+            ],
             max_tokens=24,
             end_token_ids=tokenizer.eos_token_ids,
-            batch_size=2,
+            batch_size=3,
         )
-        for prompt, expected in zip(prompts, trained, strict=True):
+        for prompt, expected in zip(asked[name], trained, strict=False):
             answer = api.completions.create(
                 model=name,
                 prompt=prompt,

@@ -6,8 +6,7 @@ import itertools
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,9 +14,9 @@ import pytest
 import yaml
 
 from pshare_jax.serve.process import READY
-from tests.e2e.conftest import write_config
+from tests.e2e.conftest import FEW, write_config
+from tests.e2e.metrics import eventually
 from tests.e2e.test_cluster import SECONDS, Processes, Stream, body_of, read
-from tests.engine.harness import wait_until
 
 TOKENS = 100
 
@@ -25,7 +24,7 @@ TOKENS = 100
 @pytest.fixture(scope="module")
 def processes(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
     """One of each, and up to two decode workers: one for four sequences, whatever comes."""
-    settings = yaml.safe_load(write_config(tiny_folder).read_text())
+    settings = yaml.safe_load(write_config(tiny_folder, **FEW).read_text())
     settings["cluster"] = {
         "lost_seconds": 10.0,
         "autoscale": {
@@ -59,16 +58,6 @@ def processes(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> It
             assert process.wait(SECONDS) == 0
 
 
-def soon(condition: Callable[[], bool]) -> None:
-    """Waits for something that takes seconds, and costs something to look at."""
-
-    def look() -> bool:
-        time.sleep(0.1)
-        return condition()
-
-    wait_until(look, SECONDS)
-
-
 @pytest.mark.slow
 def test_a_decode_worker_comes_and_goes(processes: Processes, tiny_server: str) -> None:
     bodies = [body_of(number, TOKENS) for number in range(6)]
@@ -89,15 +78,18 @@ def test_a_decode_worker_comes_and_goes(processes: Processes, tiny_server: str) 
         players = [pool.submit(play, player == 0) for player in range(6)]
         try:
             # It comes, and what it has generated is of some use.
-            soon(lambda: pages("decode1") > 0)
-            soon(lambda: processes.metric("pshare_busy_seconds_total", 'engine="decode1"') > 0)
+            eventually(lambda: pages("decode1") > 0, SECONDS)
+            eventually(
+                lambda: processes.metric("pshare_busy_seconds_total", 'engine="decode1"') > 0,
+                SECONDS,
+            )
             pid = processes.pid("decode1")
             few.set()
             # It goes, while one client goes on.
-            soon(lambda: pages("decode1") == 0)
-            soon(lambda: processes.pid("decode1") is None)
+            eventually(lambda: pages("decode1") == 0, SECONDS)
+            eventually(lambda: processes.pid("decode1") is None, SECONDS)
             count = len(done)
-            soon(lambda: len(done) > count + 3)
+            eventually(lambda: len(done) > count + 3, SECONDS)
         finally:
             few.set()
             over.set()
@@ -105,7 +97,7 @@ def test_a_decode_worker_comes_and_goes(processes: Processes, tiny_server: str) 
             player.result()
     assert pid is not None
     assert [text for _, text in done] == [expected[number] for number, _ in done]
-    soon(processes.whole)
+    eventually(processes.whole, SECONDS)
     assert processes.pid("decode0") is not None
     # Nobody has failed, and the one that stayed is the one that there was.
     assert processes.metric("vllm:request_success_total", 'finished_reason="error"') == 0

@@ -15,7 +15,7 @@ import pytest
 
 from pshare_jax.serve.process import server_process
 from tests.e2e import metrics
-from tests.e2e.conftest import ROOT, write_config
+from tests.e2e.conftest import FEW, ROOT, write_config
 
 SERVER = (sys.executable, "-m", "tests.e2e.eager_server")
 
@@ -70,8 +70,8 @@ def start(stack: ExitStack, tiny_folder: Path, pool: Path) -> Server:
             {"name": "critic", "checkpoint": str(tiny_folder / "critic")},
         ],
         kv_store={"path": str(pool), "bytes": 2**24},
-        prefill={"chunk_buckets": [64, 256]},
         reply_kv="off",
+        **FEW | {"prefill": {"chunk_buckets": [256]}},
     )
     url, process = stack.enter_context(
         server_process([f"--config={config}"], program=SERVER, checkout=str(ROOT))

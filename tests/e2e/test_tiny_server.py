@@ -7,9 +7,9 @@ import json
 import signal
 import socket
 import subprocess
-import sys
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 
 import jax.numpy as jnp
 import openai
@@ -17,7 +17,8 @@ import pytest
 
 from pshare_jax.convert.orbax import load_weights, read_manifest
 from pshare_jax.engine.monolithic import Monolithic
-from pshare_jax.serve.process import READY, running_server
+from pshare_jax.serve.__main__ import main
+from pshare_jax.serve.process import server_process
 from pshare_jax.text.tokenizer import Tokenizer
 from tests.e2e import metrics
 from tests.e2e.conftest import TINY_CONTEXT, write_config
@@ -94,14 +95,22 @@ def test_a_module_is_loaded_while_the_server_runs(api, tiny_server):
     assert metrics.read(tiny_server)["pshare_compiles_total"] == {(): 0}
 
 
-def test_one_device_serves_the_same(api, tiny_folder, monkeypatch):
+@pytest.fixture(scope="module")
+def one_device(tiny_folder) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """A server of its own on one device, and its process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_NUM_CPU_DEVICES", "1")
+        # It takes the one that its configuration names, which is the same.
+        patch.delenv("JAX_COMPILATION_CACHE_DIR")
+        with server_process([f"--config={write_config(tiny_folder)}"]) as running:
+            yield running
+
+
+def test_one_device_serves_the_same(api, one_device):
     """Prefill and decode over one pool, since there are not devices enough for two meshes."""
-    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
     question = {"prompt": CONTEXT * 9, "max_tokens": 24, "temperature": 0}
-    with (
-        running_server([f"--config={write_config(tiny_folder)}"]) as url,
-        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
-    ):
+    url, _ = one_device
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         for model in ("planner", "coder", "critic", "own"):
             expected = api.completions.create(model=model, **question)
             answer = client.completions.create(model=model, **question)
@@ -197,33 +206,20 @@ def test_nothing_compiled_after_warm_up(api, tiny_server):
     assert list(compiles.values()) == [0]
 
 
-def test_sigterm_drains(tiny_folder):
-    command = [sys.executable, "-m", "pshare_jax.serve", "--port=0"]
-    config = write_config(tiny_folder)
-    with subprocess.Popen(
-        [*command, f"--config={config}"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as process:
-        try:
-            line = process.stdout.readline()
-            assert line.startswith(READY)
-            url = line.removeprefix(READY).strip()
-            body = {"model": "coder", "prompt": "hi", "max_tokens": 400, "ignore_eos": True}
-            request = urllib.request.Request(
-                f"{url}/v1/completions",
-                json.dumps(body).encode(),
-                {"Content-Type": "application/json"},
-            )
-            with concurrent.futures.ThreadPoolExecutor(1) as pool:
-                answer = pool.submit(lambda: json.load(urllib.request.urlopen(request, timeout=60)))
-                metrics.eventually(lambda: metrics.pages_in_use(url) > 0)
-                process.send_signal(signal.SIGTERM)
-                assert answer.result()["usage"]["completion_tokens"] == 400
-            assert process.wait(timeout=30) == 0
-        finally:
-            process.kill()
+def test_sigterm_drains(one_device):
+    url, process = one_device
+    body = {"model": "coder", "prompt": "hi", "max_tokens": 400, "ignore_eos": True}
+    request = urllib.request.Request(
+        f"{url}/v1/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(lambda: json.load(urllib.request.urlopen(request, timeout=60)))
+        metrics.eventually(lambda: metrics.pages_in_use(url) > 0)
+        process.send_signal(signal.SIGTERM)
+        assert answer.result()["usage"]["completion_tokens"] == 400
+    assert process.wait(timeout=30) == 0
 
 
 @pytest.mark.parametrize(
@@ -235,16 +231,8 @@ def test_sigterm_drains(tiny_folder):
         (['--models=[{"name": "x", "checkpoint": "base"}]'], "base"),
     ],
 )
-def test_a_configuration_that_cannot_be_served(tiny_folder, flags, message):
-    config = write_config(tiny_folder)
-    done = subprocess.run(
-        [sys.executable, "-m", "pshare_jax.serve", f"--config={config}", *flags],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-    assert done.returncode == 2
-    last = done.stderr.strip().splitlines()[-1]
+def test_a_configuration_that_cannot_be_served(tiny_folder, capsys, flags, message):
+    assert main([f"--config={write_config(tiny_folder)}", "--port=0", *flags]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("pshare_jax.serve: ")
     assert message in last

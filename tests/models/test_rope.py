@@ -14,13 +14,12 @@ from pshare_jax.models.rope import (
     LongRopeScaling,
     Rope,
     YarnRopeScaling,
-    apply_rope,
     rope_frequencies,
-    rope_table,
     scaling_from_json,
     scaling_to_json,
     yarn_attention_factor,
 )
+from pshare_jax.models.rotation import apply_rope, rope_table
 
 
 def test_rope_turns_pairs_by_position_times_frequency():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,12 +15,19 @@ from pshare_jax.errors import ConfigError
 from pshare_jax.study import plots, report, runner
 from pshare_jax.study.config import SHARES, Runs, StudyConfig, TaskConfig, expand
 from pshare_jax.study.runner import Study
+from pshare_jax.train.__main__ import main as train_main
 from pshare_jax.train.report import Reporter
 from tests.train.helpers import SHALLOW, write_base
 
 ROOT = Path(__file__).parents[2]
 
 TASK = TaskConfig("code", 24, 4, 6, 4)
+
+
+def train_here(command: Sequence[str]) -> int:
+    """In this process; in those of their own that the quick study has, it is the same."""
+    assert list(command[:3]) == [sys.executable, "-m", "pshare_jax.train"]
+    return train_main(command[3:])
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +50,9 @@ def study(tmp_path_factory) -> StudyConfig:
         lora_rank=2,
         kv_cache_gb=1,
     )
-    Study(config, Reporter(active=False)).make()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "run_trainer", train_here)
+        Study(config, Reporter(active=False)).make()
     return config
 
 

@@ -1,5 +1,6 @@
 """Random answers under a grammar."""
 
+import functools
 import random
 
 import numpy as np
@@ -12,14 +13,26 @@ STRUCTURAL = set(b'"{}[]:,0123456789 truefalsn')
 
 def allowed(state: GrammarState, size: int) -> np.ndarray:
     """The ids that may come next, of `size` ids."""
-    mask = np.full((size + 31) // 32 + 3, 0xFFFFFFFF, np.uint32)
+    words = (size + 31) // 32
+    mask = np.full(words + 3, 0xFFFFFFFF, np.uint32)
     state.fill(mask)
-    exact = np.zeros((size + 31) // 32, np.uint32)
+    exact = np.zeros(words, np.uint32)
     state.fill(exact)
-    assert (exact == mask[: len(exact)]).all()
+    assert exact.tobytes() == mask[:words].tobytes()
     bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
     assert not bits[size:].any()
-    return np.flatnonzero(bits)
+    return bits.nonzero()[0]
+
+
+@functools.lru_cache(maxsize=4)
+def _weights(tokenizer: Tokenizer) -> np.ndarray:
+    """How likely each token is to be taken: those of JSON's syntax more, as a model's would be."""
+    return np.array(
+        [
+            0 if i in tokenizer.eos_token_ids else 30 if set(token) <= STRUCTURAL else 1
+            for i, token in enumerate(map(tokenizer.token_bytes, range(tokenizer.vocab_size)))
+        ]
+    )
 
 
 def sample(
@@ -31,14 +44,9 @@ def sample(
 ) -> str | None:
     """The text of a random answer; None if it had not ended after `max_tokens` tokens.
 
-    Tokens of JSON's syntax are likelier, as a model's would be: else hardly a text ever ends.
+    Tokens of JSON's syntax are likelier: else hardly a text ever ends.
     """
-    weights = np.array(
-        [
-            0 if i in tokenizer.eos_token_ids else 30 if set(token) <= STRUCTURAL else 1
-            for i, token in enumerate(map(tokenizer.token_bytes, range(tokenizer.vocab_size)))
-        ]
-    )
+    weights, end_ids = _weights(tokenizer), tokenizer.eos_token_ids
     ids: list[int] = []
     while len(ids) < max_tokens:
         if use_forced and (forced := state.forced()):
@@ -48,7 +56,7 @@ def sample(
             ids += forced
         choices = allowed(state, tokenizer.vocab_size)
         assert len(choices)
-        ends = [token_id for token_id in tokenizer.eos_token_ids if token_id in choices]
+        ends = [token_id for token_id in end_ids if (choices == token_id).any()]
         assert bool(ends) == state.complete
         if ends and rng.random() < 0.5:
             state.accept(ends[0])
@@ -56,8 +64,8 @@ def sample(
             return tokenizer.decode(ids, skip_special_tokens=False)
         if len(ends) == len(choices):
             continue
-        sums = np.cumsum(weights[choices])
-        token_id = int(choices[np.searchsorted(sums, rng.random() * sums[-1], side="right")])
+        sums = weights[choices].cumsum()
+        token_id = int(choices[sums.searchsorted(rng.random() * sums[-1], side="right")])
         assert token_id not in tokenizer.special_ids
         state.accept(token_id)
         ids.append(token_id)

@@ -110,7 +110,13 @@ def test_completions_end_with_the_end_token(oracle, base):
     # A token that some completions have, not as their first.
     end = expected(oracle, base, own, made)[0][2]
     outputs = generate(
-        Recipe(MODEL, "float32"), own, base, made, max_tokens=MAX_TOKENS, end_token_ids=[end]
+        Recipe(MODEL, "float32"),
+        own,
+        base,
+        made,
+        max_tokens=MAX_TOKENS,
+        end_token_ids=[end],
+        batch_size=4,
     )
     assert outputs == expected(oracle, base, own, made, [end])
     assert outputs[0][-1] == end

@@ -74,6 +74,8 @@ def serve_turn(config, certificate, base, own, lora, tokens, cover):
 
 def served_logits(config, base, own, certificate, example, lora=None) -> np.ndarray:
     """The logits after each answer's tokens, each turn served by itself."""
+    # Where a turn is split is said here: one program serves all rules.
+    stated = dataclasses.replace(certificate, tail=LastTokens(1))
     tokens = np.zeros(40, np.int32)
     tokens[: len(example.tokens)] = example.tokens
     logits = []
@@ -81,7 +83,7 @@ def served_logits(config, base, own, certificate, example, lora=None) -> np.ndar
         cover = certificate.tail.split(example.tokens[: turn.start].tolist()).covered
         # What follows the turn is not known when it is served.
         known = np.where(np.arange(40) < turn.end, tokens, 0)
-        out = serve_turn(config, certificate, base, own, lora, known, np.int32(cover))
+        out = serve_turn(config, stated, base, own, lora, known, np.int32(cover))
         logits.append(np.asarray(out)[turn.start - 1 - cover : turn.end - 1 - cover])
     return np.concatenate(logits)
 

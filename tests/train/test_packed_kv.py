@@ -19,7 +19,7 @@ LENGTHS, PADDED, PAGE = (13, 20, 7), 20, 4
 def served_kv(spec: StepSpec, packed, tokens: np.ndarray, chunk: int) -> np.ndarray:
     """`[tokens, layers, 2, kv_heads, head_dim]`: one sequence, chunk by chunk, into pages."""
     config = spec.config
-    count = -(-len(tokens) // PAGE)
+    count = -(-PADDED // PAGE)  # whatever the sequence takes, so that programs are few
     shape = (count + 1, 2, config.num_kv_heads, PAGE, config.head_dim)
     pages = tuple(jnp.zeros(shape, jnp.bfloat16) for _ in range(config.num_layers))
     table = jnp.arange(1, count + 1, dtype=jnp.int32)[None]

@@ -13,7 +13,8 @@ from pshare_jax.models.attention import AttentionIO
 from pshare_jax.models.blocks.linear import Projection, RMSNorm
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.lora import Adapters
-from pshare_jax.models.rope import Rope, RopeTable, apply_rope
+from pshare_jax.models.rope import Rope
+from pshare_jax.models.rotation import RopeTable, apply_rope
 from pshare_jax.models.weights import Weights
 
 RopeTables = Mapping[Rope, RopeTable]
