@@ -26,6 +26,7 @@ from tests.models.test_packed import (
     in_cpp,
     in_xla,
     random_lora,
+    widened,
     written,
 )
 
@@ -65,7 +66,7 @@ def test_same_numbers_as_xla(name, dtype):
     np.testing.assert_array_equal(best, np.asarray(logits).argmax(axis=-1))
     # And not those of plain weights.
     plain = init_weights(CONFIGS[name], 1, jnp.dtype(dtype))
-    exact = in_xla(CONFIGS[name], plain, None, index, *inputs)[0]
+    exact = in_xla(CONFIGS[name], widened(plain), None, index, *widened(inputs))[0]
     assert error(ends, np.asarray(exact)[valid, LENS[valid] - 1]) > 5e-3
 
 
