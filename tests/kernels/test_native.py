@@ -206,8 +206,9 @@ library.FLAGS += ("-DPSHARE_TILES_TWIN",)
 loaded = library.require_library()
 assert (loaded.panel_columns, loaded.multiplier) == (32, "twin"), loaded
 import pytest
-layers = "(same_numbers or unlike_shape) and (panel or odd or gpt_oss or gemma2)"
-names = f"({layers} or beside_it or best_token or cpu_ffi or cpp or bits or test_bfloat16)"
+layers = "(same_numbers or unlike_shape or rows_of_the_base) and (panel or odd or gpt or gemma2)"
+of_packed = "beside_it or best_token or tied_head"
+names = f"({layers} or {of_packed} or cpu_ffi or cpp or bits or test_bfloat16)"
 names += " and not float32 and not dynamic"
 files = ["tests/models/test_packed.py", "tests/kernels/test_matmul.py"]
 files += ["tests/kernels/test_paged_attention.py", "tests/engine/test_cpu_backend.py"]
