@@ -59,6 +59,8 @@ GEOMETRIES = {
     "decode, long window": Geometry(2, 1, 1, 2, 80, 32, 24, sliding_window=300),
     "prefix, several chunks": Geometry(2, 66, 1, 3, 32, 64, 10),
     "prefix, several chunks, window": Geometry(1, 66, 1, 2, 32, 64, 10, sliding_window=200),
+    # Tiles of 16 keys would be read as they lie, if they were in one page.
+    "prefix, wide heads in small pages": Geometry(2, 3, 1, 2, 32, 4, 10),
     # For what takes long to compile.
     "decode, window, soft cap": Geometry(3, 1, 2, 1, 8, 4, 12, sliding_window=9, soft_cap=0.5),
     "decode, pages larger than a block": Geometry(2, 1, 1, 5, 8, 32, 2),
