@@ -18,7 +18,7 @@ REPORT = $(BIN)/python -m pshare_jax.bench report --results="[$$(for result in \
   $(patsubst %,docs/results/agents-%.json,$(BENCHES) $(BENCHES_VLLM)); do \
   if [ -f $$result ]; then echo $$result; fi; done | paste -sd,)]"
 
-.PHONY: demo serve serve-cluster bench bench-vllm modules results test quick test-browser test-clients test-deploy test-ray test-compile test-newest test-compile-newest docs attack chaos soak soak-short lock audit lint format clean
+.PHONY: demo serve serve-cluster bench bench-vllm modules results test quick exhaustive test-browser test-clients test-deploy test-ray test-compile test-newest test-compile-newest docs attack chaos soak soak-short lock audit lint format clean
 
 demo: .venv/.run $(MODULES)
 	$(BIN)/python -m pshare_jax.demo
@@ -64,6 +64,10 @@ test: .venv/.test
 # What compiles little: the inner loop.
 quick: .venv/.test
 	$(BIN)/python -m pytest $(PARALLEL) $(QUICK)
+
+# Kernels, models and engines with whole products of parameters, of which `test` has the pairs.
+exhaustive: .venv/.test
+	EXHAUSTIVE=1 $(BIN)/python -m pytest -o timeout=3600 $(PARALLEL) tests/kernels tests/models tests/engine
 
 # The page at /ui in a real browser; SCREENSHOTS=docs makes the picture of docs/ui.md.
 test-browser: .venv/.browser

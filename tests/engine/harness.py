@@ -83,6 +83,7 @@ class Models:
         self.sources: list[ModelSource] = []
         self.rules: dict[str, SplitRule] = {}
         self.tails: dict[str, int] = {}
+        self._expected: dict[tuple[str, tuple[int, ...], int], list[int]] = {}
 
     def add_full(
         self, name: str, seed: int, *, tail: int | SplitRule = 1, isolated: bool = False
@@ -136,9 +137,12 @@ class Models:
         return Monolithic(self.config, MAX_LEN)
 
     def expected(self, name: str, prompt: Sequence[int], max_tokens: int = 8) -> list[int]:
-        """What the oracle generates for model `name`."""
-        weights = self._weights_of(name)
-        return self.oracle.generate(*weights, prompt, max_tokens, tail=self.rules[name])
+        """What the oracle generates for model `name`; it is asked once."""
+        key = name, tuple(prompt), max_tokens
+        if key not in self._expected:
+            weights, rule = self._weights_of(name), self.rules[name]
+            self._expected[key] = self.oracle.generate(*weights, prompt, max_tokens, tail=rule)
+        return list(self._expected[key])
 
     def expected_scores(self, name: str, prompt: Sequence[int]) -> np.ndarray:
         """The oracle's log-probabilities at every position of a prompt, `[T, V]`."""

@@ -82,10 +82,12 @@ def test_without_a_compiler_xla_serves_the_oracles_tokens(
     models.add_full("full", 1, tail=2)
     models.add_lora("lora", lora_module(models.config, 3, rank=2, targets=("q", "v")))
     assert compute_dtype(serve_config(dtype="auto")) == "float32"
-    with (
-        caplog.at_level(logging.WARNING, "pshare_jax"),
-        running(models, serve_config()) as client,
-    ):
+    # Few programs: XLA's take long to compile.
+    config = serve_config(
+        prefill=PrefillConfig(chunk_buckets=[16], num_pages=40),
+        decode=DecodeConfig(batch_buckets=[4], max_num_seqs=8, replay_buckets=[4], num_pages=28),
+    )
+    with caplog.at_level(logging.WARNING, "pshare_jax"), running(models, config) as client:
         for name in models.tails:
             prompt = tuple(range(20))
             assert client.generate(name, prompt).tokens == models.expected(name, prompt), name

@@ -18,14 +18,14 @@ def test_same_tokens_as_the_oracle_on_unequal_meshes(backend: str) -> None:
     config = serve_config(
         kernel_backend=backend,
         # Few pages a row: the TPU kernel's copies of a block's pages are unrolled.
-        page_size=32,
-        prefill=PrefillConfig(tensor_parallel=2, chunk_buckets=[32], num_pages=40),
+        page_size=64,
+        prefill=PrefillConfig(tensor_parallel=2, chunk_buckets=[64], num_pages=12),
         decode=DecodeConfig(
             tensor_parallel=4,
             batch_buckets=[2],
             max_num_seqs=4,
             replay_buckets=[4],
-            num_pages=40,
+            num_pages=12,
             shared_prefix="on",
         ),
     )

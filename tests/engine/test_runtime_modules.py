@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-from pshare_jax.config import ServeConfig
+from pshare_jax.config import PrefillConfig, ServeConfig
 from pshare_jax.engine import modules
 from pshare_jax.engine.loader import ModelSource
 from pshare_jax.engine.orchestrator import Orchestrator
@@ -96,8 +96,16 @@ def places(client: Client) -> int:
     return len(client.engine._modules._users)
 
 
+# XLA's programs take long to compile: few of them.
+IN_XLA = {
+    "kernel_backend": "xla",
+    "prefill": PrefillConfig(chunk_buckets=[16], num_pages=40),
+    "decode": dataclasses.replace(config().decode, batch_buckets=[4]),
+}
+
+
 @pytest.mark.parametrize(
-    "overrides", [{"kernel_backend": "xla"}, {"connector": "same-mesh"}], ids=str
+    "overrides", [IN_XLA, {"connector": "same-mesh"}], ids=["xla", "same-mesh"]
 )
 def test_they_answer_as_if_served_from_the_start(overrides: dict[str, Any]) -> None:
     """Whatever the kernels; and nothing compiles."""

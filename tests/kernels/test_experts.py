@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from pshare_jax.kernels.backends import BACKEND_NAMES
 from pshare_jax.kernels.experts.api import BACKENDS, experts
 from pshare_jax.kernels.experts.gating import Biases
 from pshare_jax.sharding.rules import sharding_for
+from tests.pairwise import some
 
 EMBED, UNITS = 24, 16
 # Tokens, experts, chosen: one token, more experts than choices, one expert for most of the tokens.
@@ -52,8 +54,21 @@ def test_every_op_has_all_backends():
         experts(*arguments(1, 4, 2), backend="none")
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("backend", ["ragged_dot", "xla", "reference", "pallas_tpu_interpret"])
+@pytest.mark.parametrize(
+    ("backend", "shape"),
+    some(
+        itertools.product(["ragged_dot", "xla", "reference", "pallas_tpu_interpret"], SHAPES),
+        [
+            ("ragged_dot", SHAPES[0]),
+            ("ragged_dot", SHAPES[2]),
+            *(("xla", shape) for shape in SHAPES),
+            ("reference", SHAPES[1]),
+            ("pallas_tpu_interpret", SHAPES[0]),
+            ("pallas_tpu_interpret", SHAPES[2]),
+        ],
+    ),
+    ids=str,
+)
 def test_numbers(backend, shape):
     operands = arguments(*shape)
     out = jax.jit(functools.partial(experts, backend=backend))(*operands)
@@ -68,10 +83,17 @@ def test_bfloat16(backend):
     np.testing.assert_allclose(out.astype(jnp.float32), by_definition(*operands), atol=0.05)
 
 
+AXES = [{"tensor": 2}, {"expert": 2}, {"expert": 2, "tensor": 2}]
+
+
 @pytest.mark.parametrize(
-    "axes", [{"tensor": 2}, {"expert": 2}, {"expert": 2, "tensor": 2}], ids=str
+    ("backend", "axes"),
+    some(
+        itertools.product(["ragged_dot", "xla"], AXES),
+        [("ragged_dot", AXES[0]), ("xla", AXES[1]), ("ragged_dot", AXES[2]), ("xla", AXES[2])],
+    ),
+    ids=str,
 )
-@pytest.mark.parametrize("backend", ["ragged_dot", "xla"])
 def test_a_mesh_computes_the_same(backend, axes):
     """Experts that are another device's are left out there, and their garbage too."""
     size = int(np.prod(list(axes.values())))
@@ -135,7 +157,7 @@ def test_the_backend_for_training_has_gradients():
         return jnp.sum(jnp.sin(experts(x, weights, chosen, *kernels, backend=backend)))
 
     of = [
-        jax.grad(functools.partial(loss, backend), argnums=(0, 1, 3, 4, 5))(*operands)
+        jax.jit(jax.grad(functools.partial(loss, backend), argnums=(0, 1, 3, 4, 5)))(*operands)
         for backend in ("ragged_dot", "reference")
     ]
     for actual, expected in zip(*of, strict=True):

@@ -7,7 +7,7 @@ import platform
 import subprocess
 from pathlib import Path
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 
@@ -84,6 +84,9 @@ def product(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return Products(request.param, tmp_path_factory.mktemp("int8"))
 
 
+in_xla = jax.jit(rounded_matmul)
+
+
 def weights(depth: int, columns: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Whole numbers, the largest there are among them, and scales that are powers of two."""
     rng = np.random.default_rng(seed)
@@ -102,14 +105,14 @@ def test_whole_numbers_are_exact(product, depth):
     kernel, scales = weights(depth, 70)
     expected = (x.astype(np.int64) @ kernel.astype(np.int64)) * scales.astype(np.float64)
     np.testing.assert_array_equal(product(x, kernel, scales), expected.astype(np.float32))
-    np.testing.assert_array_equal(rounded_matmul(jnp.asarray(x), kernel, scales), expected)
+    np.testing.assert_array_equal(in_xla(x, kernel, scales), expected)
 
 
 def test_any_numbers_are_those_of_the_definition(product):
     rng = np.random.default_rng(0)
     x = (rng.standard_normal((13, 577)) * np.exp(rng.standard_normal((13, 577)))).astype(np.float32)
     kernel, scales = weights(577, 40)
-    expected = np.asarray(rounded_matmul(jnp.asarray(x), kernel, scales))
+    expected = np.asarray(in_xla(x, kernel, scales))
     found = product(x, kernel, scales)
     far = np.abs(found - expected) > 1e-5 * np.abs(expected) + 1e-3
     # A number in the middle of two may be rounded to either: in few rows, and by one step.
@@ -136,8 +139,7 @@ def test_what_is_not_finite_shows_and_next_to_nothing_is_zero(product):
     x[1, 299], x[2, 0], x[3, 140] = np.nan, np.inf, -np.inf
     x[4], x[5] = 0, 1e-38
     kernel, scales = weights(300, 3)
-    in_xla = np.asarray(rounded_matmul(jnp.asarray(x), kernel, scales))
-    for found in (product(x, kernel, scales), in_xla):
+    for found in (product(x, kernel, scales), np.asarray(in_xla(x, kernel, scales))):
         assert np.isnan(found[1:4]).all()
         np.testing.assert_array_equal(found[4:], 0)
         np.testing.assert_allclose(found[0], kernel.sum(axis=0, dtype=np.int64) * scales, rtol=1e-6)
@@ -146,7 +148,7 @@ def test_what_is_not_finite_shows_and_next_to_nothing_is_zero(product):
 def test_a_number_far_from_the_others_costs_its_group_alone():
     x = np.full((1, 3 * GROUP), 0.01, np.float32)
     x[0, 5] = 1000.0
-    whole, scale = rounded(jnp.asarray(x))
+    whole, scale = jax.jit(rounded)(x)
     assert whole.shape == (1, 3, GROUP)
     assert int(whole[0, 0, 5]) == 127
     assert not np.asarray(whole)[0, 0, :5].any()

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pshare_jax.kernels.kv_write.api import kv_write
 from tests.helpers import on_device
 from tests.kernels.paged_cases import Geometry, page_tables, rows
+from tests.pairwise import pairwise
 
 BACKENDS = ["xla", "reference", "cpu_ffi", "pallas_tpu_interpret"]
 
@@ -31,12 +32,11 @@ def compiled(backend: str):
     return jax.jit(functools.partial(kv_write, backend=backend))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES.keys())
-@pytest.mark.parametrize("backend", BACKENDS)
+@pairwise(backend=BACKENDS, geometry=GEOMETRIES, dtype=["float32", "bfloat16"])
 @settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_writes_valid_tokens_and_nothing_else(backend, geometry, dtype, data):
+    geometry = GEOMETRIES[geometry]
     assert_writes_valid_tokens(compiled(backend), geometry, dtype, data.draw(rows(geometry)))
 
 

@@ -1,5 +1,7 @@
 """Donated pools are updated in place: nothing of a pool's size is allocated."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -8,6 +10,7 @@ from jax import lax
 from pshare_jax.kernels.kv_write.api import kv_write
 from pshare_jax.kernels.page_transfer.api import copy_pages, gather_pages, scatter_pages
 from pshare_jax.kernels.paged_attention.api import paged_attention
+from tests.pairwise import some
 
 pytestmark = pytest.mark.usefixtures("optimised")
 
@@ -47,10 +50,18 @@ def assert_in_place(function, *arguments):
     assert memory.temp_size_in_bytes < POOL_BYTES / 50
 
 
-@pytest.mark.parametrize("shape", [(8, 1), (1, 64)], ids=["decode", "prefill"])
-@pytest.mark.parametrize("steps", ["one step", "a loop of steps"])
-def test_steps_are_in_place(shape, steps):
-    batch, tokens = shape
+SHAPES = {"decode": (8, 1), "prefill": (1, 64)}
+
+
+@pytest.mark.parametrize(
+    ("steps", "shape"),
+    some(
+        itertools.product(["one step", "a loop of steps"], SHAPES),
+        [("one step", "prefill"), ("a loop of steps", "decode")],
+    ),
+)
+def test_steps_are_in_place(steps, shape):
+    batch, tokens = SHAPES[shape]
     x = jax.ShapeDtypeStruct((batch, tokens, HEADS, HEAD_DIM), jnp.float32)
     rows = (ints(batch, 64), ints(batch), ints(batch))
     if steps == "one step":

@@ -1,6 +1,7 @@
 """Shared-prefix attention against the oracle, with NaN wherever it must not look."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +28,11 @@ from tests.kernels.paged_cases import (
     relative_error,
     rows,
 )
+from tests.pairwise import pairwise, some
 
 GEOMETRIES = {
     "groups": Geometry(6, 1, kv_heads=2, group=3, head_dim=16, page_size=4, pages_per_row=12),
-    "window": Geometry(6, 1, 2, 2, 8, 4, 12, sliding_window=9),
-    "soft cap": Geometry(6, 1, 1, 2, 8, 4, 12, soft_cap=0.5),
+    "window, soft cap": Geometry(6, 1, 1, 2, 8, 4, 12, sliding_window=9, soft_cap=0.5),
 }
 MEMBERS = np.asarray([[4, 1, 6], [0, 6, 6], [2, 5, 3]], np.int32)
 """Three groups of six rows, one of a single row, in no order; 6 is an empty place."""
@@ -104,12 +105,11 @@ def assert_equals_the_oracle(attend, geometry, dtype, case, longest):
     assert error <= TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES.keys())
-@pytest.mark.parametrize("backend", BACKENDS)
+@pairwise(backend=BACKENDS, geometry=GEOMETRIES, dtype=TOLERANCE)
 @settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_equals_the_oracle(backend, geometry, dtype, data):
+    geometry = GEOMETRIES[geometry]
     case = data.draw(rows(geometry))
     longest = data.draw(st.tuples(*[st.integers(0, geometry.pages_per_row)] * len(MEMBERS)))
     check(backend, geometry, dtype, case, longest)
@@ -122,35 +122,55 @@ def rows_at(start):
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
 def test_a_run_is_read_from_one_member_only(backend):
     """The other member's table does not hold the run: plain paged attention would read NaN."""
-    pages = np.full((4, 2, 1, 4, 8), np.nan, np.float32)
-    pages[1:] = np.random.default_rng(0).standard_normal((3, 2, 1, 4, 8))
-    q = jnp.ones((2, 1, 1, 8))
-    start, lens = np.asarray([4, 5], np.int32), np.ones(2, np.int32)
-    members, run = np.asarray([[0, 1]], np.int32), np.asarray([4], np.int32)
+    geometry, rng = GEOMETRIES["groups"], np.random.default_rng(0)
+    # The program of the test above.
+    case = Rows(
+        np.asarray([4, 5, 4, 4, 4, 4], np.int32), np.asarray([1, 1, 0, 0, 0, 0], np.int32), 0
+    )
+    members = np.asarray([[0, 1, 6], [6, 6, 6], [6, 6, 6]], np.int32)
+    run = np.asarray([4, 0, 0], np.int32)
+    pages = np.full((geometry.num_pages, *geometry.page_shape), np.nan, np.float32)
+    pages[1:4] = rng.standard_normal((3, *geometry.page_shape))
+    q = rng.standard_normal((6, 1, geometry.heads, geometry.head_dim), np.float32)
+    table = np.zeros((6, geometry.pages_per_row), np.int32)
+    table[:2, :2] = [[1, 2], [1, 3]]
     call = compiled(backend, None, None)
-    same = call(q, pages, np.asarray([[1, 2], [1, 3]], np.int32), start, lens, members, run)
-    hole = call(q, pages, np.asarray([[1, 2], [0, 3]], np.int32), start, lens, members, run)
+    same = call(q, pages, table, case.start, case.lens, members, run)
+    assert np.isfinite(same).all()
+    table[1, 0] = 0
+    hole = call(q, pages, table, case.start, case.lens, members, run)
     np.testing.assert_array_equal(same, hole)
 
 
-@pytest.mark.parametrize("cores", [1, 2])
+# One core's copies are those of plain paged attention, see test_paged_attention.py.
+@pytest.mark.parametrize("cores", some([1, 2], [2]))
 def test_copies_of_the_tpu_kernel_do_not_race(cores):
     """In the simulated memory of a TPU: nothing is read before it has arrived."""
     simulated = pltpu.InterpretParams(dma_execution_mode="on_wait", uninitialized_memory="nan")
-    geometry = GEOMETRIES["window"]
+    geometry = Geometry(6, 1, 2, 2, 8, 4, 12, sliding_window=9)
     attend = functools.partial(tpu(cores, simulated), sliding_window=9)
     assert_equals_the_oracle(
         attend, geometry, "float32", rows_at([20, 7, 40, 33, 9, 47]), (2, 1, 8)
     )
 
 
+MESHES = {"split": (2, 2, 2), "shared KV heads": (4, 2, 4), "straddling heads": (4, 3, 4)}
+"""Degree, KV heads and heads of each."""
+
+
 @pytest.mark.parametrize(
-    ("degree", "kv_heads", "group"),
-    [(2, 2, 2), (4, 2, 4), (4, 3, 4)],
-    ids=["split", "shared KV heads", "straddling heads"],
+    ("backend", "layout"),
+    some(
+        itertools.product(["pallas_tpu_interpret", "pallas_gpu_interpret", "xla"], MESHES),
+        [
+            ("pallas_tpu_interpret", "shared KV heads"),
+            ("pallas_gpu_interpret", "straddling heads"),
+            *(("xla", layout) for layout in MESHES),
+        ],
+    ),
 )
-@pytest.mark.parametrize("backend", ["pallas_tpu_interpret", "pallas_gpu_interpret", "xla"])
-def test_same_numbers_on_a_mesh(backend, degree, kv_heads, group):
+def test_same_numbers_on_a_mesh(backend, layout):
+    degree, kv_heads, group = MESHES[layout]
     # Few pages a row: the TPU kernel's copies of a block's pages are unrolled.
     geometry = Geometry(6, 1, kv_heads, group, 8, 16, 3)
     mesh = Mesh(np.asarray(jax.devices()[:degree]), ("tensor",))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,11 @@ from jax.sharding import Mesh
 from pshare_jax.kernels.paged_attention.api import paged_attention
 from pshare_jax.kernels.shared_prefix_attention.api import shared_prefix_attention
 from pshare_jax.models.attention import causal_mask, dense_attention
+from tests.pairwise import pairwise, some
 
 KV_HEADS, GROUP, DIM, PAGE = 2, 3, 8, 4
 HEADS = KV_HEADS * GROUP
-TABLE = jnp.asarray([[3, 1, 7, 5], [2, 8, 4, 6]], jnp.int32)
+TABLE = np.asarray([[3, 1, 7, 5], [2, 8, 4, 6]], np.int32)
 
 
 def by_definition(q, k, v, sinks, starts, window):
@@ -50,64 +52,72 @@ def case(tokens, starts):
     return q, kv, pages
 
 
-@pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("tokens", [1, 5])
-@pytest.mark.parametrize("backend", BACKENDS)
+STARTS = np.asarray([7, 4], np.int32)
+
+
+def float32(*arrays):
+    return [np.asarray(array, np.float32) for array in arrays]
+
+
+@pairwise(backend=BACKENDS, tokens=[1, 5], window=[None, 3])
 def test_a_sink_takes_weight_and_gives_nothing(backend, tokens, window):
-    starts = np.asarray([7, 4])
-    q, kv, pages = case(tokens, starts)
+    q, kv, pages = case(tokens, STARTS)
     attend = jax.jit(functools.partial(paged_attention, sliding_window=window, backend=backend))
-    out = attend(
-        jnp.asarray(q, jnp.float32),
-        jnp.asarray(pages, jnp.float32),
-        TABLE,
-        jnp.asarray(starts, jnp.int32),
-        jnp.full(2, tokens, jnp.int32),
-        sinks=jnp.asarray(SINKS, jnp.float32),
-    )
-    expected = by_definition(q, *kv, SINKS, starts, window)
+    queries, pages, sinks = float32(q, pages, SINKS)
+    out = attend(queries, pages, TABLE, STARTS, np.full(2, tokens, np.int32), sinks=sinks)
+    expected = by_definition(q, *kv, SINKS, STARTS, window)
     np.testing.assert_allclose(out, expected, atol=2e-5)
-    positions = starts[:, None] + np.arange(tokens)
-    mask = causal_mask(jnp.asarray(positions), jnp.arange(16), window)
-    operands = (jnp.asarray(a, jnp.float32) for a in (q, *kv))
-    dense = dense_attention(*operands, mask, sinks=jnp.asarray(SINKS, jnp.float32))
-    np.testing.assert_allclose(dense, expected, atol=2e-5)
     assert np.abs(expected[:, :, 4]).max() < 1e-9
 
 
-@pytest.mark.parametrize("window", [None, 6])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("tokens", "window"), [(1, None), (5, 3)])
+def test_sinks_of_dense_attention(tokens, window):
+    q, kv, _ = case(tokens, STARTS)
+    positions = STARTS[:, None] + np.arange(tokens, dtype=np.int32)
+    mask = causal_mask(positions, np.arange(16, dtype=np.int32), window)
+    operands, sinks = float32(q, *kv), np.asarray(SINKS, np.float32)
+    dense = jax.jit(dense_attention)(*operands, mask, sinks=sinks)
+    expected = by_definition(q, *kv, SINKS, STARTS, window)
+    np.testing.assert_allclose(dense, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("backend", "window"),
+    some(
+        itertools.product(BACKENDS, [None, 6]),
+        [(backend, (None, 6)[i % 2]) for i, backend in enumerate(BACKENDS)],
+    ),
+)
 def test_sinks_count_once_where_pages_are_shared(backend, window):
-    starts = np.asarray([7, 4])
-    q, kv, pages = case(1, starts)
+    q, kv, pages = case(1, STARTS)
     attend = functools.partial(shared_prefix_attention, sliding_window=window, backend=backend)
-    out = jax.jit(attend)(
-        jnp.asarray(q, jnp.float32),
-        jnp.asarray(pages, jnp.float32),
-        TABLE.at[1, 0].set(TABLE[0, 0]),
-        jnp.asarray(starts, jnp.int32),
-        jnp.ones(2, jnp.int32),
-        jnp.asarray([[0, 1]], jnp.int32),
-        jnp.asarray([PAGE], jnp.int32),
-        sinks=jnp.asarray(SINKS, jnp.float32),
-    )
-    expected = by_definition(q, *kv, SINKS, starts, window)
+    queries, pages, sinks = float32(q, pages, SINKS)
+    table = TABLE.copy()
+    table[1, 0] = table[0, 0]
+    members, run = np.asarray([[0, 1]], np.int32), np.asarray([PAGE], np.int32)
+    one = np.ones(2, np.int32)
+    out = jax.jit(attend)(queries, pages, table, STARTS, one, members, run, sinks=sinks)
+    expected = by_definition(q, *kv, SINKS, STARTS, window)
     np.testing.assert_allclose(out, expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("degree", [2, 4])
 def test_sinks_go_with_their_heads(degree):
     """KV heads split over a mesh, and replicated."""
-    starts, group = np.asarray([7, 4]), 4
+    heads = 8
     rng = np.random.default_rng(0)
-    q = jnp.asarray(rng.standard_normal((2, 1, 2 * group, DIM)), jnp.float32)
-    pages = jnp.asarray(rng.standard_normal((9, 2, KV_HEADS, PAGE, DIM)), jnp.float32)
-    sinks = jnp.asarray(rng.standard_normal(2 * group), jnp.float32)
-    rows = TABLE, jnp.asarray(starts, jnp.int32), jnp.ones(2, jnp.int32)
+    q, pages, sinks = float32(
+        rng.standard_normal((2, 1, heads, DIM)),
+        rng.standard_normal((9, 2, KV_HEADS, PAGE, DIM)),
+        rng.standard_normal(heads),
+    )
+    rows = TABLE, STARTS, np.ones(2, np.int32)
     mesh = Mesh(np.asarray(jax.devices()[:degree]), ("tensor",))
-    expected = paged_attention(q, pages, *rows, sinks=sinks, backend="reference")
-    backend = "pallas_gpu_interpret"
-    out = paged_attention(q, pages, *rows, sinks=sinks, backend=backend, mesh=mesh)
+    expected = jax.jit(functools.partial(paged_attention, backend="reference"))(
+        q, pages, *rows, sinks=sinks
+    )
+    attend = functools.partial(paged_attention, backend="pallas_gpu_interpret", mesh=mesh)
+    out = jax.jit(attend)(q, pages, *rows, sinks=sinks)
     np.testing.assert_allclose(out, expected, atol=2e-5)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import jax
@@ -12,13 +13,14 @@ from safetensors.numpy import load_file
 
 from pshare_jax.convert import names
 from pshare_jax.models.attention import CausalAttention
+from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.decoder import bind
 from pshare_jax.models.hf_fields import with_long_factors
 from pshare_jax.models.registry import config_from_hf
 from pshare_jax.models.text_part import text_names
-from pshare_jax.models.weights import weight_specs
+from pshare_jax.models.weights import Weights, weight_specs
 from tests.golden import CASES, GOLDEN
-from tests.helpers import FAMILIES
+from tests.helpers import FAMILIES, on_device
 
 
 def config_of(case):
@@ -26,8 +28,9 @@ def config_of(case):
     return config_from_hf(with_long_factors(hf) if case == "phi3_long" else hf)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_logits_equal_transformers(case):
+@functools.cache
+def loaded(case) -> tuple[ModelConfig, Weights, jax.Array, np.ndarray]:
+    """Configuration, weights, tokens `[1, 32]` and transformers' logits."""
     config = config_of(case)
     tensors = load_file(GOLDEN / f"{case}.safetensors")
     expected = tensors.pop("golden.logits")
@@ -35,17 +38,23 @@ def test_logits_equal_transformers(case):
     tensors = {name: tensors[stored] for stored, name in text_names(tensors).items()}
     assert set(tensors) == set(names.hf_tensors(config))
     weights = {
-        native: jnp.asarray(names.read_native(native, config, tensors.__getitem__), jnp.float32)
+        native: on_device(names.read_native(native, config, tensors.__getitem__))
         for native in weight_specs(config)
     }
+    return config, weights, tokens, expected
 
-    @jax.jit
-    def forward(weights, tokens):
-        decoder = bind(config, weights)
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        return decoder.logits(decoder.hidden(tokens, positions, CausalAttention(config)))
 
-    np.testing.assert_allclose(forward(weights, tokens), expected, rtol=0, atol=1e-4)
+@functools.partial(jax.jit, static_argnums=0)
+def forward(config, weights, tokens):
+    decoder = bind(config, weights)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return decoder.logits(decoder.hidden(tokens, positions, CausalAttention(config)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_transformers(case):
+    config, weights, tokens, expected = loaded(case)
+    np.testing.assert_allclose(forward(config, weights, tokens), expected, rtol=0, atol=1e-4)
 
 
 def test_the_cases_differ_where_they_should():

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,19 +29,15 @@ def random_module(
     return LoraModule(weights, alpha, rank, tuple(targets))
 
 
-def run(config: ModelConfig, weights: Weights, tokens, stacked=None, rows=None, dtype=jnp.float32):
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
+def run(config: ModelConfig, weights: Weights, tokens, stacked=None, rows=None, dtype="float32"):
     """Logits and KV of one forward pass."""
-
-    @jax.jit
-    def forward(weights, tokens, stacked, rows):
-        decoder = bind(config, weights)
-        B, T = tokens.shape
-        positions = jnp.broadcast_to(jnp.arange(T), (B, T))
-        io = DenseCache(config, init_cache(config, B, T, jnp.dtype(dtype)), 0)
-        adapters = None if stacked is None else Adapters(stacked, rows)
-        return decoder.logits(decoder.hidden(tokens, positions, io, adapters)), io.cache
-
-    return forward(weights, tokens, stacked, rows)
+    decoder = bind(config, weights)
+    B, T = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+    io = DenseCache(config, init_cache(config, B, T, jnp.dtype(dtype)), 0)
+    adapters = None if stacked is None else Adapters(stacked, rows)
+    return decoder.logits(decoder.hidden(tokens, positions, io, adapters)), io.cache
 
 
 def test_rows_with_different_adapters_equal_merged_weights():
@@ -151,9 +149,9 @@ def test_bfloat16_adapters_stay_near_float32():
     tokens = jnp.asarray([[5, 6, 7, 8]], jnp.int32)
     rows = jnp.zeros(1, jnp.int32)
     wide, _ = run(config, base, tokens, stack_adapters([module]), rows)
-    half = {name: x.astype(jnp.bfloat16) for name, x in stack_adapters([module]).items()}
-    narrow_base = {name: x.astype(jnp.bfloat16) for name, x in base.items()}
-    narrow, _ = run(config, narrow_base, tokens, half, rows, jnp.bfloat16)
+    half = {name: on_device(x, jnp.bfloat16) for name, x in stack_adapters([module]).items()}
+    narrow_base = {name: on_device(x, jnp.bfloat16) for name, x in base.items()}
+    narrow, _ = run(config, narrow_base, tokens, half, rows, "bfloat16")
     assert narrow.dtype == jnp.float32
     error = np.sqrt(np.mean(np.square(narrow - wide)) / np.mean(np.square(wide)))
     assert error < 0.03, error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,11 +35,12 @@ def dequantised(weights: Weights) -> Weights:
     return plain
 
 
-def logits(config, weights) -> np.ndarray:
+@functools.partial(jax.jit, static_argnums=0)
+def logits(config, weights) -> jax.Array:
     tokens = jnp.asarray([[1, 5, 9, 200, 17]])
     decoder = bind(config, weights)
     hidden = decoder.hidden(tokens, jnp.arange(5)[None], CausalAttention(config))
-    return np.asarray(decoder.logits(hidden))
+    return decoder.logits(hidden)
 
 
 def test_projections_alone_are_whole_numbers():

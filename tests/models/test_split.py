@@ -25,6 +25,7 @@ from pshare_jax.models.split import (
 )
 from pshare_jax.models.weights import Weights, lora_specs
 from tests.helpers import ARCHITECTURES, on_device, tiny_config
+from tests.pairwise import some
 
 # float32 sums in another order: a few units in the last place of logits around 1.
 TOLERANCE = 1e-5
@@ -83,9 +84,24 @@ def _split_logits(config, certificate, split, base, own, lora, tokens):
     return decode.logits(tokens[:, split:], positions[:, split:], rest)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+# Lengths of prompts and tails.
+SPLITS = [(1, 1), (1, 2), (2, 1), (9, 1), (9, 2), (9, 5)]
+
+
 @pytest.mark.parametrize(
-    ("n", "tail"), [(1, 1), (1, 2), (2, 1), (9, 1), (9, 2), (9, 5)], ids=lambda v: str(v)
+    ("architecture", "n", "tail"),
+    some(
+        [(name, *split) for name in ARCHITECTURES for split in SPLITS],
+        [
+            ("llama", 1, 1),
+            ("llama", 9, 5),
+            ("mistral", 1, 2),
+            ("mistral", 9, 1),  # further back than its window
+            ("qwen2", 2, 1),
+            ("qwen2", 9, 2),
+            ("qwen3", 9, 1),
+        ],
+    ),
 )
 def test_rule_1_split_identity(architecture, n, tail):
     """A decode module whose weights equal the base gives the base model's logits."""
