@@ -59,6 +59,8 @@ class Page:
     async def open(self, url: str) -> None:
         for domain in ("Page", "Runtime", "Log"):
             await self.call(f"{domain}.enable")
+        # Elements hear of the focus in a window that has it alone.
+        await self.call("Emulation.setFocusEmulationEnabled", enabled=True)
         await self.call("Page.navigate", url=url)
         await self.until("document.readyState === 'complete'")
 

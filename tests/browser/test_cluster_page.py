@@ -28,9 +28,12 @@ async def test_a_cluster(tiny_folder, tmp_path):
             await page.resize(1280, 1100)
             await page.open(f"{url}/ui")
             await page.until("document.getElementById('status').textContent === 'ready'")
+            # A frontend is ready with a worker of each kind; the others join while it serves.
             workers = "[...document.querySelectorAll('#workers td:first-child')]"
-            names = await page.evaluate(f"{workers}.map((cell) => cell.textContent)")
-            assert sorted(names) == ["decode0", "decode1", "prefill0", "prefill1"]
+            names = f"{workers}.map((cell) => cell.textContent)"
+            await page.until(f"{names}.length === 4")
+            found = await page.evaluate(names)
+            assert sorted(found) == ["decode0", "decode1", "prefill0", "prefill1"]
 
             async def ask(model: str, prompt: str, tokens: int):
                 return await api.completions.create(
