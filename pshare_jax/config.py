@@ -58,10 +58,10 @@ class ModelEntry:
     name: str
     checkpoint: str = "identity"
     sharing: Sharing = "shared"
-    decode_engines: list[int] = field(default_factory=list)
+    decode_engines: list[int] = field(default_factory=list[int])
     tool_parser: str = "auto"
     reasoning: Reasoning = "auto"
-    aliases: list[str] = field(default_factory=list)
+    aliases: list[str] = field(default_factory=list[str])
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ class ClusterConfig:
     kubernetes: KubernetesConfig = field(default_factory=KubernetesConfig)
     autoscale: AutoscaleConfig = field(default_factory=AutoscaleConfig)
     frontends: int = 1
-    workers: list[str] = field(default_factory=list)
+    workers: list[str] = field(default_factory=list[str])
     token_file: str = ""
     tls_cert: str = ""
     tls_key: str = ""
@@ -324,7 +324,7 @@ class ServerConfig:
     max_body_items: int = 50_000
     worker_threads: int = 2
     ping_seconds: float = 15.0
-    cors_origins: list[str] = field(default_factory=list)
+    cors_origins: list[str] = field(default_factory=list[str])
     adapter_root: str = ""
     allow_runtime_loading: bool = False
     tls_cert: str = ""
@@ -373,7 +373,7 @@ class ServeConfig:
     """
 
     base: str
-    models: list[ModelEntry] = field(default_factory=list)
+    models: list[ModelEntry] = field(default_factory=list[ModelEntry])
     dtype: DType = "auto"
     weights: WeightFormat = "plain"
     kv_dtype: KvDtype = "auto"

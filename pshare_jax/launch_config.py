@@ -21,7 +21,7 @@ class RayResources:
 
     cpus: float = 1.0
     gpus: float = 0.0
-    resources: dict[str, float] = field(default_factory=dict)
+    resources: dict[str, float] = field(default_factory=dict[str, float])
 
 
 @dataclass(frozen=True)

@@ -88,23 +88,20 @@ class Accelerator:
 
 
 # Bandwidth, peak and link (half of the published two-way figure) are the vendors' (Cloud TPU system
-# architecture; NVIDIA H100 SXM data sheet, dense); memory is what the compilers accept.
+# architecture; NVIDIA H100 SXM data sheet, dense); memory is what the compilers accept. A chip of
+# TPU7x (Ironwood) is two devices, to each of which half of the chip's figures belong.
 ACCELERATORS = {
     a.name: a
     for a in (
         Accelerator("v5e:2x4", "tpu", "v5e:2x4", 4, 4, 15.75 * 2**30, 819e9, 197e12, 200e9),
         Accelerator("v5p:2x2x1", "tpu", "v5p:2x2x1", 2, 2, 95.74 * 2**30, 2765e9, 459e12, 600e9),
         Accelerator("v6e:2x4", "tpu", "v6e:2x4", 4, 4, 31.25 * 2**30, 1640e9, 918e12, 400e9),
+        Accelerator(
+            "tpu7x:2x2x1", "tpu", "tpu7x:2x2x1", 4, 4, 94.75 * 2**30, 3690e9, 1153e12, 300e9
+        ),
         Accelerator("h100", "cuda", "1x1x2", 1, 1, 84942979072, 3352e9, 989e12, 450e9),
     )
 }
-
-
-IRONWOOD = Accelerator(
-    "tpu7x:2x2x1", "tpu", "tpu7x:2x2x1", 4, 4, 94.75 * 2**30, 3690e9, 1153e12, 300e9
-)
-"""The newest TPU: two devices a chip, to each of which half of the chip's figures belong. Tests
-compile for it; it is in no table yet."""
 
 
 def prepare() -> None:

@@ -32,7 +32,7 @@ checks the kernels' numbers there; on one with an NVIDIA GPU, `-m gpu --platform
 [`bench hardware`](hardware.md) measures such a machine.
 
 The GPU kernels are Pallas on Triton. JAX 0.12 still compiles them, and warns that a later version
-will not.
+will not. A device of TPU7x (Ironwood) is half a chip: its compilers know it as `tpu7x:2x2x1`.
 """
 _STEPS = """\
 Prefill chunk: {chunk} tokens, the last of a prompt of {context}. Decode step: {batch} rows at

@@ -3,8 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+
+from pshare_jax.convert.manifest import TOKENIZER_FOLDER, Manifest
+from pshare_jax.convert.verify import SAMPLE_PROMPTS, read_prompts
+from pshare_jax.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class TextsOptions:
+    """What is measured.
+
+    Args:
+        base: a prefill checkpoint.
+        prompts: a file with one text a line, whose every position is looked at; empty for the
+            sample prompts of `convert verify`.
+        max_tokens: of each text.
+    """
+
+    base: str = "checkpoints/smollm2-135m"
+    prompts: str = ""
+    max_tokens: int = 256
+
+    def encoded(self, manifest: Manifest) -> list[list[int]]:
+        """Token ids of the texts that are not empty.
+
+        Raises:
+            CheckpointError: no such file of texts.
+        """
+        tokenizer = Tokenizer.load(manifest.folder / TOKENIZER_FOLDER)
+        texts = read_prompts(self.prompts) if self.prompts else SAMPLE_PROMPTS
+        return [tokens for text in texts if (tokens := tokenizer.encode(text)[: self.max_tokens])]
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -3,40 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from pshare_jax.bench.distributions import divergence, perplexity
+from pshare_jax.bench.distributions import TextsOptions, divergence, perplexity
 from pshare_jax.bench.machine import describe
-from pshare_jax.convert.manifest import TOKENIZER_FOLDER
 from pshare_jax.convert.orbax import open_weights
 from pshare_jax.convert.seals import open_checkpoint
 from pshare_jax.convert.streamed import Head, hidden_states
-from pshare_jax.convert.verify import SAMPLE_PROMPTS, read_prompts
 from pshare_jax.kernels.kv_dtype import FP8
 from pshare_jax.runtime.layout import PageLayout
-from pshare_jax.text.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True)
-class Fp8KvOptions:
-    """What is measured.
-
-    Args:
-        base: a prefill checkpoint.
-        prompts: a file with one text a line, whose every position is looked at; empty for the
-            sample prompts of `convert verify`.
-        max_tokens: of each text.
-    """
-
-    base: str = "checkpoints/smollm2-135m"
-    prompts: str = ""
-    max_tokens: int = 256
-
-
-def run(options: Fp8KvOptions) -> dict[str, Any]:
+def run(options: TextsOptions) -> dict[str, Any]:
     """Bytes of a token's KV in bfloat16 and in 8 bits, and how far the distributions are apart.
 
     All else is computed in float32, so that only the rounding of keys and values counts.
@@ -46,9 +27,7 @@ def run(options: Fp8KvOptions) -> dict[str, Any]:
     """
     manifest = open_checkpoint(options.base)
     config, tensors = manifest.config, open_weights(manifest)
-    tokenizer = Tokenizer.load(manifest.folder / TOKENIZER_FOLDER)
-    texts = read_prompts(options.prompts) if options.prompts else SAMPLE_PROMPTS
-    encoded = [tokens for t in texts if (tokens := tokenizer.encode(t)[: options.max_tokens])]
+    encoded = options.encoded(manifest)
     head = Head(config, tensors)
     exact = head.logits(hidden_states(config, tensors, encoded))
     found = {}

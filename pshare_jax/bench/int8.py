@@ -5,46 +5,27 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from pshare_jax.bench.distributions import divergence, perplexity
+from pshare_jax.bench.distributions import TextsOptions, divergence, perplexity
 from pshare_jax.bench.machine import describe
-from pshare_jax.convert.manifest import TOKENIZER_FOLDER
 from pshare_jax.convert.orbax import open_weights
 from pshare_jax.convert.seals import open_checkpoint
 from pshare_jax.convert.streamed import Head, hidden_states
 from pshare_jax.convert.tensors import DTYPES, LazyTensor
-from pshare_jax.convert.verify import SAMPLE_PROMPTS, read_prompts
 from pshare_jax.kernels.matmul.rounded import rounded
 from pshare_jax.models.config import ModelConfig, WeightFormat
 from pshare_jax.models.quantise import in_format, quantise
 from pshare_jax.models.weights import SCALE, weight_specs
-from pshare_jax.text.tokenizer import Tokenizer
 
 FORMS: tuple[WeightFormat, ...] = ("int8", "int8-dynamic")
 
 
-@dataclass(frozen=True)
-class Int8Options:
-    """What is measured.
-
-    Args:
-        base: a prefill checkpoint.
-        prompts: a file with one text a line, whose every position is looked at; empty for the
-            sample prompts of `convert verify`.
-        max_tokens: of each text.
-    """
-
-    base: str = "checkpoints/smollm2-135m"
-    prompts: str = ""
-    max_tokens: int = 256
-
-
-def run(options: Int8Options) -> dict[str, Any]:
+def run(options: TextsOptions) -> dict[str, Any]:
     """Bytes of the weights in each form, and how far the next-token distributions are apart.
 
     Logits are computed in float32, so that only the rounding counts that a form is.
@@ -56,9 +37,7 @@ def run(options: Int8Options) -> dict[str, Any]:
     manifest = open_checkpoint(options.base)
     config = manifest.config
     forms = {form: in_format(config, form) for form in FORMS}
-    tokenizer = Tokenizer.load(manifest.folder / TOKENIZER_FOLDER)
-    texts = read_prompts(options.prompts) if options.prompts else SAMPLE_PROMPTS
-    encoded = [tokens for t in texts if (tokens := tokenizer.encode(t)[: options.max_tokens])]
+    encoded = options.encoded(manifest)
     plain = open_weights(manifest)
     logits = Head(config, plain).logits(hidden_states(config, plain, encoded))
     return {

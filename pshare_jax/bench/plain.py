@@ -26,6 +26,7 @@ from pshare_jax.bench import (
     turns,
     wire,
 )
+from pshare_jax.bench.distributions import TextsOptions
 from pshare_jax.bench.fleet import command as fleet
 from pshare_jax.bench.hardware import report as hardware_report
 from pshare_jax.bench.hardware import run as hardware
@@ -134,13 +135,13 @@ PLAIN: dict[str, PlainCommand] = {
     ),
     "int8": PlainCommand(
         "Weights of 8 bits: bytes, and how far the next-token distributions move.",
-        int8.Int8Options,
+        TextsOptions,
         int8.run,
         int8.lines,
     ),
     "fp8-kv": PlainCommand(
         "KV of 8 bits: bytes, and how far the next-token distributions move.",
-        fp8_kv.Fp8KvOptions,
+        TextsOptions,
         fp8_kv.run,
         fp8_kv.lines,
     ),

@@ -254,8 +254,8 @@ class Station:
             await old.gone.wait()
         frontend = _Frontend(hello.incarnation, hello.process, FrameQueue(self._loop), socket)
         self._frontends[hello.incarnation] = frontend
-        entries = self._modules.entries if self._modules else {}
-        welcome = wire.Welcome(self.incarnation, self._parts, self._shape.dtype, dict(entries))
+        entries = dict(self._modules.entries) if self._modules else {}
+        welcome = wire.Welcome(self.incarnation, self._parts, self._shape.dtype, entries)
         for frame in self._modules.hosting() if self._modules else ():
             frontend.queue.put(frame)
         await socket.send_bytes(wire.encode([welcome]))

@@ -23,8 +23,8 @@ MAX_TOKENS = 4_000_000
 class _Agents:
     """The agents of a session by name: their last prompts, and who has followed whom how often."""
 
-    last: dict[str, Sequence] = field(default_factory=dict)
-    followers: dict[str, dict[str, int]] = field(default_factory=dict)
+    last: dict[str, Sequence] = field(default_factory=dict[str, Sequence])
+    followers: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
     latest: str = ""
 
     @property

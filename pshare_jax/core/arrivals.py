@@ -47,9 +47,9 @@ class Arrival:
     sequence: Sequence
     usage: PromptUsage
     reservation: Reservation
-    filling: dict[int, Node] = field(default_factory=dict)
-    awaited: dict[int, Node] = field(default_factory=dict)
-    transfers: set[int] = field(default_factory=set)
+    filling: dict[int, Node] = field(default_factory=dict[int, Node])
+    awaited: dict[int, Node] = field(default_factory=dict[int, Node])
+    transfers: set[int] = field(default_factory=set[int])
     failures: int = 0
 
     @property
@@ -164,7 +164,7 @@ class Arrivals:
 
     def expired(self, now: float) -> list[int]:
         """Transfers that have taken too long; `now` is in seconds, from any start."""
-        late = []
+        late: list[int] = []
         for transfer_id, transfer in self._transfers.items():
             if transfer.deadline is None:
                 transfer.deadline = now + TRANSFER_SECONDS

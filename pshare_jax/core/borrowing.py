@@ -51,8 +51,8 @@ class _Piece:
 class _Calls:
     """What the executor is to be told with the next plan."""
 
-    pulls: list[Pull] = field(default_factory=list)
-    cancelled: list[int] = field(default_factory=list)
+    pulls: list[Pull] = field(default_factory=list[Pull])
+    cancelled: list[int] = field(default_factory=list[int])
 
 
 class Borrowing:
@@ -115,9 +115,9 @@ class Borrowing:
         The task, which has got its pages, is kept here until what can be had has come.
         """
         sequence, page_size = task.sequence, self._cache.page_size
-        first, within = divmod(task.filled, page_size)
+        first = task.filled // page_size  # until now it has been given whole pages
         keys = sequence.keys[first : first + PIECE_PAGES]
-        if sequence.lender in ("", self._name, *self._avoided) or within or not keys:
+        if sequence.lender in ("", self._name, *self._avoided) or not keys:
             return False
         transfer = next(self._ids)
         self._pieces[transfer] = _Piece(transfer, task, first, keys)

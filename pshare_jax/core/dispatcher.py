@@ -276,7 +276,7 @@ class Dispatcher:
                     self.outbox.append((sequence.lender, m.Repaid(sequence.id)))
                 self._retry(live, f"{worker}: {reason}")
 
-    def _about(self, live: LiveRequest, message: m.ToDispatcher, now: float) -> None:
+    def _about(self, live: LiveRequest, message: m.OfAttempt, now: float) -> None:
         match message:
             case m.Started(_, usage):
                 live.hear_started(usage, now)

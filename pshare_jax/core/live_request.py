@@ -58,14 +58,14 @@ class LiveRequest:
     last_key: bytes
     times: RequestTimes
     sequence: Sequence | None = None
-    output: list[int] = field(default_factory=list)
+    output: list[int] = field(default_factory=list[int])
     told: int = 0
     usage: PromptUsage | None = None
     usage_sent: bool = False
     started: bool = False
     aborted: bool = False
     lost: int = 0
-    avoided: set[str] = field(default_factory=set)
+    avoided: set[str] = field(default_factory=set[str])
 
     @classmethod
     def of(

@@ -319,17 +319,10 @@ ToWorker = (
     | ModelRemoved
     | WeightsFreed
 )
-ToDispatcher = (
-    Pending
-    | IndexChanged
-    | IndexSnapshot
-    | StoreChanged
-    | Started
-    | Tokens
-    | Returned
-    | Dropped
-    | Failed
-)
+OfAttempt = Started | Tokens | Returned | Dropped | Failed
+"""What becomes of an attempt at a request."""
+
+ToDispatcher = Pending | IndexChanged | IndexSnapshot | StoreChanged | OfAttempt
 Message = ToWorker | FromStore | ToDispatcher
 
 Outbox = list[tuple[str, Message]]

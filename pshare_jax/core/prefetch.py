@@ -43,7 +43,7 @@ class _Target:
 
     sequence: Sequence
     first: int = 0
-    places: list[int] = field(default_factory=list)
+    places: list[int] = field(default_factory=list[int])
     begun: int = 0
     came: bool = False
 

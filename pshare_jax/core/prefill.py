@@ -267,7 +267,7 @@ class PrefillCore:
 
     def _let_waiting_go(self) -> None:
         """Gives back prompts of which nothing has been computed here."""
-        looked_for = self.store.ids() if self.store is not None else set()
+        looked_for = self.store.ids() if self.store is not None else set[int]()
         waiting = {task.sequence.id for task in self.queue.tasks}
         self.queue.tasks.clear()
         for task in tuple(self.chunks.active):
@@ -364,7 +364,7 @@ class PrefillCore:
         """Gives pages to waiting tasks; what the pool lacks of them others may lend, or the store
         may have."""
         store, borrowing = self.store, self.borrowing
-        arriving = borrowing.arriving() | (store.arriving() if store is not None else set())
+        arriving = borrowing.arriving() | (store.arriving() if store is not None else set[bytes]())
         held = [*self.held.tasks(), *self._looked_for()]
         entered = self.queue.enter(self.chunks.active, held, arriving)
         lent = [*borrowing.take_ready(), *(task for task in entered if not borrowing.ask(task))]

@@ -25,16 +25,16 @@ class PrefillTask:
     """
 
     sequence: Sequence
-    pages: list[int] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list[int])
     node: Node | None = None
-    copied_origins: list[str] = field(default_factory=list)
+    copied_origins: list[str] = field(default_factory=list[str])
     filled: int = 0
     computed: int = 0
     planned: int | None = None
     tries: int = 0
     passed: int = 0
     favoured: bool = False
-    reused: Counter[str] = field(default_factory=Counter)
+    reused: Counter[str] = field(default_factory=Counter[str])
     ahead: bool = False
     foreseen: int = 0
     moved: bool = False

@@ -70,9 +70,9 @@ class _Scored:
     model: ModelSpec | None
     answer: str
     scores: list[TokenLogprobs | None]
-    unasked: list[int] = field(default_factory=list)
-    held: list[RequestOutput] = field(default_factory=list)
-    live: set[str] = field(default_factory=set)
+    unasked: list[int] = field(default_factory=list[int])
+    held: list[RequestOutput] = field(default_factory=list[RequestOutput])
+    live: set[str] = field(default_factory=set[str])
     usage: PromptUsage | None = None
     times: RequestTimes | None = None
     begun: bool = False

@@ -39,7 +39,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: dict[int, float] = msgspec.field(default_factory=dict)
+    logit_bias: dict[int, float] = msgspec.field(default_factory=dict[int, float])
     logprobs: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False

@@ -69,7 +69,8 @@ class Roles:
 
     def wake(self, hosts: Hosts) -> Outbox:
         """Has workers that rest work again where others have failed and nobody is left."""
-        router, woken = self._router, []
+        router = self._router
+        woken: Outbox = []
         if not router.unserved(hosts):
             return woken
         for worker in router.workers:

@@ -17,7 +17,7 @@ class DecodeRow:
     slot: int
     pages: list[int]
     num_kv: int
-    output: list[int] = field(default_factory=list)
+    output: list[int] = field(default_factory=list[int])
     planned: int = 0
     last_step: int = -1
 

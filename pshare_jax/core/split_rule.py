@@ -12,6 +12,9 @@ A module with an invocation answers as its base does where a prompt has none, as
 LoRA does.
 """
 
+# pyright: standard
+# It checks what was read from JSON, whose types are anybody's.
+
 from __future__ import annotations
 
 from array import array

@@ -162,31 +162,39 @@ class EngineStats:
     says of every worker whether its mesh is its own at present; elsewhere both are empty.
     """
 
-    prefill_tokens: Mapping[tuple[str, TokenSource], int] = field(default_factory=dict)
-    ahead_tokens: Mapping[str, int] = field(default_factory=dict)
-    foreseen_tokens: Mapping[str, int] = field(default_factory=dict)
-    prompt_tokens: Mapping[str, int] = field(default_factory=dict)
-    generation_tokens: Mapping[str, int] = field(default_factory=dict)
-    forced_tokens: Mapping[str, int] = field(default_factory=dict)
-    handoff_bytes: Mapping[str, int] = field(default_factory=dict)
-    handoff_pages: Mapping[str, int] = field(default_factory=dict)
-    failed_transfers: Mapping[str, int] = field(default_factory=dict)
-    preemptions: Mapping[str, int] = field(default_factory=dict)
-    decode_pages: Mapping[tuple[str, PageRead], int] = field(default_factory=dict)
+    prefill_tokens: Mapping[tuple[str, TokenSource], int] = field(
+        default_factory=dict[tuple[str, TokenSource], int]
+    )
+    ahead_tokens: Mapping[str, int] = field(default_factory=dict[str, int])
+    foreseen_tokens: Mapping[str, int] = field(default_factory=dict[str, int])
+    prompt_tokens: Mapping[str, int] = field(default_factory=dict[str, int])
+    generation_tokens: Mapping[str, int] = field(default_factory=dict[str, int])
+    forced_tokens: Mapping[str, int] = field(default_factory=dict[str, int])
+    handoff_bytes: Mapping[str, int] = field(default_factory=dict[str, int])
+    handoff_pages: Mapping[str, int] = field(default_factory=dict[str, int])
+    failed_transfers: Mapping[str, int] = field(default_factory=dict[str, int])
+    preemptions: Mapping[str, int] = field(default_factory=dict[str, int])
+    decode_pages: Mapping[tuple[str, PageRead], int] = field(
+        default_factory=dict[tuple[str, PageRead], int]
+    )
     compiles: int = 0
-    finished: Mapping[tuple[str, FinishReason], int] = field(default_factory=dict)
-    running: Mapping[str, int] = field(default_factory=dict)
-    waiting: Mapping[str, int] = field(default_factory=dict)
-    pools: Mapping[str, PoolStats] = field(default_factory=dict)
-    busy_seconds: Mapping[str, float] = field(default_factory=dict)
-    store: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    tiers: Mapping[str, TierStats] = field(default_factory=dict)
-    transfers: Mapping[tuple[str, str], int] = field(default_factory=dict)
-    transfer_bytes: Mapping[tuple[str, str, str, str], int] = field(default_factory=dict)
-    miscoded: Mapping[tuple[str, str], int] = field(default_factory=dict)
-    borrowed_tokens: Mapping[str, int] = field(default_factory=dict)
-    moved_rows: Mapping[str, int] = field(default_factory=dict)
-    working: Mapping[str, bool] = field(default_factory=dict)
+    finished: Mapping[tuple[str, FinishReason], int] = field(
+        default_factory=dict[tuple[str, FinishReason], int]
+    )
+    running: Mapping[str, int] = field(default_factory=dict[str, int])
+    waiting: Mapping[str, int] = field(default_factory=dict[str, int])
+    pools: Mapping[str, PoolStats] = field(default_factory=dict[str, PoolStats])
+    busy_seconds: Mapping[str, float] = field(default_factory=dict[str, float])
+    store: Mapping[str, Mapping[str, float]] = field(default_factory=dict[str, Mapping[str, float]])
+    tiers: Mapping[str, TierStats] = field(default_factory=dict[str, TierStats])
+    transfers: Mapping[tuple[str, str], int] = field(default_factory=dict[tuple[str, str], int])
+    transfer_bytes: Mapping[tuple[str, str, str, str], int] = field(
+        default_factory=dict[tuple[str, str, str, str], int]
+    )
+    miscoded: Mapping[tuple[str, str], int] = field(default_factory=dict[tuple[str, str], int])
+    borrowed_tokens: Mapping[str, int] = field(default_factory=dict[str, int])
+    moved_rows: Mapping[str, int] = field(default_factory=dict[str, int])
+    working: Mapping[str, bool] = field(default_factory=dict[str, bool])
 
 
 def together(parts: Iterable[EngineStats]) -> EngineStats:

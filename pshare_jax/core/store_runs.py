@@ -49,7 +49,7 @@ class Run:
     pages: list[int]
     seconds: float
     early: bool = False
-    pieces: dict[int, Piece] = field(default_factory=dict)
+    pieces: dict[int, Piece] = field(default_factory=dict[int, Piece])
     since: float | None = None
 
 

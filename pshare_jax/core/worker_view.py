@@ -63,9 +63,9 @@ class WorkerView:
     info: WorkerInfo
     slot: int
     known: KeyMap
-    held: set[bytes] = field(default_factory=set)
-    sent: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
-    pending: dict[int, int] = field(default_factory=dict)
+    held: set[bytes] = field(default_factory=set[bytes])
+    sent: OrderedDict[bytes, None] = field(default_factory=OrderedDict[bytes, None])
+    pending: dict[int, int] = field(default_factory=dict[int, int])
     pending_tokens: int = 0
     load: int = 0
     others: int = 0

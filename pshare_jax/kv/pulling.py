@@ -12,12 +12,14 @@ from pshare_jax.config import KvCodec
 from pshare_jax.core.buckets import TRANSFER_BUCKETS, pieces
 from pshare_jax.core.connector import TransferError
 from pshare_jax.kernels.kv_codec.codebook import Codebook
-from pshare_jax.kv.coding import CodingError, Wanted, read_book
+from pshare_jax.kv.coded_way import CodedWay
+from pshare_jax.kv.coding import CodingError, Wanted
 from pshare_jax.kv.direct import DirectOffers
 from pshare_jax.kv.links import Links
 from pshare_jax.kv.peers import Claimed, Peers
-from pshare_jax.kv.reading import Read, Traffic
+from pshare_jax.kv.reading import Read
 from pshare_jax.kv.records import Records
+from pshare_jax.kv.traffic import Traffic
 from pshare_jax.runtime.layout import PageLayout
 
 
@@ -34,6 +36,7 @@ class PagePuller:
 
     Attributes:
         records: how coded pages lie in arrays; None where they are not coded.
+        coded: what is known of pages that come coded.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class PagePuller:
         self._shape = (layout.num_layers, *layout.layer_shape(1)[1:])
         self.records = records_of(layout, staging, setting) if codecs else None
         self._links = Links(setting, codecs if self.records is not None else [])
+        self.coded = CodedWay(self._shape, self._links, traffic)
 
     def pull(self, direct: DirectOffers, transfer: int, url: str, count: int) -> Read:
         """Claims `count` pages from the process at `url`, and pulls them onto the mesh.
@@ -62,17 +66,12 @@ class PagePuller:
         try:
             return self._pull(direct, transfer, url, count)
         except CodingError as error:
-            self.refuse(url, error.reason)
+            self.coded.refuse(url, error.reason)
             raise
 
     def settle(self, url: str, transfer: int) -> None:
         """Says that a transfer has come."""
         self._peers.settle(url, transfer)
-
-    def refuse(self, url: str, reason: str) -> None:
-        """What came coded was not what it should be: for a while nothing comes so from there."""
-        self._traffic.refuse(reason)
-        self._links.failed(url)
 
     def _pull(self, direct: DirectOffers, transfer: int, url: str, count: int) -> Read:
         raw = count * self._layout.bytes_per_page
@@ -114,16 +113,8 @@ class PagePuller:
         ]
         if coding is None or not coding.coded:
             return None, plain
-        asked = wanted is not None and wanted.coded and coding.codec in wanted.codecs
-        if self.records is None or not asked:
-            raise CodingError("codec", f"{where}: it comes as {coding.codec}, unasked")
-        if coding.table:
-            book = read_book(coding, claimed.table, self._shape)
-            self._links.keep_book(url, coding, book)
-        else:
-            book = self._links.book(url, coding)
-        if book is None:
-            raise CodingError("book", f"{where}: codebook {coding.book} has not been sent")
+        book = self.coded.codebook(transfer, url, coding, wanted, lambda _: claimed.table)
+        assert self.records is not None, "nothing is asked for coded that cannot be decoded"
         counts = [length for length, _ in pieces(claimed.pages, TRANSFER_BUCKETS)]
         fits = len(claimed.lengths) == len(counts) and all(
             len(lengths) in (0, count)

@@ -12,9 +12,7 @@ import http.client
 import io
 import os
 import struct
-import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -26,11 +24,11 @@ from pshare_jax.core.arrivals import TRANSFER_SECONDS
 from pshare_jax.core.buckets import TRANSFER_BUCKETS, pieces
 from pshare_jax.core.connector import TransferError
 from pshare_jax.kernels.kv_codec.api import page_codec
-from pshare_jax.kernels.kv_codec.codebook import Codebook
-from pshare_jax.kv.coding import HEADER, Coding, CodingError, Wanted, read_book, read_coding
-from pshare_jax.kv.coding import table_shape as book_shape
+from pshare_jax.kv.coded_way import CodedWay
+from pshare_jax.kv.coding import HEADER, Coding, CodingError, Wanted, read_coding
 from pshare_jax.kv.links import Links
 from pshare_jax.kv.peers import Peers
+from pshare_jax.kv.traffic import Traffic
 from pshare_jax.runtime.layout import PageLayout
 
 HEAD = struct.Struct("<IQ")
@@ -38,33 +36,6 @@ HEAD = struct.Struct("<IQ")
 
 _PART = 256 * 1024
 """Bytes between two looks at the clock, at most."""
-
-
-class Traffic:
-    """What has come to a worker from other processes. Thread-safe.
-
-    Attributes:
-        raw: bytes of pages, as they are in a pool, by way and codec.
-        wire: bytes that came for them.
-        refused: coded transfers that were not what they should be, by reason.
-    """
-
-    def __init__(self) -> None:
-        self.raw: Counter[tuple[str, str]] = Counter()
-        self.wire: Counter[tuple[str, str]] = Counter()
-        self.refused: Counter[str] = Counter()
-        self._lock = threading.Lock()
-
-    def came(self, way: str, codec: str, raw: int, wire: int) -> None:
-        """Counts a transfer."""
-        with self._lock:
-            self.raw[way, codec] += raw
-            self.wire[way, codec] += wire
-
-    def refuse(self, reason: str) -> None:
-        """Counts a coded transfer that nothing was taken of."""
-        with self._lock:
-            self.refused[reason] += 1
 
 
 @dataclass(frozen=True)
@@ -85,6 +56,9 @@ class PageReader:
         links: knows whether pages had better come coded.
         traffic: counts what has come.
         clock: seconds, from any start.
+
+    Attributes:
+        coded: what is known of pages that come coded.
     """
 
     def __init__(
@@ -98,9 +72,10 @@ class PageReader:
         self._clock = clock
         self._layout = layout
         self._peers = peers
+        self._shape = (layout.num_layers, *layout.layer_shape(1)[1:])
         self._links = links
         self._traffic = traffic
-        self._shape = (layout.num_layers, *layout.layer_shape(1)[1:])
+        self.coded = CodedWay(self._shape, links, traffic)
 
     def from_file(self, transfer: int, descriptor: int, count: int) -> Read:
         """Reads `count` pages from a file, and closes it.
@@ -125,13 +100,8 @@ class PageReader:
             with self._peers.get_pages(url, transfer, wanted) as answer:
                 return self._answer(transfer, url, answer, wanted, count)
         except CodingError as error:
-            self.refuse(url, error.reason)
+            self.coded.refuse(url, error.reason)
             raise
-
-    def refuse(self, url: str, reason: str) -> None:
-        """What came coded was not what it should be: for a while nothing comes so from there."""
-        self._traffic.refuse(reason)
-        self._links.failed(url)
 
     def _answer(
         self,
@@ -189,9 +159,8 @@ class PageReader:
     ) -> tuple[list[np.ndarray], int, float]:
         """Reads coded pieces; also the bytes that came, and seconds of decoding."""
         where, page_bytes = f"transfer {transfer}", self._layout.bytes_per_page
-        if wanted is None or not wanted.coded or coding.codec not in wanted.codecs:
-            raise CodingError("codec", f"{where}: it comes as {coding.codec}, unasked")
-        book, wire = self._book(transfer, stream, url, coding)
+        book = self.coded.codebook(transfer, url, coding, wanted, stream.take)
+        wire = book.table.nbytes if coding.table else 0
         codec, plain = page_codec(book), page_codec(None)
         read, buffer, decoding = self._empty(count), np.empty(page_bytes, np.uint8), 0.0
         for number, (piece, index) in enumerate(_places(count)):
@@ -213,23 +182,6 @@ class PageReader:
         if stream.has_more:
             raise CodingError("record", f"{where}: more follows after {count} pages")
         return read, wire, decoding
-
-    def _book(
-        self, transfer: int, stream: _Stream, url: str, coding: Coding
-    ) -> tuple[Codebook, int]:
-        """The codebook of a coded answer, and the bytes that came for it."""
-        if coding.table:
-            table = bytearray(int(np.prod(book_shape(coding.codec, self._shape))))
-            stream.fill(memoryview(table))
-            book = read_book(coding, bytes(table), self._shape)
-            self._links.keep_book(url, coding, book)
-            return book, len(table)
-        book = self._links.book(url, coding)
-        if book is None:
-            raise CodingError(
-                "book", f"transfer {transfer}: codebook {coding.book} has not been sent"
-            )
-        return book, 0
 
     def _empty(self, count: int) -> list[np.ndarray]:
         """Staging arrays of zeros for so many pages."""
@@ -284,11 +236,15 @@ class _Stream:
                 )
             into = into[count:]
 
+    def take(self, count: int) -> bytes:
+        """Reads so many bytes, which are few."""
+        data = bytearray(count)
+        self.fill(memoryview(data))
+        return bytes(data)
+
     def head(self) -> tuple[int, int]:
         """Reads the head of a frame: length and digest of its record."""
-        data = bytearray(HEAD.size)
-        self.fill(memoryview(data))
-        return HEAD.unpack(data)
+        return HEAD.unpack(self.take(HEAD.size))
 
     @property
     def has_more(self) -> bool:

@@ -36,8 +36,9 @@ from pshare_jax.kv.pieces import (
     scatter_pieces,
 )
 from pshare_jax.kv.pulling import PagePuller
-from pshare_jax.kv.reading import PageReader, Read, Traffic
+from pshare_jax.kv.reading import PageReader, Read
 from pshare_jax.kv.records import Records
+from pshare_jax.kv.traffic import Traffic
 from pshare_jax.kv.ways import Address, Reader, Way, choose, is_here
 from pshare_jax.runtime.pool import PagePool
 from pshare_jax.runtime.programs import Programs
@@ -202,7 +203,7 @@ class RemotePages:
             self._failed(arriving)
             if arriving.coded:
                 way = self._puller if arriving.way == "jax-transfer" else self._reader
-                way.refuse(arriving.coded, "checksum")
+                way.coded.refuse(arriving.coded, "checksum")
             raise
         scatter_pieces(self._programs, self._pool, arriving.staged, arriving.pull.targets)
         self.moved[arriving.way] += 1

@@ -6,6 +6,7 @@ here, where the client's clock runs.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -101,6 +102,12 @@ def _decode_pool_usage(stats: EngineStats) -> float:
     pools = [pool for name, pool in stats.pools.items() if name.startswith("decode")]
     total = sum(pool.total for pool in pools)
     return sum(pool.used for pool in pools) / total if total else 0.0
+
+
+def _widened_bytes() -> int:
+    """Of the kernels, in a process that has loaded them: a frontend does not import JAX for it."""
+    library = sys.modules.get("pshare_jax.kernels.native.library")
+    return library.widened_bytes() if library is not None else 0
 
 
 class _EngineCollector(Collector):
@@ -253,6 +260,11 @@ class Metrics:
             "The greatest of the last minute or two.",
             registry=self._registry,
         )
+        Gauge(
+            "pshare_widened_kv_bytes",
+            "Memory in which the C++ kernels widen KV of 8 bits, beside the pools.",
+            registry=self._registry,
+        ).set_function(_widened_bytes)
         for name in models:
             self.add_model(name)
 

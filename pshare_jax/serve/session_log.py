@@ -25,7 +25,7 @@ MAX_SESSIONS = 50
 class _Session:
     id: str
     key: str
-    calls: Counter[str] = field(default_factory=Counter)
+    calls: Counter[str] = field(default_factory=Counter[str])
     running: int = 0
     prompt: int = 0
     cached: int = 0

@@ -110,7 +110,9 @@ def test_a_kernel_has_a_cell_for_every_machine():
         Outcome("v5e:2x4", "", "a kernel", COMPILED),
         Outcome("h100", "", "a kernel", error="refused"),
     )
-    assert "| a kernel | 12.3 | not compiled | not compiled | refused |" in report(*rows)
+    assert "| a kernel | 12.3 | not compiled | not compiled | not compiled | refused |" in report(
+        *rows
+    )
 
 
 def test_largest_all_gather():

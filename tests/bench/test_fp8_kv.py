@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pshare_jax.bench import fp8_kv
-from pshare_jax.bench.distributions import divergence, perplexity
+from pshare_jax.bench.distributions import TextsOptions, divergence, perplexity
 from pshare_jax.convert.conversions import import_model
 from tests.convert.helpers import model_config, random_weights, write_hf_folder
 
@@ -15,7 +15,7 @@ def test_bytes_and_distances(tmp_path):
     config = model_config()
     weights = {name: 4 * value for name, value in random_weights(config).items()}
     import_model(write_hf_folder(tmp_path / "hf", config, weights), tmp_path / "base")
-    result = fp8_kv.run(fp8_kv.Fp8KvOptions(str(tmp_path / "base"), max_tokens=8))
+    result = fp8_kv.run(TextsOptions(str(tmp_path / "base"), max_tokens=8))
     wide, small = (result["kv"][name] for name in ("bfloat16", "fp8"))
     assert (wide["bytes"], small["bytes"]) == (2 * 128, 128)
     assert 0 < wide["mean_kl"] < small["mean_kl"] < 0.01

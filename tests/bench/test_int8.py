@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pshare_jax.bench import int8
+from pshare_jax.bench.distributions import TextsOptions
 from pshare_jax.convert.conversions import import_model
 from tests.convert.helpers import model_config, random_weights, write_hf_folder
 
@@ -14,7 +15,7 @@ def test_bytes_and_distances(tmp_path):
     import_model(
         write_hf_folder(tmp_path / "hf", config, random_weights(config)), tmp_path / "base"
     )
-    result = int8.run(int8.Int8Options(str(tmp_path / "base"), max_tokens=8))
+    result = int8.run(TextsOptions(str(tmp_path / "base"), max_tokens=8))
     embed, head = 416 * 48, 48 * 416
     kernels = 2 * (2 * 48 * 64 + 2 * 48 * 32 + 3 * 48 * 64)
     norms = 5 * 48
@@ -35,6 +36,6 @@ def test_a_tied_embedding_has_8_bits_where_activations_have(tmp_path):
     import_model(
         write_hf_folder(tmp_path / "hf", config, random_weights(config)), tmp_path / "base"
     )
-    result = int8.run(int8.Int8Options(str(tmp_path / "base"), max_tokens=8))
+    result = int8.run(TextsOptions(str(tmp_path / "base"), max_tokens=8))
     assert result["int8"]["bytes"] - result["int8-dynamic"]["bytes"] == 416 * 48 - 4 * 416
     assert 0 < result["int8-dynamic"]["mean_kl"] < 3e-3

@@ -1,4 +1,7 @@
-"""A real browser: Qt's Chromium in a process of its own, driven by the DevTools protocol."""
+"""A real browser in a process of its own, driven by the DevTools protocol.
+
+It is the Chromium of the system where there is one (`CHROMIUM` names another), else Qt's.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,11 @@ import base64
 import itertools
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -18,6 +23,7 @@ from typing import Any
 
 import aiohttp
 
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 WINDOW = Path(__file__).with_name("window.py")
 SECONDS = 30
 KEYS = {"Enter": 13, "Tab": 9}
@@ -53,6 +59,8 @@ class Page:
     async def open(self, url: str) -> None:
         for domain in ("Page", "Runtime", "Log"):
             await self.call(f"{domain}.enable")
+        # Elements hear of the focus in a window that has it alone.
+        await self.call("Emulation.setFocusEmulationEnabled", enabled=True)
         await self.call("Page.navigate", url=url)
         await self.until("document.readyState === 'complete'")
 
@@ -94,36 +102,66 @@ class Page:
             mobile=width < 600,
         )
 
-    async def screenshot(self, path: Path) -> None:
-        done = await self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(done["data"]))
+    async def screenshot(self, name: str, folder: Path) -> None:
+        """A picture of the whole page, in the folder that `SCREENSHOTS` names, or in `folder`."""
+        size = (await self.call("Page.getLayoutMetrics"))["cssContentSize"]
+        done = await self.call(
+            "Page.captureScreenshot",
+            format="png",
+            captureBeyondViewport=True,
+            clip={"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1},
+        )
+        picture = base64.b64decode(done["data"])
+        assert picture.startswith(b"\x89PNG")
+        (Path(os.environ.get("SCREENSHOTS") or folder) / name).write_bytes(picture)
 
 
 @asynccontextmanager
 async def browser() -> AsyncIterator[Page]:
-    """A fresh browser without a screen; needs the extra `browser`."""
-    with socket.socket() as free:  # the browser does not pick a port itself
+    """A fresh browser without a screen.
+
+    Needs a Chromium of the system, or else the extra `browser`.
+    """
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        command, environment = _command(profile)
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, **environment},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        async with _driven(process) as page:
+            yield page
+
+
+def _command(profile: str) -> tuple[list[str], dict[str, str]]:
+    """What starts a browser, and what its environment has. Software draws, and root may not have
+    Chromium's sandbox."""
+    flags = ["--no-sandbox", "--disable-gpu"]
+    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+    if found is not None:
+        window = ["--headless=new", "--remote-debugging-port=0", f"--user-data-dir={profile}"]
+        quiet = ["--no-first-run", "--disable-dev-shm-usage", "--hide-scrollbars"]
+        return [found, *flags, *window, *quiet, "about:blank"], {}
+    with socket.socket() as free:  # Qt does not pick a port itself
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {
-        **os.environ,
+    return [sys.executable, str(WINDOW)], {
         "QT_QPA_PLATFORM": "offscreen",
         "QTWEBENGINE_REMOTE_DEBUGGING": f"127.0.0.1:{port}",
-        # Software alone; and root may not have Chromium's sandbox.
-        "QTWEBENGINE_CHROMIUM_FLAGS": "--no-sandbox --disable-gpu",
+        "QTWEBENGINE_CHROMIUM_FLAGS": " ".join(flags),
     }
-    process = subprocess.Popen(
-        [sys.executable, str(WINDOW)],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+
+
+@asynccontextmanager
+async def _driven(process: subprocess.Popen[str]) -> AsyncIterator[Page]:
     try:
         url = await asyncio.to_thread(_devtools, process)
         async with aiohttp.ClientSession() as http:
             async with http.get(f"{url}/json") as answer:
-                (target,) = await answer.json(content_type=None)
+                targets = await answer.json(content_type=None)
+            (target,) = (target for target in targets if target["type"] == "page")
             async with http.ws_connect(target["webSocketDebuggerUrl"], max_msg_size=0) as ws:
                 yield Page(ws)
     finally:

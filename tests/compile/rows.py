@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 EVERY_CASE = ("v6e:2x4", "h100")
-IN_TURN = ("v5e:2x4", "v5p:2x2x1")
-"""Older TPUs: one compiler and one kernel, other tiles. Each case goes to one of them."""
+IN_TURN = ("v5e:2x4", "tpu7x:2x2x1", "v5p:2x2x1")
+"""Other TPUs: one compiler and one kernel, other tiles. Each case goes to one of them."""
 
 
 def spread(cases: Sequence[Any]) -> list[Any]:

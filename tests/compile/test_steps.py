@@ -15,6 +15,7 @@ CASES = [
     ("v5e:2x4", "Qwen3-14B"),
     ("v5p:2x2x1", "Qwen3-8B"),
     ("v6e:2x4", "Llama-3.1-8B"),
+    ("tpu7x:2x2x1", "Llama-3.1-8B"),
     ("h100", "Llama-3.1-8B"),
 ]
 SHARED_STEP = "decode step, one shared context"

@@ -79,7 +79,7 @@ class Node:
     filler: int | None = None
     extending: bool = False
     num_children: int = 0
-    ahead: set[int] = field(default_factory=set)
+    ahead: set[int] = field(default_factory=set[int])
     early: bool = False
     borrowed: bool = False
 
@@ -94,7 +94,7 @@ class Node:
 class _Children:
     """Children of one key, by first token; newest last."""
 
-    by_first_token: dict[int, dict[Node, None]] = field(default_factory=dict)
+    by_first_token: dict[int, dict[Node, None]] = field(default_factory=dict[int, dict[Node, None]])
 
     def add(self, node: Node) -> None:
         self.by_first_token.setdefault(node.tokens[0], {})[node] = None

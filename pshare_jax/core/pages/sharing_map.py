@@ -183,7 +183,7 @@ def pool_views(
     own: dict[int, list[str]] = {}
     for worker, cache in caches.items():
         own.setdefault(id(cache), []).append(worker)
-    views = []
+    views: list[PoolView] = []
     for workers in own.values():
         blocks: dict[bytes, _Block] = {}
         hidden = _take_in(blocks, {name: caches[name] for name in workers}, readers, held)

@@ -77,6 +77,7 @@ class Library:
         kv_decode: the inverse.
         pack: a matrix into panels, see `loading.pack_into`.
         read_tensor: a tensor of a checkpoint, see `loading.read_tensor`.
+        widened_bytes: of the process's memory in which pages of 8 bits are widened.
     """
 
     path: Path
@@ -86,6 +87,7 @@ class Library:
     kv_decode: Callable[..., int]
     pack: Callable[..., None]
     read_tensor: Callable[..., int]
+    widened_bytes: Callable[[], int]
     _library: ctypes.CDLL
 
     def advise_large_pages(self, arrays: Iterable[jax.Array]) -> None:
@@ -119,6 +121,12 @@ def require_library() -> Library:
     return library
 
 
+def widened_bytes() -> int:
+    """Bytes of this process in which pages of 8 bits are widened; 0 without the library."""
+    library = _load() if _load.cache_info().currsize else None
+    return library.widened_bytes() if library is not None else 0
+
+
 @functools.cache
 def _load() -> Library | None:
     try:
@@ -132,7 +140,11 @@ def _load() -> Library | None:
     multiplier = _start_multiplier(library)
     logger.info("CPU kernels: %s; bfloat16 is multiplied by: %s", path, multiplier)
     columns = library.pshare_panel_columns()
-    return Library(path, columns, multiplier, *_codec(library), *_loading(library), library)
+    widened = library.pshare_widened_bytes
+    widened.restype = ctypes.c_long
+    return Library(
+        path, columns, multiplier, *_codec(library), *_loading(library), widened, library
+    )
 
 
 def _start_multiplier(library: ctypes.CDLL) -> str:
@@ -162,6 +174,12 @@ def _loading(library: ctypes.CDLL) -> tuple[Callable[..., None], Callable[..., i
     read_tensor.argtypes = [ctypes.c_char_p, *[long] * 3, integer, pointer, integer, integer]
     read_tensor.restype = integer
     return pack, read_tensor
+
+
+def _widened(library: ctypes.CDLL) -> Callable[[], int]:
+    widened = library.pshare_widened_bytes
+    widened.restype = ctypes.c_long
+    return widened
 
 
 def cache_folder() -> Path:

@@ -1,5 +1,8 @@
 """A prefill worker's end of the store: between the pool of its mesh and the store's threads."""
 
+# pyright: standard
+# JAX does not say all of its types.
+
 from __future__ import annotations
 
 import hashlib

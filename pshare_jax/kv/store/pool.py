@@ -14,7 +14,7 @@ import mmap
 import os
 import struct
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -204,7 +204,7 @@ class Pool:
         """
 
         def act(books: Books) -> list[bool]:
-            still = []
+            still: list[bool] = []
             for pin in pins:
                 same = books.generation[pin.slot] == pin.generation
                 still.append(bool(same and books.state[pin.slot] == READY))
@@ -326,7 +326,7 @@ class Pool:
             raise
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[Books]:
+    def _locked(self) -> Generator[Books, None, None]:
         with self._thread_lock:
             locking.lock(self._file.lock)
             try:

@@ -85,7 +85,7 @@ class StoreService:
     dtype: np.dtype
     always: bool = False
     _closed: bool = False
-    _damaged: set[str] = field(default_factory=set)
+    _damaged: set[str] = field(default_factory=set[str])
 
     def __post_init__(self) -> None:
         slot_bytes = max(tier.pool.spec.slot_bytes for tier in self.tiers)
@@ -198,7 +198,8 @@ class StoreService:
 
     def _load(self, load: Load, keys: Sequence[bytes]) -> list[np.ndarray] | str:
         staged: list[np.ndarray] = []
-        start, again = 0, []
+        start = 0
+        again: list[str | None] = []
         for length, bucket in pieces(len(keys), TRANSFER_BUCKETS):
             piece = np.zeros((self.shape[0], bucket, *self.shape[1:]), self.dtype)
             chosen = range(start, start + length)
@@ -258,7 +259,7 @@ class StoreService:
 
     def _save(self, batch: Batch) -> list[bytes]:
         staged = np.ascontiguousarray(np.asarray(batch.staged))
-        kept = []
+        kept: list[bytes] = []
         for index, (key, tokens) in enumerate(zip(batch.keys, batch.tokens, strict=True)):
             results = [
                 self._put(tier, key, tokens, staged, index)

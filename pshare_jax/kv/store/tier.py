@@ -25,8 +25,8 @@ class TierCounters:
 
     hits: int = 0
     stored: int = 0
-    missed: Counter[str] = field(default_factory=Counter)
-    refused: Counter[str] = field(default_factory=Counter)
+    missed: Counter[str] = field(default_factory=Counter[str])
+    refused: Counter[str] = field(default_factory=Counter[str])
     bytes_read: int = 0
     bytes_written: int = 0
     raw_bytes_written: int = 0

@@ -36,11 +36,11 @@ export function totals(before, state) {
     ["running", number(total(state, "running"))],
     ["waiting", number(total(state, "waiting"))],
     ["prompt tokens computed", number(computed)],
-    ["prefill tokens saved", number(cached)],
-    ["of all prompt tokens", percent(cached, cached + computed)],
-    ["computed by another model", number(others)],
-    ["handed over", bytes(total(state, "handoff_bytes"))],
-    ["handed over a second", bytes(rate(before, state, (s) => total(s, "handoff_bytes")))],
+    ["prompt tokens saved", number(cached)],
+    ["saved, of all prompt tokens", percent(cached, cached + computed)],
+    ["saved by other models", number(others)],
+    ["KV handed over", bytes(total(state, "handoff_bytes"))],
+    ["KV handed over now", `${bytes(rate(before, state, (s) => total(s, "handoff_bytes")))}/s`],
   ];
 }
 

@@ -24,6 +24,7 @@ function element(tag, text) {
 function showStatus(text, bad = false) {
   at("status").textContent = text;
   at("status").classList.toggle("bad", bad);
+  at("status").classList.toggle("ready", text === "ready");
 }
 
 function fillTable(id, rows) {

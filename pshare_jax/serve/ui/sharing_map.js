@@ -47,6 +47,7 @@ export function describe(page) {
 /** What the map shows, in figures. */
 export function summary(map) {
   const pages = map.contexts.flatMap((context) => context.pages.map(page));
+  if (!pages.length) return "No pool holds a context yet: ask a model, below or by the API.";
   const shared = pages.filter((page) => page.readers.length > 1).length;
   const several = pages.filter((p) => new Set(p.computedBy.map(([name]) => name)).size > 1).length;
   const moving = pages.filter((page) => page.arriving).length;

@@ -1,6 +1,7 @@
 // The XLA FFI handlers of the CPU kernels; pshare_jax/kernels/native/library.py registers them.
 
 #include <string>
+#include <type_traits>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -18,6 +19,40 @@ using namespace pshare;
 
 namespace {
 
+// The dtype of what is read as T; INVALID where that is bytes of whatever it is.
+template <class T>
+constexpr ffi::DataType dtype_of() {
+  if (std::is_same_v<T, float>) return ffi::DataType::F32;
+  if (std::is_same_v<T, bf16>) return ffi::DataType::BF16;
+  if (std::is_same_v<T, fp8>) return ffi::DataType::F8E4M3FN;
+  if (std::is_same_v<T, Int8>) return ffi::DataType::U8;
+  if (std::is_same_v<T, int32_t>) return ffi::DataType::S32;
+  if (std::is_same_v<T, uint32_t>) return ffi::DataType::U32;
+  if (std::is_same_v<T, bool>) return ffi::DataType::PRED;
+  static_assert(std::is_same_v<T, float> || std::is_same_v<T, bf16> || std::is_same_v<T, fp8> ||
+                std::is_same_v<T, Int8> || std::is_same_v<T, int32_t> ||
+                std::is_same_v<T, uint32_t> || std::is_same_v<T, bool> || std::is_same_v<T, char>);
+  return ffi::DataType::INVALID;
+}
+
+// As numpy calls it.
+std::string name_of(ffi::DataType dtype) {
+  switch (dtype) {
+    case ffi::DataType::F32: return "float32";
+    case ffi::DataType::F64: return "float64";
+    case ffi::DataType::F16: return "float16";
+    case ffi::DataType::BF16: return "bfloat16";
+    case ffi::DataType::F8E4M3FN: return "float8_e4m3fn";
+    case ffi::DataType::S8: return "int8";
+    case ffi::DataType::U8: return "uint8";
+    case ffi::DataType::S32: return "int32";
+    case ffi::DataType::U32: return "uint32";
+    case ffi::DataType::S64: return "int64";
+    case ffi::DataType::PRED: return "bool";
+    default: return "XLA's type " + std::to_string(static_cast<int>(dtype));
+  }
+}
+
 // The buffers of a call, in order; a problem is kept for `error`, once.
 class Call {
  public:
@@ -30,9 +65,14 @@ class Call {
     if (!found.has_value()) return arg(args_.size());
     return **found;
   }
+  // What is read as T must be T; to be looked at after `good` alone.
   template <class T>
-  const T* data(size_t i) {
+  const T* data(size_t i, const std::string& name = "") {
     auto buffer = arg(i);
+    if (dtype_of<T>() != ffi::DataType::INVALID && buffer.element_type() != dtype_of<T>()) {
+      good((name.empty() ? "operand " + std::to_string(i) : name) + ": the dtype is " +
+           name_of(buffer.element_type()) + ", not " + name_of(dtype_of<T>()));
+    }
     return buffer.element_count() ? static_cast<const T*>(buffer.untyped_data()) : nullptr;
   }
   long dim(size_t i, size_t axis) { return arg(i).dimensions()[axis]; }
@@ -123,9 +163,10 @@ ffi::Error kv_write(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dicti
     long tokens = call.dim(1, 1);
     // A window of one token: earlier pages are none of its business.
     Geometry g{call.dim(0, 2), 1, call.dim(0, 3), call.dim(0, 4), 1, 0};
+    const E* given[] = {call.data<E>(1, "keys"), call.data<E>(2, "values")};
     if (!call.good(problem(rows, tokens, g, call.dim(0, 0)))) return;
     for (int part = 0; part < 2; part++) {
-      const E* from = call.data<E>(1 + part);
+      const E* from = given[part];
       for (long b = 0; b < rows.batch; b++) {
         for (long t = 0; t < std::min<long>(rows.lens[b], tokens); t++) {
           for (long h = 0; h < g.kv_heads; h++) {
@@ -148,7 +189,7 @@ ffi::Error paged_attention(ffi::RemainingArgs args, ffi::RemainingRets rets,
     Rows rows = call.rows(2);
     long tokens = call.dim(0, 1);
     Geometry g = call.geometry(1, call.dim(0, 2));
-    g.sinks = call.data<float>(5);
+    g.sinks = call.data<float>(5, "sinks");
     bool of_heads = g.sinks == nullptr || call.dim(5, 0) == g.heads();
     if (!call.good(of_heads ? "" : "there must be a sink for each head, or none")) return;
     E* out = static_cast<E*>(call.ret(0).untyped_data());
@@ -182,6 +223,9 @@ void run_layer(Call& call) {
   bool small = has_small_pages(call, 1);
   bool alike = small || call.arg(1).element_type() == call.arg(9).element_type();
   if (!call.good(alike ? "" : "pages are of another dtype than weights")) return;
+  call.data<float>(0, "x");
+  call.data<W>(8, "matrices");
+  if (!call.good("")) return;
   float* x = static_cast<float*>(updated(call.arg(0), call.ret(0)));
   void* pages = updated(call.arg(1), call.ret(1));
   Rows rows = call.rows(2);
@@ -206,19 +250,20 @@ void run_layer(Call& call) {
                     call.attr<bool>("sinks"),     call.attr<bool>("expert_biases")};
   layer.num_adapters = call.attr<int64_t>("num_adapters");
   layer.rank = call.attr<int64_t>("rank");
-  layer.adapter_index = call.data<int32_t>(10);
+  layer.adapter_index = call.data<int32_t>(10, "adapter index");
   long number = call.attr<int64_t>("layer"), tokens = call.dim(0, 1);
   long vectors = call.dim(7, 1), matrices = call.dim(8, 1), factors = call.dim(9, 1);
   if (number < 0 || number >= call.dim(7, 0)) call.good("no such layer");
   if (layer.rotated > layer.geometry.head_dim) call.good("more rotates than a head has");
+  const float *cosine = call.data<float>(5, "cosine"), *sine = call.data<float>(6, "sine");
   if (!call.good(problem(rows, tokens, layer.geometry, call.dim(1, 0))) ||
-      !call.good(locate(layer, call.data<float>(7) + number * vectors, vectors,
-                        call.data<W>(8) + number * matrices, matrices, parts)) ||
-      !call.good(locate_adapters(layer, call.data<E>(9) + number * factors, factors, rows.batch,
-                                 call.attr<int64_t>("targets")))) {
+      !call.good(locate(layer, call.data<float>(7, "vectors") + number * vectors, vectors,
+                        call.data<W>(8, "matrices") + number * matrices, matrices, parts)) ||
+      !call.good(locate_adapters(layer, call.data<E>(9, "adapters") + number * factors, factors,
+                                 rows.batch, call.attr<int64_t>("targets")))) {
     return;
   }
-  LayerCall<E, W>(layer, rows, tokens, x, call.data<float>(5), call.data<float>(6),
+  LayerCall<E, W>(layer, rows, tokens, x, cosine, sine,
                   small ? nullptr : static_cast<E*>(pages),
                   small ? static_cast<fp8*>(pages) : nullptr)
       .run();
@@ -352,10 +397,14 @@ void run_head(Call& call) {
   if (!call.good(fits ? "" : "the packed head is of another model")) return;
   long words = call.dim(5, 1);
   bool covers = words == 0 || (words * 32 >= vocab && call.dim(5, 0) == call.dim(0, 0));
+  const float *x = call.data<float>(0, "x"), *scale = call.data<float>(1, "scale");
+  Matrix<W> matrix{call.data<W>(2, "head"), call.data<float>(6, "head scales")};
+  const int32_t* lens = call.data<int32_t>(3, "lens");
+  const bool* wanted = call.data<bool>(4, "wanted");
+  const uint32_t* mask = call.data<uint32_t>(5, "mask");
   if (!call.good(covers ? "" : "the mask is of another vocabulary or batch")) return;
-  head<W>(call.data<float>(0), call.data<float>(1), {call.data<W>(2), call.data<float>(6)},
-          call.data<int32_t>(3), call.dim(0, 0), call.dim(0, 1), vocab, call.attr<float>("eps"),
-          *call.data<bool>(4), call.data<uint32_t>(5), words,
+  head<W>(x, scale, matrix, lens, call.dim(0, 0), call.dim(0, 1), vocab, call.attr<float>("eps"),
+          *wanted, mask, words,
           static_cast<float*>(call.ret(0).untyped_data()),
           static_cast<int32_t*>(call.ret(1).untyped_data()));
 }
@@ -378,9 +427,6 @@ ffi::Error matmul_handler(ffi::RemainingArgs args, ffi::RemainingRets rets,
   bool turn_left = call.attr<bool>("transpose_left"), turn_right = call.attr<bool>("transpose_right");
   Side left{call.data<bf16>(0), call.dim(0, turn_left), call.dim(0, !turn_left), !turn_left};
   Side right{call.data<bf16>(1), call.dim(1, !turn_right), call.dim(1, turn_right), turn_right};
-  bool bfloat16 = call.arg(0).element_type() == ffi::DataType::BF16 &&
-                  call.arg(1).element_type() == ffi::DataType::BF16;
-  call.good(bfloat16 ? "" : "the operands must be bfloat16");
   call.good(left.depth == right.depth ? "" : "the inner axes differ");
   if (!call.error().empty()) return ffi::Error::InvalidArgument(call.error());
   ffi::AnyBuffer out = call.ret(0);
@@ -469,6 +515,9 @@ extern "C" int pshare_read_tensor(const char* path, long rows, long chunks, long
   at_priority(nice, [&] { whole = read_tensor(path, {rows, chunks, run, bytes}, out, wanted); });
   return whole;
 }
+
+// Bytes in which pages of 8 bits are widened, see small_pages.h.
+extern "C" long pshare_widened_bytes() { return WideMemory::instance().bytes(); }
 
 // Columns of a panel of a packed matrix: what the Python side packs by.
 extern "C" int pshare_panel_columns() { return kPanel; }

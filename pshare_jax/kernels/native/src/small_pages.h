@@ -5,13 +5,84 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdlib>
+#include <mutex>
+#include <new>
 #include <vector>
 
 #include "attention.h"
 #include "fp8.h"
-#include "norm.h"
 
 namespace pshare {
+
+// The memory that pages are widened in, of all threads: a block for each call that runs at once. A
+// block is at most a quarter larger than a call has needed, and one that no call has needed half of
+// for a while is given back.
+class WideMemory {
+ public:
+  struct Block {
+    void* data = nullptr;
+    long size = 0, needed = 0;  // needed: number of the call that last took half of it
+  };
+  static constexpr long kCalls = 1 << 14;  // a while: hundreds of steps, which are a call a layer
+  static constexpr long kAlignment = 64;
+
+  // Never destroyed: threads may outlive static objects when the process exits.
+  static WideMemory& instance() {
+    static WideMemory* memory = new WideMemory;
+    return *memory;
+  }
+
+  Block take(long size) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    calls_++;
+    drop([&](const Block& block) { return block.needed + kCalls < calls_; });
+    auto fits = [&](const Block& block) { return block.size >= size; };
+    auto found = std::find_if(free_.begin(), free_.end(), fits);  // the smallest one
+    if (found == free_.end()) {
+      // The largest one has to grow; what is in it is nobody's.
+      drop([&, largest = free_.empty() ? 0 : free_.back().size](const Block& block) {
+        return block.size == largest;
+      });
+      long rounded = round_up(size + size / 4 + 1, kAlignment);
+      void* data = std::aligned_alloc(kAlignment, rounded);
+      if (data == nullptr) throw std::bad_alloc();
+      bytes_ += rounded;
+      return {data, rounded, calls_};
+    }
+    Block block = *found;
+    free_.erase(found);
+    if (2 * size >= block.size) block.needed = calls_;
+    return block;
+  }
+
+  void give(Block block) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    auto larger = [](const Block& a, const Block& b) { return a.size < b.size; };
+    free_.insert(std::upper_bound(free_.begin(), free_.end(), block, larger), block);
+  }
+
+  long bytes() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return bytes_;
+  }
+
+ private:
+  template <class Which>
+  void drop(Which which) {
+    auto stays = [&](const Block& block) { return !which(block); };
+    auto kept = std::stable_partition(free_.begin(), free_.end(), stays);
+    for (auto block = kept; block != free_.end(); block++) {
+      bytes_ -= block->size;
+      std::free(block->data);
+    }
+    free_.erase(kept, free_.end());
+  }
+
+  std::mutex mutex_;
+  std::vector<Block> free_;  // by size
+  long calls_ = 0, bytes_ = 0;
+};
 
 template <class E>
 class WidenedPages {
@@ -35,10 +106,14 @@ class WidenedPages {
       auto found = std::lower_bound(used_.begin(), used_.end(), rows.table[at]);
       table_[at] = static_cast<int32_t>(found - used_.begin());
     });
-    static thread_local Buffer<E> memory;
-    wide_ = memory.get(static_cast<long>(used_.size()) * size_);
+    block_ = WideMemory::instance().take(static_cast<long>(used_.size() * sizeof(E)) * size_);
+    wide_ = static_cast<E*>(block_.data);
     rows_ = Rows{table_.data(), rows.start, rows.lens, rows.batch, rows.width};
   }
+
+  ~WidenedPages() { WideMemory::instance().give(block_); }
+  WidenedPages(const WidenedPages&) = delete;
+  WidenedPages& operator=(const WidenedPages&) = delete;
 
   // After the call's own tokens have been written.
   void widen(Team& team) {
@@ -54,6 +129,7 @@ class WidenedPages {
   const fp8* pages_;
   const long size_;  // numbers of a page
   std::vector<int32_t> table_, used_;
+  WideMemory::Block block_;
   E* wide_;
   Rows rows_{};
 };

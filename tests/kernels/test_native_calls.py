@@ -1,0 +1,111 @@
+"""What calls of the C++ kernels refuse by name, and the memory that they widen pages in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from pshare_jax.kernels.decoder_layer.cpu_ffi import LayerShape, decoder_layer, lm_head
+from pshare_jax.kernels.decoder_layer.packing import PackedAdapters, PackedLayers, Parts
+from pshare_jax.kernels.kv_dtype import FP8
+from pshare_jax.kernels.kv_write.cpu_ffi import kv_write
+from pshare_jax.kernels.native.library import require_library, widened_bytes
+from pshare_jax.kernels.paged_attention.api import paged_attention
+
+SHAPE = LayerShape(2, 8, 1e-6, None, None, 1.0, 1.0, gelu=False)
+ROWS = jnp.ones((1, 1), jnp.int32), jnp.zeros(1, jnp.int32), jnp.ones(1, jnp.int32)
+
+
+def operands(**dtypes: str) -> dict[str, Any]:
+    """Of a layer over pages of 8 bits that computes in float32, but for some dtypes."""
+
+    def array(name: str, *shape: int, dtype: str = "float32") -> jax.Array:
+        return jnp.ones(shape, dtypes.get(name, dtype))
+
+    columns = require_library().panel_columns
+    count = columns * (8 * 3 + 8 + 8 * 2 + 8)
+    return {
+        "x": array("x", 1, 1, 8),
+        "rope": (array("cosine", 1, 1, 1, 4), array("sine", 1, 1, 1, 4)),
+        "layers": PackedLayers(
+            array("vectors", 1, 16), array("matrices", 1, count), Parts(), "float32"
+        ),
+        "adapters": PackedAdapters(array("adapters", 1, 0), 0, 0, ()),
+        "adapter_index": array("adapter index", 0, dtype="int32"),
+    }
+
+
+def call_layer(given: dict[str, Any]) -> None:
+    pages = jnp.zeros((2, 2, 1, 4, 8), FP8)
+    out = decoder_layer(pages=pages, rows=ROWS, layer=0, shape=SHAPE, **given)
+    jax.block_until_ready(out)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "wanted"),
+    [
+        ("x", "bfloat16", "float32"),
+        ("cosine", "float16", "float32"),
+        ("sine", "bfloat16", "float32"),
+        ("vectors", "bfloat16", "float32"),
+        ("adapter index", "uint32", "int32"),
+    ],
+)
+def test_a_layers_operands_of_a_wrong_dtype_are_named(name: str, dtype: str, wanted: str) -> None:
+    with pytest.raises(
+        jax.errors.JaxRuntimeError, match=f"{name}: the dtype is {dtype}, not {wanted}"
+    ):
+        call_layer(operands(**{name: dtype}))
+
+
+def test_matrices_of_another_dtype_than_adapters_are_named() -> None:
+    with pytest.raises(
+        jax.errors.JaxRuntimeError, match="matrices: the dtype is float32, not bfloat16"
+    ):
+        call_layer(operands(adapters="bfloat16"))
+
+
+def test_a_heads_operands_of_a_wrong_dtype_are_named() -> None:
+    head = jnp.ones(require_library().panel_columns * 8)
+    lens, wanted, x = jnp.ones(1, jnp.int32), jnp.asarray(True), jnp.ones((1, 8))
+    for scale, mask, error in (
+        (jnp.ones(8, jnp.bfloat16), None, "scale: the dtype is bfloat16, not float32"),
+        (jnp.ones(8), jnp.ones((1, 1), jnp.int32), "mask: the dtype is int32, not uint32"),
+    ):
+        with pytest.raises(jax.errors.JaxRuntimeError, match=error):
+            jax.block_until_ready(
+                lm_head(x, scale, head, lens, wanted, mask, vocab_size=4, eps=1e-6)
+            )
+
+
+def test_positions_of_64_bits_are_refused() -> None:
+    pages, new = jnp.zeros((2, 2, 1, 4, 8)), jnp.ones((1, 1, 1, 8))
+    with jax.enable_x64(True):
+        rows = ROWS[0], jnp.zeros(1, jnp.int64), ROWS[2]
+        with pytest.raises(jax.errors.JaxRuntimeError, match="4: the dtype is int64, not int32"):
+            jax.block_until_ready(kv_write(pages, new, new, *rows))
+
+
+def test_memory_of_widened_pages_is_counted_and_goes_with_the_need_for_it() -> None:
+    """A quarter more than a call has needed; none once thousands have needed next to nothing."""
+    count, heads, page, dim = 256, 2, 64, 64
+    need = 4 * count * 2 * heads * page * dim
+    pages = jnp.zeros((count + 1, 2, heads, page, dim), FP8)
+    table = jnp.arange(1, count + 1, dtype=jnp.int32)[None]
+    q, one = jnp.ones((1, 1, heads, dim)), jnp.ones(1, jnp.int32)
+    before = widened_bytes()
+
+    def attend(q: jax.Array, start: jax.Array) -> jax.Array:
+        return paged_attention(q, pages, table, start, one, backend="cpu_ffi")
+
+    jax.block_until_ready(jax.jit(attend)(q, one * (count * page - 1)))
+    held = widened_bytes()
+    assert need <= held <= 1.25 * need + 64 + before
+    many = jax.jit(lambda q: lax.fori_loop(0, 20_000, lambda _, q: attend(q, 0 * one), q))
+    np.testing.assert_array_equal(many(q), jnp.zeros_like(q))
+    assert widened_bytes() < need / 8 + before
