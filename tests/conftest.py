@@ -14,7 +14,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 import jax
 import pytest
 
-from pshare_jax.engine.host_memory import return_freed_memory
+from pshare_jax.runtime.host_memory import return_freed_memory
 from tests.helpers import optimisations, set_optimisations
 
 
