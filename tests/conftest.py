@@ -23,7 +23,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 import jax
 import pytest
 
-from pshare_jax.engine.host_memory import return_freed_memory
+from pshare_jax.runtime.host_memory import return_freed_memory
 from tests.helpers import optimisations, set_optimisations
 
 

@@ -32,7 +32,6 @@ from pshare_jax.core.stats import EngineStats
 from pshare_jax.engine.assembly import Assembly
 from pshare_jax.engine.devices import compute_dtype, page_dtype, prepare_jax
 from pshare_jax.engine.gang import hosts_of, mirror_of, replay_of
-from pshare_jax.engine.host_memory import return_freed_memory
 from pshare_jax.engine.hosted_modules import HostedModules
 from pshare_jax.engine.kv_store import EngineStore, page_shape
 from pshare_jax.engine.limits import check_cluster, check_config
@@ -55,6 +54,7 @@ from pshare_jax.kv.offers import OfferFolder
 from pshare_jax.kv.peers import Peers
 from pshare_jax.kv.remote import RemotePages
 from pshare_jax.runtime.compiles import compile_count
+from pshare_jax.runtime.host_memory import return_freed_memory
 from pshare_jax.runtime.layout import PageLayout
 from pshare_jax.runtime.mirror import Mirror, Replay, Run
 from pshare_jax.runtime.pool import PagePool

@@ -20,7 +20,6 @@ from pshare_jax.convert.seals import open_checkpoint
 from pshare_jax.core.models import ModelKind, ModelSpec
 from pshare_jax.core.split_rule import LAST_TOKEN, SplitRule
 from pshare_jax.engine.adapter_stack import AdapterStack, check_room
-from pshare_jax.engine.host_memory import return_freed_memory
 from pshare_jax.engine.weight_format import LoadTensors, loader_of
 from pshare_jax.errors import CheckpointError, ConfigError
 from pshare_jax.kernels.backends import on_mesh
@@ -39,6 +38,7 @@ from pshare_jax.models.weights import (
     weight_specs,
 )
 from pshare_jax.runtime.executor import GroupWeights
+from pshare_jax.runtime.host_memory import return_freed_memory
 from pshare_jax.sharding.rules import replicated, weight_shardings
 
 BASE = "base"

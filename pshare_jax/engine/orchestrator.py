@@ -27,7 +27,6 @@ from pshare_jax.core.stats import EngineStats
 from pshare_jax.engine.assembly import Assembly
 from pshare_jax.engine.devices import compute_dtype, page_dtype, place, prepare_jax
 from pshare_jax.engine.front import Front
-from pshare_jax.engine.host_memory import return_freed_memory
 from pshare_jax.engine.kv_store import EngineStore
 from pshare_jax.engine.limits import check_config
 from pshare_jax.engine.loader import (
@@ -44,6 +43,7 @@ from pshare_jax.errors import EngineDeadError
 from pshare_jax.kernels.backends import CPU_FFI, backend_for
 from pshare_jax.models.packed import unsupported
 from pshare_jax.runtime.compiles import compile_count
+from pshare_jax.runtime.host_memory import return_freed_memory
 from pshare_jax.runtime.layout import PageLayout
 from pshare_jax.text.tokenizer import Tokenizer
 

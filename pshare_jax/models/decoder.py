@@ -24,7 +24,8 @@ from pshare_jax.models.lora import Adapters
 from pshare_jax.models.quantise import quantise
 from pshare_jax.models.recompute import Apply
 from pshare_jax.models.registry import family
-from pshare_jax.models.rotation import rope_table
+from pshare_jax.models.rope import Rope
+from pshare_jax.models.rotation import RopeTable, rope_table
 from pshare_jax.models.weights import (
     Weights,
     abstract_weights,
@@ -38,8 +39,25 @@ if TYPE_CHECKING:
 
 def rope_tables(config: ModelConfig, positions: jax.Array) -> RopeTables:
     """The tables of every rotary embedding that some layer has, for positions `[B, T]`."""
-    ropes = dict.fromkeys(spec.rope for spec in config.layer_specs if spec.rope is not None)
-    return {rope: rope_table(rope, config.head_dim, positions) for rope in ropes}
+    return {rope: rope_table(rope, config.head_dim, positions) for rope in _ropes(config)}
+
+
+def _ropes(config: ModelConfig) -> list[Rope]:
+    return list(dict.fromkeys(spec.rope for spec in config.layer_specs if spec.rope is not None))
+
+
+def looped_rope_tables(config: ModelConfig, positions: jax.Array) -> RopeTables:
+    """The same, row by row in a loop, for many layers on CPUs.
+
+    XLA for CPUs merges a table with each loop that reads it, so that every layer computes its
+    sines and cosines anew, for every head; what a loop gives it does not merge.
+    """
+    ropes = _ropes(config)
+
+    def row(positions: jax.Array) -> list[RopeTable]:
+        return [rope_table(rope, config.head_dim, positions) for rope in ropes]
+
+    return dict(zip(ropes, jax.lax.map(row, positions), strict=True))
 
 
 def make_layer(
@@ -114,6 +132,7 @@ class Decoder(nnx.Module):
         adapters: Adapters | None = None,
         *,
         remat: Callable[[Apply], Apply] | None = None,
+        ropes: RopeTables | None = None,
     ) -> Float[Array, "B T embed"]:
         """The last hidden states, after the final norm; KV of every layer goes to `attention`.
 
@@ -125,11 +144,13 @@ class Decoder(nnx.Module):
             remat: makes a layer keep only its input for the gradient and compute the rest again:
                 `jax.checkpoint`, or `recomputed` on CPUs. Then `attention` may not change while
                 the layers run.
+            ropes: `rope_tables` of the positions, where they are there already.
 
         Returns:
             `[B, T, embed]` of the weights' dtype.
         """
-        ropes = rope_tables(self.config, positions)
+        if ropes is None:
+            ropes = rope_tables(self.config, positions)
         x = scaled_embedding(self.config, self.embed(tokens))
         for layer in self.layers:
             apply = functools.partial(layer, ropes=ropes, attention=attention, adapters=adapters)

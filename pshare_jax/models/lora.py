@@ -67,6 +67,23 @@ class Adapters:
         return jnp.where(adapted, update, 0)
 
 
+class OneAdapter(Adapters):
+    """The adapters of one module, which all rows use: what training computes. Lives for one trace.
+
+    Args:
+        module: rank r.
+        batch_size: rows.
+    """
+
+    def __init__(self, module: LoraModule, batch_size: int):
+        super().__init__(stack_adapters([module]), jnp.zeros(batch_size, jnp.int32))
+
+    def factors(self, path: str) -> tuple[jax.Array, jax.Array] | None:
+        """Of projection `path`: a `[*in, r]` and b `[r, *out]`, `alpha / rank` folded into b."""
+        a = self._weights.get(f"{path}.lora_a")
+        return None if a is None else (a[..., 0, :], self._weights[f"{path}.lora_b"][0])
+
+
 def check_lora(config: ModelConfig, module: LoraModule) -> None:
     """Checks a module's names and shapes against `config`.
 

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from aiohttp import web
 
 from pshare_jax.config import ServerConfig
-from pshare_jax.engine.host_memory import return_freed_memory
 from pshare_jax.errors import ConfigError
+from pshare_jax.runtime.host_memory import return_freed_memory
 from pshare_jax.serve.access_log import access_log_options
 from pshare_jax.serve.api_keys import load_keys
 from pshare_jax.serve.app import build_app

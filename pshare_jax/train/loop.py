@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from pshare_jax.errors import CheckpointError
+from pshare_jax.runtime.host_memory import return_freed_memory
 from pshare_jax.train.batches import BatchStream, MicroBatch
 from pshare_jax.train.checkpoint import Checkpoints, TrainState
 from pshare_jax.train.config import TrainConfig, with_rate
@@ -214,6 +215,8 @@ class _Run:
         # What is logged must not be behind what is saved.
         self._flush()
         self._checkpoints.save(self._step, self._state, self.eval_loss)
+        # Its copies and a step's temporary arrays lay between each other.
+        return_freed_memory()
         self._meter.restart()
 
     def _finish(self, seconds: float) -> dict[str, Any]:

@@ -11,16 +11,13 @@ import jax.numpy as jnp
 from pshare_jax.errors import ConfigError
 from pshare_jax.models.attention import CausalAttention, causal_mask
 from pshare_jax.models.config import ModelConfig
-from pshare_jax.models.decoder import Decoder, bind
-from pshare_jax.models.lora import Adapters, LoraModule, stack_adapters
+from pshare_jax.models.decoder import Decoder, bind, looped_rope_tables
+from pshare_jax.models.lora import Adapters, LoraModule, OneAdapter
 from pshare_jax.models.packed import PackedDecoder, holds_packed
 from pshare_jax.models.recompute import recomputed
 from pshare_jax.models.weights import Weights
-from pshare_jax.train.memory_saving import (
-    BlockedCausalAttention,
-    blocked_attention,
-    sum_over_chunks,
-)
+from pshare_jax.train.cross_entropy import cross_entropy, sum_over_chunks
+from pshare_jax.train.memory_saving import BlockedCausalAttention, blocked_attention
 
 Arrays = Mapping[str, jax.Array]
 """A batch as `layout.collate` makes it."""
@@ -44,9 +41,9 @@ class Recipe:
         dtype: dtype name of weights and activations within the computation.
         lora: the shape of the LoRA module, or None for a full module.
         teacher: the teacher's architecture when distilling.
-        remat: whether layers are computed again for the gradient; on CPUs logits too, in chunks.
+        remat: whether layers are computed again for the gradient.
         barriers: whether the compiler keeps the barriers that `jax.checkpoint` relies on; XLA for
-            CPUs does not.
+            CPUs does not. There logits are computed in chunks, see `cross_entropy`.
         matmul: backend of the decoder's products, see `kernels/matmul`.
         loss: the user's own, see `TrainConfig.loss`; None for the usual one.
     """
@@ -129,10 +126,14 @@ class SplitAttention:
         config: the architecture.
         kv: as `base_kv` gives it; None when no token is covered.
         batch: `positions`, `segments` and `covers`.
+        backend: as for `blocked_attention`.
     """
 
-    def __init__(self, config: ModelConfig, kv: jax.Array | None, batch: Arrays):
+    def __init__(
+        self, config: ModelConfig, kv: jax.Array | None, batch: Arrays, backend: str = "xla"
+    ):
         self._kv = kv
+        self._backend = backend
         self._config = config
         windows = {spec.sliding_window for spec in config.layer_specs}
         # Made before the layers run, which may be traced apart (`remat`).
@@ -155,7 +156,16 @@ class SplitAttention:
             k = jnp.concatenate([base[:, :, 0], k], axis=1)
             v = jnp.concatenate([base[:, :, 1], v], axis=1)
         mask = self._masks[self._config.layer(layer).sliding_window]
-        return blocked_attention(q, k, v, mask, self._config.attention_soft_cap, sinks)
+        return blocked_attention(
+            q,
+            k,
+            v,
+            mask,
+            self._config.attention_soft_cap,
+            sinks,
+            constant_keys=0 if self._kv is None else self._kv.shape[1],
+            backend=self._backend,
+        )
 
 
 def _split_mask(window: int | None, kv: jax.Array | None, batch: Arrays) -> jax.Array:
@@ -184,8 +194,7 @@ def bind_trainable(
         return _bind(recipe, recipe.config, trainable), None
     assert base is not None
     own = _cast(trainable, recipe.dtype)
-    stacked = stack_adapters([LoraModule(own, lora.alpha, lora.rank, lora.targets)])
-    adapters = Adapters(stacked, jnp.zeros(batch_size, jnp.int32))
+    adapters = OneAdapter(LoraModule(own, lora.alpha, lora.rank, lora.targets), batch_size)
     return _bind(recipe, recipe.config, base), adapters
 
 
@@ -218,11 +227,15 @@ def _target_hidden(
 ) -> tuple[Decoder, jax.Array]:
     """The decode module, and its last hidden state at each target: `[B, Y, embed]`."""
     decoder, adapters = bind_trainable(recipe, trainable, base, batch["tokens"].shape[0])
-    attention = SplitAttention(recipe.config, kv, batch)
+    attention = SplitAttention(recipe.config, kv, batch, recipe.matmul)
     remat = None
     if recipe.remat:
         remat = jax.checkpoint if recipe.barriers else recomputed
-    hidden = decoder.hidden(batch["tokens"], batch["positions"], attention, adapters, remat=remat)
+    positions = batch["positions"]
+    ropes = None if recipe.barriers else looped_rope_tables(recipe.config, positions)
+    hidden = decoder.hidden(
+        batch["tokens"], positions, attention, adapters, remat=remat, ropes=ropes
+    )
     return decoder, _pick(hidden, batch["targets"])
 
 
@@ -232,7 +245,8 @@ def _teacher_hidden(recipe: Recipe, weights: Weights, batch: Arrays) -> tuple[De
     sequence = batch["sequence"]
     decoder = _bind(recipe, recipe.teacher, weights)
     positions = jnp.broadcast_to(jnp.arange(sequence.shape[1]), sequence.shape)
-    hidden = decoder.hidden(sequence, positions, BlockedCausalAttention(recipe.teacher))
+    attention = BlockedCausalAttention(recipe.teacher, recipe.matmul)
+    hidden = decoder.hidden(sequence, positions, attention)
     return decoder, _pick(hidden, batch["sequence_targets"])
 
 
@@ -267,7 +281,7 @@ def loss_sum(
         return jnp.sum(_losses(recipe, logits, wanted, targets) * targets["weights"])
 
     # The user's own loss may look at all targets of a row.
-    if recipe.remat and not recipe.barriers and recipe.loss is None:
+    if not recipe.barriers and recipe.loss is None:
         return sum_over_chunks(losses, hidden, targets)
     return losses(hidden, targets)
 
@@ -287,9 +301,9 @@ def _losses(
                 f"{list(logits.shape[:2])}"
             )
         return losses.astype(jnp.float32)
-    log_probs = jax.nn.log_softmax(logits)
     if teacher is None:
-        return -jnp.take_along_axis(log_probs, batch["labels"][..., None], axis=-1)[..., 0]
+        return cross_entropy(logits, batch["labels"])
+    log_probs = jax.nn.log_softmax(logits)
     wanted = jax.nn.log_softmax(teacher)
     return jnp.sum(jnp.exp(wanted) * (wanted - log_probs), axis=-1)
 

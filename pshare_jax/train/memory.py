@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from pshare_jax.errors import ConfigError
 from pshare_jax.models.weights import Weights
+from pshare_jax.runtime.host_memory import return_freed_memory
 from pshare_jax.train.job import Job
 from pshare_jax.train.layout import collate
 
@@ -59,6 +60,7 @@ def check_memory(job: Job, say: Callable[[str], None]) -> None:
     need = predict(job)
     if need is None:
         return
+    return_freed_memory()
     free = free_bytes()
     # The virtual devices of a CPU are one memory.
     devices = jax.local_device_count() if jax.default_backend() == "cpu" else 1

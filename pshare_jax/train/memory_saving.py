@@ -1,22 +1,21 @@
-"""Long examples in less memory: attention in blocks of queries, logits in chunks of targets.
+"""Long examples in less memory: attention in blocks of queries.
 
-Each block is computed again for the gradient, so that neither scores nor logits of all are kept.
-The results are those of the whole, within rounding.
+Each block is computed again for the gradient, so that scores are not kept. The results are those of
+the whole, within rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
 import jax
 import jax.numpy as jnp
 
+from pshare_jax.kernels.backends import CPU_FFI
+from pshare_jax.kernels.masked_attention.cpu_ffi import masked_attention
 from pshare_jax.models.attention import CausalAttention, causal_mask, dense_attention
+from pshare_jax.models.config import ModelConfig
 
 BLOCK = 256
 """Queries of a block; fewer are one call, whose scores are kept."""
-CHUNK = 1024
-"""Targets of a chunk, over all rows of a batch."""
 
 
 def blocked_attention(
@@ -26,9 +25,26 @@ def blocked_attention(
     mask: jax.Array,
     soft_cap: float | None,
     sinks: jax.Array | None = None,
+    *,
+    constant_keys: int = 0,
+    backend: str = "xla",
 ) -> jax.Array:
-    """See `models.attention.dense_attention`; `mask` is `[B, T, S]` or `[T, S]`."""
+    """See `models.attention.dense_attention`; `mask` is `[B, T, S]` or `[T, S]`.
+
+    Args:
+        q: as there; so are k, v, soft_cap and sinks.
+        k: see q.
+        v: see q.
+        mask: see above.
+        soft_cap: see q.
+        sinks: see q.
+        constant_keys: of so many of the first keys and values no gradient is needed.
+        backend: `cpu_ffi` for C++ where it can do it: without soft_cap and sinks.
+    """
     B, T = q.shape[:2]
+    if backend == CPU_FFI and soft_cap is None and sinks is None:
+        mask = jnp.broadcast_to(mask, (B, *mask.shape[-2:]))
+        return masked_attention(q, k, v, mask, constant_keys)
     if T <= BLOCK:
         return dense_attention(q, k, v, mask, soft_cap, sinks)
     padding = -T % BLOCK
@@ -47,7 +63,11 @@ def blocked_attention(
 
 
 class BlockedCausalAttention(CausalAttention):
-    """`CausalAttention` in blocks of queries."""
+    """`CausalAttention` in blocks of queries; `backend` as for `blocked_attention`."""
+
+    def __init__(self, config: ModelConfig, backend: str = "xla"):
+        super().__init__(config)
+        self._backend = backend
 
     def attend(
         self,
@@ -60,38 +80,8 @@ class BlockedCausalAttention(CausalAttention):
         """See `AttentionIO.attend`."""
         steps = jnp.arange(q.shape[1])
         mask = self._masks.of(layer, lambda window: causal_mask(steps, steps, window))
-        return blocked_attention(q, k, v, mask, self._config.attention_soft_cap, sinks)
-
-
-def sum_over_chunks(
-    losses: Callable[[jax.Array, Mapping[str, jax.Array]], jax.Array],
-    hidden: jax.Array,
-    targets: Mapping[str, jax.Array],
-) -> jax.Array:
-    """The sum of a loss over all targets, some at a time; float32 scalar.
-
-    Args:
-        losses: gives the sum of some: from `[B, c, embed]` and arrays `[B, c, ...]`.
-        hidden: `[B, Y, embed]`.
-        targets: arrays `[B, Y, ...]`; `weights`, 0 for padding, is one of them.
-    """
-    B, Y = hidden.shape[:2]
-    size = max(CHUNK // B, 1)
-    if size >= Y:
-        return losses(hidden, targets)
-    arrays = {"hidden": hidden, **targets}
-    chunks = {}
-    for name, array in arrays.items():
-        padded = jnp.pad(array, ((0, 0), (0, -Y % size), *((0, 0),) * (array.ndim - 2)))
-        chunks[name] = _blocks(padded, size)
-
-    @jax.checkpoint
-    def add(total: jax.Array, chunk: dict[str, jax.Array]) -> tuple[jax.Array, None]:
-        rest = dict(chunk)
-        return total + losses(rest.pop("hidden"), rest), None
-
-    total, _ = jax.lax.scan(add, jnp.float32(0), chunks)
-    return total
+        soft_cap = self._config.attention_soft_cap
+        return blocked_attention(q, k, v, mask, soft_cap, sinks, backend=self._backend)
 
 
 def _blocks(array: jax.Array, size: int) -> jax.Array:

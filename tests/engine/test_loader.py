@@ -14,8 +14,7 @@ import pytest
 from jax.sharding import Mesh
 
 from pshare_jax.config import DecodeConfig, PrefillConfig
-from pshare_jax.engine import host_memory, orchestrator
-from pshare_jax.engine.host_memory import return_freed_memory
+from pshare_jax.engine import orchestrator
 from pshare_jax.engine.loader import BASE, LoadTensors, WeightLoader, model_specs
 from pshare_jax.models.weights import LORA_TARGETS, Weights, alias_on, same_memory
 from pshare_jax.sharding.mesh import carve
@@ -231,17 +230,3 @@ def test_an_engine_holds_the_base_once_and_never_donates_it(
         replies = [client.submit(name, prompt) for name in made.tails]
         assert [r.wait().tokens for r in replies] == [made.expected(n, prompt) for n in made.tails]
         assert pointers(prefill) == pointers(decode[BASE].weights) == before
-
-
-def test_freed_memory_is_kept_where_there_is_no_glibc(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
-
-    class Glibc:
-        malloc_trim = calls.append
-
-    monkeypatch.setattr(host_memory.ctypes, "CDLL", lambda name: Glibc())
-    return_freed_memory()
-    assert calls == [0]
-    monkeypatch.setattr(host_memory.ctypes, "CDLL", lambda name: object())
-    return_freed_memory()
-    assert calls == [0]

@@ -12,7 +12,7 @@ import pytest
 
 from pshare_jax.errors import ConfigError
 from pshare_jax.kernels.matmul import api
-from pshare_jax.kernels.matmul.api import matmul, training_backend
+from pshare_jax.kernels.matmul.api import lora_matmul, matmul, training_backend
 
 BACKENDS = ["xla", "cpu_ffi"]
 # Rows, inner, columns: few and many rows; nothing, or everything, a multiple of a panel or unit; an
@@ -82,6 +82,39 @@ def test_several_output_axes(backend):
     assert_close(y, expected, 20)
 
 
+# Rows, inner, rank, columns: a rank that is odd, one above a panel, several parts of the columns.
+@pytest.mark.parametrize("shape", [(7, 34, 3, 47), (160, 64, 8, 96), (40, 513, 40, 9001)], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_with_a_low_rank_update(backend, shape):
+    rows, inner, rank, columns = shape
+    sizes = (rows, inner), (inner, columns), (inner, rank), (rank, columns), (rows, columns)
+    x, kernel, a, b, gradient = (random(seed, *size) for seed, size in enumerate(sizes))
+    function = jax.jit(functools.partial(lora_matmul, dtype="bfloat16", backend=backend))
+    y, pull = jax.vjp(function, x, kernel, a, b)
+    dx, dkernel, da, db = pull(gradient)
+    wide = [np.asarray(array, np.float64) for array in (x, kernel, a, b, gradient)]
+    X, W, A, B, G = wide
+    low = np.asarray(jnp.asarray(X @ A, "bfloat16"), np.float64)
+    dlow = np.asarray(jnp.asarray(G @ B.T, "bfloat16"), np.float64)
+    expected = [X @ W + low @ B, G @ W.T + dlow @ A.T, X.T @ G, X.T @ dlow, low.T @ G]
+    for mine, other in zip((y, dx, dkernel, da, db), expected, strict=True):
+        assert mine.dtype == jnp.bfloat16
+        # A sum in float32 may round x A, or its gradient, to the next number.
+        error = np.linalg.norm(np.asarray(mine, np.float64) - other)
+        assert error <= 2**-8 * np.linalg.norm(other)
+
+
+def test_a_low_rank_update_of_several_axes():
+    x, kernel = random(0, 2, 3, 4, 10), random(1, 4, 10, 2, 6)
+    a, b = random(2, 4, 10, 8), random(3, 8, 2, 6)
+    ours, xla = (
+        lora_matmul(x, kernel, a, b, input_axes=2, backend=backend) for backend in BACKENDS
+    )
+    assert ours.shape == xla.shape == (2, 3, 2, 6)
+    # Both may round x A apart from each other, once in a while.
+    np.testing.assert_allclose(ours, xla, rtol=1e-4, atol=0.05)
+
+
 def test_bits_do_not_depend_on_threads():
     operands = random(0, 300, 100), random(1, 100, 70), random(2, 300, 70, dtype="float32")
 
@@ -92,6 +125,14 @@ def test_bits_do_not_depend_on_threads():
     alone = run(0)
     with ThreadPoolExecutor(3) as threads:
         assert all(bits == alone for bits in threads.map(run, range(24)))
+
+
+def test_updates_that_do_not_fit():
+    x, kernel, a = random(0, 2, 4), random(1, 4, 3), random(2, 4, 8)
+    with pytest.raises(ValueError, match="multiplies bfloat16, not bfloat16 by float32"):
+        lora_matmul(x, kernel, a, random(3, 8, 3, dtype="float32"), backend="cpu_ffi")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="the inner axes differ"):
+        jax.block_until_ready(lora_matmul(x, kernel, a, random(3, 7, 3), backend="cpu_ffi"))
 
 
 def test_what_cannot_be_multiplied():

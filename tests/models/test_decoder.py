@@ -10,7 +10,13 @@ from flax import nnx
 
 from pshare_jax.errors import CheckpointError
 from pshare_jax.models.attention import CausalAttention, DenseCache, init_cache
-from pshare_jax.models.decoder import Decoder, bind, init_weights
+from pshare_jax.models.decoder import (
+    Decoder,
+    bind,
+    init_weights,
+    looped_rope_tables,
+    rope_tables,
+)
 from pshare_jax.models.weights import weight_specs
 from tests.helpers import ARCHITECTURES, FAMILIES, on_device, tiny_config
 from tests.pairwise import some
@@ -157,3 +163,15 @@ def test_init_weights_is_reproducible_and_of_the_dtype_asked_for():
     assert all(np.array_equal(weights[name], again[name]) for name in weights)
     other = init_weights(config, seed=4)
     assert not np.array_equal(weights["embed.embedding"], other["embed.embedding"])
+
+
+def test_rope_tables_of_a_loop_are_the_tables():
+    """Of a family whose layers rotate in two ways."""
+    config = tiny_config(architecture="gemma3")
+    positions = jnp.asarray([[0, 1, 2], [40, 7, 300]])
+    tables, looped = rope_tables(config, positions), looped_rope_tables(config, positions)
+    assert len(tables) == 2
+    assert list(looped) == list(tables)
+    for rope, table in tables.items():
+        for ours, other in zip(looped[rope], table, strict=True):
+            np.testing.assert_allclose(ours, other, atol=1e-6)

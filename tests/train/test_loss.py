@@ -228,7 +228,7 @@ def test_distilling_measures_the_divergence_from_the_teachers_own_reading():
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_cpp_multiplies_everywhere(tied):
-    """Each projection and the head: forward, and the gradients of both operands."""
+    """Each projection and the head: forward, and the gradients of both operands; attention too."""
     config = tiny_config(vocab_size=96, tie_word_embeddings=tied)
     recipe = Recipe(config, "bfloat16", matmul="cpu_ffi")
     own = weights(config, 1)
@@ -238,10 +238,13 @@ def test_cpp_multiplies_everywhere(tied):
     loss = functools.partial(loss_sum, recipe, frozen={}, kv=None, batch=batch)
     gradient = jax.make_jaxpr(jax.grad(loss))(own)
     assert str(gradient).count("pshare_matmul") == 3 * (7 * config.num_layers + 1)
+    # Forward, and the gradient, whose name begins alike.
+    assert str(gradient).count("pshare_masked_attention") == 2 * config.num_layers
     lora = lora_module(config, 2, rank=2, targets=("q", "up"))
     shape = LoraShape(lora.rank, lora.alpha, tuple(lora.targets))
     adapted = dataclasses.replace(recipe, lora=shape)
     forward = jax.make_jaxpr(
         functools.partial(loss_sum, adapted, frozen={"base": own}, kv=None, batch=batch)
     )(lora.weights)
-    assert str(forward).count("pshare_matmul") == 7 * config.num_layers + 1
+    # One more for what an adapter multiplies first; the rest of it is in the projection's.
+    assert str(forward).count("pshare_matmul") == (7 + 2) * config.num_layers + 1

@@ -79,32 +79,6 @@ def test_attention_in_blocks_is_attention(monkeypatch, soft_cap):
     assert "f32[2,4,41,57]" not in text, "all scores at once"
 
 
-def test_a_loss_in_chunks_is_the_loss(monkeypatch):
-    monkeypatch.setattr(memory_saving, "CHUNK", 10)
-    rng = np.random.default_rng(0)
-    hidden = jnp.asarray(rng.normal(size=(2, 13, 6)), jnp.float32)
-    head = jnp.asarray(rng.normal(size=(6, 20)), jnp.float32)
-    targets = {
-        "labels": jnp.asarray(rng.integers(0, 20, (2, 13))),
-        "weights": jnp.asarray(rng.uniform(size=(2, 13)), jnp.float32),
-    }
-
-    def losses(head, hidden, targets):
-        log_probs = jax.nn.log_softmax(hidden @ head)
-        picked = jnp.take_along_axis(log_probs, targets["labels"][..., None], axis=-1)[..., 0]
-        return -jnp.sum(picked * targets["weights"])
-
-    def in_chunks(head, hidden, targets):
-        return memory_saving.sum_over_chunks(functools.partial(losses, head), hidden, targets)
-
-    whole, apart = (
-        jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(head, hidden, targets)
-        for f in (losses, in_chunks)
-    )
-    for ours, theirs in zip(jax.tree.leaves(apart), jax.tree.leaves(whole), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=1e-5)
-
-
 @contextlib.contextmanager
 def _compilations() -> Iterator[list[str]]:
     """What JAX says that it compiles."""

@@ -47,6 +47,43 @@ def matmul(
     return function(x, kernel, input_axes=input_axes, transposed=transposed, dtype=dtype)
 
 
+def lora_matmul(
+    x: jax.Array,
+    kernel: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    *,
+    input_axes: int = 1,
+    dtype: Any = jnp.float32,
+    backend: str = "auto",
+) -> jax.Array:
+    """As `matmul`, with a low-rank update of the kernel by `a b`; x times a is rounded like x.
+
+    In C++ the update is added within the product, and so are the gradients of its input: no array
+    of the size of the result is written more than once.
+
+    Args:
+        x: `[..., *in]`.
+        kernel: `[*in, *out]`, dtype of x.
+        a: `[*in, rank]`, dtype of x.
+        b: `[rank, *out]`, dtype of x.
+        input_axes: the number of `in` axes.
+        dtype: of the result.
+        backend: as of `matmul`.
+
+    Returns:
+        `[..., *out]`.
+
+    Raises:
+        ValueError: an unknown backend, or a dtype that it does not take.
+    """
+    if backend == CPU_FFI:
+        return cpu_ffi.lora_matmul(x, kernel, a, b, input_axes=input_axes, dtype=dtype)
+    y = matmul(x, kernel, input_axes=input_axes, backend=backend)
+    low = matmul(x, a, input_axes=input_axes, dtype=x.dtype, backend=backend)
+    return (y + matmul(low, b, backend=backend)).astype(dtype)
+
+
 def training_backend(setting: str, platform: str, num_devices: int, dtype: str) -> str:
     """What the setting `kernel_backend` means for the products of training.
 

@@ -42,6 +42,8 @@ TARGETS = (
     "pshare_decoder_layer",
     "pshare_lm_head",
     "pshare_matmul",
+    "pshare_masked_attention",
+    "pshare_masked_attention_gradient",
     "pshare_gather_pages",
     "pshare_scatter_pages",
     "pshare_copy_pages",

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pshare_jax.kernels.matmul.api import matmul
+from pshare_jax.kernels.matmul.api import lora_matmul, matmul
 from pshare_jax.kernels.matmul.rounded import rounded_matmul
-from pshare_jax.models.lora import Adapters
+from pshare_jax.models.lora import Adapters, OneAdapter
 from pshare_jax.models.weights import SCALE, Weights
 
 if TYPE_CHECKING:
@@ -63,14 +63,30 @@ class Projection(nnx.Module):
 
     def __call__(self, x: jax.Array, adapters: Adapters | None = None) -> jax.Array:
         """`[B, T, *in]` -> `[B, T, *out]`; `adapters` add each row's own update."""
+        own = None
+        if isinstance(adapters, OneAdapter) and self.kernel_scale is None:
+            own, adapters = adapters.factors(self.path), None
         update = None if adapters is None else adapters.update(self.path, x)
         alone = self.bias is None and update is None
-        y = self.product(x, x.dtype if alone else jnp.float32)
+        dtype = x.dtype if alone else jnp.float32
+        y = self.product(x, dtype) if own is None else self._updated(x, *own, dtype)
         if self.bias is not None:
             y += self.bias[...].astype(jnp.float32)
         if update is not None:
             y += update
         return y.astype(x.dtype)
+
+    def _updated(self, x: jax.Array, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
+        """`product` with the update `a b` of the kernel."""
+        return lora_matmul(
+            x,
+            self.kernel[...],
+            a,
+            b,
+            input_axes=self.input_axes,
+            dtype=dtype,
+            backend=self.backend,
+        )
 
     def product(self, x: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
         """`[..., *in]` -> `[..., *out]` of `dtype`, without bias and adapters."""

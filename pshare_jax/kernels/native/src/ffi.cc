@@ -10,6 +10,7 @@
 #include "kv_codec.h"
 #include "layer.h"
 #include "loading.h"
+#include "masked_attention.h"
 #include "matmul.h"
 #include "tile_check.h"
 #include "xla/ffi/api/ffi.h"
@@ -420,23 +421,88 @@ ffi::Error lm_head(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dictio
   return call.error().empty() ? ffi::Error::Success() : ffi::Error::InvalidArgument(call.error());
 }
 
-// left, right -> out; attributes say which operands are transposed
+// Operands `first` and the next one of a product.
+Pair pair_of(Call& call, size_t first) {
+  bool turn_left = call.attr<bool>("transpose_left"), turn_right = call.attr<bool>("transpose_right");
+  size_t second = first + 1;
+  Side left{call.data<bf16>(first), call.dim(first, turn_left), call.dim(first, !turn_left),
+            !turn_left};
+  Side right{call.data<bf16>(second), call.dim(second, !turn_right), call.dim(second, turn_right),
+             turn_right};
+  bool bfloat16 = call.arg(first).element_type() == ffi::DataType::BF16 &&
+                  call.arg(second).element_type() == ffi::DataType::BF16;
+  call.good(bfloat16 ? "" : "the operands must be bfloat16");
+  call.good(left.depth == right.depth ? "" : "the inner axes differ");
+  return {left, right};
+}
+
+// left, right, and possibly two more -> out, the product or the sum of both; attributes say which
+// operands are transposed
 ffi::Error matmul_handler(ffi::RemainingArgs args, ffi::RemainingRets rets,
                           ffi::Dictionary attrs) {
   Call call(args, rets, attrs);
-  bool turn_left = call.attr<bool>("transpose_left"), turn_right = call.attr<bool>("transpose_right");
-  Side left{call.data<bf16>(0), call.dim(0, turn_left), call.dim(0, !turn_left), !turn_left};
-  Side right{call.data<bf16>(1), call.dim(1, !turn_right), call.dim(1, turn_right), turn_right};
-  call.good(left.depth == right.depth ? "" : "the inner axes differ");
+  Pair pair = pair_of(call, 0), second{};
+  const Pair* more = nullptr;
+  if (args.size() > 2) {
+    second = pair_of(call, 2);
+    more = &second;
+    bool same = second.left.lines == pair.left.lines && second.right.lines == pair.right.lines;
+    call.good(same ? "" : "the two products have different shapes");
+  }
   if (!call.error().empty()) return ffi::Error::InvalidArgument(call.error());
   ffi::AnyBuffer out = call.ret(0);
   if (out.element_type() == ffi::DataType::F32) {
-    matmul(left, right, static_cast<float*>(out.untyped_data()));
+    matmul(pair, more, static_cast<float*>(out.untyped_data()));
   } else if (out.element_type() == ffi::DataType::BF16) {
-    matmul(left, right, static_cast<bf16*>(out.untyped_data()));
+    matmul(pair, more, static_cast<bf16*>(out.untyped_data()));
   } else {
     return ffi::Error::InvalidArgument("the result must be float32 or bfloat16");
   }
+  return ffi::Error::Success();
+}
+
+// What q, k, v and mask, the first operands of a call, say.
+MaskedAttention masked_operands(Call& call) {
+  for (size_t i = 0; i < 3; i++) {
+    bool bfloat16 = call.arg(i).element_type() == ffi::DataType::BF16;
+    call.good(bfloat16 && call.arg(i).dimensions().size() == 4
+                  ? "" : "q, k and v must be bfloat16 with four axes");
+  }
+  auto mask = call.arg(3);
+  bool bytes = mask.element_type() == ffi::DataType::PRED && mask.dimensions().size() == 3;
+  if (!call.good(bytes ? "" : "the mask must be bool with three axes")) return {};
+  long heads = call.dim(0, 2), kv_heads = call.dim(1, 2);
+  MaskedAttention a{call.dim(0, 0), call.dim(0, 1), call.dim(1, 1), kv_heads,
+                    kv_heads == 0 ? 0 : heads / kv_heads, call.dim(0, 3),
+                    call.attr<int64_t>("constant_keys"), call.data<bf16>(0), call.data<bf16>(1),
+                    call.data<bf16>(2), call.data<uint8_t>(3)};
+  bool fits = kv_heads > 0 && heads % kv_heads == 0 && call.dim(1, 0) == a.batch &&
+              call.dim(1, 3) == a.dims && mask.dimensions()[0] == a.batch &&
+              mask.dimensions()[1] == a.queries && mask.dimensions()[2] == a.keys;
+  for (size_t axis = 0; axis < 4; axis++) fits = fits && call.dim(2, axis) == call.dim(1, axis);
+  call.good(fits ? "" : "the shapes of q, k, v and mask do not belong together");
+  return a;
+}
+
+// q, k, v, mask -> out
+ffi::Error masked_attention_handler(ffi::RemainingArgs args, ffi::RemainingRets rets,
+                                    ffi::Dictionary attrs) {
+  Call call(args, rets, attrs);
+  MaskedAttention a = masked_operands(call);
+  if (!call.error().empty()) return ffi::Error::InvalidArgument(call.error());
+  masked_attention(a, static_cast<bf16*>(call.ret(0).untyped_data()));
+  return ffi::Error::Success();
+}
+
+// q, k, v, mask, gradient of out -> gradients of q, k and v
+ffi::Error masked_attention_gradient_handler(ffi::RemainingArgs args, ffi::RemainingRets rets,
+                                             ffi::Dictionary attrs) {
+  Call call(args, rets, attrs);
+  MaskedAttention a = masked_operands(call);
+  auto out = [&](size_t i) { return static_cast<bf16*>(call.ret(i).untyped_data()); };
+  const bf16* gradient = call.data<bf16>(4);
+  if (!call.error().empty()) return ffi::Error::InvalidArgument(call.error());
+  masked_attention_gradient(a, gradient, out(0), out(1), out(2));
   return ffi::Error::Success();
 }
 
@@ -451,6 +517,8 @@ PSHARE_HANDLER(pshare_paged_attention, paged_attention);
 PSHARE_HANDLER(pshare_decoder_layer, decoder_layer);
 PSHARE_HANDLER(pshare_lm_head, lm_head);
 PSHARE_HANDLER(pshare_matmul, matmul_handler);
+PSHARE_HANDLER(pshare_masked_attention, masked_attention_handler);
+PSHARE_HANDLER(pshare_masked_attention_gradient, masked_attention_gradient_handler);
 PSHARE_HANDLER(pshare_gather_pages, gather_pages);
 PSHARE_HANDLER(pshare_scatter_pages, scatter_pages);
 PSHARE_HANDLER(pshare_copy_pages, copy_pages);

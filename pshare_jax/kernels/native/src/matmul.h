@@ -113,11 +113,11 @@ inline void spread(const uint32_t* units, long count, float* to) {
   }
 }
 
-inline LeftRows left_rows(const Side& left, long first, long rows) {
+inline LeftRows left_rows(const Side& left, long first, long rows,
+                          Buffer<Left<bf16>>& memory) {
 #if defined(__AVX512BF16__)
   if (left.by_line && left.depth % 2 == 0) return {left.data + first * left.depth, left.depth};
 #endif
-  static thread_local Buffer<Left<bf16>> memory;
   long count = units<bf16>(left.depth), stride = 2 * count;
   Left<bf16>* copy = memory.get(rows * stride);
   Square square;
@@ -133,24 +133,40 @@ inline LeftRows left_rows(const Side& left, long first, long rows) {
   return {copy, stride};
 }
 
-// out[:, first * kPanel ..] = left times `count` packed panels, the first of them number `first`.
+// Two matrices to multiply. One product may be the sum of two such pairs, whose inner axes differ.
+struct Pair {
+  Side left, right;
+
+  long size() const { return panel_size<bf16>(right.depth); }
+};
+
+// out[:, first * kPanel ..] = left times `count` packed panels, the first of them number `first`, plus
+// the same of `more` if it is there, whose packed panels lie behind the others.
 template <class Out>
-void multiply_side(Team& team, const Side& left, const bf16* packed, long first, long count,
-                   long columns, Out* out) {
-  long blocks = (left.lines + kBlockRows - 1) / kBlockRows;
+void multiply_side(Team& team, const Pair& pair, const Pair* more, const bf16* packed, long first,
+                   long count, Out* out) {
+  long lines = pair.left.lines, columns = pair.right.lines;
+  long blocks = (lines + kBlockRows - 1) / kBlockRows;
   if (blocks == 0) return;
-  long block = round_up((left.lines + blocks - 1) / blocks, kTileRows);
+  long block = round_up((lines + blocks - 1) / blocks, kTileRows);
   // Four items a thread or more, for an even end.
   long shares = std::min(count, std::max<long>(1, (4 * team.size() + blocks - 1) / blocks));
   team.loop(blocks * shares, [&](long item) {
     long row = item / shares * block, share = item % shares;
-    long rows = std::min(block, left.lines - row);
+    long rows = std::min(block, lines - row);
     if (rows <= 0) return;
-    LeftRows from = left_rows(left, row, rows);
+    static thread_local Buffer<Left<bf16>> memory, memory_of_more;
+    LeftRows from = left_rows(pair.left, row, rows, memory);
+    LeftRows other = more ? left_rows(more->left, row, rows, memory_of_more) : LeftRows{};
+    const bf16* packed_more = packed + count * pair.size();
     for (long p = count * share / shares; p < count * (share + 1) / shares; p++) {
       alignas(64) float tile[kBlockRows * kPanel];
-      multiply_panel<bf16>(rows, from.data, from.stride, packed + p * panel_size<bf16>(left.depth),
-                           units<bf16>(left.depth), tile, kPanel, false);
+      multiply_panel<bf16>(rows, from.data, from.stride, packed + p * pair.size(),
+                           units<bf16>(pair.left.depth), tile, kPanel, false);
+      if (more) {
+        multiply_panel<bf16>(rows, other.data, other.stride, packed_more + p * more->size(),
+                             units<bf16>(more->left.depth), tile, kPanel, true);
+      }
       long column = (first + p) * kPanel, width = std::min<long>(kPanel, columns - column);
       for (long i = 0; i < rows; i++) {
         convert(tile + i * kPanel, out + (row + i) * columns + column, width);
@@ -159,18 +175,22 @@ void multiply_side(Team& team, const Side& left, const bf16* packed, long first,
   });
 }
 
-// out[left.lines, right.lines] = left times right, summed in float32.
+// out[left.lines, right.lines] = left times right, plus that of `more` if it is there; summed in
+// float32.
 template <class Out>
-void matmul(const Side& left, const Side& right, Out* out) {
+void matmul(const Pair& pair, const Pair* more, Out* out) {
   static thread_local Buffer<bf16> memory;
-  long all = panels(right.lines), size = panel_size<bf16>(right.depth);
+  long all = panels(pair.right.lines), size = pair.size(), size_of_more = more ? more->size() : 0;
   long part = std::min(all, std::max(kLeastPanels, kPackedElements / std::max<long>(1, size)));
-  bf16* packed = memory.get(part * size);
+  bf16* packed = memory.get(part * (size + size_of_more));
   Pool::instance().run([&](Team& team) {
     for (long first = 0; first < all; first += part) {
       long count = std::min(part, all - first);
-      team.loop(count, [&](long p) { pack_panel(right, first + p, packed + p * size); });
-      multiply_side(team, left, packed, first, count, right.lines, out);
+      team.loop(count, [&](long p) {
+        pack_panel(pair.right, first + p, packed + p * size);
+        if (more) pack_panel(more->right, first + p, packed + count * size + p * size_of_more);
+      });
+      multiply_side(team, pair, more, packed, first, count, out);
     }
   });
 }

@@ -1,0 +1,1 @@
+"""Attention of training under a mask, with a gradient."""
