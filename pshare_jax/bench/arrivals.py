@@ -83,8 +83,8 @@ def run(options: ArrivalsOptions) -> dict[str, Any]:
 
     Returns:
         `{"options", "machine", "rounds": [{"alone", "chunk", "first", "short_alone", "short"}]}`,
-        in seconds: of all prompts one after the other, of a chunk, until each session's first token,
-        and of the short request's, alone and behind the others.
+        in seconds: of all prompts one after the other, of a chunk, until each session's first
+        token, and of the short request's, alone and behind the others.
 
     Raises:
         BenchmarkError: a request failed.
