@@ -27,11 +27,14 @@ from pshare_jax.convert.manifest import read_manifest
 from pshare_jax.engine.devices import compute_dtype, prepare_jax
 from pshare_jax.engine.loader import checkpoint_sources
 from pshare_jax.engine.orchestrator import Orchestrator
-from pshare_jax.errors import ConfigError
+from pshare_jax.errors import BenchmarkError, ConfigError
 from pshare_jax.kernels.native.library import Library, require_library
 from pshare_jax.kernels.native.trace import traced
 
 _EMPTY_LOOPS = 20_000
+_ROOM = 640
+"""Tokens that a row may generate while it is measured, and while traces are read."""
+
 _LINE_SECONDS = 80e-9
 """Where there is one core only: about what it takes from core to core on one chip of a server."""
 
@@ -81,8 +84,7 @@ class ThreadsOptions:
 
 def serve_config(options: ThreadsOptions) -> ServeConfig:
     """An engine of one model with room for the largest batch."""
-    windows = len(options.threads) + 3 * options.repeats * 2 + 3
-    longest = max(options.chunk, options.context) + (options.steps + 4) * windows
+    longest = max(options.chunk, options.context) + _ROOM
     rows = max(options.batches) + 1
     pages = rows * -(-longest // options.page_size) + 1
     return ServeConfig(
@@ -107,13 +109,14 @@ def run(options: ThreadsOptions) -> dict[str, Any]:
 
     Returns:
         `{"options", "machine", "cores", "gb_per_s", "line_ns", "workloads": {name: {"measured":
-        {threads: seconds}, "predicted": {threads: {"seconds", "loops", "cpp", "xla", "host",
-        "stages": {stage: {"loops", "iterations", "work", "seconds", "memory"}}}}}}}`, all in
-        seconds a step.
+        {threads: seconds}, "predicted": {threads: {"seconds", "loops", "cpp", "xla", "gap",
+        "host", "stages": {stage: {"loops", "iterations", "work", "seconds", "memory"}}}}}}}`, all
+        in seconds a step.
 
     Raises:
         CheckpointError: the base cannot be loaded.
         ConfigError: there is no C++ library on this machine.
+        BenchmarkError: rows ended while they were measured.
     """
     library = require_library()
     gb_per_s = options.gb_per_s or read_rate(MachineOptions(repeats=3))
@@ -127,14 +130,13 @@ def run(options: ThreadsOptions) -> dict[str, Any]:
     workloads: dict[str, Any] = {}
     try:
         bench = _Bench(options, EngineTarget(engine), library, model.vocab_size)
-        measured = {f"prefill of {options.chunk} tokens": bench.prefill()}
+        measured = {f"prefill of {options.chunk} tokens": (0, *bench.prefill())}
         for batch in options.batches:
-            measured[f"decode, batch {batch}"] = bench.decode(batch)
+            measured[f"decode, batch {batch}"] = (batch, *bench.decode(batch))
     finally:
         library.limit_threads(library.threads)
         engine.stop()
-    for name, (traces, real) in measured.items():
-        rows = next(b for b in (*options.batches, 0) if name.endswith(f"batch {b}") or not b)
+    for name, (rows, traces, real) in measured.items():
         nbytes = step_bytes(model, rows, options.context)
         workloads[name] = {
             "measured": real,
@@ -294,10 +296,20 @@ class _Bench:
             self._until_ended(batch)
 
     def _seconds(self, tokens: int) -> float:
+        """Until so many tokens have come, beginning with one that has just come."""
+        while self._target.has_event:
+            self._running()
+        self._running()
         started = time.perf_counter()
         while tokens > 0:
-            tokens -= self._target.next().tokens
+            tokens -= self._running()
         return time.perf_counter() - started
+
+    def _running(self) -> int:
+        event = self._target.next()
+        if event.finished:
+            raise BenchmarkError(f"bench threads: a row ended before its {_ROOM} tokens sufficed")
+        return event.tokens
 
     def _until_ended(self, count: int) -> None:
         while count > 0:

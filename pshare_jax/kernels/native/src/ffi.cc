@@ -483,7 +483,7 @@ extern "C" void pshare_share_out(long loops, long count, long spins) {
   Pool::instance().run([&](Team& team) {
     for (long n = 0; n < loops; n++) {
       team.loop(count, [&](long) {
-        for (long i = 0; i < spins; i++) pause();
+        for (long i = 0; i < spins; i++) pshare::pause();
       });
     }
   });
