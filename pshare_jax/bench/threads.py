@@ -118,11 +118,11 @@ def run(options: ThreadsOptions) -> dict[str, Any]:
         ConfigError: there is no C++ library on this machine.
         BenchmarkError: rows ended while they were measured.
     """
+    config = serve_config(options)
+    prepare_jax(config)
     library = require_library()
     gb_per_s = options.gb_per_s or read_rate(MachineOptions(repeats=3))
     line_seconds = options.line_ns / 1e9 or line_of(library)
-    config = serve_config(options)
-    prepare_jax(config)
     model = read_manifest(config.base).config
     base, sources = checkpoint_sources(config, compute_dtype(config, model))
     engine = Orchestrator(config, base, sources)
