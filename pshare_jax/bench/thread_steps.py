@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pshare_jax.kernels.native.trace import Call
+from pshare_jax.kernels.native.loop_trace import Call
 from pshare_jax.models.config import ModelConfig
 
 _LAST_STAGE = "head"

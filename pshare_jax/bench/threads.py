@@ -1,7 +1,7 @@
 """`bench threads`: what steps would take on more cores than this machine has.
 
 A step of the engine is traced on one thread, cut as the kernels cut it for each number of threads
-(`kernels/native/trace.py`); who would take which iteration when is played in virtual time
+(`kernels/native/loop_trace.py`); who would take which iteration when is played in virtual time
 (`thread_loops.py`). What runs on one thread anyway stays as it was measured: C++ between loops, XLA
 between calls, and the host between steps. As far as this machine has the cores, the prediction is
 compared with the real thing.
@@ -29,7 +29,7 @@ from pshare_jax.engine.loader import checkpoint_sources
 from pshare_jax.engine.orchestrator import Orchestrator
 from pshare_jax.errors import BenchmarkError, ConfigError
 from pshare_jax.kernels.native.library import Library, require_library
-from pshare_jax.kernels.native.trace import traced
+from pshare_jax.kernels.native.loop_trace import traced
 
 _EMPTY_LOOPS = 20_000
 _ROOM = 640

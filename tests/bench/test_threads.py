@@ -11,7 +11,7 @@ from pshare_jax.bench.thread_steps import parts_of, step_bytes, steps_of
 from pshare_jax.convert.conversions import import_model
 from pshare_jax.errors import ConfigError
 from pshare_jax.kernels.native.library import require_library
-from pshare_jax.kernels.native.trace import Call, Loop, traced
+from pshare_jax.kernels.native.loop_trace import Call, Loop, traced
 from tests.convert.helpers import model_config, random_weights, write_hf_folder
 from tests.helpers import tiny_config
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pshare_jax.kernels.native import library, trace
+from pshare_jax.kernels.native import library, loop_trace
 from pshare_jax.models.decoder import init_weights
 from pshare_jax.models.packed import PackedDecoder, pack_weights
 from tests.helpers import on_device, tiny_config
@@ -103,7 +103,7 @@ def bits() -> str:
 def test_bits_do_not_depend_on_threads():
     expected, counts = bits(), []
     for threads in (1, 2, 3, 8, 64):
-        with trace.traced(threads) as traced:
+        with loop_trace.traced(threads) as traced:
             assert bits() == expected
         most = max(len(loop.seconds) for call in traced.calls for loop in call.loops)
         counts.append(most)

@@ -104,7 +104,7 @@ class Library:
         self._library.pshare_share_out(*map(ctypes.c_long, (loops, count, spins)))
 
     def start_trace(self, threads: int) -> None:
-        """See `trace.traced`."""
+        """See `loop_trace.traced`."""
         self._library.pshare_start_trace(threads)
 
     def end_trace(self, entry: np.dtype) -> tuple[np.ndarray, list[str]]:
