@@ -88,8 +88,7 @@ def test_bytes_of_a_loop():
     assert read["head"] == 2 * 64 * 100
 
 
-def test_the_kernels_cut_finer_for_more_threads():
-    """What is played is what they do: the trace has their iterations, whatever the team."""
+def test_what_is_traced_is_what_the_kernels_run():
     library = require_library()
     counts = {}
     for team in (1, 4):
