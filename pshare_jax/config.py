@@ -231,6 +231,9 @@ class ClusterConfig:
         max_attempts: attempts of a request that may be lost with the workers that had them.
         take_turns: whether the engines of a CPU compute one at a time, as those of one process do;
             `false` where each has cores of its own.
+        cpus: of each worker that the local launcher starts: lists such as `0-15`, which the prefill
+            workers get in turn and then the decode workers; `numa` alone is one for each node of
+            the machine. Engines of one list take turns with each other only.
     """
 
     launcher: Launcher = "none"
@@ -252,6 +255,7 @@ class ClusterConfig:
     patience_seconds: float = 60.0
     max_attempts: int = 6
     take_turns: bool = True
+    cpus: list[str | int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

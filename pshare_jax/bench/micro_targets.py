@@ -83,6 +83,11 @@ class EngineTarget:
             raise EngineDeadError(output.error)
         return Event(output.request_id, len(output.token_ids), output.finish_reason is not None)
 
+    @property
+    def has_event(self) -> bool:
+        """Whether `next` would not wait."""
+        return not self._events.empty()
+
     def abort(self, request_id: str) -> None:
         """See `Target.abort`."""
         self._engine.abort(request_id)

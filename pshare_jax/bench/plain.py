@@ -8,6 +8,7 @@ from typing import Any
 
 from pshare_jax.bench import (
     ahead,
+    arrivals,
     autoscale,
     codec,
     failover,
@@ -22,6 +23,8 @@ from pshare_jax.bench import (
     routes,
     shift,
     starve,
+    threads,
+    threads_report,
     tiers,
     turns,
     wire,
@@ -150,6 +153,18 @@ PLAIN: dict[str, PlainCommand] = {
         starve.StarveOptions,
         starve.run,
         starve.lines,
+    ),
+    "arrivals": PlainCommand(
+        "First tokens of sessions that arrive together, and of a short request behind them.",
+        arrivals.ArrivalsOptions,
+        arrivals.run,
+        arrivals.lines,
+    ),
+    "threads": PlainCommand(
+        "What steps would take on more cores than this machine has, by a simulation.",
+        threads.ThreadsOptions,
+        threads.run,
+        threads_report.lines,
     ),
     "machine": PlainCommand(
         "What this CPU can do at most: products, memory, and whether its matrix unit is used.",

@@ -57,7 +57,7 @@ def run(options: MachineOptions) -> dict[str, Any]:
             "bfloat16": _gflops(options, "bfloat16", "cpu_ffi"),
             "float32": _gflops(options, "float32", "xla"),
         },
-        "read_gb_per_s": _read_rate(options),
+        "read_gb_per_s": read_rate(options),
     }
 
 
@@ -82,7 +82,7 @@ def _gflops(options: MachineOptions, dtype: str, backend: str) -> float:
     return 2 * options.size**3 / _best(options, lambda: multiply(left, right)) / 1e9
 
 
-def _read_rate(options: MachineOptions) -> float:
+def read_rate(options: MachineOptions) -> float:
     """Of the sums over pages of a pool, in C++, by all threads."""
     pages, words = 4 * options.megabytes, 1 << 16
     staged = jnp.ones((1, pages, words), jnp.float32)

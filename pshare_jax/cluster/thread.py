@@ -177,6 +177,10 @@ class WorkerThread:
         for worker in tuple(self._alive.values()):
             if worker.urgent and self._give_turn(worker):
                 return True
+        for worker in tuple(self._alive.values()):
+            # Out of turn, once after each piece of the others; it counts as its time all the same.
+            if worker.first_due and worker is not self._last and self._give_turn(worker):
+                return True
         by_share = {id(worker.share): worker for worker in self._alive.values()}
         for share in self._turns.order([worker.share for worker in self._alive.values()]):
             worker = by_share[id(share)]
@@ -235,6 +239,17 @@ class WorkerThread:
         last = self._last
         if last is not None and last.name in self._alive and last.has_begun:
             self._guard(last, lambda: self._timed(last, last.drain))
+            self._tell(last)
+
+    def _tell(self, worker: Worker) -> None:
+        """Carries what a worker has to say to others elsewhere, before a long piece of work of
+        another one: tokens, for example. Messages to workers here wait until that has ended, since
+        it has been planned."""
+        here = [message for message in worker.outbox if message[0] in self.busy_seconds]
+        others = [message for message in worker.outbox if message[0] not in self.busy_seconds]
+        worker.outbox[:] = here
+        for to, message in others:
+            self._send(worker.name, to, message)
 
     def _timed(
         self, worker: Worker, piece: Callable[[], bool | None], *, counts: bool = True

@@ -91,6 +91,11 @@ class Worker(Protocol):
         ...
 
     @property
+    def first_due(self) -> bool:
+        """Whether one piece of work is all that somebody's first token waits for."""
+        ...
+
+    @property
     def patience(self) -> float | None:
         """Seconds after which to look again though nothing was heard; None is for ever."""
         ...
@@ -177,6 +182,11 @@ class PrefillWorker(Generic[P]):
     def urgent(self) -> bool:
         """See Worker."""
         return self.core.urgent
+
+    @property
+    def first_due(self) -> bool:
+        """See Worker. It generates nothing."""
+        return False
 
     @property
     def patience(self) -> float | None:
@@ -271,6 +281,11 @@ class DecodeWorker(Generic[D]):
     def urgent(self) -> bool:
         """See Worker."""
         return self.core.urgent
+
+    @property
+    def first_due(self) -> bool:
+        """See Worker."""
+        return self.core.first_due
 
     @property
     def patience(self) -> float | None:

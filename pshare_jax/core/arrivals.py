@@ -89,6 +89,11 @@ class Arrivals:
         """Whether the executor has been told of transfers that have not ended."""
         return any(transfer.pulled for transfer in self._transfers.values())
 
+    @property
+    def is_any_complete(self) -> bool:
+        """Whether some sequence has all its pages."""
+        return any(arrival.complete for arrival in self._arrivals.values())
+
     def ids(self) -> set[int]:
         """Ids of the sequences that are here."""
         return set(self._arrivals)

@@ -15,8 +15,11 @@ from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.plans import Chunk
 from pshare_jax.core.prefill_task import PrefillTask, PromptPages
-from pshare_jax.core.scheduling import next_prefill
+from pshare_jax.core.scheduling import PrefillTurns
 from pshare_jax.core.shares import FairClock, in_turn
+
+_SHORT = 4
+"""Prompts that are done with one so many-th of the largest chunk do not wait for others' turns."""
 
 
 def chunk_shapes(chunk_buckets: Sequence_[int]) -> list[tuple[int, int]]:
@@ -64,7 +67,9 @@ class ChunkPlanner:
         self._buckets = sorted(chunk_buckets)
         self._budget = self._buckets[-1]
         self._clock = FairClock()
-        self._turn = 0
+        self._turns = PrefillTurns()
+        # What fits a call of four rows takes about a quarter of the largest chunk's time.
+        self._short = max((b for b in self._buckets if _SHORT * b <= self._budget), default=0)
 
     def batch(self, waiting: Iterable[PrefillTask]) -> list[PrefillTask]:
         """Prompts whose next chunks are computed in one call; each knows where its chunk ends.
@@ -126,8 +131,7 @@ class ChunkPlanner:
         while ready:
             fair = self._clock.next(ready)
             near = [t for t in ready if not self._clock.is_ahead(t.sequence, self._budget)]
-            task = next_prefill(near, self._turn, fair)
-            self._turn += 1
+            task = self._turns.next(near, fair, self._short)
             if self._plan(task, self._budget):
                 return task
             ready.remove(task)

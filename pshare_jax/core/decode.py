@@ -107,6 +107,13 @@ class DecodeCore:
         return bool(self._arrivals.pulls) or self.loans.wanted
 
     @property
+    def first_due(self) -> bool:
+        """Whether a step is all that some sequence lacks for its first token."""
+        rows = self.rows.all()
+        due = any(not row.started and row.num_behind == 1 for row in rows)
+        return due or self._arrivals.is_any_complete
+
+    @property
     def patience(self) -> float | None:
         """Seconds after which `schedule` should be called again though nothing was heard."""
         if self._arrivals.is_pulling:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeVar
 
-PREFILL_WEIGHT, DECODE_WEIGHT = 3.0, 1.0
+PREFILL_WEIGHT, DECODE_WEIGHT = 4.0, 1.0
 """Shares of a processor on which engines take turns. A decode step with more rows costs little
 more, so rows had better be there early."""
 
@@ -43,15 +43,34 @@ P = TypeVar("P", bound=PrefillWork)
 D = TypeVar("D", bound=DecodeWork)
 
 
-def next_prefill(tasks: Sequence[P], turn: int, fair: P) -> P:
-    """The task whose chunk is computed next.
+class PrefillTurns:
+    """Whose chunk is computed next.
 
-    Turns alternate between the one whose share says so, so that none starves, and the one of
-    `tasks` that is done soonest, so that a short prompt does not wait for a long one.
+    Turns alternate between the task whose share says so, so that none starves, and the one that is
+    done soonest, so that a short prompt does not wait for a long one. One that is done with a piece
+    of a chunk does not wait for a share's turn either; but two of them never do in a row, so that
+    shares have most of the time, too.
     """
-    if turn % 2 == 0:
-        return fair
-    return min(tasks, key=lambda task: (task.remaining, task.order), default=fair)
+
+    def __init__(self) -> None:
+        self._turn = 0
+        self._passed = False
+
+    def next(self, near: Sequence[P], fair: P, short: int) -> P:
+        """The task that gets the turn.
+
+        Args:
+            near: tasks whose shares are not far ahead.
+            fair: whom the shares choose.
+            short: tokens that are computed in a small part of a chunk's time.
+        """
+        soonest = min(near, key=lambda task: (task.remaining, task.order), default=fair)
+        is_fair = self._turn % 2 == 0
+        self._passed = is_fair and not self._passed and soonest.remaining <= short
+        if self._passed:
+            return soonest
+        self._turn += 1
+        return fair if is_fair else soonest
 
 
 class GroupTurns:

@@ -17,6 +17,7 @@ import jax
 import msgspec
 import numpy as np
 
+from pshare_jax.cluster.cpus import allowed_cpus, format_cpus
 from pshare_jax.cluster.thread import Send, WorkerThread
 from pshare_jax.cluster.turns import HostTurns
 from pshare_jax.cluster.wire import Part, Shape
@@ -341,7 +342,10 @@ class HostedWorkers:
         """Turns at this machine's CPU, if that is what computes."""
         if not self.config.cluster.take_turns or jax.default_backend() != "cpu":
             return None
-        path = Path(self.config.cluster.shm_path) / f"pshare-turns-{os.getuid()}"
+        # Who is kept to other CPUs computes beside this one.
+        cpus = allowed_cpus()
+        some = f"-cpus-{format_cpus(cpus)}" if 0 < len(cpus) < (os.cpu_count() or 1) else ""
+        path = Path(self.config.cluster.shm_path) / f"pshare-turns-{os.getuid()}{some}"
         try:
             return HostTurns(path, sum(worker.share.weight for worker in self.workers))
         except OSError as error:

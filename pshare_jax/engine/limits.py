@@ -108,6 +108,11 @@ def check_cluster(config: ServeConfig) -> None:
         )
     if cluster.max_attempts < 1 or cluster.frontends < 1:
         raise ConfigError("cluster: max_attempts and frontends must be at least 1")
+    if cluster.cpus and cluster.launcher in ("ray", "kubernetes"):
+        raise ConfigError(
+            f"cluster.cpus: is for the local launcher; with `{cluster.launcher}` it is said there "
+            "which CPUs a worker gets"
+        )
 
 
 def _check_sessions(config: ServeConfig) -> None:

@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from pshare_jax.cluster.cpus import cpu_sets
 from pshare_jax.cluster.secret import read_token
 from pshare_jax.cluster.tls import cluster_tls
 from pshare_jax.config import ServeConfig
@@ -60,13 +61,14 @@ class Launcher:
         token_file: of the secret that they know each other by.
 
     Raises:
-        ConfigError: an address that cannot be had, a token, or certificates that are of no use.
+        ConfigError: an address that cannot be had, a token, certificates or CPUs of no use.
     """
 
     def __init__(self, config: ServeConfig, args: Sequence[str], host: Host, token_file: str):
         tls = cluster_tls(config.cluster)
         self._tls = tls.client if tls else None
         self._config = config
+        self._cpus = cpu_sets(config.cluster.cpus)
         self._host = host
         self._args = [*args, "--cluster.launcher=none", f"--cluster.token_file={token_file}"]
         self._client = FrontendClient(config.server, read_token(token_file))
@@ -190,7 +192,15 @@ class Launcher:
             WORKER_READY,
             watched=True,
             hosts=getattr(self._config, role).hosts,
+            cpus=self._cpus_of(role, int(name.removeprefix(role))),
         )
+
+    def _cpus_of(self, role: str, number: int) -> frozenset[int]:
+        """One set after the other: prefill workers first, so that both sides are on all."""
+        if not self._cpus:
+            return frozenset()
+        before = 0 if role == "prefill" else self._config.prefill.engines
+        return self._cpus[(before + number) % len(self._cpus)]
 
     def _frontend(self, index: int) -> Spec:
         server = self._config.server

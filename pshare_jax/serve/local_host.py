@@ -12,6 +12,7 @@ import subprocess
 import threading
 from collections.abc import Sequence
 
+from pshare_jax.cluster.cpus import kept_to
 from pshare_jax.config import ServerConfig
 from pshare_jax.serve.lifecycle import bind
 from pshare_jax.serve.local_gang import LocalGang
@@ -96,12 +97,13 @@ def _child(
     if sock is not None:
         flags = [*flags, f"--listen-fd={sock.fileno()}"]
     try:
-        process = subprocess.Popen(
-            [*spec.command, *spec.more, *flags],
-            stdout=subprocess.PIPE,
-            text=True,
-            pass_fds=[s.fileno() for s in sockets],
-        )
+        with kept_to(spec.cpus):
+            process = subprocess.Popen(
+                [*spec.command, *spec.more, *flags],
+                stdout=subprocess.PIPE,
+                text=True,
+                pass_fds=[s.fileno() for s in sockets],
+            )
     except OSError as error:
         raise StartError(str(error)) from error
     return LocalProcess(process, spec.ready, "" if sock is None else address_of(sock))

@@ -57,6 +57,7 @@ class Spec:
         more: flags that may be others at the next start.
         watched: whether it is killed when its `/health` finds that it does not get on.
         hosts: processes that are it together, of which the first one listens: see `serve.gang`.
+        cpus: that it is kept to; empty is all.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Spec:
     more: tuple[str, ...] = ()
     watched: bool = False
     hosts: int = 1
+    cpus: frozenset[int] = frozenset()
 
     @property
     def side(self) -> str:

@@ -29,6 +29,7 @@ class FakeWorker:
 
     patience = None
     at_rest = True
+    first_due = False
 
     def __init__(self, name: str, log: list[str], *, weight: float = 1.0, pieces: int = 0):
         self.name = name
@@ -181,6 +182,49 @@ def test_what_only_moves_pages_goes_first_and_drains_nobody() -> None:
     other.share.virtual_seconds = 1e9
     assert thread.turn()
     assert log == ["busy", "other"]
+
+
+def test_a_first_token_comes_after_each_piece_of_another_and_is_accounted_for() -> None:
+    log: list[str] = []
+    prefill = FakeWorker("p", log, pieces=3)
+    decode = FakeWorker("d", log, weight=1e-6, pieces=9)
+    decode.first_due, decode.seconds = True, 0.001
+    hosted = Hosted(decode, prefill)
+    while prefill.pieces or decode.pieces > 5:
+        assert hosted.thread.turn()
+    # Its share would not have given it a second turn, which it does not get of its own either.
+    computed = [entry for entry in log if entry in ("p", "d")]
+    assert computed[:7] == ["d", "p", "d", "p", "d", "p", "d"]
+    assert decode.share.virtual_seconds > 1000
+
+
+def test_who_cannot_get_on_does_not_hold_others_up() -> None:
+    log: list[str] = []
+    prefill, decode = FakeWorker("p", log, pieces=3), FakeWorker("d", log)
+    decode.first_due = True
+    hosted = Hosted(decode, prefill)
+    while prefill.pieces:
+        assert hosted.thread.turn()
+    assert [entry for entry in log if entry in ("p", "d")] == ["p"] * 3
+
+
+def test_what_there_is_to_say_leaves_before_the_next_piece() -> None:
+    log: list[str] = []
+    prefill, decode = FakeWorker("p", log, pieces=1), FakeWorker("d", log, pieces=1)
+    hosted, heard = Hosted(decode, prefill), []
+
+    def drain() -> None:
+        decode.has_begun = False
+        decode.outbox += [("dispatcher", Abort(1)), ("p", Abort(2)), ("dispatcher", Abort(3))]
+
+    decode.drain = drain  # type: ignore[method-assign]
+    prefill.on_piece = lambda: heard.append((list(hosted.sent), list(prefill.received)))
+    while hosted.thread.turn():
+        pass
+    told = [("d", "dispatcher", Abort(1)), ("d", "dispatcher", Abort(3))]
+    # What has been planned is carried out before a worker here hears anything new.
+    assert heard == [(told, [])]
+    assert (hosted.sent, prefill.received) == (told, [Abort(2)])
 
 
 def test_messages_between_workers_here_come_before_others_hear_of_anything() -> None:

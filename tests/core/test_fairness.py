@@ -18,10 +18,10 @@ def test_time_is_shared_by_weight() -> None:
     turns, prefill, decode = FairTurns(), Share(PREFILL_WEIGHT), Share(DECODE_WEIGHT)
     seconds: Counter[int] = Counter()
     for _ in range(1100):
-        member = take(turns, [(prefill, 0.3), (decode, 0.01)])
-        seconds[id(member)] += 30 if member is prefill else 1
-    # A chunk of 0.3 s counts 0.1: ten steps of 0.01 s.
-    assert seconds[id(prefill)] == 3 * seconds[id(decode)] == 3000
+        member = take(turns, [(prefill, 0.4), (decode, 0.01)])
+        seconds[id(member)] += 40 if member is prefill else 1
+    # A chunk of 0.4 s counts 0.1: ten steps of 0.01 s.
+    assert seconds[id(prefill)] == 4 * seconds[id(decode)] == 4000
 
 
 def test_no_member_waits_longer_than_one_piece_of_each_other() -> None:

@@ -6,8 +6,8 @@ import pytest
 
 from pshare_jax.core.scheduling import (
     GroupTurns,
+    PrefillTurns,
     next_batch,
-    next_prefill,
     steps_for,
 )
 
@@ -35,9 +35,17 @@ def steps(turns: GroupTurns, ready: dict[str, list[Work]], count: int) -> str:
 
 
 def test_prefill_alternates_between_the_fair_choice_and_the_one_done_soonest() -> None:
-    tasks = [Work(3, 5), Work(1, 100), Work(2, 5)]
-    assert [next_prefill(tasks, turn, tasks[1]).order for turn in range(4)] == [1, 2, 1, 2]
-    assert next_prefill([], 1, tasks[0]) is tasks[0]
+    turns, tasks = PrefillTurns(), [Work(3, 5), Work(1, 100), Work(2, 5)]
+    assert [turns.next(tasks, tasks[1], short=4).order for _ in range(4)] == [1, 2, 1, 2]
+    assert turns.next([], tasks[0], short=4) is tasks[0]
+
+
+def test_a_short_prompt_does_not_wait_for_a_shares_turn_but_shares_get_theirs() -> None:
+    turns, short, long = PrefillTurns(), Work(3, 4), Work(1, 100)
+    taken = [turns.next([short, long], long, short=4).order for _ in range(7)]
+    assert taken == [3, 1, 3, 3, 1, 3, 3], "of three turns one is the share's"
+    # Nothing passes the shares that is not near enough to be looked at.
+    assert turns.next([long], long, short=4) is long
 
 
 def test_with_a_quantum_of_one_groups_take_steps_in_turn() -> None:

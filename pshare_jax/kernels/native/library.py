@@ -28,6 +28,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from pshare_jax import runtime_files
 from pshare_jax.errors import ConfigError
@@ -50,6 +51,7 @@ TARGETS = (
     "pshare_page_checksums",
 )
 TIMEOUT_SECONDS = 600
+_STAGES_BYTES = 1 << 14
 AMX_VARIABLE = "PSHARE_AMX"
 """Of the environment: `0` leaves a CPU's matrix unit alone, so that vectors multiply bfloat16."""
 _MULTIPLIERS = {0: "vectors", 1: "amx", 2: "twin"}
@@ -91,6 +93,35 @@ class Library:
     read_tensor: Callable[..., int]
     widened_bytes: Callable[[], int]
     _library: ctypes.CDLL
+
+    @property
+    def threads(self) -> int:
+        """Threads of the team that works on a call."""
+        return self._library.pshare_threads()
+
+    def limit_threads(self, threads: int) -> None:
+        """From now on no more than `threads` of the team work on a call; for measurements."""
+        self._library.pshare_limit_threads(threads)
+
+    def share_out(self, loops: int, count: int, spins: int) -> None:
+        """Runs `loops` loops of `count` iterations of `spins` pauses of the CPU each."""
+        self._library.pshare_share_out(*map(ctypes.c_long, (loops, count, spins)))
+
+    def start_trace(self, threads: int) -> None:
+        """See `loop_trace.traced`."""
+        self._library.pshare_start_trace(threads)
+
+    def end_trace(self, entry: np.dtype) -> tuple[np.ndarray, list[str]]:
+        """Ends a trace: its entries, of `Trace::Entry` in `src/trace.h`, and names of stages."""
+        entries = np.empty(self._library.pshare_trace_length(), entry)
+        stages = ctypes.create_string_buffer(_STAGES_BYTES)
+        self._library.pshare_end_trace(
+            ctypes.c_void_p(entries.ctypes.data),
+            ctypes.c_long(len(entries)),
+            stages,
+            ctypes.c_long(len(stages)),
+        )
+        return entries, stages.value.decode().splitlines()
 
     def advise_large_pages(self, arrays: Iterable[jax.Array]) -> None:
         """Asks the operating system to back long-lived arrays by large memory pages."""
@@ -142,6 +173,7 @@ def _load() -> Library | None:
     multiplier = _start_multiplier(library)
     logger.info("CPU kernels: %s; bfloat16 is multiplied by: %s", path, multiplier)
     columns = library.pshare_panel_columns()
+    library.pshare_trace_length.restype = ctypes.c_long
     widened = library.pshare_widened_bytes
     widened.restype = ctypes.c_long
     return Library(

@@ -4,7 +4,7 @@
 // `group` heads. Keys are taken in blocks of kBlockKeys and sums begin anew every kChunkKeys
 // positions, counted from position 0; a chunk's sums are then merged into the row's (online
 // softmax, Milakov and Gimelshein, arXiv 1805.02867). With one query a row, chunks are shared out
-// over threads, otherwise tiles are; the sums are the same ones in the same order, so a query's
+// over threads, otherwise tiles are, smaller ones where threads are many; the sums are the same ones in the same order, so a query's
 // result does not depend on what it is computed beside. Where there is a matrix unit, the sums over
 // a chunk of bfloat16 are those of tile_attention.h.
 #pragma once
@@ -18,7 +18,8 @@
 
 namespace pshare {
 
-constexpr long kTileTokens = 64;
+constexpr long kTileTokens = 64, kLeastTileTokens = 16;
+constexpr long kTilesOfThread = 2;
 constexpr long kBlockKeys = 2 * kPanel;
 constexpr long kBlockQueries = 2 * kTileRows;  // whose scores and weights stay in the nearest cache
 static_assert(kChunkKeys % kBlockKeys == 0);
@@ -31,29 +32,20 @@ class Attention {
   Attention(const T* q, T* out, const E* pages, const Rows& rows, const Geometry& g,
             const std::vector<long>& first, bool one_query)
       : q_(q), out_(out), pages_(pages), rows_(rows), g_(g), first_(first), one_query_(one_query) {
-    for (long b = 0; b < rows.batch; b++) {
-      if (rows.lens[b] <= 0) continue;
-      long from = chunk_of_first_key(rows.start[b]), to = rows.start[b] / kChunkKeys;
-      if (one_query) {
-        for (long c = from; c <= to; c++) items_.push_back({b, c, c == from ? to - from + 1 : 0});
-      } else {
-        for (long t = 0; t < rows.lens[b]; t += kTileTokens) items_.push_back({b, t, 0});
-      }
-    }
-    // Later tiles see more keys: they come first, so that threads end together.
-    if (!one_query) std::reverse(items_.begin(), items_.end());
     stride_ = round_up(g.head_dim, kPanel);
-    if (one_query) parts_.resize(items_.size() * g.heads() * (stride_ + 2));
   }
 
   void run(Team& team) {
+    one_query_ ? list_chunks() : list_tiles(team.size());
     long heads = g_.kv_heads, count = items_.size() * heads;
+    team.at("attention");
     if (!one_query_) {
       team.loop(count, [&](long i) { tile(items_[i / heads], i % heads); });
       return;
     }
     team.loop(count, [&](long i) { part(i / heads, i % heads); });
-    team.loop(count, [&](long i) {
+    team.at("attention merged");
+    team.rows(count, [&](long i) {
       if (items_[i / heads].chunks > 0) merge_parts(i / heads, i % heads);
     });
   }
@@ -75,6 +67,31 @@ class Attention {
     TileScratch tiles;
 #endif
   };
+
+  void list_chunks() {
+    for (long b = 0; b < rows_.batch; b++) {
+      if (rows_.lens[b] <= 0) continue;
+      long from = chunk_of_first_key(rows_.start[b]), to = rows_.start[b] / kChunkKeys;
+      for (long c = from; c <= to; c++) items_.push_back({b, c, c == from ? to - from + 1 : 0});
+    }
+    parts_.resize(items_.size() * g_.heads() * (stride_ + 2));
+  }
+
+  // Keys are packed anew for each tile, so tiles are large where there are enough of them.
+  void list_tiles(long threads) {
+    long tokens = 0;
+    for (long b = 0; b < rows_.batch; b++) tokens += std::max(0, rows_.lens[b]);
+    tile_tokens_ = kTileTokens;
+    while (tile_tokens_ > kLeastTileTokens &&
+           tokens * g_.kv_heads < kTilesOfThread * threads * tile_tokens_) {
+      tile_tokens_ /= 2;
+    }
+    for (long b = 0; b < rows_.batch; b++) {
+      for (long t = 0; t < rows_.lens[b]; t += tile_tokens_) items_.push_back({b, t, 0});
+    }
+    // Later tiles see more keys: they come first, so that threads end together.
+    std::reverse(items_.begin(), items_.end());
+  }
 
   long first_key(long position) const {
     return g_.window > 0 ? std::max<long>(position - g_.window + 1, 0) : 0;
@@ -114,7 +131,7 @@ class Attention {
   void tile(const Item& at, long head) {
     Scratch& s = scratch();
     long start = rows_.start[at.row] + at.index;
-    long count = std::min(kTileTokens, rows_.lens[at.row] - at.index);
+    long count = std::min(tile_tokens_, rows_.lens[at.row] - at.index);
     load_queries(s, at.row, at.index, count, head);
     begin_row(s, count, head);
     for (long c = chunk_of_first_key(start); c <= (start + count - 1) / kChunkKeys; c++) {
@@ -277,7 +294,7 @@ class Attention {
   const Geometry& g_;
   const std::vector<long>& first_;
   const bool one_query_;
-  long stride_ = 0;
+  long stride_ = 0, tile_tokens_ = kTileTokens;
   std::vector<Item> items_;
   std::vector<float> parts_;
 };

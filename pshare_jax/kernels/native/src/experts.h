@@ -46,6 +46,7 @@ class ExpertsCall {
 
   void run(Team& team) {
     long width = panels(e_.count) * kPanel;
+    team.at("router");
     multiply<E>(team, rows_, x_, stride_, e_.router, embed_, 0, panels(e_.count), 1,
                 [&](long r, long n, long panel, float* tile) {
                   for (long i = 0; i < n; i++) {
@@ -53,12 +54,14 @@ class ExpertsCall {
                                 kPanel * sizeof(float));
                   }
                 });
-    team.loop(rows_, [&](long r) { choose_experts(r, scores_ + r * width); });
+    team.at("experts chosen");
+    team.rows(rows_, [&](long r) { choose_experts(r, scores_ + r * width); });
     sort_rows();
-    team.loop(rows_ * e_.per_token, [&](long i) {
+    team.rows(rows_ * e_.per_token, [&](long i) {
       std::memcpy(gathered_ + place_[i] * stride_, x_ + i / e_.per_token * stride_,
                   stride_ * sizeof(Left<E>));
     });
+    team.at("experts");
     loop(team, panels(mlp_), [&](const Block& b, long panel) { multiply_gate(b, panel); });
     loop(team, panels(embed_), [&](const Block& b, long panel) { multiply_down(b, panel); });
   }

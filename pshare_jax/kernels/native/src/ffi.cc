@@ -590,6 +590,37 @@ extern "C" long pshare_widened_bytes() { return WideMemory::instance().bytes(); 
 // Columns of a panel of a packed matrix: what the Python side packs by.
 extern "C" int pshare_panel_columns() { return kPanel; }
 
+// Threads of the team.
+extern "C" int pshare_threads() { return Pool::instance().size(); }
+
+extern "C" void pshare_limit_threads(int threads) { Pool::instance().limit(threads); }
+
+// Loops of `count` iterations of `spins` pauses each, `loops` times: what sharing out costs.
+extern "C" void pshare_share_out(long loops, long count, long spins) {
+  Pool::instance().run([&](Team& team) {
+    for (long n = 0; n < loops; n++) {
+      team.loop(count, [&](long) {
+        for (long i = 0; i < spins; i++) pshare::pause();
+      });
+    }
+  });
+}
+
+// See trace.h. At the end entries are copied to `out`, as many as it has room for, and names of stages, each
+// followed by a newline, to `stages`; the answer is their number, or -1 if no trace was begun.
+extern "C" void pshare_start_trace(int threads) { Pool::instance().start_trace(threads); }
+extern "C" long pshare_trace_length() { return Pool::instance().trace_length(); }
+extern "C" long pshare_end_trace(Trace::Entry* out, long capacity, char* stages, long length) {
+  std::unique_ptr<Trace> trace = Pool::instance().end_trace();
+  if (trace == nullptr) return -1;
+  std::string names;
+  for (const char* stage : trace->stages) names += std::string(stage) + "\n";
+  long count = static_cast<long>(trace->entries.size());
+  std::copy_n(trace->entries.begin(), std::min(count, capacity), out);
+  std::snprintf(stages, length, "%s", names.c_str());
+  return count;
+}
+
 // Decides what multiplies bfloat16, before anything does; see tile_check.h. Once for good.
 extern "C" int pshare_start_tiles(int wanted) {
   static const Multiplier decided = start_tiles(wanted != 0);

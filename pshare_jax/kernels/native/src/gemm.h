@@ -153,8 +153,10 @@ void share_panels(Team& team, long rows, long first, long last, int group, Done 
   if (blocks == 0) return team.loop(0, [](long) {});
   long block = round_up((rows + blocks - 1) / blocks, kTileRows);
   long groups = (last - first) / group;
-  // Few rows: enough shares for an even end. Many rows: a share keeps its rows in the cache.
-  long shares = blocks > 1 ? std::max<long>(1, groups / 8) : std::min<long>(groups, team.size() * 4);
+  // Enough shares for an even end. With many rows there are at least some, small enough to keep
+  // their panels in the cache.
+  long enough = (4 * team.size() + blocks - 1) / blocks;
+  long shares = std::min(groups, blocks > 1 ? std::max(enough, groups / 8) : enough);
   team.loop(blocks * shares, [&](long item) {
     alignas(64) float out[kBlockRows * 2 * kPanel];
     long row = item / shares * block, share = item % shares;

@@ -51,7 +51,8 @@ void head(const float* x, const float* scale, const Matrix<W>& m, const int32_t*
   if constexpr (rounds) rounded = rounded_memory.get(count, embed);
   float* top = tops.get(all * count);  // of each panel
   Pool::instance().run([&](Team& team) {
-    team.loop(count, [&](long r) {
+    team.at("final norm");
+    team.rows(count, [&](long r) {
       norm_row(x + rows[r] * embed, scale, embed, eps, normed + r * stride);
       if (embed % 2) normed[(r + 1) * stride - 1] = X{};
       if constexpr (rounds) round_row(normed + r * stride, rounded, r);
@@ -68,8 +69,10 @@ void head(const float* x, const float* scale, const Matrix<W>& m, const int32_t*
         top[panel * count + r + i] = *std::max_element(from, from + width);
       }
     };
+    team.at("head");
     if constexpr (rounds) multiply(team, count, rounded, m, 0, all, 1, done);
     else multiply<W>(team, count, normed, stride, m.panels, embed, 0, all, 1, done);
+    team.at("best token");
     // The first of the highest: its panel is computed again.
     team.loop(count, [&](long r) {
       long panel = 0;

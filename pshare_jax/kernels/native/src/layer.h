@@ -69,7 +69,8 @@ class LayerCall {
     Attention<E, Left<E>> attention(q_, attended_, read, rows, g_, first_, one_query_);
     Pool::instance().run([&](Team& team) {
       project(team);
-      team.loop(count_, [&](long r) { rotate_and_store(r, pages); });
+      team.at("rotation, KV written");
+      team.rows(count_, [&](long r) { rotate_and_store(r, pages); });
       if (l_.kv_only) return;
       prepare(team);
       attention.run(team);
@@ -90,6 +91,7 @@ class LayerCall {
     if (l_.kv_only) lower(team, {kK, kV}, normed_, l_.embed);
     else lower(team, {kQ, kK, kV}, normed_, l_.embed);
     long columns = qkv_panels_ * kPanel;
+    team.at("q, k, v");
     times(team, normed_, embed_stride(), l_.qkv, l_.embed, l_.kv_only ? k_panel_ : 0,
           qkv_panels_, 1, [&](long r, long n, long panel, float* tile) {
             Target target = panel < k_panel_ ? kQ : panel < v_panel_ ? kK : kV;
@@ -108,6 +110,7 @@ class LayerCall {
     long width = g_.heads() * g_.head_dim;
     lower(team, {kO}, attended_, width);
     round(team, attended_, width, width);
+    team.at("attention's output");
     times(team, attended_, width, l_.o, width, 0, panels(l_.embed), 1,
           [&](long r, long n, long panel, float* tile) {
             adapt(kO, r, n, panel, tile, kPanel);
@@ -120,6 +123,7 @@ class LayerCall {
   void mlp_block(Team& team) {
     lower(team, {kGate, kUp}, normed_, l_.embed);
     long stride = round_up(l_.mlp, 2);
+    team.at("gate and up");
     // Panels of gate and up alternate.
     times(team, normed_, embed_stride(), l_.gate_up, l_.embed, 0, 2 * panels(l_.mlp), 2,
           [&](long r, long n, long panel, float* tile) {
@@ -140,6 +144,7 @@ class LayerCall {
           });
     lower(team, {kDown}, hidden_, l_.mlp);
     round(team, hidden_, stride, l_.mlp);
+    team.at("down");
     times(team, hidden_, stride, l_.down, l_.mlp, 0, panels(l_.embed), 1,
           [&](long r, long n, long panel, float* tile) {
             adapt(kDown, r, n, panel, tile, kPanel);
@@ -153,7 +158,8 @@ class LayerCall {
     ExpertsCall<E> experts(l_.experts, l_.embed, l_.mlp, normed_, embed_stride(), count_);
     experts.run(team);
     const float* post_norm = l_.mlp_post_norm;
-    team.loop(count_, [&](long r) {
+    team.at("residual");
+    team.rows(count_, [&](long r) {
       float *update = update_ + r * l_.embed, *to = row(r);
       experts.sum(r, update);
       if (post_norm != nullptr) normalise(update, post_norm, l_.embed, l_.eps, update);
@@ -173,7 +179,8 @@ class LayerCall {
   void round(Team& team, const Left<E>* x, long stride, long k) {
     if constexpr (!kRounds) return;
     rounded_ = rounded_memory_->get(count_, k);
-    team.loop(count_, [&](long r) {
+    team.at("rounding");
+    team.rows(count_, [&](long r) {
       static thread_local Buffer<float> wide;
       convert(x + r * stride, wide.get(k), k);
       round_row(wide.get(k), rounded_, r);
@@ -183,7 +190,8 @@ class LayerCall {
   // x in the form that products read, normalised where there is a norm.
   void norm(Team& team, const float* scale) {
     if constexpr (kRounds) rounded_ = rounded_memory_->get(count_, l_.embed);
-    team.loop(count_, [&](long r) {
+    team.at("norm");
+    team.rows(count_, [&](long r) {
       Left<E>* to = normed_ + r * embed_stride();
       if constexpr (kRounds) {
         static thread_local Buffer<float> memory;
@@ -231,7 +239,8 @@ class LayerCall {
 
   void add_normed(Team& team, const float* post_norm) {
     if (post_norm == nullptr) return;
-    team.loop(count_, [&](long r) {
+    team.at("residual");
+    team.rows(count_, [&](long r) {
       float *from = update_ + r * l_.embed, *to = row(r);
       normalise(from, post_norm, l_.embed, l_.eps, from);
       for (long j = 0; j < l_.embed; j++) to[j] += l_.residual_scale * from[j];
@@ -296,6 +305,7 @@ class LayerCall {
     }
     if (count == 0 || shares == 0) return;
     long blocks = (count_ + kBlockRows - 1) / kBlockRows;
+    team.at("adapters");
     team.loop(blocks * count * shares, [&](long item) {
       alignas(64) float tile[kBlockRows * kPanel];
       Target target = adapted[item / shares % count];

@@ -117,6 +117,7 @@ class WidenedPages {
 
   // After the call's own tokens have been written.
   void widen(Team& team) {
+    team.at("pages widened");
     team.loop(static_cast<long>(used_.size()), [&](long i) {
       convert(pages_ + used_[i] * size_, wide_ + i * size_, size_);
     });
