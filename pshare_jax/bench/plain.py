@@ -24,6 +24,7 @@ from pshare_jax.bench import (
     starve,
     tiers,
     turns,
+    watching,
     wire,
 )
 from pshare_jax.bench.fleet import command as fleet
@@ -149,6 +150,12 @@ PLAIN: dict[str, PlainCommand] = {
         starve.StarveOptions,
         starve.run,
         starve.lines,
+    ),
+    "ui": PlainCommand(
+        "Processor time that a server's page costs while somebody watches it.",
+        watching.WatchingOptions,
+        watching.run,
+        watching.lines,
     ),
     "machine": PlainCommand(
         "What this CPU can do at most: products, memory, and whether its matrix unit is used.",
