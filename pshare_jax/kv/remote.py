@@ -13,7 +13,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,6 +47,10 @@ from pshare_jax.runtime.programs import Programs
 
 READERS = 2
 """Threads that read."""
+
+SOON_SECONDS = 0.01
+"""How long the engine waits for a file of this host, which is read in less time than it would be
+busy with anything else; what takes longer comes beside its work."""
 
 AVOID_SECONDS = 30.0
 """How long nothing is pulled directly from a worker from which that has failed."""
@@ -193,6 +197,8 @@ class RemotePages:
         if reading is None:
             reading = self._read(pull.transfer, count, address)
         self._arriving[pull.transfer] = _Arriving(pull, address.way, reading)
+        if address.way == "shm":
+            wait([reading], SOON_SECONDS)
 
     def read_ahead(self, transfer: int, address: str, count: int) -> None:
         """Begins to read `count` pages that are on offer before their transfer is accepted; for any

@@ -178,12 +178,13 @@ def test_interruptions_do_not_make_the_wait_longer(path: Path) -> None:
 def test_work_that_is_handed_over_is_waited_for(path: Path) -> None:
     """Not for long, and not by who has handed it over."""
     clock = Clock()
+    clock.now = 1.0
     one, two = HostTurns(path, 1.0, clock), HostTurns(path, 1.0, clock)
     looks: list[float] = []
 
     def look() -> bool:
         looks.append(clock.now)
-        clock.now += turns.HANDOVER_SECONDS / 4
+        clock.now += 0.3 * turns.HANDOVER_SECONDS
         return False
 
     for hands_over, waited in ((True, 4), (False, 0)):
@@ -204,6 +205,7 @@ def test_work_that_is_handed_over_is_waited_for(path: Path) -> None:
 
 def test_who_has_heard_of_it_waits_no_more(path: Path) -> None:
     clock = Clock()
+    clock.now = 1.0
     one, two = HostTurns(path, 1.0, clock), HostTurns(path, 1.0, clock)
     assert one.begin()
     one.end(hands_over=True)

@@ -22,6 +22,7 @@ from pshare_jax.core.messages import PageDescriptor
 from pshare_jax.core.plans import Offer, Pull
 from pshare_jax.kernels.backends import on_mesh
 from pshare_jax.kv import direct as kv_direct
+from pshare_jax.kv import remote as kv_remote
 from pshare_jax.kv.direct import DirectOffers
 from pshare_jax.kv.local import DevicePut, Exchange, SamePool
 from pshare_jax.kv.offers import PREFIX, OfferFolder, file_of
@@ -511,3 +512,15 @@ class TestReadAhead:
         link.receiver.read_ahead(77, link.pull(77).address, 1)
         with pytest.raises(TransferError, match="transfer 77"):
             link.move(link.pull(77))
+
+
+@pytest.mark.parametrize("link", ["shm"], indirect=True)
+def test_a_file_of_the_host_is_waited_for_a_moment(
+    link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that no piece of work comes between."""
+    monkeypatch.setattr(kv_remote, "SOON_SECONDS", 60.0)
+    pull = link.offer([3, 5])
+    link.receiver.accept(pull)
+    assert link.receiver.has_arrived()
+    link.receiver.commit(pull.transfer)
