@@ -61,10 +61,11 @@ class WatchingOptions:
 
 @dataclass
 class _Seen:
-    """What watchers have got."""
+    """What watchers have got, and how many of them have got anything."""
 
     events: int = 0
     num_bytes: int = 0
+    watchers: int = 0
 
 
 def run(options: WatchingOptions) -> dict[str, Any]:
@@ -96,6 +97,7 @@ async def _measure(options: WatchingOptions, url: str) -> dict[str, Any]:
                 asyncio.create_task(_watch(http, seen))
                 for _ in range(options.watchers if watched else 0)
             ]
+            await _until_all_see(watching, seen)
             before, began, lasted = processor_seconds(os.getpid()), _now(), 0.0
             while lasted < options.seconds:
                 await _ask(http, options.model, rng.integers(3, _VOCAB, 64).tolist())
@@ -120,6 +122,14 @@ async def _measure(options: WatchingOptions, url: str) -> dict[str, Any]:
     }
 
 
+async def _until_all_see(watching: Sequence[asyncio.Task[None]], seen: _Seen) -> None:
+    """Waits until each watcher has got something."""
+    while seen.watchers < len(watching):
+        _raise_of(watching)
+        await asyncio.sleep(0.01)
+    seen.watchers = 0
+
+
 def _raise_of(tasks: Sequence[asyncio.Task[None]]) -> None:
     for task in tasks:
         if task.done():
@@ -138,7 +148,10 @@ async def _watch(http: aiohttp.ClientSession, seen: _Seen) -> None:
     async with http.get("/ui/events", timeout=timeout) as response:
         if response.status != 200:
             raise BenchmarkError(f"/ui/events: {response.status}: {await response.text()}")
+        first = True
         async for line in response.content:
+            seen.watchers += first
+            first = False
             seen.events += line.startswith(b"data:")
             seen.num_bytes += len(line)
     raise BenchmarkError("/ui/events has ended")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pshare_jax.launch_config import RayResources, RayStrategy
@@ -21,7 +21,10 @@ def bundle_of(asked: RayResources) -> dict[str, float]:
 
 
 def strategy_of(
-    wanted: RayStrategy, hosts: list[Mapping[str, float]], bundle: Mapping[str, float], size: int
+    wanted: RayStrategy,
+    hosts: Sequence[Mapping[str, float]],
+    bundle: Mapping[str, float],
+    size: int,
 ) -> str:
     """How Ray is to divide so many bundles among hosts.
 
