@@ -27,6 +27,7 @@ from pshare_jax.bench import (
     threads_report,
     tiers,
     turns,
+    watching,
     wire,
 )
 from pshare_jax.bench.distributions import TextsOptions
@@ -165,6 +166,12 @@ PLAIN: dict[str, PlainCommand] = {
         threads.ThreadsOptions,
         threads.run,
         threads_report.lines,
+    ),
+    "ui": PlainCommand(
+        "Processor time that a server's page costs while somebody watches it.",
+        watching.WatchingOptions,
+        watching.run,
+        watching.lines,
     ),
     "machine": PlainCommand(
         "What this CPU can do at most: products, memory, and whether its matrix unit is used.",

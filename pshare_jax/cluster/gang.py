@@ -9,18 +9,17 @@ ends, or nothing has come for a while, each process that notices says so to its 
 from __future__ import annotations
 
 import contextlib
-import hmac
 import logging
 import queue
 import secrets
 import socket
-import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 
 import msgspec
 
+from pshare_jax.cluster.gang_door import HELLO_SECONDS, SAY_SECONDS, GangDoor
 from pshare_jax.cluster.gang_wire import (
     PROTOCOL,
     Beat,
@@ -47,19 +46,11 @@ BEAT_SECONDS = 1.0
 SILENCE_SECONDS = 30.0
 """After this without one a process counts as lost."""
 
-HELLO_SECONDS = 5.0
-"""That who connects may take to say who it is."""
-
 END_SECONDS = 5.0
 """That the others may take to end."""
 
 AGAIN_SECONDS = 0.2
 """Between two attempts to connect to the first process."""
-
-SAY_SECONDS = 30.0
-"""Between two log lines about who is waited for."""
-
-_MAX_HELLO = 4096
 
 
 class GangLeader:
@@ -81,11 +72,8 @@ class GangLeader:
         token: str = "",
         tls: ClusterTls | None = None,
     ):
-        self._listener = listener
         self._size = size
-        self._facts = dict(facts)
-        self._token = token
-        self._tls = tls
+        self._door = GangDoor(listener, size, facts, token, tls)
         self._orders: dict[int, Connection] = {}
         self._lives: dict[int, Connection] = {}
         self._built: dict[int, str] = {}
@@ -97,32 +85,8 @@ class GangLeader:
 
     def gather(self) -> None:
         """Waits until all processes are there."""
-        found: dict[tuple[int, int], dict[bool, Connection]] = {}
-        said = time.monotonic()
-        self._listener.settimeout(1.0)
-        while len(self._orders) < self._size - 1:
-            if time.monotonic() - said > SAY_SECONDS:
-                said = time.monotonic()
-                missing = sorted(set(range(1, self._size)) - set(self._orders))
-                logger.info("waiting for processes %s of the gang", missing)
-            try:
-                sock, _ = self._listener.accept()
-            except TimeoutError:
-                continue
-            greeted = self._greet(sock)
-            if greeted is None:
-                continue
-            hello, connection = greeted
-            pair = found.setdefault((hello.rank, hello.incarnation), {})
-            pair[hello.life] = connection
-            if len(pair) == 2:
-                # One that was here before has ended meanwhile.
-                self._orders[hello.rank], self._lives[hello.rank] = pair[False], pair[True]
-        self._listener.close()
-        chosen = [*self._orders.values(), *self._lives.values()]
-        for connection in (one for pair in found.values() for one in pair.values()):
-            if connection not in chosen:
-                connection.close()
+        for rank, member in self._door.gather().items():
+            self._orders[rank], self._lives[rank] = member.orders, member.life
 
     def start(
         self,
@@ -149,7 +113,7 @@ class GangLeader:
             )
             watch.start()
             self._watching.append(watch)
-        threading.Thread(target=self._beat, daemon=True).start()
+        threading.Thread(target=self._beat, args=(on_lost,), daemon=True).start()
 
     def check_built(self, what: str) -> None:
         """Waits until all have weights and pools, and compares these.
@@ -202,44 +166,9 @@ class GangLeader:
         end = time.monotonic() + END_SECONDS
         for watch in self._watching:
             watch.join(max(0.0, end - time.monotonic()))
-        self._listener.close()
+        self._door.close()
         for connection in (*self._orders.values(), *self._lives.values()):
             connection.close()
-
-    def _greet(self, sock: socket.socket) -> tuple[Hello, Connection] | None:
-        sock.settimeout(HELLO_SECONDS)
-        connection = Connection(sock)
-        try:
-            if self._tls is not None:
-                sock = self._tls.server.wrap_socket(sock, server_side=True)
-                connection = Connection(sock)
-            hello = connection.receive(_MAX_HELLO)
-            if not isinstance(hello, Hello):
-                raise GangLostError("does not say who it is")
-            refusal = self._refusal(hello, sock)
-            if not refusal:
-                return hello, connection
-            logger.warning("process %d of the gang is refused: %s", hello.rank, refusal)
-            connection.send(Refused(refusal))
-        except (GangLostError, OSError) as error:
-            logger.warning("somebody has connected who is not of this gang: %s", error)
-        connection.close()
-        return None
-
-    def _refusal(self, hello: Hello, sock: socket.socket) -> str:
-        """Why a process cannot be one of this gang, or nothing."""
-        if self._tls is not None and isinstance(sock, ssl.SSLSocket) and not sock.getpeercert():
-            return "show a certificate of this cluster's CA"
-        if not hmac.compare_digest(hello.token.encode(), self._token.encode()):
-            return "the token of this cluster is another one"
-        if hello.protocol != PROTOCOL:
-            return f"protocol is {hello.protocol} there and {PROTOCOL} at process 0"
-        if hello.size != self._size or not 0 < hello.rank < self._size:
-            return f"it is process {hello.rank} of {hello.size}, but the gang has {self._size}"
-        for name, here in self._facts.items():
-            if (there := hello.facts.get(name, "")) != here:
-                return f"{name} is {there} there and {here} at process 0"
-        return ""
 
     def _watch(
         self,
@@ -267,10 +196,14 @@ class GangLeader:
             if not self._ending.is_set():
                 on_lost(f"process {rank} of the gang {error}")
 
-    def _beat(self) -> None:
-        with contextlib.suppress(GangLostError):
+    def _beat(self, on_lost: Callable[[str], None]) -> None:
+        try:
             while not self._ending.wait(BEAT_SECONDS):
                 self.send(Beat())
+        except GangLostError as error:
+            # Its signs of life may still come, by the other connection.
+            if not self._ending.is_set():
+                on_lost(str(error))
 
 
 class GangFollower:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pshare_jax.cluster.turns import Turns
 from pshare_jax.cluster.worker import Worker
 from pshare_jax.core.fairness import FairTurns
-from pshare_jax.core.messages import Message
+from pshare_jax.core.messages import Covered, Message
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +71,7 @@ class WorkerThread:
         self._calls: list[Callable[[], None]] = []
         self._condition = threading.Condition()
         self._stopping = False
+        self._hands_over = False
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -93,6 +94,10 @@ class WorkerThread:
             self._calls.append(action)
             self._condition.notify()
 
+    def wake(self) -> None:
+        """Has the thread look again for what there is to do; from any thread."""
+        self.call(lambda: None)
+
     def stop(self) -> None:
         """Ends the thread after its present piece of work and waits for it."""
         with self._condition:
@@ -109,14 +114,7 @@ class WorkerThread:
         Returns:
             Whether it got on; otherwise there is nothing to do until something is heard.
         """
-        with self._condition:
-            inbox, self._inbox = self._inbox, []
-            calls, self._calls = self._calls, []
-        for to, message in inbox:
-            self._receive(to, message)
-        for action in calls:
-            self._call(action)
-        self._flush()
+        self._take_in()
         progress = self._work() or self._work_ahead()
         if not progress and self._host_turns is not None:
             self._host_turns.rests()
@@ -129,12 +127,28 @@ class WorkerThread:
         idle = False
         while True:
             with self._condition:
-                if idle and not (self._inbox or self._calls or self._stopping):
+                if idle and not self._is_asked:
                     self._condition.wait(self._patience())
                 if self._stopping:
                     break
             idle = not self.turn()
         self._drain()
+
+    @property
+    def _is_asked(self) -> bool:
+        """Whether there is something to take in; also a hint, without the lock."""
+        return bool(self._inbox or self._calls or self._stopping)
+
+    def _take_in(self) -> None:
+        """Takes in what has come, and carries what that has brought about."""
+        with self._condition:
+            inbox, self._inbox = self._inbox, []
+            calls, self._calls = self._calls, []
+        for to, message in inbox:
+            self._receive(to, message)
+        for action in calls:
+            self._call(action)
+        self._flush()
 
     def _patience(self) -> float | None:
         waits = [worker.patience for worker in self._alive.values()]
@@ -170,13 +184,13 @@ class WorkerThread:
                         others.append((worker.name, to, message))
         for source, to, message in others:
             self._send(source, to, message)
+            self._hands_over |= isinstance(message, Covered)
         return delivered
 
     def _work(self) -> bool:
         """One piece of work of the worker whose turn it is; False when nobody has any."""
-        for worker in tuple(self._alive.values()):
-            if worker.urgent and self._give_turn(worker):
-                return True
+        if self._work_urgent():
+            return True
         for worker in tuple(self._alive.values()):
             # Out of turn, once after each piece of the others; it counts as its time all the same.
             if worker.first_due and worker is not self._last and self._give_turn(worker):
@@ -187,7 +201,12 @@ class WorkerThread:
             if worker.name in self._alive and self._give_turn(worker):
                 return True
             self._turns.rests(share)
-        return False
+        # Planning may have found that all is there that somebody waits for.
+        return self._work_urgent()
+
+    def _work_urgent(self) -> bool:
+        workers = tuple(self._alive.values())
+        return any(worker.urgent and self._give_turn(worker) for worker in workers)
 
     def _work_ahead(self) -> bool:
         """A piece of work that nobody waits for yet, while nobody waits for anything here."""
@@ -211,6 +230,13 @@ class WorkerThread:
         return bool(progress) or worker.name not in self._alive
 
     def _piece(self, worker: Worker) -> bool:
+        turns = self._host_turns
+        if turns is not None and worker.computes and not worker.urgent:
+            return self._in_turn(turns, worker)
+        return self._planned(worker)
+
+    def _planned(self, worker: Worker) -> bool:
+        """Plans a piece and does it."""
         urgent = worker.urgent
         piece = worker.plan(self._clock())
         if piece is None:
@@ -219,20 +245,34 @@ class WorkerThread:
             # One computes at a time; what only moves pages need not wait for that.
             self._drain()
             self._last = worker
-        if urgent or self._host_turns is None:
-            return self._timed(worker, piece)
-        return self._in_turn(self._host_turns, worker, piece)
+        return self._timed(worker, piece)
 
-    def _in_turn(self, turns: Turns, worker: Worker, piece: Callable[[], bool | None]) -> bool:
-        """A piece of work that no other process's engine works beside."""
-        turns.begin()
+    def _in_turn(self, turns: Turns, worker: Worker) -> bool:
+        """A piece of work that no other process's engine works beside.
+
+        What others wait for, and needs no computation, is done while the turn is waited for, and
+        before it is given up. What to compute is decided when there is a turn, and with all that
+        has been heard until then.
+        """
+        if not turns.begin(lambda: self._is_asked):
+            return True
+        self._hands_over = False
         try:
-            progress = self._timed(worker, piece)
+            self._take_in()
+            self._do_urgent(worker)
+            progress = worker.name in self._alive and self._planned(worker)
+            self._do_urgent(worker)
+            self._flush()
             if turns.is_wanted:
                 self._drain()
             return progress
         finally:
-            turns.end()
+            turns.end(hands_over=self._hands_over)
+
+    def _do_urgent(self, worker: Worker) -> None:
+        """Moves what pages there are to be moved."""
+        while worker.name in self._alive and worker.urgent and self._planned(worker):
+            self._flush()
 
     def _drain(self) -> None:
         """Finishes what the last worker has begun, in its time."""

@@ -23,7 +23,7 @@ from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.router import WorkerInfo
 from pshare_jax.core.stats import EngineStats
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Grows when frames change so that the older side would misunderstand them."""
 
 PATH = "/cluster"

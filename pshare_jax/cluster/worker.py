@@ -96,6 +96,11 @@ class Worker(Protocol):
         ...
 
     @property
+    def computes(self) -> bool:
+        """Whether the next plan is likely to be one that computes."""
+        ...
+
+    @property
     def patience(self) -> float | None:
         """Seconds after which to look again though nothing was heard; None is for ever."""
         ...
@@ -189,6 +194,11 @@ class PrefillWorker(Generic[P]):
         return False
 
     @property
+    def computes(self) -> bool:
+        """See Worker."""
+        return self.core.computes
+
+    @property
     def patience(self) -> float | None:
         """See Worker."""
         return self.core.patience
@@ -253,7 +263,11 @@ class PrefillWorker(Generic[P]):
 
 
 class DecodeWorker(Generic[D]):
-    """Generates. `schedule` is the core's, or that of a pool which it shares."""
+    """Generates. `schedule` is the core's, or that of a pool which it shares.
+
+    Attributes:
+        arrived: whether it is known of a transfer, without a look at it, that it can be ended.
+    """
 
     covers = False
 
@@ -269,6 +283,7 @@ class DecodeWorker(Generic[D]):
         self.executor = executor
         self.share = Share(DECODE_WEIGHT)
         self.outbox = core.outbox
+        self.arrived: Callable[[], bool] = lambda: False
         self._schedule = schedule or core.schedule
         self._steps_ahead = steps_ahead
 
@@ -280,7 +295,12 @@ class DecodeWorker(Generic[D]):
     @property
     def urgent(self) -> bool:
         """See Worker."""
-        return self.core.urgent
+        return self.core.urgent or self.arrived()
+
+    @property
+    def computes(self) -> bool:
+        """See Worker."""
+        return self.core.computes or self.has_begun
 
     @property
     def first_due(self) -> bool:
@@ -305,6 +325,9 @@ class DecodeWorker(Generic[D]):
 
     def plan(self, now: float) -> Callable[[], bool] | None:
         """See Worker."""
+        if self.arrived() and not self.core.urgent:
+            plan = self.core.schedule_landing()
+            return lambda: self._run(plan)
         plan = self._schedule(now)
         if plan is not None:
             return lambda: self._run(plan)
@@ -357,7 +380,7 @@ class DecodeWorker(Generic[D]):
         while self.executor.num_dispatched > self._steps_ahead:
             self._finish()
         polled = plan.step is None and plan.replay is None and not (plan.pulls or plan.admits)
-        if polled and self.executor.num_dispatched:
+        if polled and not landed and self.executor.num_dispatched:
             # A transfer under way must not keep the tokens that are there.
             return self._finish()
         return bool(landed or plan.cancelled or plan.offers) or not polled

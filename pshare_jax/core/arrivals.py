@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pshare_jax.core import messages as m
 from pshare_jax.core.admission import Reservation
 from pshare_jax.core.messages import Outbox, PageDescriptor
+from pshare_jax.core.pages.allocator import PADDING_PAGE
 from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.pages.prefix_index import Node, PageState
 from pshare_jax.core.plans import Pull
@@ -89,11 +90,6 @@ class Arrivals:
         """Whether the executor has been told of transfers that have not ended."""
         return any(transfer.pulled for transfer in self._transfers.values())
 
-    @property
-    def is_any_complete(self) -> bool:
-        """Whether some sequence has all its pages."""
-        return any(arrival.complete for arrival in self._arrivals.values())
-
     def ids(self) -> set[int]:
         """Ids of the sequences that are here."""
         return set(self._arrivals)
@@ -107,31 +103,66 @@ class Arrivals:
         """Whether any transfer is under way, so that deadlines count."""
         return bool(self._transfers)
 
-    def add(self, sequence: Sequence, usage: PromptUsage, reservation: Reservation) -> None:
-        """A sequence has got room; what it lacks is fetched."""
+    def add(
+        self,
+        sequence: Sequence,
+        usage: PromptUsage,
+        reservation: Reservation,
+        offer: m.Offered | None = None,
+        first: int = 0,
+    ) -> None:
+        """A sequence has got room; what it lacks is fetched.
+
+        Args:
+            sequence: who.
+            usage: where its prompt's KV came from.
+            reservation: its room.
+            offer: pages numbered from `first` on that are on offer already.
+            first: see `offer`.
+        """
         arrival = Arrival(sequence, usage, reservation)
         arrival.filling = dict(reservation.arriving)
         arrival.awaited = dict(reservation.awaited)
         self._arrivals[sequence.id] = arrival
-        self._fetch(arrival, reservation.fill)
+        fill = reservation.fill
+        if offer is not None and fill and self._is_enough(offer, first, fill):
+            self._begin(arrival, fill, offer.transfer)
+            self.offered(offer.transfer, offer.descriptors, offer.address, first)
+        else:
+            self._fetch(arrival, fill)
 
     def offered(
-        self, transfer_id: int, descriptors: list[PageDescriptor], address: str = ""
+        self,
+        transfer_id: int,
+        descriptors: list[PageDescriptor],
+        address: str = "",
+        first: int | None = None,
     ) -> None:
-        """The pages of a transfer can be pulled, from `address`."""
+        """The pages of a transfer can be pulled.
+
+        Args:
+            transfer_id: of the transfer.
+            descriptors: of its pages.
+            address: where from.
+            first: number of the first of them, if they are not those that were asked for; there may
+                be more than is wanted.
+        """
         transfer = self._transfers.get(transfer_id)
         if transfer is None or transfer.pulled:
             return
         transfer.pulled = True
         sequence, pages = transfer.arrival.sequence, transfer.arrival.reservation.pages
-        chain = sequence.held_keys
+        chain, wanted = sequence.held_keys, set(transfer.numbers)
+        numbers = transfer.numbers
+        if first is not None:
+            numbers = range(first, first + len(descriptors))
         self.pulls.append(
             Pull(
                 transfer_id,
                 sequence.prefill_worker,
                 descriptors,
-                [chain[number] for number in transfer.numbers],
-                [pages[number] for number in transfer.numbers],
+                [chain[number] for number in numbers],
+                [pages[number] if number in wanted else PADDING_PAGE for number in numbers],
                 address,
             )
         )
@@ -205,6 +236,11 @@ class Arrivals:
         self._fetch(arrival, failed)
         return True
 
+    @property
+    def any_complete(self) -> bool:
+        """Whether any sequence has all its pages."""
+        return any(arrival.complete for arrival in self._arrivals.values())
+
     def complete(self) -> list[Arrival]:
         """Takes out the sequences whose pages are all there."""
         done = [arrival for arrival in self._arrivals.values() if arrival.complete]
@@ -253,11 +289,19 @@ class Arrivals:
         if not numbers:
             return
         transfer_id = next(self._ids)
-        self._transfers[transfer_id] = Transfer(arrival, numbers)
-        arrival.transfers.add(transfer_id)
+        self._begin(arrival, numbers, transfer_id)
         sequence = arrival.sequence
         fetch = m.Fetch(self._worker, transfer_id, sequence.held_id, numbers)
         self._outbox.append((sequence.prefill_worker, fetch))
+
+    def _is_enough(self, offer: m.Offered, first: int, fill: list[int]) -> bool:
+        """Whether all that is lacking is on offer, up to the last page of the prompt."""
+        ends = first + len(offer.descriptors) == fill[-1] + 1
+        return ends and 0 <= first <= fill[0] and offer.transfer not in self._transfers
+
+    def _begin(self, arrival: Arrival, numbers: list[int], transfer_id: int) -> None:
+        self._transfers[transfer_id] = Transfer(arrival, numbers)
+        arrival.transfers.add(transfer_id)
 
     def _cancel(self, transfer_id: int) -> None:
         transfer = self._transfers.pop(transfer_id)

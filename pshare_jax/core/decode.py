@@ -111,7 +111,12 @@ class DecodeCore:
         """Whether a step is all that some sequence lacks for its first token."""
         rows = self.rows.all()
         due = any(not row.started and row.num_behind == 1 for row in rows)
-        return due or self._arrivals.is_any_complete
+        return due or self._arrivals.any_complete
+
+    @property
+    def computes(self) -> bool:
+        """Whether the next plan is likely to have a step or a replay."""
+        return bool(self.rows) or self._arrivals.any_complete
 
     @property
     def patience(self) -> float | None:
@@ -185,6 +190,9 @@ class DecodeCore:
                 raise TypeError(f"{self.name}: {type(message).__name__} is not for decode workers")
         self._heard += 1
         self._enter()
+        if isinstance(message, m.Covered):
+            # Who has no room now asks for its pages when there is some: no offer stands for ever.
+            self._queue.forget_offer(message.sequence.id)
 
     def schedule(self, now: float = 0.0) -> DecodePlan | None:
         """The next piece of work, or None; `now` is in seconds, from any start."""
@@ -213,6 +221,10 @@ class DecodeCore:
             self._publish()
             return None
         return self._plan(admits, replay, step)
+
+    def schedule_landing(self) -> DecodePlan:
+        """A plan that ends the transfers that can be ended, and does nothing else."""
+        return self._plan()
 
     def _plan(
         self,
@@ -340,7 +352,7 @@ class DecodeCore:
             covered.usage.shared_tokens,
             num_bytes,
         )
-        self._arrivals.add(sequence, usage, room)
+        self._arrivals.add(sequence, usage, room, covered.offer, covered.first)
 
     def _fetch_failed(self, transfer: int, reason: str) -> None:
         if not self._arrivals.knows(transfer):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import msgspec
+
 from pshare_jax.core.admission import Admission, Reservation
 from pshare_jax.core.messages import Covered
 from pshare_jax.core.sequences import Sequence
@@ -48,6 +50,11 @@ class DecodeQueue:
         self._passed.pop(id, None)
         self._favoured.discard(id)
         return self._waiting.pop(id, None)
+
+    def forget_offer(self, id: int) -> None:
+        """If a sequence waits, what was on offer for it is so no more."""
+        if (covered := self._waiting.get(id)) is not None:
+            self._waiting[id] = msgspec.structs.replace(covered, offer=None)
 
     def clear(self) -> None:
         """Forgets all."""

@@ -62,6 +62,9 @@ class DecodeRows:
         self._rows: dict[int, DecodeRow] = {}
         self._admits: list[Admit] = []
 
+    def __bool__(self) -> bool:
+        return bool(self._rows)
+
     def all(self) -> list[DecodeRow]:
         """The rows, in the order in which they have come; another thread may ask."""
         return list(self._rows.values())

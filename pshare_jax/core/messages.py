@@ -57,10 +57,15 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
 
 
 class Covered(msgspec.Struct, frozen=True, tag=True):
-    """Prefill to decode: the prompt's pages lie ready for you, held until you release them."""
+    """Prefill to decode: the prompt's pages lie ready for you, held until you release them.
+
+    Those numbered from `first` on, to the last, are on offer already where there is an `offer`.
+    """
 
     sequence: Sequence
     usage: PromptUsage
+    offer: Offered | None = None
+    first: int = 0
 
 
 class Withdrawn(msgspec.Struct, frozen=True, tag=True):
@@ -103,9 +108,14 @@ class NotOffered(msgspec.Struct, frozen=True, tag=True):
 
 
 class Release(msgspec.Struct, frozen=True, tag=True):
-    """Decode to prefill: the pages of that sequence need not be held any more."""
+    """Decode to prefill: the pages of that sequence need not be held any more.
+
+    `worker`, if not empty, says who speaks, and `reader`, as of `Fetch`, how it would read others.
+    """
 
     id: int
+    worker: str = ""
+    reader: str = ""
 
 
 class Lend(msgspec.Struct, frozen=True, tag=True):
@@ -327,6 +337,18 @@ Message = ToWorker | FromStore | ToDispatcher
 
 Outbox = list[tuple[str, Message]]
 """Messages, each with the name of the part that it goes to."""
+
+
+def offered_by(message: Message) -> Offered | None:
+    """Pages that a message says are on offer, if it does."""
+    match message:
+        case Offered():
+            return message
+        case Covered():
+            return message.offer
+        case _:
+            return None
+
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Message)

@@ -93,11 +93,21 @@ class PrefillCore:
         return self._transfers.urgent or (self.store is not None and self.store.urgent)
 
     @property
+    def computes(self) -> bool:
+        """Whether the next plan may have chunks; what comes from elsewhere may bring more."""
+        return bool(self.queue.tasks or self.chunks.active)
+
+    @property
     def patience(self) -> float | None:
         """Seconds after which `schedule` should be called again though nothing was heard."""
         store = STORE_SECONDS if self.store is not None and self.store.waits else None
         waits = [seconds for seconds in (self._transfers.patience, store) if seconds is not None]
         return min(waits, default=None)
+
+    def offer_unasked(self) -> None:
+        """Has decode workers that have a pool of their own offered what they lack before they ask
+        for it, see `core.unasked`."""
+        self._transfers.offer_unasked()
 
     def receive(self, message: Message) -> None:
         """Takes a message in."""
@@ -112,7 +122,9 @@ class PrefillCore:
                     self._let_waiting_go()
             case m.Abort(id, decode_worker):
                 self._abort(id, decode_worker)
-            case m.Release(id):
+            case m.Release(id, worker, reader):
+                if worker and self.held.unasked is not None:
+                    self.held.unasked.heard_of(worker, reader)
                 self._release(id)
             case m.Fetch() | m.Lend() | m.Repaid() | m.Offered() | m.NotOffered():
                 self._transfers.hear(message)
@@ -347,8 +359,11 @@ class PrefillCore:
             self.cache.release(task.pages)
             self._send(DISPATCHER, m.Dropped(id))
             return
+        if self.held.is_untold(id):
+            self._release(id)
+            self._send(DISPATCHER, m.Dropped(id))
         # It has gone on, and whoever has it now will give its pages back.
-        if decode_worker:
+        elif decode_worker:
             self._send(decode_worker, m.Abort(id))
 
     def _release(self, id: int) -> None:
@@ -389,11 +404,12 @@ class PrefillCore:
     def _cover(self, task: PrefillTask) -> None:
         """All is there: it is held until the decode worker has it."""
         sequence, usage = task.sequence, task.usage()
-        self.held.add(sequence.id, task)
         if not sequence.probe:
             self.stats.prefilled(sequence.model, usage, task.foreseen)
         self._send(DISPATCHER, m.Pending(sequence.id, 0))
-        self._send(sequence.decode_worker, m.Covered(sequence, usage))
+        covered = m.Covered(sequence, usage)
+        if not self.held.cover(task, covered, self.cache.page_size):
+            self._send(sequence.decode_worker, covered)
 
     def _computed(self, task: PrefillTask, error: str | None) -> None:
         """The planned chunk of a task has been computed, or has failed."""

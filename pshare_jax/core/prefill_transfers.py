@@ -17,6 +17,7 @@ from pshare_jax.core.pages.page_cache import PageCache
 from pshare_jax.core.plans import PrefillPlan, PrefillResult
 from pshare_jax.core.prefill_task import PrefillTask
 from pshare_jax.core.stats import PrefillStats
+from pshare_jax.core.unasked import Unasked
 
 POLL_SECONDS = 0.0005
 """Between two looks at a transfer that is being pulled."""
@@ -59,6 +60,11 @@ class PrefillTransfers:
         self.borrowing = Borrowing(name, cache, outbox, transfer_ids, stats)
         self._name = name
         self._outbox = outbox
+        self._ids = transfer_ids
+
+    def offer_unasked(self) -> None:
+        """Has pages of prompts put on offer as soon as these are covered."""
+        self.held.unasked = Unasked(self._ids)
 
     @property
     def urgent(self) -> bool:

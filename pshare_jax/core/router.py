@@ -201,6 +201,7 @@ class Router:
             sequence,
             prefill_worker=prefill.info.name,
             decode_worker=decode.info.name,
+            num_there=self._generating.run(decode, sequence.keys),
             lender=lender,
             num_uncached=uncached,
         )

@@ -45,6 +45,7 @@ class Sequence(msgspec.Struct, frozen=True, kw_only=True):
         num_uncached: prompt tokens that the router expects to be computed.
         prefill_worker: who covers the prompt.
         decode_worker: who generates.
+        num_there: leading full pages that the router thinks `decode_worker` has.
         lender: a worker that is thought to have more of the prompt's pages than `prefill_worker`.
         probe: whether counters leave it out, see `Request`.
         owner: whose it is, for fair shares.
@@ -68,6 +69,7 @@ class Sequence(msgspec.Struct, frozen=True, kw_only=True):
     num_uncached: int = 0
     prefill_worker: str = ""
     decode_worker: str = ""
+    num_there: int = 0
     lender: str = ""
     probe: bool = False
     owner: Owner = Owner()

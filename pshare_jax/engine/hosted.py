@@ -25,7 +25,7 @@ from pshare_jax.cluster.worker import DecodeWorker, PrefillWorker, Worker
 from pshare_jax.config import Role, ServeConfig
 from pshare_jax.convert.manifest import TOKENIZER_FOLDER, read_manifest
 from pshare_jax.core.connector import Connector, TransferError
-from pshare_jax.core.messages import Covered, Fetch, Lend, Message, Prefill
+from pshare_jax.core.messages import Covered, Fetch, Lend, Message, Prefill, Release, offered_by
 from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.pages.sharing_map import PoolView, pool_views
 from pshare_jax.core.router import WorkerInfo
@@ -170,6 +170,9 @@ class HostedWorkers:
         for worker in (*self.prefill, *self.decode):
             # Another process may have had the name before, and told of an index of its own.
             worker.core.index_feed.incarnation = secrets.randbits(32)
+        if role == "prefill":
+            for worker in self.prefill:
+                worker.core.offer_unasked()
         hosted = tuple(name for name, spec in specs.items() if spec.decode_workers)
         partners = (decode_name, prefill_name) if role == "both" else ("", "")
         self.parts = [Part(_info(w, partners[0]), "prefill") for w in self.prefill]
@@ -254,9 +257,17 @@ class HostedWorkers:
             if isinstance(message, Fetch | Lend):
                 # Of one process are only those that share a pool, and fetch nothing.
                 message = msgspec.structs.replace(message, reader=self._ends[source].reader(to))
+            elif isinstance(message, Release) and source in self._ends:
+                reader = self._ends[source].reader(to)
+                message = msgspec.structs.replace(message, worker=source, reader=reader)
             send(source, to, message)
 
         thread = WorkerThread("engine", self.workers, carry, on_failure, host_turns=self._turns)
+        for worker in self.decode:
+            if (end := self._ends.get(worker.name)) is not None:
+                worker.arrived = end.has_arrived
+        for end in self._ends.values():
+            end.on_arrival = thread.wake
         if stores:
             self._store = EngineStore(
                 self.config.kv_store,
@@ -288,8 +299,11 @@ class HostedWorkers:
     def prepare(self, message: Message) -> Callable[[], None] | None:
         """What is to be done before a worker hears a message, beside its thread: see `Station`.
 
-        The grammar of an answer is compiled.
+        The grammar of an answer is compiled. Pages that are on offer begin to be read.
         """
+        if (offered := offered_by(message)) is not None:
+            for end in self._ends.values():
+                end.read_ahead(offered.transfer, offered.address, len(offered.descriptors))
         grammars = self._grammars
         grammar = (
             message.sequence.params.grammar if isinstance(message, Covered | Prefill) else None

@@ -2,16 +2,18 @@
 
 On one host it reads the file of the transfer in shared memory; from another host it gets the same
 bytes over HTTP, from the process that has the file; or it pulls the arrays themselves, see
-`kv.direct`. All of that is done by threads, so that others are computed meanwhile. The bytes lie in
-memory of the reader's own before they are checked, so nobody can change them afterwards.
+`kv.direct`. All of that is done by threads, so that others are computed meanwhile; it begins when
+the process hears that pages are on offer, and the engine is told when they are there. The bytes lie
+in memory of the reader's own before they are checked, so nobody can change them afterwards.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from pshare_jax.config import KvCodec, Transport
 from pshare_jax.core.connector import TransferError, TransferState, check_descriptors
 from pshare_jax.core.messages import PageDescriptor
 from pshare_jax.core.plans import Offer, Pull
+from pshare_jax.kv.ahead import Found, ReadAhead
 from pshare_jax.kv.coding import usable_codecs
 from pshare_jax.kv.direct import DirectOffers
 from pshare_jax.kv.links import Links
@@ -46,6 +49,10 @@ from pshare_jax.runtime.programs import Programs
 READERS = 2
 """Threads that read."""
 
+SOON_SECONDS = 0.01
+"""How long the engine waits for a file of this host, which is read in less time than it would be
+busy with anything else; what takes longer comes beside its work."""
+
 AVOID_SECONDS = 30.0
 """How long nothing is pulled directly from a worker from which that has failed."""
 
@@ -63,7 +70,7 @@ class _Arriving:
 
     pull: Pull
     way: Way
-    reading: Future[Read]
+    reading: Future[Found]
     coded: str = ""
     staged: Pieces = field(default_factory=list)
     checksums: Pieces | None = None
@@ -87,6 +94,7 @@ class RemotePages:
     Attributes:
         moved: transfers that were written into the pool, by their way.
         traffic: what has come, and how.
+        on_arrival: called, in any thread, when a transfer has been read.
 
     Raises:
         ConfigError: `codec` names one that is not for these pages.
@@ -116,6 +124,10 @@ class RemotePages:
         self._clock = clock
         self._ways: dict[int, Way] = {}
         self._arriving: dict[int, _Arriving] = {}
+        self._ahead = ReadAhead()
+        self.on_arrival: Callable[[], None] = lambda: None
+        # On several devices all threads must run the same programs in the same order.
+        self._stages_beside = programs.mesh.size == 1
         self._avoided: dict[str, float] = {}
         peers, layout = peers or Peers(), programs.layout
         shape = (layout.num_layers, *layout.layer_shape(1)[1:])
@@ -181,7 +193,31 @@ class RemotePages:
             raise TransferError(f"{where}: {pull.address!r} is no address") from None
         if address.worker != pull.source:
             raise TransferError(f"{where}: {address.worker} offers it, not {pull.source}")
-        self._arriving[pull.transfer] = _Arriving(pull, address.way, self._read(pull, address))
+        count = len(pull.keys)
+        reading = self._ahead.take(pull.transfer, pull.address, self._size(count))
+        if reading is None:
+            reading = self._read(pull.transfer, count, address)
+        self._arriving[pull.transfer] = _Arriving(pull, address.way, reading)
+        if address.way == "shm":
+            wait([reading], SOON_SECONDS)
+
+    def read_ahead(self, transfer: int, address: str, count: int) -> None:
+        """Begins to read `count` pages that are on offer before their transfer is accepted; for any
+        thread. What is wrong with it is said when it is."""
+        if not self._ahead.has_room(self._size(count)):
+            return
+        with contextlib.suppress(TransferError, msgspec.DecodeError):
+            where = msgspec.json.decode(address, type=Address)
+            reading = self._read(transfer, count, where)
+            self._ahead.put(transfer, address, self._size(count), reading)
+
+    def has_arrived(self) -> bool:
+        """Whether `poll` has something new to say of a transfer."""
+        return any(
+            _is_ready(arriving.checksums)
+            for arriving in self._arriving.values()
+            if arriving.reading.done()
+        )
 
     def poll(self, transfer: int) -> TransferState:
         """See `Connector.poll`."""
@@ -189,8 +225,7 @@ class RemotePages:
         if not arriving.reading.done():
             return TransferState.ARRIVING
         checksums = self._put(arriving)
-        there = all(array.is_ready() for array in checksums)  # pyright: ignore[reportAttributeAccessIssue]
-        return TransferState.READY if there else TransferState.ARRIVING
+        return TransferState.READY if _is_ready(checksums) else TransferState.ARRIVING
 
     def commit(self, transfer: int) -> None:
         """See `Connector.commit`."""
@@ -215,18 +250,23 @@ class RemotePages:
         self._offers.drop(transfer)
         # What is being read is read to its end, which closes the file, and then lost.
         self._arriving.pop(transfer, None)
+        self._ahead.drop(transfer)
 
     def close(self) -> None:
         """Ends the threads; what they read is lost."""
         self._readers.shutdown(wait=False)
 
-    def _read(self, pull: Pull, address: Address) -> Future[Read]:
+    def _size(self, count: int) -> int:
+        """Bytes of so many pages."""
+        return count * self._programs.layout.bytes_per_page
+
+    def _read(self, transfer: int, count: int, address: Address) -> Future[Found]:
         """Begins to read what is on offer."""
-        transfer, count, reader = pull.transfer, len(pull.keys), self._reader
+        reader = self._reader
         if address.way == "jax-transfer":
             if self._direct is None:
                 raise TransferError(f"transfer {transfer}: it is not to be pulled directly here")
-            return self._readers.submit(self._pull, self._direct, transfer, address.url, count)
+            return self._begin(self._pull, self._direct, transfer, address.url, count)
         if address.way == "shm":
             if is_here(address.folder, self._offers.path):
                 file = take(Path(address.folder), transfer)
@@ -235,10 +275,28 @@ class RemotePages:
                 except TransferError:
                     os.close(file)
                     raise
-                return self._readers.submit(reader.from_file, transfer, file, count)
+                return self._begin(reader.from_file, transfer, file, count)
             if not address.url:
                 raise TransferError(f"transfer {transfer}: nothing is on offer")
-        return self._readers.submit(reader.from_url, transfer, address.url, count)
+        return self._begin(reader.from_url, transfer, address.url, count)
+
+    def _begin(self, read: Callable[..., Read], *arguments: object) -> Future[Found]:
+        """Has a thread read, and tell of it."""
+        reading = self._readers.submit(self._found, read, *arguments)
+        reading.add_done_callback(lambda _: self.on_arrival())
+        return reading
+
+    def _found(self, read: Callable[..., Read], *arguments: object) -> Found:
+        found = Found(read(*arguments))
+        if self._stages_beside:
+            self._stage(found)
+            jax.block_until_ready(found.checksums)
+        return found
+
+    def _stage(self, found: Found) -> None:
+        """Puts what was read on the mesh."""
+        found.staged = [self._programs.stage(piece) for piece in found.read.pieces]
+        found.checksums = [self._programs.checksum(piece) for piece in found.staged]
 
     def _pull(self, direct: DirectOffers, transfer: int, url: str, count: int) -> Read:
         """Claims a transfer, and pulls it onto the mesh."""
@@ -252,7 +310,7 @@ class RemotePages:
         if arriving.checksums is None:
             transfer = arriving.pull.transfer
             try:
-                read = arriving.reading.result()
+                found = arriving.reading.result()
             except TransferError:
                 del self._arriving[transfer]
                 self._failed(arriving)
@@ -261,9 +319,11 @@ class RemotePages:
                 # What a wrong process says must not end this one.
                 del self._arriving[transfer]
                 raise TransferError(f"transfer {transfer}: it cannot be read: {error}") from error
-            arriving.coded = read.coded
-            arriving.staged = [self._programs.stage(piece) for piece in read.pieces]
-            arriving.checksums = [self._programs.checksum(piece) for piece in arriving.staged]
+            if found.checksums is None:
+                self._stage(found)
+            assert found.checksums is not None
+            arriving.coded = found.read.coded
+            arriving.staged, arriving.checksums = found.staged, found.checksums
         return arriving.checksums
 
     def _failed(self, arriving: _Arriving) -> None:
@@ -276,3 +336,11 @@ class RemotePages:
         if arriving is None:
             raise TransferError(f"transfer {transfer} was not accepted, or has ended")
         return arriving
+
+
+def _is_ready(checksums: Pieces | None) -> bool:
+    """Whether there is nothing to wait for: all are computed, or none has been asked for."""
+    return checksums is None or all(
+        array.is_ready()  # pyright: ignore[reportAttributeAccessIssue]
+        for array in checksums
+    )

@@ -1,4 +1,4 @@
-"""`python -m pshare_jax.serve.detached LOCK LISTEN COMMAND...`: what nobody's death ends.
+"""`python -m pshare_jax.serve.detached LOCK LISTEN[,LISTEN] COMMAND...`: what nobody's death ends.
 
 The command runs in a session of its own, as nobody's child, so that what ends the caller with all
 that belongs to it does not end the command. What the caller is told comes by the standard output
@@ -22,14 +22,16 @@ def main(argv: Sequence[str]) -> int:
 
     Args:
         argv: descriptor of a locked file, which the command keeps open and into which its process
-            id is written; descriptor of a socket, which the command inherits; the command.
+            id is written; descriptors of sockets, which the command inherits; the command.
     """
-    lock, listen, command = int(argv[0]), int(argv[1]), list(argv[2:])
+    lock, command = int(argv[0]), list(argv[2:])
+    sockets = [int(descriptor) for descriptor in argv[1].split(",")]
     if os.fork():
         return 0
     os.setsid()
-    process = subprocess.Popen(command, pass_fds=(lock, listen))
-    os.close(listen)
+    process = subprocess.Popen(command, pass_fds=(lock, *sockets))
+    for descriptor in sockets:
+        os.close(descriptor)
     os.ftruncate(lock, 0)
     os.pwrite(lock, str(process.pid).encode(), 0)
     _say(f"{PID}{process.pid}")

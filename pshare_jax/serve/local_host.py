@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 from pshare_jax.cluster.cpus import kept_to
 from pshare_jax.config import ServerConfig
+from pshare_jax.serve.gang_process import GangProcess
 from pshare_jax.serve.lifecycle import bind
-from pshare_jax.serve.local_gang import LocalGang
 from pshare_jax.serve.supervision import Spec, StartError
 
 
@@ -46,7 +46,7 @@ class LocalHost:
         self._sockets[spec.name] = sock
         return address_of(sock)
 
-    def start(self, spec: Spec, cancelled: threading.Event) -> LocalProcess | LocalGang:
+    def start(self, spec: Spec, cancelled: threading.Event) -> LocalProcess | GangProcess:
         """Starts a child, see `Host.start`."""
         sock = self._sockets[spec.name]
         if spec.hosts == 1:
@@ -65,7 +65,7 @@ class LocalHost:
                     member.kill()
                     member.wait()
                 raise
-        return LocalGang(members)
+        return GangProcess(spec.name, members)
 
     def release(self, name: str) -> None:
         """Closes the socket, see `Host.release`."""

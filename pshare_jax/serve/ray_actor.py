@@ -46,6 +46,8 @@ class Job:
         ready: how the line begins by which the process says that it is ready.
         folder: where it runs, if that is there.
         end_seconds: that a former process of the name may take to end.
+        meets: whether it listens at a second address, too, where others of its mesh meet it: see
+            `serve.gang`.
     """
 
     cluster: str
@@ -56,6 +58,7 @@ class Job:
     ready: str
     folder: str
     end_seconds: float
+    meets: bool = False
 
     @property
     def digest(self) -> str:
@@ -104,6 +107,7 @@ class Keeper:
     def __init__(self, job: Job):
         self._job = job
         self._address = ""
+        self._meeting = ""
         self._pid = 0
         self._is_ready = False
         self._code: int | None = None
@@ -121,10 +125,14 @@ class Keeper:
             OSError: it cannot be started here.
         """
         if not self._address:
-            self._address, pipe = await asyncio.to_thread(_launch, self._job)
+            self._address, self._meeting, pipe = await asyncio.to_thread(_launch, self._job)
             self._reading = asyncio.create_task(self._read(pipe))
         await self._until(lambda: bool(self._pid) or self._code is not None)
         return self._address, self._pid
+
+    async def meeting(self) -> str:
+        """Where others of its mesh meet it, once it was started; empty if they do not."""
+        return self._meeting
 
     async def wait_until_ready(self) -> bool:
         """False if it has ended before."""
@@ -170,30 +178,36 @@ class Keeper:
             self._changed.notify_all()
 
 
-def _launch(job: Job) -> tuple[str, IO[bytes]]:
-    """Starts the process; its address, and the pipe by which it is heard of."""
+def _launch(job: Job) -> tuple[str, str, IO[bytes]]:
+    """Starts the process; its address, where others meet it, and the pipe that tells of it."""
     if (leaving := leaving_file()).exists():
         raise OSError(f"this host is about to go; if it stays, remove {leaving}")
     lock = take_lock(run_folder(job.cluster) / f"{job.name}.lock", job.end_seconds)
     try:
-        with _listen(*job.listen) as (sock, address):
-            descriptors = (lock, sock.fileno())
+        with contextlib.ExitStack() as stack:
+            sock, address = stack.enter_context(_listen(*job.listen))
+            sockets, flags, meeting = [sock], [f"--listen-fd={sock.fileno()}"], ""
+            if job.meets:
+                other, meeting = stack.enter_context(_listen(job.listen[0], 0))
+                sockets.append(other)
+                flags += [f"--gang-fd={other.fileno()}", f"--gang-coordinator={meeting}"]
+            given = [sock.fileno() for sock in sockets]
             command = [
                 *(sys.executable, "-m", "pshare_jax.serve.detached"),
-                *(str(descriptor) for descriptor in descriptors),
-                *(sys.executable, *job.flags, *job.more, f"--listen-fd={sock.fileno()}"),
+                *(str(lock), ",".join(map(str, given))),
+                *(sys.executable, *job.flags, *job.more, *flags),
             ]
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
-                pass_fds=descriptors,
+                pass_fds=(lock, *given),
                 cwd=job.folder if Path(job.folder).is_dir() else None,
                 env=_environment(),
             )
         process.wait()
         assert process.stdout is not None
-        return address, process.stdout
+        return address, meeting, process.stdout
     finally:
         os.close(lock)
 

@@ -1,13 +1,15 @@
 """`--launcher=ray`: Ray places the processes of a cluster on its hosts.
 
-Each process has an actor that starts it and tells of its end. Actors are detached, and Ray does not
-restart them: the launcher makes new ones, and one that is started again finds those that the former
-has left. Neither tokens nor pages go through Ray, and processes go on without it.
+Each process has an actor that starts it and tells of its end; a worker whose mesh has several hosts
+has one on each, see `ray_group`. Actors are detached, and Ray does not restart them: the launcher
+makes new ones, and one that is started again finds those that the former has left. Neither tokens
+nor pages go through Ray, and processes go on without it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import logging
 import math
@@ -18,7 +20,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from pshare_jax.cluster.secret import is_loopback
@@ -26,17 +28,21 @@ from pshare_jax.config import ServeConfig
 from pshare_jax.errors import ConfigError
 from pshare_jax.extras import require
 from pshare_jax.launch_config import RayResources
+from pshare_jax.serve.gang_process import GangProcess
 from pshare_jax.serve.launcher import Launcher, make_token
 from pshare_jax.serve.ray_actor import Job, Keeper, run_folder
-from pshare_jax.serve.supervision import END_SECONDS, LOST, Spec, StartError
+from pshare_jax.serve.ray_group import RayGroup, bundle_of
+from pshare_jax.serve.ray_left import NAMESPACE, Actors, find
+from pshare_jax.serve.ray_process import (
+    ANSWER_SECONDS,
+    RayProcess,
+    end_actor,
+    last_line,
+    ray_errors,
+)
+from pshare_jax.serve.supervision import END_SECONDS, Process, Spec, StartError
 
 log = logging.getLogger(__name__)
-
-NAMESPACE = "pshare_jax"
-"""Of the actors, in Ray."""
-
-ANSWER_SECONDS = 10.0
-"""That an actor which is there may take to answer."""
 
 SAY_SECONDS = 15.0
 """Between two log lines about a process for which Ray has no place."""
@@ -66,10 +72,10 @@ def ray_launcher(config: ServeConfig, args: Sequence[str]) -> Launcher:
     require("ray", "--launcher=ray")
     cluster = config.cluster
     for side in ("prefill", "decode"):
-        if getattr(config, side).hosts > 1:
+        if getattr(config, side).hosts > 1 and not bundle_of(getattr(cluster.ray, side)):
             raise ConfigError(
-                f"{side}.hosts: Ray places workers of one host each; start those of several with "
-                "`--launcher=local`, or as a StatefulSet each on Kubernetes"
+                f"cluster.ray.{side}: workers of several hosts must ask for something, such as "
+                "cpus, by which Ray finds places for them"
             )
     if not _NAME.fullmatch(cluster.ray.name):
         raise ConfigError(
@@ -103,30 +109,20 @@ class RayHost:
         self._end_seconds = config.server.drain_seconds + END_SECONDS
         self._actor = ray.remote(Keeper)
         self._lock = threading.Lock()
-        self._found = dict(self._find())
+        self._found = find(ray, self._config.name)
 
     def reserve(self, spec: Spec) -> str:
         """Nothing: where it will be is Ray's choice, see `Host.reserve`."""
         del spec
         return ""
 
-    def start(self, spec: Spec, cancelled: threading.Event) -> RayProcess:
+    def start(self, spec: Spec, cancelled: threading.Event) -> Process:
         """Takes over a process that a former launcher has left, or has Ray place a new one."""
-        job = self._job(spec)
+        jobs = self._jobs(spec)
         with self._lock:
-            left = self._found.pop(spec.name, None)
-        if left is not None and (process := self._take_over(left, job)) is not None:
-            return process
-        try:
-            actor = self._new(spec, job)
-        except _errors(self._ray) as error:
-            raise StartError(f"Ray cannot make an actor: {_short(error)}") from error
-        try:
-            address, pid = self._wait(actor.start.remote(), spec, cancelled)
-        except _errors(self._ray) as error:
-            self._kill(actor)
-            raise StartError(_short(error)) from error
-        return RayProcess(self._ray, actor, address, pid)
+            left = self._found.pop(spec.name, [])
+        process = self._take_over(left, jobs)
+        return process or self._start(spec, jobs, cancelled)
 
     def release(self, name: str) -> None:
         """Nothing is left of it, see `Host.release`."""
@@ -139,16 +135,18 @@ class RayHost:
         """Ends what a former launcher has left and this one does not have, each in good order."""
         with self._lock:
             others = {name: self._found.pop(name) for name in self._found.keys() - set(names)}
-        for name, actor in others.items():
+        for name, left in others.items():
             log.info("ending %s, which an earlier launcher has left", name)
-            threading.Thread(target=self._retire, args=(actor,), daemon=True).start()
+            for one in left:
+                threading.Thread(target=self._retire, args=(one,), daemon=True).start()
 
-    def _job(self, spec: Spec) -> Job:
+    def _jobs(self, spec: Spec) -> list[Job]:
+        """What the actors of a process run, by rank: one, or one for each host of its mesh."""
         host, port = spec.listen
         flags = spec.command[1:]
         if spec.side != "frontend":
             host, flags = "", (*flags, f"--alone-seconds={ALONE_SECONDS:g}")
-        return Job(
+        job = Job(
             self._config.name,
             spec.name,
             flags,
@@ -158,11 +156,57 @@ class RayHost:
             os.getcwd(),
             self._end_seconds,
         )
+        if spec.hosts == 1:
+            return [job]
+        return [
+            dataclasses.replace(
+                job,
+                name=f"{spec.name}.{rank}",
+                flags=(*flags, f"--gang-rank={rank}"),
+                meets=rank == 0,
+            )
+            for rank in range(spec.hosts)
+        ]
 
-    def _new(self, spec: Spec, job: Job) -> Any:
+    def _start(self, spec: Spec, jobs: Sequence[Job], cancelled: threading.Event) -> Process:
+        """Has Ray place actors that start all of a process.
+
+        Raises:
+            StartError: one cannot be started, or is not wanted any more.
+        """
+        made = Actors(self._config.name, spec.name, secrets.token_hex(4), len(jobs) > 1)
+        group = RayGroup(self._ray, made.group) if made.is_gang else None
+        members: list[RayProcess] = []
+        try:
+            if group is not None:
+                asked = getattr(self._config, spec.side)
+                self._wait(group.place(self._config.strategy, asked, len(jobs)), spec, cancelled)
+            more = spec.more
+            for rank, job in enumerate(jobs):
+                job = dataclasses.replace(job, more=more)
+                actor = made.by_rank[rank] = self._new(spec, job, made.actor(rank), group, rank)
+                answer = self._wait(actor.start.remote(), spec, cancelled)
+                members.append(RayProcess(self._ray, actor, *answer))
+                if job.meets:
+                    meeting = self._ray.get(actor.meeting.remote(), timeout=ANSWER_SECONDS)
+                    more = (*more, f"--gang-coordinator={meeting}")
+        except (StartError, *ray_errors(self._ray)) as error:
+            for member in members:
+                member.kill()
+            for actor in made.by_rank.values():
+                end_actor(self._ray, actor)
+            if group is not None:
+                group.remove()
+            if isinstance(error, StartError):
+                raise
+            raise StartError(last_line(error)) from error
+        return self._whole(made, members)
+
+    def _new(self, spec: Spec, job: Job, name: str, group: RayGroup | None, rank: int) -> Any:
         asked: RayResources = getattr(self._config, spec.side)
+        strategy = "SPREAD" if self._config.strategy == "spread" else "DEFAULT"
         return self._actor.options(
-            name=f"{self._config.name}/{spec.name}/{secrets.token_hex(4)}",
+            name=name,
             namespace=NAMESPACE,
             lifetime="detached",
             max_restarts=0,
@@ -170,11 +214,21 @@ class RayHost:
             num_cpus=asked.cpus,
             num_gpus=asked.gpus,
             resources=dict(asked.resources),
-            scheduling_strategy="SPREAD" if self._config.strategy == "spread" else "DEFAULT",
+            scheduling_strategy=strategy if group is None else group.strategy(rank),
         ).remote(job)
 
-    def _wait(self, answer: Any, spec: Spec, cancelled: threading.Event) -> tuple[str, int]:
-        """The answer of an actor that may have no place yet."""
+    def _whole(self, actors: Actors, members: Sequence[RayProcess]) -> Process:
+        """The process that members are together."""
+        if not actors.is_gang:
+            return members[0]
+        return GangProcess(actors.process, members, RayGroup(self._ray, actors.group).remove)
+
+    def _wait(self, answer: Any, spec: Spec, cancelled: threading.Event) -> Any:
+        """The answer of an actor or a group that may have no place yet.
+
+        Raises:
+            StartError: it is not wanted any more.
+        """
         asked = time.monotonic()
         while not cancelled.is_set():
             done, _ = self._ray.wait([answer], timeout=0.5)
@@ -186,103 +240,48 @@ class RayHost:
                 log.info("waiting for Ray to place %s, which asks for %s", spec.name, resources)
         raise StartError("it is not wanted any more")
 
-    def _find(self) -> Iterator[tuple[str, Any]]:
-        """Actors of a former launcher of the same name, by process."""
-        for full in self._ray.util.list_named_actors():
-            cluster, _, rest = full.rpartition("/")[0].rpartition("/")
-            if cluster == self._config.name:
-                # It may have ended since.
-                with contextlib.suppress(ValueError):
-                    yield rest, self._ray.get_actor(full, namespace=NAMESPACE)
+    def _take_over(self, left: Sequence[Actors], jobs: Sequence[Job]) -> Process | None:
+        """A former launcher's process, if it runs and is what we would run; others are ended."""
+        taken = None
+        for actors in left:
+            members = None if taken else self._members(actors, jobs)
+            if members is None:
+                self._retire(actors)
+            else:
+                taken = self._whole(actors, members)
+                log.info("going on with %s at %s", actors.process, taken.address)
+        return taken
 
-    def _take_over(self, actor: Any, job: Job) -> RayProcess | None:
-        """A former launcher's process, if it runs and is what we would run; else it is ended."""
-        with contextlib.suppress(*_errors(self._ray)):
-            digest = self._ray.get(actor.digest.remote(), timeout=ANSWER_SECONDS)
-            if digest == job.digest:
-                answer = self._ray.get(actor.start.remote(), timeout=ANSWER_SECONDS)
-                log.info("going on with %s at %s", job.name, answer[0])
-                return RayProcess(self._ray, actor, *answer)
-        self._retire(actor)
-        return None
+    def _members(self, actors: Actors, jobs: Sequence[Job]) -> list[RayProcess] | None:
+        """Its processes, if all of them run what we would run."""
+        if actors.is_gang != (len(jobs) > 1) or actors.by_rank.keys() != set(range(len(jobs))):
+            return None
+        members = []
+        with contextlib.suppress(*ray_errors(self._ray)):
+            for rank, job in enumerate(jobs):
+                actor = actors.by_rank[rank]
+                digest = self._ray.get(actor.digest.remote(), timeout=ANSWER_SECONDS)
+                if digest == job.digest:
+                    answer = self._ray.get(actor.start.remote(), timeout=ANSWER_SECONDS)
+                    members.append(RayProcess(self._ray, actor, *answer))
+        return members if len(members) == len(jobs) else None
 
-    def _retire(self, actor: Any) -> None:
-        with contextlib.suppress(*_errors(self._ray)):
-            for number in (signal.SIGTERM, signal.SIGKILL):
-                actor.send.remote(int(number))
-                if self._ray.wait([actor.wait.remote()], timeout=self._end_seconds)[0]:
+    def _retire(self, actors: Actors) -> None:
+        """Ends a process in good order: the first of a gang tells the others."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            waits = []
+            with contextlib.suppress(*ray_errors(self._ray)):
+                for actor in actors.by_rank.values():
+                    actor.send.remote(int(number))
+                    waits.append(actor.wait.remote())
+                # Who does not answer any more has been waited for, too.
+                done, _ = self._ray.wait(waits, num_returns=len(waits), timeout=self._end_seconds)
+                if len(done) == len(waits):
                     break
-        self._kill(actor)
-
-    def _kill(self, actor: Any) -> None:
-        with contextlib.suppress(*_errors(self._ray)):
-            self._ray.kill(actor)
-
-
-class RayProcess:
-    """A process that an actor keeps, see `supervision.Process`.
-
-    Args:
-        ray: the module.
-        actor: a `Keeper`.
-        address: where the process listens.
-        pid: on its host.
-    """
-
-    def __init__(self, ray: Any, actor: Any, address: str, pid: int):
-        self.address = address
-        self.pid = pid
-        self._ray = ray
-        self._actor = actor
-
-    def wait_until_ready(self) -> bool:
-        """See `Process.wait_until_ready`."""
-        try:
-            return self._ray.get(self._actor.wait_until_ready.remote())
-        except _errors(self._ray):
-            return False
-
-    def wait(self) -> int:
-        """See `Process.wait`; its actor ends with it."""
-        try:
-            code = self._ray.get(self._actor.wait.remote())
-        except _errors(self._ray) as error:
-            log.warning(
-                "the process at %s is not heard of any more: %s", self.address, _short(error)
-            )
-            code = LOST
-        self._end_actor()
-        return code
-
-    def terminate(self) -> None:
-        """See `Process.terminate`."""
-        self._send(signal.SIGTERM)
-
-    def kill(self) -> None:
-        """See `Process.kill`; one whose actor does not answer is given up with it."""
-        if not self._send(signal.SIGKILL):
-            self._end_actor()
-
-    def _send(self, number: int) -> bool:
-        try:
-            self._ray.get(self._actor.send.remote(int(number)), timeout=ANSWER_SECONDS)
-        except _errors(self._ray):
-            return False
-        return True
-
-    def _end_actor(self) -> None:
-        with contextlib.suppress(*_errors(self._ray)):
-            self._ray.kill(self._actor)
-
-
-def _errors(ray: Any) -> tuple[type[Exception], ...]:
-    """What calls of Ray raise when an actor, or Ray itself, is not there."""
-    return (ray.exceptions.RayError, ConnectionError, ValueError)
-
-
-def _short(error: Exception) -> str:
-    """The last line of an error that has come from another process with its traceback."""
-    return str(error).strip().rpartition("\n")[2]
+        for actor in actors.by_rank.values():
+            end_actor(self._ray, actor)
+        if actors.is_gang:
+            RayGroup(self._ray, actors.group).remove()
 
 
 def _own_folder(config: ServeConfig) -> Any:
@@ -315,7 +314,7 @@ def _connect(config: ServeConfig) -> Any:
         ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         what = f"no Ray at {address!r}" if address else "a Ray of our own cannot be started"
-        raise ConfigError(f"cluster.ray_address: {what}: {_short(error)}") from error
+        raise ConfigError(f"cluster.ray_address: {what}: {last_line(error)}") from error
     _check_hosts(config, ray)
     return ray
 
@@ -343,8 +342,8 @@ def _own_resources(config: ServeConfig) -> dict[str, Any]:
     most = scale.devices or 1
     counts = {
         "frontend": cluster.frontends,
-        "prefill": max(config.prefill.engines, scale.max_prefill, most),
-        "decode": max(config.decode.engines, scale.max_decode, most),
+        "prefill": max(config.prefill.engines, scale.max_prefill, most) * config.prefill.hosts,
+        "decode": max(config.decode.engines, scale.max_decode, most) * config.decode.hosts,
     }
     cpus, others = float(os.cpu_count() or 1), Counter[str]()
     wanted = 0.0

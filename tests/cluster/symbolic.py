@@ -135,6 +135,7 @@ class Host:
         self.worker: Any
         if name.startswith("prefill"):
             core = PrefillCore(name, cache, SPECS, BUCKETS)
+            core.offer_unasked()
             executor = _Prefill(end, [*BUCKETS], self._roots.__getitem__)
             self.worker = PrefillWorker(core, executor)
         else:

@@ -132,7 +132,7 @@ def test_an_unlucky_byte_is_found(
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        ({"protocol": 99}, "protocol is 99 at the frontend and 3 at the worker"),
+        ({"protocol": 99}, "protocol is 99 at the frontend and 4 at the worker"),
         ({"fingerprint": "other"}, "fingerprint is other at the frontend and base-print at the"),
         ({"max_model_len": 64}, "max_model_len is 64 at the frontend and 128"),
         ({"page": (2, 2, 16, 16)}, r"page is \(2, 2, 16, 16\) at the frontend"),

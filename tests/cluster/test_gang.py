@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pshare_jax.cluster import gang
+from pshare_jax.cluster import gang, gang_door
 from pshare_jax.cluster.gang import GangFollower, GangLeader
 from pshare_jax.config import DecodeConfig, KvStoreConfig, PrefillConfig
 from pshare_jax.engine.gang import facts, hosts_of
@@ -147,6 +147,36 @@ def test_what_strangers_send_holds_nobody_up(make: Make) -> None:
             sock.sendall(data)
     whole.gather()
     assert whole.lost.empty()
+
+
+def test_who_is_slow_to_say_who_it_is_holds_nobody_up(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gang_door, "HELLO_SECONDS", 1000.0)
+    whole = make()
+    port = whole.followers[0]._address[1]
+    slow = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
+    slow[1].sendall(b"\0")
+    whole.gather()
+    assert whole.lost.empty()
+    # What comes of one after that is not let in.
+    for sock in slow:
+        sock.close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port))
+
+
+def test_who_can_be_told_nothing_any_more_is_lost(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though its signs of life still come."""
+    monkeypatch.setattr(gang, "BEAT_SECONDS", 0.05)
+    whole = make(2)
+    monkeypatch.setattr(GangFollower, "_hear", lambda self, orders, on_lost: None)
+    whole.gather()
+    assert whole.followers[0]._orders is not None
+    whole.followers[0]._orders.close()
+    assert "process 1 of the gang: cannot be told anything" in whole.lost.get(timeout=30)
 
 
 def test_the_end_of_one_is_the_end_of_all(make: Make) -> None:

@@ -140,6 +140,83 @@ def test_a_turn_is_not_left_for_ever_to_who_does_not_take_it(path: Path) -> None
     mine.close()
 
 
+def test_who_is_interrupted_keeps_his_place(path: Path) -> None:
+    clock = Clock()
+    busy, waits = HostTurns(path, 1.0, clock), HostTurns(path, 1.0, clock)
+    assert busy.begin()
+    assert not waits.begin(lambda: True)
+    assert busy.is_wanted
+    clock.now += 1.0
+    busy.end()
+    # Who has had more leaves the next turn to who waits, though he does something else now.
+    assert not busy.begin(lambda: True)
+    assert waits.begin(lambda: True)
+    waits.end()
+    busy.close()
+    waits.close()
+
+
+def test_interruptions_do_not_make_the_wait_longer(path: Path) -> None:
+    """Who has the turn may be a process that is stopped."""
+    clock = Clock()
+    stopped, mine = HostTurns(path, 1.0, clock), HostTurns(path, 1.0, clock)
+    assert stopped.begin()
+    looks = 0
+    while not mine.begin(lambda: True):
+        clock.now += turns.WAIT_SECONDS / 8
+        looks += 1
+    assert looks == 8
+    mine.end()
+    # The next one is not waited for at all.
+    assert mine.begin(lambda: True)
+    mine.end()
+    stopped.end()
+    stopped.close()
+    mine.close()
+
+
+def test_work_that_is_handed_over_is_waited_for(path: Path) -> None:
+    """Not for long, and not by who has handed it over."""
+    clock = Clock()
+    clock.now = 1.0
+    one, two = HostTurns(path, 1.0, clock), HostTurns(path, 1.0, clock)
+    looks: list[float] = []
+
+    def look() -> bool:
+        looks.append(clock.now)
+        clock.now += 0.3 * turns.HANDOVER_SECONDS
+        return False
+
+    for hands_over, waited in ((True, 4), (False, 0)):
+        looks.clear()
+        assert one.begin()
+        one.end(hands_over=hands_over)
+        assert one.begin(look)
+        assert not looks
+        one.end(hands_over=hands_over)
+        one.rests()
+        assert two.begin(look)
+        assert len(looks) == waited
+        two.end()
+        two.rests()
+    one.close()
+    two.close()
+
+
+def test_who_has_heard_of_it_waits_no_more(path: Path) -> None:
+    clock = Clock()
+    clock.now = 1.0
+    one, two = HostTurns(path, 1.0, clock), HostTurns(path, 1.0, clock)
+    assert one.begin()
+    one.end(hands_over=True)
+    one.rests()
+    assert not two.begin(lambda: True)
+    assert two.begin(lambda: True)
+    two.end()
+    one.close()
+    two.close()
+
+
 def test_nobody_waits_long_for_a_process_that_is_stopped(path: Path) -> None:
     """Once; then it is not waited for at all until it goes on."""
     program = (

@@ -343,6 +343,8 @@ class Host:
                 self.setting.chunk_buckets,
                 transfer_ids=self._transfer_ids,
             )
+            if setting.unasked:
+                core.offer_unasked()
             end = SymbolicConnector(name, pool, self.link)
             self.prefill[name] = PrefillWorker(core, self._prefill_executor(end))
         for name, worker in self.prefill.items():

@@ -40,7 +40,8 @@ def model_specs(decode_workers: Sequence[str]) -> dict[str, ModelSpec]:
 class Setting:
     """What a host is made of. `wire` sends messages through their encoding, `reply_ahead` covers
     replies before anybody asks; with a `store` prefill workers write pages to it and fetch them, so
-    many `prefetched` ones before anybody asks. Meshes that may do `either` are as many as there are
+    many `prefetched` ones before anybody asks. With `unasked` they put pages on offer before
+    they are asked. Meshes that may do `either` are as many as there are
     prefill and decode workers; each has one of both, of which one works. With `lends` workers give
     pages to prefill workers that lack them. With `balanced` waiting
     tokens at each prefill worker they change by themselves."""
@@ -58,6 +59,7 @@ class Setting:
     wire: bool = True
     store: bool = False
     lends: bool = False
+    unasked: bool = False
     prefetched: int = 0
     reply_ahead: bool = False
     streaming_step: int = 0

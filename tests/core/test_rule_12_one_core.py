@@ -12,6 +12,7 @@ from tests.core.setting import INVOKED_BY, Setting
 SETTINGS = {
     "one of each": Setting(),
     "several workers": Setting(prefill=2, decode=2, steps_per_dispatch=2),
+    "offered unasked": Setting(prefill=2, unasked=True),
     "one pool": Setting(one_pool=True, decode_pages=14),
     "preemptions": Setting(decode_pages=10, steps_ahead=2),
 }

@@ -76,6 +76,13 @@ SETTINGS = {
     "pages are lent, a store": Setting(
         prefill=3, decode=2, prefill_pages=9, decode_pages=20, store=True, lends=True
     ),
+    "pages are offered unasked": Setting(decode_pages=12, unasked=True),
+    "pages are offered unasked, several": Setting(
+        prefill=2, decode=2, prefill_pages=12, decode_pages=14, lends=True, unasked=True
+    ),
+    "pages are offered unasked, a store": Setting(
+        prefill_pages=9, decode_pages=9, store=True, steps_ahead=2, unasked=True
+    ),
     "replies ahead, tiny pools": Setting(
         reply_ahead=True, prefill_pages=9, decode_pages=9, pinned_share=1.0
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from pshare_jax.core.connector import TransferError, TransferState
 from pshare_jax.core.messages import PageDescriptor
 from pshare_jax.core.plans import Offer, Pull
 from pshare_jax.kv import direct as kv_direct
+from pshare_jax.kv import remote as kv_remote
 from pshare_jax.kv.direct import DirectOffers
 from pshare_jax.kv.local import SamePool
 from pshare_jax.kv.offers import PREFIX
@@ -323,3 +325,66 @@ def test_one_pool_takes_no_pages_of_another(two_meshes: list[Programs]) -> None:
         other.accept(pull)
     np.testing.assert_array_equal(contents_of(links[1].target), before)
     assert (len(links[0].exchange), other.num_arriving) == (0, 0)
+
+
+@pytest.mark.parametrize("link", ["shm", "http", "jax-transfer"], indirect=True)
+class TestReadAhead:
+    """Between processes pages are read when it is heard that they are on offer."""
+
+    def test_they_are_there_when_they_are_accepted(self, link: Link) -> None:
+        """Whoever waits is told, and has nothing more to wait for."""
+        pages = list(range(1, 71))
+        told = threading.Event()
+        link.receiver.on_arrival = told.set
+        pull = link.offer(pages)
+        link.receiver.read_ahead(pull.transfer, pull.address, len(pages))
+        assert told.wait(60)
+        assert not link.receiver.has_arrived(), "nothing was accepted"
+        link.receiver.accept(pull)
+        assert link.receiver.has_arrived()
+        assert link.receiver.poll(pull.transfer) is TransferState.READY
+        link.receiver.commit(pull.transfer)
+        there, here = contents_of(link.source), contents_of(link.target)
+        assert np.array_equal(here[:, 80:150], there[:, :70])
+        assert not link.receiver.has_arrived()
+
+    def test_who_accepts_first_is_told_as_well(self, link: Link) -> None:
+        told = threading.Event()
+        link.receiver.on_arrival = told.set
+        pull = link.offer([3, 5])
+        link.receiver.accept(pull)
+        assert told.wait(60)
+        assert link.receiver.has_arrived()
+        link.receiver.commit(pull.transfer)
+
+    def test_what_was_flipped_is_found(self, link: Link) -> None:
+        pull = link.offer([3, 5])
+        link.flip(pull.transfer, 1, 2)
+        link.receiver.read_ahead(pull.transfer, pull.address, 2)
+        link.receiver.accept(pull)
+        with pytest.raises(TransferError, match="page 1: its checksum is"):
+            link.receiver.commit(pull.transfer)
+
+    def test_nobody_wants_it(self, link: Link) -> None:
+        pull = link.offer([3, 5])
+        link.receiver.read_ahead(pull.transfer, pull.address, 2)
+        link.receiver.abort(pull.transfer)
+        assert len(link.receiver._ahead) == 0
+
+    def test_what_is_wrong_is_said_when_it_is_accepted(self, link: Link) -> None:
+        link.receiver.read_ahead(7, "no address", 1)
+        link.receiver.read_ahead(77, link.pull(77).address, 1)
+        with pytest.raises(TransferError, match="transfer 77"):
+            link.move(link.pull(77))
+
+
+@pytest.mark.parametrize("link", ["shm"], indirect=True)
+def test_a_file_of_the_host_is_waited_for_a_moment(
+    link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that no piece of work comes between."""
+    monkeypatch.setattr(kv_remote, "SOON_SECONDS", 60.0)
+    pull = link.offer([3, 5])
+    link.receiver.accept(pull)
+    assert link.receiver.has_arrived()
+    link.receiver.commit(pull.transfer)

@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 
-from pshare_jax.config import ClusterConfig, ServeConfig, ServerConfig
+from pshare_jax.config import ClusterConfig, DecodeConfig, ServeConfig, ServerConfig
 from pshare_jax.errors import ConfigError
 from pshare_jax.launch_config import RayConfig, RayResources
 from pshare_jax.serve import supervision
 from pshare_jax.serve.ray_host import _OWN, RayHost, _connect, ray_launcher
 from pshare_jax.serve.supervision import Child, Spec, StartError
 from tests.serve.server import eventually
+from tests.serve.test_local_gang import MEETS, pids
 
 SERVES = (
     "import os, signal, sys; "
@@ -30,6 +31,7 @@ SERVES = (
 )
 CONFIG = ServeConfig(
     "nowhere",
+    decode=DecodeConfig(tensor_parallel=2, hosts=2),
     server=ServerConfig(drain_seconds=20.0),
     cluster=ClusterConfig(
         launcher="ray",
@@ -72,9 +74,10 @@ def host(ray: Any) -> RayHost:
     return RayHost(CONFIG, ray)
 
 
-def spec(name: str = "decode0", program: str = SERVES) -> Spec:
+def spec(name: str = "decode0", program: str = SERVES, hosts: int = 1) -> Spec:
     # The host adds a flag that workers know.
-    return Spec(name, (sys.executable, "-S", "-c", program), ("127.0.0.1", 0), "up")
+    command = (sys.executable, "-S", "-c", program)
+    return Spec(name, command, ("127.0.0.1", 0), "up", hosts=hosts)
 
 
 @pytest.fixture
@@ -83,8 +86,8 @@ def child(host: RayHost, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
     monkeypatch.setattr(supervision, "MAX_AGAIN_SECONDS", 0.1)
     made: list[Child] = []
 
-    def make(name: str = "decode0", program: str = SERVES) -> Child:
-        made.append(Child(spec(name, program), host, 20.0))
+    def make(name: str = "decode0", program: str = SERVES, hosts: int = 1) -> Child:
+        made.append(Child(spec(name, program, hosts), host, 20.0))
         made[-1].start()
         return made[-1]
 
@@ -196,13 +199,70 @@ def test_a_launcher_goes_on_with_what_another_has_left(host: RayHost, ray: Any) 
     eventually(lambda: not alive(third.pid))
 
 
-def test_who_has_no_place_waits_until_it_is_not_wanted(ray: Any) -> None:
+def groups(ray: Any) -> list[str]:
+    """The placement groups that there are."""
+    table = ray.util.placement_group_table().values()
+    return [group["name"] for group in table if group["state"] != "REMOVED"]
+
+
+def test_a_gang_has_a_group_and_is_started_again_whole(
+    child: Callable[..., Child], ray: Any
+) -> None:
+    """Whichever of its processes dies, and also if that is told of by its actor's death alone."""
+    one = child(program=MEETS, hosts=2)
+    for rank in (0, 1):
+        assert one.is_ready.wait(60)
+        before, (group,) = pids(one), groups(ray)
+        assert group.startswith(f"{CONFIG.cluster.ray.name}/decode0/")
+        assert len(set(before)) == 2
+        os.kill(before[rank], signal.SIGKILL)
+        eventually(lambda b=before: len(pids(one)) == 2 and not set(pids(one)) & set(b))
+        assert not any(alive(pid) for pid in before)
+        assert one.is_ready.wait(60)
+        eventually(lambda g=group: len(groups(ray)) == 1 and g not in groups(ray))
+    before = pids(one)
+    one.stop()
+    assert not any(alive(pid) for pid in before)
+    eventually(lambda: groups(ray) == [] and ray.util.list_named_actors() == [])
+
+
+def test_a_launcher_goes_on_with_a_gang_that_is_whole(host: RayHost, ray: Any) -> None:
+    never, asked = threading.Event(), spec(program=MEETS, hosts=2)
+    first = host.start(asked, never)
+    assert first.wait_until_ready()
+    second = RayHost(CONFIG, ray).start(asked, never)
+    assert second.pids == first.pids  # type: ignore[attr-defined]
+    assert second.address == first.address
+    # One of which an actor has gone is ended, and its places are given back.
+    (name,) = (one for one in ray.util.list_named_actors() if "decode0.1" in one)
+    ray.kill(ray.get_actor(name))
+    eventually(lambda: name not in ray.util.list_named_actors())
+    third = RayHost(CONFIG, ray).start(asked, never)
+    assert not set(third.pids) & set(first.pids)  # type: ignore[attr-defined]
+    eventually(lambda: not any(alive(pid) for pid in first.pids))  # type: ignore[attr-defined]
+    eventually(lambda: len(groups(ray)) == 1)
+    RayHost(CONFIG, ray).retire_others([])
+    eventually(lambda: groups(ray) == [] and ray.util.list_named_actors() == [])
+
+
+def test_places_that_no_process_has_are_given_back(ray: Any) -> None:
+    """Such as those of a launcher that has died before it made actors."""
+    name = f"{CONFIG.cluster.ray.name}/decode0/0123"
+    group = ray.util.placement_group([{"CPU": 0.1}] * 2, name=name, lifetime="detached")
+    assert ray.wait([group.ready()], timeout=60)[0]
+    RayHost(CONFIG, ray).retire_others([])
+    eventually(lambda: groups(ray) == [])
+
+
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_who_has_no_place_waits_until_it_is_not_wanted(ray: Any, hosts: int) -> None:
     nowhere = RayConfig(name=CONFIG.cluster.ray.name, prefill=RayResources(resources={"moon": 1}))
     host = RayHost(replace(CONFIG, cluster=replace(CONFIG.cluster, ray=nowhere)), ray)
     cancelled = threading.Event()
     threading.Timer(1.0, cancelled.set).start()
     with pytest.raises(StartError, match="not wanted"):
-        host.start(spec("prefill0"), cancelled)
+        host.start(spec("prefill0", hosts=hosts), cancelled)
+    eventually(lambda: groups(ray) == [] and ray.util.list_named_actors() == [])
 
 
 def test_a_port_that_is_taken_is_said(host: RayHost) -> None:
@@ -219,6 +279,13 @@ def test_a_port_that_is_taken_is_said(host: RayHost) -> None:
 def test_a_name_that_is_a_path_is_refused() -> None:
     wrong = replace(CONFIG, cluster=replace(CONFIG.cluster, ray=RayConfig(name="../x")))
     with pytest.raises(ConfigError, match=r"cluster\.ray\.name"):
+        ray_launcher(wrong, [])
+
+
+def test_a_gang_that_asks_for_nothing_is_refused() -> None:
+    ray = RayConfig(decode=RayResources(cpus=0))
+    wrong = replace(CONFIG, cluster=replace(CONFIG.cluster, ray=ray))
+    with pytest.raises(ConfigError, match=r"cluster\.ray\.decode: .* several hosts"):
         ray_launcher(wrong, [])
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from pshare_jax.config import ServerConfig
-from pshare_jax.serve import local_gang, supervision
+from pshare_jax.serve import gang_process, supervision
 from pshare_jax.serve.local_host import LocalHost
 from pshare_jax.serve.supervision import BAD_CONFIG, Child, Spec
 from tests.serve.server import eventually
@@ -55,7 +55,7 @@ def gang() -> Iterator[Callable[[str], Child]]:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervision, "AGAIN_SECONDS", 0.01)
     monkeypatch.setattr(supervision, "END_SECONDS", 0.1)
-    monkeypatch.setattr(local_gang, "NOTICE_SECONDS", 0.5)
+    monkeypatch.setattr(gang_process, "NOTICE_SECONDS", 0.5)
 
 
 def pids(child: Child) -> list[int]:

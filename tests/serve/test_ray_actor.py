@@ -72,6 +72,24 @@ async def test_its_code_is_told_and_its_socket_is_closed(job: Job) -> None:
         socket.create_connection(split_address(address), 20)
 
 
+async def test_one_that_others_meet_listens_twice(job: Job) -> None:
+    program = (
+        "import socket, sys; "
+        "given = dict(arg.split('=', 1) for arg in sys.argv[1:]); "
+        "at = [socket.socket(fileno=int(given[f'--{n}-fd'])) for n in ('listen', 'gang')]; "
+        "print('up', flush=True); "
+        "_ = [one.accept()[0].sendall(given['--gang-coordinator'].encode()) for one in at]"
+    )
+    keeper = Keeper(replace(job, flags=("-S", "-c", program), meets=True))
+    address, _ = await keeper.start()
+    meeting = await keeper.meeting()
+    assert meeting != address
+    for place in (address, meeting):
+        with socket.create_connection(split_address(place), 20) as sock:
+            assert sock.makefile().read() == meeting
+    assert await keeper.wait() == 0
+
+
 async def test_one_that_ends_before_it_is_ready(job: Job) -> None:
     keeper = Keeper(replace(job, flags=("-S", "-c", "import sys; sys.exit(2)")))
     await keeper.start()

@@ -1,33 +1,40 @@
-"""A gang on this machine, as one process of the launcher: it is ready, ends and is killed whole."""
+"""A gang as one process of the launcher: it is ready, ends and is killed whole."""
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
-if TYPE_CHECKING:
-    from pshare_jax.serve.local_host import LocalProcess
+from pshare_jax.serve.supervision import Process
+
+log = logging.getLogger(__name__)
 
 NOTICE_SECONDS = 10.0
 """That the others may take to end by themselves when one has."""
 
 
-class LocalGang:
-    """Children of this process that have one mesh together.
+class GangProcess:
+    """Processes that have one mesh together, wherever they run.
 
     Args:
+        name: of the worker that they are.
         members: by rank.
+        on_end: called once all have ended.
     """
 
-    def __init__(self, members: Sequence[LocalProcess]):
+    def __init__(
+        self, name: str, members: Sequence[Process], on_end: Callable[[], None] = lambda: None
+    ):
+        self._name = name
         self._leader, *self._followers = members
         self._members = list(members)
+        self._on_end = on_end
         self._codes: list[int] = []
         self._all_ended = threading.Event()
         self._watching = [
-            threading.Thread(target=self._watch, args=(follower,), daemon=True)
-            for follower in self._followers
+            threading.Thread(target=self._watch, args=(rank, follower), daemon=True)
+            for rank, follower in enumerate(self._followers, 1)
         ]
         for thread in self._watching:
             thread.start()
@@ -53,13 +60,14 @@ class LocalGang:
 
     def wait(self) -> int:
         """See `Process.wait`: all have ended; the code of one that says what was wrong."""
-        self._codes.append(self._leader.wait())
+        self._ended(0, self._leader.wait())
         for thread in self._watching:
             thread.join(NOTICE_SECONDS)
         self.kill()
         for thread in self._watching:
             thread.join()
         self._all_ended.set()
+        self._on_end()
         # A configuration that cannot be served is found by whoever reads it first.
         return max(self._codes)
 
@@ -72,10 +80,14 @@ class LocalGang:
         for member in self._members:
             member.kill()
 
-    def _watch(self, follower: LocalProcess) -> None:
+    def _watch(self, rank: int, follower: Process) -> None:
         """Waits for the end of one; the first one must not wait for it any more, and ends."""
-        self._codes.append(follower.wait())
+        self._ended(rank, follower.wait())
         threading.Thread(target=self._end_first, daemon=True).start()
+
+    def _ended(self, rank: int, code: int) -> None:
+        log.info("process %d of %s has ended with code %d", rank, self._name, code)
+        self._codes.append(code)
 
     def _end_first(self) -> None:
         if not self._all_ended.wait(NOTICE_SECONDS):
