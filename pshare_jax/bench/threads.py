@@ -31,12 +31,15 @@ from pshare_jax.errors import BenchmarkError, ConfigError
 from pshare_jax.kernels.native.library import Library, require_library
 from pshare_jax.kernels.native.loop_trace import traced
 
-_EMPTY_LOOPS = 20_000
+_LOOPS, _PAUSES, _TRIES = 500, 100, 20
 _ROOM = 640
 """Tokens that a row may generate while it is measured, and while traces are read."""
 
 _LINE_SECONDS = 80e-9
 """Where there is one core only: about what it takes from core to core on one chip of a server."""
+
+_LEAST_LINE_SECONDS = 20e-9
+"""No server's chip is quicker: a machine whose cores are busy with something else seems to be."""
 
 
 @dataclass(frozen=True)
@@ -156,20 +159,26 @@ def run(options: ThreadsOptions) -> dict[str, Any]:
 
 
 def line_of(library: Library) -> float:
-    """Seconds of a line of memory from core to core, by loops that have nothing to do.
-
-    The model of a loop of two such iterations by two threads is linear in it.
+    """Seconds of a line of memory from core to core: what two threads lose when they share out two
+    iterations, each long enough that the other thread is there for it. The quickest of some tries:
+    whatever else runs on the machine only makes it longer.
     """
     if library.threads < 2:
         return _LINE_SECONDS
-    library.limit_threads(2)
-    seconds = []
-    for _ in range(5):
-        started = time.perf_counter()
-        library.share_out(_EMPTY_LOOPS, 2, 0)
-        seconds.append((time.perf_counter() - started) / _EMPTY_LOOPS)
+
+    def seconds(threads: int, count: int) -> float:
+        library.limit_threads(threads)
+        found = []
+        for _ in range(_TRIES):
+            started = time.perf_counter()
+            library.share_out(_LOOPS, count, _PAUSES)
+            found.append((time.perf_counter() - started) / _LOOPS)
+        return min(found)
+
+    lost = seconds(2, 2) - seconds(1, 1)
     library.limit_threads(library.threads)
-    return float(np.median(seconds)) / loop_seconds([0.0, 0.0], 2, 1.0)
+    # The model is linear in it.
+    return max(_LEAST_LINE_SECONDS, lost / (loop_seconds([9.0, 9.0], 2, 1.0) - 9.0))
 
 
 def predict(

@@ -85,6 +85,8 @@ def _calls(entries: np.ndarray, stages: Sequence[str]) -> Iterator[Call]:
             count = int(entry["count"])
             items = entries[at + 1 : at + 1 + count]
             loops.append(
-                Loop(stages[entry["stage"]], _NANO * (items["end"] - items["begin"]), begin, end)
+                Loop(
+                    stages[int(entry["stage"])], _NANO * (items["end"] - items["begin"]), begin, end
+                )
             )
         at += 1 + count
