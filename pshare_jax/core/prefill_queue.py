@@ -67,7 +67,9 @@ class PrefillQueue:
         started: list[PrefillTask] = []
         coming = {*arriving, *(key for task in active for key in self._uncomputed(task))}
         tasks = [task for task in self.tasks if self.before is None or task.order < self.before]
-        ready = [task for task in tasks if coming.isdisjoint(task.sequence.chain)]
+        ready: list[PrefillTask] = [
+            task for task in tasks if coming.isdisjoint(task.sequence.chain)
+        ]
         while ready:
             holdings = _holdings([*active, *held, *started])
             task = holdings.next(ready)

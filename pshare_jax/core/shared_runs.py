@@ -5,6 +5,9 @@ tables, rows with a common prefix stand side by side, so that every group is an 
 intervals are found by dynamic programming.
 """
 
+# pyright: standard
+# numpy does not say all of its types.
+
 from __future__ import annotations
 
 import operator
@@ -72,7 +75,7 @@ def shared_runs(
     plain = int((query // page_size + 1 - first).sum())
 
     table = np.array(page_table, np.int32)
-    beyond: np.ndarray = np.arange(table.shape[1]) >= (query // page_size)[:, None]
+    beyond = np.arange(table.shape[1]) >= (query // page_size)[:, None]
     # Unlike any page and any other row's: a common prefix ends here.
     table[beyond] = np.broadcast_to(-1 - np.arange(len(query))[:, None], table.shape)[beyond]
     # Any order will do in which equal prefixes stand together.
@@ -91,9 +94,8 @@ def shared_runs(
 
 def _common_prefixes(table: np.ndarray) -> np.ndarray:
     """Length of the common prefix of each row and the next, `[B - 1]`."""
-    differs: np.ndarray = table[1:] != table[:-1]
-    common: np.ndarray = np.where(differs.any(axis=1), differs.argmax(axis=1), table.shape[1])
-    return common
+    differs = table[1:] != table[:-1]
+    return np.where(differs.any(axis=1), differs.argmax(axis=1), table.shape[1])
 
 
 def _savings(common: np.ndarray, first: np.ndarray) -> np.ndarray:
@@ -125,8 +127,7 @@ def _best_intervals(savings: np.ndarray, limit: int) -> tuple[list[tuple[int, in
         if more[-1] == fewer[-1]:
             break
         best.append(more)
-    intervals: list[tuple[int, int]] = []
-    j = count
+    intervals, j = [], count
     for k in range(len(best) - 1, 0, -1):
         while j > 0 and best[k][j] == best[k][j - 1]:
             j -= 1

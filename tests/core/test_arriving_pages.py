@@ -18,8 +18,8 @@ from pshare_jax.core.requests import FinishReason, PromptUsage
 from pshare_jax.core.sequences import Sequence
 from tests.core.scripted import Host, Setting
 from tests.core.setting import model_specs
+from tests.core.store_bench import Bench
 from tests.core.test_prefetch import Early
-from tests.core.test_store_client import Bench
 
 
 def computing(bench: Bench, tokens: int) -> Sequence:

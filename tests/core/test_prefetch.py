@@ -10,7 +10,7 @@ from pshare_jax.core.plans import StorePlan
 from pshare_jax.core.prefetch import MAX_PIECE, Prefetch
 from pshare_jax.core.prices import DISK, SHARED, Prices
 from pshare_jax.core.sequences import Sequence
-from tests.core.test_store_client import PAGE, PRICES, Bench
+from tests.core.store_bench import PAGE, PRICES, Bench
 
 BYTES = 10
 """Of a page."""
