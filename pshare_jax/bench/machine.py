@@ -30,7 +30,7 @@ def describe() -> dict[str, Any]:
         "memory_gib": round(_memory_bytes() / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: there for name in PACKAGES if (there := _version(name)) is not None},
     }
 
 
@@ -75,10 +75,14 @@ def has_amx(info: str | None = None) -> bool:
     return {"amx_tile", "amx_bf16"} <= set(flags)
 
 
-def _version(package: str) -> str:
+def _version(package: str) -> str | None:
+    """None for one that is not there: JAX and numpy do for `bench.hardware`."""
     if package == "pshare_jax":
         return pshare_jax.__version__  # which may be a checkout that is not installed
-    return importlib.metadata.version(package)
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu() -> str:

@@ -38,3 +38,8 @@ def test_one_line_has_machine_and_versions():
     line = machine.one_line(machine.describe())
     for part in (" cores, ", " GiB, ", "Python 3.", "jax ", "numpy "):
         assert part in line
+
+
+def test_packages_that_are_not_there_are_left_out(monkeypatch):
+    monkeypatch.setattr(machine, "PACKAGES", ("pshare_jax", "numpy", "no_such_package_of_anybody"))
+    assert list(machine.describe()["packages"]) == ["pshare_jax", "numpy"]
