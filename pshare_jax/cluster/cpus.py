@@ -7,7 +7,7 @@ pages of the node that it runs on, and all threads of the process inherit where 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -96,7 +96,7 @@ def _nodes(folder: Path, allowed: frozenset[int]) -> list[frozenset[int]]:
 
 
 @contextmanager
-def kept_to(cpus: frozenset[int]) -> Iterator[None]:
+def kept_to(cpus: frozenset[int]) -> Generator[None]:
     """Keeps the calling thread, and so the processes that it starts, to some CPUs; empty is all.
 
     Raises:

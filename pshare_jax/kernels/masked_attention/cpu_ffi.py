@@ -53,7 +53,8 @@ def _backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands[:3]]
     call = jax.ffi.ffi_call("pshare_masked_attention_gradient", results)
-    return *call(*operands, gradient, constant_keys=np.int64(constant_keys)), None
+    of_q, of_k, of_v = call(*operands, gradient, constant_keys=np.int64(constant_keys))
+    return of_q, of_k, of_v, None
 
 
 masked_attention.defvjp(_forward, _backward)
