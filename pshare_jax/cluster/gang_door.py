@@ -27,6 +27,9 @@ SAY_SECONDS = 30.0
 MAX_GREETED = 64
 """Connections that may be asked at once who they are; others wait."""
 
+PAUSE_SECONDS = 0.2
+"""After a connection that could not be accepted, for want of file descriptors for example."""
+
 _MAX_HELLO = 4096
 
 
@@ -117,8 +120,13 @@ class GangDoor:
             self._greeting.acquire()
             try:
                 sock, _ = self._listener.accept()
-            except OSError:
-                return
+            except OSError as error:
+                self._greeting.release()
+                if self._closed:
+                    return
+                logger.warning("the door of a gang cannot accept a connection: %s", error)
+                time.sleep(PAUSE_SECONDS)
+                continue
             threading.Thread(target=self._let_in, args=(sock,), daemon=True).start()
 
     def _let_in(self, sock: socket.socket) -> None:

@@ -67,6 +67,8 @@ class WorkerThread:
         self._host_turns = host_turns
         self._turns = FairTurns()
         self._last: Worker | None = None
+        self._pieces = 0
+        self._piece_out_of_turn = -1
         self._inbox: list[tuple[str, Message]] = []
         self._calls: list[Callable[[], None]] = []
         self._condition = threading.Condition()
@@ -191,10 +193,8 @@ class WorkerThread:
         """One piece of work of the worker whose turn it is; False when nobody has any."""
         if self._work_urgent():
             return True
-        for worker in tuple(self._alive.values()):
-            # Out of turn, once after each piece of the others; it counts as its time all the same.
-            if worker.first_due and worker is not self._last and self._give_turn(worker):
-                return True
+        if self._work_out_of_turn():
+            return True
         by_share = {id(worker.share): worker for worker in self._alive.values()}
         for share in self._turns.order([worker.share for worker in self._alive.values()]):
             worker = by_share[id(share)]
@@ -203,6 +203,21 @@ class WorkerThread:
             self._turns.rests(share)
         # Planning may have found that all is there that somebody waits for.
         return self._work_urgent()
+
+    def _work_out_of_turn(self) -> bool:
+        """A piece of work that a first token waits for, once after each piece of another worker's
+        in turn; it counts as its worker's time all the same. Never two of them in a row, whoever
+        has them: a row that can get no page keeps its worker here, and others would starve."""
+        if self._pieces == self._piece_out_of_turn:
+            return False
+        due = [one for one in self._alive.values() if one.first_due and one is not self._last]
+        for worker in sorted(due, key=lambda one: one.share.virtual_seconds):
+            before = self._pieces
+            if worker.name in self._alive and self._give_turn(worker):
+                if self._pieces > before:
+                    self._piece_out_of_turn = self._pieces
+                return True
+        return False
 
     def _work_urgent(self) -> bool:
         workers = tuple(self._alive.values())
@@ -222,6 +237,7 @@ class WorkerThread:
         if piece is None:
             return False
         self._last = worker
+        self._pieces += 1
         # Who has worked for nobody is not behind when there is work for somebody again.
         return self._timed(worker, piece, counts=False)
 
@@ -245,7 +261,9 @@ class WorkerThread:
             # One computes at a time; what only moves pages need not wait for that.
             self._drain()
             self._last = worker
-        return self._timed(worker, piece)
+        progress = self._timed(worker, piece)
+        self._pieces += progress and not urgent
+        return progress
 
     def _in_turn(self, turns: Turns, worker: Worker) -> bool:
         """A piece of work that no other process's engine works beside.

@@ -48,8 +48,8 @@ class PrefillTurns:
 
     Turns alternate between the task whose share says so, so that none starves, and the one that is
     done soonest, so that a short prompt does not wait for a long one. One that is done with a piece
-    of a chunk does not wait for a share's turn either; but two of them never do in a row, so that
-    shares have most of the time, too.
+    of a chunk does not wait for a share's turn either; but each turn of a share is put off by one
+    of them at most, so that shares choose every third time at least.
     """
 
     def __init__(self) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
+import os
 
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 """Parameters of `mallopt` (glibc)."""
@@ -17,6 +19,17 @@ def return_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def computes_on_cpus() -> bool:
+    """Whether JAX will take the host's CPUs, as far as is known before it starts.
+
+    By `JAX_PLATFORMS`, or, without it, because nothing for another platform is installed.
+    """
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if platforms:
+        return platforms.split(",")[0].strip() == "cpu"
+    return not any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
 
 
 def keep_freed_memory() -> bool:

@@ -113,6 +113,7 @@ class Keeper:
         self._code: int | None = None
         self._changed = asyncio.Condition()
         self._reading: asyncio.Task[None] | None = None
+        self._starting = asyncio.Lock()
 
     async def digest(self) -> str:
         """Of the job, while it runs."""
@@ -124,9 +125,10 @@ class Keeper:
         Raises:
             OSError: it cannot be started here.
         """
-        if not self._address:
-            self._address, self._meeting, pipe = await asyncio.to_thread(_launch, self._job)
-            self._reading = asyncio.create_task(self._read(pipe))
+        async with self._starting:
+            if not self._address:
+                self._address, self._meeting, pipe = await asyncio.to_thread(_launch, self._job)
+                self._reading = asyncio.create_task(self._read(pipe))
         await self._until(lambda: bool(self._pid) or self._code is not None)
         return self._address, self._pid
 
@@ -150,6 +152,15 @@ class Keeper:
         if self._pid and self._code is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._pid, number)
+
+    async def end(self) -> None:
+        """Kills the process, also one that is being started; returns when nothing of it runs."""
+        async with self._starting:
+            if not self._address:
+                return
+        await self._until(lambda: bool(self._pid) or self._code is not None)
+        await self.send(signal.SIGKILL)
+        await self.wait()
 
     async def _until(self, is_so: Callable[[], bool]) -> None:
         async with self._changed:

@@ -47,6 +47,9 @@ log = logging.getLogger(__name__)
 SAY_SECONDS = 15.0
 """Between two log lines about a process for which Ray has no place."""
 
+GIVE_UP_SECONDS = 5.0
+"""That an actor may take to end a process that it is starting, when that is not wanted any more."""
+
 ALONE_SECONDS = 600.0
 """After so long without a frontend a worker ends: one that nobody can reach any more."""
 
@@ -191,16 +194,24 @@ class RayHost:
                     meeting = self._ray.get(actor.meeting.remote(), timeout=ANSWER_SECONDS)
                     more = (*more, f"--gang-coordinator={meeting}")
         except (StartError, *ray_errors(self._ray)) as error:
-            for member in members:
-                member.kill()
-            for actor in made.by_rank.values():
-                end_actor(self._ray, actor)
-            if group is not None:
-                group.remove()
+            self._give_up(made)
             if isinstance(error, StartError):
                 raise
             raise StartError(last_line(error)) from error
         return self._whole(made, members)
+
+    def _give_up(self, actors: Actors) -> None:
+        """Ends actors with their processes, also those that are being started.
+
+        One that has no place yet does not answer: it is not waited for long, and has no process.
+        """
+        with contextlib.suppress(*ray_errors(self._ray)):
+            ends = [actor.end.remote() for actor in actors.by_rank.values()]
+            self._ray.wait(ends, num_returns=len(ends), timeout=GIVE_UP_SECONDS)
+        for actor in actors.by_rank.values():
+            end_actor(self._ray, actor)
+        if actors.is_gang:
+            RayGroup(self._ray, actors.group).remove()
 
     def _new(self, spec: Spec, job: Job, name: str, group: RayGroup | None, rank: int) -> Any:
         asked: RayResources = getattr(self._config, spec.side)

@@ -15,6 +15,7 @@ from typing import Any
 from pshare_jax.config import load_config
 from pshare_jax.errors import PshareError
 from pshare_jax.extras import require
+from pshare_jax.runtime.host_memory import computes_on_cpus, keep_freed_memory
 from pshare_jax.train.config import TrainConfig
 from pshare_jax.train.config_check import check_config
 
@@ -95,4 +96,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     # Set before transformers is imported: nothing here needs the hub's progress bars or forks.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if computes_on_cpus():
+        keep_freed_memory()
     sys.exit(main())

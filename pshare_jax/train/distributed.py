@@ -10,7 +10,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from pshare_jax.errors import ConfigError
-from pshare_jax.runtime.host_memory import keep_freed_memory
 from pshare_jax.runtime_files import compilation_cache_folder
 from pshare_jax.sharding.mesh import request_cpu_devices
 from pshare_jax.sharding.rules import DATA, FSDP, TENSOR
@@ -26,7 +25,6 @@ def start(config: TrainConfig) -> None:
         ConfigError: process numbers that are missing or contradict each other, or a coordinator
             that cannot be reached.
     """
-    keep_freed_memory()
     # As in the server: a folder that the environment names goes before the configured one.
     if config.compilation_cache_dir and jax.config.values["jax_compilation_cache_dir"] is None:
         folder = compilation_cache_folder(config.compilation_cache_dir)

@@ -204,6 +204,21 @@ def test_a_first_token_comes_after_each_piece_of_another_and_is_accounted_for() 
     assert decode.share.virtual_seconds > 1000
 
 
+def test_first_tokens_of_two_workers_do_not_starve_a_third() -> None:
+    log: list[str] = []
+    prefill = FakeWorker("p", log, pieces=3)
+    decodes = [FakeWorker(name, log, weight=1e-6, pieces=9) for name in ("d0", "d1")]
+    for decode in decodes:
+        # For ever: as with rows that can get no page.
+        decode.first_due, decode.seconds = True, 0.001
+    hosted = Hosted(prefill, *decodes)
+    while prefill.pieces:
+        assert hosted.thread.turn()
+    computed = [entry for entry in log if entry in ("p", "d0", "d1")]
+    assert computed[:4] == ["d0", "p", "d1", "p"]
+    assert computed[5:] == ["p"]
+
+
 def test_who_cannot_get_on_does_not_hold_others_up() -> None:
     log: list[str] = []
     prefill, decode = FakeWorker("p", log, pieces=3), FakeWorker("d", log)

@@ -104,3 +104,43 @@ def test_memory_of_widened_pages_is_counted() -> None:
     assert need <= held <= 1.25 * need + 64 + before
     jax.block_until_ready(attend(q, pages, rows))
     assert widened_bytes() == held
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "uint32"])
+def test_page_numbers_of_another_dtype_are_refused_before_they_are_read(dtype: str) -> None:
+    """The narrower ones would be read beyond their ends."""
+    require_library()
+    pages, staged = jnp.ones((2, 2, 1, 4, 8)), jnp.ones((1, 3, 2, 1, 4, 8))
+    good, wrong = jnp.ones(3, jnp.int32), jnp.ones(3, dtype)
+    calls: tuple[tuple[str, jax.Array, tuple[jax.Array, ...], int], ...] = (
+        ("pshare_gather_pages", staged, (pages, wrong), 1),
+        ("pshare_scatter_pages", pages, (pages, staged, wrong), 2),
+        ("pshare_copy_pages", pages, (pages, wrong, good), 1),
+        ("pshare_copy_pages", pages, (pages, good, wrong), 2),
+    )
+    for name, like, given, operand in calls:
+        call = jax.ffi.ffi_call(name, (jax.ShapeDtypeStruct(like.shape, like.dtype),))
+        error = f"operand {operand}: the dtype is {dtype}, not int32"
+        with pytest.raises(jax.errors.JaxRuntimeError, match=error):
+            jax.block_until_ready(call(*given))
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 2])
+def test_rows_of_a_narrow_dtype_are_refused_before_they_are_read(wrong: int) -> None:
+    pages, new = jnp.zeros((2, 2, 1, 4, 8)), jnp.ones((1, 1, 1, 8))
+    rows = [row.astype(jnp.int8) if i == wrong else row for i, row in enumerate(ROWS)]
+    error = "{}: the dtype is int8, not int32"
+    with pytest.raises(jax.errors.JaxRuntimeError, match=error.format(3 + wrong)):
+        jax.block_until_ready(kv_write(pages, new, new, *rows))
+    with pytest.raises(jax.errors.JaxRuntimeError, match=error.format(2 + wrong)):
+        jax.block_until_ready(paged_attention(new, pages, *rows, backend="cpu_ffi"))
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_factors_that_are_not_bfloat16_are_refused(wrong: int) -> None:
+    require_library()
+    factors = [jnp.ones((2, 2), "float32" if i == wrong else "bfloat16") for i in range(2)]
+    call = jax.ffi.ffi_call("pshare_matmul", (jax.ShapeDtypeStruct((2, 2), jnp.float32),))
+    error = f"operand {wrong}: the dtype is float32, not bfloat16"
+    with pytest.raises(jax.errors.JaxRuntimeError, match=error):
+        jax.block_until_ready(call(*factors, transpose_left=False, transpose_right=False))

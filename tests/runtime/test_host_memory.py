@@ -26,6 +26,27 @@ def test_freed_memory_is_kept_where_there_is_no_glibc(monkeypatch: pytest.Monkey
     assert not keep_freed_memory()
 
 
+@pytest.mark.parametrize(
+    ("platforms", "installed", "expected"),
+    [
+        ("", [], True),
+        ("", ["libtpu"], False),
+        ("", ["jax_plugins"], False),
+        ("cpu", ["jax_plugins"], True),
+        ("cuda,cpu", ["jax_plugins"], False),
+    ],
+)
+def test_what_jax_will_compute_on(
+    platforms: str, installed: list[str], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    found = host_memory.importlib.machinery.ModuleSpec("", None)
+    monkeypatch.setattr(
+        host_memory.importlib.util, "find_spec", lambda name: found if name in installed else None
+    )
+    assert host_memory.computes_on_cpus() == expected
+
+
 _USES_MEMORY_AGAIN = """
 import resource, sys
 import numpy as np

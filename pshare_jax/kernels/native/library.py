@@ -174,10 +174,8 @@ def _load() -> Library | None:
     logger.info("CPU kernels: %s; bfloat16 is multiplied by: %s", path, multiplier)
     columns = library.pshare_panel_columns()
     library.pshare_trace_length.restype = ctypes.c_long
-    widened = library.pshare_widened_bytes
-    widened.restype = ctypes.c_long
     return Library(
-        path, columns, multiplier, *_codec(library), *_loading(library), widened, library
+        path, columns, multiplier, *_codec(library), *_loading(library), _widened(library), library
     )
 
 

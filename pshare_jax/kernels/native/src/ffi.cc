@@ -66,7 +66,7 @@ class Call {
     if (!found.has_value()) return arg(args_.size());
     return **found;
   }
-  // What is read as T must be T; to be looked at after `good` alone.
+  // What is read as T must be T; to be looked at after `good` alone, of its contents too.
   template <class T>
   const T* data(size_t i, const std::string& name = "") {
     auto buffer = arg(i);
@@ -93,6 +93,7 @@ class Call {
     return error_.empty();
   }
 
+  // To be looked at after `good` alone.
   Rows rows(size_t i) {
     return Rows{data<int32_t>(i), data<int32_t>(i + 1), data<int32_t>(i + 2), dim(i, 0), dim(i, 1)};
   }
@@ -165,7 +166,7 @@ ffi::Error kv_write(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dicti
     // A window of one token: earlier pages are none of its business.
     Geometry g{call.dim(0, 2), 1, call.dim(0, 3), call.dim(0, 4), 1, 0};
     const E* given[] = {call.data<E>(1, "keys"), call.data<E>(2, "values")};
-    if (!call.good(problem(rows, tokens, g, call.dim(0, 0)))) return;
+    if (!call.good("") || !call.good(problem(rows, tokens, g, call.dim(0, 0)))) return;
     for (int part = 0; part < 2; part++) {
       const E* from = given[part];
       for (long b = 0; b < rows.batch; b++) {
@@ -194,7 +195,7 @@ ffi::Error paged_attention(ffi::RemainingArgs args, ffi::RemainingRets rets,
     bool of_heads = g.sinks == nullptr || call.dim(5, 0) == g.heads();
     if (!call.good(of_heads ? "" : "there must be a sink for each head, or none")) return;
     E* out = static_cast<E*>(call.ret(0).untyped_data());
-    if (!call.good(problem(rows, tokens, g, call.dim(1, 0)))) return;
+    if (!call.good("") || !call.good(problem(rows, tokens, g, call.dim(1, 0)))) return;
     std::vector<long> first;
     for (long b = 0; b < rows.batch; b++) {
       first.push_back(b * tokens);
@@ -257,7 +258,7 @@ void run_layer(Call& call) {
   if (number < 0 || number >= call.dim(7, 0)) call.good("no such layer");
   if (layer.rotated > layer.geometry.head_dim) call.good("more rotates than a head has");
   const float *cosine = call.data<float>(5, "cosine"), *sine = call.data<float>(6, "sine");
-  if (!call.good(problem(rows, tokens, layer.geometry, call.dim(1, 0))) ||
+  if (!call.good("") || !call.good(problem(rows, tokens, layer.geometry, call.dim(1, 0))) ||
       !call.good(locate(layer, call.data<float>(7, "vectors") + number * vectors, vectors,
                         call.data<W>(8, "matrices") + number * matrices, matrices, parts)) ||
       !call.good(locate_adapters(layer, call.data<E>(9, "adapters") + number * factors, factors,
@@ -287,8 +288,9 @@ char* page(ffi::AnyBuffer pages, long index) {
   return static_cast<char*>(pages.untyped_data()) + index * size;
 }
 
-// Whether all of `count` page numbers are in the pool.
+// Whether all of `count` page numbers are in the pool, and nothing was wrong before.
 bool in_pool(Call& call, const int32_t* index, long count) {
+  if (!call.good("")) return false;
   long num_pages = call.dim(0, 0);
   for (long i = 0; i < count; i++) {
     if (index[i] < 0 || index[i] >= num_pages) return call.good("a page number is out of range");
@@ -429,9 +431,6 @@ Pair pair_of(Call& call, size_t first) {
             !turn_left};
   Side right{call.data<bf16>(second), call.dim(second, !turn_right), call.dim(second, turn_right),
              turn_right};
-  bool bfloat16 = call.arg(first).element_type() == ffi::DataType::BF16 &&
-                  call.arg(second).element_type() == ffi::DataType::BF16;
-  call.good(bfloat16 ? "" : "the operands must be bfloat16");
   call.good(left.depth == right.depth ? "" : "the inner axes differ");
   return {left, right};
 }
@@ -475,7 +474,7 @@ MaskedAttention masked_operands(Call& call) {
   MaskedAttention a{call.dim(0, 0), call.dim(0, 1), call.dim(1, 1), kv_heads,
                     kv_heads == 0 ? 0 : heads / kv_heads, call.dim(0, 3),
                     call.attr<int64_t>("constant_keys"), call.data<bf16>(0), call.data<bf16>(1),
-                    call.data<bf16>(2), call.data<uint8_t>(3)};
+                    call.data<bf16>(2), reinterpret_cast<const uint8_t*>(call.data<bool>(3))};
   bool fits = kv_heads > 0 && heads % kv_heads == 0 && call.dim(1, 0) == a.batch &&
               call.dim(1, 3) == a.dims && mask.dimensions()[0] == a.batch &&
               mask.dimensions()[1] == a.queries && mask.dimensions()[2] == a.keys;

@@ -1,7 +1,8 @@
 // One team of threads a process, and loops whose iterations are taken as threads get to them.
 //
 // The caller of a loop works on it and does not depend on anybody's help: it waits only for threads
-// that have taken an iteration. On a machine with other work to do a worker may be put aside for
+// that have come to it by its end, most of which have an iteration. A thread that comes too late
+// counts for a moment, too, until it has seen that there is nothing for it. On a machine with other work to do a worker may be put aside for
 // milliseconds, which is many layers. Workers spin for a moment between loops, since the next one is
 // a few microseconds away, and sleep after that. No more of them come to a loop than it has
 // iterations for, and no more are woken than there are CPUs, however large the team is.
