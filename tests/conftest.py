@@ -3,19 +3,14 @@
 import gc
 import os
 from collections.abc import Generator, Iterator
-from importlib.metadata import version
 from pathlib import Path
 
+from tests.xla_flags import USERS, set_quick
+
 # Tests compile hundreds of programs and run each for milliseconds: before jax is imported, and for
-# the processes that tests start. Without the newer emitter of fused loops, which later versions
-# have alone, compiling takes half the time. What one has compiled no other one compiles again.
-os.environ["XLA_FLAGS"] = " ".join(
-    (
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_llvm_disable_expensive_passes=true",
-        "--xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else "",
-    )
-).strip()
+# the processes that tests start. What one has compiled no other one compiles again.
+if not USERS:
+    set_quick()
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".cache/xla-tests")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
@@ -63,7 +58,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="module")
 def optimised() -> Iterator[None]:
-    """The compiler as users have it: for what it makes of a program, or what computes for long."""
+    """XLA optimises: for what it makes of a program, or what computes for long.
+
+    The flags of `tests/xla_flags.py` hold all the same, as they do for the whole process.
+    """
     with optimisations():
         yield
 

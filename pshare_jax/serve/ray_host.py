@@ -195,6 +195,8 @@ class RayHost:
                     more = (*more, f"--gang-coordinator={meeting}")
         except (StartError, *ray_errors(self._ray)) as error:
             self._give_up(made)
+            if group is not None:
+                group.remove()
             if isinstance(error, StartError):
                 raise
             raise StartError(last_line(error)) from error
@@ -210,8 +212,6 @@ class RayHost:
             self._ray.wait(ends, num_returns=len(ends), timeout=GIVE_UP_SECONDS)
         for actor in actors.by_rank.values():
             end_actor(self._ray, actor)
-        if actors.is_gang:
-            RayGroup(self._ray, actors.group).remove()
 
     def _new(self, spec: Spec, job: Job, name: str, group: RayGroup | None, rank: int) -> Any:
         asked: RayResources = getattr(self._config, spec.side)

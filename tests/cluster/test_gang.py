@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import queue
 import socket
 import threading
@@ -147,6 +148,31 @@ def test_what_strangers_send_holds_nobody_up(make: Make) -> None:
             sock.sendall(data)
     whole.gather()
     assert whole.lost.empty()
+
+
+class Door(socket.socket):
+    """A listener that cannot accept, more often than there are connections greeted at once."""
+
+    fails = 3
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        if self.fails:
+            self.fails -= 1
+            raise OSError(errno.EMFILE, "too many open files")
+        return super().accept()
+
+
+def test_a_connection_that_cannot_be_accepted_does_not_close_the_door(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gang_door, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(gang_door, "MAX_GREETED", 2)
+    monkeypatch.setattr(socket, "socket", Door)
+    whole = make(2)
+    monkeypatch.undo()
+    whole.gather()
+    assert whole.lost.empty()
+    assert whole.leader._door._listener.fails == 0  # type: ignore[attr-defined]
 
 
 def test_who_is_slow_to_say_who_it_is_holds_nobody_up(

@@ -18,6 +18,7 @@ from pshare_jax.models.decoder import init_weights
 from pshare_jax.serve.process import running_server
 from tests.helpers import optimisations, tiny_config
 from tests.text.tiny import write_byte_level
+from tests.xla_flags import as_users_have_it
 
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache"
@@ -118,7 +119,7 @@ def real_server(real_base, real_modules) -> Iterator[str]:
     ]
     with contextlib.ExitStack() as stack:
         # The configuration names its checkpoints from the repository's folder.
-        with contextlib.chdir(ROOT), optimisations():
+        with contextlib.chdir(ROOT), optimisations(), as_users_have_it():
             url = stack.enter_context(running_server(args))
         yield url
 

@@ -95,7 +95,7 @@ def test_a_module_is_loaded_while_the_server_runs(api, tiny_server):
     assert metrics.read(tiny_server)["pshare_compiles_total"] == {(): 0}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def one_device(tiny_folder) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """A server of its own on one device, and its process."""
     with pytest.MonkeyPatch.context() as patch:
@@ -106,10 +106,11 @@ def one_device(tiny_folder) -> Iterator[tuple[str, subprocess.Popen[str]]]:
             yield running
 
 
-def test_one_device_serves_the_same(api, one_device):
-    """Prefill and decode over one pool, since there are not devices enough for two meshes."""
+def test_one_device_serves_the_same_until_sigterm_drains_it(api, one_device):
+    """Prefill and decode over one pool, since there are not devices enough for two meshes. One test
+    of both, as each would need a server that it may end."""
     question = {"prompt": CONTEXT * 9, "max_tokens": 24, "temperature": 0}
-    url, _ = one_device
+    url, process = one_device
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         for model in ("planner", "coder", "critic", "own"):
             expected = api.completions.create(model=model, **question)
@@ -117,6 +118,20 @@ def test_one_device_serves_the_same(api, one_device):
             assert answer.choices[0].text == expected.choices[0].text
         values = metrics.read(url)
     assert sum(value for _, value in values.get("pshare_handoff_bytes_total", {}).items()) == 0
+
+    body = {"model": "coder", "prompt": "hi", "max_tokens": 400, "ignore_eos": True}
+    request = urllib.request.Request(
+        f"{url}/v1/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    metrics.eventually(lambda: metrics.pages_in_use(url) == 0)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(lambda: json.load(urllib.request.urlopen(request, timeout=60)))
+        metrics.eventually(lambda: metrics.pages_in_use(url) > 0)
+        process.send_signal(signal.SIGTERM)
+        assert answer.result()["usage"]["completion_tokens"] == 400
+    assert process.wait(timeout=30) == 0
 
 
 def test_four_models_over_one_context_compute_it_once(api, tiny_server):
@@ -204,22 +219,6 @@ def test_nothing_compiled_after_warm_up(api, tiny_server):
     api.completions.create(model="coder", prompt=CONTEXT * 7, max_tokens=30, top_p=0.5, n=3)
     compiles = metrics.read(tiny_server)["pshare_compiles_total"]
     assert list(compiles.values()) == [0]
-
-
-def test_sigterm_drains(one_device):
-    url, process = one_device
-    body = {"model": "coder", "prompt": "hi", "max_tokens": 400, "ignore_eos": True}
-    request = urllib.request.Request(
-        f"{url}/v1/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(lambda: json.load(urllib.request.urlopen(request, timeout=60)))
-        metrics.eventually(lambda: metrics.pages_in_use(url) > 0)
-        process.send_signal(signal.SIGTERM)
-        assert answer.result()["usage"]["completion_tokens"] == 400
-    assert process.wait(timeout=30) == 0
 
 
 @pytest.mark.parametrize(

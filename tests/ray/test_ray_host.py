@@ -208,7 +208,7 @@ def groups(ray: Any) -> list[str]:
 def test_a_gang_has_a_group_and_is_started_again_whole(
     child: Callable[..., Child], ray: Any
 ) -> None:
-    """Whichever of its processes dies, and also if that is told of by its actor's death alone."""
+    """Whichever of its processes dies; in the end nothing of it is left."""
     one = child(program=MEETS, hosts=2)
     for rank in (0, 1):
         assert one.is_ready.wait(60)

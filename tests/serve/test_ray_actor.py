@@ -9,9 +9,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -88,6 +90,48 @@ async def test_one_that_others_meet_listens_twice(job: Job) -> None:
         with socket.create_connection(split_address(place), 20) as sock:
             assert sock.makefile().read() == meeting
     assert await keeper.wait() == 0
+
+
+async def test_one_that_is_being_started_is_ended_too(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched, may_go_on = threading.Event(), threading.Event()
+    launch = ray_actor._launch
+
+    def slowly(job: Job) -> tuple[str, str, IO[bytes]]:
+        started = launch(job)
+        launched.set()
+        may_go_on.wait(60)
+        return started
+
+    monkeypatch.setattr(ray_actor, "_launch", slowly)
+    keeper = Keeper(job)
+    start = asyncio.create_task(keeper.start())
+    await asyncio.to_thread(launched.wait, 60)
+    end = asyncio.create_task(keeper.end())
+    await asyncio.sleep(0)
+    assert not end.done()
+    may_go_on.set()
+    await end
+    _, pid = await start
+    assert not alive(pid)
+    assert await keeper.wait() == -signal.SIGKILL
+    # There is nothing to be ended any more, or yet.
+    await keeper.end()
+    await Keeper(job).end()
+
+
+async def test_one_that_cannot_be_started_is_not_waited_for(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(job: Job) -> None:
+        raise OSError("no")
+
+    monkeypatch.setattr(ray_actor, "_launch", fails)
+    keeper = Keeper(job)
+    with pytest.raises(OSError, match="no"):
+        await keeper.start()
+    await keeper.end()
 
 
 async def test_one_that_ends_before_it_is_ready(job: Job) -> None:
