@@ -40,9 +40,8 @@ def test_what_jax_will_compute_on(
     platforms: str, installed: list[str], expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JAX_PLATFORMS", platforms)
-    found = host_memory.importlib.machinery.ModuleSpec("", None)
     monkeypatch.setattr(
-        host_memory.importlib.util, "find_spec", lambda name: found if name in installed else None
+        host_memory.importlib.util, "find_spec", lambda name: name if name in installed else None
     )
     assert host_memory.computes_on_cpus() == expected
 
