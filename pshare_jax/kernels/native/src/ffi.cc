@@ -479,7 +479,7 @@ MaskedAttention masked_operands(Call& call) {
   MaskedAttention a{call.dim(0, 0), call.dim(0, 1), call.dim(1, 1), kv_heads,
                     kv_heads == 0 ? 0 : heads / kv_heads, call.dim(0, 3),
                     call.attr<int64_t>("constant_keys"), call.data<bf16>(0), call.data<bf16>(1),
-                    call.data<bf16>(2), call.data<uint8_t>(3)};
+                    call.data<bf16>(2), reinterpret_cast<const uint8_t*>(call.data<bool>(3))};
   bool fits = kv_heads > 0 && heads % kv_heads == 0 && call.dim(1, 0) == a.batch &&
               call.dim(1, 3) == a.dims && mask.dimensions()[0] == a.batch &&
               mask.dimensions()[1] == a.queries && mask.dimensions()[2] == a.keys;
