@@ -18,8 +18,8 @@ from pshare_jax.core.plans import Offer
 from pshare_jax.core.prefill_task import PrefillTask
 
 MAX_OFFERS = 8
-"""To one decode worker that are neither asked for nor released yet; what is covered for it meanwhile
-it asks for. Those of its sequences that wait for room count, though it has let their offers go."""
+"""To one decode worker that are neither asked for nor released yet; it asks for what is covered for
+it meanwhile. Those of its sequences that wait for room count, though it has let their offers go."""
 
 MAX_PAGES = 64
 """Of an offer; more are worth a question."""

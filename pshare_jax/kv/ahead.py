@@ -4,8 +4,8 @@ The engine takes messages in between two pieces of work, and a step may take lon
 does. So what is on offer is read beside it, from when the message comes; when the engine comes to
 accept the transfer, the pages may be there.
 
-Whoever reads has taken the offer: nobody can read it again. So a transfer that may still be accepted
-is never forgotten for another one, which is left where it is and read when it is accepted.
+Whoever reads has taken the offer: nobody can read it again. So a transfer that may still be
+accepted is never forgotten for another one, which is left where it is and read when it is accepted.
 """
 
 from __future__ import annotations

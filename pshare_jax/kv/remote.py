@@ -49,12 +49,12 @@ from pshare_jax.runtime.pool import PagePool
 from pshare_jax.runtime.programs import Programs
 
 READERS = 2
-"""Threads that read from other processes, and as many that read files of this host: these are quick,
-and do not wait for those that wait for others."""
+"""Threads that read from other processes, and as many that read files of this host: these are
+quick, and do not wait for those that wait for others."""
 
 SOON_SECONDS = 0.01
-"""How long the engine waits for files of this host, those of a plan together, which are read in less
-time than it would be busy with anything else; what takes longer comes beside its work."""
+"""How long the engine waits for files of this host, those of a plan together, which are read in
+less time than it would be busy with anything else; what takes longer comes beside its work."""
 
 AVOID_SECONDS = 30.0
 """How long nothing is pulled directly from a worker from which that has failed."""

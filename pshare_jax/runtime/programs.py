@@ -181,7 +181,7 @@ class Programs:
             yield Call("checksum", self.checksum, (Slot.STAGED,), (None,), (count,))
             if self.checksum_beside is not self.checksum:
                 beside = self.checksum_beside
-                yield Call("checksum, beside", beside, (Slot.STAGED,), (None,), (count,))
+                yield Call("checksum", beside, (Slot.STAGED,), (None,), (count,))
             arguments = (Slot.POOL, Slot.STAGED, _ints(count))
             yield Call("scatter", self.scatter, arguments, (Slot.POOL,), (count,))
 
