@@ -97,7 +97,8 @@ class RemotePages:
     Attributes:
         moved: transfers that were written into the pool, by their way.
         traffic: what has come, and how.
-        on_arrival: called, in any thread, when a transfer has been read.
+        on_arrival: called, in any thread, when a transfer has been read or is not to be read any
+            more; must not call this end.
 
     Raises:
         ConfigError: `codec` names one that is not for these pages.
