@@ -41,8 +41,8 @@ class Watched(Host):
         """Writes down what the executor is told to give up."""
         plan = core._plan
 
-        def watched(*arguments: Any) -> DecodePlan:
-            made = plan(*arguments)
+        def watched(*arguments: Any, **named: Any) -> DecodePlan:
+            made = plan(*arguments, **named)
             self.given_up += made.cancelled
             return made
 
