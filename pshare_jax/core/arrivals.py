@@ -148,7 +148,10 @@ class Arrivals:
                 be more than is wanted.
         """
         transfer = self._transfers.get(transfer_id)
-        if transfer is None or transfer.pulled:
+        if transfer is None:
+            self.let_go(transfer_id)
+            return
+        if transfer.pulled:
             return
         transfer.pulled = True
         sequence, pages = transfer.arrival.sequence, transfer.arrival.reservation.pages
@@ -170,6 +173,12 @@ class Arrivals:
     def knows(self, transfer_id: int) -> bool:
         """Whether a transfer is under way."""
         return transfer_id in self._transfers
+
+    def let_go(self, transfer_id: int) -> None:
+        """What is on offer as a transfer, and may be read already, is not wanted unless that is
+        under way."""
+        if transfer_id not in self._transfers:
+            self.cancelled.append(transfer_id)
 
     def landed(self, transfer_id: int) -> None:
         """All pages of a transfer are in the pool and what was asked for. Late ones are ignored."""

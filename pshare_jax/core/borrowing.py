@@ -129,10 +129,15 @@ class Borrowing:
     def offered(self, offer: m.Offered) -> None:
         """Pages can be pulled; as many as the worker has."""
         piece = self._pieces.get(offer.transfer)
-        if piece is None or piece.pull is not None:
+        if piece is None:
+            # It was given up; what is on offer may have begun to be read.
+            self._calls.cancelled.append(offer.transfer)
+            return
+        if piece.pull is not None:
             return
         count = len(offer.descriptors)
         if not 0 < count <= len(piece.keys):
+            self._calls.cancelled.append(offer.transfer)
             self._failed(piece)
             return
         pages = piece.task.pages[piece.first : piece.first + count]

@@ -190,9 +190,10 @@ class DecodeCore:
                 raise TypeError(f"{self.name}: {type(message).__name__} is not for decode workers")
         self._heard += 1
         self._enter()
-        if isinstance(message, m.Covered):
+        if isinstance(message, m.Covered) and message.offer is not None:
             # Who has no room now asks for its pages when there is some: no offer stands for ever.
             self._queue.forget_offer(message.sequence.id)
+            self._arrivals.let_go(message.offer.transfer)
 
     def schedule(self, now: float = 0.0) -> DecodePlan | None:
         """The next piece of work, or None; `now` is in seconds, from any start."""

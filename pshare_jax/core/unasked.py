@@ -18,7 +18,8 @@ from pshare_jax.core.plans import Offer
 from pshare_jax.core.prefill_task import PrefillTask
 
 MAX_OFFERS = 8
-"""That are not released yet; prompts that are covered meanwhile are asked for."""
+"""To one decode worker that are neither asked for nor released yet; it asks for what is covered for
+it meanwhile. Those of its sequences that wait for room count, though it has let their offers go."""
 
 MAX_PAGES = 64
 """Of an offer; more are worth a question."""
@@ -56,7 +57,8 @@ class Unasked:
         sequence = task.sequence
         to, chain = sequence.decode_worker, sequence.chain
         reader = self._readers.get(to)
-        if reader is None or len(self._covered) >= MAX_OFFERS:
+        standing = sum(one.sequence.decode_worker == to for one in self._covered.values())
+        if reader is None or standing >= MAX_OFFERS:
             return None
         count = -(-sequence.covered // page_size)
         gone = self._gone.setdefault(to, OrderedDict())

@@ -3,27 +3,32 @@
 The engine takes messages in between two pieces of work, and a step may take longer than reading
 does. So what is on offer is read beside it, from when the message comes; when the engine comes to
 accept the transfer, the pages may be there.
+
+Whoever reads has taken the offer: nobody can read it again. So a transfer that may still be
+accepted is never forgotten for another one, which is left where it is and read when it is accepted.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import jax
 
+from pshare_jax.kv.offers import LEASE_SECONDS
 from pshare_jax.kv.reading import Read
 
 MAX_BYTES = 256 * 2**20
-"""Of pages that are read before their transfers are accepted; others are read then."""
+"""Of pages that are read before their transfers are accepted, padding and copies included; others
+are read then."""
 
 
 @dataclass
 class Found:
     """What was read of a transfer: `read`, and where it was put on the mesh at once, the pieces
-    there and the checksums of their pages."""
+    there, of which `read` has no copy any more, and the checksums of their pages."""
 
     read: Read
     staged: list[jax.Array] = field(default_factory=list)
@@ -34,7 +39,13 @@ class Found:
 class _Begun:
     address: str
     num_bytes: int
+    until: float
     reading: Future[Found]
+
+    @property
+    def held(self) -> int:
+        """Bytes that it may take now: as it is read, and put on the mesh."""
+        return self.num_bytes if self.reading.done() else 2 * self.num_bytes
 
 
 class ReadAhead:
@@ -42,22 +53,44 @@ class ReadAhead:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._begun: OrderedDict[int, _Begun] = OrderedDict()
+        self._begun: dict[int, _Begun] = {}
 
     def __len__(self) -> int:
         return len(self._begun)
 
-    def has_room(self, num_bytes: int) -> bool:
-        """Whether so much more may be read. What has waited longest is forgotten for it."""
-        with self._lock:
-            while self._begun and self._total() + num_bytes > MAX_BYTES:
-                self._begun.popitem(last=False)
-            return num_bytes <= MAX_BYTES
+    def begin(
+        self,
+        transfer: int,
+        address: str,
+        num_bytes: int,
+        now: float,
+        read: Callable[[], Future[Found]],
+    ) -> bool:
+        """Has a transfer read, if there is room for it.
 
-    def put(self, transfer: int, address: str, num_bytes: int, reading: Future[Found]) -> None:
-        """A transfer is being read."""
+        Args:
+            transfer: its id.
+            address: where it is on offer.
+            num_bytes: that it takes when it is there, padding included; twice that until then.
+            now: seconds, from any start.
+            read: begins to read it, which takes the offer; called at most once.
+
+        Returns:
+            Whether it is being read; otherwise nothing was done.
+
+        Raises:
+            whatever `read` raises.
+        """
         with self._lock:
-            self._begun[transfer] = _Begun(address, num_bytes, reading)
+            # As long as an offer stands that nobody takes; who wanted it has given it up long ago.
+            for number, begun in tuple(self._begun.items()):
+                if now >= begun.until:
+                    self._drop(number)
+            held = sum(begun.held for begun in self._begun.values())
+            if transfer in self._begun or held + 2 * num_bytes > MAX_BYTES:
+                return False
+            self._begun[transfer] = _Begun(address, num_bytes, now + LEASE_SECONDS, read())
+            return True
 
     def take(self, transfer: int, address: str, num_bytes: int) -> Future[Found] | None:
         """What is being read of a transfer, if that is so many bytes from that address; it is not
@@ -68,9 +101,11 @@ class ReadAhead:
         return begun.reading if begun is not None and same else None
 
     def drop(self, transfer: int) -> None:
-        """Forgets a transfer, if it is known."""
+        """Forgets a transfer, if it is known; it is not read if that has not begun."""
         with self._lock:
-            self._begun.pop(transfer, None)
+            self._drop(transfer)
 
-    def _total(self) -> int:
-        return sum(begun.num_bytes for begun in self._begun.values())
+    def _drop(self, transfer: int) -> None:
+        begun = self._begun.pop(transfer, None)
+        if begun is not None:
+            begun.reading.cancel()

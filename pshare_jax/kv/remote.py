@@ -10,6 +10,7 @@ in memory of the reader's own before they are checked, so nobody can change them
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ import msgspec
 import numpy as np
 
 from pshare_jax.config import KvCodec, Transport
+from pshare_jax.core.buckets import TRANSFER_BUCKETS, pieces
 from pshare_jax.core.connector import TransferError, TransferState, check_descriptors
 from pshare_jax.core.messages import PageDescriptor
 from pshare_jax.core.plans import Offer, Pull
@@ -47,11 +49,12 @@ from pshare_jax.runtime.pool import PagePool
 from pshare_jax.runtime.programs import Programs
 
 READERS = 2
-"""Threads that read."""
+"""Threads that read from other processes, and as many that read files of this host: these are
+quick, and do not wait for those that wait for others."""
 
 SOON_SECONDS = 0.01
-"""How long the engine waits for a file of this host, which is read in less time than it would be
-busy with anything else; what takes longer comes beside its work."""
+"""How long the engine waits for files of this host, those of a plan together, which are read in
+less time than it would be busy with anything else; what takes longer comes beside its work."""
 
 AVOID_SECONDS = 30.0
 """How long nothing is pulled directly from a worker from which that has failed."""
@@ -94,7 +97,8 @@ class RemotePages:
     Attributes:
         moved: transfers that were written into the pool, by their way.
         traffic: what has come, and how.
-        on_arrival: called, in any thread, when a transfer has been read.
+        on_arrival: called, in any thread, when a transfer has been read or is not to be read any
+            more; must not call this end.
 
     Raises:
         ConfigError: `codec` names one that is not for these pages.
@@ -136,6 +140,8 @@ class RemotePages:
         self._reader = PageReader(layout, peers, Links(codec, codecs), self.traffic, clock)
         self._puller = PagePuller(layout, programs.staging, peers, codec, codecs, self.traffic)
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix=f"{worker}-pages")
+        self._file_readers = ThreadPoolExecutor(READERS, thread_name_prefix=f"{worker}-files")
+        self._soon: float | None = None
 
     @property
     def records(self) -> Records | None:
@@ -199,17 +205,23 @@ class RemotePages:
             reading = self._read(pull.transfer, count, address)
         self._arriving[pull.transfer] = _Arriving(pull, address.way, reading)
         if address.way == "shm":
-            wait([reading], SOON_SECONDS)
+            # Until the next `poll`, which comes after all that is to be accepted at once.
+            now = self._clock()
+            self._soon = now + SOON_SECONDS if self._soon is None else self._soon
+            wait([reading], max(self._soon - now, 0.0))
 
     def read_ahead(self, transfer: int, address: str, count: int) -> None:
         """Begins to read `count` pages that are on offer before their transfer is accepted; for any
         thread. What is wrong with it is said when it is."""
-        if not self._ahead.has_room(self._size(count)):
-            return
         with contextlib.suppress(TransferError, msgspec.DecodeError):
             where = msgspec.json.decode(address, type=Address)
-            reading = self._read(transfer, count, where)
-            self._ahead.put(transfer, address, self._size(count), reading)
+            self._ahead.begin(
+                transfer,
+                address,
+                self._size(count),
+                self._clock(),
+                lambda: self._read(transfer, count, where),
+            )
 
     def has_arrived(self) -> bool:
         """Whether `poll` has something new to say of a transfer."""
@@ -221,6 +233,7 @@ class RemotePages:
 
     def poll(self, transfer: int) -> TransferState:
         """See `Connector.poll`."""
+        self._soon = None
         arriving = self._get(transfer)
         if not arriving.reading.done():
             return TransferState.ARRIVING
@@ -249,60 +262,82 @@ class RemotePages:
             self._direct.drop(transfer)
         self._offers.drop(transfer)
         # What is being read is read to its end, which closes the file, and then lost.
-        self._arriving.pop(transfer, None)
+        arriving = self._arriving.pop(transfer, None)
+        if arriving is not None:
+            arriving.reading.cancel()
         self._ahead.drop(transfer)
 
     def close(self) -> None:
-        """Ends the threads; what they read is lost."""
+        """Ends the threads; what they read is lost, and nothing more is read."""
         self._readers.shutdown(wait=False)
+        self._file_readers.shutdown(wait=False)
 
     def _size(self, count: int) -> int:
-        """Bytes of so many pages."""
-        return count * self._programs.layout.bytes_per_page
+        """Bytes of so many pages in pieces, padding included."""
+        padded = sum(bucket for _, bucket in pieces(count, TRANSFER_BUCKETS))
+        return padded * self._programs.layout.bytes_per_page
 
     def _read(self, transfer: int, count: int, address: Address) -> Future[Found]:
-        """Begins to read what is on offer."""
+        """Begins to read what is on offer.
+
+        Raises:
+            TransferError: it is not there, is not what was asked for, or this end is closed.
+        """
         reader = self._reader
         if address.way == "jax-transfer":
             if self._direct is None:
                 raise TransferError(f"transfer {transfer}: it is not to be pulled directly here")
-            return self._begin(self._pull, self._direct, transfer, address.url, count)
+            pull = functools.partial(self._pull, self._direct, transfer, address.url, count)
+            return self._begin(self._readers, transfer, pull)
         if address.way == "shm":
             if is_here(address.folder, self._offers.path):
                 file = take(Path(address.folder), transfer)
+                read = functools.partial(reader.from_file, transfer, file, count)
                 try:
                     reader.check_size(transfer, os.fstat(file).st_size, count)
+                    reading = self._begin(self._file_readers, transfer, read)
                 except TransferError:
                     os.close(file)
                     raise
-                return self._begin(reader.from_file, transfer, file, count)
+                # Nobody closes the file of one that is given up before a thread gets to it.
+                reading.add_done_callback(lambda done: os.close(file) if done.cancelled() else None)
+                return reading
             if not address.url:
                 raise TransferError(f"transfer {transfer}: nothing is on offer")
-        return self._begin(reader.from_url, transfer, address.url, count)
+        fetch = functools.partial(reader.from_url, transfer, address.url, count)
+        return self._begin(self._readers, transfer, fetch)
 
-    def _begin(self, read: Callable[..., Read], *arguments: object) -> Future[Found]:
+    def _begin(
+        self, threads: ThreadPoolExecutor, transfer: int, read: Callable[[], Read]
+    ) -> Future[Found]:
         """Has a thread read, and tell of it."""
-        reading = self._readers.submit(self._found, read, *arguments)
+        try:
+            reading = threads.submit(self._found, read)
+        except RuntimeError:
+            raise TransferError(f"transfer {transfer}: {self._worker} reads no more") from None
         reading.add_done_callback(lambda _: self.on_arrival())
         return reading
 
-    def _found(self, read: Callable[..., Read], *arguments: object) -> Found:
-        found = Found(read(*arguments))
+    def _found(self, read: Callable[[], Read]) -> Found:
+        found = Found(read())
         if self._stages_beside:
-            self._stage(found)
-            jax.block_until_ready(found.checksums)
+            # The engine may compute meanwhile, with all threads of its kernels.
+            self._stage(found, self._programs.checksum_beside)
+            jax.block_until_ready((found.staged, found.checksums))
         return found
 
-    def _stage(self, found: Found) -> None:
+    def _stage(self, found: Found, checksum: Callable[[jax.Array], jax.Array]) -> None:
         """Puts what was read on the mesh."""
         found.staged = [self._programs.stage(piece) for piece in found.read.pieces]
-        found.checksums = [self._programs.checksum(piece) for piece in found.staged]
+        found.checksums = [checksum(piece) for piece in found.staged]
+        found.read = Read((), found.read.coded)
 
     def _pull(self, direct: DirectOffers, transfer: int, url: str, count: int) -> Read:
         """Claims a transfer, and pulls it onto the mesh."""
         found = self._puller.pull(direct, transfer, url, count)
         # Nobody waits for it; who is not told keeps it on the books for a while.
-        self._readers.submit(self._puller.settle, url, transfer)
+        with contextlib.suppress(RuntimeError):  # once this end is closed
+            self._readers.submit(self._puller.settle, url, transfer)
         return found
 
     def _put(self, arriving: _Arriving) -> Pieces:
@@ -320,7 +355,7 @@ class RemotePages:
                 del self._arriving[transfer]
                 raise TransferError(f"transfer {transfer}: it cannot be read: {error}") from error
             if found.checksums is None:
-                self._stage(found)
+                self._stage(found, self._programs.checksum)
             assert found.checksums is not None
             arriving.coded = found.read.coded
             arriving.staged, arriving.checksums = found.staged, found.checksums

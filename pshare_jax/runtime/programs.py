@@ -134,6 +134,8 @@ class Programs:
         self.copy = jitted.copy
         self.gather = jitted.gather
         self.checksum = jitted.checksum
+        self.checksum_beside = jitted.checksum_beside
+        """The same, for threads beside the one that computes: see `page_checksums`."""
         self.scatter = jitted.scatter
         self.admit = jitted.admit
         self.replay = jitted.replay
@@ -177,6 +179,9 @@ class Programs:
         """What storing pages that have come runs."""
         for count in TRANSFER_BUCKETS:
             yield Call("checksum", self.checksum, (Slot.STAGED,), (None,), (count,))
+            if self.checksum_beside is not self.checksum:
+                beside = self.checksum_beside
+                yield Call("checksum", beside, (Slot.STAGED,), (None,), (count,))
             arguments = (Slot.POOL, Slot.STAGED, _ints(count))
             yield Call("scatter", self.scatter, arguments, (Slot.POOL,), (count,))
 
@@ -241,6 +246,7 @@ class _Jitted:
     copy: Any
     gather: Any
     checksum: Any
+    checksum_beside: Any
     scatter: Any
     admit: Any
     replay: Any
@@ -260,6 +266,12 @@ def _jitted(
     """Kept, so that an engine like an earlier one of this process compiles nothing anew."""
     sharding, everywhere = pool_sharding(mesh, layout.num_kv_heads), replicated(mesh)
     pages, backend = layout.placement(sharding), spec.backend
+
+    def sums(*, alone: bool) -> Any:
+        checksums = functools.partial(page_checksums, backend=backend, alone=alone)
+        return jax.jit(checksums, out_shardings=everywhere)
+
+    checksum = sums(alone=False)
     return _Jitted(
         history=jax.jit(
             functools.partial(empty_history, max_num_seqs, max_model_len),
@@ -276,9 +288,9 @@ def _jitted(
         gather=jax.jit(
             functools.partial(gather_pages, backend=backend), out_shardings=_staging(sharding)
         ),
-        checksum=jax.jit(
-            functools.partial(page_checksums, backend=backend), out_shardings=everywhere
-        ),
+        checksum=checksum,
+        # One program where there is no team to be left to others.
+        checksum_beside=sums(alone=True) if backend == "cpu_ffi" else checksum,
         scatter=jax.jit(
             functools.partial(scatter_pages, backend=backend),
             donate_argnums=0,

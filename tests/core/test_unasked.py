@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
+from typing import Any
 
+import msgspec
 import pytest
 
 from pshare_jax.core import messages as m
 from pshare_jax.core import unasked
+from pshare_jax.core.decode import DecodeCore
 from pshare_jax.core.messages import DISPATCHER, Message
+from pshare_jax.core.plans import DecodePlan
+from pshare_jax.core.prefill_task import PrefillTask
+from pshare_jax.core.unasked import Unasked
 from tests.core.reply import Reply
 from tests.core.scripted import Host
+from tests.core.sequences import make_sequence
 from tests.core.setting import Setting
 
 CONTEXT = list(range(1, 23))
@@ -25,6 +33,20 @@ class Watched(Host):
     def __init__(self, setting: Setting = SETTING):
         self.said: list[Message] = []
         super().__init__(setting)
+        self.given_up: list[int] = []
+        for worker in self.decode.values():
+            self._watch(worker.core)
+
+    def _watch(self, core: DecodeCore) -> None:
+        """Writes down what the executor is told to give up."""
+        plan = core._plan
+
+        def watched(*arguments: Any, **named: Any) -> DecodePlan:
+            made = plan(*arguments, **named)
+            self.given_up += made.cancelled
+            return made
+
+        core._plan = watched
 
     def _receive(self, to: str, message: Message) -> None:
         self.said.append(message)
@@ -47,6 +69,12 @@ class Watched(Host):
         """Pages of each offer that came with the news that a prompt is covered."""
         covered = [one.offer for one in self.said if isinstance(one, m.Covered)]
         return [0 if offer is None else len(offer.descriptors) for offer in covered]
+
+    @property
+    def transfers(self) -> list[int]:
+        """Of these offers."""
+        covered = [one.offer for one in self.said if isinstance(one, m.Covered)]
+        return [offer.transfer for offer in covered if offer is not None]
 
 
 def test_who_has_asked_once_need_not_ask_again() -> None:
@@ -81,6 +109,7 @@ def test_what_it_has_lost_it_asks_for() -> None:
     host.drain()
     assert reply.tokens == reply.expected
     assert (host.offered, host.kinds["Fetch"]) == ([1], 1)
+    assert host.given_up == host.transfers, "it may have begun to be read"
 
 
 def test_what_it_has_got_meanwhile_is_not_written_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,10 +148,43 @@ def test_who_has_no_room_asks_when_he_has(monkeypatch: pytest.MonkeyPatch) -> No
         host.work("prefill0")
     assert host.offered == [6, 6, 0, 0, 0]
     assert host.kinds["Fetch"] == 0
+    host.work("decode0")
+    assert host.given_up == host.transfers[1:], "who waits has what was read forgotten"
     host.drain()
     assert [reply.tokens for reply in replies] == [reply.expected for reply in replies]
     assert host.kinds["Fetch"] == 4, "all but the one that had room at once"
     assert host.link.offers == {}
+
+
+def test_those_of_one_decode_worker_take_no_others_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unasked, "MAX_OFFERS", 2)
+    book = Unasked(itertools.count())
+    for worker in ("decode0", "decode1"):
+        book.heard_of(worker, "how")
+
+    def offered(id: int, worker: str) -> bool:
+        sequence = make_sequence(id, [id, *CONTEXT], page_size=4)
+        sequence = msgspec.structs.replace(sequence, decode_worker=worker)
+        task = PrefillTask(sequence, list(range(1, 7)))
+        return book.offer(task, m.Covered(task.sequence, task.usage()), 4) is not None
+
+    assert [offered(id, "decode0") for id in range(3)] == [True, True, False]
+    assert [offered(id, "decode1") for id in range(3, 6)] == [True, True, False]
+    assert book.forget(0) == [0]
+    assert [offered(6, "decode1"), offered(7, "decode0")] == [False, True]
+
+
+def test_what_comes_too_late_is_given_up() -> None:
+    """Pages that were asked for are on offer when nobody waits for them any more."""
+    host = Watched()
+    host.decode["decode0"].core.receive(m.Offered(77, [], "somewhere"))
+    host.work("decode0")
+    assert host.given_up == [77]
+    prefill = host.prefill["prefill0"].core
+    prefill.receive(m.Offered(78, [], "somewhere"))
+    plan = prefill.schedule()
+    assert plan is not None
+    assert plan.cancelled == [78]
 
 
 @pytest.mark.parametrize("fault", ["refused", "lost"])

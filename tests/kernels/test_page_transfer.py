@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pshare_jax.kernels.native.loop_trace import traced
 from pshare_jax.kernels.page_transfer.api import (
     copy_pages,
     gather_pages,
@@ -119,6 +120,19 @@ def test_a_checksum_notices_one_bit_and_two_values_that_changed_places(backend):
     for changed in (flipped, swapped):
         after = checksums(jnp.asarray(changed.view(staged.dtype)))
         assert (after[0], after[1] == before[1]) == (before[0], False)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_checksums_leave_the_team_to_others(dtype):
+    """A trace has all calls of the team."""
+    staged = gather_pages(random_pool(3, dtype), jnp.arange(COUNT, dtype=jnp.int32))
+    sums = {}
+    for alone in (True, False):
+        program = jax.jit(functools.partial(page_checksums, backend="cpu_ffi", alone=alone))
+        with traced(2) as trace:
+            sums[alone] = program(staged).tolist()
+        assert len(trace.calls) == (0 if alone else 1)
+    assert sums[True] == sums[False]
 
 
 @pytest.mark.parametrize("name", ["gather_pages", "scatter_pages", "copy_pages"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -30,6 +31,10 @@ GATHER = _backends(xla.gather_pages, reference.gather_pages, cpu_ffi.gather_page
 SCATTER = _backends(xla.scatter_pages, reference.scatter_pages, cpu_ffi.scatter_pages)
 COPY = _backends(xla.copy_pages, reference.copy_pages, cpu_ffi.copy_pages)
 CHECKSUM = _backends(xla.page_checksums, reference.page_checksums, cpu_ffi.page_checksums)
+CHECKSUM_ALONE = {
+    **CHECKSUM,
+    "cpu_ffi": functools.partial(cpu_ffi.page_checksums, alone=True),
+}
 
 
 def gather_pages(
@@ -96,7 +101,10 @@ def copy_pages(
 
 
 def page_checksums(
-    staged: Float[Array, "L n 2 kv_heads page_size head_dim"], *, backend: str = "auto"
+    staged: Float[Array, "L n 2 kv_heads page_size head_dim"],
+    *,
+    backend: str = "auto",
+    alone: bool = False,
 ) -> UInt32[Array, " n"]:
     """A checksum of each page of a staging array, the same on every backend and mesh.
 
@@ -107,6 +115,8 @@ def page_checksums(
     Args:
         staged: `[L, n, 2, kv_heads, page_size, head_dim]`, of 1, 2 or 4 bytes a value.
         backend: a key of the table, or `auto`.
+        alone: leaves the C++ kernels' team of threads to other callers, for whoever sums beside
+            an engine: without the team that computes on one thread.
 
     Returns:
         `[n]` uint32.
@@ -114,4 +124,4 @@ def page_checksums(
     Raises:
         ValueError: an unknown backend.
     """
-    return select_backend("page_checksums", CHECKSUM, backend)(staged)
+    return select_backend("page_checksums", CHECKSUM_ALONE if alone else CHECKSUM, backend)(staged)

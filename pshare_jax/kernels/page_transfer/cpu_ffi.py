@@ -35,11 +35,11 @@ def copy_pages(pool: Pool, src: jax.Array, dst: jax.Array) -> Pool:
     return _in_place("pshare_copy_pages", pool, src, dst)
 
 
-def page_checksums(staged: jax.Array) -> jax.Array:
+def page_checksums(staged: jax.Array, *, alone: bool = False) -> jax.Array:
     """See `api.page_checksums`; one device. Raises as `gather_pages`."""
     require_library()
     out = jax.ShapeDtypeStruct((staged.shape[1],), jnp.uint32)
-    return jax.ffi.ffi_call("pshare_page_checksums", out)(staged)
+    return jax.ffi.ffi_call("pshare_page_checksums", out)(staged, alone=alone)
 
 
 def _in_place(target: str, pool: Pool, *operands: jax.Array) -> Pool:

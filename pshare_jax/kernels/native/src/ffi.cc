@@ -345,11 +345,12 @@ uint32_t weighted_sum(const Word* words, long count, long first) {
   return sum;
 }
 
-// staged [layers, n, ...] -> checksums [n]
+// staged [layers, n, ...] -> checksums [n]; `alone` leaves the team to other callers
 ffi::Error page_checksums(ffi::RemainingArgs args, ffi::RemainingRets rets,
                           ffi::Dictionary attrs) {
   Call call(args, rets, attrs);
   ffi::AnyBuffer staged = call.arg(0);
+  bool alone = call.attr<bool>("alone");
   if (!call.error().empty()) return ffi::Error::InvalidArgument(call.error());
   long layers = call.dim(0, 0), count = call.dim(0, 1);
   auto* sums = static_cast<uint32_t*>(call.ret(0).untyped_data());
@@ -357,23 +358,26 @@ ffi::Error page_checksums(ffi::RemainingArgs args, ffi::RemainingRets rets,
   long values = static_cast<long>(staged.element_count()) / (layers * count);
   long width = static_cast<long>(staged.size_bytes() / staged.element_count());
   const char* data = static_cast<const char*>(staged.untyped_data());
-  Pool::instance().run([&](Team& team) {
-    team.loop(count, [&](long i) {
-      uint32_t sum = 0;
-      for (long layer = 0; layer < layers; layer++) {
-        const char* from = data + (layer * count + i) * values * width;
-        long first = layer * values;
-        if (width == 1) {
-          sum += weighted_sum(reinterpret_cast<const uint8_t*>(from), values, first);
-        } else if (width == 2) {
-          sum += weighted_sum(reinterpret_cast<const uint16_t*>(from), values, first);
-        } else {
-          sum += weighted_sum(reinterpret_cast<const uint32_t*>(from), values, first);
-        }
+  auto sum_page = [&](long i) {
+    uint32_t sum = 0;
+    for (long layer = 0; layer < layers; layer++) {
+      const char* from = data + (layer * count + i) * values * width;
+      long first = layer * values;
+      if (width == 1) {
+        sum += weighted_sum(reinterpret_cast<const uint8_t*>(from), values, first);
+      } else if (width == 2) {
+        sum += weighted_sum(reinterpret_cast<const uint16_t*>(from), values, first);
+      } else {
+        sum += weighted_sum(reinterpret_cast<const uint32_t*>(from), values, first);
       }
-      sums[i] = sum;
-    });
-  });
+    }
+    sums[i] = sum;
+  };
+  if (alone) {
+    for (long i = 0; i < count; i++) sum_page(i);
+  } else {
+    Pool::instance().run([&](Team& team) { team.loop(count, sum_page); });
+  }
   return ffi::Error::Success();
 }
 
