@@ -305,7 +305,7 @@ def run_machine(name: str, setting: Setting) -> None:
     run_state_machine_as_test(
         machine(name, setting),
         settings=settings(
-            max_examples=EXAMPLES or 60,
+            max_examples=EXAMPLES or 30,
             stateful_step_count=80,
             deadline=None,
             derandomize=not EXAMPLES,
