@@ -60,6 +60,8 @@ class RayProcess:
             end_actor(self._ray, self._actor)
 
     def _send(self, number: int) -> bool:
+        if not self._ray.is_initialized():
+            return False  # asked now, it would start a cluster of its own
         try:
             self._ray.get(self._actor.send.remote(int(number)), timeout=ANSWER_SECONDS)
         except ray_errors(self._ray):
@@ -69,6 +71,8 @@ class RayProcess:
 
 def end_actor(ray: Any, actor: Any) -> None:
     """Ends an actor; its process goes on, if it has one."""
+    if not ray.is_initialized():
+        return
     with contextlib.suppress(*ray_errors(ray)):
         ray.kill(actor)
 

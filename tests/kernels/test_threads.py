@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pshare_jax.cluster.cpus import kept_to
 from pshare_jax.kernels.native import library, loop_trace
 from pshare_jax.models.decoder import init_weights
 from pshare_jax.models.packed import PackedDecoder, pack_weights
@@ -56,15 +57,15 @@ def test_every_iteration_runs_once(stress: Path, threads: int):
 def test_threads_follow_the_cpus_that_a_process_may_use(stress: Path):
     cpu = min(os.sched_getaffinity(0))
     environment = {key: value for key, value in os.environ.items() if key != "PSHARE_THREADS"}
-    done = subprocess.run(
-        [str(stress), "1"],
-        env=environment,
-        preexec_fn=lambda: os.sched_setaffinity(0, {cpu}),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    with kept_to(frozenset({cpu})):
+        done = subprocess.run(
+            [str(stress), "1"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
     assert done.stdout == "1 threads, 0 faults\n", done.stderr
 
 

@@ -189,7 +189,7 @@ EVERYTHING = """
 #include "matmul.h"
 #include "tile_check.h"
 template class pshare::Attention<pshare::bf16, pshare::bf16>;
-template void pshare::matmul<float>(const pshare::Side&, const pshare::Side&, float*);
+template void pshare::matmul<float>(const pshare::Pair&, const pshare::Pair*, float*);
 pshare::Multiplier start(bool wanted) { return pshare::start_tiles(wanted); }
 """
 

@@ -57,6 +57,9 @@ class FakeRay:
         self._thread = threading.Thread(target=self.loop.run_forever)
         self._thread.start()
 
+    def is_initialized(self) -> bool:
+        return True
+
     def close(self) -> None:
         asyncio.run_coroutine_threadsafe(_others_done(), self.loop).result(60)
         self.loop.call_soon_threadsafe(self.loop.stop)
