@@ -93,6 +93,7 @@ class FakeRay:
 def ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeRay]:
     monkeypatch.setattr(ray_actor.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setattr(ray_host, "GIVE_UP_SECONDS", 60.0)
+    monkeypatch.setattr(ray_actor, "_node_address", lambda: "127.0.0.1")
     ray = FakeRay()
     yield ray
     ray.close()
