@@ -10,23 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import aiohttp
 import numpy as np
 
+from pshare_jax.bench.crowds import VOCAB, Body, all_at_once, client, completion, server_at
 from pshare_jax.bench.machine import describe
 from pshare_jax.errors import BenchmarkError, ConfigError
-from pshare_jax.serve.process import running_server
-
-_PATH = "/v1/completions"
-_VOCAB = 250
-"""Token ids of prompts are below it: every tokenizer has them."""
-
-Body = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -89,19 +81,14 @@ def run(options: ArrivalsOptions) -> dict[str, Any]:
     Raises:
         BenchmarkError: a request failed.
     """
-    with ExitStack() as stack:
-        url = options.url
-        if url is None:
-            url = stack.enter_context(running_server(options.serve, checkout=options.checkout))
+    with server_at(options.url, options.serve, options.checkout) as url:
         rounds = asyncio.run(_measure(options, url))
     return {"options": asdict(options), "machine": describe(), "rounds": rounds}
 
 
 async def _measure(options: ArrivalsOptions, url: str) -> list[dict[str, Any]]:
     rng = np.random.default_rng(options.seed)
-    timeout = aiohttp.ClientTimeout(total=options.timeout)
-    connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(url, timeout=timeout, connector=connector) as http:
+    async with client(url, options.timeout) as http:
         for model in options.models:  # whose first request may be their first of all
             await _first_token(http, _body(rng, model, options.short_tokens, 2))
         return [await _round(options, http, rng) for _ in range(options.rounds)]
@@ -118,7 +105,8 @@ async def _round(
     alone = [await _first_token(http, body) for body in bodies(1)]
     chunk = await _first_token(http, _body(rng, last, options.chunk + 1, 1))
     short_alone = await _first_token(http, _body(rng, last, options.short_tokens, 1))
-    async with _all_at_once(http, bodies(options.reply_tokens)) as sessions:
+    many = bodies(options.reply_tokens)
+    async with all_at_once(lambda body: _first_token(http, body), many) as sessions:
         await asyncio.sleep(options.behind)
         short = await _first_token(http, _body(rng, last, options.short_tokens, 8))
         first = await asyncio.gather(*sessions)
@@ -132,7 +120,7 @@ async def _round(
 
 
 def _body(rng: np.random.Generator, model: str, prompt: int, reply: int) -> Body:
-    tokens = rng.integers(3, _VOCAB, prompt).tolist()
+    tokens = rng.integers(3, VOCAB, prompt).tolist()
     return {
         "model": model,
         "prompt": tokens,
@@ -145,33 +133,13 @@ def _body(rng: np.random.Generator, model: str, prompt: int, reply: int) -> Body
 async def _first_token(http: aiohttp.ClientSession, body: Body) -> float:
     """Seconds until a stream's first event with tokens; then it is read to its end."""
     began, first = time.perf_counter(), None
-    try:
-        async with http.post(_PATH, json=body) as response:
-            if response.status != 200:
-                text = await response.text()
-                raise BenchmarkError(f"{_PATH}: {response.status}: {text[:500]}")
-            async for line in response.content:
-                if line.startswith(b"data: {") and first is None:
-                    first = time.perf_counter() - began
-    except (aiohttp.ClientError, TimeoutError) as error:
-        raise BenchmarkError(f"{_PATH}: {type(error).__name__}: {error}") from error
+    async with completion(http, body) as response:
+        async for line in response.content:
+            if line.startswith(b"data: {") and first is None:
+                first = time.perf_counter() - began
     if first is None:
-        raise BenchmarkError(f"{_PATH}: a stream ended without a token")
+        raise BenchmarkError(f"{response.url.path}: a stream ended without a token")
     return first
-
-
-@asynccontextmanager
-async def _all_at_once(
-    http: aiohttp.ClientSession, bodies: list[Body]
-) -> AsyncIterator[list[asyncio.Task[float]]]:
-    """Requests at once; those that go on when the block ends are given up."""
-    tasks = [asyncio.create_task(_first_token(http, body)) for body in bodies]
-    try:
-        yield tasks
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def lines(result: dict[str, Any]) -> list[str]:

@@ -8,23 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import aiohttp
 import numpy as np
 
+from pshare_jax.bench.crowds import VOCAB, Body, all_at_once, client, completion, server_at
 from pshare_jax.bench.machine import describe
 from pshare_jax.errors import BenchmarkError
-from pshare_jax.serve.process import running_server
-
-_PATH = "/v1/completions"
-_VOCAB = 250
-"""Token ids of prompts are below it: every tokenizer has them."""
-
-Body = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -83,26 +76,22 @@ def run(options: StarveOptions) -> dict[str, Any]:
     """
     if unknown := [name for name in options.floods if name not in FLOODS]:
         raise BenchmarkError(f"no such flood: {unknown[0]!r}; there are {', '.join(FLOODS)}")
-    with ExitStack() as stack:
-        url = options.url
-        if url is None:
-            url = stack.enter_context(running_server(options.serve, checkout=options.checkout))
+    with server_at(options.url, options.serve, options.checkout) as url:
         measured = asyncio.run(_measure(options, url))
     return {"options": asdict(options), "machine": describe(), **measured}
 
 
 async def _measure(options: StarveOptions, url: str) -> dict[str, Any]:
     rng = np.random.default_rng(options.seed)
-    timeout = aiohttp.ClientTimeout(total=options.timeout)
-    connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(url, timeout=timeout, connector=connector) as http:
+    async with client(url, options.timeout) as http:
         idle = [await _probe(http, options.model) for _ in range(1 + options.probes)]
         floods: dict[str, Any] = {}
         for name in options.floods:
             asked = options.other_model if name == "hot model" else options.model
             # Its first request may be the first of its model.
             await _probe(http, asked)
-            async with _flood(http, flood_bodies(name, options, rng)) as tasks:
+            flood = flood_bodies(name, options, rng)
+            async with all_at_once(lambda body: _ask(http, body), flood) as tasks:
                 await asyncio.sleep(options.head_start)
                 seconds = [await _probe(http, asked) for _ in range(options.probes)]
                 floods[name] = {"seconds": seconds, "left": _running(tasks)}
@@ -114,7 +103,7 @@ def flood_bodies(name: str, options: StarveOptions, rng: np.random.Generator) ->
     """The requests of a flood."""
 
     def prompts(count: int, length: int) -> list[list[int]]:
-        return rng.integers(3, _VOCAB, (count, length)).tolist()
+        return rng.integers(3, VOCAB, (count, length)).tolist()
 
     def body(prompt: Sequence[Any], **fields: Any) -> Body:
         more = {"max_tokens": options.reply_tokens, "ignore_eos": True, **fields}
@@ -140,30 +129,8 @@ async def _probe(http: aiohttp.ClientSession, model: str) -> float:
 
 
 async def _ask(http: aiohttp.ClientSession, body: Mapping[str, Any]) -> None:
-    try:
-        async with http.post(_PATH, json=body) as response:
-            text = await response.text()
-    except (aiohttp.ClientError, TimeoutError) as error:
-        raise BenchmarkError(f"{_PATH}: {type(error).__name__}: {error}") from error
-    if response.status != 200:
-        raise BenchmarkError(f"{_PATH}: {response.status}: {text[:500]}")
-
-
-@asynccontextmanager
-async def _flood(
-    http: aiohttp.ClientSession, bodies: Sequence[Body]
-) -> AsyncIterator[list[asyncio.Task[None]]]:
-    """Requests at once, as long as the block lasts; those that go on then are given up."""
-    tasks = [asyncio.create_task(_ask(http, body)) for body in bodies]
-    try:
-        yield tasks
-    finally:
-        for task in tasks:
-            task.cancel()
-        ended = await asyncio.gather(*tasks, return_exceptions=True)
-    for outcome in ended:
-        if isinstance(outcome, BenchmarkError):
-            raise outcome
+    async with completion(http, body) as response:
+        await response.read()
 
 
 def _running(tasks: Sequence[asyncio.Task[None]]) -> int:
