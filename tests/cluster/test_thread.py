@@ -1,122 +1,18 @@
-"""Threads that host workers: turns, messages, ends of workers. No jax, no pools."""
+"""Threads that host workers: shares, messages, ends of workers. No jax, no pools."""
 
 from __future__ import annotations
 
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from pshare_jax.cluster.thread import DispatcherThread, WorkerThread
-from pshare_jax.core.fairness import Share
-from pshare_jax.core.messages import Abort, Covered, Message, Outbox
-from pshare_jax.core.pages.page_cache import PageCache
-from pshare_jax.core.requests import PromptUsage
-from tests.core.sequences import make_sequence
-
-
-def wait_until(condition: Callable[[], Any], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.001)
-
-
-class FakeWorker:
-    """Has as many pieces of work as it is told to, and writes down what happens in `log`."""
-
-    patience = None
-    at_rest = True
-    first_due = False
-
-    @property
-    def computes(self) -> bool:
-        return self.pieces > 0
-
-    def __init__(self, name: str, log: list[str], *, weight: float = 1.0, pieces: int = 0):
-        self.name = name
-        self.share = Share(weight)
-        self.outbox: Outbox = []
-        self.cache = PageCache(4, 2)
-        self.log = log
-        self.pieces = pieces
-        self.pieces_ahead = 0
-        self.seconds = 0.0
-        self.urgent = False
-        self.has_begun = False
-        self.received: list[Message] = []
-        self.on_piece: Callable[[], None] = lambda: None
-        self.plans = 0
-        self.released = False
-        self.threads: set[int] = set()
-
-    def setup(self) -> None:
-        self.threads.add(threading.get_ident())
-
-    def receive(self, message: Message) -> None:
-        self.received.append(message)
-        self.log.append(f"{self.name} hears")
-
-    def plan(self, now: float) -> Callable[[], bool] | None:
-        self.plans += 1
-        if not self.pieces:
-            return None
-        self.pieces -= 1
-        return self.work
-
-    def plan_ahead(self) -> Callable[[], bool] | None:
-        if not self.pieces_ahead:
-            return None
-        self.pieces_ahead -= 1
-        return self.ahead
-
-    def ahead(self) -> bool:
-        self.log.append(f"{self.name} ahead")
-        return True
-
-    def work(self) -> bool:
-        self.threads.add(threading.get_ident())
-        self.urgent = False
-        self.has_begun = True
-        self.log.append(self.name)
-        time.sleep(self.seconds)
-        self.on_piece()
-        return True
-
-    def drain(self) -> None:
-        self.log.append(f"{self.name} drained")
-        self.has_begun = False
-
-    def release_all(self) -> None:
-        self.released = True
-
-
-class Hosted:
-    """A thread over workers; `sent` and `failures` are what it has told others."""
-
-    def __init__(self, *workers: FakeWorker):
-        self.sent: list[tuple[str, str, Message]] = []
-        self.failures: list[tuple[str, str]] = []
-        self.thread = WorkerThread(
-            "host",
-            workers,
-            lambda *message: self.sent.append(message),
-            lambda *failure: self.failures.append(failure),
-        )
-
-
-@contextmanager
-def running(*workers: FakeWorker) -> Iterator[Hosted]:
-    hosted = Hosted(*workers)
-    hosted.thread.start()
-    try:
-        yield hosted
-    finally:
-        hosted.thread.stop()
+from pshare_jax.cluster.thread import DispatcherThread
+from pshare_jax.core.messages import Abort, Message
+from tests.cluster.workers import FakeWorker, Hosted, running, wait_until
 
 
 def test_works_while_there_is_work_and_then_sleeps() -> None:
@@ -377,140 +273,6 @@ def test_who_fails_ahead_has_failed() -> None:
     assert not hosted.thread.turn()
 
 
-class FakeTurns:
-    """Writes down what a thread asks for."""
-
-    def __init__(self, log: list[str]):
-        self.log = log
-        self.is_wanted = False
-        self.on_begin: Callable[[], None] = lambda: None
-
-    def begin(self, interrupted: Callable[[], bool]) -> bool:
-        if interrupted():
-            self.log.append("interrupted")
-            return False
-        self.on_begin()
-        self.log.append("begins")
-        return True
-
-    def end(self, *, hands_over: bool) -> None:
-        self.log.append("hands over" if hands_over else "ends")
-
-    def rests(self) -> None:
-        self.log.append("rests")
-
-
-def test_pieces_are_done_in_turns_with_other_processes() -> None:
-    """But not what only moves pages; and what was begun is ended before another's turn."""
-    log: list[str] = []
-    worker = FakeWorker("a", log, pieces=3)
-    turns = FakeTurns(log)
-    thread = Hosted(worker).thread
-    thread._host_turns = turns
-    assert thread.turn()
-    turns.is_wanted = True
-    assert thread.turn()
-    worker.urgent = True
-    assert thread.turn()
-    assert not thread.turn()
-    assert log == ["begins", "a", "ends", "begins", "a", "a drained", "ends", "a", "rests"]
-
-
-def in_turns(worker: FakeWorker) -> tuple[Hosted, FakeTurns]:
-    hosted, turns = Hosted(worker), FakeTurns(worker.log)
-    hosted.thread._host_turns = turns
-    return hosted, turns
-
-
-def test_what_is_computed_is_decided_once_there_is_a_turn() -> None:
-    """With all that has been heard while it was waited for."""
-    worker = FakeWorker("a", [], pieces=1)
-    hosted, turns = in_turns(worker)
-    planned: list[list[Message]] = []
-    plain = worker.plan
-
-    def plan(now: float) -> Callable[[], bool] | None:
-        planned.append(list(worker.received))
-        return plain(now)
-
-    worker.plan = plan  # type: ignore[method-assign]
-    turns.on_begin = lambda: hosted.thread.post("a", Abort(1))
-    assert hosted.thread.turn()
-    assert planned == [[Abort(1)]]
-    assert worker.log == ["begins", "a hears", "a", "ends"]
-
-
-def test_who_waits_for_a_turn_hears_what_comes() -> None:
-    """And moves pages meanwhile, for which no turn is needed."""
-    worker = FakeWorker("a", [], pieces=2)
-    hosted, turns = in_turns(worker)
-
-    def receive(message: Message) -> None:
-        worker.log.append("a hears")
-        worker.urgent = True
-
-    worker.receive = receive  # type: ignore[method-assign]
-    plain = turns.begin
-
-    def begin(interrupted: Callable[[], bool]) -> bool:
-        if "a hears" not in worker.log:
-            hosted.thread.post("a", Abort(1))
-        return plain(interrupted)
-
-    turns.begin = begin  # type: ignore[method-assign]
-    for _ in range(3):
-        assert hosted.thread.turn()
-    assert worker.log == ["interrupted", "a hears", "a", "begins", "a", "ends"]
-
-
-def test_what_others_wait_for_is_done_before_a_turn_is_given_up() -> None:
-    """Such as an offer of what has just been computed; and they are told."""
-    worker = FakeWorker("a", [], pieces=2)
-    hosted, turns = in_turns(worker)
-
-    def compute() -> None:
-        worker.urgent = "a" not in worker.log[:-1]
-        worker.outbox.append(("elsewhere", Abort(len(worker.log))))
-
-    worker.on_piece = compute
-    sent = hosted.sent
-    plain = turns.end
-
-    def end(*, hands_over: bool) -> None:
-        worker.log.append(f"{len(sent)} sent")
-        plain(hands_over=hands_over)
-
-    turns.end = end  # type: ignore[method-assign]
-    assert hosted.thread.turn()
-    assert worker.log == ["begins", "a", "a", "2 sent", "ends"]
-
-
-def test_a_prompt_that_is_covered_is_handed_over() -> None:
-    """So that who goes on with it may wait for the news before he computes something else."""
-    worker = FakeWorker("a", [], pieces=2)
-    hosted, _ = in_turns(worker)
-    covered = Covered(make_sequence(1, [1, 2, 3], page_size=2), PromptUsage(3, 2, 0, 0))
-    worker.on_piece = lambda: worker.outbox.append(("decode0", covered))
-    assert hosted.thread.turn()
-    worker.on_piece = lambda: None
-    assert hosted.thread.turn()
-    assert worker.log == ["begins", "a", "hands over", "begins", "a", "ends"]
-
-
-def test_looking_for_what_needs_no_computation_takes_no_turn() -> None:
-    worker = FakeWorker("a", [])
-    hosted, _ = in_turns(worker)
-    looked: list[bool] = []
-
-    def look(now: float) -> Callable[[], bool]:
-        return lambda: bool(looked.append(True))
-
-    worker.plan = look  # type: ignore[method-assign]
-    assert not hosted.thread.turn()
-    assert looked == [True]
-    assert worker.log == ["rests"]
-
-
 def test_an_arrival_wakes_the_thread() -> None:
     """Nobody looks again and again."""
     worker = FakeWorker("a", [])
@@ -519,20 +281,6 @@ def test_an_arrival_wakes_the_thread() -> None:
         worker.pieces = 1
         hosted.thread.wake()
         wait_until(lambda: worker.log == ["a"])
-
-
-def test_nothing_is_done_ahead_while_another_process_has_work() -> None:
-    log: list[str] = []
-    worker = FakeWorker("a", log)
-    worker.pieces_ahead = 1
-    turns = FakeTurns(log)
-    thread = Hosted(worker).thread
-    thread._host_turns = turns
-    turns.is_wanted = True
-    assert not thread.turn()
-    turns.is_wanted = False
-    assert thread.turn()
-    assert log == ["rests", "a ahead"]
 
 
 def test_what_is_called_comes_between_pieces_in_the_thread() -> None:
