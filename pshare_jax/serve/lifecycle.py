@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 # How long a finished or aborted handler may take to write what it has left.
 SHUTDOWN_SECONDS = 2.0
 SWITCH_SECONDS = 0.001
+# Connections that wait to be taken, as far as the system allows: one more is dropped by it, and its
+# client tries again only after a second.
+BACKLOG = 2048
 _POSITIVE = (
     "max_n",
     "max_prompts",
@@ -72,7 +75,7 @@ def bind(config: ServerConfig, descriptor: int | None = None) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
         # Two sockets may be bound to one address, and only one listens: the error must come now.
-        sock.listen()
+        sock.listen(BACKLOG)
     except OSError as error:
         if sock is not None:
             sock.close()
@@ -119,7 +122,7 @@ class HttpServer:
         # to have it back from a thread that renders or detokenises.
         sys.setswitchinterval(SWITCH_SECONDS)
         await self._runner.setup()
-        await web.SockSite(self._runner, sock, ssl_context=self._tls).start()
+        await web.SockSite(self._runner, sock, ssl_context=self._tls, backlog=BACKLOG).start()
 
     async def close(self) -> None:
         """Ends all connections and stops listening."""
