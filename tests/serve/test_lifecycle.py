@@ -319,10 +319,11 @@ def test_a_failed_warm_up_is_logged_and_ends_the_process(process):
 
 
 class TestCommandLine:
-    def test_help_is_useful_and_needs_no_jax(self):
+    def test_help_is_useful_and_neither_it_nor_a_launcher_needs_jax(self):
         program = (
             "import sys; sys.argv = ['serve', '--help']\n"
             "from pshare_jax.serve.__main__ import main\n"
+            "import pshare_jax.serve.launcher\n"
             "try: main()\n"
             "finally: assert 'jax' not in sys.modules\n"
         )
