@@ -33,6 +33,8 @@ SWITCH_SECONDS = 0.001
 # Connections that wait to be taken, as far as the system allows: one more is dropped by it, and its
 # client tries again only after a second.
 BACKLOG = 2048
+# How long a client may go on sending a body that nobody reads, so that it gets to the answer.
+LINGER_SECONDS = 10.0
 _POSITIVE = (
     "max_n",
     "max_prompts",
@@ -111,6 +113,7 @@ class HttpServer:
             handler_cancellation=True,
             # Also bounds how long a connection may take to send its headers.
             keepalive_timeout=config.read_timeout_seconds,
+            lingering_time=min(LINGER_SECONDS, config.read_timeout_seconds),
             **access_log_options(config.access_log),
             server_header=config.server_header,
             shutdown_timeout=SHUTDOWN_SECONDS,
