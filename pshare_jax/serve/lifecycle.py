@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 SHUTDOWN_SECONDS = 2.0
 SWITCH_SECONDS = 0.001
 # Connections that wait to be taken, as far as the system allows: one more is dropped by it, and its
-# client tries again only after a second.
-BACKLOG = 2048
+# client tries again only after a second. And how many are taken before others have their turn.
+BACKLOG, ACCEPTED = 2048, 128
 # How long a client may go on sending a body that nobody reads, so that it gets to the answer.
 LINGER_SECONDS = 10.0
 _POSITIVE = (
@@ -125,7 +125,10 @@ class HttpServer:
         # to have it back from a thread that renders or detokenises.
         sys.setswitchinterval(SWITCH_SECONDS)
         await self._runner.setup()
-        await web.SockSite(self._runner, sock, ssl_context=self._tls, backlog=BACKLOG).start()
+        # In one turn of its loop asyncio takes as many connections as it is told may wait: few. Then
+        # more may.
+        await web.SockSite(self._runner, sock, ssl_context=self._tls, backlog=ACCEPTED).start()
+        sock.listen(BACKLOG)
 
     async def close(self) -> None:
         """Ends all connections and stops listening."""
