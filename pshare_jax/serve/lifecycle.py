@@ -125,8 +125,7 @@ class HttpServer:
         # to have it back from a thread that renders or detokenises.
         sys.setswitchinterval(SWITCH_SECONDS)
         await self._runner.setup()
-        # In one turn of its loop asyncio takes as many connections as it is told may wait: few. Then
-        # more may.
+        # asyncio takes as many connections in one turn of its loop as it is told may wait.
         await web.SockSite(self._runner, sock, ssl_context=self._tls, backlog=ACCEPTED).start()
         sock.listen(BACKLOG)
 
