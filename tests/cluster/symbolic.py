@@ -15,12 +15,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
-from unittest import mock
 
 import msgspec
 from aiohttp import web
 
-from pshare_jax.cluster import link, wire
+from pshare_jax.cluster import wire
 from pshare_jax.cluster.station import Station
 from pshare_jax.cluster.thread import WorkerThread
 from pshare_jax.cluster.worker import DecodeWorker, PrefillWorker, Worker
@@ -359,18 +358,14 @@ class Cluster:
 def symbolic_cluster(
     *, prefill: int = 2, decode: int = 2, frontends: int = 2, **cluster: Any
 ) -> Iterator[Cluster]:
-    """A cluster whose frontends are ready, and link again as soon as they can."""
-    with (
-        mock.patch.object(link, "AGAIN_SECONDS", 0.02),
-        mock.patch.object(link, "MAX_AGAIN_SECONDS", 0.1),
-    ):
-        running = Cluster(**cluster)
-        try:
-            for side, count in (("prefill", prefill), ("decode", decode)):
-                for i in range(count):
-                    running.host(f"{side}{i}")
-            for _ in range(frontends):
-                running.frontend()
-            yield running
-        finally:
-            running.close()
+    """A cluster whose frontends are ready."""
+    running = Cluster(**cluster)
+    try:
+        for side, count in (("prefill", prefill), ("decode", decode)):
+            for i in range(count):
+                running.host(f"{side}{i}")
+        for _ in range(frontends):
+            running.frontend()
+        yield running
+    finally:
+        running.close()
