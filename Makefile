@@ -76,11 +76,11 @@ test-browser: .venv/.browser
 
 # deploy/ as Kubernetes, Helm and Docker read it.
 test-deploy: .venv/.deploy
-	$(BIN)/python -m pytest tests/deploy
+	$(BIN)/python -m pytest tests/deploy -m deploy
 
 # Processes that Ray places.
 test-ray: .venv/.ray
-	$(BIN)/python -m pytest tests/ray
+	$(BIN)/python -m pytest tests/ray -m ray
 
 # Clients that agree with nobody on versions: environments of their own, 3 GB.
 test-clients: .venv/.test $(CLIENTS)

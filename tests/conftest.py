@@ -2,8 +2,10 @@
 
 import gc
 import os
+import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 from tests.xla_flags import USERS, set_quick
 
@@ -17,6 +19,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 from pshare_jax.runtime.host_memory import return_freed_memory
 from tests.helpers import optimisations, set_optimisations
@@ -29,6 +32,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="cpu",
         help="where JAX runs; tests marked `tpu` and `gpu` need theirs",
     )
+
+
+class ByFile(LoadFileScheduling):
+    """Each file goes to one process, and all of `tests/e2e` to the same: they share servers, and
+    two clusters at a time would only wait for each other."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "tests/e2e" if nodeid.startswith("tests/e2e/") else super()._split_scope(nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile | None:
+    return ByFile(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 def pytest_collection_finish() -> None:
@@ -67,3 +83,6 @@ def optimised() -> Iterator[None]:
 
 
 jax.config.update("jax_num_cpu_devices", 8)
+# Hundreds of processes import the same modules: none compiles them again, whatever the shell says.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

@@ -27,6 +27,7 @@ from pshare_jax.serve.process import server_process
 Progress = Callable[[int, int], None]
 
 _IDLE_SECONDS = 60.0
+_CLOSED_SECONDS = 1.0
 # The first part of the time fills caches, free lists and the C library's pools.
 WARM_SHARE = 0.25
 
@@ -121,7 +122,7 @@ async def _idle(watch: Watch) -> Sample:
         sample = await watch.sample(0.0)
         if not sample.running and not sample.pages_used:
             # Connections that were dropped are closed by now, too.
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(_CLOSED_SECONDS)
             return await watch.sample(0.0)
         if time.monotonic() > deadline:
             raise BenchmarkError(

@@ -15,6 +15,7 @@ import msgspec
 
 from pshare_jax.cluster import wire
 from pshare_jax.cluster.discovery import check_workers
+from pshare_jax.cluster.limits import check_cluster
 from pshare_jax.cluster.link import LinkTimes
 from pshare_jax.cluster.links import Links
 from pshare_jax.cluster.secret import read_token
@@ -32,7 +33,6 @@ from pshare_jax.core.sessions import SessionPolicy
 from pshare_jax.core.stats import EngineStats, together
 from pshare_jax.engine.cluster_modules import ClusterModules
 from pshare_jax.engine.front import Front
-from pshare_jax.engine.limits import check_cluster
 from pshare_jax.engine.loader import BaseSource, ModelSource, checkpoint_sources, model_specs
 from pshare_jax.engine.served import ModelInfo, ServedModels
 from pshare_jax.engine.shape import cluster_shape

@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 
 from pshare_jax.cluster.cpus import allowed_cpus, format_cpus
+from pshare_jax.cluster.limits import check_cluster
 from pshare_jax.cluster.thread import Send, WorkerThread
 from pshare_jax.cluster.turns import HostTurns
 from pshare_jax.cluster.wire import Part, Shape
@@ -35,7 +36,7 @@ from pshare_jax.engine.devices import compute_dtype, page_dtype, prepare_jax
 from pshare_jax.engine.gang import hosts_of, mirror_of, replay_of
 from pshare_jax.engine.hosted_modules import HostedModules
 from pshare_jax.engine.kv_store import EngineStore, page_shape
-from pshare_jax.engine.limits import check_cluster, check_config
+from pshare_jax.engine.limits import check_config
 from pshare_jax.engine.loader import (
     BaseSource,
     ModelSource,
@@ -203,8 +204,13 @@ class HostedWorkers:
         url: str = "",
         peers: Peers | None = None,
         host: str = "127.0.0.1",
+        *,
+        leads: bool = True,
     ) -> HostedWorkers:
         """Loads the checkpoints that `config` names.
+
+        `leads` says whether this process decides what its mesh computes; the others of a gang do as
+        they are told. All else is as for the class.
 
         Raises:
             ConfigError: a configuration that cannot be served, by key.
@@ -215,7 +221,10 @@ class HostedWorkers:
         model = read_manifest(config.base).config.with_weights(config.weights)
         dtype = compute_dtype(config, model)
         base, sources = checkpoint_sources(config, dtype)
-        tokenizer = Tokenizer.load(Path(config.base) / TOKENIZER_FOLDER)
+        tokenizer = None
+        # For grammars, and to calibrate the codec of a store. Others need not wait a second for it.
+        if leads and (role != "prefill" or config.kv_store.path):
+            tokenizer = Tokenizer.load(Path(config.base) / TOKENIZER_FOLDER)
         return cls(config, role, name, base, sources, tokenizer, url, peers, host)
 
     @property

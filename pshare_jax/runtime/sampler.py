@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 
 from pshare_jax.core.requests import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams, TokenLogprobs
 from pshare_jax.runtime.host_arrays import host_array
+from pshare_jax.sharding.rules import replicated
 
 MIN_TEMPERATURE = 1e-5
 """Below this a row is greedy: the scores would overflow."""
@@ -138,6 +140,7 @@ def sample(
     lengths: jax.Array,
     best: jax.Array | None = None,
     mask: jax.Array | None = None,
+    mesh: Mesh | None = None,
 ) -> Sampled:
     """The next token of each row.
 
@@ -151,11 +154,12 @@ def sample(
             logits need not be defined unless `needs_logits`.
         mask: `[B, ceil(V / 32)]` uint32, the tokens that may be chosen: bit i % 32 of word i // 32
             is that of token i. Log-probabilities are those without it.
+        mesh: the devices over which the vocabulary may be split; None is one device.
     """
 
     def chosen(logits: jax.Array) -> jax.Array:
         scores = logits if mask is None else _masked(logits, mask)
-        return _choose(scores, rows, history, lengths)
+        return _choose(scores, rows, history, lengths, mesh)
 
     if best is None:
         tokens = chosen(logits)
@@ -175,7 +179,11 @@ def _masked(logits: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def _choose(
-    logits: jax.Array, rows: SamplingRows, history: History, lengths: jax.Array
+    logits: jax.Array,
+    rows: SamplingRows,
+    history: History,
+    lengths: jax.Array,
+    mesh: Mesh | None,
 ) -> jax.Array:
     scores = lax.cond(
         rows.any_penalty, lambda x: _penalise(x, rows, history, lengths), lambda x: x, logits
@@ -183,7 +191,7 @@ def _choose(
     scores = lax.cond(rows.any_bias, lambda x: _add_bias(x, history), lambda x: x, scores)
     return lax.cond(
         rows.any_random,
-        lambda x: _draw(x, rows, lengths),
+        lambda x: _draw(x, rows, lengths, mesh),
         _best,
         scores,
     )
@@ -215,12 +223,16 @@ def _add_bias(logits: jax.Array, history: History) -> jax.Array:
     return logits.at[index, ids].add(jnp.where(used, history.bias_values, 0.0))
 
 
-def _draw(scores: jax.Array, rows: SamplingRows, lengths: jax.Array) -> jax.Array:
+def _draw(
+    scores: jax.Array, rows: SamplingRows, lengths: jax.Array, mesh: Mesh | None
+) -> jax.Array:
     """Gumbel-max draw at the row's temperature; temperature 0 takes the argmax."""
     greedy = _best(scores)
     random = rows.temperature > 0
     scaled = scores / jnp.where(random, rows.temperature, 1.0)[:, None]
-    scaled = lax.cond(rows.any_filter, lambda x: _filter(x, rows), lambda x: x, scaled)
+    scaled = lax.cond(
+        rows.any_filter, lambda x: _filter(_whole(x, mesh), rows), lambda x: x, scaled
+    )
 
     def noise(seed: jax.Array, position: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.key(seed), position)
@@ -237,6 +249,13 @@ def _best(scores: jax.Array) -> jax.Array:
     ids = jnp.arange(vocab, dtype=jnp.int32)
     # Without a highest one, which NaN is not, the last is as good as any.
     return jnp.min(jnp.where(scores == highest, ids, vocab - 1), axis=-1)
+
+
+def _whole(scores: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """All scores on every device: one message, where each step of a bisection would take one."""
+    if mesh is None or mesh.size == 1:
+        return scores
+    return lax.with_sharding_constraint(scores, replicated(mesh))
 
 
 def _filter(scores: jax.Array, rows: SamplingRows) -> jax.Array:

@@ -248,7 +248,7 @@ def decode_steps(
         )
         lengths = rows.start + 1
         view = History(*(array[inputs.slots] for array in history))
-        sampled = sample(logits, inputs.sampling, view, lengths, best)
+        sampled = sample(logits, inputs.sampling, view, lengths, best, mesh=spec.mesh)
         written = history.tokens.at[inputs.slots, lengths].set(sampled.tokens, mode="drop")
         return pages, history._replace(tokens=written), sampled, left
 
@@ -304,7 +304,7 @@ def choose(
         decoder = PackedDecoder(spec.config, weights)
         logits, best = decoder.logits(left, lens, needs_logits(sampling), mask)
     view = History(*(array[slots] for array in history))
-    sampled = sample(logits, sampling, view, start + 1, best, mask)
+    sampled = sample(logits, sampling, view, start + 1, best, mask, spec.mesh)
     written = history.tokens.at[slots, start + 1].set(sampled.tokens, mode="drop")
     return history._replace(tokens=written), Sampled(*(array[None] for array in sampled))
 

@@ -184,7 +184,7 @@ def _follow(
     follower.join(lost)
     app[STATE]["status"] = "warming_up"
     join_worlds(follower.coordinator, place.rank, place.size)
-    hosted = HostedWorkers.from_config(config, options.role, options.name)
+    hosted = HostedWorkers.from_config(config, options.role, options.name, leads=False)
     try:
         replay = hosted.replay()
         follower.built(identity(hosted))

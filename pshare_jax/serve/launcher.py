@@ -24,11 +24,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from pshare_jax.cluster.cpus import cpu_sets
+from pshare_jax.cluster.limits import check_cluster
 from pshare_jax.cluster.secret import read_token
 from pshare_jax.cluster.tls import cluster_tls
 from pshare_jax.config import ServeConfig
 from pshare_jax.core.autoscale import Split
-from pshare_jax.engine.limits import check_cluster
 from pshare_jax.errors import PshareError
 from pshare_jax.serve import kubernetes
 from pshare_jax.serve.frontend_client import FrontendClient, NoAnswerError, State

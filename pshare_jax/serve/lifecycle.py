@@ -30,6 +30,11 @@ log = logging.getLogger(__name__)
 # How long a finished or aborted handler may take to write what it has left.
 SHUTDOWN_SECONDS = 2.0
 SWITCH_SECONDS = 0.001
+# Connections that wait to be taken, as far as the system allows: one more is dropped by it, and its
+# client tries again only after a second. And how many are taken before others have their turn.
+BACKLOG, ACCEPTED = 2048, 128
+# How long a client may go on sending a body that nobody reads, so that it gets to the answer.
+LINGER_SECONDS = 10.0
 _POSITIVE = (
     "max_n",
     "max_prompts",
@@ -72,7 +77,7 @@ def bind(config: ServerConfig, descriptor: int | None = None) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
         # Two sockets may be bound to one address, and only one listens: the error must come now.
-        sock.listen()
+        sock.listen(BACKLOG)
     except OSError as error:
         if sock is not None:
             sock.close()
@@ -108,6 +113,7 @@ class HttpServer:
             handler_cancellation=True,
             # Also bounds how long a connection may take to send its headers.
             keepalive_timeout=config.read_timeout_seconds,
+            lingering_time=min(LINGER_SECONDS, config.read_timeout_seconds),
             **access_log_options(config.access_log),
             server_header=config.server_header,
             shutdown_timeout=SHUTDOWN_SECONDS,
@@ -119,7 +125,9 @@ class HttpServer:
         # to have it back from a thread that renders or detokenises.
         sys.setswitchinterval(SWITCH_SECONDS)
         await self._runner.setup()
-        await web.SockSite(self._runner, sock, ssl_context=self._tls).start()
+        # asyncio takes as many connections in one turn of its loop as it is told may wait.
+        await web.SockSite(self._runner, sock, ssl_context=self._tls, backlog=ACCEPTED).start()
+        sock.listen(BACKLOG)
 
     async def close(self) -> None:
         """Ends all connections and stops listening."""

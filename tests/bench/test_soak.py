@@ -5,6 +5,7 @@ import json
 import os
 import time
 from dataclasses import replace
+from unittest import mock
 
 import aiohttp
 import pytest
@@ -89,7 +90,8 @@ def server(tokenizer):  # noqa: F811
     # What a real pool has, the fake one does not count down.
     plain = engine.stats
     engine.stats = lambda: replace(plain(), pools={}, waiting={})
-    with running_server(engine) as client:
+    # Files of a process that runs tests are not what is asked for.
+    with mock.patch.object(soak, "_CLOSED_SECONDS", 0.01), running_server(engine) as client:
         yield client
 
 

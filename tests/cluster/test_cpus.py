@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from pshare_jax.cluster.cpus import allowed_cpus, cpu_sets, format_cpus, kept_to, parse_cpus
+from pshare_jax.cluster.limits import check_cluster
 from pshare_jax.config import ServeConfig
-from pshare_jax.engine.limits import check_cluster
 from pshare_jax.errors import ConfigError
 from pshare_jax.serve.launcher import Launcher, make_token
 from pshare_jax.serve.local_host import LocalHost

@@ -19,6 +19,13 @@ from tests.cluster.symbolic import NAMES, Cluster, Frontend, Reply, symbolic_clu
 from tests.engine.harness import wait_until
 
 
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who has lost a link makes it again as soon as it can."""
+    monkeypatch.setattr("pshare_jax.cluster.link.AGAIN_SECONDS", 0.02)
+    monkeypatch.setattr("pshare_jax.cluster.link.MAX_AGAIN_SECONDS", 0.1)
+
+
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
     """2 x 2 x 2; at the end nobody holds anything."""

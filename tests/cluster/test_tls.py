@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from pshare_jax.cluster.gang import GangFollower, GangLeader
+from pshare_jax.cluster.limits import check_cluster
 from pshare_jax.cluster.tls import cluster_tls
 from pshare_jax.config import ClusterConfig
-from pshare_jax.engine.limits import check_cluster
 from pshare_jax.errors import ConfigError, GangLostError
 from pshare_jax.runtime.mirror import Run
 from tests.cluster.harness import TOKEN, cluster_config, running_cluster

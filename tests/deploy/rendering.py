@@ -74,6 +74,7 @@ def rendered(values: Manifest, release: str = "pshare") -> tuple[Manifest, ...]:
     )
 
 
+@functools.cache
 def everything() -> dict[str, tuple[Manifest, ...]]:
     """All objects, by where they come from."""
     found = {folder: kustomized(folder) for folder in FOLDERS}

@@ -30,6 +30,8 @@ from tests.deploy.rendering import (
     pods,
 )
 
+pytestmark = pytest.mark.deploy
+
 ROOT = Path(__file__).parents[2]
 SERVED = [
     *(f"kustomize/overlays/{overlay}" for overlay in (*PLATFORMS, *OTHERS)),

@@ -12,6 +12,8 @@ from pshare_jax.cli import COMMANDS
 from pshare_jax.serve import app
 from tests.deploy.rendering import DEPLOY, PLATFORMS, kustomized, named, pods, program
 
+pytestmark = pytest.mark.deploy
+
 ROOT = Path(__file__).parents[2]
 TEXT = (DEPLOY / "Dockerfile").read_text()
 IGNORED = (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines()

@@ -25,6 +25,8 @@ from tests.deploy.rendering import (
     rendered,
 )
 
+pytestmark = pytest.mark.deploy
+
 OLDEST, NEWEST = "1.28", "1.37"
 """Versions of Kubernetes; the chart names the oldest too."""
 

@@ -18,6 +18,8 @@ from tests.deploy import contract
 from tests.deploy.rendering import DEPLOY, Manifest, kustomized, named
 from tests.deploy.test_agreement import config_of, flags
 
+pytestmark = pytest.mark.deploy
+
 ROOT = Path(__file__).parents[2]
 SIDES = ("frontend", "prefill", "decode")
 

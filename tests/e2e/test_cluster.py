@@ -207,6 +207,11 @@ class Processes:
         return False
 
 
+def knows_texts(pid: int | None) -> bool:
+    """Whether a process has loaded what tokenizers are made of."""
+    return "/tokenizers" in Path(f"/proc/{pid}/maps").read_text()
+
+
 @pytest.fixture(scope="module")
 def processes(config: Path, expected: object) -> Iterator[Processes]:
     """2 frontends, 2 prefill and 2 decode workers."""
@@ -247,6 +252,9 @@ def test_what_processes_answer_is_what_one_does(
     # Pages have come from other processes, and nothing was compiled for it.
     assert processes.metric("pshare_handoff_pages_total") > 0
     assert processes.metric("pshare_compiles_total") == 0
+    # Who covers prompts has no use for texts; who generates follows grammars.
+    assert not knows_texts(processes.pid("prefill0"))
+    assert knows_texts(processes.pid("decode0"))
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
-"""Processes with a KV store, pages that go from device to device, and modules that come and go."""
+"""Processes with a KV store, pages that go from device to device, and what comes and goes: modules,
+and decode workers with the load."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,30 @@ from tests.e2e.test_cluster import MODELS, SECONDS, Processes, Stream, body_of, 
 from tests.e2e.test_examples import run
 
 NUMBERS = range(9)
+LONG = 100
+"""Tokens of an answer while workers come and go."""
+
+SCALED = {
+    "lost_seconds": 10.0,
+    "autoscale": {
+        "max_decode": 2,
+        "observe_seconds": 0.2,
+        "prefill_tokens_per_s": 1e6,
+        "decode_sequences": 4,
+        "window": 1.0,
+        "long_window": 1.0,
+        "rise_seconds": 0.5,
+        "fall_seconds": 2.0,
+        "settle_seconds": 1.0,
+    },
+}
+"""Up to two decode workers: one for four sequences, whatever comes."""
 
 
 @pytest.fixture(scope="module")
 def processes(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
-    """2 frontends, a prefill and a decode worker."""
-    config = write_config(tiny_folder, **FEW)
+    """2 frontends, a prefill and a decode worker; a second one while four sequences run."""
+    config = write_config(tiny_folder, cluster=SCALED, **FEW)
     command = [sys.executable, "-m", "pshare_jax.serve", f"--config={config}"]
     command += ["--port=0", "--launcher=local", "--cluster.frontends=2"]
     command += ["--cluster.transport=jax-transfer", "--kv_store.bytes=67108864"]
@@ -146,3 +166,54 @@ def test_a_module_is_loaded_at_one_frontend_and_served_by_all(
         read(first, body, Stream())
         raise AssertionError("what was unloaded has answered")
     assert texts(first) == expected
+
+
+@pytest.mark.slow
+def test_a_decode_worker_comes_and_goes(processes: Processes, tiny_server: str) -> None:
+    """The launcher adds it and drains it again, while there are requests all along."""
+    bodies = [body_of(number, LONG) for number in range(6)]
+    expected = [read(tiny_server, body, Stream()).text for body in bodies]
+    url, numbers = processes.urls[0], itertools.count()
+    done: list[tuple[int, str]] = []
+    few, over = threading.Event(), threading.Event()
+
+    def play(stays: bool) -> None:
+        while not (over if stays else few).is_set():
+            number = next(numbers) % 6
+            done.append((number, read(url, bodies[number], Stream()).text))
+
+    def pages(name: str) -> float:
+        return processes.metric("pshare_pages", f'pool="{name}"')
+
+    def failed() -> float:
+        return processes.metric("vllm:request_success_total", 'finished_reason="error"')
+
+    failed_before = failed()
+    with ThreadPoolExecutor(6) as pool:
+        players = [pool.submit(play, player == 0) for player in range(6)]
+        try:
+            # It comes, and what it has generated is of some use.
+            eventually(lambda: pages("decode1") > 0, SECONDS)
+            eventually(
+                lambda: processes.metric("pshare_busy_seconds_total", 'engine="decode1"') > 0,
+                SECONDS,
+            )
+            pid = processes.pid("decode1")
+            few.set()
+            # It goes, while one client goes on.
+            eventually(lambda: pages("decode1") == 0, SECONDS)
+            eventually(lambda: processes.pid("decode1") is None, SECONDS)
+            count = len(done)
+            eventually(lambda: len(done) > count + 3, SECONDS)
+        finally:
+            few.set()
+            over.set()
+        for player in players:
+            player.result()
+    assert pid is not None
+    assert [text for _, text in done] == [expected[number] for number, _ in done]
+    eventually(processes.whole, SECONDS)
+    assert processes.pid("decode0") is not None
+    # Nobody has failed, and the one that stayed is the one that there was.
+    assert failed() == failed_before
+    assert processes.metric("pshare_compiles_total") == 0

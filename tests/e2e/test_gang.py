@@ -21,7 +21,7 @@ from pshare_jax.engine.offline import Engine
 from pshare_jax.serve.process import READY
 from tests.e2e.conftest import write_config
 from tests.e2e.metrics import eventually
-from tests.e2e.test_cluster import SECONDS, Processes, Stream, body_of, read
+from tests.e2e.test_cluster import SECONDS, Processes, Stream, body_of, knows_texts, read
 
 NUMBERS = (0, 1, 2, 3, 4, 5)
 """Of requests: greedy and seeded ones, of three models."""
@@ -113,6 +113,8 @@ def test_two_processes_answer_what_one_does(gangs: Gangs, expected: dict[int, st
     # Pages have gone from the one mesh to the other, and nothing was compiled for it.
     assert gangs.metric("pshare_handoff_pages_total") > 0
     assert gangs.metric("pshare_compiles_total") == 0
+    # The first process follows grammars, the other one does as it is told.
+    assert [knows_texts(gangs.member("decode0", rank)) for rank in (0, 1)] == [True, False]
 
 
 @pytest.mark.slow

@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from pshare_jax.cluster.limits import check_cluster
 from pshare_jax.config import RouterConfig
 from pshare_jax.core.router import NoWorkerError
-from pshare_jax.engine.limits import check_cluster
 from pshare_jax.errors import ConfigError
 from tests.engine.harness import (
     Client,

@@ -28,6 +28,8 @@ from tests.e2e.test_cluster import Stream, body_of, read
 from tests.engine.harness import wait_until
 from tests.ray.test_ray_host import OWN, alive, descendants
 
+pytestmark = pytest.mark.ray
+
 SECONDS = 200
 NAME = f"ray{os.getpid()}"
 

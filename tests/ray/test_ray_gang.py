@@ -17,6 +17,8 @@ from tests.e2e.test_gang import NUMBERS, expected, settings_of
 from tests.engine.harness import wait_until
 from tests.ray.test_ray_cluster import SECONDS, free_port, launched
 
+pytestmark = pytest.mark.ray
+
 __all__ = ["expected"]
 
 

@@ -24,6 +24,8 @@ from pshare_jax.serve.supervision import Child, Spec, StartError
 from tests.serve.server import eventually
 from tests.serve.test_local_gang import MEETS, pids
 
+pytestmark = pytest.mark.ray
+
 SERVES = (
     "import os, signal, sys; "
     "sys.argv[-1].startswith('--listen-fd=') or sys.exit(2); "

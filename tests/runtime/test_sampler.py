@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import functools
+import re
 from typing import Any
 
 import hypothesis.strategies as st
@@ -8,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pshare_jax.core.requests import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
 from pshare_jax.runtime.sampler import (
@@ -19,6 +22,7 @@ from pshare_jax.runtime.sampler import (
     pack_rows,
     sample,
 )
+from pshare_jax.sharding.rules import TENSOR
 
 VOCAB, MAX_LEN = 12, 16
 quick = settings(max_examples=60, deadline=None)
@@ -292,3 +296,28 @@ def test_padding_rows_are_plain() -> None:
     flags = (rows.any_bias, rows.any_filter, rows.any_logprobs, rows.any_penalty, rows.any_random)
     assert not any(flags)
     assert empty_history(2, MAX_LEN).tokens.shape == (3, MAX_LEN)
+
+
+def test_a_split_vocabulary_is_gathered_once_not_searched_by_messages() -> None:
+    """Bisecting over a mesh would take a message of the devices for each bit of either limit."""
+    mesh = Mesh(np.asarray(jax.devices()[:2]), (TENSOR,))
+    params = [
+        SamplingParams(temperature=1.0, top_k=7, top_p=0.8),
+        SamplingParams(temperature=0.7, top_p=0.5, min_p=0.01),
+        SamplingParams(temperature=0.0),
+    ]
+    logits, seeds = random_logits(3, 5), [3, 4, 5]
+    rows = pack_rows(params, seeds, [1] * 3, 3)
+    split = jax.device_put(logits, NamedSharding(mesh, PartitionSpec(None, TENSOR)))
+    arguments = split, rows, history([[0]] * 3), np.ones(3, np.int32)
+    compiled = jax.jit(functools.partial(sample, mesh=mesh)).lower(*arguments).compile()
+    text = compiled.as_text()
+    loops = re.findall(r"body=%?([\w.]+)", text)
+    assert len(loops) >= 2
+    for loop in loops:
+        body = re.search(rf"^%?{re.escape(loop)} .*?^}}", text, re.MULTILINE | re.DOTALL)
+        assert body is not None
+        assert "all-reduce" not in body[0]
+    assert "all-gather" in text
+    alone = draw(logits, params, seeds=seeds)
+    np.testing.assert_array_equal(jax.device_get(compiled(*arguments).tokens), alone.tokens)

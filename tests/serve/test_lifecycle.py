@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ import pytest
 from pshare_jax.config import ServerConfig
 from pshare_jax.errors import ConfigError
 from pshare_jax.serve.__main__ import main
-from pshare_jax.serve.lifecycle import bind, url_of
+from pshare_jax.serve.lifecycle import BACKLOG, HttpServer, bind, url_of
 from tests.serve.fake import fake_config, fake_engine
 from tests.serve.server import SECONDS, eventually, running_server
 from tests.text.tiny import write_byte_level
@@ -44,6 +45,21 @@ def test_while_warming_up_the_server_is_healthy_but_not_ready(tokenizer):
         assert client.post("/tokenize", {"prompt": "x"}).status == 200
         client.engine.start()
         assert state(client) == (200, 200, 200)
+
+
+async def test_thousands_of_connections_may_wait_to_be_taken(tokenizer):
+    with bind(ServerConfig(port=0)) as sock:
+        most = min(BACKLOG, int(Path("/proc/sys/net/core/somaxconn").read_text()))
+        assert places(sock) == most
+        server = HttpServer(fake_engine(tokenizer))
+        await server.start(sock)
+        assert places(sock) == most
+        await server.close()
+
+
+def places(sock: socket.socket) -> int:
+    """How many connections may wait at a socket that listens: Linux's `tcpi_sacked`."""
+    return struct.unpack_from("I", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 32), 28)[0]
 
 
 def test_a_worker_that_has_failed_is_named_while_others_go_on(client):
@@ -319,10 +335,11 @@ def test_a_failed_warm_up_is_logged_and_ends_the_process(process):
 
 
 class TestCommandLine:
-    def test_help_is_useful_and_needs_no_jax(self):
+    def test_help_is_useful_and_neither_it_nor_a_launcher_needs_jax(self):
         program = (
             "import sys; sys.argv = ['serve', '--help']\n"
             "from pshare_jax.serve.__main__ import main\n"
+            "import pshare_jax.serve.launcher\n"
             "try: main()\n"
             "finally: assert 'jax' not in sys.modules\n"
         )
