@@ -16,6 +16,7 @@ import msgspec
 from pshare_jax.cluster.worker import DecodeWorker, PrefillWorker
 from pshare_jax.config import DecodeConfig
 from pshare_jax.core import messages as m
+from pshare_jax.core.arrivals import TRANSFER_SECONDS
 from pshare_jax.core.balance import BalancePolicy
 from pshare_jax.core.constraints import GrammarSpec
 from pshare_jax.core.decode import DecodeCore
@@ -144,7 +145,8 @@ class Host:
         reader = module(spec.group, spec.adapter if split.invoked else -1)
         expected = oracle(writer, reader, prompt, split.covered, max_tokens, (), grammar)
         ends = frozenset(expected[end_after : end_after + 1] if end_after is not None else ())
-        expected = oracle(writer, reader, prompt, split.covered, max_tokens, ends, grammar)
+        first = next((i for i, token in enumerate(expected) if token in ends), max_tokens)
+        expected = expected[: first + 1]
         params = SamplingParams(
             max_tokens=max_tokens,
             logprobs=logprobs,
@@ -260,10 +262,11 @@ class Host:
             idle = 0 if self.round() else idle + 1
             self.check()
             if idle:
-                self.now += 0.5
+                # Whoever waits, waits for a deadline: the longer nothing moves, the less is looked.
+                self.now += min(2.0 ** (idle - 2), TRANSFER_SECONDS)
             if idle > 2 and not self.dispatcher.num_live and not self._busy():
                 break
-            assert idle < 100, f"nothing moves, but {[r.request.id for r in self.live]} wait"
+            assert idle < 20, f"nothing moves, but {[r.request.id for r in self.live]} wait"
         assert not self.dispatcher.num_live, "too many rounds"
         for reply in self.replies.values():
             reply.check_ended()

@@ -6,9 +6,10 @@ import json
 
 import pytest
 
-from pshare_jax.study import quick
+from pshare_jax.study import quick, runner
 from pshare_jax.study.__main__ import main
 from pshare_jax.study.quick import lookups
+from tests.study.test_runner import train_here
 
 
 @pytest.mark.slow
@@ -16,6 +17,9 @@ from pshare_jax.study.quick import lookups
 def test_cache_conditioned_modules_learn_where_naive_sharing_fails(tmp_path, monkeypatch, capsys):
     # What is between no sharing and all of it is of no interest here.
     monkeypatch.setattr(quick, "SHARES", (0.0, 1.0))
+    # The first run has a process of its own, as all of them have; it is the same in this one.
+    trainers = iter([runner.run_trainer])
+    monkeypatch.setattr(runner, "run_trainer", lambda command: next(trainers, train_here)(command))
     assert main(["quick", str(tmp_path)]) == 0
     results = {
         result["method"]: result["evaluations"]
