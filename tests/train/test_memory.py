@@ -22,7 +22,7 @@ from pshare_jax.train.layout import collate
 from pshare_jax.train.loop import train
 from pshare_jax.train.loss import Recipe, loss_sum
 from pshare_jax.train.report import Reporter
-from tests.helpers import tiny_config
+from tests.helpers import on_device, tiny_config
 from tests.train.helpers import train_config
 
 QUIET = Reporter(active=False)
@@ -51,7 +51,7 @@ def test_attention_in_blocks_is_attention(monkeypatch, soft_cap):
     monkeypatch.setattr(memory_saving, "BLOCK", 16)
     rng = np.random.default_rng(0)
     q, k, v = (
-        jnp.asarray(rng.normal(size=(2, length, heads, 8)), jnp.float32)
+        on_device(rng.normal(size=(2, length, heads, 8)))
         for length, heads in ((41, 4), (57, 2), (57, 2))
     )
     mask = jnp.broadcast_to(causal_mask(jnp.arange(41) + 16, jnp.arange(57), 30), (2, 41, 57))
