@@ -16,7 +16,6 @@ import msgspec
 from pshare_jax.cluster.worker import DecodeWorker, PrefillWorker
 from pshare_jax.config import DecodeConfig
 from pshare_jax.core import messages as m
-from pshare_jax.core.arrivals import TRANSFER_SECONDS
 from pshare_jax.core.balance import BalancePolicy
 from pshare_jax.core.constraints import GrammarSpec
 from pshare_jax.core.decode import DecodeCore
@@ -255,18 +254,21 @@ class Host:
             return True
         return sum(map(self.work_ahead, self.alive)) > 0
 
-    def drain(self) -> None:
-        """Lets all requests end, in a fair order and a bounded number of rounds."""
+    def drain(self, leap: float = 0.5) -> None:
+        """Lets all requests end, in a fair order and a bounded number of rounds.
+
+        Where nothing moves, whoever waits, waits for a deadline: time passes by half a second, and
+        by twice as much each further time, up to `leap`.
+        """
         idle = 0
         for _ in range(600 + 10 * len(self.live)):
             idle = 0 if self.round() else idle + 1
             self.check()
             if idle:
-                # Whoever waits, waits for a deadline: the longer nothing moves, the less is looked.
-                self.now += min(2.0 ** (idle - 2), TRANSFER_SECONDS)
+                self.now += min(2.0 ** (idle - 2), leap)
             if idle > 2 and not self.dispatcher.num_live and not self._busy():
                 break
-            assert idle < 20, f"nothing moves, but {[r.request.id for r in self.live]} wait"
+            assert idle < 100, f"nothing moves, but {[r.request.id for r in self.live]} wait"
         assert not self.dispatcher.num_live, "too many rounds"
         for reply in self.replies.values():
             reply.check_ended()

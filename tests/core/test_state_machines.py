@@ -291,7 +291,7 @@ class Machine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "host"):
-            self.host.drain()
+            self.host.drain(leap=TRANSFER_SECONDS)
 
 
 PIECES = {

@@ -26,7 +26,7 @@ from tests.helpers import on_device, tiny_config
 from tests.train.helpers import train_config
 
 QUIET = Reporter(active=False)
-DEEP = tiny_config(vocab_size=96, num_layers=6, hidden_size=64, intermediate_size=128)
+DEEP = tiny_config(vocab_size=96, num_layers=3, hidden_size=64, intermediate_size=128)
 
 
 def temporary_bytes(remat: bool, tokens: int = 64, size: int = 16) -> int:
