@@ -14,7 +14,8 @@ from tests.xla_flags import USERS, set_quick
 if not USERS:
     set_quick()
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".cache/xla-tests")
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# To keep what compiles faster than this, and to find it, takes as long as to compile it.
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
@@ -48,9 +49,22 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile | Non
 
 
 def pytest_collection_finish() -> None:
-    """What was imported stays: garbage collections need not walk it again and again."""
+    """What was imported stays: garbage collections need not walk it again and again.
+
+    And they come seldom: tracing makes many small objects that stay, and JAX does work of its own
+    after each collection.
+    """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _unflushed() -> Iterator[None]:
+    """This process does not wait for its disk: what only a power cut could tell, no test can."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
 
 
 @pytest.hookimpl(wrapper=True)

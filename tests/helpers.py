@@ -111,8 +111,8 @@ def tiny_config(**overrides: Any) -> ModelConfig:
 
 
 def on_device(values: np.ndarray, dtype: Any = jnp.float32) -> jax.Array:
-    """As `jnp.asarray`, which compiles a program for each shape that it converts."""
-    return jnp.asarray(np.asarray(values, np.float32).astype(jnp.dtype(dtype)))
+    """As `jnp.asarray`, which compiles a program for each shape that it converts, or takes over."""
+    return jax.device_put(np.asarray(values, np.float32).astype(jnp.dtype(dtype)))
 
 
 def set_optimisations(on: bool) -> None:

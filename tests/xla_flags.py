@@ -9,8 +9,13 @@ from importlib.metadata import version
 
 QUICK = (
     "--xla_llvm_disable_expensive_passes=true",
-    # Without the newer emitter of fused loops, which later versions have alone.
-    *(("--xla_cpu_use_fusion_emitters=false",) if version("jaxlib").startswith("0.10.") else ()),
+    # Without the newer emitter of fused loops, which later versions have alone; and programs whole:
+    # their parts would be compiled side by side, for which there are no cores to spare.
+    *(
+        ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
+        if version("jaxlib").startswith("0.10.")
+        else ()
+    ),
 )
 USERS = any(os.environ.get(name, "") not in ("", "0") for name in ("EXHAUSTIVE", "SOAK_MINUTES"))
 """Whether this run takes the compiler that users have: one that takes its time anyway."""

@@ -45,7 +45,7 @@ def hidden_states(
         padded = np.zeros(1 << (len(tokens) - 1).bit_length(), np.int32)
         padded[: len(tokens)] = tokens
         rows = np.clip(padded, 0, config.vocab_size - 1)
-        states.append(jnp.asarray(embedding[rows].astype(np.float32))[None])
+        states.append(jax.device_put(embedding[rows].astype(np.float32)[None]))
     del embedding
     states = [scaled_embedding(config, x) for x in states]
     for i, spec in enumerate(config.layer_specs):
@@ -67,7 +67,7 @@ def hidden_states(
 
 
 def _float32(tensor: LazyTensor) -> jax.Array:
-    return jnp.asarray(tensor.astype(DTYPES["float32"]).read())
+    return jax.device_put(tensor.astype(DTYPES["float32"]).read())
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -100,4 +100,5 @@ class Head:
             hidden @ self._matrix[i : i + COLUMNS].astype(np.float32).T
             for i in range(0, len(self._matrix), COLUMNS)
         ]
-        return np.asarray(scaled_logits(self._config, jnp.asarray(np.concatenate(parts, axis=1))))
+        whole = jax.device_put(np.concatenate(parts, axis=1))
+        return np.asarray(scaled_logits(self._config, whole))

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import msgspec
 
 from pshare_jax.core.requests import Owner, SamplingParams
+
+Part = tuple[str, ...]
+"""A client, a model of it, or a request to that: each is the beginning of the next."""
 
 
 class Moved(msgspec.Struct, frozen=True):
@@ -24,7 +29,7 @@ class Moved(msgspec.Struct, frozen=True):
     keys: list[bytes]
 
 
-class Sequence(msgspec.Struct, frozen=True, kw_only=True):
+class Sequence(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """One attempt at a request, as workers know it.
 
     Args:
@@ -96,10 +101,18 @@ class Sequence(msgspec.Struct, frozen=True, kw_only=True):
         """Known tokens: the prompt's and the generated ones."""
         return len(self.prompt) + len(self.output)
 
-    @property
+    # Whoever plans asks for these two again and again, of all that wait.
+    @cached_property
     def chain(self) -> list[bytes]:
         """The keys of all that the prefill module covers, the last page included."""
         return [*self.keys, self.last_key]
+
+    @cached_property
+    def path(self) -> tuple[Part, Part, Part]:
+        """The parts that it belongs to, see `shares`: its client, down to its request."""
+        owner = self.owner
+        request = owner.request or f"#{self.order}"
+        return (owner.key,), (owner.key, self.model), (owner.key, self.model, request)
 
     def parent_key(self, index: int) -> bytes:
         """Chain key of the page before page `index`."""

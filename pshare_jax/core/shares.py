@@ -8,13 +8,10 @@ nor one of many sequences hold back what others want, and no model starves besid
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol, TypeVar
 
-from pshare_jax.core.sequences import Sequence
-
-Part = tuple[str, ...]
-"""A client, a model of it, or a request to that: each is the beginning of the next."""
+from pshare_jax.core.sequences import Part, Sequence
 
 
 class HasSequence(Protocol):
@@ -30,19 +27,12 @@ MAX_DEPTH = 3
 T = TypeVar("T", bound=HasSequence)
 
 
-def path(sequence: Sequence) -> tuple[Part, Part, Part]:
-    """The parts that a sequence belongs to, from its client down to its request."""
-    owner = sequence.owner
-    request = owner.request or f"#{sequence.order}"
-    return (owner.key,), (owner.key, sequence.model), (owner.key, sequence.model, request)
-
-
 def in_turn(first: Sequence, others: Iterable[T]) -> list[T]:
     """Who joins `first`, in order: one of each request, then a second one of each, and so on."""
-    taken = Counter([path(first)[-1]])
+    taken = Counter([first.path[-1]])
     rounds: list[tuple[int, int, T]] = []
     for one in sorted(others, key=lambda one: one.sequence.order):
-        request = path(one.sequence)[-1]
+        request = one.sequence.path[-1]
         rounds.append((taken[request], one.sequence.order, one))
         taken[request] += 1
     return [one for *_, one in sorted(rounds, key=lambda entry: entry[:2])]
@@ -61,7 +51,7 @@ class Holdings:
         self.oldest: int | None = None
         """Arrival order of the oldest that holds anything."""
         for sequence, amount in held:
-            parts = path(sequence)
+            parts = sequence.path
             for part in parts:
                 self._held[part] += amount  # type: ignore[assignment]
             self._weights[parts[0]] = sequence.owner.weight
@@ -71,7 +61,7 @@ class Holdings:
 
     def depth(self, sequence: Sequence) -> int:
         """How many of its parts hold something: 0 if its client does not, 3 if its request does."""
-        return sum(self._held[part] > 0 for part in path(sequence))
+        return sum(self._held[part] > 0 for part in sequence.path)
 
     def next(self, waiting: Iterable[T]) -> T:
         """Who is next: of the client, the model and the request that hold least; then the oldest.
@@ -79,7 +69,7 @@ class Holdings:
         Within a client, better priorities come first. Ties between clients go by age, so that none
         of them can push itself forward.
         """
-        return _next(waiting, self._held.__getitem__, self._share)
+        return _next(waiting, self._held, self._share)
 
     def hog(self, newcomer: Sequence, holders: Iterable[T], least: float) -> T | None:
         """Who gives way to a sequence whose client, model or request holds nothing at all.
@@ -106,7 +96,7 @@ class Holdings:
         return max(younger, key=self._rank, default=None)
 
     def _rank(self, one: HasSequence) -> tuple[float, ...]:
-        return (*map(self._share, path(one.sequence)), one.sequence.order)
+        return (*map(self._share, one.sequence.path), one.sequence.order)
 
     def _share(self, part: Part) -> float:
         # Who holds nothing has no weight here, and needs none.
@@ -126,15 +116,17 @@ class Holdings:
 
 
 def _next(
-    waiting: Iterable[T], amount: Callable[[Part], float], weighted: Callable[[Part], float]
+    waiting: Iterable[T], amounts: Mapping[Part, float], weighted: Callable[[Part], float]
 ) -> T:
     """The first of the client with the least: by priority, then of the model, then the request."""
     best: dict[Part, tuple[tuple[float, ...], T]] = {}
+    amount = amounts.get
     for one in waiting:
         sequence = one.sequence
-        client, model, request = path(sequence)
-        claim = sequence.owner.priority, amount(model), amount(request), sequence.order
-        if client not in best or claim < best[client][0]:
+        client, model, request = sequence.path
+        claim = sequence.owner.priority, amount(model, 0), amount(request, 0), sequence.order
+        found = best.get(client)
+        if found is None or claim < found[0]:
             best[client] = claim, one
     client = min(best, key=lambda client: (weighted(client), best[client][1].sequence.order))
     return best[client][1]
@@ -142,7 +134,7 @@ def _next(
 
 def _fork(one: Sequence, other: Sequence) -> tuple[Part, Part]:
     """The parts of both where their paths part; their requests if they are of the same."""
-    pairs = list(zip(path(one), path(other), strict=True))
+    pairs = list(zip(one.path, other.path, strict=True))
     return next(((a, b) for a, b in pairs if a != b), pairs[-1])
 
 
@@ -161,7 +153,7 @@ class FairClock:
 
     def update(self, wanting: Iterable[Sequence]) -> None:
         """Takes note of who wants something now; to be called before the other methods."""
-        present = {part for sequence in wanting for part in path(sequence)}
+        present = {part for sequence in wanting for part in sequence.path}
         least: dict[Part, float] = {}
         for part in present & self._had.keys():
             above = part[:-1]
@@ -181,16 +173,16 @@ class FairClock:
 
     def next(self, wanting: Iterable[T]) -> T:
         """Who is next; among parts that have had as much, the older."""
-        return _next(wanting, self._had.__getitem__, self._had.__getitem__)
+        return _next(wanting, self._had, self._had.__getitem__)
 
     def is_ahead(self, sequence: Sequence, amount: float) -> bool:
         """Whether its client has had more than another that waits, by more than `amount`."""
-        client, *_ = path(sequence)
+        client, *_ = sequence.path
         return self._had[client] > self._least.get((), 0.0) + amount
 
     def worked(self, sequence: Sequence, amount: float) -> None:
         """A sequence that wants something has got as much."""
-        client, *others = path(sequence)
+        client, *others = sequence.path
         self._had[client] += amount / sequence.owner.weight
         for part in others:
             self._had[part] += amount

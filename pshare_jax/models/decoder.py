@@ -233,6 +233,6 @@ def init_weights(config: ModelConfig, seed: int, dtype: jnp.dtype = jnp.float32)
             value = 0.1 * rng.standard_normal(spec.shape)
         else:
             value = rng.standard_normal(spec.shape, np.float32) * spec.inputs**-0.5
-        # Converted on the host: on a device each shape would be a program.
-        weights[name] = jnp.asarray(value.astype(np.float32).astype(jnp.dtype(dtype)))
+        # Converted on the host: on a device each shape would be a program, as with `jnp.asarray`.
+        weights[name] = jax.device_put(value.astype(np.float32).astype(jnp.dtype(dtype)))
     return weights

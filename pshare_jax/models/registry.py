@@ -71,7 +71,9 @@ def families() -> Iterator[Family]:
     return map(family, architectures())
 
 
+@functools.cache
 def _entry_points() -> importlib.metadata.EntryPoints:
+    # All packages that are installed are looked through.
     return importlib.metadata.entry_points(group=ENTRY_POINTS)
 
 

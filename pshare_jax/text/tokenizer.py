@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import json
 import os
@@ -258,6 +259,7 @@ class Tokenizer:
         return text
 
 
+@functools.cache
 def _reserved_variables() -> frozenset[str]:
     from transformers import PreTrainedTokenizerFast
 

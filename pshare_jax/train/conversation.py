@@ -91,6 +91,7 @@ class Conversation:
         self._plain = PlainText(tokenizer)
         self._messages = template_messages(chat_messages(given))
         self._tools = _tools(record.get("tools"))
+        self._texts: dict[tuple[int, bool], str] = {}
         self.weights = [_weight(message, index) for index, message in enumerate(given)]
         """Of each message; 0 for what is no answer."""
         self.dropped = sorted(
@@ -232,11 +233,16 @@ class Conversation:
         self, count: int, *, ask: bool, instead: tuple[int, Mapping[str, Any]] | None = None
     ) -> str:
         """The first `count` messages rendered; `instead` takes the place of one of them."""
+        if instead is None and (count, ask) in self._texts:
+            return self._texts[count, ask]
         messages: list[Mapping[str, Any]] = list(self._messages[:count])
         if instead is not None:
             messages[instead[0]] = instead[1]
         options = replace(self._options, add_generation_prompt=ask)
-        return render_chat(self._tokenizer, messages, self._tools, options, self._plain)
+        text = render_chat(self._tokenizer, messages, self._tools, options, self._plain)
+        if instead is None:
+            self._texts[count, ask] = text
+        return text
 
     def _encode(self, text: str) -> list[int]:
         return self._plain.encode(text, False)

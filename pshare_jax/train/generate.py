@@ -109,7 +109,7 @@ _base_kv = jax.jit(base_kv, static_argnums=0)
 def prompt_kv(recipe: Recipe, base: Weights, prompt: np.ndarray) -> jax.Array:
     """See `loss.base_kv`; compiled once for each shape, whatever else the recipe says."""
     facts = Recipe(recipe.config, recipe.dtype, matmul=recipe.matmul)
-    return _base_kv(facts, base, jnp.asarray(prompt))
+    return _base_kv(facts, base, prompt)
 
 
 def _covered_kv(
@@ -125,7 +125,7 @@ def _covered_kv(
     length = _round_up(max(prompts[i].cover for i in members))
     if length and store is not None:
         bucket = Bucket(prompt=length, decode=0, targets=0, sequence=0)
-        return jnp.asarray(store.load(MicroBatch(bucket, tuple(members)), size))
+        return jax.device_put(store.load(MicroBatch(bucket, tuple(members)), size))
     prompt = np.zeros((size, length), np.int32)
     for row, i in enumerate(members):
         cover = prompts[i].cover
@@ -147,7 +147,7 @@ def _collate(prompts: Sequence[Prompt], kv: jax.Array, size: int) -> _Batch:
         suffix[i, : len(p.tokens) - p.cover] = p.tokens[p.cover :]
     cover = np.asarray([p.cover for p in prompts], np.int32)
     length = np.asarray([len(p.tokens) for p in prompts], np.int32)
-    return _Batch(kv, *map(jnp.asarray, (suffix, cover, length)))
+    return _Batch(kv, *map(jax.device_put, (suffix, cover, length)))
 
 
 def _round_up(length: int) -> int:

@@ -144,7 +144,8 @@ class Host:
         reader = module(spec.group, spec.adapter if split.invoked else -1)
         expected = oracle(writer, reader, prompt, split.covered, max_tokens, (), grammar)
         ends = frozenset(expected[end_after : end_after + 1] if end_after is not None else ())
-        expected = oracle(writer, reader, prompt, split.covered, max_tokens, ends, grammar)
+        first = next((i for i, token in enumerate(expected) if token in ends), max_tokens)
+        expected = expected[: first + 1]
         params = SamplingParams(
             max_tokens=max_tokens,
             logprobs=logprobs,
@@ -253,14 +254,18 @@ class Host:
             return True
         return sum(map(self.work_ahead, self.alive)) > 0
 
-    def drain(self) -> None:
-        """Lets all requests end, in a fair order and a bounded number of rounds."""
+    def drain(self, leap: float = 0.5) -> None:
+        """Lets all requests end, in a fair order and a bounded number of rounds.
+
+        Where nothing moves, whoever waits, waits for a deadline: time passes by half a second, and
+        by twice as much each further time, up to `leap`.
+        """
         idle = 0
         for _ in range(600 + 10 * len(self.live)):
             idle = 0 if self.round() else idle + 1
             self.check()
             if idle:
-                self.now += 0.5
+                self.now += min(2.0 ** (idle - 2), leap)
             if idle > 2 and not self.dispatcher.num_live and not self._busy():
                 break
             assert idle < 100, f"nothing moves, but {[r.request.id for r in self.live]} wait"

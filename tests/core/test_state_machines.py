@@ -7,7 +7,10 @@ tokens, each delivered once, or because it was aborted, or with an error; and no
 
 from __future__ import annotations
 
+import itertools
 import os
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import hypothesis.strategies as st
 import pytest
@@ -34,15 +37,6 @@ LONGEST = 32
 """Tokens of a prompt and its reply together; each pool holds one such sequence."""
 
 MODELS = ["identity", "lora", "alora", "full", "isolated"]
-
-OWNERS = st.builds(
-    Owner,
-    key=st.sampled_from(["", "a", "b"]),
-    weight=st.sampled_from([0.1, 1.0, 3.0]),
-    request=st.sampled_from(["", "many", "few"]),
-    priority=st.integers(-1, 1),
-)
-"""Clients, which change their weights as they go, and requests of many sequences."""
 
 SETTINGS = {
     "one of each": Setting(),
@@ -110,6 +104,47 @@ SESSIONS = [
 ]
 
 
+T = TypeVar("T")
+
+
+def combined(*factors: Sequence[Any]) -> st.SearchStrategy[Any]:
+    """One of each, by a single choice of Hypothesis: those are most of what a step costs."""
+    return st.sampled_from(list(itertools.product(*factors)))
+
+
+def runs(values: Sequence[T], shortest: int, longest: int) -> st.SearchStrategy[tuple[T, ...]]:
+    """Values in a row, each length as often, by a single choice."""
+    return st.sampled_from(
+        [
+            run
+            for length in range(shortest, longest + 1)
+            for run in itertools.product(values, repeat=length)
+            for _ in range(len(values) ** (longest - length))
+        ]
+    )
+
+
+def one_of(of: Sequence[T], which: int) -> T:
+    """The one that `WHICH` stands for of what there is at this moment."""
+    return of[which % len(of)]
+
+
+WHICH = st.integers(0, 2**20 - 1)
+PROMPTS = st.builds(
+    lambda length, bits: [bits >> i & 1 for i in range(length)],
+    st.sampled_from([*range(1, 9), *range(1, 9), 10, 12, 14, 16, 20, 24]),
+    st.integers(0, 2**24 - 1),
+)
+MODEL_RUNS = runs(MODELS, 1, 3)
+TURNS = runs([0, 1, 7], 0, 6)
+SAMPLED = combined(range(1, 9), range(17))
+"""Tokens that are asked for, and after how many of them the end comes."""
+OWNERS = combined(["", "a", "b"], [0.1, 1.0, 3.0], ["", "many", "few"], [0, 1, -1]).map(
+    lambda owner: Owner(*owner)
+)
+"""Clients, which change their weights as they go, and requests of many sequences."""
+
+
 class Machine(RuleBasedStateMachine):
     """Random actions; prompts are of few different tokens and go on from earlier ones."""
 
@@ -121,11 +156,11 @@ class Machine(RuleBasedStateMachine):
 
     def _submit(
         self,
-        prompt: list[int],
+        prompt: Sequence[int],
         model: str,
         count: int,
-        salted: int,
         end: int,
+        salted: int,
         owner: Owner,
         session: Session,
     ) -> None:
@@ -143,73 +178,64 @@ class Machine(RuleBasedStateMachine):
         )
 
     @rule(
-        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=24),
-        models=st.lists(st.sampled_from(MODELS), min_size=1, max_size=3),
-        count=st.integers(1, 8),
-        salted=st.integers(0, 3),
-        end=st.integers(0, 16),
+        prompt=PROMPTS,
+        models=MODEL_RUNS,
+        sampled=SAMPLED,
+        of=combined(range(4), [1, 1, 1, 5], SESSIONS),
         owner=OWNERS,
-        samples=st.sampled_from([1, 1, 1, 5]),
-        session=st.sampled_from(SESSIONS),
     )
     def ask(
         self,
         prompt: list[int],
-        models: list[str],
-        count: int,
-        salted: int,
-        end: int,
+        models: tuple[str, ...],
+        sampled: tuple[int, int],
+        of: tuple[int, int, Session],
         owner: Owner,
-        samples: int,
-        session: Session,
     ) -> None:
+        salted, samples, session = of
         for model in models * samples:
-            self._submit(prompt, model, count, salted, end, owner, session)
+            self._submit(prompt, model, *sampled, salted, owner, session)
 
     @precondition(lambda self: self.host.replies)
     @rule(
-        data=st.data(),
-        more=st.lists(st.sampled_from([0, 1, 7]), max_size=6),
-        cut=st.integers(0, 9),
-        model=st.sampled_from(MODELS),
-        count=st.integers(1, 8),
-        end=st.integers(0, 16),
+        before=WHICH,
+        more=TURNS,
+        of=combined(range(10), MODELS, SESSIONS),
+        sampled=SAMPLED,
         owner=OWNERS,
-        session=st.sampled_from(SESSIONS),
     )
     def go_on(
         self,
-        data: st.DataObject,
-        more: list[int],
-        cut: int,
-        model: str,
-        count: int,
-        end: int,
+        before: int,
+        more: tuple[int, ...],
+        of: tuple[int, str, Session],
+        sampled: tuple[int, int],
         owner: Owner,
-        session: Session,
     ) -> None:
         """A session's next turn, or one that branches off."""
-        before = data.draw(st.sampled_from(list(self.host.replies.values())))
-        known = [*before.request.prompt_token_ids, *before.tokens]
+        cut, model, session = of
+        reply = one_of([*self.host.replies.values()], before)
+        known = [*reply.request.prompt_token_ids, *reply.tokens]
         known = known[: max(len(known) - cut, 1)]
-        self._submit([*known, *more], model, count, 1, end, owner, session)
+        self._submit([*known, *more], model, *sampled, 1, owner, session)
 
     @precondition(lambda self: self.host.live)
-    @rule(data=st.data(), complete=st.booleans())
-    def abort(self, data: st.DataObject, complete: bool) -> None:
-        self.host.abort(data.draw(st.sampled_from(self.host.live)), complete=complete)
+    @rule(which=WHICH, complete=st.booleans())
+    def abort(self, which: int, complete: bool) -> None:
+        self.host.abort(one_of(self.host.live, which), complete=complete)
 
     @precondition(lambda self: self.host.pending)
-    @rule(data=st.data(), count=st.integers(1, 4))
-    def deliver(self, data: st.DataObject, count: int) -> None:
+    @rule(which=WHICH, count=st.integers(1, 4))
+    def deliver(self, which: int, count: int) -> None:
         for _ in range(count):
             if pairs := self.host.pending:
-                self.host.deliver(*data.draw(st.sampled_from(pairs)))
+                self.host.deliver(*one_of(pairs, which))
+                which //= len(pairs)
 
     @precondition(lambda self: self.host.alive)
-    @rule(data=st.data(), count=st.integers(1, 4))
-    def work(self, data: st.DataObject, count: int) -> None:
-        name = data.draw(st.sampled_from(self.host.alive))
+    @rule(which=WHICH, count=st.integers(1, 4))
+    def work(self, which: int, count: int) -> None:
+        name = one_of(self.host.alive, which)
         for _ in range(count):
             self.host.work(name)
 
@@ -221,9 +247,9 @@ class Machine(RuleBasedStateMachine):
                 self.host.work_ahead(name)
 
     @precondition(lambda self: self.setting.either and self.host.alive)
-    @rule(data=st.data())
-    def give_mesh(self, data: st.DataObject) -> None:
-        self.host.give_mesh(data.draw(st.sampled_from(self.host.alive)))
+    @rule(which=WHICH)
+    def give_mesh(self, which: int) -> None:
+        self.host.give_mesh(one_of(self.host.alive, which))
 
     @rule(count=st.integers(1, 4))
     def everybody(self, count: int) -> None:
@@ -234,37 +260,29 @@ class Machine(RuleBasedStateMachine):
     def wait(self, seconds: float) -> None:
         self.host.now += seconds
 
-    @rule(faults=st.lists(st.sampled_from(["", "refused", "lost"]), min_size=1, max_size=3))
-    def spoil_offers(self, faults: list[str]) -> None:
+    @rule(faults=runs(["", "refused", "lost"], 1, 3))
+    def spoil_offers(self, faults: tuple[str, ...]) -> None:
         self.host.link.offer_faults.extend(faults)
 
-    @rule(
-        faults=st.lists(
-            st.sampled_from(["", "refused", "late", "never", "corrupt"]), min_size=1, max_size=3
-        )
-    )
-    def spoil_transfers(self, faults: list[str]) -> None:
+    @rule(faults=runs(["", "refused", "late", "never", "corrupt"], 1, 3))
+    def spoil_transfers(self, faults: tuple[str, ...]) -> None:
         self.host.link.accept_faults.extend(faults)
 
-    @rule(
-        faults=st.lists(
-            st.sampled_from(["", "lost", "failed", "refused", "forgotten"]), min_size=1, max_size=3
-        )
-    )
-    def spoil_store(self, faults: list[str]) -> None:
-        if self.setting.store:
-            self.host.store.faults.extend(faults)
+    @precondition(lambda self: self.setting.store)
+    @rule(faults=runs(["", "lost", "failed", "refused", "forgotten"], 1, 3))
+    def spoil_store(self, faults: tuple[str, ...]) -> None:
+        self.host.store.faults.extend(faults)
 
-    @rule(data=st.data(), count=st.integers(1, 3))
-    def spoil_chunks(self, data: st.DataObject, count: int) -> None:
-        name = data.draw(st.sampled_from(list(self.host.prefill)))
+    @rule(which=WHICH, count=st.integers(1, 3))
+    def spoil_chunks(self, which: int, count: int) -> None:
+        name = one_of([*self.host.prefill], which)
         self.host.prefill[name].executor.failures += count
 
     @precondition(lambda self: len(self.host.replies) > 3 and self.host.alive)
-    @rule(data=st.data(), really=st.integers(0, 3))
-    def kill(self, data: st.DataObject, really: int) -> None:
+    @rule(which=WHICH, really=st.integers(0, 3))
+    def kill(self, which: int, really: int) -> None:
         if really == 0:
-            self.host.kill(data.draw(st.sampled_from(self.host.alive)))
+            self.host.kill(one_of(self.host.alive, which))
 
     @invariant()
     def nothing_is_lost_on_the_way(self) -> None:
@@ -273,7 +291,7 @@ class Machine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "host"):
-            self.host.drain()
+            self.host.drain(leap=TRANSFER_SECONDS)
 
 
 PIECES = {

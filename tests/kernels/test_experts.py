@@ -15,6 +15,7 @@ from pshare_jax.kernels.backends import BACKEND_NAMES
 from pshare_jax.kernels.experts.api import BACKENDS, experts
 from pshare_jax.kernels.experts.gating import Biases
 from pshare_jax.sharding.rules import sharding_for
+from tests.helpers import on_device
 from tests.pairwise import some
 
 EMBED, UNITS = 24, 16
@@ -33,8 +34,8 @@ def arguments(tokens: int, count: int, per_token: int, dtype: str = "float32"):
         rng.standard_normal(shape) / np.sqrt(shape[-2])
         for shape in ((tokens, EMBED), *[(count, EMBED, UNITS)] * 2, (count, UNITS, EMBED))
     ]
-    x, gate, up, down = (jnp.asarray(a, dtype) for a in normal)
-    return x, jnp.asarray(weights, jnp.float32), jnp.asarray(chosen, jnp.int32), gate, up, down
+    x, gate, up, down = (on_device(a, dtype) for a in normal)
+    return x, on_device(weights), jax.device_put(chosen.astype(np.int32)), gate, up, down
 
 
 def by_definition(x, weights, chosen, gate, up, down):
@@ -114,7 +115,7 @@ def biased_arguments(tokens: int, count: int, per_token: int):
     """The same, and a bias for each product."""
     rng = np.random.default_rng(tokens)
     shapes = ((count, UNITS), (count, UNITS), (count, EMBED))
-    biases = Biases(*(jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes))
+    biases = Biases(*(on_device(rng.standard_normal(shape)) for shape in shapes))
     return arguments(tokens, count, per_token), biases
 
 

@@ -16,6 +16,7 @@ from pshare_jax.kernels.kv_write.api import kv_write
 from pshare_jax.kernels.page_transfer.api import gather_pages, page_checksums, scatter_pages
 from pshare_jax.kernels.paged_attention.api import paged_attention
 from pshare_jax.kernels.shared_prefix_attention.api import shared_prefix_attention
+from tests.helpers import on_device
 from tests.pairwise import some
 
 BACKENDS = ("xla", "reference", "cpu_ffi", "pallas_gpu_interpret")
@@ -84,9 +85,9 @@ in_float32 = jax.jit(
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_attention_is_that_over_the_widened_pages(backend, tokens):
     rng = np.random.default_rng(tokens)
-    pages = jnp.asarray(rng.standard_normal((7, 2, KV_HEADS, PAGE, DIM)), jnp.float32)
+    pages = on_device(rng.standard_normal((7, 2, KV_HEADS, PAGE, DIM)))
     small = pages.astype(FP8)
-    q = jnp.asarray(rng.standard_normal((2, tokens, KV_HEADS * GROUP, DIM)), jnp.float32)
+    q = on_device(rng.standard_normal((2, tokens, KV_HEADS * GROUP, DIM)))
     rows = TABLE, jnp.asarray([5, 3], jnp.int32), jnp.full(2, tokens, jnp.int32)
     attend = jax.jit(functools.partial(paged_attention, sliding_window=4, backend=backend))
     wide = small.astype(jnp.float32)
@@ -106,7 +107,7 @@ def test_attention_is_that_over_the_widened_pages(backend, tokens):
 def test_pages_move_and_have_checksums(backend):
     rng = np.random.default_rng(0)
     bits = rng.integers(0, 256, (3, 7, 2, KV_HEADS, PAGE, DIM), np.uint8)
-    pool = tuple(jnp.asarray(layer.view(ml_dtypes.float8_e4m3fn)) for layer in bits)
+    pool = tuple(jax.device_put(layer.view(ml_dtypes.float8_e4m3fn)) for layer in bits)
     index = jnp.asarray([2, 5], jnp.int32)
     staged = gather_pages(pool, index, backend=backend)
     np.testing.assert_array_equal(np.asarray(staged).view(np.uint8), bits[:, [2, 5]])

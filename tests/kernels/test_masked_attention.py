@@ -12,6 +12,7 @@ import pytest
 
 from pshare_jax.kernels.masked_attention.cpu_ffi import masked_attention
 from pshare_jax.models.attention import dense_attention
+from tests.helpers import on_device
 
 # Batch, queries, keys, query heads, KV heads, head dim: one of each; several blocks of queries and
 # of keys; an odd number of everything; more queries of a head than a block has; wide heads; so many
@@ -34,14 +35,14 @@ def operands(shape, window=None):
     B, T, S, H, K, D = shape
     rng = np.random.default_rng(0)
     arrays = [
-        jnp.asarray(rng.standard_normal(size), "bfloat16")
+        on_device(rng.standard_normal(size), "bfloat16")
         for size in ((B, T, H, D), (B, S, K, D), (B, S, K, D), (B, T, H, D))
     ]
     query, key = np.arange(T)[:, None] + S - T, np.arange(S)
     mask = (key <= query) & (key > query - (window or S))
     # Rows differ: some see fewer of the first keys.
     hidden = key < np.minimum(4 * np.arange(B), S - T)[:, None, None]
-    return *arrays, jnp.asarray(mask & ~hidden)
+    return *arrays, jax.device_put(mask & ~hidden)
 
 
 @functools.partial(jax.jit, static_argnums=(0,))

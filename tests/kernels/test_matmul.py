@@ -13,6 +13,7 @@ import pytest
 from pshare_jax.errors import ConfigError
 from pshare_jax.kernels.matmul import api
 from pshare_jax.kernels.matmul.api import lora_matmul, matmul, training_backend
+from tests.helpers import on_device
 
 BACKENDS = ["xla", "cpu_ffi"]
 # Rows, inner, columns: few and many rows; nothing, or everything, a multiple of a panel or unit; an
@@ -29,8 +30,7 @@ SHAPES = [
 
 
 def random(seed: int, *shape: int, dtype: str = "bfloat16") -> jax.Array:
-    values = np.random.default_rng(seed).standard_normal(shape, np.float32)
-    return jnp.asarray(values, dtype)
+    return on_device(np.random.default_rng(seed).standard_normal(shape, np.float32), dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("input_axes", "transposed", "dtype", "backend"))
@@ -94,8 +94,8 @@ def test_with_a_low_rank_update(backend, shape):
     dx, dkernel, da, db = pull(gradient)
     wide = [np.asarray(array, np.float64) for array in (x, kernel, a, b, gradient)]
     X, W, A, B, G = wide
-    low = np.asarray(jnp.asarray(X @ A, "bfloat16"), np.float64)
-    dlow = np.asarray(jnp.asarray(G @ B.T, "bfloat16"), np.float64)
+    low = np.asarray(on_device(X @ A, "bfloat16"), np.float64)
+    dlow = np.asarray(on_device(G @ B.T, "bfloat16"), np.float64)
     expected = [X @ W + low @ B, G @ W.T + dlow @ A.T, X.T @ G, X.T @ dlow, low.T @ G]
     for mine, other in zip((y, dx, dkernel, da, db), expected, strict=True):
         assert mine.dtype == jnp.bfloat16

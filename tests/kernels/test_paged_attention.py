@@ -17,6 +17,7 @@ from pshare_jax.kernels.over_heads import for_device_kind
 from pshare_jax.kernels.paged_attention import pallas_gpu, pallas_tpu
 from pshare_jax.kernels.paged_attention.api import paged_attention
 from pshare_jax.sharding.rules import pool_sharding, replicated, sharding_for
+from tests.helpers import on_device
 from tests.kernels.paged_cases import TOLERANCE, Geometry, Rows, assert_equals_oracle, rows
 from tests.pairwise import some
 
@@ -207,9 +208,9 @@ def test_head_dims_and_page_sizes_in_cpp(head_dim, page_size, dtype):
 def test_a_query_in_cpp_depends_on_nothing_beside_it(dtype, window):
     """To the bit: not on other rows, nor on how many queries of its row are computed with it."""
     rng = np.random.default_rng(0)
-    pages = jnp.asarray(rng.standard_normal((70, 2, 2, 16, 32)), dtype)
+    pages = on_device(rng.standard_normal((70, 2, 2, 16, 32)), dtype)
     table = np.arange(1, 65, dtype=np.int32).reshape(2, 32)
-    q = jnp.asarray(rng.standard_normal((2, 90, 6, 32)), dtype)
+    q = on_device(rng.standard_normal((2, 90, 6, 32)), dtype)
     attend = compiled("cpu_ffi", window, None)
     whole = attend(q, pages, table, np.asarray([251, 3], np.int32), np.asarray([90, 70], np.int32))
     for first, count in [(0, 1), (0, 7), (4, 1), (5, 64), (69, 21), (89, 1)]:

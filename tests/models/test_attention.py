@@ -14,7 +14,7 @@ from pshare_jax.models.attention import (
     dense_attention,
     init_cache,
 )
-from tests.helpers import tiny_config
+from tests.helpers import on_device, tiny_config
 
 
 def by_definition(q, k, v, mask):
@@ -35,7 +35,7 @@ def random_qkv(T: int, S: int, seed: int = 0):
     config = tiny_config()
     rng = np.random.default_rng(seed)
     shapes = [(2, T, config.num_heads), (2, S, config.num_kv_heads), (2, S, config.num_kv_heads)]
-    return [jnp.asarray(rng.standard_normal((*s, config.head_dim)), jnp.float32) for s in shapes]
+    return [on_device(rng.standard_normal((*s, config.head_dim))) for s in shapes]
 
 
 def test_dense_attention_equals_its_definition():

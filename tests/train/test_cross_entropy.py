@@ -11,6 +11,7 @@ import pytest
 
 from pshare_jax.train import cross_entropy as module
 from pshare_jax.train.cross_entropy import cross_entropy, sum_over_chunks
+from tests.helpers import on_device
 
 VOCAB = 20
 
@@ -22,11 +23,11 @@ def plain(logits, labels):
 
 def batch(length: int = 13):
     rng = np.random.default_rng(0)
-    hidden = jnp.asarray(rng.normal(size=(2, length, 6)), jnp.float32)
-    head = jnp.asarray(rng.normal(size=(6, VOCAB)), jnp.float32)
+    hidden = on_device(rng.normal(size=(2, length, 6)))
+    head = on_device(rng.normal(size=(6, VOCAB)))
     targets = {
         "labels": jnp.asarray(rng.integers(0, VOCAB, (2, length))),
-        "weights": jnp.asarray(rng.uniform(size=(2, length)), jnp.float32),
+        "weights": on_device(rng.uniform(size=(2, length))),
     }
     return head, hidden, targets
 

@@ -39,8 +39,7 @@ def weights(config: ModelConfig, seed: int) -> Weights:
 
 
 def batch_of(rows: list[Row], teacher: bool = False) -> dict[str, jax.Array]:
-    arrays = collate(rows, BUCKET, max(len(rows), 2), teacher=teacher)
-    return {name: jnp.asarray(array) for name, array in arrays.items()}
+    return jax.device_put(collate(rows, BUCKET, max(len(rows), 2), teacher=teacher))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

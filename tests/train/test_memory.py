@@ -22,11 +22,11 @@ from pshare_jax.train.layout import collate
 from pshare_jax.train.loop import train
 from pshare_jax.train.loss import Recipe, loss_sum
 from pshare_jax.train.report import Reporter
-from tests.helpers import tiny_config
+from tests.helpers import on_device, tiny_config
 from tests.train.helpers import train_config
 
 QUIET = Reporter(active=False)
-DEEP = tiny_config(vocab_size=96, num_layers=6, hidden_size=64, intermediate_size=128)
+DEEP = tiny_config(vocab_size=96, num_layers=3, hidden_size=64, intermediate_size=128)
 
 
 def temporary_bytes(remat: bool, tokens: int = 64, size: int = 16) -> int:
@@ -51,7 +51,7 @@ def test_attention_in_blocks_is_attention(monkeypatch, soft_cap):
     monkeypatch.setattr(memory_saving, "BLOCK", 16)
     rng = np.random.default_rng(0)
     q, k, v = (
-        jnp.asarray(rng.normal(size=(2, length, heads, 8)), jnp.float32)
+        on_device(rng.normal(size=(2, length, heads, 8)))
         for length, heads in ((41, 4), (57, 2), (57, 2))
     )
     mask = jnp.broadcast_to(causal_mask(jnp.arange(41) + 16, jnp.arange(57), 30), (2, 41, 57))

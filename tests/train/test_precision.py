@@ -30,7 +30,7 @@ def batch() -> dict[str, jax.Array]:
         tokens = rng.integers(0, 96, length, dtype=np.int32)
         example = Example(tokens, (Turn(length - 7, length),), "file:1")
         rows.append(make_row(example, LastTokens(4)))
-    return {n: jnp.asarray(a) for n, a in collate(rows, BUCKET, 4, teacher=False).items()}
+    return jax.device_put(collate(rows, BUCKET, 4, teacher=False))
 
 
 def gradients(dtype: str, backend: str, base: Weights, own: Weights | None) -> Weights:
