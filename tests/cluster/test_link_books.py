@@ -13,8 +13,11 @@ from pshare_jax.cluster.link import Link, LinkTimes
 from pshare_jax.cluster.links import Links
 from pshare_jax.core import messages as m
 from pshare_jax.core.messages import DISPATCHER, Message
+from pshare_jax.core.requests import PromptUsage
 from pshare_jax.core.router import WorkerInfo
 from pshare_jax.core.stats import EngineStats, TierStats, together
+from tests.cluster.symbolic import Frontend, serve_config
+from tests.core.sequences import make_sequence
 
 OF_NOW = {"running", "waiting", "pools", "working", "moved_rows"}
 """What ends with a process; rows do not move with their KV between processes."""
@@ -143,3 +146,18 @@ def test_no_counter_falls_when_a_process_dies(books: Books) -> None:
     books.lose(link)
     after = books.stats()
     assert {n: getattr(after, n) for n in counters} == {n: getattr(done, n) for n in counters}
+
+
+def test_a_prompt_that_is_covered_for_nobody_goes_to_no_decode_worker(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its request has gone on with another attempt, or has ended; who holds it is told."""
+    engine, sent = Frontend(serve_config()).engine, []
+    monkeypatch.setattr(engine._links, "send", lambda *said: sent.append(said))
+    covered = m.Covered(make_sequence(7, [1, 2, 3], page_size=4), PromptUsage(3, 2, 0, 0))
+    assert not engine._may_pass("prefill0", covered)
+    assert sent == [(DISPATCHER, "prefill0", m.Release(7))]
+    monkeypatch.setattr(engine._dispatcher, "is_current", lambda id: id == 7)
+    assert engine._may_pass("prefill0", covered)
+    assert len(sent) == 1
+    engine._links._loop.close()

@@ -1,4 +1,4 @@
-"""A frontend whose link has ended is back before the worker process has noticed."""
+"""Frontends that come to a worker process which is busy with the end of something."""
 
 from __future__ import annotations
 
@@ -78,3 +78,13 @@ async def test_it_is_taken_once_what_it_had_has_been_given_up(cluster: Cluster) 
         told = wire.Carry(host.name, m.DISPATCHER, changed)
         while await second.until(wire.Carry) != told:
             pass
+
+
+async def test_who_comes_while_it_drains_is_told_to_come_again(cluster: Cluster) -> None:
+    """With nobody linked it is done at once; it would end under whoever comes now."""
+    assert await asyncio.to_thread(cluster.hosts["prefill0"].drain)
+    async with aiohttp.ClientSession() as session:
+        late = Linked(cluster, session)
+        await late.hello()
+        assert await late.until(wire.Refused) == wire.Refused("draining", again=True)
+    assert cluster.hosts["prefill0"].station.num_frontends == 0
