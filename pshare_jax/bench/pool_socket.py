@@ -25,7 +25,6 @@ from pshare_jax.core.connector import TransferError, TransferState
 from pshare_jax.core.plans import Commit, Load, Look, Offer, Pull, StorePlan
 from pshare_jax.core.prices import SHARED
 from pshare_jax.core.store_end import StoreEnd
-from pshare_jax.kv.peers import HTTP_SECONDS
 from pshare_jax.kv.remote import RemotePages
 from pshare_jax.kv.store.end import WorkerEnd
 from pshare_jax.serve.worker_app import send_pages
@@ -34,6 +33,7 @@ OWNER = "first"
 LEASE_SECONDS = 3600.0
 _START_SECONDS = 10.0
 _POLL_SECONDS = 0.0005
+_WAIT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -182,10 +182,10 @@ def wait_for(remote: RemotePages, transfer: int) -> None:
     Raises:
         TransferError: it does not come.
     """
-    end = time.monotonic() + HTTP_SECONDS
+    end = time.monotonic() + _WAIT_SECONDS
     while remote.poll(transfer) is not TransferState.READY:
         if time.monotonic() > end:
-            raise TransferError(f"transfer {transfer}: nothing has come for {HTTP_SECONDS:g} s")
+            raise TransferError(f"transfer {transfer}: nothing has come for {_WAIT_SECONDS:g} s")
         time.sleep(_POLL_SECONDS)
 
 

@@ -323,5 +323,6 @@ def _counters(stats: EngineStats) -> EngineStats:
         transfer_bytes=stats.transfer_bytes,
         miscoded=stats.miscoded,
         borrowed_tokens=stats.borrowed_tokens,
+        unasked=stats.unasked,
         tiers={name: tier.of_the_dead() for name, tier in stats.tiers.items()},
     )

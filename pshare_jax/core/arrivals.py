@@ -110,7 +110,7 @@ class Arrivals:
         reservation: Reservation,
         offer: m.Offered | None = None,
         first: int = 0,
-    ) -> None:
+    ) -> bool:
         """A sequence has got room; what it lacks is fetched.
 
         Args:
@@ -119,6 +119,9 @@ class Arrivals:
             reservation: its room.
             offer: pages numbered from `first` on that are on offer already.
             first: see `offer`.
+
+        Returns:
+            Whether what is on offer was enough, so that nobody is asked.
         """
         arrival = Arrival(sequence, usage, reservation)
         arrival.filling = dict(reservation.arriving)
@@ -128,8 +131,9 @@ class Arrivals:
         if offer is not None and fill and self._is_enough(offer, first, fill):
             self._begin(arrival, fill, offer.transfer)
             self.offered(offer.transfer, offer.descriptors, offer.address, first)
-        else:
-            self._fetch(arrival, fill)
+            return True
+        self._fetch(arrival, fill)
+        return False
 
     def offered(
         self,

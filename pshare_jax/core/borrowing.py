@@ -260,6 +260,7 @@ class Borrowing:
         sequence = piece.task.sequence
         if piece.pull in self._calls.pulls:
             self._calls.pulls.remove(piece.pull)
-        elif piece.pull is not None and not landed:
+        if piece.pull is not None and not landed:
+            # Also what is not pulled yet: since it is on offer it may have been read.
             self._calls.cancelled.append(piece.transfer)
         self._outbox.append((sequence.lender, m.Repaid(sequence.id, piece.transfer)))

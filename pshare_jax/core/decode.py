@@ -353,7 +353,8 @@ class DecodeCore:
             covered.usage.shared_tokens,
             num_bytes,
         )
-        self._arrivals.add(sequence, usage, room, covered.offer, covered.first)
+        used = self._arrivals.add(sequence, usage, room, covered.offer, covered.first)
+        self.stats.used_offers += used
 
     def _fetch_failed(self, transfer: int, reason: str) -> None:
         if not self._arrivals.knows(transfer):

@@ -137,5 +137,7 @@ class HeldPrompts:
         """Forgets all."""
         self._held.clear()
         self._offers.clear()
+        self._offer_of.clear()
+        self._withdrawn.clear()
         if self.unasked is not None:
             self.unasked.clear()

@@ -15,6 +15,7 @@ from pshare_jax.core.decode import DecodeCore
 from pshare_jax.core.messages import Withdrawn
 from pshare_jax.core.pages.prefix_index import block_key
 from pshare_jax.core.plans import DecodePlan, PrefillPlan
+from pshare_jax.core.pool_prompts import PoolPrompts
 from pshare_jax.core.prefill import PrefillCore
 from pshare_jax.core.rows import DecodeRow
 from pshare_jax.core.sequences import Moved
@@ -36,6 +37,7 @@ class OnePool:
             raise ValueError("the cores of one pool must have the same page cache")
         self.prefill = prefill
         self.decode = decode
+        self._prompts = PoolPrompts(prefill)
 
     def schedule_prefill(self, now: float) -> PrefillPlan | None:
         """The prefill core's next plan; it leaves a page for each sequence that runs.
@@ -58,12 +60,12 @@ class OnePool:
         if self._moves:
             self._move_rows()
         while True:
-            holders = self.prefill.holders(self.decode.inside_ids())
+            holders = self._prompts.holders(self.decode.inside_ids())
             rows = self.decode.rows
-            rows.elsewhere, rows.crowded = holders, self.prefill.holds_pages
+            rows.elsewhere, rows.crowded = holders, self._prompts.hold_pages
             plan = self.decode.schedule(now)
             starved = next((task for task in holders if task is rows.starved), None)
-            gave = starved is not None and self.prefill.give_way(starved)
+            gave = starved is not None and self._prompts.give_way(starved)
             if starved is not None and gave:
                 # At once: with the pages that are free now it would be let in.
                 self.decode.receive(Withdrawn(starved.sequence.id))
@@ -76,7 +78,7 @@ class OnePool:
                 continue  # there is nothing to take along
             moved = moved_kv(self.prefill.name, row, self.decode.cache.page_size)
             pages = self.decode.move(row, moved)
-            self.prefill.hold_moved(row.sequence, moved, pages)
+            self._prompts.hold_moved(row.sequence, moved, pages)
 
 
 def moved_kv(worker: str, row: DecodeRow, page_size: int) -> Moved:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Sequence_
 
 import msgspec
@@ -25,8 +25,6 @@ from pshare_jax.core.prefill_queue import PrefillQueue
 from pshare_jax.core.prefill_task import PrefillTask
 from pshare_jax.core.prefill_transfers import PrefillTransfers
 from pshare_jax.core.reply_prefill import ReplyPrefill
-from pshare_jax.core.sequences import Moved, Sequence
-from pshare_jax.core.shares import HasSequence
 from pshare_jax.core.stats import PrefillStats
 from pshare_jax.core.store_client import StoreClient
 
@@ -199,68 +197,6 @@ class PrefillCore:
             if task.sequence.id in planned and task.planned is not None:
                 self._computed(task, result.failed.get(task.sequence.id))
         self._publish()
-
-    @property
-    def holds_pages(self) -> bool:
-        """Whether any sequence holds pages here."""
-        elsewhere = self.borrowing.waits or (self.store and self.store.holds_pages)
-        return bool(self.chunks.active or self.held or elsewhere)
-
-    def holders(self, inside: Collection[int]) -> list[HasSequence]:
-        """Tasks that hold pages and can start anew, and runs that are fetched for tasks.
-
-        Sequences `inside` the decode worker have their pages from there too, and keep them.
-        """
-        store = self.store
-        looked_for, runs = (store.holders, store.runs) if store is not None else ((), ())
-        tasks = (*self.chunks.active, *self.held.tasks(), *looked_for)
-        found = (
-            task
-            for task in tasks
-            if task.pages and not task.moved and task.sequence.id not in inside
-        )
-        return [*found, *runs]
-
-    def give_way(self, task: HasSequence) -> bool:
-        """Takes the pages of one of `holders`, unless they are in use at this moment.
-
-        What it has computed stays in the index as long as there is room.
-        """
-        if not isinstance(task, PrefillTask):
-            return self._run_gives_way(task)
-        if task.planned is not None or self.held.is_offered(task):
-            return False
-        if task in self.chunks.active:
-            self.chunks.active.remove(task)
-        elif self.store is None or self.store.abort(task.sequence.id) is None:
-            self.held.give_way(task)
-            self._send(task.sequence.decode_worker, m.Withdrawn(task.sequence.id))
-        self.cache.release(task.pages)
-        self.queue.add(PrefillTask(task.sequence))
-        return True
-
-    def _run_gives_way(self, run: HasSequence) -> bool:
-        """Ends a run of pages that is fetched; the prompt that it is for starts anew."""
-        if self.store is None or not self.store.give_way(run):
-            return False
-        waiting = self.store.abort(run.sequence.id)
-        if waiting is not None:
-            self.cache.release(waiting.pages)
-            self.queue.add(PrefillTask(waiting.sequence))
-        return True
-
-    def hold_moved(self, sequence: Sequence, moved: Moved, pages: list[int]) -> None:
-        """Holds the KV of a row that leaves the mesh until it has been fetched.
-
-        Args:
-            sequence: of the row.
-            moved: what it takes along.
-            pages: of that, each with a reference.
-        """
-        sequence = msgspec.structs.replace(
-            sequence, covered=moved.num_kv, keys=moved.keys[:-1], last_key=moved.keys[-1]
-        )
-        self.held.add(moved.id, PrefillTask(sequence, pages, filled=moved.num_kv, moved=True))
 
     def release_all(self) -> None:
         """Gives all pages back, of sequences that nobody will end."""

@@ -61,10 +61,11 @@ class PrefillTransfers:
         self._name = name
         self._outbox = outbox
         self._ids = transfer_ids
+        self._stats = stats
 
     def offer_unasked(self) -> None:
         """Has pages of prompts put on offer as soon as these are covered."""
-        self.held.unasked = Unasked(self._ids)
+        self.held.unasked = Unasked(self._ids, self._stats)
 
     @property
     def urgent(self) -> bool:

@@ -12,6 +12,7 @@ from pshare_jax.core.requests import FinishReason, PromptUsage
 
 TokenSource = Literal["computed", "same_model", "other_model"]
 PageRead = Literal["read", "saved"]
+UnaskedOutcome = Literal["made", "crowded", "used"]
 
 
 class PrefillStats:
@@ -19,7 +20,8 @@ class PrefillStats:
 
     `ahead_tokens` are those of replies that were covered before anybody asked, `foreseen_tokens`
     prompt tokens that were found for that reason, each once. `borrowed_tokens` are those whose
-    pages came from other workers, `failed_loans` transfers for that which failed.
+    pages came from other workers, `failed_loans` transfers for that which failed. `unasked`, by
+    decode worker, are offers that nobody had asked for, see `EngineStats`.
     """
 
     def __init__(self) -> None:
@@ -28,6 +30,7 @@ class PrefillStats:
         self.foreseen_tokens: Counter[str] = Counter()
         self.borrowed_tokens = 0
         self.failed_loans = 0
+        self.unasked: Counter[tuple[str, UnaskedOutcome]] = Counter()
 
     def prefilled(self, model: str, usage: PromptUsage, foreseen: int = 0) -> None:
         """A prompt's KV is complete in the pool; `foreseen` of its tokens were computed ahead."""
@@ -61,7 +64,8 @@ class DecodeStats:
     """What a decode core has done, by model; `forced_tokens` are those of the generated ones that
     were not sampled, `pages` KV pages read and not read again, `failed_transfers` those whose pages
     did not come or were not what was asked for, `moved_rows` sequences that left with their KV
-    since the mesh was given to prefill, `moved_pages` pages of such that came."""
+    since the mesh was given to prefill, `moved_pages` pages of such that came, `used_offers`
+    sequences whose pages had been put on offer before they were asked for, and were enough."""
 
     def __init__(self) -> None:
         self.generation_tokens: Counter[str] = Counter()
@@ -73,6 +77,7 @@ class DecodeStats:
         self.failed_transfers = 0
         self.moved_rows = 0
         self.moved_pages = 0
+        self.used_offers = 0
 
     def handed_over(self, model: str, pages: int, num_bytes: int) -> None:
         """Pages were moved to the pool."""
@@ -157,7 +162,9 @@ class EngineStats:
     other processes are by worker and by the way that they took; their `transfer_bytes` by worker,
     way, codec, and "raw", as they are in a pool, or "wire", as they came; `miscoded` are those that
     came coded and were not what they should be, by worker and reason. `borrowed_tokens`, by prefill
-    worker, are prompt tokens whose KV came from another worker that had it. Where meshes may do
+    worker, are prompt tokens whose KV came from another worker that had it. `unasked` are offers of
+    pages that nobody had asked for, by the decode worker that they were for: "made", of these
+    "used" by it, and "crowded", which were not made since too many stood. Where meshes may do
     either, `moved_rows` are, by decode worker, sequences that left it with their KV, and `working`
     says of every worker whether its mesh is its own at present; elsewhere both are empty.
     """
@@ -193,6 +200,9 @@ class EngineStats:
     )
     miscoded: Mapping[tuple[str, str], int] = field(default_factory=dict[tuple[str, str], int])
     borrowed_tokens: Mapping[str, int] = field(default_factory=dict[str, int])
+    unasked: Mapping[tuple[str, UnaskedOutcome], int] = field(
+        default_factory=dict[tuple[str, UnaskedOutcome], int]
+    )
     moved_rows: Mapping[str, int] = field(default_factory=dict[str, int])
     working: Mapping[str, bool] = field(default_factory=dict[str, bool])
 

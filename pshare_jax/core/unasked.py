@@ -16,10 +16,17 @@ import msgspec
 from pshare_jax.core import messages as m
 from pshare_jax.core.plans import Offer
 from pshare_jax.core.prefill_task import PrefillTask
+from pshare_jax.core.sequences import Sequence
+from pshare_jax.core.shares import path
+from pshare_jax.core.stats import PrefillStats
 
-MAX_OFFERS = 8
-"""To one decode worker that are neither asked for nor released yet; it asks for what is covered for
-it meanwhile. Those of its sequences that wait for room count, though it has let their offers go."""
+MAX_ALIKE = 8
+"""To one decode worker, for one client's sequences of one model, that are neither asked for nor
+released yet; it asks for what is covered for it meanwhile. Those that wait for room count, though
+it has let their offers go: one that comes after them would wait, too."""
+
+MAX_OFFERS = 12
+"""To one decode worker in all: who has nothing there gets room before those that wait."""
 
 MAX_PAGES = 64
 """Of an offer; more are worth a question."""
@@ -33,10 +40,12 @@ class Unasked:
 
     Args:
         ids: of transfers; never used twice, and hard to guess where they cross processes.
+        stats: what has been done.
     """
 
-    def __init__(self, ids: Iterator[int]):
+    def __init__(self, ids: Iterator[int], stats: PrefillStats):
         self._ids = ids
+        self._stats = stats
         self._readers: dict[str, str] = {}
         self._covered: dict[int, m.Covered] = {}
         self._untold: set[int] = set()
@@ -57,8 +66,7 @@ class Unasked:
         sequence = task.sequence
         to, chain = sequence.decode_worker, sequence.chain
         reader = self._readers.get(to)
-        standing = sum(one.sequence.decode_worker == to for one in self._covered.values())
-        if reader is None or standing >= MAX_OFFERS:
+        if reader is None:
             return None
         count = -(-sequence.covered // page_size)
         gone = self._gone.setdefault(to, OrderedDict())
@@ -67,6 +75,9 @@ class Unasked:
         while first < len(sequence.keys) and chain[first] in gone:
             first += 1
         if not 0 < count - first <= MAX_PAGES:
+            return None
+        if self._is_crowded(sequence):
+            self._stats.unasked[to, "crowded"] += 1
             return None
         transfer = next(self._ids)
         self._covered[transfer] = msgspec.structs.replace(covered, first=first)
@@ -84,6 +95,7 @@ class Unasked:
         self._untold.discard(transfer)
         covered = self._covered[transfer]
         if isinstance(answer, m.Offered):
+            self._stats.unasked[covered.sequence.decode_worker, "made"] += 1
             return msgspec.structs.replace(covered, offer=answer)
         del self._covered[transfer]
         return covered
@@ -99,6 +111,13 @@ class Unasked:
             self._untold.discard(transfer)
             del self._covered[transfer]
         return ended
+
+    def _is_crowded(self, sequence: Sequence) -> bool:
+        """Whether so many offers stand that the one for a sequence is not made."""
+        _, model, _ = path(sequence)
+        standing = [one.sequence for one in self._covered.values()]
+        there = [path(one)[1] for one in standing if one.decode_worker == sequence.decode_worker]
+        return len(there) >= MAX_OFFERS or there.count(model) >= MAX_ALIKE
 
     def clear(self) -> None:
         """Forgets all."""

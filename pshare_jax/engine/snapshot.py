@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from pshare_jax.cluster.worker import DecodeWorker, PrefillWorker
 from pshare_jax.core.pages.page_cache import PageCache
-from pshare_jax.core.stats import EngineStats, PoolStats
+from pshare_jax.core.stats import EngineStats, PoolStats, PrefillStats, UnaskedOutcome
 
 Total = Callable[[Iterable[Mapping[Any, int]]], dict[Any, int]]
 """Adds counters up; see `ServedModels.total`."""
@@ -53,7 +54,21 @@ def worker_stats(
         borrowed_tokens={
             worker.name: n for worker in prefill if (n := worker.core.stats.borrowed_tokens)
         },
+        unasked=_unasked(covers, {name: stats.used_offers for name, stats in generates.items()}),
     )
+
+
+def _unasked(
+    covers: Iterable[PrefillStats], used: Mapping[str, int]
+) -> dict[tuple[str, UnaskedOutcome], int]:
+    """Offers that nobody had asked for, as prefill workers and decode workers count them."""
+    found: Counter[tuple[str, UnaskedOutcome]] = Counter()
+    for stats in covers:
+        found.update(dict(stats.unasked))
+    for name, count in used.items():
+        if count:
+            found[name, "used"] = count
+    return dict(found)
 
 
 def _pool_stats(cache: PageCache) -> PoolStats:

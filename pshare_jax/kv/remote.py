@@ -137,6 +137,7 @@ class RemotePages:
         shape = (layout.num_layers, *layout.layer_shape(1)[1:])
         codecs = usable_codecs(codec, shape, np.dtype(layout.dtype).name)
         self.traffic = Traffic()
+        self._peers = peers
         self._reader = PageReader(layout, peers, Links(codec, codecs), self.traffic, clock)
         self._puller = PagePuller(layout, programs.staging, peers, codec, codecs, self.traffic)
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix=f"{worker}-pages")
@@ -261,11 +262,12 @@ class RemotePages:
         if self._ways.pop(transfer, None) == "jax-transfer" and self._direct is not None:
             self._direct.drop(transfer)
         self._offers.drop(transfer)
-        # What is being read is read to its end, which closes the file, and then lost.
+        # A file that is being read is read to its end, which closes it, and then lost.
         arriving = self._arriving.pop(transfer, None)
         if arriving is not None:
             arriving.reading.cancel()
         self._ahead.drop(transfer)
+        self._peers.stop(transfer)
 
     def close(self) -> None:
         """Ends the threads; what they read is lost, and nothing more is read."""

@@ -11,7 +11,7 @@ from pshare_jax.core.stats import EngineStats
 
 
 def transfer_metrics(stats: EngineStats) -> Iterator[Metric]:
-    """By the worker that they have come to."""
+    """By the worker that they have come to, or were to come to."""
     transfers = CounterMetricFamily(
         "pshare_transfers",
         "Transfers of pages that have come from other processes, by their way.",
@@ -36,3 +36,11 @@ def transfer_metrics(stats: EngineStats) -> Iterator[Metric]:
     for labels, count in stats.miscoded.items():
         miscoded.add_metric(labels, count)
     yield miscoded
+    unasked = CounterMetricFamily(
+        "pshare_unasked_offers",
+        "Offers of pages that a decode worker had not asked for: made, used, not made (crowded).",
+        labels=["engine", "outcome"],
+    )
+    for labels, count in stats.unasked.items():
+        unasked.add_metric(labels, count)
+    yield unasked

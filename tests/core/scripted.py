@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -23,7 +23,7 @@ from pshare_jax.core.dispatcher import Dispatcher
 from pshare_jax.core.messages import DISPATCHER, Message
 from pshare_jax.core.one_pool import OnePool
 from pshare_jax.core.pages.page_cache import PageCache
-from pshare_jax.core.pages.prefix_index import PageState, root_key
+from pshare_jax.core.pages.prefix_index import root_key
 from pshare_jax.core.prefetch import Prefetch
 from pshare_jax.core.prefill import PrefillCore
 from pshare_jax.core.requests import (
@@ -35,6 +35,7 @@ from pshare_jax.core.requests import (
 from pshare_jax.core.router import NoWorkerError, Router, WorkerInfo
 from pshare_jax.core.sessions import SessionPolicy
 from pshare_jax.core.store_client import StoreClient
+from tests.core.invariants import check_books, check_idle
 from tests.core.reply import Reply
 from tests.core.setting import PAGE, Setting, model_specs
 from tests.core.symbolic import (
@@ -60,6 +61,7 @@ class Host:
     Attributes:
         now: virtual seconds.
         replies: of all requests by id, in order of arrival.
+        partner: of each worker the one that uses the same pool, if there is one.
         link: where transfers are told to go wrong.
     """
 
@@ -85,7 +87,7 @@ class Host:
             self.models["isolated"] = own
         self.prefill: dict[str, PrefillWorker[SymbolicPrefill]] = {}
         self.decode: dict[str, DecodeWorker[SymbolicDecode]] = {}
-        self._partner: dict[str, str] = {}
+        self.partner: dict[str, str] = {}
         self._roots: dict[int, bytes] = {}
         self._transfer_ids = itertools.count(1)
         self._build()
@@ -206,7 +208,7 @@ class Host:
         """One piece of a worker's work; says whether it got on."""
         worker = self.prefill.get(name) or self.decode[name]
         piece = worker.plan(self.now)
-        partner = self._partner.get(name)
+        partner = self.partner.get(name)
         if piece is not None and partner in self.decode:
             self.decode[partner].drain()
         progress = piece() if piece is not None else False
@@ -230,7 +232,7 @@ class Host:
 
     def kill(self, name: str) -> None:
         """A worker has failed, and with it the one that uses the same pool."""
-        for victim in [name, self._partner.get(name)]:
+        for victim in [name, self.partner.get(name)]:
             if victim is None:
                 continue
             worker = self.prefill.get(victim) or self.decode[victim]
@@ -276,41 +278,11 @@ class Host:
 
     def check(self) -> None:
         """Asserts the invariants that hold between any two actions."""
-        for name in self.alive:
-            (self.prefill.get(name) or self.decode[name]).cache.check()
-        for name, worker in self.decode.items():
-            if name not in self.dead:
-                fetched = self._fetched(self._partner.get(name))
-                check_fillers(worker.core, fetched, may_fail=self.setting.store)
-
-    def _fetched(self, prefill: str | None) -> dict[int, int]:
-        """Pages that a prefill core fetches from the store, by who wants them."""
-        client = self.prefill[prefill].core.store if prefill is not None else None
-        runs = client._runs.values() if client is not None else ()
-        pieces = [(run.sequence.id, piece) for run in runs for piece in run.pieces.values()]
-        return {node.page: id for id, piece in pieces for node in piece.nodes}
+        check_books(self)
 
     def check_idle(self) -> None:
         """Asserts that nothing is held, offered, pulled or remembered of requests."""
-        for worker in (*self.prefill.values(), *self.decode.values()):
-            worker.cache.check(idle=True)
-            assert worker.core.held_ids() == set()
-        for name, worker in self.prefill.items():
-            client, end = worker.core.store, worker.executor.store
-            if client is not None and name not in self.dead:
-                assert client.waits is False
-                assert isinstance(end, SymbolicStoreEnd)
-                assert end.staged == {}
-            assert name in self.dead or not worker.core.borrowing.waits
-        for worker in self.decode.values():
-            assert worker.name in self.dead or worker.core.admission.num_inside == 0
-        for worker in (*self.prefill.values(), *self.decode.values()):
-            assert worker.name in self.dead or worker.executor.connector.arriving == {}
-            assert len(worker.core.loans) == 0
-        assert self.link.offers == {}
-        assert self.router._assigned == {}
-        assert all(worker.load == 0 for worker in self.router._decode.values())
-        assert all(worker.pending_tokens == 0 for worker in self.router._prefill.values())
+        check_idle(self)
 
     def _busy(self) -> bool:
         workers = [self.prefill.get(name) or self.decode[name] for name in self.alive]
@@ -371,7 +343,7 @@ class Host:
         pool = OnePool(core, decode)
         executor = self._prefill_executor(SymbolicConnector(name, end.pool, self.link))
         self.prefill[name] = PrefillWorker(core, executor, pool.schedule_prefill)
-        self._partner |= {name: decode.name, decode.name: name}
+        self.partner |= {name: decode.name, decode.name: name}
         return pool.schedule_decode
 
     def _prefill_executor(self, end: SymbolicConnector) -> SymbolicPrefill:
@@ -379,7 +351,7 @@ class Host:
 
     def _info(self, name: str) -> WorkerInfo:
         worker = self.prefill.get(name) or self.decode[name]
-        other, pages = self._partner.get(name, ""), worker.cache.num_usable
+        other, pages = self.partner.get(name, ""), worker.cache.num_usable
         if self.setting.either:
             prefills = int(name.removeprefix("prefill").removeprefix("decode"))
             rests = (prefills < self.setting.prefill) != (name in self.prefill)
@@ -395,7 +367,7 @@ class Host:
 
     def _collect(self, name: str) -> bool:
         """Takes what workers have to say; those of one pool hear each other at once."""
-        spoke, together = False, [name, self._partner.get(name)]
+        spoke, together = False, [name, self.partner.get(name)]
         workers = [self.prefill.get(n) or self.decode[n] for n in together if n is not None]
         while any(worker.outbox for worker in workers):
             for worker in workers:
@@ -420,37 +392,3 @@ class Host:
         if to not in self.dead:
             data = m.encode(message) if self.setting.wire else message
             self.queues.setdefault((source, to), deque()).append(data)
-
-
-def check_fillers(core: DecodeCore, fetched: dict[int, int], *, may_fail: bool) -> None:
-    """Asserts that each page that somebody waits for has one who brings it, by a live transfer.
-
-    `fetched` are those that a prefill core of the same pool brings from the store, if it has one:
-    then they `may_fail`.
-    """
-    arrivals = core._arrivals
-    fillers: dict[int, int] = {}
-    for arrival in arrivals._arrivals.values():
-        coming = set(_numbers(arrivals, arrival.transfers))
-        assert set(arrival.filling) <= coming, "no transfer brings a page"
-        for node in arrival.filling.values():
-            failed = may_fail and node.state is PageState.FAILED
-            assert failed or node.state is PageState.ARRIVING
-            assert node.filler == arrival.sequence.id
-            fillers[node.page] = arrival.sequence.id
-    for arrival in arrivals._arrivals.values():
-        for node in arrival.awaited.values():
-            # A row that waited for what the store could not give will fetch it.
-            failed = node.state is PageState.FAILED
-            assert not failed or may_fail, "somebody waits for a page that has failed"
-            filled = node.page in fillers or node.page in fetched
-            assert failed or node.state is PageState.READY or filled, "nobody fills a page"
-    for node in core.cache._index._by_page.values():
-        if node.state is PageState.ARRIVING:
-            filler = fillers.get(node.page, fetched.get(node.page))
-            assert filler == node.filler, "an arriving page has no filler"
-
-
-def _numbers(arrivals: Any, transfers: set[int]) -> Iterator[int]:
-    for transfer in transfers:
-        yield from arrivals._transfers[transfer].numbers

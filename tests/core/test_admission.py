@@ -1,125 +1,26 @@
-"""Reservations, arrivals and preemptions of a decode core, message by message, without executor."""
+"""Who gets room in a decode core, and what is on its way to whom, message by message."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 
 import msgspec
 import pytest
 
-from pshare_jax.config import DecodeConfig
 from pshare_jax.core import messages as m
 from pshare_jax.core.admission import Admission, Reservation
-from pshare_jax.core.decode import DecodeCore
-from pshare_jax.core.messages import DISPATCHER
 from pshare_jax.core.pages.page_cache import PageCache
-from pshare_jax.core.plans import DecodePlan, DecodeResult, Landed
-from pshare_jax.core.requests import Owner, PromptUsage
+from pshare_jax.core.plans import Landed
+from pshare_jax.core.requests import Owner
 from pshare_jax.core.sequences import Sequence
+from tests.core.decode_bench import PAGE, SLOTS, USABLE, Bench, decode_bench, sequence, step_rows
 from tests.core.sequences import make_sequence
-from tests.core.setting import model_specs
-
-PAGE, USABLE, SLOTS, STEPS = 8, 27, 8, 4
-
-
-def sequence(order: int, prompt: list[int]) -> Sequence:
-    return make_sequence(order, prompt, page_size=PAGE)
-
-
-class Bench:
-    """A decode core of 27 pages and 8 slots; a test is its prefill workers and its executor.
-
-    Attributes:
-        said: everything that it has told the dispatcher, but for what is in its index.
-    """
-
-    def __init__(self) -> None:
-        config = DecodeConfig(
-            batch_buckets=[4], max_num_seqs=SLOTS, replay_buckets=[4], steps_per_dispatch=STEPS
-        )
-        self.cache = PageCache(USABLE + 1, PAGE)
-        self.core = DecodeCore(
-            "decode0",
-            self.cache,
-            model_specs(["decode0"]),
-            config,
-            64,
-            transfer_ids=itertools.count(),
-        )
-        self.said: list[m.Message] = []
-        self.fetches: dict[int, m.Fetch] = {}
-        self.released: list[int] = []
-
-    def cover(self, *sequences: Sequence) -> None:
-        """Prompts have been covered; the core hears of it."""
-        for covered in sequences:
-            usage = PromptUsage(len(covered.prompt), covered.covered, 0, 0)
-            self.receive(m.Covered(covered, usage))
-
-    def receive(self, message: m.Message) -> None:
-        self.core.receive(message)
-        self._hear()
-
-    def schedule(self) -> DecodePlan | None:
-        plan = self.core.schedule()
-        self._hear()
-        return plan
-
-    def apply(self, plan: DecodePlan | None) -> None:
-        """The step of a plan has been computed; it has brought no end tokens."""
-        assert plan is not None
-        assert plan.step is not None
-        tokens = [[1] * plan.step.count for _ in plan.step.rows]
-        self.core.apply(plan, DecodeResult(plan.number, tokens))
-        self._hear()
-
-    def pull(self, id: int) -> int:
-        """The pages that a sequence has asked for last are offered; returns the transfer."""
-        fetch = self.fetches[id]
-        self.receive(m.Offered(fetch.transfer, []))
-        plan = self.schedule()
-        assert plan is not None
-        assert [pull.transfer for pull in plan.pulls] == [fetch.transfer]
-        return fetch.transfer
-
-    def land(self, id: int) -> None:
-        """They arrive."""
-        self.core.landed([Landed(self.pull(id))])
-
-    def run(self, *sequences: Sequence) -> DecodePlan | None:
-        """Sequences come in and all their pages arrive; returns the first plan that they are in."""
-        for one in sequences:
-            self.cover(one)
-            self.core.landed([Landed(self.fetches[one.id].transfer)])
-        return self.schedule()
-
-    def started(self) -> list[int]:
-        return [message.id for message in self.said if isinstance(message, m.Started)]
-
-    def returned(self) -> list[m.Message]:
-        return [message for message in self.said if isinstance(message, m.Returned)]
-
-    def _hear(self) -> None:
-        while self.core.outbox:
-            to, message = self.core.outbox.pop(0)
-            if isinstance(message, m.Fetch):
-                assert (to, message.worker) == ("prefill0", "decode0")
-                self.fetches[message.id] = message
-            elif isinstance(message, m.Release):
-                assert to == "prefill0"
-                self.released.append(message.id)
-            elif not isinstance(message, m.IndexChanged):
-                assert to == DISPATCHER
-                self.said.append(message)
 
 
 @pytest.fixture
 def bench() -> Iterator[Bench]:
-    bench = Bench()
-    yield bench
-    bench.cache.check()
-    bench.core.release_all()
+    with decode_bench() as bench:
+        yield bench
 
 
 @pytest.fixture
@@ -131,11 +32,6 @@ def reserve(admission: Admission, sequence: Sequence) -> Reservation:
     reservation = admission.reserve(sequence)
     assert reservation is not None
     return reservation
-
-
-def step_rows(plan: DecodePlan | None) -> list[int]:
-    assert plan is not None
-    return [] if plan.step is None else [row.id for row in plan.step.rows]
 
 
 def test_pages_on_their_way_are_shared(admission: Admission) -> None:
@@ -341,79 +237,6 @@ def test_a_full_pool_of_cached_pages_has_room(bench: Bench) -> None:
     assert most.pages[:4] == again.pages[:4]
     nodes = [bench.cache.node_of(page) for page in most.pages[:4]]
     assert [node.tokens for node in nodes if node] == [(0,) * PAGE] * 4
-
-
-def test_the_youngest_gives_way_when_pages_run_out(bench: Bench) -> None:
-    bench.run(sequence(0, [0] * 57), sequence(1, [1] * 64), sequence(2, [2] * 57))
-    plan = bench.schedule()
-    assert bench.returned() == []
-    held = bench.cache.allocate(bench.cache.num_available)
-    assert held is not None
-    # Two steps of 4 from positions 56 and 63 on: the first and the third need another page now.
-    rows = {row.sequence.id: row for row in bench.core.rows.all()}
-    assert step_rows(plan) == [0, 1, 2]
-    assert [(row.num_kv, len(row.pages)) for row in rows.values()] == [(64, 8), (71, 9), (64, 8)]
-    plan = bench.schedule()
-    assert bench.returned() == [m.Returned(2, "preempted")]
-    assert step_rows(plan) == [0, 1]
-    assert len(rows[0].pages) == 9
-    assert bench.core.stats.preemptions == {"lora": 1}
-    bench.cache.release(held)
-
-
-def test_the_youngest_waits_for_one_that_is_still_on_its_way(bench: Bench) -> None:
-    """That one is younger, and its pages will be there to be taken once it runs."""
-    bench.cover(sequence(0, [0] * 89), sequence(1, [1] * 96), sequence(2, [2] * 8))
-    held = bench.cache.allocate(2)
-    assert held is not None
-    assert bench.cache.num_available == 0
-    bench.core.landed([Landed(bench.fetches[id].transfer) for id in (0, 1)])
-    plan = bench.schedule()
-    assert step_rows(plan) == [0], "the younger one has no page for its next token"
-    assert bench.core.rows.ids() == {0, 1}
-    assert bench.returned() == []
-    bench.receive(m.Abort(2))
-    last = bench.cache.allocate(1)
-    assert last is not None
-    plan = bench.schedule()
-    assert bench.returned() == [m.Returned(1, "preempted")], "it is covered again later"
-    assert step_rows(plan) == [0]
-    assert step_rows(bench.schedule()) == [0]
-    assert len(bench.core.rows.all()[0].pages) == 13, "of those that have been given back"
-    bench.cache.release([*held, *last])
-
-
-def test_one_that_is_alone_waits_for_pages(bench: Bench) -> None:
-    held = bench.cache.allocate(14)
-    assert held is not None
-    bench.cover(sequence(0, [0] * 96))
-    last = bench.cache.allocate(bench.cache.num_available)
-    assert last is not None
-    bench.land(0)
-    plan = bench.schedule()
-    assert step_rows(plan) == []
-    assert bench.schedule() is None
-    assert bench.returned() == []
-    bench.cache.release([*held, *last])
-    assert step_rows(bench.schedule()) == [0]
-
-
-def test_tokens_of_a_row_that_was_preempted_meanwhile_are_dropped(bench: Bench) -> None:
-    first = bench.run(sequence(0, [0] * 64), sequence(1, [1] * 57))
-    held = bench.cache.allocate(bench.cache.num_available)
-    assert held is not None
-    second = bench.schedule()
-    third = bench.schedule()
-    assert [step_rows(plan) for plan in (first, second, third)] == [[0, 1], [0, 1], [0]]
-    assert bench.returned() == [m.Returned(1, "preempted")]
-    bench.said.clear()
-    bench.apply(first)
-    bench.apply(second)
-    bench.apply(third)
-    assert [(t.id, len(t.token_ids)) for t in bench.said if isinstance(t, m.Tokens)] == [
-        (0, STEPS)
-    ] * 3
-    bench.cache.release(held)
 
 
 def test_a_fetch_that_fails_twice_gives_the_room_back(bench: Bench) -> None:

@@ -149,6 +149,15 @@ def test_what_was_used_last_is_evicted_last() -> None:
     assert cache.counts().cached == 3
 
 
+def test_the_end_of_a_chain_is_the_first_to_be_looked_at() -> None:
+    """Of a thousand pages that are not leaves none is passed over again and again."""
+    cache = PageCache(7, PAGE)
+    first, second = fill(cache, [1] * 6), fill(cache, [2] * 6)
+    cache.release(second)
+    cache.release(first)
+    assert [node.page for node in cache._index._unused] == [*second[::-1], *first[::-1]]
+
+
 def test_allocate_is_all_or_nothing() -> None:
     cache = PageCache(5, PAGE)
     cache.release(fill(cache, [1, 1, 2, 2]))

@@ -6,6 +6,7 @@ import pytest
 
 from pshare_jax.core import messages as m
 from pshare_jax.core.plans import PrefillResult
+from pshare_jax.core.pool_prompts import PoolPrompts
 from pshare_jax.core.prefill import STORE_SECONDS
 from pshare_jax.core.prices import DISK, SHARED, Prices
 from pshare_jax.core.sequences import Sequence
@@ -257,8 +258,9 @@ def test_a_prompt_whose_run_gives_way_starts_anew():
     bench.core.receive(m.Looked(first.id, [SHARED] * 4))
     plan = bench.store()
     assert plan is not None
-    (run,) = bench.core.holders(())
-    assert bench.core.give_way(run)
+    prompts = PoolPrompts(bench.core)
+    (run,) = prompts.holders(())
+    assert prompts.give_way(run)
     assert bench.cache.num_available == 8
     bench.core.receive(m.Loaded(plan.loads[0].transfer))
     bench.store()

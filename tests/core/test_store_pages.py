@@ -7,6 +7,7 @@ import msgspec
 from pshare_jax.core import messages as m
 from pshare_jax.core.admission import Admission
 from pshare_jax.core.pages.prefix_index import PageState
+from pshare_jax.core.pool_prompts import PoolPrompts
 from pshare_jax.core.prices import SHARED
 from pshare_jax.core.requests import Owner
 from pshare_jax.core.store_client import PIECE_PAGES
@@ -84,10 +85,11 @@ def test_pages_that_arrive_are_not_given_to_others():
     nodes = bench.cache.match(sequence.keys, sequence.prompt)
     assert [node.state for node in nodes] == [PageState.ARRIVING] * 2
     bench.cache.release([node.page for node in nodes])
-    (run,) = bench.core.holders([])
-    assert (run.sequence, bench.core.holds_pages) == (sequence, True)
-    assert bench.core.give_way(run), "the pages of a run can be had by others"
-    assert not bench.core.give_way(run)
+    prompts = PoolPrompts(bench.core)
+    (run,) = prompts.holders([])
+    assert (run.sequence, prompts.hold_pages) == (sequence, True)
+    assert prompts.give_way(run), "the pages of a run can be had by others"
+    assert not prompts.give_way(run)
     assert bench.cache.matched_tokens(sequence.keys, sequence.prompt) == 0
 
 

@@ -66,6 +66,14 @@ def test_a_thousand_that_nobody_takes_are_gone_after_their_lease(folder: OfferFo
     ]
 
 
+def test_one_of_the_same_id_takes_nothing_from_the_first(folder: OfferFolder) -> None:
+    put(folder, 5)
+    with pytest.raises(TransferError, match="transfer 5 is on offer already"):
+        put(folder, 5)
+    assert len(folder) == 1
+    os.close(take(folder.path, 5))
+
+
 def test_a_worker_s_offers_go_with_it(folder: OfferFolder) -> None:
     put(folder, 1, "prefill0")
     put(folder, 2, "prefill1")

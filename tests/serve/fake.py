@@ -165,6 +165,7 @@ class FakeOrchestrator:
                     ("decode0", "http", "planes", "wire"): 1000,
                 },
                 miscoded={("decode0", "record"): 2},
+                unasked={("decode0", "made"): 5, ("decode0", "used"): 4},
                 busy_seconds={"prefill0": 1.5, "decode0": 2.5},
                 pools={
                     "prefill0": PoolStats(total=99, free=90, used=2, shared=1, cached=7),

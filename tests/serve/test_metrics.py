@@ -80,6 +80,7 @@ def test_coded_transfers(client):
     assert client.metric(name, kind="raw", **labels) == 1400
     assert client.metric(name, kind="wire", **labels) == 1000
     assert client.metric("pshare_transfers_miscoded_total", engine="decode0", reason="record") == 2
+    assert client.metric("pshare_unasked_offers_total", engine="decode0", outcome="used") == 4
 
 
 def test_pools(client):
