@@ -102,6 +102,14 @@ def test_adapters_of_unlike_shape_in_one_batch():
     np.testing.assert_array_equal(logits[3], alone[3])
 
 
+def test_a_plain_head_over_layers_of_8_bits():
+    config = in_format(CONFIGS["llama"], "int8-layers")
+    assert not config.tie_word_embeddings
+    packed = pack_weights(config, init_weights(config, 1, jnp.bfloat16))
+    assert (packed["layers"].matrices.dtype, packed["head"].dtype) == (jnp.uint8, jnp.bfloat16)
+    assert_same_as_xla(config, "bfloat16")
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_adapters_where_nothing_else_is_rounded(dtype):
     config = in_format(CONFIGS["odd sizes"], "int8")
