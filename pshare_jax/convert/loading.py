@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from pshare_jax.convert.manifest import TENSORS_FILE, WEIGHTS_FOLDER, Manifest, TensorEntry
-from pshare_jax.convert.tensors import DTYPES
+from pshare_jax.convert.tensors import INT8, STORED_DTYPES
 from pshare_jax.convert.zarr import CHECKED, StoredTensor
 from pshare_jax.errors import CheckpointError
 from pshare_jax.kernels.native.library import load_library
@@ -49,13 +49,16 @@ def open_tensor(
 
 
 def load_group(
-    manifest: Manifest, names: Sequence[str], dtype: np.dtype, shardings: Mapping[str, Sharding]
+    manifest: Manifest,
+    names: Sequence[str],
+    dtypes: Mapping[str, np.dtype],
+    shardings: Mapping[str, Sharding],
 ) -> Weights:
     """Loads some tensors: all reads are started before the first is waited for."""
     started = []
     for name in names:
         shape = manifest.tensors[name].shape
-        stored = open_tensor(manifest, name, dtype)
+        stored = open_tensor(manifest, name, dtypes[name])
         indices = shardings[name].addressable_devices_indices_map(shape)
         # Replicas share one read.
         parts = {str(index): index for index in indices.values()}
@@ -69,14 +72,17 @@ def load_group(
 
 
 def load_gently(
-    manifest: Manifest, names: Sequence[str], dtype: np.dtype, shardings: Mapping[str, Sharding]
+    manifest: Manifest,
+    names: Sequence[str],
+    dtypes: Mapping[str, np.dtype],
+    shardings: Mapping[str, Sharding],
 ) -> Weights:
     """Loads some tensors as `load_group` does, but each after the one before is on its devices."""
     weights: Weights = {}
     folder = manifest.folder / WEIGHTS_FOLDER
     for name in names:
         give_way()
-        entry = manifest.tensors[name]
+        entry, dtype = manifest.tensors[name], dtypes[name]
         opened = partial(open_tensor, manifest, name, dtype, gentle=True)
         indices = shardings[name].addressable_devices_indices_map(entry.shape)
         parts = {str(index): index for index in indices.values()}
@@ -135,7 +141,10 @@ def _read_gently(
 
 def _read_whole(path: Path, entry: TensorEntry, dtype: np.dtype) -> np.ndarray | None:
     library = load_library()
-    if library is None or dtype not in DTYPES.values():
+    stored_as = STORED_DTYPES[entry.dtype]
+    if library is None or dtype not in STORED_DTYPES.values():
+        return None
+    if INT8 in (dtype, stored_as) and dtype != stored_as:
         return None
     try:
         about = json.loads((path / "zarr.json").read_bytes())
@@ -147,7 +156,7 @@ def _read_whole(path: Path, entry: TensorEntry, dtype: np.dtype) -> np.ndarray |
         return None
     out = aligned(entry.shape, dtype)
     file = path.joinpath("c", *["0"] * len(entry.shape))
-    whole = read_tensor(library, file, layout, DTYPES[entry.dtype], out, BESIDE_OTHERS)
+    whole = read_tensor(library, file, layout, stored_as, out, BESIDE_OTHERS)
     return out if whole else None
 
 

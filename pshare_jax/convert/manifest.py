@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pshare_jax.convert.files import one_line
-from pshare_jax.convert.tensors import DTYPES
+from pshare_jax.convert.tensors import DTYPES, STORED_DTYPES
+from pshare_jax.convert.whole_numbers import KEPT
 from pshare_jax.errors import CertificateError, CheckpointError
-from pshare_jax.models.config import ModelConfig, config_from_json, config_to_json
+from pshare_jax.models.config import ModelConfig, WeightFormat, config_from_json, config_to_json
 from pshare_jax.models.fingerprint import former_fingerprints, prefill_fingerprint
 from pshare_jax.models.split import Certificate
 from pshare_jax.models.weights import WeightSpec, lora_specs, weight_specs
@@ -49,7 +50,7 @@ class TensorEntry:
     @property
     def nbytes(self) -> int:
         """Size of the values in bytes."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * STORED_DTYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,9 @@ class Manifest:
     Args:
         folder: where it lies.
         kind: `prefill` or `decode`.
-        config: the architecture; a decode module's is its base's.
-        dtype: dtype name of all tensors.
+        config: the architecture; a decode module's is its base's. Its weights are plain ones,
+            whatever is stored.
+        dtype: dtype name of all tensors, but for whole numbers and their scales.
         fingerprint: hash of weights, architecture and tokenizer. For a prefill checkpoint it is the
             prefill fingerprint; for a decode module its certificate's `weights_fingerprint`. Always
             of the current version, whatever the file states.
@@ -70,6 +72,7 @@ class Manifest:
         source_config: the Hugging Face `config.json` that it was imported from, if any: an export
             gives back what `ModelConfig` does not carry.
         former: what earlier versions called it; the file may state one of these.
+        weights: the form of what is stored: `plain`, or with whole numbers (`whole_numbers.KEPT`).
     """
 
     folder: Path
@@ -82,6 +85,7 @@ class Manifest:
     tensors: Mapping[str, TensorEntry]
     source_config: Mapping[str, Any] | None = None
     former: tuple[str, ...] = ()
+    weights: WeightFormat = "plain"
 
     def current(self, fingerprint: str) -> str:
         """The current name for a former one of this checkpoint; any other name as it is."""
@@ -90,7 +94,7 @@ class Manifest:
     @property
     def specs(self) -> dict[str, WeightSpec]:
         """Names, shapes and axes of the tensors that such a checkpoint must hold."""
-        return stored_specs(self.config, self.certificate)
+        return stored_specs(self.config, self.certificate, self.weights)
 
     @property
     def nbytes(self) -> int:
@@ -98,10 +102,12 @@ class Manifest:
         return sum(entry.nbytes for entry in self.tensors.values())
 
 
-def stored_specs(config: ModelConfig, certificate: Certificate | None) -> dict[str, WeightSpec]:
+def stored_specs(
+    config: ModelConfig, certificate: Certificate | None, weights: WeightFormat = "plain"
+) -> dict[str, WeightSpec]:
     """The tensors that a checkpoint holds: a full module's, or a LoRA module's factors only."""
     if certificate is None or certificate.kind == "full":
-        return weight_specs(config)
+        return weight_specs(config.with_weights(weights))
     assert certificate.lora_rank is not None
     assert certificate.lora_targets is not None
     return lora_specs(config, certificate.lora_rank, certificate.lora_targets)
@@ -163,6 +169,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "certificate": certificate,
         "source_config": manifest.source_config,
     }
+    if manifest.weights != "plain":
+        about["weights"] = manifest.weights
     tensors = {name: dataclasses.asdict(entry) for name, entry in manifest.tensors.items()}
     (folder / MANIFEST_FILE).write_text(json.dumps(about, indent=2) + "\n")
     lines = (f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in tensors.items())
@@ -227,6 +235,7 @@ def read_manifest(folder: str | Path) -> Manifest:
                 for name, entry in tensors.items()
             },
             source_config=about["source_config"],
+            weights=about.get("weights", "plain"),
         )
     except CertificateError as error:
         raise CertificateError(f"{path}: {error}") from error
@@ -236,6 +245,8 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise CheckpointError(f"{path}: malformed: {one_line(error)}") from error
     if (manifest.kind, manifest.certificate is None) not in (("prefill", True), ("decode", False)):
         raise CheckpointError(f"{path}: kind {manifest.kind!r} and the certificate disagree")
+    if manifest.weights not in ("plain", *KEPT):
+        raise CheckpointError(f"{path}: weights of the form {manifest.weights!r} are not known")
     _check_tensors(manifest)
     return _with_current_fingerprint(manifest)
 
@@ -252,7 +263,7 @@ def _check_tensors(manifest: Manifest) -> None:
                 f"{path}: tensor {name} has shape {list(entry.shape)}, "
                 f"but its config needs {list(spec.shape)}"
             )
-        if entry.dtype != manifest.dtype or entry.dtype not in DTYPES:
+        if entry.dtype != (spec.dtype or manifest.dtype) or manifest.dtype not in DTYPES:
             raise CheckpointError(f"{path}: tensor {name} has an unsupported dtype {entry.dtype!r}")
     if unknown := sorted(set(manifest.tensors) - set(specs)):
         raise CheckpointError(f"{path}: tensor {unknown[0]} is unexpected")

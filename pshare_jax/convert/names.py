@@ -133,6 +133,17 @@ def _native_part(native: str, config: ModelConfig, name: str, array: Any) -> Any
     raise AssertionError(f"{name} holds no {native}")
 
 
+def native_outputs(native: str, config: ModelConfig, name: str, values: Any) -> Any:
+    """Of `[rows]` of a Hugging Face tensor, one for each of its rows, those of a native weight."""
+    start = 0
+    for part in hf_tensors(config)[name].parts:
+        rows = hf_shape(part.native, config)[0]
+        if part.native == native:
+            return values[start : start + rows]
+        start += rows
+    raise AssertionError(f"{name} holds no {native}")
+
+
 def write_hf(name: str, config: ModelConfig, read: Callable[[str], Any]) -> Any:
     """A Hugging Face tensor from native weights, which `read` gives by name."""
     tensor = hf_tensors(config)[name]

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from pshare_jax.convert.files import atomic_folder, check_space, one_line, write_files
 from pshare_jax.convert.loading import load_gently, load_group, open_tensor
@@ -31,16 +31,19 @@ from pshare_jax.convert.manifest import (
 )
 from pshare_jax.convert.progress import Report, quiet
 from pshare_jax.convert.seals import write_seals
-from pshare_jax.convert.tensors import DTYPES, LazyTensor, as_lazy, total_bytes
+from pshare_jax.convert.tensors import DTYPES, STORED_DTYPES, LazyTensor, as_lazy, total_bytes
+from pshare_jax.convert.whole_numbers import stood_for
 from pshare_jax.convert.zarr import chunk_shape
 from pshare_jax.core.split_rule import LAST_TOKEN, SplitRule
 from pshare_jax.errors import CheckpointError
-from pshare_jax.models.config import ModelConfig
+from pshare_jax.models.config import ModelConfig, WeightFormat
+from pshare_jax.models.quantise import dequantise
 from pshare_jax.models.split import Certificate, tensor_hash
-from pshare_jax.models.weights import Weights, WeightSpec
+from pshare_jax.models.weights import SCALE, Weights, WeightSpec
 
 __all__ = [
     "load_weights",
+    "open_stored",
     "open_weights",
     "read_manifest",
     "read_tokenizer_files",
@@ -84,9 +87,13 @@ def _check_tensors(tensors: Mapping[str, LazyTensor], specs: Mapping[str, Weight
             raise CheckpointError(
                 f"tensor {name} has shape {list(tensors[name].shape)}, needs {list(spec.shape)}"
             )
+        if spec.dtype not in (None, tensors[name].dtype.name):
+            raise CheckpointError(
+                f"tensor {name} has dtype {tensors[name].dtype.name}, needs {spec.dtype}"
+            )
     if unknown := sorted(set(tensors) - set(specs)):
         raise CheckpointError(f"tensor {unknown[0]} is unexpected")
-    dtypes = {tensor.dtype.name for tensor in tensors.values()}
+    dtypes = {tensors[name].dtype.name for name, spec in specs.items() if spec.dtype is None}
     if len(dtypes) != 1 or not dtypes <= set(DTYPES):
         raise CheckpointError(
             f"tensors of dtype {', '.join(sorted(dtypes))}: need one of float32, bfloat16"
@@ -101,6 +108,7 @@ def write_prefill(
     tokenizer_files: Mapping[str, bytes],
     *,
     source_config: Mapping[str, Any] | None = None,
+    weights: WeightFormat = "plain",
     report: Report = quiet,
 ) -> Manifest:
     """Writes a prefill checkpoint: all of it, or nothing.
@@ -112,6 +120,7 @@ def write_prefill(
             a time.
         tokenizer_files: `tokenizer.json` and its companions by name.
         source_config: the Hugging Face `config.json` that the model came with, if any.
+        weights: the form of `tensors`, where some of them are whole numbers with their scales.
         report: called after each tensor.
 
     Raises:
@@ -119,7 +128,7 @@ def write_prefill(
             misshapen, of an unsupported dtype, or could not be read.
     """
     lazy = {name: as_lazy(tensor) for name, tensor in tensors.items()}
-    specs = stored_specs(config, None)
+    specs = stored_specs(config, None, weights)
     dtype = _check_tensors(lazy, specs)
     with atomic_folder(dest) as folder:
         write_files(folder / TOKENIZER_FOLDER, tokenizer_files)
@@ -137,6 +146,7 @@ def write_prefill(
             tensors=entries,
             source_config=source_config,
             former=former,
+            weights=weights,
         )
         write_manifest(folder, manifest)
         write_seals(folder, manifest)
@@ -156,6 +166,7 @@ def write_decode(
     lora_targets: Sequence[str] | None = None,
     tokenizer_files: Mapping[str, bytes] | None = None,
     extra_files: Mapping[str, bytes] | None = None,
+    weights: WeightFormat = "plain",
     report: Report = quiet,
 ) -> Manifest:
     """Writes a decode module for the prefill checkpoint `base`: all of it, or nothing.
@@ -173,6 +184,7 @@ def write_decode(
         lora_targets: adapted projections, out of `weights.LORA_TARGETS`.
         tokenizer_files: its own chat template and end tokens, see `module_tokenizer`.
         extra_files: contents of files to lay beside, by name.
+        weights: as of `write_prefill`; of a full module.
         report: called after each tensor.
 
     Raises:
@@ -192,7 +204,7 @@ def write_decode(
         lora_alpha=lora_alpha,
         lora_targets=None if lora_targets is None else tuple(lora_targets),
     )
-    specs = stored_specs(base.config, draft)
+    specs = stored_specs(base.config, draft, weights)
     dtype = _check_tensors(lazy, specs)
     with atomic_folder(dest) as folder:
         if tokenizer_files:
@@ -211,6 +223,7 @@ def write_decode(
             tensors=entries,
             source_config=source_config,
             former=former,
+            weights=weights,
         )
         write_manifest(folder, manifest)
         write_seals(folder, manifest)
@@ -256,11 +269,13 @@ def load_weights(
 
     Args:
         folder: a checkpoint, or its manifest.
-        dtype: cast to this while reading; None keeps the stored dtype.
+        dtype: cast to this while reading; None keeps the stored dtype. Whole numbers and their
+            scales are never cast.
         shardings: where each tensor goes; each device's shard is read on its own. A tensor without
             one goes to the default device.
         convert: what becomes of some of the tensors, which are given up then; called with all of
-            them, a group at a time.
+            them, a group at a time, whole numbers and their scales in one. By default these become
+            what they stand for.
         gentle: slower, so that threads that serve meanwhile notice little of it.
 
     Returns:
@@ -271,32 +286,68 @@ def load_weights(
     """
     manifest = folder if isinstance(folder, Manifest) else read_manifest(folder)
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    placed = {name: (shardings or {}).get(name, default) for name in manifest.tensors}
+    placed = _placed(manifest, shardings or {}, default)
     target = np.dtype(dtype or DTYPES[manifest.dtype])
+    own = {name: spec.dtype for name, spec in manifest.specs.items()}
+    dtypes = {name: target if (kept := own[name]) is None else np.dtype(kept) for name in placed}
+    if convert is None and manifest.weights != "plain":
+        convert = partial(dequantise, manifest.config, dtype=target)
     convert = convert or (lambda loaded: loaded)
     load = load_gently if gentle else load_group
     weights: Weights = {}
     group: list[str] = []
     size = 0
     for name, entry in manifest.tensors.items():
-        group.append(name)
+        if _is_scale(manifest, name):
+            continue
+        group += [n for n in (name, name + SCALE) if n in manifest.tensors]
         size += math.prod(entry.shape) * target.itemsize
         if size >= GROUP_BYTES:
-            weights |= convert(load(manifest, group, target, placed))
+            weights |= convert(load(manifest, group, dtypes, placed))
             group, size = [], 0
-    return weights | convert(load(manifest, group, target, placed))
+    return weights | convert(load(manifest, group, dtypes, placed))
+
+
+def _is_scale(manifest: Manifest, name: str) -> bool:
+    return name.endswith(SCALE) and name.removesuffix(SCALE) in manifest.tensors
+
+
+def _placed(
+    manifest: Manifest, shardings: Mapping[str, Sharding], default: Sharding
+) -> dict[str, Sharding]:
+    """Where each stored tensor goes: scales that nobody wants, to their whole numbers' devices."""
+    placed: dict[str, Sharding] = {}
+    for name in manifest.tensors:
+        found = shardings.get(name)
+        if found is None and _is_scale(manifest, name):
+            found = shardings.get(name.removesuffix(SCALE))
+            if isinstance(found, NamedSharding):
+                found = NamedSharding(found.mesh, PartitionSpec())
+        placed[name] = default if found is None else found
+    return placed
 
 
 def open_weights(folder: str | Path | Manifest) -> dict[str, LazyTensor]:
-    """A checkpoint's tensors as LazyTensors: numpy arrays, read one at a time.
+    """A checkpoint's weights as LazyTensors: numpy arrays, read one at a time.
+
+    Whole numbers are read as what they stand for, float32.
 
     Raises:
         CheckpointError: as `read_manifest`; and `read()` of a tensor whose file is missing or
             damaged.
     """
     manifest = folder if isinstance(folder, Manifest) else read_manifest(folder)
-
+    stored = open_stored(manifest)
     return {
-        name: LazyTensor(entry.shape, DTYPES[entry.dtype], partial(_read, manifest, name))
+        name: stood_for(tensor, stored[name + SCALE]) if name + SCALE in stored else tensor
+        for name, tensor in stored.items()
+        if not _is_scale(manifest, name)
+    }
+
+
+def open_stored(manifest: Manifest) -> dict[str, LazyTensor]:
+    """A checkpoint's tensors as they are stored; otherwise as `open_weights`."""
+    return {
+        name: LazyTensor(entry.shape, STORED_DTYPES[entry.dtype], partial(_read, manifest, name))
         for name, entry in manifest.tensors.items()
     }

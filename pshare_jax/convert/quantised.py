@@ -1,7 +1,8 @@
 """Quantised Hugging Face folders: GPTQ, AWQ, FP8, compressed-tensors and MXFP4, dequantised.
 
 Each scheme stores a linear module's weight as several tensors; what they stand for is computed in
-float32 when it is read. Activations, which some schemes round too, are not rounded here.
+float32 when it is read. Weights that are whole numbers of 8 bits with one scale an output can be
+had as such. Activations, which some schemes round too, are not rounded here.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from pshare_jax.convert.tensors import DTYPES, LazyTensor
+from pshare_jax.convert.tensors import DTYPES, INT8, LazyTensor
+from pshare_jax.convert.whole_numbers import WholeNumbers, scale_of_outputs
 from pshare_jax.errors import CheckpointError
 from pshare_jax.models.hf_fields import Fields
 
@@ -43,6 +45,7 @@ class Scheme:
         dropped: last parts of names of what only activations or KV are rounded by.
         ending: what a weight's name has after its module's.
         separator: what stands before parts.
+        whole: the weight as whole numbers of 8 bits; None where it is none.
     """
 
     title: str
@@ -52,6 +55,7 @@ class Scheme:
     dropped: tuple[str, ...] = ()
     ending: str = ".weight"
     separator: str = "."
+    whole: Callable[[Parts], WholeNumbers | None] = lambda parts: None
 
 
 def read_scheme(hf: Mapping[str, Any]) -> Scheme | None:
@@ -90,16 +94,7 @@ def plain_tensors(scheme: Scheme, stored: Mapping[str, LazyTensor]) -> dict[str,
     Raises:
         CheckpointError: a part of a weight is missing.
     """
-    plain: dict[str, LazyTensor] = {}
-    modules: dict[str, dict[str, LazyTensor]] = {}
-    for name, tensor in stored.items():
-        module, part = _split(name, scheme)
-        if part in scheme.dropped:
-            continue
-        if part in scheme.parts:
-            modules.setdefault(module, {})[part] = tensor
-        else:
-            plain[name] = tensor
+    modules, plain = _modules(scheme, stored)
     for module, parts in modules.items():
         name = module + scheme.ending
         if set(parts) == {"weight"} and parts["weight"].dtype.name in DTYPES:
@@ -116,6 +111,39 @@ def plain_tensors(scheme: Scheme, stored: Mapping[str, LazyTensor]) -> dict[str,
         read = functools.partial(_read, name, scheme, parts, shape)
         plain[name] = LazyTensor(shape, DTYPES["float32"], read)
     return plain
+
+
+def whole_numbers(scheme: Scheme, stored: Mapping[str, LazyTensor]) -> dict[str, WholeNumbers]:
+    """The weights that are whole numbers of 8 bits with one scale an output, by name.
+
+    Arguments as of `plain_tensors`; weights whose parts do not fit together are not among them.
+    """
+    found: dict[str, WholeNumbers] = {}
+    for module, parts in _modules(scheme, stored)[0].items():
+        try:
+            whole = scheme.whole(parts)
+        except (KeyError, ValueError, IndexError):
+            continue
+        if whole is not None:
+            found[module + scheme.ending] = whole
+    return found
+
+
+def _modules(
+    scheme: Scheme, stored: Mapping[str, LazyTensor]
+) -> tuple[dict[str, dict[str, LazyTensor]], dict[str, LazyTensor]]:
+    """Parts of weights by their modules, and all else that counts."""
+    others: dict[str, LazyTensor] = {}
+    modules: dict[str, dict[str, LazyTensor]] = {}
+    for name, tensor in stored.items():
+        module, part = _split(name, scheme)
+        if part in scheme.dropped:
+            continue
+        if part in scheme.parts:
+            modules.setdefault(module, {})[part] = tensor
+        else:
+            others[name] = tensor
+    return modules, others
 
 
 def _split(name: str, scheme: Scheme) -> tuple[str, str]:
@@ -174,8 +202,23 @@ def _gptq(about: Fields) -> Scheme:
             group = np.arange(inputs) // (inputs // len(scales))
         return np.ascontiguousarray(((numbers - zeros[group]) * scales[group]).T)
 
+    def whole(parts: Parts) -> WholeNumbers | None:
+        out, inputs = shape(parts)
+        scale = scale_of_outputs(parts["scales"], out)
+        if bits != 8 or parts["scales"].shape != (1, out) or scale is None:
+            return None
+        zeros = _unpacked(parts["qzeros"].read(), bits, 1) + offset
+        if (zeros != 128).any() or ("g_idx" in parts and parts["g_idx"].read().any()):
+            return None
+
+        def numbers() -> np.ndarray:
+            unsigned = _unpacked(parts["qweight"].read(), bits, 0)
+            return np.ascontiguousarray((unsigned - 128).astype(np.int8).T)
+
+        return WholeNumbers(LazyTensor((out, inputs), INT8, numbers), scale)
+
     parts = ("qweight", "qzeros", "scales", "g_idx")
-    return Scheme(f"GPTQ, {bits} bits", parts, shape, weight)
+    return Scheme(f"GPTQ, {bits} bits", parts, shape, weight, whole=whole)
 
 
 def _awq(about: Fields) -> Scheme:
@@ -295,6 +338,30 @@ def _compressed(about: Fields) -> Scheme:
             values = values - _blocks(zeros, values.shape, None)
         return values * _blocks(scales, values.shape, None)
 
+    def whole(parts: Parts) -> WholeNumbers | None:
+        out, inputs = shape(parts)
+        scales = parts["weight_scale"]
+        scale = scale_of_outputs(scales, out)
+        if scale is None or (len(scales.shape) == 2 and scales.shape[1] != 1):
+            return None
+        if "weight_zero_point" in parts:
+            zeros = parts["weight_zero_point"].read()
+            # In words a zero of 0 is the middle of what 8 bits are.
+            if (zeros.view(np.uint8) != (128 if zeros.dtype == np.int32 else 0)).any():
+                return None
+        if "weight_g_idx" in parts and (parts["weight_g_idx"].read() > 0).any():
+            return None
+        if "weight" in parts:
+            return WholeNumbers(parts["weight"], scale) if parts["weight"].dtype == INT8 else None
+        if bits != 8:
+            return None
+
+        def numbers() -> np.ndarray:
+            unsigned = _unpacked(parts["weight_packed"].read(), bits, 1)
+            return (unsigned - 128).astype(np.int8)[:, :inputs]
+
+        return WholeNumbers(LazyTensor((out, inputs), INT8, numbers), scale)
+
     title = f"compressed-tensors, {' and '.join(sorted(map(str, forms)))}"
     parts = (
         "weight",
@@ -305,7 +372,7 @@ def _compressed(about: Fields) -> Scheme:
         "weight_g_idx",
     )
     dropped = ("input_scale", "input_zero_point", "output_scale", "k_scale", "v_scale", "q_scale")
-    return Scheme(title, parts, shape, weight, dropped)
+    return Scheme(title, parts, shape, weight, dropped, whole=whole)
 
 
 def _mxfp4(about: Fields) -> Scheme:

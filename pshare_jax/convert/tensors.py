@@ -14,6 +14,12 @@ import numpy as np
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 """The dtypes of a checkpoint, by name."""
 
+INT8 = np.dtype(np.int8)
+"""Of weights that are whole numbers, which have a scale for each output."""
+
+STORED_DTYPES = {**DTYPES, INT8.name: INT8}
+"""The dtypes of a checkpoint's tensors, by name."""
+
 
 @dataclass(frozen=True)
 class LazyTensor:

@@ -25,7 +25,7 @@ from pshare_jax.convert.sources import open_source
 from pshare_jax.convert.streamed import Head, hidden_states
 from pshare_jax.convert.tensors import DTYPES, LazyTensor
 from pshare_jax.errors import CertificateError, CheckpointError, RequestError
-from pshare_jax.models.config import ModelConfig
+from pshare_jax.models.config import ModelConfig, WeightFormat
 from pshare_jax.models.lora import merge
 from pshare_jax.models.split import Certificate
 from pshare_jax.text.tokenizer import Tokenizer
@@ -60,11 +60,15 @@ MAX_TOKENS = 512
 
 @dataclass(frozen=True)
 class Model:
-    """A full model whose weights are read when they are needed."""
+    """A full model whose weights are read when they are needed, as what they stand for.
+
+    `weights` is the form in which a checkpoint has them.
+    """
 
     config: ModelConfig
     tensors: Mapping[str, LazyTensor]
     tokenizer_files: Mapping[str, bytes]
+    weights: WeightFormat = "plain"
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ def load_model(
     manifest = check_hashes(path)
     tensors = open_weights(manifest)
     if manifest.certificate is None:
-        return Model(manifest.config, tensors, read_tokenizer_files(manifest))
+        return Model(manifest.config, tensors, read_tokenizer_files(manifest), manifest.weights)
     files: Mapping[str, bytes] = {}
     if base is not None:
         prefill = check_hashes(base)
@@ -120,7 +124,7 @@ def load_model(
         if base is None:
             raise CheckpointError(f"{path}: is a LoRA module; name its base with --base")
         tensors = _merged(open_weights(base), tensors, manifest.certificate)
-    return Model(manifest.config, tensors, files)
+    return Model(manifest.config, tensors, files, manifest.weights)
 
 
 def _merged(

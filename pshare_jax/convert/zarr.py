@@ -23,7 +23,7 @@ import numpy as np
 import tensorstore as ts
 
 from pshare_jax.convert.files import one_line
-from pshare_jax.convert.tensors import DTYPES
+from pshare_jax.convert.tensors import STORED_DTYPES
 from pshare_jax.errors import CheckpointError
 from pshare_jax.models.weights import WeightSpec
 from pshare_jax.sharding.rules import MESH_AXES, TENSOR
@@ -119,7 +119,7 @@ def seal(weights: Path, name: str, shape: tuple[int, ...], dtype: str) -> str:
         inner = about["codecs"][0]["configuration"]["chunk_shape"]
         count = math.prod(size // part for size, part in zip(shape, inner, strict=True))
         with path.joinpath("c", *["0"] * len(shape)).open("rb") as file:
-            checksums = _checksums(file, count, math.prod(shape) * DTYPES[dtype].itemsize)
+            checksums = _checksums(file, count, math.prod(shape) * STORED_DTYPES[dtype].itemsize)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read: {one_line(error)}") from error
     except (LookupError, TypeError, AttributeError, ZeroDivisionError) as error:

@@ -48,6 +48,7 @@ from pshare_jax.engine.modules import Modules
 from pshare_jax.engine.served import ModelInfo, ServedModels
 from pshare_jax.engine.shape import cluster_shape, dtype_of_pages
 from pshare_jax.engine.snapshot import worker_stats
+from pshare_jax.engine.weight_format import served_model
 from pshare_jax.errors import ConfigError, PshareError
 from pshare_jax.kernels.backends import backend_for
 from pshare_jax.kv.coding import PageCoder
@@ -218,8 +219,7 @@ class HostedWorkers:
             CertificateError: a decode module that does not fit the base.
         """
         prepare_jax(_alone(config, role))
-        model = read_manifest(config.base).config.with_weights(config.weights)
-        dtype = compute_dtype(config, model)
+        dtype = compute_dtype(config, served_model(config, read_manifest(config.base)))
         base, sources = checkpoint_sources(config, dtype)
         tokenizer = None
         # For grammars, and to calibrate the codec of a store. Others need not wait a second for it.

@@ -20,7 +20,7 @@ from pshare_jax.convert.seals import open_checkpoint
 from pshare_jax.core.models import ModelKind, ModelSpec
 from pshare_jax.core.split_rule import LAST_TOKEN, SplitRule
 from pshare_jax.engine.adapter_stack import AdapterStack, check_room
-from pshare_jax.engine.weight_format import LoadTensors, loader_of
+from pshare_jax.engine.weight_format import LoadTensors, loader_of, served_model
 from pshare_jax.errors import CheckpointError, ConfigError
 from pshare_jax.kernels.backends import on_mesh
 from pshare_jax.kernels.decoder_layer.packing import PackedAdapters
@@ -28,7 +28,7 @@ from pshare_jax.kernels.native.loading import BESIDE_OTHERS
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.lora import LoraModule, merge, stack_adapters
 from pshare_jax.models.packed import holds_packed, is_packed, pack_adapters, pack_weights
-from pshare_jax.models.quantise import in_format, kv_name, quantise
+from pshare_jax.models.quantise import kv_name, quantise
 from pshare_jax.models.split import Certificate, check_certificate, isolated_namespace
 from pshare_jax.models.weights import (
     Weights,
@@ -106,7 +106,7 @@ def checkpoint_sources(config: ServeConfig, dtype: Any) -> tuple[BaseSource, lis
     if manifest.kind != "prefill":
         raise ConfigError(f"base: {config.base} is a decode module; name a prefill checkpoint")
 
-    model = in_format(manifest.config, config.weights)
+    model = served_model(config, manifest)
     load, plain = loader_of(manifest, dtype, model), loader_of(manifest, dtype, manifest.config)
     base = BaseSource(model, manifest.fingerprint, load, manifest.former, plain, config.kv_dtype)
     return base, [model_source(entry, base, dtype) for entry in config.models]

@@ -39,6 +39,7 @@ from pshare_jax.engine.loader import (
 from pshare_jax.engine.modules import Modules
 from pshare_jax.engine.served import ModelInfo, ServedModels, free_retired
 from pshare_jax.engine.snapshot import worker_stats
+from pshare_jax.engine.weight_format import served_model
 from pshare_jax.errors import EngineDeadError
 from pshare_jax.kernels.backends import CPU_FFI, backend_for
 from pshare_jax.models.packed import unsupported
@@ -129,8 +130,7 @@ class Orchestrator(Front):
             CertificateError: a decode module that does not fit the base.
         """
         prepare_jax(config)
-        model = read_manifest(config.base).config.with_weights(config.weights)
-        dtype = compute_dtype(config, model)
+        dtype = compute_dtype(config, served_model(config, read_manifest(config.base)))
         base, sources = checkpoint_sources(config, dtype)
         tokenizer = Tokenizer.load(Path(config.base) / TOKENIZER_FOLDER)
         return cls(config, base, sources, tokenizer)

@@ -17,7 +17,7 @@ from pshare_jax.models.rope import Rope, RopeScaling, scaling_from_json, scaling
 Activation = Literal["silu", "gelu_tanh"]
 NormPlacement = Literal["before", "after", "both"]
 QkNormScope = Literal["head", "all_heads"]
-WeightFormat = Literal["plain", "int8", "int8-dynamic"]
+WeightFormat = Literal["plain", "int8", "int8-layers", "int8-dynamic"]
 
 MAX_LAYERS = 4096
 """More is taken for a damaged or hostile file; the deepest published decoders have about 130."""

@@ -48,7 +48,6 @@ def unsupported(config: ModelConfig) -> str | None:
     problems = {
         "layers of its own": family(config.architecture).decoder_layer is not None,
         "experts in some layers only": len({spec.experts for spec in config.layer_specs}) > 1,
-        "weights of 8 bits with activations that are not": config.weight_format == "int8",
     }
     return next((name for name, present in problems.items() if present), None)
 
@@ -95,7 +94,8 @@ def pack_weights(config: ModelConfig, weights: Weights, nice: int = 0) -> Weight
     scale = _norm_factors(config, host["final_norm.scale"])
     computed = weights["final_norm.scale"].dtype.name
     vectors, matrices, head, scale = jax.device_put([vectors, rows, head, scale], sharding)
-    layers = PackedLayers(vectors, matrices, _parts(config), computed)
+    rounds = config.weight_format == "int8-dynamic"
+    layers = PackedLayers(vectors, matrices, _parts(config), computed, rounds)
     library.advise_large_pages([layers.matrices, head])
     arrays = {"layers": layers, "final_norm.scale": scale, "head": head}
     if (head_scales := host.get(name + SCALE)) is not None:
@@ -199,7 +199,7 @@ def _layer_vectors(columns: int, config: ModelConfig, own: Named) -> list[np.nda
         vectors.append(padded("experts.router.bias"))
         vectors += [alternate_columns(gate, up, columns) for gate, up in pairs]
         vectors.append(pad_columns(list(wide("experts.down.bias")), columns))
-    if config.weight_format == "int8-dynamic":
+    if config.weight_format != "plain":
         vectors += _column_scales(columns, own)
     return vectors
 
@@ -371,6 +371,7 @@ class PackedDecoder:
         Logits are undefined unless the bool scalar `wanted` is true; 0 where `lens [B]` is 0. The
         tokens are among those that `mask` allows, see `lm_head`.
         """
+        layers: PackedLayers = self._weights["layers"]
         logits, tokens = lm_head(
             x,
             self._weights["final_norm.scale"],
@@ -381,5 +382,7 @@ class PackedDecoder:
             self._weights.get("head_scales"),
             vocab_size=self._config.vocab_size,
             eps=self._config.rms_norm_eps,
+            computed=layers.computed,
+            rounds=layers.rounds,
         )
         return scaled_logits(self._config, logits), tokens

@@ -2,13 +2,15 @@
 
 `int8` does not round activations: a product reads whole numbers, which every dtype of activations
 holds exactly, and multiplies its result by the scales. Embeddings, norms and biases stay as they
-are. `int8-dynamic` rounds what enters a product too (`kernels/matmul/rounded.py`), and has a tied
-embedding in 8 bits, with a scale for each token.
+are; in `int8-layers`, which checkpoints may have, an output head too. `int8-dynamic` rounds what
+enters a product too (`kernels/matmul/rounded.py`), and has a tied embedding in 8 bits, with a scale
+for each token.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +45,8 @@ def quantise(config: ModelConfig, weights: Weights) -> Weights:
 
     Args:
         config: as `in_format` gives it.
-        weights: by name, on any device or mesh; those of other dtypes are kept.
+        weights: by name, on any device or mesh. Others than projections are kept, and so are whole
+            numbers with their scales.
 
     Returns:
         The same, laid out alike, with `.kernel` int8 and `.kernel_scale` float32, an embedding
@@ -53,7 +56,7 @@ def quantise(config: ModelConfig, weights: Weights) -> Weights:
     quantised: Weights = {}
     for name, weight in weights.items():
         spec = specs.get(name)
-        if spec is None:
+        if spec is None or weight.dtype == jnp.int8:
             quantised[name] = weight
             continue
         outputs = len(weight_specs(config)[name + SCALE].shape)
@@ -61,6 +64,34 @@ def quantise(config: ModelConfig, weights: Weights) -> Weights:
         inputs = range(outputs, weight.ndim) if by_token else range(weight.ndim - outputs)
         quantised[name], quantised[name + SCALE] = _quantise(weight, tuple(inputs))
     return quantised
+
+
+def dequantise(config: ModelConfig, weights: Weights, dtype: Any) -> Weights:
+    """Some weights of a full module, whole numbers that `config` has otherwise as `dtype`.
+
+    Args:
+        config: the decoder's, in any form.
+        weights: by name; whole numbers are beside their scales.
+        dtype: of what they stand for.
+
+    Returns:
+        The same; those scales are left out.
+    """
+    kept = _int8_specs(config)
+    plain: Weights = {}
+    for name, weight in weights.items():
+        kernel = name.removesuffix(SCALE)
+        if kernel != name and kernel not in kept:
+            continue
+        if weight.dtype == jnp.int8 and name not in kept:
+            weight = _stood_for(weight, weights[name + SCALE], jnp.dtype(dtype))
+        plain[name] = weight
+    return plain
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _stood_for(kernel: jax.Array, scale: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return (kernel.astype(jnp.float32) * scale).astype(dtype)
 
 
 @functools.lru_cache(maxsize=8)

@@ -8,7 +8,7 @@ Loading, sharding, initialisation and checks all read this table.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,14 +169,17 @@ def weight_specs(config: ModelConfig) -> dict[str, WeightSpec]:
     if config.weight_format == "plain":
         return specs
     tied = config.weight_format == "int8-dynamic" and config.tie_word_embeddings
-    return _in_int8(specs, embedding=tied)
+    plain = {"lm_head.kernel"} if config.weight_format == "int8-layers" else set()
+    if not tied:
+        plain.add("embed.embedding")
+    return _in_int8(specs, plain)
 
 
-def _in_int8(specs: dict[str, WeightSpec], *, embedding: bool) -> dict[str, WeightSpec]:
-    """Kernels of whole numbers, the embedding too if asked, and the scale of each output."""
+def _in_int8(specs: dict[str, WeightSpec], plain: Set[str]) -> dict[str, WeightSpec]:
+    """Kernels and the embedding, but for those in `plain`, of whole numbers with their scales."""
     quantised: dict[str, WeightSpec] = {}
     for name, spec in specs.items():
-        if not name.endswith(".kernel") and not (embedding and name == "embed.embedding"):
+        if not name.endswith((".kernel", ".embedding")) or name in plain:
             quantised[name] = spec
             continue
         outputs = slice(2 if name.endswith(".o.kernel") else 1, None)

@@ -155,5 +155,5 @@ def _card(service: Service, model: ModelInfo, alias: str | None = None) -> Model
         tail=model.tail,
         max_model_len=service.limits.max_model_len,
         chat_template=service.templates.name(model.name),
-        weights=service.engine.config.weights,
+        weights=service.engine.model_config.weight_format,
     )

@@ -97,7 +97,10 @@ def test_checkpoints_are_quantised_when_they_are_loaded(served) -> None:
     assert plain.kv_name == plain.fingerprint == base.fingerprint
 
 
-@pytest.mark.parametrize(("form", "backend"), [("int8", "xla"), ("int8-dynamic", "cpu_ffi")])
+FORMS = [("int8", "xla"), ("int8", "cpu_ffi"), ("int8-dynamic", "cpu_ffi")]
+
+
+@pytest.mark.parametrize(("form", "backend"), FORMS)
 def test_an_isolated_lora_is_merged_before_it_is_quantised(served, form, backend) -> None:
     config = dataclasses.replace(configured(served, sharing="isolated"), weights=form)
     base, sources = checkpoint_sources(config, "float32")

@@ -1,8 +1,6 @@
-"""The C++ layers with weights of 8 bits, which round what they multiply, against XLA."""
+"""The C++ layers with weights of 8 bits, rounding what they multiply or not, against XLA."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +9,7 @@ import pytest
 
 from pshare_jax.kernels.decoder_layer.packing import unpack_columns
 from pshare_jax.kernels.native.library import require_library
-from pshare_jax.models.config import ModelConfig
+from pshare_jax.models.config import ModelConfig, WeightFormat
 from pshare_jax.models.decoder import init_weights
 from pshare_jax.models.lora import stack_adapters
 from pshare_jax.models.packed import PackedDecoder, pack_adapters, pack_weights, unsupported
@@ -22,6 +20,7 @@ from tests.models.test_packed import (
     CONFIGS,
     LENS,
     START,
+    assert_same_as_xla,
     batch,
     in_cpp,
     in_xla,
@@ -36,6 +35,7 @@ where both have it a little differently."""
 # Biases; norms of heads; norms after blocks, windows and caps; norms that add one; multipliers.
 NAMES = ("qwen2", "qwen3", "gemma2", "gemma3", "granite", "odd sizes")
 CASES = [*((name, "bfloat16") for name in NAMES), ("odd sizes", "float32")]
+FORMS: tuple[WeightFormat, ...] = ("int8", "int8-dynamic")
 
 
 def dynamic(name: str) -> ModelConfig:
@@ -63,6 +63,11 @@ def test_same_numbers_as_xla(name, dtype):
     assert error(written(pages, table), written(expected_pages, table)) < TOLERANCE[dtype]
     np.testing.assert_array_equal(written(pages, table), written(kv_only, table))
     np.testing.assert_array_equal(best, np.asarray(logits).argmax(axis=-1))
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES)
+def test_same_numbers_as_xla_where_nothing_else_is_rounded(name, dtype):
+    assert_same_as_xla(in_format(CONFIGS[name], "int8"), dtype)
 
 
 def test_the_numbers_are_not_those_of_plain_weights():
@@ -97,10 +102,29 @@ def test_adapters_of_unlike_shape_in_one_batch():
     np.testing.assert_array_equal(logits[3], alone[3])
 
 
+def test_a_plain_head_over_layers_of_8_bits():
+    config = in_format(CONFIGS["llama"], "int8-layers")
+    assert not config.tie_word_embeddings
+    packed = pack_weights(config, init_weights(config, 1, jnp.bfloat16))
+    assert (packed["layers"].matrices.dtype, packed["head"].dtype) == (jnp.uint8, jnp.bfloat16)
+    assert_same_as_xla(config, "bfloat16")
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_a_row_depends_on_nothing_beside_it(dtype):
+def test_adapters_where_nothing_else_is_rounded(dtype):
+    config = in_format(CONFIGS["odd sizes"], "int8")
+    modules = [
+        random_lora(config, 3, LORA_TARGETS, 6.0, 1, dtype),
+        random_lora(config, 40, ("o", "gate", "down"), 20.0, 3, dtype),
+    ]
+    assert_same_as_xla(config, dtype, modules, (1, -1, 0, 1))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_row_depends_on_nothing_beside_it(dtype, form):
     """To the bit: alone, in a batch, in one chunk or token by token, of the base or adapted."""
-    config = dynamic("qwen3")
+    config = in_format(CONFIGS["qwen3"], form)
     weights = pack_weights(config, init_weights(config, 1, jnp.dtype(dtype)))
     modules = [random_lora(config, r, LORA_TARGETS, 4.0, r, dtype) for r in (2, 5)]
     adapters = pack_adapters(config, stack_adapters(modules))
@@ -124,12 +148,16 @@ def test_a_row_depends_on_nothing_beside_it(dtype):
             )
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_head_of_8_bits(tied):
+HEADS = [("int8-dynamic", False), ("int8-dynamic", True), ("int8", False)]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("form", "tied"), HEADS)
+def test_a_head_of_8_bits(form, tied, dtype):
     """The choice under a mask, and a tied embedding looked up in the head."""
     plain = tiny_config(hidden_size=51, vocab_size=131, tie_word_embeddings=tied)
-    config = in_format(plain, "int8-dynamic")
-    weights = init_weights(config, 1, jnp.bfloat16)
+    config = in_format(plain, form)
+    weights = init_weights(config, 1, jnp.dtype(dtype))
     packed = pack_weights(config, weights)
     assert ("embed.embedding" in packed) is not tied
     decoder, rng = PackedDecoder(config, packed), np.random.default_rng(0)
@@ -139,6 +167,13 @@ def test_a_head_of_8_bits(tied):
     logits, best = decoder.logits(x, np.ones(3, np.int32), jnp.asarray(True), mask)
     allowed = np.where(may[:, :131], logits, -np.inf)
     np.testing.assert_array_equal(best, allowed.argmax(axis=1))
+    if form == "int8":
+        wide = {name: jnp.asarray(weights[name], jnp.float32) for name in weights}
+        normed = x / jnp.sqrt(jnp.mean(x**2, axis=1, keepdims=True) + config.rms_norm_eps)
+        read = (normed * wide["final_norm.scale"]).astype(dtype).astype(jnp.float32)
+        expected = read @ wide["lm_head.kernel"] * wide["lm_head.kernel_scale"]
+        # One input of bfloat16 may be rounded the other way.
+        assert error(logits, expected) < (1e-6 if dtype == "float32" else 2e-3)
     if tied:
         tokens = jnp.asarray([[0, 130, 31], [32, 64, 7]], jnp.int32)
         columns = require_library().panel_columns
@@ -158,7 +193,11 @@ def test_bytes_of_another_model_are_refused():
         jax.block_until_ready(in_cpp(config, cut, None, index, *batch(config, "float32")))
 
 
-def test_weights_without_rounded_activations_stay_with_xla():
-    weight_only = in_format(CONFIGS["llama"], "int8")
-    assert unsupported(weight_only) == "weights of 8 bits with activations that are not"
-    assert unsupported(replace(weight_only, weight_format="int8-dynamic")) is None
+def test_a_tied_embedding_is_the_head_in_the_dtype_of_the_others():
+    plain = tiny_config(hidden_size=51, vocab_size=131, tie_word_embeddings=True)
+    config = in_format(plain, "int8")
+    packed = pack_weights(config, init_weights(config, 1, jnp.bfloat16))
+    assert unsupported(config) is None
+    assert packed["layers"].matrices.dtype == jnp.uint8
+    assert packed["head"].dtype == jnp.bfloat16
+    assert "head_scales" not in packed

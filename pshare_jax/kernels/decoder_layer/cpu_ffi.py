@@ -2,7 +2,8 @@
 
 One call does what some fifteen operations of XLA would: on a CPU the layers of a decode step are so
 short that what lies between operations counts. Only the tokens that `q_lens` calls valid are
-computed. The residual stream is float32; what enters a product has the dtype of the weights.
+computed. The residual stream is float32; what enters a product has the dtype of the weights. That
+of weights of 8 bits has the dtype that is computed in, or is rounded to 8 bits too.
 """
 
 from __future__ import annotations
@@ -104,6 +105,7 @@ def decoder_layer(
         query_factor=np.float32(shape.query_factor),
         residual_scale=np.float32(shape.residual_scale),
         gelu=shape.gelu,
+        rounds=layers.rounds,
         kv_only=kv_only,
         num_adapters=np.int64(adapters.num),
         rank=np.int64(adapters.rank),
@@ -129,6 +131,8 @@ def lm_head(
     *,
     vocab_size: int,
     eps: float,
+    computed: str = "float32",
+    rounds: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Final norm, logits and most likely token of the rows with `lens > 0`; 0 for the others.
 
@@ -140,9 +144,11 @@ def lm_head(
         wanted: bool scalar, whether logits are looked at; if not they are left undefined.
         mask: `[B, words]` uint32, from which tokens the most likely is taken, as in
             `runtime.sampler.sample`; logits are those without it.
-        head_scales: `[columns of all panels]` float32 of a head of 8 bits; then x is rounded.
+        head_scales: `[columns of all panels]` float32 of a head of 8 bits.
         vocab_size: columns of the head without padding.
         eps: of the norm.
+        computed: name of the dtype that a head of 8 bits multiplies, float32 or bfloat16.
+        rounds: that is rounded to 8 bits instead.
 
     Returns:
         Logits `[B, vocab]` float32 and tokens `[B]` int32, the lowest id of equals.
@@ -160,5 +166,7 @@ def lm_head(
         mask = jnp.zeros((x.shape[0], 0), jnp.uint32)
     if head_scales is None:
         head_scales = jnp.zeros(0, jnp.float32)
-    logits, tokens = call(x, scale, head, lens, wanted, mask, head_scales, eps=np.float32(eps))
+    operands = (x, scale, head, lens, wanted, mask, head_scales)
+    half = computed == "bfloat16"
+    logits, tokens = call(*operands, eps=np.float32(eps), rounds=rounds, bfloat16=half)
     return logits, tokens

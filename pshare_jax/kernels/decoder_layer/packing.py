@@ -57,7 +57,7 @@ class Parts:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["vectors", "matrices"],
-    meta_fields=["parts", "computed"],
+    meta_fields=["parts", "computed", "rounds"],
 )
 @dataclass(frozen=True)
 class PackedLayers:
@@ -74,12 +74,14 @@ class PackedLayers:
             gate and up of each expert, and down of each.
         parts: what layers have.
         computed: name of the dtype that is computed in, where weights and pages do not say.
+        rounds: whether what matrices of 8 bits multiply is rounded to 8 bits as well.
     """
 
     vectors: jax.Array
     matrices: jax.Array
     parts: Parts
     computed: str
+    rounds: bool = False
 
 
 @functools.partial(

@@ -103,8 +103,9 @@ def read_tensor(
         library: the C++ library.
         path: of the file.
         layout: rows, chunks and run: each chunk has the rows times the run of its numbers.
-        stored: dtype in the file, float32 or bfloat16.
-        out: takes its numbers, as float32 or bfloat16; C-contiguous, of the tensor's shape.
+        stored: dtype in the file, float32 or bfloat16, or int8.
+        out: takes its numbers, as float32 or bfloat16, or int8 as they are; C-contiguous, of the
+            tensor's shape.
         nice: steps by which the thread that does it has a lower priority.
 
     Returns:

@@ -20,19 +20,24 @@ using namespace pshare;
 
 namespace {
 
+// Whether W is a weight of 8 bits, which has a scale for each column.
+template <class W>
+constexpr bool is_int8 =
+    std::is_same_v<W, Int8> || std::is_same_v<W, Int8As<float>> || std::is_same_v<W, Int8As<bf16>>;
+
 // The dtype of what is read as T; INVALID where that is bytes of whatever it is.
 template <class T>
 constexpr ffi::DataType dtype_of() {
   if (std::is_same_v<T, float>) return ffi::DataType::F32;
   if (std::is_same_v<T, bf16>) return ffi::DataType::BF16;
   if (std::is_same_v<T, fp8>) return ffi::DataType::F8E4M3FN;
-  if (std::is_same_v<T, Int8>) return ffi::DataType::U8;
+  if (is_int8<T>) return ffi::DataType::U8;
   if (std::is_same_v<T, int32_t>) return ffi::DataType::S32;
   if (std::is_same_v<T, uint32_t>) return ffi::DataType::U32;
   if (std::is_same_v<T, bool>) return ffi::DataType::PRED;
   static_assert(std::is_same_v<T, float> || std::is_same_v<T, bf16> || std::is_same_v<T, fp8> ||
-                std::is_same_v<T, Int8> || std::is_same_v<T, int32_t> ||
-                std::is_same_v<T, uint32_t> || std::is_same_v<T, bool> || std::is_same_v<T, char>);
+                is_int8<T> || std::is_same_v<T, int32_t> || std::is_same_v<T, uint32_t> ||
+                std::is_same_v<T, bool> || std::is_same_v<T, char>);
   return ffi::DataType::INVALID;
 }
 
@@ -277,8 +282,9 @@ ffi::Error decoder_layer(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::
   // Adapters, of which there may be none, have the dtype that is computed in.
   return typed(call, 9, [&](auto element) {
     using E = decltype(element);
-    bool bytes = call.arg(8).element_type() == ffi::DataType::U8;
-    bytes ? run_layer<E, Int8>(call) : run_layer<E, E>(call);
+    bool bytes = call.arg(8).element_type() == ffi::DataType::U8, rounds = call.attr<bool>("rounds");
+    if (!bytes) return run_layer<E, E>(call);
+    rounds ? run_layer<E, Int8>(call) : run_layer<E, Int8As<E>>(call);
   });
 }
 
@@ -400,7 +406,7 @@ template <class W>
 void run_head(Call& call) {
   long vocab = call.ret(0).dimensions()[1], scales = call.dim(6, 0);
   bool fits = call.dim(2, 0) == panels(vocab) * panel_size<W>(call.dim(0, 1)) &&
-              scales == (std::is_same_v<W, Int8> ? panels(vocab) * kPanel : 0);
+              scales == (is_int8<W> ? panels(vocab) * kPanel : 0);
   if (!call.good(fits ? "" : "the packed head is of another model")) return;
   long words = call.dim(5, 1);
   bool covers = words == 0 || (words * 32 >= vocab && call.dim(5, 0) == call.dim(0, 0));
@@ -417,13 +423,15 @@ void run_head(Call& call) {
 }
 
 // x, scale, head, lens, whether logits are wanted, mask of no or enough words, scales of a head of
-// 8 bits or none -> logits, best tokens
+// 8 bits or none; attributes say what such a head multiplies -> logits, best tokens
 ffi::Error lm_head(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dictionary attrs) {
   Call call(args, rets, attrs);
   if (call.arg(2).element_type() != ffi::DataType::U8) {
     return typed(call, 2, [&](auto element) { run_head<decltype(element)>(call); });
   }
-  run_head<Int8>(call);
+  bool rounds = call.attr<bool>("rounds"), half = call.attr<bool>("bfloat16");
+  if (rounds) run_head<Int8>(call);
+  else half ? run_head<Int8As<bf16>>(call) : run_head<Int8As<float>>(call);
   return call.error().empty() ? ffi::Error::Success() : ffi::Error::InvalidArgument(call.error());
 }
 

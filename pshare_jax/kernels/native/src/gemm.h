@@ -61,7 +61,7 @@ inline void tile(const Left<E>* a, long lda, const E* b, long count, float* c, l
     for (int j = 0; j < kVectors; j++) {
       __builtin_prefetch(b + ((k + ahead) * kPanel + j * kWidth) * U, 0, level);
     }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int pass = 0; pass < Unit<E>::passes; pass++) {
       VF right[kVectors];
 #pragma GCC unroll 4
@@ -116,11 +116,11 @@ void multiply_panel(long rows, const Left<E>* a, long lda, const E* b, long coun
 }
 
 #if defined(PSHARE_TILES)
-// `multiply` by tiles. The unit is quick: panels come from memory once for up to 256 rows, and any
-// number of threads gets shares.
-template <class Done>
-void multiply_by_tiles(Team& team, long rows, const bf16* a, long lda, const bf16* packed, long k,
-                       long first, long last, int group, Done done) {
+// As `share_panels`, for products by tiles with k inputs. The unit is quick: panels come from memory
+// once for up to 256 rows, and any number of threads gets shares.
+template <class Done, class Product>
+void share_by_tiles(Team& team, long rows, long k, long first, long last, int group, Done done,
+                    Product product) {
   long fit = kTileLeftBytes / (4 * std::max(units<bf16>(k), 1L));
   long most = std::clamp(fit / 64 * 64, 64L, kTileBlockRows);
   long blocks = std::max(1L, (rows + most - 1) / most), groups = (last - first) / group;
@@ -133,10 +133,7 @@ void multiply_by_tiles(Team& team, long rows, const bf16* a, long lda, const bf1
     if (count <= 0) return;
     for (long g = groups * share / shares; g < groups * (share + 1) / shares; g++) {
       long panel = first + g * group;
-      for (int p = 0; p < group; p++) {
-        tile_panel<Tiles>(count, a + row * lda, lda, packed + (panel + p) * panel_size<bf16>(k),
-                          units<bf16>(k), out + p * kPanel, ldc, false);
-      }
+      for (int p = 0; p < group; p++) product(row, count, panel + p, out + p * kPanel, ldc);
       done(row, count, panel, out);
     }
   });
@@ -174,18 +171,16 @@ void share_panels(Team& team, long rows, long first, long last, int group, Done 
 template <class E, class Done>
 void multiply(Team& team, long rows, const Left<E>* a, long lda, const E* packed, long k, long first,
               long last, int group, Done done) {
+  auto product = [&](long row, long count, long panel, float* out, long ldc) {
+    multiply_panel<E>(count, a + row * lda, lda, packed + panel * panel_size<E>(k), units<E>(k), out,
+                      ldc, false);
+  };
 #if defined(PSHARE_TILES)
   if constexpr (std::is_same_v<E, bf16>) {
-    if (has_tiles()) {
-      return multiply_by_tiles(team, rows, a, lda, packed, k, first, last, group, done);
-    }
+    if (has_tiles()) return share_by_tiles(team, rows, k, first, last, group, done, product);
   }
 #endif
-  share_panels(team, rows, first, last, group, done,
-               [&](long row, long count, long panel, float* out, long ldc) {
-                 multiply_panel<E>(count, a + row * lda, lda, packed + panel * panel_size<E>(k),
-                                   units<E>(k), out, ldc, false);
-               });
+  share_panels(team, rows, first, last, group, done, product);
 }
 
 }  // namespace pshare

@@ -4,7 +4,7 @@
 #include <limits>
 #include <vector>
 
-#include "int8.h"
+#include "weight_only.h"
 
 namespace pshare {
 
@@ -71,7 +71,7 @@ void head(const float* x, const float* scale, const Matrix<W>& m, const int32_t*
     };
     team.at("head");
     if constexpr (rounds) multiply(team, count, rounded, m, 0, all, 1, done);
-    else multiply<W>(team, count, normed, stride, m.panels, embed, 0, all, 1, done);
+    else multiply(team, count, normed, stride, m, embed, 0, all, 1, done);
     team.at("best token");
     // The first of the highest: its panel is computed again.
     team.loop(count, [&](long r) {
@@ -83,8 +83,7 @@ void head(const float* x, const float* scale, const Matrix<W>& m, const int32_t*
       if constexpr (rounds) {
         multiply_panel(rounded, r, 1, m, panel, tile, kPanel);
       } else {
-        multiply_panel<W>(1, normed + r * stride, stride, m.panels + panel * panel_size<W>(embed),
-                          units<W>(embed), tile, kPanel, false);
+        multiply_panel(1, normed + r * stride, stride, m, panel, embed, tile, kPanel);
       }
       long width = std::min<long>(kPanel, vocab - panel * kPanel);
       if (mask != nullptr) forbid(tile, width, allowed(r, panel));

@@ -2,7 +2,7 @@
 //
 // Only valid tokens are computed: they are gathered into consecutive rows, so that a batch or chunk
 // that is not full costs no more than what is in it. The residual stream is float32; what enters a
-// matrix product from the left is rounded to Left<E>, or to 8 bits where weights W are (int8.h).
+// matrix product from the left is rounded to Left<E>, or to 8 bits where weights W are Int8 (int8.h).
 #pragma once
 
 #include <initializer_list>
@@ -172,7 +172,7 @@ class LayerCall {
   void times(Team& team, const Left<E>* x, long stride, const Matrix<W>& m, long k, long first,
              long last, int group, Done done) {
     if constexpr (kRounds) multiply(team, count_, rounded_, m, first, last, group, done);
-    else multiply<E>(team, count_, x, stride, m.panels, k, first, last, group, done);
+    else multiply(team, count_, x, stride, m, k, first, last, group, done);
   }
 
   // Rounds x [count_, k] for the next product, where weights need that.

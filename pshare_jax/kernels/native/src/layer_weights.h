@@ -4,8 +4,8 @@
 #include <string>
 
 #include "experts.h"
-#include "int8.h"
 #include "attention.h"
+#include "weight_only.h"
 
 namespace pshare {
 
@@ -77,7 +77,7 @@ std::string locate(Layer<E, W>& l, const float* vectors, long num_vectors, const
   x.gate_up_bias = take(vectors, count * 2 * panels(l.mlp) * kPanel, has.expert_biases);
   x.down_bias = take(vectors, count * panels(l.embed) * kPanel, has.expert_biases);
   auto matrix = [&](long columns, long inputs) {
-    const float* scales = std::is_same_v<W, Int8> ? take(vectors, columns * kPanel) : nullptr;
+    const float* scales = take(vectors, columns * kPanel, !std::is_same_v<W, E>);
     return Matrix<W>{take(matrices, columns * panel_size<W>(inputs)), scales};
   };
   l.qkv = matrix(qkv, l.embed);

@@ -1,0 +1,142 @@
+// Products of weights of 8 bits with rows that are not rounded to 8 bits.
+//
+// A weight is a whole number from -128 to 127 times the scale of its column. bfloat16 has such
+// numbers exactly, so a product is that of gemm.h with a panel of them, to the bit, times the scales
+// at the end: here too a row's result depends on no other row. Panels are those of int8.h. A few rows
+// widen them in registers; more rows, and a matrix unit whatever their number, read parts of a panel
+// that have been widened into the first-level cache.
+#pragma once
+
+#include <type_traits>
+
+#include "int8.h"
+
+namespace pshare {
+
+constexpr long kWidenedUnits = 64;  // of a panel at a time: 16 KB, and whole steps of a matrix unit
+
+// A weight plus 128, for rows of E.
+template <class E>
+struct Int8As {
+  uint8_t bits;
+};
+
+// What panels are widened to: float32 where rows are held as that.
+template <class E>
+using Wide = std::conditional_t<std::is_same_v<Left<E>, float>, float, E>;
+
+// Weight `i` of each unit. Its byte becomes the ones of a number with a known first bit.
+inline VF widened(VU units, int i) {
+  return (VF)((units >> (8 * i) & 0xffu) | 0x4b000000u) - (0x1p23f + 128);
+}
+
+// Weights `i` and `i + 1` of each unit, as two bfloat16.
+inline VU widened_pair(VU units, int i) {
+  units = units >> (8 * i);
+  VF second = (VF)((units & 0xff00u) | 0x47000000u) - (0x1p15f + 128);
+  return (VU)widened(units, 0) >> 16 | (VU)second;
+}
+
+template <class E>
+struct Unit<Int8As<E>> {
+#if defined(__AVX512BF16__)
+  static constexpr bool pairs = std::is_same_v<E, bf16>;
+#else
+  static constexpr bool pairs = false;
+#endif
+  using Left = typename Unit<E>::Left;
+  static constexpr int size = 4, passes = pairs ? 2 : 4;
+  static VF left(const Left* a, int pass) {
+    if constexpr (pairs) return Unit<E>::left(a + 2 * pass, 0);
+    else return splat(to_float(a[pass]));
+  }
+  static VF right(VU b, int pass) {
+    if constexpr (pairs) return (VF)widened_pair(b, 2 * pass);
+    else return widened(b, pass);
+  }
+  static VF multiply_add(VF acc, VF a, VF b) {
+    if constexpr (pairs) return Unit<E>::multiply_add(acc, a, b);
+    else return acc + a * b;
+  }
+};
+
+// Widens `count` units of a panel.
+template <class E>
+void widen(const Int8As<E>* b, long count, Wide<E>* to) {
+  constexpr long ahead = 128;
+  for (long k = 0; k < count; k++) {
+    for (int j = 0; j < kVectors; j++) {
+      const Int8As<E>* from = b + (k * kPanel + j * kWidth) * 4;
+      __builtin_prefetch(from + ahead * kPanel * 4, 0, 2);
+      VU units = load<VU>(from);
+      if constexpr (std::is_same_v<Wide<E>, float>) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) store(to + (4 * k + i) * kPanel + j * kWidth, widened(units, i));
+      } else {
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; i++) {
+          store(to + ((2 * k + i) * kPanel + j * kWidth) * 2, widened_pair(units, 2 * i));
+        }
+      }
+    }
+  }
+}
+
+// Whether products with rows of E go through a matrix unit.
+template <class E>
+bool by_tiles() {
+  return std::is_same_v<E, bf16> && has_tiles();
+}
+
+// c[rows, kPanel] = a[rows, k] times panel number `panel`. `lda` is a whole number of E's units.
+template <class E>
+void multiply_panel(long rows, const Left<E>* a, long lda, const Matrix<Int8As<E>>& m, long panel,
+                    long k, float* c, long ldc) {
+  const Int8As<E>* b = m.panels + panel * panel_size<Int8As<E>>(k);
+  long all = units<Int8As<E>>(k), done = 0;
+  if (rows <= kTileRows && !by_tiles<E>()) {
+    // Whole units: behind those of a row lies anything.
+    done = k / 4;
+    if (done > 0) tile_of<Int8As<E>>(rows, a, lda, b, done, c, ldc, false);
+  }
+  for (long part; done < all; done += part) {
+    alignas(64) Wide<E> wide[kWidenedUnits * 4 * kPanel];
+    part = std::min(kWidenedUnits, all - done);
+    widen(b + done * kPanel * 4, part, wide);
+    long inputs = std::min(4 * part, k - 4 * done);
+    multiply_panel<Wide<E>>(rows, a + 4 * done, lda, wide, units<Wide<E>>(inputs), c, ldc, done > 0);
+  }
+  for (long i = 0; i < rows; i++) {
+    for (int j = 0; j < kVectors; j++) {
+      float* to = c + i * ldc + j * kWidth;
+      store(to, load<VF>(to) * load<VF>(m.scales + panel * kPanel + j * kWidth));
+    }
+  }
+}
+
+// The same for a matrix of E.
+template <class E>
+void multiply_panel(long rows, const Left<E>* a, long lda, const Matrix<E>& m, long panel, long k,
+                    float* c, long ldc) {
+  multiply_panel<E>(rows, a, lda, m.panels + panel * panel_size<E>(k), units<E>(k), c, ldc, false);
+}
+
+// As `multiply` of gemm.h, for matrices of either kind.
+template <class E, class Done>
+void multiply(Team& team, long rows, const Left<E>* a, long lda, const Matrix<Int8As<E>>& m, long k,
+              long first, long last, int group, Done done) {
+  auto product = [&](long row, long count, long panel, float* out, long ldc) {
+    multiply_panel(count, a + row * lda, lda, m, panel, k, out, ldc);
+  };
+#if defined(PSHARE_TILES)
+  if (by_tiles<E>()) return share_by_tiles(team, rows, k, first, last, group, done, product);
+#endif
+  share_panels(team, rows, first, last, group, done, product);
+}
+template <class E, class Done>
+void multiply(Team& team, long rows, const Left<E>* a, long lda, const Matrix<E>& m, long k,
+              long first, long last, int group, Done done) {
+  multiply<E>(team, rows, a, lda, m.panels, k, first, last, group, done);
+}
+
+}  // namespace pshare
