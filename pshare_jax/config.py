@@ -1,5 +1,8 @@
 """Typed configuration: a YAML file plus `--a.b=c` overrides. Unknown keys are errors."""
 
+# PyYAML and jsonargparse say the types of their methods in part only.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import argparse
@@ -15,6 +18,7 @@ import yaml
 
 from pshare_jax.errors import ConfigError
 from pshare_jax.launch_config import AutoscaleConfig, KubernetesConfig, RayConfig
+from pshare_jax.plain_data import is_object
 
 Sharing = Literal["shared", "isolated"]
 DType = Literal["auto", "float32", "bfloat16"]
@@ -255,7 +259,7 @@ class ClusterConfig:
     patience_seconds: float = 60.0
     max_attempts: int = 6
     take_turns: bool = True
-    cpus: list[str | int] = field(default_factory=list)
+    cpus: list[str | int] = field(default_factory=list[str | int])
 
 
 @dataclass(frozen=True)
@@ -426,7 +430,7 @@ _Yaml.add_implicit_resolver(
 def _load_yaml(text: str) -> Any:
     value = yaml.load(text, Loader=_Yaml)
     # What a flag means by `{a, b}` or `a:` is text.
-    is_text = isinstance(value, dict) and value and all(v is None for v in value.values())
+    is_text = is_object(value) and value and all(v is None for v in value.values())
     return text if is_text else value
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import xxhash
 
+from pshare_jax.plain_data import is_object
+
 logger = logging.getLogger(__name__)
 
 _ENTRY_SUFFIX = "-cache"
@@ -99,7 +101,8 @@ def clean_compilation_cache(folder: str | Path) -> int:
     right now may be removed too; it is then compiled once more.
     """
     removed = 0
-    checked, whole = _read_checked(folder), {}
+    checked = _read_checked(folder)
+    whole: dict[str, str] = {}
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         names = [entry.path for entry in entries if entry.name.endswith(_ENTRY_SUFFIX)]
         for path in names:
@@ -127,7 +130,7 @@ def _read_checked(folder: str | Path) -> dict[str, str]:
         known = json.loads((Path(folder) / _CHECKED).read_bytes())
     except (OSError, ValueError):
         return {}
-    if not isinstance(known, dict):
+    if not is_object(known):
         return {}
     return {name: mark for name, mark in known.items() if isinstance(mark, str)}
 

@@ -18,6 +18,7 @@ from pshare_jax.frontend.plain_text import PlainText
 from pshare_jax.frontend.reasoning import CLOSING, OPENING
 from pshare_jax.frontend.requests import ChatMessage, ChatRequest, CompletionRequest, Tool, ToolCall
 from pshare_jax.frontend.tool_prompt import ToolPrompt, with_tools
+from pshare_jax.plain_data import is_object
 from pshare_jax.text.tokenizer import Tokenizer
 
 MAX_TOOLS = 1024
@@ -90,7 +91,7 @@ def completion_prompts(
         )
     keep = _truncation(body.truncate_prompt_tokens, limits)
     special = body.add_special_tokens is not False
-    prompts = []
+    prompts: list[Prompt] = []
     for item in given:
         if isinstance(item, str):
             ids = encode(tokenizer, item, limits, "prompt", special, keep)
@@ -302,10 +303,10 @@ def _template_call(call: ToolCall) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             decoded = msgspec.json.decode(arguments)
-            arguments = decoded if isinstance(decoded, dict) else arguments
+            arguments = decoded if is_object(decoded) else arguments
         except (msgspec.DecodeError, RecursionError):
             pass  # a model may have produced broken JSON: it is shown as it was
-    function = {"name": call.function.name, "arguments": arguments or {}}
+    function: dict[str, Any] = {"name": call.function.name, "arguments": arguments or {}}
     return {"type": call.type, "id": call.id, "function": function}
 
 

@@ -18,6 +18,7 @@ from pshare_jax.frontend.requests import (
     Whole,
     make_whole,
 )
+from pshare_jax.plain_data import is_list, is_object
 
 
 class Message(Struct):
@@ -121,7 +122,10 @@ def _tool(tool: Mapping[str, Any], where: str) -> dict[str, Any]:
             "functions are",
             param=where,
         )
-    function = {"name": tool.get("name"), "parameters": tool.get("input_schema") or {}}
+    function: dict[str, Any] = {
+        "name": tool.get("name"),
+        "parameters": tool.get("input_schema") or {},
+    }
     if tool.get("description"):
         function["description"] = tool["description"]
     return {"type": "function", "function": function}
@@ -137,7 +141,9 @@ def _messages(message: Message, where: str) -> Iterator[ChatMessage]:
 
 
 def _assistant(blocks: Sequence[Mapping[str, Any]], where: str) -> ChatMessage:
-    texts, thoughts, calls = [], [], []
+    texts: list[str] = []
+    thoughts: list[str] = []
+    calls: list[ToolCall] = []
     for index, block in enumerate(blocks):
         at = f"{where}[{index}]"
         match block.get("type"):
@@ -165,7 +171,7 @@ def _results_and_text(
     role: Literal["user", "system"], blocks: Sequence[Mapping[str, Any]], where: str
 ) -> Iterator[ChatMessage]:
     """Results first, as they answer the calls before, then the text."""
-    texts = []
+    texts: list[str] = []
     for index, block in enumerate(blocks):
         at = f"{where}[{index}]"
         match block.get("type"):
@@ -183,12 +189,12 @@ def _results_and_text(
 def _text(content: Any, where: str) -> str:
     if isinstance(content, str):
         return content
-    if not isinstance(content, list):
+    if not is_list(content):
         raise RequestError(f"{where} must be a string or a list of blocks", param=where)
-    texts = []
+    texts: list[str] = []
     for index, block in enumerate(content):
         at = f"{where}[{index}]"
-        kind = block.get("type") if isinstance(block, dict) else None
+        kind = block.get("type") if is_object(block) else None
         if kind != "text":
             raise _not_served(kind, at)
         texts.append(_string(block, "text", at))

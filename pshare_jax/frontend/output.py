@@ -104,7 +104,7 @@ class SequenceOutput:
         self._text.clear()
         # A token without text waits for the text after it: a stop string may yet cut there.
         everything = self.finish_reason is not None and self._matcher.matched is None
-        tokens = []
+        tokens: list[ScoredToken] = []
         while self._scored and (everything or self._scored[0].offset < self._released):
             tokens.append(self._scored.popleft())
         token_ids, self._token_ids = self._token_ids, []

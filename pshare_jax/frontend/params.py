@@ -373,7 +373,7 @@ def _logit_bias(bias: Mapping[str, float], vocab_size: int) -> dict[int, float]:
             f"logit_bias may hold at most {MAX_LOGIT_BIAS} tokens, got {len(bias)}",
             param="logit_bias",
         )
-    biases = {}
+    biases: dict[int, float] = {}
     for key, value in bias.items():
         # The length check keeps int() from being asked for thousands of digits.
         if not (key.isascii() and key.isdigit() and len(key) <= 20):

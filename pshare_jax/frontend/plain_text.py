@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
 from pshare_jax.errors import RequestError
+from pshare_jax.plain_data import is_object, is_sequence
 from pshare_jax.text.tokenizer import Tokenizer
 
 
@@ -66,12 +67,10 @@ class PlainText:
 
 
 def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
-    match value:
-        case str():
-            return change(value)
-        case dict():
-            return {change(str(key)): _map_texts(item, change) for key, item in value.items()}
-        case Sequence():
-            return [_map_texts(item, change) for item in value]
-        case _:
-            return value
+    if isinstance(value, str):
+        return change(value)
+    if is_object(value):
+        return {change(str(key)): _map_texts(item, change) for key, item in value.items()}
+    if is_sequence(value):
+        return [_map_texts(item, change) for item in value]
+    return value

@@ -208,8 +208,10 @@ class FanoutRequest(ChatRequest, kw_only=True):
 
     def of(self, model: str) -> ChatRequest:
         """The chat for one of the models."""
-        fields = {name: getattr(self, name) for name in ChatRequest.__struct_fields__}
-        return ChatRequest(**{**fields, "model": model})
+        fields: dict[str, Any] = {
+            name: getattr(self, name) for name in ChatRequest.__struct_fields__ if name != "model"
+        }
+        return ChatRequest(model=model, **fields)
 
 
 class TokenizeRequest(Struct, kw_only=True):

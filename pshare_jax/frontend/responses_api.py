@@ -22,6 +22,7 @@ from pshare_jax.frontend.requests import (
     Whole,
     make_whole,
 )
+from pshare_jax.plain_data import is_list, is_mapping, is_object
 
 _TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 
@@ -119,7 +120,7 @@ def _response_format(body: ResponsesRequest) -> dict[str, Any] | None:
     given = (body.text or {}).get("format")
     if given is None:
         return None
-    if not isinstance(given, Mapping):
+    if not is_mapping(given):
         raise RequestError("text.format must be an object", param="text.format")
     if given.get("type") != "json_schema":
         return dict(given)
@@ -182,7 +183,7 @@ def _message(item: Mapping[str, Any], where: str) -> ChatMessage:
             output = _text(item.get("output"), f"{where}.output")
             return ChatMessage("tool", output, tool_call_id=_string(item, "call_id", where))
         case "reasoning":
-            parts = item.get("content") or item.get("summary") or []
+            parts: Any = item.get("content") or item.get("summary") or []
             thoughts = _text(parts, f"{where}.content")
             return ChatMessage("assistant", None, reasoning_content=thoughts)
         case kind:
@@ -210,12 +211,12 @@ def _string(item: Mapping[str, Any], name: str, where: str) -> str:
 def _text(content: Any, where: str) -> str:
     if content is None or isinstance(content, str):
         return content or ""
-    if not isinstance(content, list):
+    if not is_list(content):
         raise RequestError(f"{where} must be a string or a list of parts", param=where)
-    texts = []
+    texts: list[str] = []
     for index, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        text = part.get("text") if isinstance(part, dict) else None
+        kind = part.get("type") if is_object(part) else None
+        text = part.get("text") if is_object(part) else None
         if kind not in _TEXT_PARTS or not isinstance(text, str):
             raise RequestError(
                 f"{where}[{index}]: content part {str(kind)[:100]!r} is not served; only text is",

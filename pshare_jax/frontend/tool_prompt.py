@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from pshare_jax.plain_data import is_list, is_mapping, is_object
+
 # `template`: the chat template does it. The others are for templates that know no tools.
 ToolPrompt = Literal["template", "hermes", "pythonic"]
 
@@ -57,13 +59,13 @@ def signature(function: Mapping[str, Any]) -> str:
 
     Schemas of tools are the client's: what in one is no schema is left out, or of any type.
     """
-    schema = function.get("parameters") or {}
+    schema: Mapping[str, Any] = function.get("parameters") or {}
     properties, required = schema.get("properties"), schema.get("required")
-    if not isinstance(required, list):
+    if not is_list(required):
         required = []
     parameters = [
         f"{name}: {_type_of(value)}{'' if name in required else ' = ...'}"
-        for name, value in (properties.items() if isinstance(properties, Mapping) else ())
+        for name, value in (properties.items() if is_mapping(properties) else ())
     ]
     description = function.get("description")
     sentence = description.split(". ")[0].rstrip(".") if isinstance(description, str) else ""
@@ -71,7 +73,7 @@ def signature(function: Mapping[str, Any]) -> str:
 
 
 def _type_of(schema: Any) -> Any:
-    return schema.get("type", "any") if isinstance(schema, Mapping) else "any"
+    return schema.get("type", "any") if is_mapping(schema) else "any"
 
 
 def _with_signatures(messages: list[Message], tools: Sequence[Mapping[str, Any]]) -> list[Message]:
@@ -102,7 +104,7 @@ def _plain(message: Message, style: ToolPrompt) -> Message:
 
 def _call_text(function: Mapping[str, Any], style: ToolPrompt) -> str:
     name, arguments = function["name"], function["arguments"]
-    if style == "pythonic" and isinstance(arguments, dict):
+    if style == "pythonic" and is_object(arguments):
         return f"{name}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
     call = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
     return f"<tool_call>\n{call}\n</tool_call>"

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pshare_jax.core.constraints import Thoughts
 from pshare_jax.core.plans import Admit
 from pshare_jax.errors import PshareError
-from pshare_jax.text.grammar import GrammarCompiler, GrammarState, fill_all
+from pshare_jax.text.grammar import GrammarCompiler, GrammarState
 
 Mask = NDArray[np.uint32]
 """`[words]` or `[rows, words]`; bit i % 32 of word i // 32 says whether token i may come."""
@@ -223,7 +223,9 @@ class Masks:
         if asked:
             if self._threads is None:
                 self._threads = LLExecutor(max(1, (os.cpu_count() or 1) // 2))
-            errors = fill_all(self._threads, [(state, i) for _, state, i in asked], mask)
+            errors = GrammarState.fill_all(
+                self._threads, [(state, i) for _, state, i in asked], mask
+            )
             for (row, _, i), error in zip(asked, errors, strict=True):
                 if error is not None:
                     row.error, mask[i] = error, _ALL

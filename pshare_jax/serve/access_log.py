@@ -54,7 +54,7 @@ class JsonLines(AbstractAccessLogger):
         if isinstance(response, LoggedError):
             return
         report = request.get(REPORT)
-        line = {
+        line: dict[str, Any] = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "request_id": response.headers.get("X-Request-Id"),
             "remote": request.remote,

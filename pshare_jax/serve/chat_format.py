@@ -97,7 +97,7 @@ class ChatFormat:
         self, pieces: Sequence[Piece], sequences: Sequence[SequenceOutput], usage: Usage
     ) -> Struct:
         """All messages."""
-        choices = []
+        choices: list[ChatChoice] = []
         for index, (piece, sequence) in enumerate(zip(pieces, sequences, strict=True)):
             reader = self._new_reader()
             message = self._message(index, read_parts(reader, piece, sequence))

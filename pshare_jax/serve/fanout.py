@@ -10,7 +10,7 @@ import asyncio
 import dataclasses
 import itertools
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -80,7 +80,7 @@ class _Fan:
         self._runs: list[Run] = []
 
     @asynccontextmanager
-    async def generating(self, job: Job) -> AsyncIterator[Run]:
+    async def generating(self, job: Job) -> AsyncGenerator[Run]:
         """One of the jobs while it runs; to the engine all of them are one request."""
         requests = [
             structs.replace(request, owner=structs.replace(request.owner, request=self._id))

@@ -145,7 +145,7 @@ class CompletionFormat:
         self, pieces: Sequence[Piece], sequences: Sequence[SequenceOutput], usage: Usage
     ) -> Struct:
         """All texts, after their echoed prompts."""
-        choices = []
+        choices: list[CompletionChoice] = []
         for index, (piece, sequence) in enumerate(zip(pieces, sequences, strict=True)):
             choice = self._choice(index, piece, sequence)
             choice.text = self._echoes[index] + choice.text

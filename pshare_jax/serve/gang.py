@@ -164,7 +164,7 @@ def end(code: int) -> None:
     os._exit(code)
 
 
-STATE = web.AppKey("state", dict)
+STATE = web.AppKey("state", dict[str, str])
 
 
 def _follow(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -249,7 +249,7 @@ async def respond(request: web.Request, service: Service, job: Job) -> web.Strea
 @asynccontextmanager
 async def generating(
     service: Service, key: ApiKey, job: Job, requests: Sequence[Request]
-) -> AsyncIterator[Run]:
+) -> AsyncGenerator[Run]:
     """A job while its choices are generated; what it takes is charged to the key.
 
     Raises:

@@ -56,7 +56,7 @@ class JsonRunner(web.AppRunner):
 
     def __init__(self, app: web.Application, server_header: str = "", **kwargs: Any):
         super().__init__(app, **kwargs)
-        self._protocol_kwargs = {"server_header": server_header, **self._kwargs}
+        self._protocol_kwargs: dict[str, Any] = {"server_header": server_header, **self._kwargs}
 
     async def _make_server(self) -> web.Server:
         server = await super()._make_server()

@@ -195,8 +195,12 @@ def run(config: ServeConfig) -> int:
     client = FrontendClient(config.server, read_token(config.cluster.token_file))
     discovery = Discovery(config.cluster.kubernetes.frontends.split(","))
     stopping = threading.Event()
+
+    def stop(number: int, frame: object) -> None:
+        stopping.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopping.set())
+        signal.signal(number, stop)
 
     def frontends() -> list[str]:
         return asyncio.run(discovery.look(()))

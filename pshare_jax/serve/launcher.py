@@ -145,7 +145,8 @@ class Launcher:
         with self._lock:
             if self._stopping.is_set():
                 return
-            leaving, coming = [], []
+            leaving: list[Child] = []
+            coming: list[str] = []
             for side in ("prefill", "decode"):
                 here = [w for w in self.workers if w.spec.side == side]
                 wanted = getattr(split, side)

@@ -168,10 +168,9 @@ def _stop(sequence: SequenceOutput, calls: int) -> tuple[str | None, str | None]
     return ("tool_use" if calls else "end_turn"), None
 
 
-def _as_object(arguments: str) -> Any:
+def _as_object(arguments: str) -> dict[str, Any]:
     """Arguments as an object; broken JSON, as of a call that was cut off, gives an empty one."""
     try:
-        value = msgspec.json.decode(arguments)
+        return msgspec.json.decode(arguments, type=dict[str, Any])
     except (msgspec.DecodeError, RecursionError):
         return {}
-    return value if isinstance(value, dict) else {}

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import IO
 
@@ -25,7 +25,7 @@ def running_server(
     ready_seconds: float = 600.0,
     program: Sequence[str] = SERVE,
     checkout: str | None = None,
-) -> Iterator[str]:
+) -> Generator[str]:
     """Runs a server on a free port of 127.0.0.1; gives its URL once it is ready.
 
     Args:
@@ -47,7 +47,7 @@ def server_process(
     ready_seconds: float = 600.0,
     program: Sequence[str] = SERVE,
     checkout: str | None = None,
-) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+) -> Generator[tuple[str, subprocess.Popen[str]]]:
     """The same, and the process.
 
     Raises:

@@ -51,7 +51,8 @@ def echoed(
         skip_special_tokens: whether special tokens have no text.
     """
     detokenizer = tokenizer.detokenizer(skip_special_tokens)
-    offsets, length = [], 0
+    offsets: list[int] = []
+    length = 0
     for token_id in prompt:
         # A client's text may differ from its tokens', which a tokenizer may have normalised.
         offsets.append(min(length, len(text)))
@@ -80,7 +81,7 @@ def listed(
         shown = [i for i, _ in score.top[:count]]
         if token_id not in shown:
             shown.append(token_id)
-        entry = {}
+        entry: dict[int, PromptLogprob] = {}
         for i in shown:
             value, rank = ranked.get(i, (score.logprob, None))
             entry[i] = PromptLogprob(finite(value), rank, tokenizer.token_text(i))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -87,7 +87,7 @@ class Account:
             self._token_bucket = self._bucket(key.tokens_per_minute)
 
     @contextmanager
-    def request(self) -> Iterator[None]:
+    def request(self) -> Generator[None]:
         """A request of the key, as long as it runs.
 
         Raises:
@@ -110,7 +110,7 @@ class Account:
             self._mean_seconds += _SMOOTHING * (self._clock() - began - self._mean_seconds)
 
     @contextmanager
-    def charge(self, prompt: int, most_generated: int) -> Iterator[Charge]:
+    def charge(self, prompt: int, most_generated: int) -> Generator[Charge]:
         """The tokens of a request: as many as it may take are reserved until it has ended.
 
         One that may take more than a minute allows needs all of that minute, and what it takes
@@ -144,7 +144,8 @@ class Account:
 
     def headers(self) -> dict[str, str]:
         """What OpenAI's `x-ratelimit` headers say of the limits that there are."""
-        now, headers = self._clock(), {}
+        now = self._clock()
+        headers: dict[str, str] = {}
         for name, bucket in [("requests", self._request_bucket), ("tokens", self._token_bucket)]:
             if bucket is not None:
                 left = max(0, math.floor(bucket.level(now)))

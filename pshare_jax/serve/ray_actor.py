@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import IO
 
@@ -224,7 +224,7 @@ def _launch(job: Job) -> tuple[str, str, IO[bytes]]:
 
 
 @contextlib.contextmanager
-def _listen(host: str, port: int) -> Iterator[tuple[socket.socket, str]]:
+def _listen(host: str, port: int) -> Generator[tuple[socket.socket, str]]:
     """A socket, and the address at which other hosts reach it."""
     host = host or _node_address()
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 from pshare_jax.serve.ray_actor import leaving_file, take_lock
 
@@ -29,10 +30,11 @@ def drain_host(seconds: float) -> list[str]:
     leaving = leaving_file()
     leaving.touch(mode=0o600)
     locks = sorted(leaving.parent.glob("*/*.lock"))
-    enders = [
-        threading.Thread(target=lambda lock=lock: os.close(take_lock(lock, seconds)))
-        for lock in locks
-    ]
+
+    def end(lock: Path) -> None:
+        os.close(take_lock(lock, seconds))
+
+    enders = [threading.Thread(target=end, args=(lock,)) for lock in locks]
     for ender in enders:
         ender.start()
     for ender in enders:

@@ -267,7 +267,7 @@ class RayHost:
         """Its processes, if all of them run what we would run."""
         if actors.is_gang != (len(jobs) > 1) or actors.by_rank.keys() != set(range(len(jobs))):
             return None
-        members = []
+        members: list[RayProcess] = []
         with contextlib.suppress(*ray_errors(self._ray)):
             for rank, job in enumerate(jobs):
                 actor = actors.by_rank[rank]
@@ -280,7 +280,7 @@ class RayHost:
     def _retire(self, actors: Actors) -> None:
         """Ends a process in good order: the first of a gang tells the others."""
         for number in (signal.SIGTERM, signal.SIGKILL):
-            waits = []
+            waits: list[Any] = []
             with contextlib.suppress(*ray_errors(self._ray)):
                 for actor in actors.by_rank.values():
                     actor.send.remote(int(number))

@@ -26,7 +26,7 @@ class Actors:
     process: str
     token: str
     is_gang: bool = False
-    by_rank: dict[int, Any] = dataclasses.field(default_factory=dict)
+    by_rank: dict[int, Any] = dataclasses.field(default_factory=dict[int, Any])
 
     @property
     def group(self) -> str:

@@ -92,9 +92,10 @@ class ResponsesFormat:
                 case CallStart(_, name):
                     yield from self._close()
                     yield from self._start(self._call(name))
-                case CallArguments(_, text) if self._open is not None:
-                    self._open["arguments"] += text
-                    yield self._about("response.function_call_arguments.delta", delta=text)
+                case CallArguments(_, text):
+                    if self._open is not None:
+                        self._open["arguments"] += text
+                        yield self._about("response.function_call_arguments.delta", delta=text)
         if finish is None:
             return
         if not self._items:
@@ -120,7 +121,9 @@ class ResponsesFormat:
     def _start(self, item: Item) -> Iterator[Event]:
         self._items.append(item)
         self._open = item
-        copy = {**item, "content": []} if "content" in item else dict(item)
+        copy = dict(item)
+        if "content" in item:
+            copy["content"] = []
         yield self._event(
             "response.output_item.added", output_index=len(self._items) - 1, item=copy
         )
@@ -142,7 +145,7 @@ class ResponsesFormat:
             )
         else:
             part = item["content"][0]
-            extra = {"logprobs": []} if part["type"] == "output_text" else {}
+            extra: dict[str, Any] = {"logprobs": []} if part["type"] == "output_text" else {}
             yield self._about(
                 f"response.{part['type']}.done", content_index=0, text=part["text"], **extra
             )

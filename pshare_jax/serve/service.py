@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
+from typing import Literal
 
 from aiohttp import web
 
@@ -96,7 +97,7 @@ class Service:
         return self.engine.config.max_queue + decode.engines * decode.max_num_seqs
 
     @property
-    def state(self) -> str:
+    def state(self) -> Literal["ok", "warming_up", "draining", "dead"]:
         """`ok`, `warming_up`, `draining` or `dead`."""
         if self.engine.dead is not None:
             return "dead"
@@ -107,6 +108,8 @@ class Service:
     def require_serving(self) -> None:
         """Raises ApiError (503) or EngineDeadError while requests are not taken."""
         match self.state:
+            case "ok":
+                return
             case "dead":
                 raise EngineDeadError(f"the engine has failed: {self.engine.dead}")
             case "draining":
@@ -177,7 +180,7 @@ class Service:
         self.offload.close()
 
     @asynccontextmanager
-    async def generation(self, requests: Sequence[Request]) -> AsyncIterator[Generation]:
+    async def generation(self, requests: Sequence[Request]) -> AsyncGenerator[Generation]:
         """Runs the sequences of one HTTP request; leaving aborts what still runs."""
         self.require_serving()
         self._active += 1

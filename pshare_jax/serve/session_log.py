@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,7 +42,7 @@ class SessionLog:
         self._lock = threading.Lock()
 
     @contextmanager
-    def call(self, request: Request, usage: Callable[[], Usage]) -> Iterator[None]:
+    def call(self, request: Request, usage: Callable[[], Usage]) -> Generator[None]:
         """Notes a call of a session while the block lasts.
 
         Args:

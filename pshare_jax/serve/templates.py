@@ -44,7 +44,8 @@ def beginnings(shared_by: Any, messages: Sequence[Any]) -> Beginnings:
         messages: structs or plain data.
     """
     first = msgspec.json.encode(shared_by)
-    state, size, found = xxhash.xxh3_128(first), len(first), []
+    state, size = xxhash.xxh3_128(first), len(first)
+    found: Beginnings = []
     for message in messages:
         data = msgspec.json.encode(message)
         state.update(data)

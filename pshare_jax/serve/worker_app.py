@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 from aiohttp import web
-from aiohttp.typedefs import Handler
+from aiohttp.typedefs import Handler, Middleware
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_1_0_0
 
 from pshare_jax.cluster import wire
@@ -157,7 +157,7 @@ def _state(station: Station) -> str:
     return "ok" if station.ready else "warming_up"
 
 
-def _authorise(token: str, *, certified: bool) -> web.middleware:  # type: ignore[valid-type]
+def _authorise(token: str, *, certified: bool) -> Middleware:
     @web.middleware
     async def authorise(request: web.Request, handler: Handler) -> web.StreamResponse:
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")

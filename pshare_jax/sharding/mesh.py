@@ -1,5 +1,9 @@
 """Carving the devices of a machine into the meshes of the engines."""
 
+# jax says the types of its functions in part only.
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from collections.abc import Sequence

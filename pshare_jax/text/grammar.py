@@ -13,7 +13,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
@@ -25,10 +25,13 @@ from pshare_jax.errors import PshareError, QueueFullError, RequestError
 from pshare_jax.text.grammar_trial import NoThreadError, Trial, Vocabulary, on_a_deep_stack
 from pshare_jax.text.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
 # Models fall into endless white space where any is allowed: one space, or a new line with its
 # indentation, is what JSON is written with.
 _WHITESPACE = r"[ ]?|\n[ ]{0,16}"
-JSON_OPTIONS = {
+JSON_OPTIONS: JsonCompileOptions = {
     "whitespace_pattern": _WHITESPACE,
     "item_separator": ",",
     "key_separator": ":",
@@ -252,6 +255,35 @@ class GrammarState:
         mask[:count] = words[:count]
         mask[count:] = 0
 
+    @staticmethod
+    def fill_all(
+        threads: LLExecutor,
+        states: Sequence[tuple[GrammarState, int]],
+        mask: NDArray[np.uint32],
+    ) -> list[str | None]:
+        """Writes which tokens may come next, for several answers at once.
+
+        Args:
+            threads: that do the work; meanwhile other Python threads run.
+            states: each with the row of `mask` that it writes.
+            mask: `[rows, words]`, see `fill`.
+
+        Returns:
+            Why there is no mask, for each state; usually None.
+        """
+        width = states[0][0]._words
+        scratch = np.zeros((len(states), width), np.int32)
+        matchers = [(state._matcher, row) for row, (state, _) in enumerate(states)]
+        fill_next_token_bitmask_par(threads, matchers, scratch)
+        count = min(width, mask.shape[1])
+        errors: list[str | None] = []
+        for row, (state, target) in enumerate(states):
+            mask[target, :count] = scratch[row, :count].view(np.uint32)
+            mask[target, count:] = 0
+            error = state._matcher.is_error()
+            errors.append(_too_complex(state._matcher) if error else None)
+        return errors
+
     def forced(self) -> tuple[int, ...]:
         """Tokens that must come next, because the grammar leaves one text only; often none."""
         if self.finished:
@@ -286,35 +318,6 @@ class GrammarState:
     def _check(self) -> None:
         if self._matcher.is_error():
             raise GrammarError(_too_complex(self._matcher))
-
-
-def fill_all(
-    threads: LLExecutor,
-    states: Sequence[tuple[GrammarState, int]],
-    mask: NDArray[np.uint32],
-) -> list[str | None]:
-    """Writes which tokens may come next, for several answers at once.
-
-    Args:
-        threads: that do the work; meanwhile other Python threads run.
-        states: each with the row of `mask` that it writes.
-        mask: `[rows, words]`, see `GrammarState.fill`.
-
-    Returns:
-        Why there is no mask, for each state; usually None.
-    """
-    width = states[0][0]._words
-    scratch = np.zeros((len(states), width), np.int32)
-    matchers = [(state._matcher, row) for row, (state, _) in enumerate(states)]
-    fill_next_token_bitmask_par(threads, matchers, scratch)
-    count = min(width, mask.shape[1])
-    errors: list[str | None] = []
-    for row, (state, target) in enumerate(states):
-        mask[target, :count] = scratch[row, :count].view(np.uint32)
-        mask[target, count:] = 0
-        error = state._matcher.is_error()
-        errors.append(_too_complex(state._matcher) if error else None)
-    return errors
 
 
 def _too_complex(matcher: LLMatcher) -> str:
@@ -361,15 +364,9 @@ def _valid_source(spec: GrammarSpec, param: str) -> str:
 def _source(spec: GrammarSpec) -> str:
     match spec.kind:
         case "json_object":
-            return LLMatcher.grammar_from_json_schema(
-                {"type": "object"},
-                overrides=JSON_OPTIONS,  # type: ignore[arg-type]
-            )
+            return LLMatcher.grammar_from_json_schema({"type": "object"}, overrides=JSON_OPTIONS)
         case "json_schema":
-            return LLMatcher.grammar_from_json_schema(
-                spec.source,
-                overrides=JSON_OPTIONS,  # type: ignore[arg-type]
-            )
+            return LLMatcher.grammar_from_json_schema(spec.source, overrides=JSON_OPTIONS)
         case "regex":
             return LLMatcher.grammar_from_regex(spec.source)
         case "choice":

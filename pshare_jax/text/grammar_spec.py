@@ -8,6 +8,7 @@ from typing import Any
 
 from pshare_jax.core.constraints import GrammarKind, GrammarSpec
 from pshare_jax.errors import RequestError
+from pshare_jax.plain_data import is_list, is_mapping
 from pshare_jax.text.grammar import GrammarLimits
 
 _STRUCTURED: dict[str, GrammarKind] = {
@@ -87,7 +88,7 @@ def _schema_text(schema: Any, limits: GrammarLimits, where: str) -> str:
             raise RequestError(f"{where} is not JSON: {error}", param=where) from None
     if isinstance(schema, bool):  # anything, or nothing
         schema = {} if schema else {"enum": []}
-    if not isinstance(schema, Mapping):
+    if not is_mapping(schema):
         raise RequestError(f"{where} must be an object", param=where)
     check_schema(schema, limits, where)
     return bounded(json.dumps(schema, ensure_ascii=False), limits, where)
@@ -105,16 +106,16 @@ def check_schema(schema: Mapping[str, Any], limits: GrammarLimits, where: str) -
             raise RequestError(f"{where} is nested more than {limits.max_depth} deep", param=where)
         if nodes > limits.max_nodes:
             raise RequestError(f"{where} holds more than {limits.max_nodes} values", param=where)
-        if isinstance(value, Mapping):
+        if is_mapping(value):
             if "x-guidance" in value:
                 raise RequestError(f"{where}: x-guidance is not supported", param=where)
             stack += [(item, depth + 1) for item in value.values()]
-        elif isinstance(value, list):
+        elif is_list(value):
             stack += [(item, depth + 1) for item in value]
 
 
 def _choices_text(choices: Any, limits: GrammarLimits, where: str) -> str:
-    if not isinstance(choices, list) or not all(isinstance(c, str) and c for c in choices):
+    if not is_list(choices) or not all(isinstance(c, str) and c for c in choices):
         raise RequestError(f"{where} must be a list of texts", param=where)
     if not 1 <= len(choices) <= limits.max_choices:
         raise RequestError(f"{where} must hold 1 to {limits.max_choices} texts", param=where)

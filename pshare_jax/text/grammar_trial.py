@@ -107,7 +107,8 @@ class Vocabulary:
     def __call__(self, text: str | bytes) -> list[int]:
         """Token ids of `text`: always the longest that fits."""
         data = text if isinstance(text, bytes) else text.encode()
-        ids, start = [], 0
+        ids: list[int] = []
+        start = 0
         while start < len(data):
             for end in range(min(len(data), start + self._longest), start, -1):
                 if (token_id := self._ids.get(data[start:end])) is not None:
@@ -258,7 +259,8 @@ def main() -> None:
     given, output = sys.stdin.buffer, sys.stdout.buffer
     setup = json.loads(_receive(given) or b"{}")
     lengths, text = _receive(given) or b"", _receive(given) or b""
-    tokens, start = [], 0
+    tokens: list[bytes] = []
+    start = 0
     for (length,) in struct.iter_unpack("<I", lengths):
         tokens.append(text[start : start + length])
         start += length

@@ -1,5 +1,9 @@
 """A checkpoint's tokenizer: text to ids and back, and the chat template."""
 
+# transformers says the types of its tokenizers in part only.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import copy
@@ -84,7 +88,7 @@ class Tokenizer:
         try:
             backend = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
             path = folder / "generation_config.json"
-            generation = json.loads(path.read_text()) if path.is_file() else {}
+            generation: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
             eos = _eos_token_ids(path, generation.get("eos_token_id"), backend.eos_token_id)
             return cls(backend, eos, generation)
         except CheckpointError:
@@ -111,7 +115,7 @@ class Tokenizer:
             paths = {"default": folder / "chat_template.jinja", **{p.stem: p for p in further}}
             templates = {name: p.read_text() for name, p in paths.items() if p.is_file()}
             path = folder / "generation_config.json"
-            generation = json.loads(path.read_text()) if path.is_file() else {}
+            generation: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
             ends = _eos_token_ids(path, generation.get("eos_token_id"), None)
         except (OSError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{folder}: not a readable tokenizer: {error}") from error
@@ -170,7 +174,7 @@ class Tokenizer:
             skip_special_tokens: leaves special tokens out of the text.
             shown: those that are not left out; what is no token does not matter.
         """
-        skip = self.special_ids if skip_special_tokens else frozenset()
+        skip = self.special_ids if skip_special_tokens else frozenset[int]()
         skip -= {self._fast.token_to_id(token) for token in shown}
         return IncrementalDetokenizer(self._token_bytes, skip)
 

@@ -10,6 +10,7 @@ from pshare_jax.core.constraints import GrammarSpec
 from pshare_jax.errors import RequestError
 from pshare_jax.frontend.tool_calls.schemas import check_keywords, ordered
 from pshare_jax.frontend.tool_calls.xml_grammar import xml_call
+from pshare_jax.plain_data import is_list, is_mapping
 from pshare_jax.text.grammar import JSON_OPTIONS, GrammarLimits
 from pshare_jax.text.grammar_spec import bounded, check_schema
 
@@ -139,7 +140,8 @@ def _listed(names: Sequence[str], required: int, rules: Rules, prefix: str) -> s
         rest = " ".join(f'(", " {name})?' for name in names[required:])
         return '", " '.join(f"{name} " for name in names[:required]) + rest
     # What may follow each of them is a rule of its own: written out it would be their square.
-    first, following = [], ""
+    first: list[str] = []
+    following = ""
     for number, name in reversed(list(enumerate(names))):
         first.append(f"{name} {following}")
         if number:
@@ -148,18 +150,17 @@ def _listed(names: Sequence[str], required: int, rules: Rules, prefix: str) -> s
     return f"({' | '.join(reversed(first))})?"
 
 
-def _python_value(schema: Any, rules: Rules, prefix: str) -> str:
-    """A Python literal whose value follows `schema`, as far as that is told by its keywords here.
+def _python_value(given: Any, rules: Rules, prefix: str) -> str:
+    """A Python literal whose value follows a schema, as far as that is told by its keywords here.
 
     Raises:
         RequestError: the schema uses what only JSON can be held to.
     """
-    if not isinstance(schema, Mapping):
-        schema = {}
+    schema: Mapping[str, Any] = given if is_mapping(given) else {}
     choices = schema.get("enum") or ([schema["const"]] if "const" in schema else None)
     if choices is not None:
         return "(" + " | ".join(_text(repr(choice)) for choice in choices) + ")"
-    if isinstance(schema.get("type"), list):
+    if is_list(schema.get("type")):
         # Each kind once: each repetition would double what is below.
         kinds = dict.fromkeys(schema["type"])
         schema = {"anyOf": [{**schema, "type": kind} for kind in kinds]}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import string
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 from pshare_jax.frontend.tool_calls.parts import CallArguments, CallStart, Part, Text
+from pshare_jax.plain_data import is_mapping
 
 
 class ToolParser(ABC):
@@ -33,7 +34,7 @@ class ToolParser(ABC):
 
     def __init__(self, names: Collection[str]):
         self.names = frozenset(names)
-        self.schemas: dict[str, Any] = dict(names) if isinstance(names, Mapping) else {}
+        self.schemas: dict[str, Any] = dict(names) if is_mapping(names) else {}
         self._buffer = ""
         self._ended = False
         self._calls = 0

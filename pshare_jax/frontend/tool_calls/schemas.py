@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from pshare_jax.errors import RequestError
+from pshare_jax.plain_data import is_list, is_mapping
 
 _LISTS = ("anyOf", "oneOf", "allOf")
 _MAPS = ("properties", "$defs", "definitions")
@@ -17,12 +18,12 @@ def _is_count(value: Any) -> bool:
 
 
 def _are_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+    return is_list(value) and all(isinstance(name, str) for name in value)
 
 
 _SHAPES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(_MAPS, (lambda value: isinstance(value, Mapping), "an object")),
-    **dict.fromkeys((*_LISTS, "enum"), (lambda value: isinstance(value, list), "a list")),
+    **dict.fromkeys(_MAPS, (is_mapping, "an object")),
+    **dict.fromkeys((*_LISTS, "enum"), (is_list, "a list")),
     **dict.fromkeys(
         ("minItems", "maxItems", "minLength", "maxLength"), (_is_count, "a whole number, 0 or more")
     ),
@@ -44,12 +45,12 @@ def check_keywords(schema: Any, where: str) -> None:
     Raises:
         RequestError: names the keyword that has not the shape that it must have.
     """
-    stack = [(schema, where)]
+    stack: list[tuple[Any, str]] = [(schema, where)]
     while stack:
         value, at = stack.pop()
         if value is True:
             continue
-        if not isinstance(value, Mapping):
+        if not is_mapping(value):
             raise RequestError(f"{at} must be a schema that something follows", param="tools")
         for keyword, (fits, what) in _SHAPES.items():
             if value.get(keyword) is not None and not fits(value[keyword]):
@@ -68,7 +69,8 @@ def ordered(schema: Mapping[str, Any]) -> tuple[list[str], list[str]]:
 
 def _below(schema: Mapping[str, Any], where: str) -> Iterator[tuple[Any, str]]:
     for keyword in _MAPS:
-        for name, each in (schema.get(keyword) or {}).items():
+        parts: Mapping[str, Any] = schema.get(keyword) or {}
+        for name, each in parts.items():
             yield each, f"{where}.{keyword}.{name[:60]}"
     for keyword in _LISTS:
         for number, each in enumerate(schema.get(keyword) or ()):

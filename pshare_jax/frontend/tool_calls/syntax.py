@@ -7,9 +7,11 @@ import contextlib
 import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from pshare_jax.plain_data import is_list, is_mapping, is_object
 
 _TAGGED = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 _FENCED = re.compile(r"```[\w+-]*[ \t]*\n?(.*?)(?:```|\Z)", re.DOTALL)
@@ -68,7 +70,7 @@ def _json_values(text: str) -> list[Any] | None:
             value, position = decoder.raw_decode(text, position)
         except ValueError:
             return None
-        values += value if isinstance(value, list) else [value]
+        values += value if is_list(value) else [value]
         position = _between(text, position)
     return values
 
@@ -80,17 +82,17 @@ def _between(text: str, position: int) -> int:
 
 
 def _json_call(value: Any) -> Call:
-    if isinstance(value, dict) and isinstance(value.get("function"), dict):
+    if is_object(value) and is_object(value.get("function")):
         value = value["function"]
-    if not isinstance(value, dict) or not isinstance(name := value.get("name"), str):
+    if not is_object(value) or not isinstance(name := value.get("name"), str):
         raise CallSyntaxError('JSON, but not {"name": ..., "arguments": {...}}')
-    arguments = value.get("arguments", value.get("parameters", {}))
+    arguments: Any = value.get("arguments", value.get("parameters", {}))
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
         except ValueError as error:
             raise CallSyntaxError(f"the arguments of {name} are not valid JSON") from error
-    if not isinstance(arguments, dict):
+    if not is_object(arguments):
         raise CallSyntaxError(f"the arguments of {name} are no JSON object")
     return Call(name, arguments)
 
@@ -145,6 +147,8 @@ def _python_value(node: ast.expr) -> Any:
                 return -value if isinstance(sign, ast.USub) else value
         case ast.BinOp(left=left, op=op, right=right):
             return _arithmetic(node, _python_value(left), op, _python_value(right))
+        case _:
+            pass
     return _source(node)
 
 
@@ -166,6 +170,8 @@ def _arithmetic(node: ast.expr, left: Any, op: ast.operator, right: Any) -> Any:
                 return left * right
             case ast.Div() if right:
                 return left / right
+            case _:
+                pass
     return _source(node)
 
 
@@ -177,10 +183,10 @@ def tool_calls_text(tool_calls: Any) -> str:
     """OpenAI's `tool_calls` of an answer as the JSON text that `parse_calls` reads."""
     calls: list[dict[str, Any]] = []
     for call in tool_calls:
-        function = call.get("function") if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping):
+        function = call.get("function") if is_mapping(call) else None
+        if not is_mapping(function):
             continue
-        arguments = function.get("arguments") or {}
+        arguments: Any = function.get("arguments") or {}
         if isinstance(arguments, str):
             # A model may have produced broken JSON: it is graded as it was.
             with contextlib.suppress(ValueError):

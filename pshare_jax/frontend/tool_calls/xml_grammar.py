@@ -9,6 +9,7 @@ from typing import Any
 from pshare_jax.errors import RequestError
 from pshare_jax.frontend.tool_calls.schemas import ordered
 from pshare_jax.frontend.tool_calls.xml_values import is_text, names_text
+from pshare_jax.plain_data import is_mapping
 
 _END = "\n</parameter>\n"
 _ONLY_JSON = ("pattern", "format")
@@ -52,7 +53,7 @@ def _add_value(
 ) -> None:
     """A value and the tag that ends it."""
     given = schema["properties"][key]
-    value: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
+    value: Mapping[str, Any] = given if is_mapping(given) else {}
     choices: list[Any] = [value["const"]] if "const" in value else value.get("enum") or []
     if choices:
         texts = [c if isinstance(c, str) else json.dumps(c, ensure_ascii=False) for c in choices]

@@ -7,6 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from pshare_jax.plain_data import is_list, is_mapping
+
 _NOTHING = ("null", "none")
 _TRUTHS = {"true": "true", "false": "false"}
 
@@ -78,7 +80,7 @@ def _literal(text: str) -> Any:
 
 def _types(schema: Mapping[str, Any], key: str) -> frozenset[str]:
     properties = schema.get("properties")
-    found = properties.get(key) if isinstance(properties, Mapping) else None
+    found = properties.get(key) if is_mapping(properties) else None
     return frozenset(_types_of(found, schema, set()))
 
 
@@ -88,13 +90,13 @@ def _types_of(schema: Any, root: Mapping[str, Any], seen: set[str]) -> set[str]:
     Each reference is followed once: a schema of a few lines can refer to itself in any number of
     ways. `seen` are those that have been.
     """
-    if not isinstance(schema, Mapping):
+    if not is_mapping(schema):
         return set()
     kinds: set[str] = set()
     named = schema.get("type")
     if isinstance(named, str):
         kinds.add(named)
-    elif isinstance(named, list):
+    elif is_list(named):
         kinds.update(kind for kind in named if isinstance(kind, str))
     constants = _list(schema, "enum") + ([schema["const"]] if "const" in schema else [])
     if not kinds and constants:
@@ -114,12 +116,12 @@ def _types_of(schema: Any, root: Mapping[str, Any], seen: set[str]) -> set[str]:
 def _list(schema: Mapping[str, Any], keyword: str) -> list[Any]:
     # Schemas of tools that need not be called are not checked.
     value = schema.get(keyword)
-    return value if isinstance(value, list) else []
+    return value if is_list(value) else []
 
 
 def _at(root: Mapping[str, Any], pointer: str) -> Any:
     value: Any = root
     for part in pointer[2:].split("/"):
         part = part.replace("~1", "/").replace("~0", "~")
-        value = value.get(part) if isinstance(value, Mapping) else None
+        value = value.get(part) if is_mapping(value) else None
     return value
