@@ -130,7 +130,8 @@ class Station:
         self._shows: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self._frontends: dict[int, _Frontend] = {}
-        self._draining = False
+        self._arriving: set[web.WebSocketResponse] = set()
+        self._draining = self._closed = False
         self._alive_at = time.monotonic()
         self._beating: asyncio.Task[None] | None = None
         self._thread: WorkerThread | None = None
@@ -161,12 +162,12 @@ class Station:
         self._beating = asyncio.create_task(self._beat())
 
     async def close(self) -> None:
-        """Ends all links."""
-        self.ready = False
+        """Ends all links, those too that have not said hello: it would not be heard any more."""
+        self.ready, self._closed = False, True
         if self._beating is not None:
             self._beating.cancel()
-        for frontend in tuple(self._frontends.values()):
-            await frontend.socket.close()
+        for socket in (*self._arriving, *(f.socket for f in self._frontends.values())):
+            await socket.close()
 
     async def drain(self, seconds: float) -> bool:
         """Has frontends send nothing more, and waits until they need nothing more from here.
@@ -202,7 +203,7 @@ class Station:
         try:
             await socket.prepare(request)
             try:
-                frontend = await self._welcome(socket)
+                frontend = await self._arrive(socket)
                 if frontend is not None:
                     await self._serve(frontend)
             finally:
@@ -232,13 +233,23 @@ class Station:
             case _:
                 return wire.owner_of(message.id)  # type: ignore[union-attr]
 
+    async def _arrive(self, socket: web.WebSocketResponse) -> _Frontend | None:
+        if self._closed:
+            return None
+        self._arriving.add(socket)
+        try:
+            return await self._welcome(socket)
+        finally:
+            self._arriving.discard(socket)
+
     async def _welcome(self, socket: web.WebSocketResponse) -> _Frontend | None:
         """Hears who it is, and takes it or refuses it."""
         try:
             async with asyncio.timeout(HELLO_SECONDS):
                 hello = wire.decode(await socket.receive_bytes())[0]
         except (TimeoutError, TypeError, IndexError, msgspec.DecodeError) as error:
-            logger.warning("a link without a hello: %s", error)
+            if not self._closed:
+                logger.warning("a link without a hello: %s", error)
             return None
         refusal = self._refusal(hello)
         if refusal is not None:

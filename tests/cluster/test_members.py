@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 
+import aiohttp
 import pytest
 
+from pshare_jax.cluster import wire
 from pshare_jax.errors import ConfigError
 from tests.cluster.symbolic import NAMES, Cluster, symbolic_cluster
 from tests.cluster.test_links import ask, check
@@ -86,6 +89,26 @@ def test_a_frontend_is_told_before_it_has_begun() -> None:
         cluster.linked()
         wait_until(lambda: frontend.engine.ready)
         check([frontend.submit(NAMES[0], [1, 2, 3])])
+
+
+def test_a_worker_that_ends_waits_for_nobody_s_hello(caplog: pytest.LogCaptureFixture) -> None:
+    """It would not hear one any more."""
+    with symbolic_cluster(prefill=1, decode=1, frontends=0) as cluster:
+        host = cluster.hosts.pop("decode0")
+
+        async def connect() -> tuple[aiohttp.ClientSession, asyncio.Task[aiohttp.WSMessage]]:
+            session = aiohttp.ClientSession()
+            socket = await session.ws_connect(f"http://{host.address}{wire.PATH}")
+            return session, asyncio.create_task(socket.receive())
+
+        session, told = cluster.loop.run(connect())
+        wait_until(lambda: host.station._arriving)
+        host.stop()
+        wait_until(told.done)
+        assert told.result().type is aiohttp.WSMsgType.CLOSE
+        assert host.station._arriving == set()
+        cluster.loop.run(session.close())
+    assert "without a hello" not in caplog.text
 
 
 def test_the_load_is_that_of_the_frontend_and_of_all_workers(cluster: Cluster) -> None:
