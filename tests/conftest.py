@@ -12,8 +12,7 @@ from tests.xla_flags import USERS, set_quick
 if not USERS:
     set_quick()
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".cache/xla-tests")
-# To keep what compiles faster than this, and to find it, takes as long as to compile it.
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
@@ -81,3 +80,6 @@ def optimised() -> Iterator[None]:
 
 
 jax.config.update("jax_num_cpu_devices", 8)
+# To keep the small programs of this process, which nobody has again, takes as long as to compile
+# them; processes that tests start have the same ones each time.
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
