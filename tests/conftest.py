@@ -80,6 +80,6 @@ def optimised() -> Iterator[None]:
 
 
 jax.config.update("jax_num_cpu_devices", 8)
-# To keep the small programs of this process, which nobody has again, takes as long as to compile
+# To keep the small programs of this process, which few have again, takes as long as to compile
 # them; processes that tests start have the same ones each time.
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
