@@ -64,6 +64,9 @@ def pytest_runtest_teardown(
 def pytest_configure(config: pytest.Config) -> None:
     platform = config.getoption("--platform")
     jax.config.update("jax_platforms", platform)
+    # To keep the small programs of this process, which few have again, takes as long as to compile
+    # them; processes that tests start have the same ones each time.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
     if platform == "cpu":
         # Most programs run for milliseconds and compile for seconds.
         set_optimisations(False)
@@ -80,6 +83,3 @@ def optimised() -> Iterator[None]:
 
 
 jax.config.update("jax_num_cpu_devices", 8)
-# To keep the small programs of this process, which few have again, takes as long as to compile
-# them; processes that tests start have the same ones each time.
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
