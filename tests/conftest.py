@@ -14,8 +14,7 @@ from tests.xla_flags import USERS, set_quick
 if not USERS:
     set_quick()
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".cache/xla-tests")
-# To keep what compiles faster than this, and to find it, takes as long as to compile it.
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
@@ -81,6 +80,9 @@ def pytest_runtest_teardown(
 def pytest_configure(config: pytest.Config) -> None:
     platform = config.getoption("--platform")
     jax.config.update("jax_platforms", platform)
+    # To keep the small programs of this process, which few have again, takes as long as to compile
+    # them; processes that tests start have the same ones each time.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
     if platform == "cpu":
         # Most programs run for milliseconds and compile for seconds.
         set_optimisations(False)

@@ -36,6 +36,9 @@ EXAMPLES = int(os.environ.get("STATE_MACHINE_EXAMPLES", "0"))
 LONGEST = 32
 """Tokens of a prompt and its reply together; each pool holds one such sequence."""
 
+CROWD = 24
+"""Requests that may be alive when others come: a pool holds few, and the rest of a crowd waits."""
+
 MODELS = ["identity", "lora", "alora", "full", "isolated"]
 
 SETTINGS = {
@@ -177,6 +180,7 @@ class Machine(RuleBasedStateMachine):
             goes_on=end != 3,
         )
 
+    @precondition(lambda self: len(self.host.live) <= CROWD)
     @rule(
         prompt=PROMPTS,
         models=MODEL_RUNS,
@@ -196,7 +200,7 @@ class Machine(RuleBasedStateMachine):
         for model in models * samples:
             self._submit(prompt, model, *sampled, salted, owner, session)
 
-    @precondition(lambda self: self.host.replies)
+    @precondition(lambda self: self.host.replies and len(self.host.live) <= CROWD)
     @rule(
         before=WHICH,
         more=TURNS,
