@@ -62,7 +62,7 @@ def native_whole_numbers(
     specs = weight_specs(config.with_weights("int8"))
     whole: dict[str, LazyTensor] = {}
     for native, names in hf_sources(config).items():
-        if len(names) > 1 or names[0] not in found or native + SCALE not in specs:
+        if len(names) != 1 or names[0] not in found or native + SCALE not in specs:
             continue
         of, shape = found[names[0]], specs[native + SCALE].shape
         numbers = partial(read_native, native, config, lambda _, of=of: of.numbers.read())
