@@ -112,7 +112,7 @@ def compile_program(accelerator: Accelerator, program: Program, layers: int) -> 
         Exception: whatever the compiler refuses it with.
     """
     started = time.perf_counter()
-    with _device_of(accelerator, program):
+    with device_of(accelerator, program.arguments):
         lowered = program.function.lower(*program.arguments)
     compiled = lowered.compile(compiler_options=dict(program.compiler_options) or None)
     seconds = time.perf_counter() - started
@@ -148,11 +148,16 @@ def compile_program(accelerator: Accelerator, program: Program, layers: int) -> 
     )
 
 
-def _device_of(accelerator: Accelerator, program: Program) -> AbstractContextManager[Any]:
-    """Tells Pallas' Triton kernels which GPU they are for, which jax 0.12 asks the context of."""
+def device_of(accelerator: Accelerator, arguments: Any) -> AbstractContextManager[Any]:
+    """Tells Pallas' Triton kernels which GPU they are for, which jax 0.12 asks the context of.
+
+    Args:
+        accelerator: what is lowered for while the context lasts.
+        arguments: pytree of abstract arrays, whose sharding is that of a mesh.
+    """
     if accelerator.platform != "cuda" or jax.__version_info__ < (0, 12):
         return nullcontext()
-    mesh = next(a.sharding.mesh for a in jax.tree.leaves(program.arguments))
+    mesh = next(a.sharding.mesh for a in jax.tree.leaves(arguments))
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 

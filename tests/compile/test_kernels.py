@@ -5,10 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pshare_jax.bench.accelerators import ACCELERATORS
-from pshare_jax.bench.compile import compile_program
+from pshare_jax.bench.compile import compile_program, device_of
 from pshare_jax.bench.compile_kernels import KERNEL_CASES, kernel_program
 from pshare_jax.bench.shared_prefix_programs import SHARED_CASES, attention_program
 from pshare_jax.kernels.kv_write.xla import kv_write as xla_kv_write
@@ -28,7 +28,8 @@ def test_kernels_compile_and_write_in_place(name, case):
 
 def attention_arguments(name: str, head_dim: int = 128):
     """Abstract arguments of one device: 4 rows of 64 queries over 512 MiB of pages."""
-    sharding = SingleDeviceSharding(ACCELERATORS[name].devices()[0])
+    mesh = Mesh(ACCELERATORS[name].devices()[:1], ("device",))
+    sharding = NamedSharding(mesh, PartitionSpec())
     shapes = ((4, 64, 8, head_dim), (4096, 2, 8, 32, head_dim))
     q, pages = (jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=sharding) for s in shapes)
     table, row = (jax.ShapeDtypeStruct(s, jnp.int32, sharding=sharding) for s in ((4, 512), (4,)))
@@ -37,7 +38,9 @@ def attention_arguments(name: str, head_dim: int = 128):
 
 def compile_attention(name: str, kernel, tiles):
     attend = jax.jit(functools.partial(kernel, sliding_window=None, tiles=tiles))
-    return attend.lower(*attention_arguments(name)).compile()
+    arguments = attention_arguments(name)
+    with device_of(ACCELERATORS[name], arguments):
+        return attend.lower(*arguments).compile()
 
 
 def test_the_gpu_kernel_becomes_machine_code():
