@@ -40,7 +40,7 @@ class PoolLooks:
         self, look: Callable[[], Sequence[PoolView]], clock: Callable[[], float] = time.monotonic
     ):
         self.number = 0
-        self.data = b""
+        self.data: bytes = b""
         self._look = look
         self._clock = clock
         self._not_before = clock()
