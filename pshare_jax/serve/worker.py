@@ -213,7 +213,7 @@ async def _serve(
     if failed.done():
         # Its pool may be gone. Frontends notice the end of their links, and go elsewhere.
         log.error("ending: %s", failed.result())
-        hosted.offers.close()
+        hosted.pages.offers.close()
         logging.shutdown()
         os._exit(1)
     if not await station.drain(config.server.drain_seconds):
