@@ -33,7 +33,7 @@ from pshare_jax.bench.agents_targets import (
 from pshare_jax.bench.agents_workload import Workload
 from pshare_jax.bench.llama_servers import LlamaServers, running_llama
 from pshare_jax.bench.vllm_servers import VllmServers, running_vllm, running_vllm_lora
-from pshare_jax.config import load_serve_config
+from pshare_jax.config_files import load_serve_config
 from pshare_jax.errors import ConfigError
 from pshare_jax.text.tokenizer import Tokenizer
 

@@ -21,9 +21,9 @@ from pshare_jax.config import ModelEntry, ServeConfig
 from pshare_jax.convert.manifest import TOKENIZER_FOLDER
 from pshare_jax.engine.devices import compute_dtype, prepare_jax
 from pshare_jax.engine.kv_store import page_shape
-from pshare_jax.engine.loader import checkpoint_sources
 from pshare_jax.engine.orchestrator import Orchestrator
 from pshare_jax.engine.prompt_pages import prompt_pages
+from pshare_jax.engine.sources import checkpoint_sources
 from pshare_jax.errors import ConfigError
 from pshare_jax.kernels.kv_codec.api import page_codec
 from pshare_jax.kernels.kv_codec.codebook import calibrate, supported

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pshare_jax.bench.agents_targets import exiting_on_sigterm
 from pshare_jax.cluster.limits import check_cluster
-from pshare_jax.config import load_serve_config
+from pshare_jax.config_files import load_serve_config
 from pshare_jax.errors import BenchmarkError, ConfigError
 from pshare_jax.serve.launcher import Launcher, make_token
 from pshare_jax.serve.local_host import LocalHost

@@ -19,8 +19,8 @@ class LlamaServers:
         slots: sequences that each works on at a time; one that waits for a slot is queued.
         context: tokens that each slot has room for.
         threads: of each server.
-        poll: how long a thread that waits spins, of 100. Several servers on the same cores are faster
-            when their threads sleep.
+        poll: how long a thread that waits spins, of 100. Several servers on the same cores are
+            faster when their threads sleep.
         args: further flags of each.
     """
 

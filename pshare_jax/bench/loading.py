@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from pshare_jax.bench.machine import describe
-from pshare_jax.config import load_serve_config
+from pshare_jax.config_files import load_serve_config
 from pshare_jax.core.requests import Request, RequestOutput, SamplingParams
 from pshare_jax.engine.orchestrator import Orchestrator
 from pshare_jax.errors import ConfigError

@@ -31,8 +31,8 @@ from pshare_jax.config import (
 )
 from pshare_jax.convert.manifest import read_manifest
 from pshare_jax.core.split_rule import LAST_TOKEN
-from pshare_jax.engine.loader import BaseSource, ModelSource, checkpoint_sources
 from pshare_jax.engine.orchestrator import Orchestrator, compute_dtype, prepare_jax
+from pshare_jax.engine.sources import BaseSource, ModelSource, checkpoint_sources
 from pshare_jax.engine.weight_format import served_model
 from pshare_jax.kernels.backends import backend_for
 from pshare_jax.models.split import Certificate

@@ -25,8 +25,8 @@ from pshare_jax.bench.thread_steps import Step, parts_of, step_bytes, steps_of
 from pshare_jax.config import DecodeConfig, DType, ModelEntry, PrefillConfig, ServeConfig
 from pshare_jax.convert.manifest import read_manifest
 from pshare_jax.engine.devices import compute_dtype, prepare_jax
-from pshare_jax.engine.loader import checkpoint_sources
 from pshare_jax.engine.orchestrator import Orchestrator
+from pshare_jax.engine.sources import checkpoint_sources
 from pshare_jax.errors import BenchmarkError, ConfigError
 from pshare_jax.kernels.native.library import Library, require_library
 from pshare_jax.kernels.native.loop_trace import traced

@@ -22,8 +22,8 @@ from pshare_jax.bench.micro_targets import MODEL, EngineTarget
 from pshare_jax.config import DecodeConfig, DType, ModelEntry, PrefillConfig, ServeConfig
 from pshare_jax.convert.manifest import read_manifest
 from pshare_jax.engine.devices import compute_dtype, prepare_jax
-from pshare_jax.engine.loader import checkpoint_sources
 from pshare_jax.engine.orchestrator import Orchestrator
+from pshare_jax.engine.sources import checkpoint_sources
 from pshare_jax.errors import ConfigError
 
 ALONE, TOGETHER = "one prompt a call", "several prompts a call"

@@ -33,9 +33,9 @@ from pshare_jax.core.sessions import SessionPolicy
 from pshare_jax.core.stats import EngineStats, together
 from pshare_jax.engine.cluster_modules import ClusterModules
 from pshare_jax.engine.front import Front
-from pshare_jax.engine.loader import BaseSource, ModelSource, checkpoint_sources, model_specs
 from pshare_jax.engine.served import ModelInfo, ServedModels
 from pshare_jax.engine.shape import cluster_shape
+from pshare_jax.engine.sources import BaseSource, ModelSource, checkpoint_sources, model_specs
 from pshare_jax.errors import ConfigError, EngineDeadError
 from pshare_jax.text.tokenizer import Tokenizer
 

@@ -18,8 +18,8 @@ from pshare_jax.cluster import wire
 from pshare_jax.cluster.modules import ModuleEntry, ModuleTable
 from pshare_jax.config import ModelEntry
 from pshare_jax.core.models import ModelSpec
-from pshare_jax.engine.loader import BASE, BaseSource, ModelSource, loaded_spec, model_source
 from pshare_jax.engine.served import ModelInfo, ServedModels
+from pshare_jax.engine.sources import BASE, BaseSource, ModelSource, loaded_spec, model_source
 from pshare_jax.errors import CheckpointError, EngineDeadError, PshareError, RequestError
 
 logger = logging.getLogger(__name__)

@@ -25,8 +25,7 @@ from pshare_jax.cluster.wire import Part, Shape
 from pshare_jax.cluster.worker import DecodeWorker, PrefillWorker, Worker
 from pshare_jax.config import Role, ServeConfig
 from pshare_jax.convert.manifest import TOKENIZER_FOLDER, read_manifest
-from pshare_jax.core.connector import Connector, TransferError
-from pshare_jax.core.messages import Covered, Fetch, Lend, Message, Prefill, Release, offered_by
+from pshare_jax.core.messages import Covered, Message, Prefill
 from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.pages.sharing_map import PoolView, pool_views
 from pshare_jax.core.router import WorkerInfo
@@ -35,33 +34,23 @@ from pshare_jax.engine.assembly import Assembly
 from pshare_jax.engine.devices import compute_dtype, page_dtype, prepare_jax
 from pshare_jax.engine.gang import hosts_of, mirror_of, replay_of
 from pshare_jax.engine.hosted_modules import HostedModules
-from pshare_jax.engine.kv_store import EngineStore, page_shape
+from pshare_jax.engine.hosted_pages import HostedPages
+from pshare_jax.engine.kv_store import EngineStore
 from pshare_jax.engine.limits import check_config
-from pshare_jax.engine.loader import (
-    BaseSource,
-    ModelSource,
-    WeightLoader,
-    checkpoint_sources,
-    model_specs,
-)
+from pshare_jax.engine.loader import WeightLoader
 from pshare_jax.engine.modules import Modules
 from pshare_jax.engine.served import ModelInfo, ServedModels
 from pshare_jax.engine.shape import cluster_shape, dtype_of_pages
 from pshare_jax.engine.snapshot import worker_stats
+from pshare_jax.engine.sources import BaseSource, ModelSource, checkpoint_sources, model_specs
 from pshare_jax.engine.weight_format import served_model
 from pshare_jax.errors import ConfigError, PshareError
 from pshare_jax.kernels.backends import backend_for
-from pshare_jax.kv.coding import PageCoder
-from pshare_jax.kv.direct import DirectOffers
-from pshare_jax.kv.offers import OfferFolder
 from pshare_jax.kv.peers import Peers
-from pshare_jax.kv.remote import RemotePages
 from pshare_jax.runtime.compiles import compile_count
 from pshare_jax.runtime.host_memory import return_freed_memory
 from pshare_jax.runtime.layout import PageLayout
 from pshare_jax.runtime.mirror import Mirror, Replay, Run
-from pshare_jax.runtime.pool import PagePool
-from pshare_jax.runtime.programs import Programs
 from pshare_jax.sharding.mesh import carve_one, meet, mesh_of_all_processes
 from pshare_jax.text.grammar import GrammarCompiler, GrammarLimits
 from pshare_jax.text.tokenizer import Tokenizer
@@ -89,7 +78,7 @@ class HostedWorkers:
 
     Attributes:
         shape: what others must agree with.
-        coder: codes pages for other hosts.
+        pages: moves pages from and to other processes.
         parts: the workers, as frontends are to know them.
         thread: hosts them; None until `start`.
 
@@ -141,23 +130,7 @@ class HostedWorkers:
         assembly = Assembly(
             config, base.config, layout, sizes, backend, loader, specs, self._grammars
         )
-        self.coder = PageCoder(
-            config.cluster.codec, page_shape(layout), np.dtype(layout.dtype).name
-        )
-        self.offers = OfferFolder(config.cluster.shm_path)
-        # A pair over one pool moves nothing.
-        self.direct = None if role == "both" else _direct(config, host, mesh.size)
-        self._ends: dict[str, RemotePages] = {}
-        peers = peers or Peers()
-        ways = config.cluster.transport, config.cluster.codec
-
-        def new_end(name: str, programs: Programs, pool: PagePool) -> Connector:
-            end = RemotePages(name, programs, pool, self.offers, url, peers, self.direct, *ways)
-            if self.direct is not None:
-                self.direct.code_by(self.coder, end.records)
-            self._ends[name] = end
-            return end
-
+        self.pages = HostedPages(config, role, layout, mesh.size, url, peers, host)
         self.prefill: list[PrefillWorker[Any]] = []
         self.decode: list[DecodeWorker[Any]] = []
         prefill_name, decode_name = _part_name("prefill", name), _part_name("decode", name)
@@ -165,9 +138,9 @@ class HostedWorkers:
             covers, generates = assembly.pair((prefill_name, decode_name), 0, mesh)
             self.prefill, self.decode = [covers], [generates]
         elif role == "prefill":
-            self.prefill = [assembly.prefill(prefill_name, mesh, new_end)]
+            self.prefill = [assembly.prefill(prefill_name, mesh, self.pages.new_end)]
         else:
-            self.decode = [assembly.decode(decode_name, 0, mesh, new_end)]
+            self.decode = [assembly.decode(decode_name, 0, mesh, self.pages.new_end)]
         loader.built()
         for worker in (*self.prefill, *self.decode):
             # Another process may have had the name before, and told of an index of its own.
@@ -255,28 +228,16 @@ class HostedWorkers:
         for worker in self.prefill:
             moves = stores or not self._one_pool
             worker.executor.warm_up(sends=moves, receives=moves)
-        for end in self._ends.values():
-            if self.direct is not None and end.records is not None:
-                end.records.warm_up(sends=True, receives=True)
+        self.pages.warm_up()
         if self._mirror is not None:
             self._mirror.warming = False
         self._turns = self._host_turns()
 
         def carry(source: str, to: str, message: Message) -> None:
-            if isinstance(message, Fetch | Lend):
-                # Of one process are only those that share a pool, and fetch nothing.
-                message = msgspec.structs.replace(message, reader=self._ends[source].reader(to))
-            elif isinstance(message, Release) and source in self._ends:
-                reader = self._ends[source].reader(to)
-                message = msgspec.structs.replace(message, worker=source, reader=reader)
-            send(source, to, message)
+            send(source, to, self.pages.addressed(source, to, message))
 
         thread = WorkerThread("engine", self.workers, carry, on_failure, host_turns=self._turns)
-        for worker in self.decode:
-            if (end := self._ends.get(worker.name)) is not None:
-                worker.arrived = end.has_arrived
-        for end in self._ends.values():
-            end.on_arrival = thread.wake
+        self.pages.listen(self.decode, thread)
         if stores:
             self._store = EngineStore(
                 self.config.kv_store,
@@ -310,9 +271,7 @@ class HostedWorkers:
 
         The grammar of an answer is compiled. Pages that are on offer begin to be read.
         """
-        if (offered := offered_by(message)) is not None:
-            for end in self._ends.values():
-                end.read_ahead(offered.transfer, offered.address, len(offered.descriptors))
+        self.pages.read_ahead(message)
         grammars = self._grammars
         grammar = (
             message.sequence.params.grammar if isinstance(message, Covered | Prefill) else None
@@ -355,9 +314,7 @@ class HostedWorkers:
                 worker.release_all()
         if self._store is not None:
             self._store.close()
-        for end in self._ends.values():
-            end.close()
-        self.offers.close()
+        self.pages.close()
         if self._turns is not None:
             self._turns.close()
 
@@ -384,34 +341,18 @@ class HostedWorkers:
     def stats(self) -> EngineStats:
         """What has been done since the start; of the workers' thread, or once it stands still."""
         # Asked for with each beat: then what nobody has taken for too long goes, too.
-        self.offers.expire(time.monotonic())
-        if self.direct is not None:
-            self.direct.expire()
+        self.pages.expire()
         busy = {} if self.thread is None else self.thread.busy_seconds
         store, tiers = self._store.stats() if self._store is not None else ({}, {})
-        started = self.thread is not None
+        started, moved = self.thread is not None, self.pages.stats()
         return dataclasses.replace(
             worker_stats(self.prefill, self.decode, busy, self._served.total),
             compiles=compile_count() - self._compiles_at_start if started else 0,
             store=store,
             tiers=tiers,
-            transfers={
-                (name, way): count
-                for name, end in self._ends.items()
-                for way, count in end.moved.items()
-                if count
-            },
-            transfer_bytes={
-                (name, way, codec, kind): count
-                for name, end in self._ends.items()
-                for kind, counter in (("raw", end.traffic.raw), ("wire", end.traffic.wire))
-                for (way, codec), count in dict(counter).items()
-            },
-            miscoded={
-                (name, reason): count
-                for name, end in self._ends.items()
-                for reason, count in dict(end.traffic.refused).items()
-            },
+            transfers=moved.transfers,
+            transfer_bytes=moved.transfer_bytes,
+            miscoded=moved.miscoded,
         )
 
 
@@ -436,20 +377,6 @@ def _hosted_specs(
         model: msgspec.structs.replace(spec, decode_workers=("decode0",) if model in hosted else ())
         for model, spec in specs.items()
     }
-
-
-def _direct(config: ServeConfig, host: str, mesh_size: int) -> DirectOffers | None:
-    """What is offered by `jax.experimental.transfer`, if that is wanted and can be."""
-    if config.cluster.transport != "jax-transfer":
-        return None
-    if mesh_size > 1:
-        logger.warning("cluster.transport: jax-transfer is for meshes of one device; as `auto`")
-        return None
-    try:
-        return DirectOffers(host)
-    except TransferError as error:
-        logger.warning("cluster.transport: %s; as `auto`", error)
-        return None
 
 
 def _part_name(side: str, name: str) -> str:

@@ -19,9 +19,9 @@ from pshare_jax.config import ModelEntry
 from pshare_jax.core import messages as m
 from pshare_jax.core.models import ModelSpec
 from pshare_jax.engine.gil import handing_on
-from pshare_jax.engine.loader import BaseSource, model_source
 from pshare_jax.engine.modules import Modules
 from pshare_jax.engine.served import ServedModels
+from pshare_jax.engine.sources import BaseSource, model_source
 from pshare_jax.errors import CheckpointError, ConfigError, PshareError, RequestError
 
 logger = logging.getLogger(__name__)

@@ -19,8 +19,9 @@ import numpy as np
 
 from pshare_jax.core.models import ModelKind, ModelSpec
 from pshare_jax.engine.adapter_stack import AdapterStack
-from pshare_jax.engine.loader import BASE, BaseSource, ModelSource, WeightLoader, loaded_spec
+from pshare_jax.engine.loader import WeightLoader
 from pshare_jax.engine.memory import available_bytes
+from pshare_jax.engine.sources import BASE, BaseSource, ModelSource, loaded_spec
 from pshare_jax.errors import RequestError
 from pshare_jax.models.weights import weight_specs
 from pshare_jax.runtime.executor import DecodeExecutor, GroupWeights

@@ -12,7 +12,8 @@ from typing import Any
 
 import msgspec
 
-from pshare_jax.config import ModelEntry, ServeConfig, load_serve_config
+from pshare_jax.config import ModelEntry, ServeConfig
+from pshare_jax.config_files import load_serve_config
 from pshare_jax.core.requests import Request, RequestOutput, SamplingParams
 from pshare_jax.engine import restrictions
 from pshare_jax.engine.completion import ChatAnswer, Collector, Completion, ToolCall

@@ -29,16 +29,11 @@ from pshare_jax.engine.devices import compute_dtype, page_dtype, place, prepare_
 from pshare_jax.engine.front import Front
 from pshare_jax.engine.kv_store import EngineStore
 from pshare_jax.engine.limits import check_config
-from pshare_jax.engine.loader import (
-    BaseSource,
-    ModelSource,
-    WeightLoader,
-    checkpoint_sources,
-    model_specs,
-)
+from pshare_jax.engine.loader import WeightLoader
 from pshare_jax.engine.modules import Modules
 from pshare_jax.engine.served import ModelInfo, ServedModels, free_retired
 from pshare_jax.engine.snapshot import worker_stats
+from pshare_jax.engine.sources import BaseSource, ModelSource, checkpoint_sources, model_specs
 from pshare_jax.engine.weight_format import served_model
 from pshare_jax.errors import EngineDeadError
 from pshare_jax.kernels.backends import CPU_FFI, backend_for

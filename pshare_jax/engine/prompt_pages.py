@@ -10,7 +10,7 @@ import numpy as np
 from pshare_jax.cluster.worker import PrefillWorker
 from pshare_jax.core.buckets import TRANSFER_BUCKETS, pieces
 from pshare_jax.core.plans import Chunk, PrefillPlan
-from pshare_jax.engine.loader import BASE
+from pshare_jax.engine.sources import BASE
 from pshare_jax.runtime.executor import PrefillExecutor
 
 

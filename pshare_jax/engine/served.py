@@ -16,8 +16,8 @@ from pshare_jax.core.messages import WeightsFreed
 from pshare_jax.core.models import ModelKind, ModelSpec
 from pshare_jax.engine.devices import compute_dtype
 from pshare_jax.engine.gil import handing_on
-from pshare_jax.engine.loader import BaseSource, ModelSource, model_source
 from pshare_jax.engine.modules import Modules
+from pshare_jax.engine.sources import BaseSource, ModelSource, model_source
 from pshare_jax.errors import RequestError, UnknownModelError
 
 MAX_NAME_CHARS = 256

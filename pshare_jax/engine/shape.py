@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pshare_jax.cluster.wire import Shape, model_digest
 from pshare_jax.config import ServeConfig
 from pshare_jax.core.models import ModelSpec
-from pshare_jax.engine.loader import BaseSource, ModelSource
+from pshare_jax.engine.sources import BaseSource, ModelSource
 
 
 def dtype_of_pages(pages: str, computed: str) -> str:

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pshare_jax.config import ServeConfig, load_config
+from pshare_jax.config import ServeConfig
+from pshare_jax.config_files import load_config
 from pshare_jax.errors import ConfigError, PshareError
 from pshare_jax.serve.logs import open_standard_streams, say, set_up
 

@@ -19,7 +19,8 @@ from aiohttp import web
 
 from pshare_jax.cluster.secret import is_loopback, read_token, split_address
 from pshare_jax.cluster.tls import ClusterTls, cluster_tls
-from pshare_jax.config import Role, ServeConfig, load_config
+from pshare_jax.config import Role, ServeConfig
+from pshare_jax.config_files import load_config
 from pshare_jax.errors import ConfigError, GangLostError, PshareError
 from pshare_jax.serve import gang
 from pshare_jax.serve.logs import open_standard_streams, say, set_up
@@ -213,7 +214,7 @@ async def _serve(
     if failed.done():
         # Its pool may be gone. Frontends notice the end of their links, and go elsewhere.
         log.error("ending: %s", failed.result())
-        hosted.offers.close()
+        hosted.pages.offers.close()
         logging.shutdown()
         os._exit(1)
     if not await station.drain(config.server.drain_seconds):

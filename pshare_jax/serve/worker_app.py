@@ -45,7 +45,7 @@ def worker_app(
         certified: whether the same holds for who shows no certificate.
     """
     app = web.Application(middlewares=[_authorise(token, certified=certified)])
-    app[OFFERS], app[STATION], app[HOSTED] = hosted.offers, station, hosted
+    app[OFFERS], app[STATION], app[HOSTED] = hosted.pages.offers, station, hosted
     app[METRICS] = Metrics(hosted.models, hosted.stats)
     app.router.add_get("/health", health)
     app.router.add_get("/ready", ready)
@@ -84,17 +84,17 @@ async def metrics(request: web.Request) -> web.Response:
 
 async def pages(request: web.Request) -> web.StreamResponse:
     """`GET /pages/TRANSFER`: the bytes of a transfer that is on offer; nobody gets them again."""
-    return await send_pages(request, request.app[OFFERS].path, request.app[HOSTED].coder)
+    return await send_pages(request, request.app[OFFERS].path, request.app[HOSTED].pages.coder)
 
 
 async def claim(request: web.Request) -> web.Response:
     """`POST /pages/TRANSFER/claim`: has a transfer pulled by `jax.experimental.transfer`."""
-    return await claim_pages(request, request.app[HOSTED].direct)
+    return await claim_pages(request, request.app[HOSTED].pages.direct)
 
 
 async def settle(request: web.Request) -> web.Response:
     """`DELETE /pages/TRANSFER/claim`: what was claimed has come."""
-    direct = request.app[HOSTED].direct
+    direct = request.app[HOSTED].pages.direct
     if direct is not None:
         direct.settle(int(request.match_info["transfer"], 16))
     return web.Response()

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pshare_jax.config import load_config
+from pshare_jax.config_files import load_config
 from pshare_jax.errors import PshareError
 from pshare_jax.study.config import StudyConfig
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from pshare_jax.config import load_config
+from pshare_jax.config_files import load_config
 from pshare_jax.errors import PshareError
 from pshare_jax.extras import require
 from pshare_jax.runtime.host_memory import computes_on_cpus, keep_freed_memory

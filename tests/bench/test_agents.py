@@ -18,7 +18,7 @@ from pshare_jax.bench.agents_load import Load
 from pshare_jax.bench.agents_targets import find_target, open_http, started
 from pshare_jax.bench.agents_workload import Workload
 from pshare_jax.bench.limits import isolated_prefill_tokens, rho, shared_prefill_tokens
-from pshare_jax.config import load_serve_config
+from pshare_jax.config_files import load_serve_config
 from pshare_jax.convert.orbax import write_prefill
 from pshare_jax.errors import BenchmarkError
 from pshare_jax.models.decoder import init_weights

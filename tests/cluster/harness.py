@@ -122,7 +122,7 @@ class Host:
         """Soon nobody holds a page, and nothing is on offer."""
         for cache in self.caches:
             wait_until(lambda cache=cache: cache.counts().used == 0)
-        wait_until(lambda: len(self.hosted.offers) == 0)
+        wait_until(lambda: len(self.hosted.pages.offers) == 0)
         for cache in self.caches:
             self.call(lambda cache=cache: cache.check(idle=True))
 

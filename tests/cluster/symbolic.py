@@ -42,9 +42,9 @@ from pshare_jax.core.requests import (
 from pshare_jax.core.router import WorkerInfo
 from pshare_jax.core.stats import EngineStats
 from pshare_jax.engine.cluster import ClusterEngine
-from pshare_jax.engine.loader import BaseSource, ModelSource, model_specs
 from pshare_jax.engine.shape import cluster_shape
 from pshare_jax.engine.snapshot import worker_stats
+from pshare_jax.engine.sources import BaseSource, ModelSource, model_specs
 from pshare_jax.models.split import Certificate
 from tests.cluster.harness import Loop
 from tests.core.symbolic import (

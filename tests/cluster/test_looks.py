@@ -127,6 +127,7 @@ async def test_a_frontend_asks_once_until_it_is_answered() -> None:
     assert seen.ask("x") == pools.number
     seen.hear("x", pools.number, b"")
     assert [len(v.pages) for v in seen.views()] == [2]
+    assert seen.ask("x") == pools.number, "nothing had changed: it may have since"
     seen.lose("x")
     assert seen.views() == []
     # An answer that was on its way is forgotten with the link.

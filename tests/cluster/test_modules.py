@@ -17,7 +17,7 @@ from pshare_jax.cluster.modules import ModuleEntry, ModuleTable
 from pshare_jax.config import ModelEntry, ServeConfig
 from pshare_jax.convert.orbax import write_decode, write_prefill
 from pshare_jax.core.requests import FinishReason
-from pshare_jax.engine.loader import checkpoint_sources
+from pshare_jax.engine.sources import checkpoint_sources
 from pshare_jax.errors import CheckpointError, RequestError, UnknownModelError
 from pshare_jax.models.decoder import init_weights
 from tests.cluster.harness import Cluster, cluster_config, running_cluster

@@ -65,10 +65,12 @@ async def test_it_is_taken_once_what_it_had_has_been_given_up(cluster: Cluster) 
         (old,) = station._frontends.values()
         await second.hello()
         await asyncio.to_thread(wait_until, lambda: old.socket.closed)
-        for _ in range(20):
-            assert [*station._frontends.values()] == [old], "it was taken too early"
-            await asyncio.sleep(0.01)
-        may_go.set()
+        try:
+            for _ in range(20):
+                assert [*station._frontends.values()] == [old], "it was taken too early"
+                await asyncio.sleep(0.01)
+        finally:
+            may_go.set()
         await second.until(wire.Welcome)
         # What the worker's index holds; from then on it is told of all.
         await second.until(wire.Carry)

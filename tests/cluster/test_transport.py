@@ -46,13 +46,13 @@ def cluster(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 @pytest.fixture(autouse=True)
 def _trusts(cluster: Cluster) -> None:
     """What one test has made of the way is not another one's."""
-    cluster.hosts["decode0"].hosted._ends["decode0"]._avoided.clear()
+    cluster.hosts["decode0"].hosted.pages.ends["decode0"]._avoided.clear()
 
 
 def counts(cluster: Cluster) -> tuple[int, int, int]:
     """Transfers from device to device, by file, and those that failed."""
     hosted = cluster.hosts["decode0"].hosted
-    moved = hosted._ends["decode0"].moved
+    moved = hosted.pages.ends["decode0"].moved
     return moved["jax-transfer"], moved["shm"], hosted.decode[0].core.stats.failed_transfers
 
 
@@ -69,7 +69,7 @@ def ask(cluster: Cluster, models: Models, seed: int) -> tuple[int, int, int]:
 def test_pages_go_from_device_to_device(cluster: Cluster, models: Models) -> None:
     """What has come is said to have come, so that nothing counts as lost."""
     assert ask(cluster, models, 1) == (1, 0, 0)
-    offers = cluster.hosts["prefill0"].hosted.direct
+    offers = cluster.hosts["prefill0"].hosted.pages.direct
     assert offers is not None
     wait_until(lambda: not offers._claimed)
     assert len(offers) == 0
@@ -88,7 +88,7 @@ def test_what_does_not_come_goes_by_file(
         assert ask(cluster, models, 2) == (0, 1, 1)
         assert ask(cluster, models, 3) == (0, 1, 0)
     assert ask(cluster, models, 4) == (0, 1, 0)
-    end = cluster.hosts["decode0"].hosted._ends["decode0"]
+    end = cluster.hosts["decode0"].hosted.pages.ends["decode0"]
     now = end._clock()
     monkeypatch.setattr(end, "_clock", lambda: now + remote.AVOID_SECONDS)
     # Who offers hears of it with the release of a transfer, and offers the next one directly.
@@ -114,7 +114,7 @@ def test_a_flipped_bit_is_found(
 def test_who_has_lost_too_much_offers_files(
     cluster: Cluster, models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    offers = cluster.hosts["prefill0"].hosted.direct
+    offers = cluster.hosts["prefill0"].hosted.pages.direct
     monkeypatch.setattr(offers, "_lost", 2**31)
     assert ask(cluster, models, 7) == (0, 1, 0)
 
@@ -139,7 +139,7 @@ def come_back(cluster: Cluster, models: Models, seed: int) -> dict[Any, int]:
     assert reply.tokens == models.expected("full", longer, TOKENS)
     assert reply.usage is not None
     assert reply.usage.cached_tokens == 48
-    return host.hosted._ends["prefill0"].moved
+    return host.hosted.pages.ends["prefill0"].moved
 
 
 def test_by_http_alone(models: Models, tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_by_http_alone(models: Models, tmp_path: Path) -> None:
         assert client.generate("full", [*range(30)], 4).tokens == models.expected(
             "full", [*range(30)], 4
         )
-        assert cluster.hosts["decode0"].hosted._ends["decode0"].moved == {
+        assert cluster.hosts["decode0"].hosted.pages.ends["decode0"].moved == {
             "shm": 0,
             "http": 1,
             "jax-transfer": 0,

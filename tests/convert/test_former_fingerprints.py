@@ -15,7 +15,7 @@ from pshare_jax.convert.inspection import check_hashes
 from pshare_jax.convert.manifest import Manifest, read_manifest
 from pshare_jax.convert.orbax import open_weights, write_decode, write_prefill
 from pshare_jax.convert.verify import load_model
-from pshare_jax.engine.loader import checkpoint_sources
+from pshare_jax.engine.sources import checkpoint_sources
 from pshare_jax.errors import CertificateError, CheckpointError
 from pshare_jax.models.weights import lora_specs
 from tests.convert.helpers import TOKENIZER_FILES, model_config, random_tensors, random_weights

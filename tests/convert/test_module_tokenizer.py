@@ -11,7 +11,7 @@ from pshare_jax.config import ModelEntry
 from pshare_jax.convert.conversions import export, import_model, make_decoder
 from pshare_jax.convert.manifest import TOKENIZER_FOLDER
 from pshare_jax.convert.seals import open_checkpoint
-from pshare_jax.engine.loader import BaseSource, model_source
+from pshare_jax.engine.sources import BaseSource, model_source
 from pshare_jax.errors import CheckpointError
 from pshare_jax.text.tokenizer import Tokenizer
 from tests.convert.helpers import model_config, random_weights, write_hf_folder

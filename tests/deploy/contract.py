@@ -7,7 +7,8 @@ import io
 import re
 from typing import get_args
 
-from pshare_jax.config import Role, ServeConfig, build_parser
+from pshare_jax.config import Role, ServeConfig
+from pshare_jax.config_files import build_parser
 from pshare_jax.serve import __main__ as serve
 from pshare_jax.serve import worker, worker_app
 

@@ -12,7 +12,8 @@ import yaml
 
 import pshare_jax
 from pshare_jax.cli import COMMANDS
-from pshare_jax.config import ServeConfig, load_serve_config
+from pshare_jax.config import ServeConfig
+from pshare_jax.config_files import load_serve_config
 from pshare_jax.engine.gang import hosts_of
 from pshare_jax.serve import app
 from pshare_jax.serve.kubernetes import ACCOUNT, check_kubernetes

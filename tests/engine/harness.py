@@ -27,9 +27,10 @@ from pshare_jax.core.requests import (
     Session,
 )
 from pshare_jax.core.split_rule import LAST_TOKEN, LastTokens, SplitRule
-from pshare_jax.engine.loader import BaseSource, LoadTensors, ModelSource
 from pshare_jax.engine.monolithic import Monolithic
 from pshare_jax.engine.orchestrator import Orchestrator
+from pshare_jax.engine.sources import BaseSource, ModelSource
+from pshare_jax.engine.weight_format import LoadTensors
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.decoder import init_weights
 from pshare_jax.models.lora import LoraModule, merge

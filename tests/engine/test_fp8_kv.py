@@ -18,9 +18,9 @@ from pshare_jax.config import (
 from pshare_jax.convert.conversions import import_model
 from pshare_jax.engine.devices import page_dtype
 from pshare_jax.engine.kv_store import EngineStore
-from pshare_jax.engine.loader import checkpoint_sources, model_specs
 from pshare_jax.engine.monolithic import Monolithic
 from pshare_jax.engine.shape import dtype_of_pages
+from pshare_jax.engine.sources import checkpoint_sources, model_specs
 from pshare_jax.errors import ConfigError
 from pshare_jax.kernels.kv_dtype import FP8
 from pshare_jax.runtime.layout import PageLayout

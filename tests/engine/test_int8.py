@@ -12,7 +12,8 @@ import pytest
 from pshare_jax.config import DecodeConfig, ModelEntry, PrefillConfig, ServeConfig
 from pshare_jax.convert.conversions import import_model, make_decoder
 from pshare_jax.engine.devices import compute_dtype
-from pshare_jax.engine.loader import WeightLoader, checkpoint_sources, model_specs
+from pshare_jax.engine.loader import WeightLoader
+from pshare_jax.engine.sources import checkpoint_sources, model_specs
 from pshare_jax.errors import ConfigError
 from pshare_jax.models.lora import merge
 from pshare_jax.models.packed import pack_weights

@@ -9,7 +9,7 @@ import pytest
 from pshare_jax.config import DecodeConfig, ModelEntry, PrefillConfig, ServeConfig
 from pshare_jax.core.split_rule import LastTokens
 from pshare_jax.engine.limits import DEFAULT_POOL_SEQUENCES, PoolSizes, check_config
-from pshare_jax.engine.loader import BaseSource, ModelSource, model_specs
+from pshare_jax.engine.sources import BaseSource, ModelSource, model_specs
 from pshare_jax.errors import ConfigError
 from pshare_jax.models.split import Certificate
 from pshare_jax.runtime.layout import PageLayout

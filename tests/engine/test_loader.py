@@ -15,7 +15,9 @@ from jax.sharding import Mesh
 
 from pshare_jax.config import DecodeConfig, PrefillConfig
 from pshare_jax.engine import orchestrator
-from pshare_jax.engine.loader import BASE, LoadTensors, WeightLoader, model_specs
+from pshare_jax.engine.loader import WeightLoader
+from pshare_jax.engine.sources import BASE, model_specs
+from pshare_jax.engine.weight_format import LoadTensors
 from pshare_jax.models.weights import LORA_TARGETS, Weights, alias_on, same_memory
 from pshare_jax.sharding.mesh import carve
 from tests.engine.harness import Models, lora_module, running, serve_config

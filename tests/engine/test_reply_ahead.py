@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pshare_jax.config import load_serve_config
+from pshare_jax.config_files import load_serve_config
 from pshare_jax.errors import ConfigError
 from tests.engine.harness import PAGE, Client, Models, running, serve_config, wait_until
 

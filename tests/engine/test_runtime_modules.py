@@ -14,8 +14,8 @@ import pytest
 
 from pshare_jax.config import PrefillConfig, ServeConfig
 from pshare_jax.engine import modules
-from pshare_jax.engine.loader import ModelSource
 from pshare_jax.engine.orchestrator import Orchestrator
+from pshare_jax.engine.sources import ModelSource
 from pshare_jax.errors import (
     ConfigError,
     RequestError,

@@ -58,6 +58,12 @@ def test_nothing_is_forgotten_for_others(ends: Ends) -> None:
     assert ends.read.take(2, "here", 30) is ends.readings[2]
 
 
+def test_there_must_be_room_for_the_copy_of_what_comes_last(ends: Ends) -> None:
+    assert ends.begin(1, 30)
+    assert not ends.begin(2, 21), "twice 30 and twice 21"
+    assert ends.begin(2, 20)
+
+
 def test_what_has_come_lies_there_once(ends: Ends) -> None:
     assert ends.begin(1, 50)
     assert not ends.begin(2, 25)

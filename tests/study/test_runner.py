@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pshare_jax.config import load_config
+from pshare_jax.config_files import load_config
 from pshare_jax.convert.files import replace_section
 from pshare_jax.errors import ConfigError
 from pshare_jax.study import plots, report, runner

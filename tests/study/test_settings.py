@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pshare_jax.config import load_config
+from pshare_jax.config_files import load_config
 from pshare_jax.errors import ConfigError, DataError
 from pshare_jax.study import runner
 from pshare_jax.study.config import Runs, StudyConfig, TaskConfig, expand

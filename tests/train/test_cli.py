@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from pshare_jax.config import load_config
+from pshare_jax.config_files import load_config
 from pshare_jax.train.__main__ import main
 from pshare_jax.train.config import TrainConfig, with_rate
 from pshare_jax.train.config_check import check_config

@@ -17,8 +17,8 @@ from pshare_jax.bench.hardware.scale import Scale
 from pshare_jax.config import DecodeConfig, ModelEntry, PrefillConfig, ServeConfig
 from pshare_jax.core.split_rule import LAST_TOKEN
 from pshare_jax.engine.devices import compute_dtype, prepare_jax
-from pshare_jax.engine.loader import BaseSource, ModelSource
 from pshare_jax.engine.orchestrator import Orchestrator
+from pshare_jax.engine.sources import BaseSource, ModelSource
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.split import Certificate
 from pshare_jax.models.weights import Weights, weight_specs

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from pshare_jax.bench.plan.costs import CostModel
 from pshare_jax.bench.plan.specs import EngineSpec, ServerSpec
-from pshare_jax.config import ServeConfig, load_serve_config
+from pshare_jax.config import ServeConfig
+from pshare_jax.config_files import load_serve_config
 from pshare_jax.errors import ConfigError
 
 DEFAULT_POOL_SEQUENCES = 8
