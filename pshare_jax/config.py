@@ -341,7 +341,7 @@ class ServeConfig:
         weights: `int8` loads projections as whole numbers of 8 bits, with a scale for each output:
             half of the memory of bfloat16. `int8-dynamic`, for CPUs, has embeddings in 8 bits too,
             and rounds what products read: half of the time of decoding besides. Each has KV of its
-            own.
+            own. A base that was imported as whole numbers is served as such where this is `plain`.
         kv_dtype: `fp8` keeps KV in 8 bits: half of bfloat16's memory, handoffs and reads. It is
             another KV than that of `auto`, which is kept in `dtype`.
         max_model_len: most tokens of prompt plus completion.

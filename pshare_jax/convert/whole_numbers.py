@@ -105,5 +105,4 @@ def as_stored(
     if form == "plain":
         return tensors, form
     specs = weight_specs(config.with_weights(form))
-    # A head that is stored plainly may be there as whole numbers too.
     return {n: whole[n] if spec.dtype else tensors[n] for n, spec in specs.items()}, form

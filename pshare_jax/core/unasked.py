@@ -17,7 +17,6 @@ from pshare_jax.core import messages as m
 from pshare_jax.core.plans import Offer
 from pshare_jax.core.prefill_task import PrefillTask
 from pshare_jax.core.sequences import Sequence
-from pshare_jax.core.shares import path
 from pshare_jax.core.stats import PrefillStats
 
 MAX_ALIKE = 8
@@ -26,7 +25,8 @@ released yet; it asks for what is covered for it meanwhile. Those that wait for 
 it has let their offers go: one that comes after them would wait, too."""
 
 MAX_OFFERS = 12
-"""To one decode worker in all: who has nothing there gets room before those that wait."""
+"""To one decode worker in all. A client that has none of them is offered one all the same: who has
+nothing there gets room before those that wait."""
 
 MAX_PAGES = 64
 """Of an offer; more are worth a question."""
@@ -114,10 +114,12 @@ class Unasked:
 
     def _is_crowded(self, sequence: Sequence) -> bool:
         """Whether so many offers stand that the one for a sequence is not made."""
-        _, model, _ = path(sequence)
+        client, model, _ = sequence.path
         standing = [one.sequence for one in self._covered.values()]
-        there = [path(one)[1] for one in standing if one.decode_worker == sequence.decode_worker]
-        return len(there) >= MAX_OFFERS or there.count(model) >= MAX_ALIKE
+        there = [one.path for one in standing if one.decode_worker == sequence.decode_worker]
+        if len(there) >= MAX_OFFERS:
+            return any(path[0] == client for path in there)
+        return [path[1] for path in there].count(model) >= MAX_ALIKE
 
     def clear(self) -> None:
         """Forgets all."""

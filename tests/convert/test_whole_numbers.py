@@ -22,7 +22,7 @@ from pshare_jax.convert.manifest import MANIFEST_FILE, Manifest
 from pshare_jax.convert.orbax import load_weights, open_stored, open_weights, read_manifest
 from pshare_jax.convert.quantised import read_scheme, whole_numbers
 from pshare_jax.convert.tensors import LazyTensor, as_lazy
-from pshare_jax.engine.loader import checkpoint_sources
+from pshare_jax.engine.sources import checkpoint_sources
 from pshare_jax.errors import CertificateError, CheckpointError
 from pshare_jax.models.quantise import in_format, quantise
 from pshare_jax.models.weights import weight_specs

@@ -242,9 +242,11 @@ def book_of(*workers: str) -> tuple[Unasked, PrefillStats]:
     return book, stats
 
 
-def is_offered(book: Unasked, id: int, worker: str = "decode0", model: str = "lora") -> bool:
+def is_offered(
+    book: Unasked, id: int, worker: str = "decode0", model: str = "lora", client: str = ""
+) -> bool:
     sequence = make_sequence(id, [id, *CONTEXT], page_size=4, model=model)
-    sequence = msgspec.structs.replace(sequence, decode_worker=worker)
+    sequence = msgspec.structs.replace(sequence, decode_worker=worker, owner=Owner(client))
     task = PrefillTask(sequence, list(range(1, 7)))
     return book.offer(task, m.Covered(task.sequence, task.usage()), 4) is not None
 
@@ -269,6 +271,17 @@ def test_those_of_one_model_leave_some_to_others() -> None:
     assert stats.unasked == {("decode0", "crowded"): 1 + 5 + 9}
     book.forget(0)
     assert [is_offered(book, 90, model="full"), is_offered(book, 91)] == [True, False]
+
+
+def test_a_client_leaves_some_to_others_whatever_its_models() -> None:
+    book, _ = book_of("decode0")
+    for id in range(12):
+        assert is_offered(book, id, model=("lora", "full")[id % 2], client="first")
+    assert not is_offered(book, 12, model="identity", client="first")
+    assert [is_offered(book, id, client="second") for id in (13, 14)] == [True, False]
+    book.forget(0)
+    book.forget(1)
+    assert [is_offered(book, id, client="second") for id in (15, 16)] == [True, False]
 
 
 def test_one_that_cannot_be_made_takes_no_place(monkeypatch: pytest.MonkeyPatch) -> None:

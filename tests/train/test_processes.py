@@ -154,7 +154,7 @@ def test_two_processes_give_the_losses_of_one_though_a_disk_is_full(
     first two checkpoints, which stops neither."""
     output = tmp_path / "run"
     coordinator = free_address()
-    flags = flags_of(base, data, held_out, output, "--mesh.data=2", "--mesh.fsdp=2")
+    flags = flags_of(base, data, held_out, output, "--mesh.fsdp=4")
     by_flags = [
         f"--distributed.coordinator={coordinator}",
         "--distributed.num_processes=2",

@@ -1,6 +1,6 @@
 // Products of weights of 8 bits with rows that are rounded to 8 bits as well.
 //
-// A weight is a whole number from -127 to 127 times the scale of its column. A row is cut into
+// A weight is a whole number from -128 to 127 times the scale of its column. A row is cut into
 // groups of inputs, and each is rounded to whole numbers with a scale of its own, so that an input
 // that is far from the others costs its group alone their precision. The sums of a group are whole
 // numbers below 2^24, exact in any order and on any CPU; groups are added in float32, in the order of
