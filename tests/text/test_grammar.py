@@ -1,6 +1,8 @@
 """Random answers under grammars: whatever is sampled, every finished answer follows its grammar."""
 
+import argparse
 import contextlib
+import inspect
 import itertools
 import json
 import random
@@ -17,8 +19,7 @@ from tokenizers.trainers import BpeTrainer
 
 from pshare_jax.core.constraints import GrammarSpec
 from pshare_jax.errors import QueueFullError, RequestError
-from pshare_jax.frontend import tool_prompt
-from pshare_jax.text import grammar, grammar_spec, grammar_trial
+from pshare_jax.text import grammar_spec, grammar_trial
 from pshare_jax.text.grammar import GrammarCompiler, GrammarError, GrammarLimits
 from pshare_jax.text.tokenizer import Tokenizer
 from tests.text.random_answers import allowed, sample
@@ -32,7 +33,8 @@ def write_larger(folder) -> None:
     backend = HfTokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    modules = (grammar, grammar_spec, tool_prompt, json, re)
+    # None of ours: what these tests draw would change with every line of it.
+    modules = (argparse, inspect, json, re)
     texts = [Path(str(module.__file__)).read_text() for module in modules]
     rng = random.Random(1)
     texts += [json.dumps({f"k{i}": [rng.random(), None, "é\n"]}, indent=2) for i in range(200)]
@@ -151,11 +153,14 @@ def test_every_finished_answer_validates(tokenizer, compiler):
 )
 def test_other_grammars(tokenizer, compiler, spec, check):
     rng = random.Random(3)
-    texts = [
-        sample(tokenizer, compiler.compile(spec, "g"), rng, use_forced=bool(number % 2))
-        for number in range(30)
-    ]
-    texts = [text for text in texts if text is not None]
+    texts = []
+    # How many end in time depends on the vocabulary: of JSON's objects a third.
+    for number in range(100):
+        text = sample(tokenizer, compiler.compile(spec, "g"), rng, use_forced=bool(number % 2))
+        if text is not None:
+            texts.append(text)
+        if number >= 29 and len(texts) > 10:
+            break
     assert len(texts) > 10
     assert all(check(text) for text in texts), texts
 
