@@ -19,8 +19,6 @@ class LlamaServers:
         slots: sequences that each works on at a time; one that waits for a slot is queued.
         context: tokens that each slot has room for.
         threads: of each server.
-        poll: how long a thread that waits spins, of 100. Several servers on the same cores are
-            faster when their threads sleep.
         args: further flags of each.
     """
 
@@ -29,7 +27,6 @@ class LlamaServers:
     slots: int = 16
     context: int = 1024
     threads: int = 2
-    poll: int = 0
     args: list[str] = field(default_factory=list)
 
 
@@ -43,8 +40,7 @@ def running_llama(servers: LlamaServers, count: int) -> Iterator[list[str]]:
     command = [servers.binary, "--model", servers.model, "--parallel", str(servers.slots)]
     # It divides this among its slots.
     command += ["--ctx-size", str(servers.slots * servers.context)]
-    command += ["--threads", str(servers.threads), "--poll", str(servers.poll)]
-    command += ["--no-ui", *servers.args]
+    command += ["--threads", str(servers.threads), "--no-ui", *servers.args]
     with ExitStack() as stack:
         yield [
             stack.enter_context(
