@@ -39,9 +39,11 @@ def test_steps_compile_fit_and_keep_the_pool_in_place(name, model):
         for program in step_programs(accelerator, config, sizes, part_of(config))
     }
     assert tuple(compiled) == STEPS
-    # What it takes beside the logits is a few copies of them.
+    # What it takes beside the logits is a few copies of the device's part of them, and where they
+    # are split, all of them, which the limits of sampling look at on each device.
     choice = compiled.pop(CHOICE)
-    assert choice.temp_bytes < 8 * choice.least_bytes
+    gathered = sizes.batch * config.vocab_size * 4
+    assert choice.temp_bytes < 8 * choice.least_bytes + gathered
     for step, result in compiled.items():
         assert result.pool_in_place, step
         assert result.temp_bytes < result.pool_bytes / config.num_layers, step
