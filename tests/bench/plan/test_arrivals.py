@@ -1,10 +1,12 @@
 """Sessions that arrive together, in virtual time: the cores, hosts and turns of a server."""
 
 import math
+from pathlib import Path
 
 import pytest
 
 from pshare_jax.bench.plan.costs import Line, TableCosts
+from pshare_jax.bench.plan.served import load_server
 from pshare_jax.bench.plan.specs import EngineSpec, ServerSpec, SystemSpec
 from pshare_jax.bench.plan.system import System
 from pshare_jax.config import DecodeConfig
@@ -16,13 +18,13 @@ COSTS = TableCosts(
 )
 SESSIONS, PROMPT, MODELS = 16, 1000, 4
 ALL_PROMPTS = SESSIONS * math.ceil(PROMPT / 512) * CHUNK
-LONGEST = 8192 // 64
+CONFIG = load_server(str(Path(__file__).parents[3] / "configs/serve/smollm2-135m.yaml"), [])
 
 
 def arrive(*, one_group: bool, reply: int, behind: float) -> tuple[list[float], float]:
     """When each session got its first token, and how long a prompt of 50 tokens waited for its.
 
-    One processor that takes turns, pools and turns as by default.
+    One processor that takes turns, pools as in the configuration that newcomers start.
     """
     spec = ServerSpec(
         models=range(MODELS),
@@ -31,8 +33,8 @@ def arrive(*, one_group: bool, reply: int, behind: float) -> tuple[list[float], 
         page_size=64,
         chunk_buckets=[32, 128, 512],
         settings=DecodeConfig(batch_buckets=[1, 8, 32], replay_buckets=[32]),
-        prefill=[EngineSpec(COSTS, 4 * LONGEST + 1, 0)],
-        decode=[EngineSpec(COSTS, 4 * LONGEST + 1, 0)],
+        prefill=[EngineSpec(COSTS, CONFIG.prefill.num_pages, 0)],
+        decode=[EngineSpec(COSTS, CONFIG.decode.num_pages, 0)],
     )
     system = System(SystemSpec([spec]))
     calls = [system.submit(i, i % MODELS, PROMPT, reply, lambda: None) for i in range(SESSIONS)]
