@@ -18,7 +18,7 @@ REPORT = $(BIN)/python -m pshare_jax.bench report --results="[$$(for result in \
   $(patsubst %,docs/results/agents-%.json,$(BENCHES) $(BENCHES_VLLM)); do \
   if [ -f $$result ]; then echo $$result; fi; done | paste -sd,)]"
 
-.PHONY: demo serve serve-cluster bench bench-vllm modules results test quick exhaustive test-browser test-clients test-deploy test-ray test-compile test-newest test-compile-newest docs attack chaos soak soak-short lock audit lint format clean
+.PHONY: demo serve serve-cluster bench bench-vllm modules results test quick exhaustive test-e2e test-cpus test-browser test-clients test-deploy test-ray test-compile test-newest test-compile-newest docs attack chaos soak soak-short lock audit lint format clean
 
 demo: .venv/.run $(MODULES)
 	$(BIN)/python -m pshare_jax.demo
@@ -60,6 +60,14 @@ modules: .venv/.study $(BASE)/pshare.json
 PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 test: .venv/.test
 	$(BIN)/python -m pytest $(PARALLEL)
+
+# Clusters of processes, the examples, the real model (93 MB from PyPI), the study in small, the wheel.
+test-e2e: .venv/.test
+	$(BIN)/python -m pytest $(PARALLEL) tests/e2e -m e2e
+
+# C++ compiled for CPUs that this one is not.
+test-cpus: .venv/.test
+	$(BIN)/python -m pytest $(PARALLEL) tests/kernels/test_other_cpus.py -m cpus
 
 # What compiles little: the inner loop.
 quick: .venv/.test
@@ -132,7 +140,7 @@ audit: .venv/.lock
 # while it answers a thousand requests.
 chaos: .venv/.test
 	CHAOS_SECONDS=600 $(BIN)/python -m pytest tests/attack/test_kv_store.py
-	CHAOS_REQUESTS=1000 CHAOS_REPORT=chaos.json $(BIN)/python -m pytest -o timeout=7200 tests/e2e/test_cluster.py
+	CHAOS_REQUESTS=1000 CHAOS_REPORT=chaos.json $(BIN)/python -m pytest -m e2e -o timeout=7200 tests/e2e/test_cluster.py
 	$(BIN)/python -m pytest tests/bench/test_failover.py -m chaos
 
 lint: .venv/.test

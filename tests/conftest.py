@@ -34,12 +34,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+CLUSTERS = ("tests/e2e/test_cluster", "tests/e2e/test_gang")
+
+
 class ByFile(LoadFileScheduling):
-    """Each file goes to one process, and all of `tests/e2e` to the same: they share servers, and
-    two clusters at a time would only wait for each other."""
+    """Each file goes to one process, and all that start clusters to the same: two at a time would
+    only wait for each other."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return "tests/e2e" if nodeid.startswith("tests/e2e/") else super()._split_scope(nodeid)
+        return "clusters" if nodeid.startswith(CLUSTERS) else super()._split_scope(nodeid)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -29,6 +29,8 @@ from tests.e2e.conftest import FEW, write_config
 from tests.e2e.metrics import eventually
 from tests.serve.test_resume_apis import stream_of, told
 
+pytestmark = pytest.mark.e2e
+
 SECONDS = 200
 MODELS = ("planner", "coder", "critic")
 CHAOS = int(os.environ.get("CHAOS_REQUESTS", "24"))

@@ -26,6 +26,8 @@ from tests.e2e.metrics import eventually
 from tests.e2e.test_cluster import MODELS, SECONDS, Processes, Stream, body_of, read
 from tests.e2e.test_examples import run
 
+pytestmark = pytest.mark.e2e
+
 NUMBERS = range(9)
 LONG = 100
 """Tokens of an answer while workers come and go."""

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from pshare_jax.convert.manifest import read_manifest
 from pshare_jax.convert.orbax import write_decode
@@ -18,6 +19,8 @@ from pshare_jax.models.weights import lora_specs
 from pshare_jax.serve.process import running_server
 from tests.e2e.conftest import ROOT, write_config
 from tests.train.helpers import chats, write_jsonl
+
+pytestmark = pytest.mark.e2e
 
 EXAMPLES = ROOT / "examples"
 CLUSTER = "test_cluster_store.py"

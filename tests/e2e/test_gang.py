@@ -23,6 +23,8 @@ from tests.e2e.conftest import write_config
 from tests.e2e.metrics import eventually
 from tests.e2e.test_cluster import SECONDS, Processes, Stream, body_of, knows_texts, read
 
+pytestmark = pytest.mark.e2e
+
 NUMBERS = (0, 1, 2, 3, 4, 5)
 """Of requests: greedy and seeded ones, of three models."""
 

@@ -20,6 +20,7 @@ from tests.e2e import metrics
 
 # 135M weights take longer to compute than to compile.
 pytestmark = [
+    pytest.mark.e2e,
     pytest.mark.slow,
     pytest.mark.timeout(900),
     pytest.mark.usefixtures("optimised"),

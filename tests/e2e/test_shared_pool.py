@@ -17,6 +17,8 @@ from pshare_jax.serve.process import server_process
 from tests.e2e import metrics
 from tests.e2e.conftest import FEW, ROOT, write_config
 
+pytestmark = pytest.mark.e2e
+
 SERVER = (sys.executable, "-m", "tests.e2e.eager_server")
 
 

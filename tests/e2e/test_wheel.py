@@ -14,6 +14,8 @@ import pytest
 from pshare_jax.serve.process import running_server
 from tests.e2e.conftest import ROOT, write_config
 
+pytestmark = pytest.mark.e2e
+
 SECONDS = 240
 
 
