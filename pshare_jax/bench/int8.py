@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,24 +14,45 @@ import numpy as np
 
 from pshare_jax.bench.distributions import TextsOptions, divergence, perplexity
 from pshare_jax.bench.machine import describe
+from pshare_jax.bench.weights_memory import grown_by
+from pshare_jax.config import WeightFormat
 from pshare_jax.convert.orbax import open_weights
 from pshare_jax.convert.seals import open_checkpoint
 from pshare_jax.convert.streamed import Head, hidden_states
 from pshare_jax.convert.tensors import DTYPES, LazyTensor
 from pshare_jax.kernels.matmul.rounded import rounded
-from pshare_jax.models.config import ModelConfig, WeightFormat
+from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.quantise import in_format, quantise
 from pshare_jax.models.weights import SCALE, weight_specs
 
 FORMS: tuple[WeightFormat, ...] = ("int8", "int8-dynamic")
 
 
-def run(options: TextsOptions) -> dict[str, Any]:
-    """Bytes of the weights in each form, and how far the next-token distributions are apart.
+@dataclass(frozen=True)
+class Int8Options(TextsOptions):
+    """What is measured.
+
+    Args:
+        processes: that make an engine on the CPU, for each form, to see what they grow by; 0 for
+            none.
+    """
+
+    processes: int = 3
+
+
+def run(options: Int8Options) -> dict[str, Any]:
+    """Bytes of the weights in each form, what engines' processes grow by when they load them, and
+    how far the next-token distributions are apart.
 
     Logits are computed in float32, so that only the rounding counts that a form is.
 
+    Returns:
+        `{"options", "machine", "positions", "plain", "int8", "int8-dynamic"}`: of each form
+        `bytes`, `memory` (bytes, one number a process) and `perplexity`, and of those of 8 bits
+        `mean_kl` (nats) and `same_best` (share of positions) beside the plain one.
+
     Raises:
+        BenchmarkError: memory could not be measured.
         CheckpointError: no such checkpoint.
         ConfigError: its architecture has no weights of 8 bits.
     """
@@ -39,29 +61,42 @@ def run(options: TextsOptions) -> dict[str, Any]:
     forms = {form: in_format(config, form) for form in FORMS}
     encoded = options.encoded(manifest)
     plain = open_weights(manifest)
+    memory = grown_by(options.base, ("plain", *FORMS), options.processes)
     logits = Head(config, plain).logits(hidden_states(config, plain, encoded))
+    found = {
+        "plain": {"bytes": _bytes(config), "perplexity": perplexity(logits, encoded)},
+        **{form: _compared(model, plain, encoded, logits) for form, model in forms.items()},
+    }
     return {
         "options": asdict(options),
         "machine": describe(),
         "positions": len(logits),
-        "plain": {"bytes": _bytes(config), "perplexity": perplexity(logits, encoded)},
-        **{form: _compared(model, plain, encoded, logits) for form, model in forms.items()},
+        **{form: {**about, "memory": memory[form]} for form, about in found.items()},
     }
 
 
 def lines(result: dict[str, Any]) -> Sequence[str]:
-    """The result as a Markdown table."""
+    """The result as a Markdown table; memory is the median of the processes (lowest - highest)."""
     plain = result["plain"]
     return (
-        "| weights | MB | perplexity | mean KL (nats) | same most likely token |",
-        "|---|---|---|---|---|",
-        f"| bfloat16 | {plain['bytes'] / 1e6:.1f} | {plain['perplexity']:.3f} | | |",
+        "| weights | MB | memory, MB | perplexity | mean KL (nats) | same most likely token |",
+        "|---|--:|--:|--:|--:|--:|",
+        f"| bfloat16 {_sizes(plain)} | {plain['perplexity']:.3f} | | |",
         *(
-            f"| {form} | {found['bytes'] / 1e6:.1f} | {found['perplexity']:.3f} "
+            f"| {form} {_sizes(found)} | {found['perplexity']:.3f} "
             f"| {found['mean_kl']:.2g} | {found['same_best']:.1%} of {result['positions']} |"
             for form, found in ((form, result[form]) for form in FORMS)
         ),
     )
+
+
+def _sizes(found: Mapping[str, Any]) -> str:
+    """The columns of bytes: of the weights, and of the processes."""
+    memory = [grown / 1e6 for grown in found["memory"]]
+    shown = (
+        f"{statistics.median(memory):.0f} ({min(memory):.0f} - {max(memory):.0f})" if memory else ""
+    )
+    return f"| {found['bytes'] / 1e6:.1f} | {shown}"
 
 
 def _compared(

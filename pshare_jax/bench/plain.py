@@ -138,8 +138,8 @@ PLAIN: dict[str, PlainCommand] = {
         fleet.lines,
     ),
     "int8": PlainCommand(
-        "Weights of 8 bits: bytes, and how far the next-token distributions move.",
-        TextsOptions,
+        "Weights of 8 bits: bytes, memory, and how far the next-token distributions move.",
+        int8.Int8Options,
         int8.run,
         int8.lines,
     ),

@@ -16,6 +16,7 @@ class Comparison:
 
     Args:
         items: how many.
+        same_answers: on how many of them both have the same answer, letter by letter.
         accuracy_a: of the first.
         accuracy_b: of the second.
         difference: accuracy b - accuracy a.
@@ -24,6 +25,7 @@ class Comparison:
     """
 
     items: int
+    same_answers: int
     accuracy_a: float
     accuracy_b: float
     difference: float
@@ -50,10 +52,13 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> Comparison:
             "the same --limit"
         )
     ids = list(first)
+    outputs = {answer["id"]: answer["output"] for answer in a["answers"]}
+    same = sum(outputs[answer["id"]] == answer["output"] for answer in b["answers"])
     flags_a, flags_b = [first[name] for name in ids], [second[name] for name in ids]
     accuracy_a, accuracy_b = sum(flags_a) / len(ids), sum(flags_b) / len(ids)
     return Comparison(
         len(ids),
+        same,
         accuracy_a,
         accuracy_b,
         accuracy_b - accuracy_a,

@@ -68,6 +68,7 @@ def comparison_table(comparison: Comparison, name_a: str, name_b: str) -> Table:
     table.add_row(name_b, f"{comparison.accuracy_b:.1%}")
     table.add_row("difference", _points(comparison.difference))
     table.add_row("95 % interval", _interval(comparison.difference_95))
+    table.add_row("the same answer, letter by letter", str(comparison.same_answers))
     table.add_row("only the first is right", str(test.only_a))
     table.add_row("only the second is right", str(test.only_b))
     table.add_row("McNemar's exact test", f"p = {test.p_value:.3g}")

@@ -1,21 +1,24 @@
-"""`bench int8` on a tiny checkpoint: bytes by hand, and distributions that are near."""
+"""`bench int8` on a tiny checkpoint: bytes by hand, memory, and distributions that are near."""
 
 from __future__ import annotations
 
 import pytest
 
-from pshare_jax.bench import int8
-from pshare_jax.bench.distributions import TextsOptions
+from pshare_jax.bench import int8, weights_memory
+from pshare_jax.bench.int8 import Int8Options
 from pshare_jax.convert.conversions import import_model
 from tests.convert.helpers import model_config, random_weights, write_hf_folder
 
 
-def test_bytes_and_distances(tmp_path):
+def test_bytes_and_distances(tmp_path, monkeypatch):
     config = model_config()
-    import_model(
-        write_hf_folder(tmp_path / "hf", config, random_weights(config)), tmp_path / "base"
+    base = str(tmp_path / "base")
+    import_model(write_hf_folder(tmp_path / "hf", config, random_weights(config)), base)
+    made = []
+    monkeypatch.setattr(
+        weights_memory, "_in_a_process", lambda *of: made.append(of) or len(made) * 10**6
     )
-    result = int8.run(TextsOptions(str(tmp_path / "base"), max_tokens=8))
+    result = int8.run(Int8Options(base, max_tokens=8))
     embed, head = 416 * 48, 48 * 416
     kernels = 2 * (2 * 48 * 64 + 2 * 48 * 32 + 3 * 48 * 64)
     norms = 5 * 48
@@ -28,7 +31,24 @@ def test_bytes_and_distances(tmp_path):
         assert found["same_best"] > 0.8
         assert found["perplexity"] == pytest.approx(result["plain"]["perplexity"], rel=1e-2)
     assert result["int8-dynamic"]["mean_kl"] > result["int8"]["mean_kl"]
-    assert [line.split(" ")[1] for line in int8.lines(result)[2:]] == ["bfloat16", *int8.FORMS]
+    rows = [[cell.strip() for cell in line.split("|")] for line in int8.lines(result)[2:]]
+    assert [row[1] for row in rows] == ["bfloat16", *int8.FORMS]
+    # Three processes for each form, the forms in turn.
+    assert made == [(base, form) for form in ("plain", *int8.FORMS)] * 3
+    assert result["int8"]["memory"] == [2 * 10**6, 5 * 10**6, 8 * 10**6]
+    assert [row[3] for row in rows] == ["4 (1 - 7)", "5 (2 - 8)", "6 (3 - 9)"]
+
+
+def test_memory_of_an_engine_in_a_process_of_its_own(tmp_path):
+    config = model_config()
+    import_model(
+        write_hf_folder(tmp_path / "hf", config, random_weights(config)), tmp_path / "base"
+    )
+    found = weights_memory.grown_by(str(tmp_path / "base"), ["int8-dynamic"], 1)
+    assert list(found) == ["int8-dynamic"]
+    (grown,) = found["int8-dynamic"]
+    # Both pools lie in it: 9 pages of 64 tokens, keys and values of 2 layers, 2 heads of 16.
+    assert grown > 2 * 9 * 64 * (2 * 2 * 2 * 16) * 2
 
 
 def test_a_tied_embedding_has_8_bits_where_activations_have(tmp_path):
@@ -36,6 +56,7 @@ def test_a_tied_embedding_has_8_bits_where_activations_have(tmp_path):
     import_model(
         write_hf_folder(tmp_path / "hf", config, random_weights(config)), tmp_path / "base"
     )
-    result = int8.run(TextsOptions(str(tmp_path / "base"), max_tokens=8))
+    result = int8.run(Int8Options(str(tmp_path / "base"), max_tokens=8, processes=0))
+    assert [int8.lines(result)[row].split("|")[3].strip() for row in (2, 3, 4)] == [""] * 3
     assert result["int8"]["bytes"] - result["int8-dynamic"]["bytes"] == 416 * 48 - 4 * 416
     assert 0 < result["int8-dynamic"]["mean_kl"] < 3e-3

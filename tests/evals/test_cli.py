@@ -73,6 +73,12 @@ def test_run_and_compare(capsys, url, serve_config, data, tmp_path):
     assert comparison["mcnemar"]["only_b"] == pairs.count((False, True))
     assert f"{comparison['difference'] * 100:+.1f} points" in text
     assert f"p = {comparison['mcnemar']['p_value']:.3g}" in text
+    # One answer of six is another one.
+    altered = json.loads((tmp_path / "b.json").read_text())
+    altered["answers"][2]["output"] += "."
+    write_result(tmp_path / "altered.json", altered)
+    assert main(["compare", str(tmp_path / "b.json"), str(tmp_path / "altered.json")]) == 0
+    assert re.search(r"letter by letter\W+5\W", capsys.readouterr().out)
     message = errors_of(capsys, "compare", tmp_path / "new/a.json", tmp_path / "b.json")
     assert "the results are of different data" in message
 
