@@ -88,7 +88,9 @@ def _version(package: str) -> str | None:
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
     found = cpu_model(info.read_text()) if info.is_file() else ""
-    return found or platform.processor() or "unknown CPU"
+    march = os.environ.get("PSHARE_MARCH")  # of kernels.native.library, which would import jax
+    built = f", C++ for {march}" if march else ""
+    return (found or platform.processor() or "unknown CPU") + built
 
 
 def _memory_bytes() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pshare_jax.bench import machine
+from pshare_jax.kernels.native.library import MARCH_VARIABLE
 
 
 @pytest.mark.parametrize(
@@ -38,6 +39,11 @@ def test_one_line_has_machine_and_versions():
     line = machine.one_line(machine.describe())
     for part in (" cores, ", " GiB, ", "Python 3.", "jax ", "numpy "):
         assert part in line
+
+
+def test_code_that_is_as_on_another_cpu_is_told_of(monkeypatch):
+    monkeypatch.setenv(MARCH_VARIABLE, "x86-64-v3")
+    assert machine.describe()["cpu"].endswith(", C++ for x86-64-v3")
 
 
 def test_packages_that_are_not_there_are_left_out(monkeypatch):

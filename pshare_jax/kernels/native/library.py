@@ -36,7 +36,14 @@ from pshare_jax.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "src"
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread", "-w")
+MARCH_VARIABLE = "PSHARE_MARCH"
+"""Of the environment: the compiler's `-march`, for code that is as on a lesser CPU; this one's own
+if it is not set. The CPU must have what it names."""
+FLAGS = (
+    "-O3",
+    f"-march={os.environ.get(MARCH_VARIABLE) or 'native'}",
+    *("-std=c++17", "-fPIC", "-shared", "-pthread", "-w"),
+)
 TARGETS = (
     "pshare_kv_write",
     "pshare_paged_attention",
@@ -323,7 +330,7 @@ def _key(compiler: str) -> str:
 
 
 def _cpu() -> str:
-    """What the compiler's `-march=native` depends on."""
+    """What the compiler's `-march=native`, and XLA's code, depend on."""
     info = Path("/proc/cpuinfo")
     if not info.is_file():
         return " ".join((platform.machine(), platform.processor(), platform.node()))
