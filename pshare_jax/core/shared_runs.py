@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from pshare_jax.core.prefix_trie import best_prefixes, prefixes
+
 MAX_GROUPS = 8
 """Most groups of one dispatch."""
 
@@ -83,10 +85,20 @@ def shared_runs(
     common = _common_prefixes(table[order])
     if not common.any():
         return SharedRuns((), (), plain, 0)
-    intervals, saved = _best_intervals(_savings(common, first[order]), limit)
+    first = first[order]
+    trie = prefixes(common.tolist())
+    # Of each row, as they are sorted; those of deeper nodes come later.
+    group = np.zeros(len(query), int)
+    nodes = best_prefixes(trie, first, limit)
+    for v in nodes:
+        group[trie.start[v] : trie.end[v]] = v
+    saved = 0
+    for v in nodes:
+        seen = np.maximum(trie.depth[v] - first[group == v], 0)
+        saved += int(seen.sum() - seen.max())
     return SharedRuns(
-        tuple(tuple(order[i : j + 1].tolist()) for i, j in intervals),
-        tuple(int(common[i:j].min()) for i, j in intervals),
+        tuple(tuple(order[group == v].tolist()) for v in nodes),
+        tuple(trie.depth[v] for v in nodes),
         plain,
         saved,
     )
