@@ -168,7 +168,9 @@ class _Choice:
 
     def _with_choice(self, v: int) -> np.ndarray:
         """`_whole[v]` from `_within[v]`."""
-        whole = np.pad(self._within[v], ((0, 0), (0, 1)), constant_values=_NEVER)
+        within = self._within[v]
+        whole = np.full((len(within), within.shape[1] + 1), _NEVER)
+        whole[:, :-1] = within
         chosen = whole[:, 1:]
         np.maximum(chosen, self._chosen(v, self._runs.plain[v]).max(axis=0), out=chosen)
         falling = self._runs.falling[v]
