@@ -107,13 +107,14 @@ class _Runs:
         for v in range(1, len(trie.start)):
             begin, pages = len(self.since), trie.depth[v]
             rows, above = slice(trie.start[v], trie.end[v]), upper[trie.parent[v]]
-            # Without a window all begin to see at page 0, and there is one run.
-            starts = sorted(set(np.minimum(first[rows], pages).tolist()))
+            # From the last of these on one row would be left. Without a window all are page 0.
+            starts = sorted(page for page in first[rows].tolist() if page < pages)[:-1]
+            starts = list(dict.fromkeys(starts))
             seen = np.maximum(pages - first, 0)
             for since in starts:
                 self._add(since, 0, seen)
             middle = len(self.since)
-            if above and len(starts) > 1:
+            if above and len(starts) > 1 and middle < MOST_RUNS:
                 self._add_falling(starts, above, rows, seen, pages)
             end = len(self.since)
             self.plain.append(slice(begin, middle))
@@ -139,7 +140,7 @@ class _Runs:
         saved = np.array([self._saved[s][rows] for s in above])
         for since in starts[1:]:
             most = saved[:, self._first[rows] < since].max(axis=1)
-            room = max(MOST_RUNS - len(self.since), 0)
+            room = MOST_RUNS - len(self.since)
             for i in np.flatnonzero(most > pages - since)[:room]:
                 self._add(since, above[i], seen)
 
@@ -168,11 +169,13 @@ class _Choice:
 
     def _with_choice(self, v: int) -> np.ndarray:
         """`_whole[v]` from `_within[v]`."""
-        within = self._within[v]
+        within, plain = self._within[v], self._runs.plain[v]
+        if plain.start == plain.stop:
+            return within
         whole = np.full((len(within), within.shape[1] + 1), _NEVER)
         whole[:, :-1] = within
         chosen = whole[:, 1:]
-        np.maximum(chosen, self._chosen(v, self._runs.plain[v]).max(axis=0), out=chosen)
+        np.maximum(chosen, self._chosen(v, plain).max(axis=0), out=chosen)
         falling = self._runs.falling[v]
         np.maximum.at(chosen, self._runs.above[falling], self._chosen(v, falling))
         return whole
