@@ -17,7 +17,7 @@ import numpy as np
 MOST_RUNS = 500
 """Runs of a batch (see `_Runs`) from which on no further ones from which rows fall are looked at.
 
-Random batches of 64 rows and a sliding window have up to 330.
+Random prefixes within prefixes of 64 rows have up to 250 with a sliding window.
 """
 
 _NEVER = np.iinfo(np.int64).min // 4
@@ -107,7 +107,7 @@ class _Runs:
         for v in range(1, len(trie.start)):
             begin, pages = len(self.since), trie.depth[v]
             rows, above = slice(trie.start[v], trie.end[v]), upper[trie.parent[v]]
-            # From the last of these on one row would be left. Without a window all are page 0.
+            # A run from the last of these on has one row. Without a window all are page 0.
             starts = sorted(page for page in first[rows].tolist() if page < pages)[:-1]
             starts = list(dict.fromkeys(starts))
             seen = np.maximum(pages - first, 0)
