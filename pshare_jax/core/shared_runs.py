@@ -1,8 +1,8 @@
 """Which rows of a decode batch begin with the same pages: pure policy on page tables, no jax.
 
-Rows of any decode module hold the same pages where they share a prompt. Sorted by their page
-tables, rows with a common prefix stand side by side, so that every group is an interval; the best
-intervals are found by dynamic programming.
+Rows of any decode module hold the same pages where they share a prompt. The prefixes that they have
+in common are a trie, of which the best nodes are chosen (`prefix_trie`). A group's run may be the
+beginning of another's: the rows of one system prompt, but for those with a longer context together.
 """
 
 # pyright: standard
@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+
+from pshare_jax.core.prefix_trie import best_prefixes, prefixes
 
 MAX_GROUPS = 8
 """Most groups of one dispatch."""
@@ -62,6 +64,11 @@ def shared_runs(
 ) -> SharedRuns:
     """The at most `limit` groups that save the most pages; a row is in one group at most.
 
+    Exact without a sliding window: no other groups save more. With one it is exact too, but for
+    batches of more than `prefix_trie.MOST_RUNS` runs, where some choices are not looked at; what
+    is said to be saved is always what these groups save. Every group has two rows or more that
+    see pages of its run, and saves something.
+
     Args:
         page_table: `[B, N]` int32.
         positions: of each row's query, B of them. Only pages that are full before it are shared.
@@ -83,59 +90,30 @@ def shared_runs(
     common = _common_prefixes(table[order])
     if not common.any():
         return SharedRuns((), (), plain, 0)
-    intervals, saved = _best_intervals(_savings(common, first[order]), limit)
-    return SharedRuns(
-        tuple(tuple(order[i : j + 1].tolist()) for i, j in intervals),
-        tuple(int(common[i:j].min()) for i, j in intervals),
-        plain,
-        saved,
-    )
+    first = first[order]
+    trie = prefixes(common.tolist())
+    nodes = best_prefixes(trie, first, limit)
+    # The node of each sorted row; deeper ones come later.
+    group = np.zeros(len(query), int)
+    for v, since in nodes:
+        rows = slice(trie.start[v], trie.end[v])
+        group[rows][(first[rows] >= since) & (first[rows] < trie.depth[v])] = v
+    members, pages, saved = [], [], 0
+    for v, _ in nodes:
+        seen = trie.depth[v] - first[group == v]
+        fewer = int(seen.sum() - seen.max(initial=0))
+        # Past `MOST_RUNS` a node may be chosen in vain.
+        if fewer:
+            members.append(tuple(order[group == v].tolist()))
+            pages.append(trie.depth[v])
+            saved += fewer
+    return SharedRuns(tuple(members), tuple(pages), plain, saved)
 
 
 def _common_prefixes(table: np.ndarray) -> np.ndarray:
     """Length of the common prefix of each row and the next, `[B - 1]`."""
     differs = table[1:] != table[:-1]
     return np.where(differs.any(axis=1), differs.argmax(axis=1), table.shape[1])
-
-
-def _savings(common: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """`[B, B]`: pages saved when rows i .. j (i < j) are a group; 0 elsewhere.
-
-    Row k sees the run's pages from `first[k]` on, and reads them itself when it is alone.
-    """
-    count = len(first)
-    savings = np.zeros((count, count), np.int64)
-    for i in np.flatnonzero(common):
-        run = np.minimum.accumulate(common[i:])
-        seen = np.maximum(run[:, None] - first[None, i:], 0)
-        seen[np.arange(count - i)[None, :] > np.arange(1, count - i)[:, None]] = 0
-        savings[i, i + 1 :] = seen.sum(axis=1) - seen.max(axis=1)
-    return savings
-
-
-def _best_intervals(savings: np.ndarray, limit: int) -> tuple[list[tuple[int, int]], int]:
-    """At most `limit` intervals without a common row that save the most, and how much."""
-    count = len(savings)
-    # Intervals of one row, or of rows in the wrong order, are never the best.
-    savings = np.where(np.tri(count, dtype=bool), -savings.sum() - 1, savings)
-    # best[k][j] is what k intervals within the first j rows save at most.
-    best = [np.zeros(count + 1, np.int64)]
-    for _ in range(limit):
-        fewer = best[-1]
-        ending_here = (fewer[:count, None] + savings).max(axis=0)
-        more = np.maximum.accumulate(np.maximum(fewer, [0, *ending_here]))
-        if more[-1] == fewer[-1]:
-            break
-        best.append(more)
-    intervals, j = [], count
-    for k in range(len(best) - 1, 0, -1):
-        while j > 0 and best[k][j] == best[k][j - 1]:
-            j -= 1
-        if best[k][j] > best[k - 1][j]:
-            start = int((best[k - 1][:count] + savings[:, j - 1]).argmax())
-            intervals.append((start, j - 1))
-            j = start
-    return intervals, int(best[-1][-1])
 
 
 class RunSharing:

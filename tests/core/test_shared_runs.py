@@ -31,11 +31,15 @@ def pages_read(position: int, window: int | None) -> range:
     return range(first // PAGE, position // PAGE + 1)
 
 
+def groups_of(found: SharedRuns) -> dict[frozenset[int], int]:
+    """Pages of the run of each group."""
+    return {frozenset(m): pages for m, pages in zip(found.members, found.pages, strict=True)}
+
+
 def test_rows_of_one_prompt_are_a_group_wherever_they_stand() -> None:
     table = table_of([7, 8, 1], [5, 6, 2], [7, 8, 3], [5, 9, 4], [7, 8, 10])
     found = shared_runs(table, [9, 10, 8, 11, 8], PAGE, limit=4)
-    groups = {frozenset(m): pages for m, pages in zip(found.members, found.pages, strict=True)}
-    assert groups == {frozenset({0, 2, 4}): 2, frozenset({1, 3}): 1}
+    assert groups_of(found) == {frozenset({0, 2, 4}): 2, frozenset({1, 3}): 1}
     assert (found.plain_pages, found.saved_pages) == (15, 5)
 
 
@@ -52,6 +56,30 @@ def test_a_long_run_of_few_is_weighed_against_a_short_one_of_many() -> None:
     many_short = table_of([1, 2, 3], [1, 2, 4], [1, 5], [1, 6], [1, 7])
     found = shared_runs(many_short, [9, 9, 5, 5, 5], PAGE, 1)
     assert (found.pages, found.saved_pages) == ((1,), 4)
+
+
+def test_rows_around_a_group_with_a_longer_run_are_one() -> None:
+    """Rows of one system prompt, between which some have a longer context in common."""
+    table = table_of([2, 100], [2, 5, 101], [2, 8, 26, 102], [2, 8, 26, 103])
+    found = shared_runs(table, [4, 8, 12, 12], PAGE, limit=2)
+    assert groups_of(found) == {frozenset({2, 3}): 3, frozenset({0, 1}): 1}
+    assert found.saved_pages == 4
+    table = table_of(
+        [1, 2, 3, 10], [1, 5], [1, 2, 3, 11], [1, 7], [1, 6, 8, 12], [1, 6, 8, 13], [1, 9]
+    )
+    found = shared_runs(table, [13, 5, 13, 5, 13, 13, 5], PAGE, limit=3)
+    assert groups_of(found) == {frozenset({0, 2}): 3, frozenset({4, 5}): 3, frozenset({1, 3, 6}): 1}
+    assert found.saved_pages == 8
+
+
+def test_a_row_that_sees_more_may_go_with_a_shorter_run() -> None:
+    """Row 0 has three pages in common with rows 2 and 3, but those see only the last of them."""
+    table = table_of([1, 2, 3], [1, 2], [1, 2, 3], [1, 2, 3])
+    table[:, 3:] = np.arange(50, 50 + table[:, 3:].size).reshape(4, -1)
+    table[1, 2] = 40
+    found = shared_runs(table, [16, 16, 24, 24], PAGE, limit=2, sliding_window=17)
+    assert groups_of(found) == {frozenset({0, 1}): 2, frozenset({2, 3}): 3}
+    assert found.saved_pages == 3
 
 
 def test_pages_that_the_query_is_within_are_not_shared() -> None:
