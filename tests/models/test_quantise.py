@@ -115,7 +115,7 @@ def test_experts_are_refused_by_name():
 
 def test_nothing_is_merged_into_whole_numbers():
     factors = {n: jnp.ones(s.shape) for n, s in lora_specs(PLAIN, 2, ("q",)).items()}
-    with pytest.raises(ValueError, match="merge before it is quantised"):
+    with pytest.raises(ValueError, match="has 8 bits; merge before it is quantised"):
         merge(quantise(CONFIG, WEIGHTS), LoraModule(factors, 1.0, 2, ("q",)))
 
 

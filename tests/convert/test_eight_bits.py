@@ -20,7 +20,8 @@ from pshare_jax.convert.__main__ import main
 from pshare_jax.convert.conversions import export, import_model, make_decoder
 from pshare_jax.convert.manifest import MANIFEST_FILE, Manifest
 from pshare_jax.convert.orbax import load_weights, open_stored, open_weights, read_manifest
-from pshare_jax.convert.quantised import read_scheme, whole_numbers
+from pshare_jax.convert.quantised import eight_bit_weights
+from pshare_jax.convert.schemes import read_scheme
 from pshare_jax.convert.tensors import LazyTensor, as_lazy
 from pshare_jax.engine.sources import checkpoint_sources
 from pshare_jax.errors import CertificateError, CheckpointError
@@ -322,7 +323,7 @@ def test_what_their_library_has_written(scheme, form):
     expected = parts.pop("x.expected").read()
     found = read_scheme({"quantization_config": about})
     assert found is not None
-    (whole,) = whole_numbers(found, parts).values()
+    (whole,) = eight_bit_weights(found, parts).values()
     numbers, scale = whole.numbers.read(), whole.scale.read()
     assert (numbers.dtype, numbers.shape) == (np.int8, whole.numbers.shape)
     np.testing.assert_allclose(numbers * scale[:, None], expected, rtol=1e-6, atol=1e-7)
@@ -341,7 +342,7 @@ def test_gptq_of_8_bits_with_a_scale_an_output(zero):
     }
     scheme = read_scheme({"quantization_config": about})
     assert scheme is not None
-    found = whole_numbers(scheme, {name: as_lazy(part) for name, part in parts.items()})
+    found = eight_bit_weights(scheme, {name: as_lazy(part) for name, part in parts.items()})
     if zero != 128:
         assert not found
         return
