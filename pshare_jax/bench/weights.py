@@ -1,4 +1,4 @@
-"""`bench int8`: what weights of 8 bits save of memory, and what they change of the answers."""
+"""`bench weights`: what weights of 8 bits save of memory, and what they change of the answers."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from pshare_jax.bench.machine import describe
 from pshare_jax.convert.orbax import open_weights
 from pshare_jax.convert.seals import open_checkpoint
 from pshare_jax.convert.streamed import Head, hidden_states
-from pshare_jax.convert.tensors import DTYPES, LazyTensor
+from pshare_jax.convert.tensors import DTYPES, STORED_DTYPES, LazyTensor
 from pshare_jax.kernels.matmul.rounded import rounded
 from pshare_jax.models.config import ModelConfig, WeightFormat
 from pshare_jax.models.quantise import in_format, quantise
+from pshare_jax.models.weight_formats import rounds
 from pshare_jax.models.weights import SCALE, weight_specs
 
-FORMS: tuple[WeightFormat, ...] = ("int8", "int8-dynamic")
+FORMS: tuple[WeightFormat, ...] = ("int8", "int8-dynamic", "fp8")
 
 
 def run(options: TextsOptions) -> dict[str, Any]:
@@ -71,10 +72,9 @@ def _compared(
     expected: np.ndarray,
 ) -> dict[str, float]:
     """What the weights in the form of `config` give, beside the logits of plain ones."""
-    rounds = config.weight_format == "int8-dynamic"
     tensors = _quantised(config, plain)
     hidden = hidden_states(config, tensors, encoded)
-    if rounds:
+    if rounds(config.weight_format):
         whole, scale = rounded(jnp.asarray(hidden))
         values = (whole * scale[..., None]).reshape(len(hidden), -1)
         hidden = np.asarray(values)[:, : config.hidden_size]
@@ -89,12 +89,12 @@ def _compared(
 
 def _bytes(config: ModelConfig) -> int:
     """Of all weights, those without a dtype of their own in bfloat16."""
-    size = {"int8": 1, "float32": 4, None: 2}
-    return sum(math.prod(spec.shape) * size[spec.dtype] for spec in weight_specs(config).values())
+    specs = weight_specs(config).values()
+    return sum(math.prod(s.shape) * STORED_DTYPES[s.dtype or "bfloat16"].itemsize for s in specs)
 
 
 def _quantised(config: ModelConfig, plain: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """The weights in the form of `config`, in float32: whole numbers and their scales.
+    """The weights in the form of `config`, in float32: numbers of 8 bits and their scales.
 
     What is read by rows, not multiplied, has the values that these stand for.
     """
