@@ -105,7 +105,7 @@ def _quantised(config: ModelConfig, plain: Mapping[str, LazyTensor]) -> dict[str
         if part == name and not name.startswith("layers.") and name + SCALE in found:
             scale = found[name + SCALE]
             scale = scale[:, None] if specs[name].axes[0] == "vocab" else scale
-            return np.asarray(found[name] * scale)
+            return np.asarray(found[name].astype(jnp.float32) * scale)
         return np.asarray(found[part].astype(jnp.float32))
 
     return {

@@ -31,29 +31,45 @@ struct WholeNumbers {
   }
 };
 
+#if defined(__AVX512VBMI__)
+// Both bytes of the bfloat16 that is as large as each FP8 number without its sign.
+struct SmallFloatBytes {
+  alignas(64) uint8_t low[128], high[128];
+  constexpr SmallFloatBytes() : low(), high() {
+    for (int size = 1; size < 128; size++) {
+      int shift = size == 1 ? 3 : size < 4 ? 2 : 1;  // of one that is not normal, to its first bit
+      int bits = size < 8 ? ((121 - shift) << 7) + ((size << shift & 7) << 4)
+                          : (120 << 7) + (size << 4);
+      low[size] = static_cast<uint8_t>(bits), high[size] = static_cast<uint8_t>(bits >> 8);
+    }
+  }
+};
+constexpr SmallFloatBytes kSmallFloatBytes;
+
+// The byte of each number in a table of 128, in the places of the numbers.
+inline __m512i looked_up(const uint8_t* table, VU units) {
+  return _mm512_permutex2var_epi8(load<__m512i>(table), (__m512i)units, load<__m512i>(table + 64));
+}
+#endif
+
 // Those of fp8.h, none of them NaN.
 struct SmallFloats {
   static VF one(VU units, int i) {
     VU bits = units >> (8 * i), size = (bits & 0x7fu) << 20;
-    // Right for normal numbers, and too much for those below; right for these, and too much for those.
+    // The first is right for normal numbers and too large for those below, the second the reverse.
     VI normal = (VI)(size + (120u << 23));
     VI small = (VI)((VF)(size + (121u << 23)) - 0x1p-6f);
     return (VF)((VU)(normal < small ? normal : small) | (bits & 0x80u) << 24);
   }
   static VU pair(VU units, int i) {
-#if defined(__AVX512BW__)
-    // Each byte in both bytes of its half. The numbers that are not normal have a table.
-    __m512i places = _mm512_broadcast_i32x4(
-        _mm_setr_epi32(0x01010000, 0x05050404, 0x09090808, 0x0d0d0c0c));
-    __m512i table = _mm512_broadcast_i32x4(
-        _mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
-    __m512i twice = _mm512_shuffle_epi8(
-        (__m512i)units, _mm512_add_epi8(places, _mm512_set1_epi8(static_cast<char>(i))));
-    __m512i size = _mm512_and_si512(_mm512_srli_epi16(twice, 4), _mm512_set1_epi16(0x7f0));
-    __mmask32 small = _mm512_cmplt_epu16_mask(size, _mm512_set1_epi16(0x80));
-    __m512i normal = _mm512_add_epi16(size, _mm512_set1_epi16(120 << 7));
-    return (VU)_mm512_mask_permutexvar_epi16(normal, small, twice, table) |
-           ((VU)twice & 0x80008000u);
+#if defined(__AVX512VBMI__)
+    // Both bytes of each number by a table, the sign into the upper one, and then the two together.
+    __m512i low = looked_up(kSmallFloatBytes.low, units);
+    __m512i high = looked_up(kSmallFloatBytes.high, units);
+    high = (__m512i)((VU)high | (units & 0x80808080u));
+    const VU unit = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    VU places = 0x41014000u + unit * 0x04040404u + static_cast<uint32_t>(i) * 0x01010101u;
+    return (VU)_mm512_permutex2var_epi8(low, (__m512i)places, high);
 #else
     return (VU)one(units, i) >> 16 | (VU)one(units, i + 1);
 #endif
