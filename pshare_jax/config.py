@@ -9,7 +9,7 @@ from pshare_jax.launch_config import AutoscaleConfig, KubernetesConfig, RayConfi
 
 Sharing = Literal["shared", "isolated"]
 DType = Literal["auto", "float32", "bfloat16"]
-WeightFormat = Literal["plain", "int8", "int8-dynamic"]
+WeightFormat = Literal["plain", "int8", "int8-dynamic", "fp8"]
 KvDtype = Literal["auto", "fp8"]
 SharedPrefix = Literal["auto", "on", "off"]
 ConnectorName = Literal["auto", "device_put", "same-mesh"]
@@ -339,9 +339,10 @@ class ServeConfig:
         dtype: dtype of weights, activations and KV; `auto` is bfloat16, but float32 on CPUs
             without the kernels of `cpu_ffi`.
         weights: `int8` loads projections as whole numbers of 8 bits, with a scale for each output:
-            half of the memory of bfloat16. `int8-dynamic`, for CPUs, has embeddings in 8 bits too,
-            and rounds what products read: half of the time of decoding besides. Each has KV of its
-            own. A base that was imported as whole numbers is served as such where this is `plain`.
+            half of the memory of bfloat16; `fp8` as FP8 numbers (e4m3), likewise. `int8-dynamic`,
+            for CPUs, has embeddings in 8 bits too, and rounds what products read: half of the time
+            of decoding besides. Each has KV of its own. A base that was imported in 8 bits is
+            served as such where this is `plain`.
         kv_dtype: `fp8` keeps KV in 8 bits: half of bfloat16's memory, handoffs and reads. It is
             another KV than that of `auto`, which is kept in `dtype`.
         max_model_len: most tokens of prompt plus completion.

@@ -13,7 +13,6 @@ from pshare_jax.bench import (
     codec,
     failover,
     fp8_kv,
-    int8,
     loading,
     masks,
     moving,
@@ -28,6 +27,7 @@ from pshare_jax.bench import (
     tiers,
     turns,
     watching,
+    weights,
     wire,
 )
 from pshare_jax.bench.distributions import TextsOptions
@@ -137,11 +137,11 @@ PLAIN: dict[str, PlainCommand] = {
         fleet.run,
         fleet.lines,
     ),
-    "int8": PlainCommand(
+    "weights": PlainCommand(
         "Weights of 8 bits: bytes, memory, and how far the next-token distributions move.",
-        int8.Int8Options,
-        int8.run,
-        int8.lines,
+        weights.WeightsOptions,
+        weights.run,
+        weights.lines,
     ),
     "fp8-kv": PlainCommand(
         "KV of 8 bits: bytes, and how far the next-token distributions move.",

@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--dequantise",
         action="store_true",
-        help="of a source whose weights are whole numbers of 8 bits with a scale for each output, "
+        help="of a source whose weights have 8 bits with a scale for each output, "
         "keep what they stand for instead",
     )
 
@@ -193,10 +193,10 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _tell_what_is_kept(path: str, model: Model) -> None:
-    from pshare_jax.convert.whole_numbers import KEPT
+    from pshare_jax.convert.eight_bits import KEPT
 
     if (kept := KEPT.get(model.weights)) is not None:
-        print(printable(f"{path}: {kept}"))
+        print(printable(f"{path}: the source's {kept}"))
 
 
 def _tell_difference(difference: Difference, tolerance: float, library: str | None) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pshare_jax.convert import exported, hf, peft
+from pshare_jax.convert.eight_bits import as_stored
 from pshare_jax.convert.files import atomic_folder, check_absent, check_space, write_files
 from pshare_jax.convert.hf_tokenizer import GENERATION_FILE
 from pshare_jax.convert.manifest import TOKENIZER_FOLDER, Manifest
@@ -38,7 +39,6 @@ from pshare_jax.convert.vocabulary import (
     with_vocabulary_of,
     without_padding,
 )
-from pshare_jax.convert.whole_numbers import as_stored
 from pshare_jax.core.split_rule import LAST_TOKEN, Invocation, SplitRule, TailSetting
 from pshare_jax.errors import CertificateError, CheckpointError
 from pshare_jax.models.config import ModelConfig, WeightFormat
@@ -68,20 +68,20 @@ def import_model(
         untie_head: gives a model whose head is its embedding a head of its own.
         vocabulary_of: the folder of a fine-tune whose added tokens the base gets; see
             `vocabulary.with_vocabulary_of`.
-        dequantise: keeps no whole numbers of 8 bits, see `whole_numbers`.
+        dequantise: keeps no weights of 8 bits, see `eight_bits`.
 
     Raises:
         CheckpointError: names file and tensor; nothing is left at `dest`.
     """
     dest = Path(dest)
     check_absent(dest)
-    model = open_source(source, long_context=long_context, keep_whole=not dequantise)
+    model = open_source(source, long_context=long_context, keep_eight_bits=not dequantise)
     if untie_head:
         model = untied(model)
     if vocabulary_of is not None:
         model = _with_tokens_of(model, Path(vocabulary_of))
     model = model.astype(dtype)
-    tensors, form = as_stored(model.config, model.tensors, model.whole)
+    tensors, form = as_stored(model.config, model.tensors, model.eight_bits)
     with progress_bar(f"import {dest.name}", total_bytes(tensors)) as report:
         return write_prefill(
             dest,
@@ -271,8 +271,8 @@ def export(
         dest: the folder to make; must not exist.
         base: a full decode module's base, whose tokenizer the folder then gets; a LoRA module's
             base, which the adapter's configuration then names.
-        dtype: `float32` or `bfloat16`; None keeps the checkpoint's, float32 where that has whole
-            numbers, which become what they stand for.
+        dtype: `float32` or `bfloat16`; None keeps the checkpoint's, float32 where that has weights
+            of 8 bits, which become what they stand for.
 
     Raises:
         CheckpointError: a tensor cannot be read, or nothing can be written; nothing is left at

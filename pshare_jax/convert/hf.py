@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from pshare_jax.convert.eight_bits import native_eight_bits
 from pshare_jax.convert.files import one_line
 from pshare_jax.convert.hf_tokenizer import CONFIG_FILE, PATTERNS
 from pshare_jax.convert.manifest import read_json
@@ -27,10 +27,10 @@ from pshare_jax.convert.names import (
     to_native,
 )
 from pshare_jax.convert.progress import Report, quiet
-from pshare_jax.convert.quantised import Scheme, plain_tensors, whole_numbers
-from pshare_jax.convert.tensors import DTYPES, LazyTensor
+from pshare_jax.convert.quantised import eight_bit_weights, plain_tensors
+from pshare_jax.convert.schemes import Scheme
+from pshare_jax.convert.tensors import DTYPES, FP8, LazyTensor
 from pshare_jax.convert.torch_files import torch_tensors
-from pshare_jax.convert.whole_numbers import native_whole_numbers
 from pshare_jax.errors import CheckpointError, printable
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.registry import family
@@ -55,7 +55,7 @@ _RAW = {
     "I32": np.dtype("<i4"),
     "I8": np.dtype("i1"),
     "U8": np.dtype("u1"),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E4M3": FP8,
 }
 """What parts of quantised weights are stored as; see `quantised`."""
 
@@ -206,16 +206,16 @@ def _raw_tensors(folder: Path, *, raw: bool = True) -> dict[str, LazyTensor]:
     }
 
 
-def read_whole_numbers(folder: Path, config: ModelConfig, scheme: Scheme) -> dict[str, LazyTensor]:
-    """What of a folder's weights is whole numbers of 8 bits, see `native_whole_numbers`.
+def read_eight_bits(folder: Path, config: ModelConfig, scheme: Scheme) -> dict[str, LazyTensor]:
+    """What of a folder's weights has 8 bits and can be kept, see `native_eight_bits`.
 
     Raises:
         CheckpointError: as `read_tensors`.
     """
     shapes = {name: tensor.shape for name, tensor in hf_tensors(config).items()}
-    found = whole_numbers(scheme, _raw_tensors(folder)).items()
-    fits = {name: whole for name, whole in found if whole.numbers.shape == shapes.get(name)}
-    return native_whole_numbers(config, fits)
+    found = eight_bit_weights(scheme, _raw_tensors(folder)).items()
+    fits = {name: weight for name, weight in found if weight.numbers.shape == shapes.get(name)}
+    return native_eight_bits(config, fits)
 
 
 def read_tensors(

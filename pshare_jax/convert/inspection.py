@@ -6,11 +6,11 @@ import json
 import math
 from pathlib import Path
 
+from pshare_jax.convert.eight_bits import KEPT
 from pshare_jax.convert.manifest import TENSORS_FILE, Manifest, read_manifest
 from pshare_jax.convert.orbax import open_stored, read_tokenizer_files
 from pshare_jax.convert.progress import progress_bar
 from pshare_jax.convert.seals import write_seals
-from pshare_jax.convert.whole_numbers import KEPT
 from pshare_jax.errors import CheckpointError
 from pshare_jax.models.split import tensor_hash
 
@@ -34,7 +34,7 @@ def describe(manifest: Manifest) -> list[tuple[str, str]]:
         ("fingerprint", manifest.fingerprint),
     ]
     if manifest.weights != "plain":
-        rows.insert(-1, ("weights", KEPT[manifest.weights]))
+        rows.insert(-1, ("weights", f"the source's {KEPT[manifest.weights]}"))
     if (certificate := manifest.certificate) is not None:
         rows += [
             ("made for base", certificate.prefill_fingerprint),

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from pshare_jax.convert.manifest import TENSORS_FILE, WEIGHTS_FOLDER, Manifest, TensorEntry
-from pshare_jax.convert.tensors import INT8, STORED_DTYPES
+from pshare_jax.convert.tensors import NARROW, STORED_DTYPES
 from pshare_jax.convert.zarr import CHECKED, StoredTensor
 from pshare_jax.errors import CheckpointError
 from pshare_jax.kernels.native.library import load_library
@@ -144,7 +144,7 @@ def _read_whole(path: Path, entry: TensorEntry, dtype: np.dtype) -> np.ndarray |
     stored_as = STORED_DTYPES[entry.dtype]
     if library is None or dtype not in STORED_DTYPES.values():
         return None
-    if INT8 in (dtype, stored_as) and dtype != stored_as:
+    if dtype != stored_as and {dtype, stored_as} & set(NARROW):
         return None
     try:
         about = json.loads((path / "zarr.json").read_bytes())

@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from pshare_jax.convert.eight_bits import KEPT
 from pshare_jax.convert.files import one_line
 from pshare_jax.convert.tensors import DTYPES, STORED_DTYPES
-from pshare_jax.convert.whole_numbers import KEPT
 from pshare_jax.errors import CertificateError, CheckpointError
 from pshare_jax.models.config import ModelConfig, WeightFormat, config_from_json, config_to_json
 from pshare_jax.models.fingerprint import former_fingerprints, prefill_fingerprint
@@ -62,7 +62,7 @@ class Manifest:
         kind: `prefill` or `decode`.
         config: the architecture; a decode module's is its base's. Its weights are plain ones,
             whatever is stored.
-        dtype: dtype name of all tensors, but for whole numbers and their scales.
+        dtype: dtype name of all tensors, but for those of 8 bits and their scales.
         fingerprint: hash of weights, architecture and tokenizer. For a prefill checkpoint it is the
             prefill fingerprint; for a decode module its certificate's `weights_fingerprint`. Always
             of the current version, whatever the file states.
@@ -72,7 +72,7 @@ class Manifest:
         source_config: the Hugging Face `config.json` that it was imported from, if any: an export
             gives back what `ModelConfig` does not carry.
         former: what earlier versions called it; the file may state one of these.
-        weights: the form of what is stored: `plain`, or with whole numbers (`whole_numbers.KEPT`).
+        weights: the form of what is stored: `plain`, or one of `eight_bits.KEPT`.
     """
 
     folder: Path

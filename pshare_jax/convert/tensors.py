@@ -15,9 +15,11 @@ DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat
 """The dtypes of a checkpoint, by name."""
 
 INT8 = np.dtype(np.int8)
-"""Of weights that are whole numbers, which have a scale for each output."""
+FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
+NARROW = (INT8, FP8)
+"""Of weights of 8 bits, which have a scale for each output."""
 
-STORED_DTYPES = {**DTYPES, INT8.name: INT8}
+STORED_DTYPES = {**DTYPES, **{dtype.name: dtype for dtype in NARROW}}
 """The dtypes of a checkpoint's tensors, by name."""
 
 

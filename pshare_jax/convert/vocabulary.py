@@ -100,7 +100,7 @@ def with_vocabulary_of(
         model,
         config=replace(config, vocab_size=more),
         tensors=tensors,
-        whole={name: t for name, t in model.whole.items() if not name.startswith(HEAD)},
+        eight_bits={n: t for n, t in model.eight_bits.items() if not n.startswith(HEAD)},
         tokenizer_files=_tokenizer_files(model, folder, more),
         hf_config=_stated(model.hf_config, vocab_size=more),
     )

@@ -1,4 +1,4 @@
-"""The form in which weights are loaded (`weights: int8`, or what a checkpoint has)."""
+"""The form in which weights are loaded (`weights: int8` or `fp8`, or what a checkpoint has)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ LoadTensors = Callable[[Mapping[str, Sharding]], Weights]
 def served_model(config: ServeConfig, base: Manifest) -> ModelConfig:
     """The base's architecture with its weights in the form in which they are served.
 
-    Whole numbers that a checkpoint has stay what they are, whatever is configured.
+    Weights of 8 bits that a checkpoint has stay what they are; where others are configured, they
+    are rounded to these when they are loaded.
 
     Raises:
         ConfigError: it has layers that cannot be computed so.

@@ -17,7 +17,7 @@ from pshare_jax.models.rope import Rope, RopeScaling, scaling_from_json, scaling
 Activation = Literal["silu", "gelu_tanh"]
 NormPlacement = Literal["before", "after", "both"]
 QkNormScope = Literal["head", "all_heads"]
-WeightFormat = Literal["plain", "int8", "int8-layers", "int8-dynamic"]
+WeightFormat = Literal["plain", "int8", "int8-layers", "int8-dynamic", "fp8", "fp8-layers"]
 
 MAX_LAYERS = 4096
 """More is taken for a damaged or hostile file; the deepest published decoders have about 130."""
@@ -113,8 +113,8 @@ class ModelConfig:
         residual_scale: what a block's output is multiplied by before it is added.
         logit_divisor: what logits are divided by.
         options: what a family of its own needs besides, as sorted pairs of name and value.
-        weight_format: `int8` for projections of 8 bits, `int8-dynamic` if what they multiply is
-            rounded too, see `quantise`.
+        weight_format: `int8` or `fp8` for projections of 8 bits, `int8-dynamic` if what they
+            multiply is rounded too, see `quantise`.
     """
 
     architecture: str

@@ -26,6 +26,7 @@ from pshare_jax.models.recompute import Apply
 from pshare_jax.models.registry import family
 from pshare_jax.models.rope import Rope
 from pshare_jax.models.rotation import RopeTable, rope_table
+from pshare_jax.models.weight_formats import rounds
 from pshare_jax.models.weights import (
     Weights,
     abstract_weights,
@@ -75,7 +76,7 @@ def make_layer(
 
 def _products(config: ModelConfig, backend: str) -> str:
     """The backend of a decoder's products, given the one for products that round nothing."""
-    return ROUNDED if config.weight_format == "int8-dynamic" else backend
+    return ROUNDED if rounds(config.weight_format) else backend
 
 
 def scaled_embedding(config: ModelConfig, x: jax.Array) -> jax.Array:

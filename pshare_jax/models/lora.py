@@ -152,7 +152,7 @@ def merge(base: Weights, module: LoraModule) -> Weights:
     """The full weights that `base` plus the module's updates amount to; `base` is not modified.
 
     Raises:
-        ValueError: kernels of whole numbers, to which nothing can be added.
+        ValueError: kernels of 8 bits, to which nothing can be added.
     """
     merged = dict(base)
     for name, a in module.weights.items():
@@ -160,8 +160,8 @@ def merge(base: Weights, module: LoraModule) -> Weights:
         if factor != "lora_a":
             continue
         kernel = merged[f"{path}.kernel"]
-        if jnp.issubdtype(kernel.dtype, jnp.integer):
-            raise ValueError(f"{path}.kernel: has whole numbers; merge before it is quantised")
+        if kernel.dtype.itemsize == 1:
+            raise ValueError(f"{path}.kernel: has 8 bits; merge before it is quantised")
         scale = np.float32(module.alpha / module.rank)
         merged[f"{path}.kernel"] = _merged(kernel, a, module.weights[f"{path}.lora_b"], scale)
     return merged

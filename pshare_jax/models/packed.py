@@ -28,12 +28,13 @@ from pshare_jax.kernels.decoder_layer.packing import (
     unpack_columns,
 )
 from pshare_jax.kernels.native.library import Library, require_library
-from pshare_jax.kernels.native.loading import aligned, pack_into, packed_size
+from pshare_jax.kernels.native.loading import aligned, pack_into, packed_dtype, packed_size
 from pshare_jax.models.blocks.attention import query_factor
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.decoder import rope_tables, scaled_embedding, scaled_logits
 from pshare_jax.models.registry import family
 from pshare_jax.models.rotation import unrotated
+from pshare_jax.models.weight_formats import rounds
 from pshare_jax.models.weights import SCALE, Weights, check_weights, projection_path
 
 LARGE_PAGE = 2 << 20
@@ -94,8 +95,7 @@ def pack_weights(config: ModelConfig, weights: Weights, nice: int = 0) -> Weight
     scale = _norm_factors(config, host["final_norm.scale"])
     computed = weights["final_norm.scale"].dtype.name
     vectors, matrices, head, scale = jax.device_put([vectors, rows, head, scale], sharding)
-    rounds = config.weight_format == "int8-dynamic"
-    layers = PackedLayers(vectors, matrices, _parts(config), computed, rounds)
+    layers = PackedLayers(vectors, matrices, _parts(config), computed, rounds(config.weight_format))
     library.advise_large_pages([layers.matrices, head])
     arrays = {"layers": layers, "final_norm.scale": scale, "head": head}
     if (head_scales := host.get(name + SCALE)) is not None:
@@ -121,8 +121,8 @@ def _packed(layers: Sequence[Sequence[_Block]], library: Library, nice: int) -> 
     """`[layers, n]`: the blocks of each layer, one after the other."""
     sizes = [packed_size(library, block.matrices) for block in layers[0]]
     ends = list(itertools.accumulate(sizes))
-    dtype = layers[0][0].matrices[0].dtype
-    rows = aligned((len(layers), ends[-1]), np.uint8 if dtype == np.int8 else dtype, LARGE_PAGE)
+    dtype = packed_dtype(layers[0][0].matrices[0].dtype)
+    rows = aligned((len(layers), ends[-1]), dtype, LARGE_PAGE)
     for row, blocks in zip(rows, layers, strict=True):
         for block, size, end in zip(blocks, sizes, ends, strict=True):
             out = row[end - size : end]

@@ -7,8 +7,9 @@ Loading, sharding, initialisation and checks all read this table.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from pshare_jax.errors import CheckpointError
 from pshare_jax.models.config import Experts, ModelConfig
 from pshare_jax.models.registry import family
+from pshare_jax.models.weight_formats import EightBits, eight_bits
 
 Weights = dict[str, Any]
 """`{name: array}`; arrays are jax.Array, numpy.ndarray or ShapeDtypeStruct."""
@@ -166,28 +168,39 @@ def weight_specs(config: ModelConfig) -> dict[str, WeightSpec]:
     specs["final_norm.scale"] = WeightSpec((e,), (None,))
     if not config.tie_word_embeddings:
         specs["lm_head.kernel"] = WeightSpec((e, v), ("embed", "vocab"))
-    if config.weight_format == "plain":
+    form = eight_bits(config.weight_format)
+    if form is None:
         return specs
-    tied = config.weight_format == "int8-dynamic" and config.tie_word_embeddings
-    plain = {"lm_head.kernel"} if config.weight_format == "int8-layers" else set()
-    if not tied:
+    plain = set() if form.head else {"lm_head.kernel"}
+    if not (form.tied_embedding and config.tie_word_embeddings):
         plain.add("embed.embedding")
-    return _in_int8(specs, plain)
+    narrow = {n for n in specs if n.endswith((".kernel", ".embedding"))} - plain
+    return _with_scales(specs, narrow, form)
 
 
-def _in_int8(specs: dict[str, WeightSpec], plain: Set[str]) -> dict[str, WeightSpec]:
-    """Kernels and the embedding, but for those in `plain`, of whole numbers with their scales."""
+def _with_scales(
+    specs: dict[str, WeightSpec], narrow: set[str], form: EightBits
+) -> dict[str, WeightSpec]:
+    """Those in `narrow` as numbers of 8 bits, with their scales."""
     quantised: dict[str, WeightSpec] = {}
     for name, spec in specs.items():
-        if not name.endswith((".kernel", ".embedding")) or name in plain:
+        if name not in narrow:
             quantised[name] = spec
             continue
         outputs = slice(2 if name.endswith(".o.kernel") else 1, None)
         if spec.axes[0] == "vocab":
             outputs = slice(1)
-        quantised[name] = WeightSpec(spec.shape, spec.axes, "int8")
+        quantised[name] = WeightSpec(spec.shape, spec.axes, form.dtype)
         quantised[name + SCALE] = WeightSpec(spec.shape[outputs], spec.axes[outputs], "float32")
     return quantised
+
+
+@functools.lru_cache(maxsize=16)
+def narrow_specs(config: ModelConfig) -> dict[str, WeightSpec]:
+    """The weights of a full module that have 8 bits, without their scales."""
+    form = eight_bits(config.weight_format)
+    specs = weight_specs(config).items()
+    return {} if form is None else {name: spec for name, spec in specs if spec.dtype == form.dtype}
 
 
 def lora_targets(config: ModelConfig) -> tuple[str, ...]:

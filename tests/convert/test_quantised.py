@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from pshare_jax.convert import hf, names
 from pshare_jax.convert.conversions import export, import_model
-from pshare_jax.convert.quantised import FP4_VALUES, plain_tensors, read_scheme
+from pshare_jax.convert.quantised import plain_tensors
+from pshare_jax.convert.schemes import FP4_VALUES, read_scheme
 from pshare_jax.convert.second_reader import read_folder
 from pshare_jax.convert.sources import open_source
 from pshare_jax.convert.tensors import as_lazy

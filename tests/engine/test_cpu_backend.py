@@ -21,12 +21,12 @@ from tests.helpers import tiny_config
 
 def half(weights: Weights) -> Weights:
     """In bfloat16, but for what has 8 bits, and its scales."""
-    whole = {name for name, weight in weights.items() if weight.dtype == jnp.int8}
-    kept = whole | {name + SCALE for name in whole}
+    narrow = {name for name, weight in weights.items() if weight.dtype.itemsize == 1}
+    kept = narrow | {name + SCALE for name in narrow}
     return {n: w if n in kept else w.astype(jnp.bfloat16) for n, w in weights.items()}
 
 
-@pytest.mark.parametrize("form", ["plain", "int8", "int8-dynamic"])
+@pytest.mark.parametrize("form", ["plain", "int8", "int8-dynamic", "fp8"])
 def test_bfloat16_answers_depend_on_nothing_but_the_request(form: WeightFormat) -> None:
     """Shared, isolated, in other chunks and batches, beside other models, after cache hits: the
     same tokens."""

@@ -9,23 +9,25 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pshare_jax.convert.tensors import DTYPES
+from pshare_jax.convert.tensors import STORED_DTYPES as DTYPES
 from pshare_jax.convert.zarr import StoredTensor, write_tensor
 from pshare_jax.kernels.native.library import require_library
 from pshare_jax.kernels.native.loading import (
     BESIDE_OTHERS,
     aligned,
     pack_into,
+    packed_dtype,
     packed_size,
     read_tensor,
 )
 
 COLUMNS = require_library().panel_columns
-BITS = {"float32": np.uint32, "bfloat16": np.uint16}
+BITS = {"float32": np.uint32, "bfloat16": np.uint16, "int8": np.uint8, "float8_e4m3fn": np.uint8}
 
 
 def matrix(rng: np.random.Generator, dtype: str, k: int, n: int) -> np.ndarray:
-    return rng.standard_normal((k, n), np.float32).astype(DTYPES[dtype])
+    factor = 50 if dtype == "int8" else 1
+    return (factor * rng.standard_normal((k, n), np.float32)).astype(DTYPES[dtype])
 
 
 def by_definition(matrices: list[np.ndarray], interleave: bool) -> np.ndarray:
@@ -39,12 +41,13 @@ def by_definition(matrices: list[np.ndarray], interleave: bool) -> np.ndarray:
         split = padded.reshape(-1, unit, padded.shape[1] // COLUMNS, COLUMNS)
         packed.append(split.transpose(2, 0, 3, 1))
     whole = np.stack(packed, axis=1) if interleave else np.concatenate(packed)
-    return whole.reshape(-1)
+    # Whole numbers are written plus 128.
+    return (whole.view(np.uint8) + 128 if whole.dtype == np.int8 else whole).reshape(-1)
 
 
 @pytest.mark.parametrize("nice", [0, BESIDE_OTHERS])
 @pytest.mark.parametrize("interleave", [False, True])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", BITS)
 def test_panels_are_what_they_are_by_definition(dtype: str, interleave: bool, nice: int) -> None:
     rng = np.random.default_rng(0)
     for k, n in itertools.product((1, 2, 7, 64), (1, COLUMNS - 1, COLUMNS, 3 * COLUMNS + 5)):
@@ -53,7 +56,8 @@ def test_panels_are_what_they_are_by_definition(dtype: str, interleave: bool, ni
         # Columns that lie together, as those of a tied head do, and rows with gaps between.
         matrices[0] = np.ascontiguousarray(matrices[0].T).T
         matrices[1] = np.repeat(matrices[1], 2, axis=0)[::2]
-        out = np.full(packed_size(require_library(), matrices), 7, DTYPES[dtype])
+        size, made = packed_size(require_library(), matrices), packed_dtype(DTYPES[dtype])
+        out = np.full(size, 7, made)
         pack_into(require_library(), matrices, out, interleave=interleave, nice=nice)
         expected = by_definition(matrices, interleave)
         np.testing.assert_array_equal(out.view(BITS[dtype]), expected.view(BITS[dtype]))

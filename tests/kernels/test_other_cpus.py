@@ -27,7 +27,7 @@ layers = "(same_numbers or unlike_shape or rows_of_the_base) and (panel or odd o
 of_packed = "beside_it or best_token or tied_head"
 names = f"({layers} or {of_packed} or cpu_ffi or cpp or bits or test_bfloat16)"
 names += " and not float32 and not dynamic"
-files = ["tests/models/test_packed.py", "tests/models/test_packed_int8.py"]
+files = ["tests/models/test_packed.py", "tests/models/test_packed_eight_bits.py"]
 files += ["tests/kernels/test_matmul.py", "tests/kernels/test_paged_attention.py"]
 files += ["tests/engine/test_cpu_backend.py"]
 sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *files, "-k", names]))
@@ -43,7 +43,7 @@ assert loaded.panel_columns == 16, loaded
 import pytest
 names = "test_same_numbers and (qwen2 or odd) or unlike_shape and odd or beside_it"
 names += " or test_numbers and cpu_ffi and 160"
-files = ["tests/models/test_packed.py", "tests/models/test_packed_int8.py"]
+files = ["tests/models/test_packed.py", "tests/models/test_packed_eight_bits.py"]
 files += ["tests/kernels/test_matmul.py"]
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *files, "-k", names]))
 """

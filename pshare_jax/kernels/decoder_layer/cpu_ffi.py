@@ -74,7 +74,7 @@ def decoder_layer(
     """
     require_library()
     dtype = jnp.dtype(layers.computed) if pages.dtype == FP8 else pages.dtype
-    if layers.matrices.dtype not in (dtype, jnp.uint8):
+    if layers.matrices.dtype != dtype and layers.matrices.dtype.itemsize != 1:
         raise ValueError(
             f"decoder_layer: pages are {pages.dtype}, but weights are {layers.matrices.dtype}"
         )

@@ -69,9 +69,9 @@ class PackedLayers:
             sinks; biases of o, of gate and up with alternating panels, of down; of the router, of
             all experts' gate and up, of their down. Biases are padded like their columns. Last, of
             matrices of 8 bits, the scales of their columns, laid out as these.
-        matrices: `[layers, n]` float32, bfloat16, or uint8 for whole numbers plus 128: packed
-            qkv, o, gate and up with alternating panels, and down; with experts after o the router,
-            gate and up of each expert, and down of each.
+        matrices: `[layers, n]` float32, bfloat16, float8_e4m3fn, or uint8 for whole numbers plus
+            128: packed qkv, o, gate and up with alternating panels, and down; with experts after o
+            the router, gate and up of each expert, and down of each.
         parts: what layers have.
         computed: name of the dtype that is computed in, where weights and pages do not say.
         rounds: whether what matrices of 8 bits multiply is rounded to 8 bits as well.

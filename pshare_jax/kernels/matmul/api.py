@@ -31,7 +31,7 @@ def matmul(
 
     Args:
         x: `[..., *in]`.
-        kernel: `[*in, *out]`, dtype of x, or in XLA int8; `[out, in]` if `transposed`.
+        kernel: `[*in, *out]`, dtype of x, or in XLA one of 8 bits; `[out, in]` if `transposed`.
         input_axes: the number of `in` axes.
         transposed: of a kernel with two axes.
         dtype: of the result.

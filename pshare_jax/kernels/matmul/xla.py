@@ -12,8 +12,8 @@ def matmul(
     x: jax.Array, kernel: jax.Array, *, input_axes: int, transposed: bool, dtype: Any
 ) -> jax.Array:
     """See `api.matmul`."""
-    if jnp.issubdtype(kernel.dtype, jnp.integer):
-        # On accelerators the product reads whole numbers, and converts them on the way.
+    if kernel.dtype.itemsize == 1:
+        # On accelerators the product reads 8 bits, and converts them on the way.
         kernel = kernel.astype(x.dtype)
     if x.dtype == kernel.dtype == jnp.bfloat16:
         return _matmul(x, kernel, input_axes, transposed).astype(dtype)

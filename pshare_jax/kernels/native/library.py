@@ -208,7 +208,7 @@ def _codec(library: ctypes.CDLL) -> tuple[Callable[..., int], Callable[..., int]
 def _loading(library: ctypes.CDLL) -> tuple[Callable[..., None], Callable[..., int]]:
     pointer, long, integer = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
     pack, read_tensor = library.pshare_pack, library.pshare_read_tensor
-    pack.argtypes = [pointer, *[long] * 4, integer, long, pointer, integer]
+    pack.argtypes = [pointer, *[long] * 4, integer, long, pointer, ctypes.c_uint32, integer]
     pack.restype = None
     read_tensor.argtypes = [ctypes.c_char_p, *[long] * 3, integer, pointer, integer, integer]
     read_tensor.restype = integer

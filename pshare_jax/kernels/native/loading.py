@@ -23,6 +23,8 @@ one of them gets where there are too few cores for all, so that it does not star
 ARRAY_ALIGNMENT = 64
 """Bytes from which on JAX takes an array of the host as it is."""
 
+_INT8_ZERO = 0x80808080
+"""A unit of int8 zeros, which are written plus 128; of all else zero is zero."""
 
 _GIVE_WAY_SECONDS = 0.001
 
@@ -38,6 +40,11 @@ def aligned(shape: Sequence[int], dtype: Any, alignment: int = ARRAY_ALIGNMENT) 
     memory = np.empty(size + alignment, np.uint8)
     start = -memory.ctypes.data % alignment
     return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def packed_dtype(dtype: Any) -> np.dtype:
+    """The dtype of what `pack_into` makes of matrices of `dtype`: uint8 of int8."""
+    return np.dtype(np.uint8) if dtype == np.int8 else np.dtype(dtype)
 
 
 def packed_size(library: Library, matrices: Sequence[np.ndarray]) -> int:
@@ -58,13 +65,14 @@ def pack_into(
 ) -> None:
     """Writes matrices `[K, N_i]` side by side as panels `[panels, K / unit, columns, unit]`.
 
-    A unit is four rows of int8, two of bfloat16 or one of float32. Each matrix begins with a panel
-    of its own and is padded with zeros to whole panels. Numbers of int8 are written plus 128.
+    A unit is four rows of 8 bits, two of bfloat16 or one of float32. Each matrix begins with a
+    panel of its own and is padded with zeros to whole panels. Numbers of int8 are written plus 128.
 
     Args:
         library: has the number of a panel's columns.
-        matrices: float32, bfloat16 or int8, of one dtype and one K, with any strides.
-        out: `[packed_size]` of that dtype, uint8 for int8; contiguous.
+        matrices: float32, bfloat16, int8 or float8_e4m3fn, of one dtype and one K, with any
+            strides.
+        out: `[packed_size]` of `packed_dtype` of that dtype; contiguous.
         interleave: let the panels of the matrices, which are of one shape, alternate.
         nice: steps by which the thread that does it has a lower priority.
     """
@@ -84,6 +92,7 @@ def pack_into(
             matrix.itemsize,
             step,
             out[at:].ctypes.data,
+            _INT8_ZERO if matrix.dtype == np.int8 else 0,
             nice,
         )
         at += size // _panel_count(library, matrix) if interleave else size
@@ -103,8 +112,8 @@ def read_tensor(
         library: the C++ library.
         path: of the file.
         layout: rows, chunks and run: each chunk has the rows times the run of its numbers.
-        stored: dtype in the file, float32 or bfloat16, or int8.
-        out: takes its numbers, as float32 or bfloat16, or int8 as they are; C-contiguous, of the
+        stored: dtype in the file, float32 or bfloat16, or one of 8 bits.
+        out: takes its numbers, as float32 or bfloat16, or 8 bits as they are; C-contiguous, of the
             tensor's shape.
         nice: steps by which the thread that does it has a lower priority.
 

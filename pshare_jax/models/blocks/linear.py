@@ -48,7 +48,7 @@ class RMSNorm(nnx.Module):
 class Projection(nnx.Module):
     """A linear map with kernel `[*in, *out]`, an optional bias `[*out]`, and adapters on top.
 
-    A kernel of whole numbers has scales `[*out]`.
+    A kernel of 8 bits has scales `[*out]`.
     """
 
     def __init__(self, path: str, weights: Weights, backend: str, *, input_axes: int = 1):

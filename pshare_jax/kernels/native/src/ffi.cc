@@ -20,10 +20,17 @@ using namespace pshare;
 
 namespace {
 
-// Whether W is a weight of 8 bits, which has a scale for each column.
+// The dtype of packed weights W of 8 bits, which have a scale for each column; INVALID for others.
 template <class W>
-constexpr bool is_int8 =
-    std::is_same_v<W, Int8> || std::is_same_v<W, Int8As<float>> || std::is_same_v<W, Int8As<bf16>>;
+constexpr ffi::DataType narrow_dtype = ffi::DataType::INVALID;
+template <>
+constexpr ffi::DataType narrow_dtype<Int8> = ffi::DataType::U8;
+template <class E>
+constexpr ffi::DataType narrow_dtype<Narrow<WholeNumbers, E>> = ffi::DataType::U8;
+template <class E>
+constexpr ffi::DataType narrow_dtype<Narrow<SmallFloats, E>> = ffi::DataType::F8E4M3FN;
+template <class W>
+constexpr bool is_narrow = narrow_dtype<W> != ffi::DataType::INVALID;
 
 // The dtype of what is read as T; INVALID where that is bytes of whatever it is.
 template <class T>
@@ -31,12 +38,12 @@ constexpr ffi::DataType dtype_of() {
   if (std::is_same_v<T, float>) return ffi::DataType::F32;
   if (std::is_same_v<T, bf16>) return ffi::DataType::BF16;
   if (std::is_same_v<T, fp8>) return ffi::DataType::F8E4M3FN;
-  if (is_int8<T>) return ffi::DataType::U8;
+  if (is_narrow<T>) return narrow_dtype<T>;
   if (std::is_same_v<T, int32_t>) return ffi::DataType::S32;
   if (std::is_same_v<T, uint32_t>) return ffi::DataType::U32;
   if (std::is_same_v<T, bool>) return ffi::DataType::PRED;
   static_assert(std::is_same_v<T, float> || std::is_same_v<T, bf16> || std::is_same_v<T, fp8> ||
-                is_int8<T> || std::is_same_v<T, int32_t> || std::is_same_v<T, uint32_t> ||
+                is_narrow<T> || std::is_same_v<T, int32_t> || std::is_same_v<T, uint32_t> ||
                 std::is_same_v<T, bool> || std::is_same_v<T, char>);
   return ffi::DataType::INVALID;
 }
@@ -282,9 +289,10 @@ ffi::Error decoder_layer(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::
   // Adapters, of which there may be none, have the dtype that is computed in.
   return typed(call, 9, [&](auto element) {
     using E = decltype(element);
-    bool bytes = call.arg(8).element_type() == ffi::DataType::U8, rounds = call.attr<bool>("rounds");
-    if (!bytes) return run_layer<E, E>(call);
-    rounds ? run_layer<E, Int8>(call) : run_layer<E, Int8As<E>>(call);
+    ffi::DataType weights = call.arg(8).element_type();
+    if (weights == narrow_dtype<Fp8As<E>>) return run_layer<E, Fp8As<E>>(call);
+    if (weights != narrow_dtype<Int8>) return run_layer<E, E>(call);
+    call.attr<bool>("rounds") ? run_layer<E, Int8>(call) : run_layer<E, Int8As<E>>(call);
   });
 }
 
@@ -406,7 +414,7 @@ template <class W>
 void run_head(Call& call) {
   long vocab = call.ret(0).dimensions()[1], scales = call.dim(6, 0);
   bool fits = call.dim(2, 0) == panels(vocab) * panel_size<W>(call.dim(0, 1)) &&
-              scales == (is_int8<W> ? panels(vocab) * kPanel : 0);
+              scales == (is_narrow<W> ? panels(vocab) * kPanel : 0);
   if (!call.good(fits ? "" : "the packed head is of another model")) return;
   long words = call.dim(5, 1);
   bool covers = words == 0 || (words * 32 >= vocab && call.dim(5, 0) == call.dim(0, 0));
@@ -426,12 +434,17 @@ void run_head(Call& call) {
 // 8 bits or none; attributes say what such a head multiplies -> logits, best tokens
 ffi::Error lm_head(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dictionary attrs) {
   Call call(args, rets, attrs);
-  if (call.arg(2).element_type() != ffi::DataType::U8) {
-    return typed(call, 2, [&](auto element) { run_head<decltype(element)>(call); });
-  }
+  ffi::DataType weights = call.arg(2).element_type();
   bool rounds = call.attr<bool>("rounds"), half = call.attr<bool>("bfloat16");
-  if (rounds) run_head<Int8>(call);
-  else half ? run_head<Int8As<bf16>>(call) : run_head<Int8As<float>>(call);
+  if (weights == narrow_dtype<Fp8As<bf16>>) {
+    half ? run_head<Fp8As<bf16>>(call) : run_head<Fp8As<float>>(call);
+  } else if (weights != narrow_dtype<Int8>) {
+    return typed(call, 2, [&](auto element) { run_head<decltype(element)>(call); });
+  } else if (rounds) {
+    run_head<Int8>(call);
+  } else {
+    half ? run_head<Int8As<bf16>>(call) : run_head<Int8As<float>>(call);
+  }
   return call.error().empty() ? ffi::Error::Success() : ffi::Error::InvalidArgument(call.error());
 }
 
@@ -578,12 +591,12 @@ extern "C" int pshare_kv_decode(int planes, const uint8_t* in, long length, long
 
 // A matrix into panels, see loading.h; `bytes` a number, `nice` steps below the caller's priority.
 extern "C" void pshare_pack(const char* data, long k, long n, long row_step, long column_step,
-                            int bytes, long panel_step, uint32_t* out, int nice) {
+                            int bytes, long panel_step, uint32_t* out, uint32_t zero, int nice) {
   Strided matrix{data, k, n, row_step, column_step};
   at_priority(nice, [&] {
-    if (bytes == 1) return pack_panels<uint8_t>(matrix, kPanel, panel_step, out);
-    if (bytes == 2) return pack_panels<uint16_t>(matrix, kPanel, panel_step, out);
-    pack_panels<uint32_t>(matrix, kPanel, panel_step, out);
+    if (bytes == 1) return pack_panels<uint8_t>(matrix, kPanel, panel_step, zero, out);
+    if (bytes == 2) return pack_panels<uint16_t>(matrix, kPanel, panel_step, zero, out);
+    pack_panels<uint32_t>(matrix, kPanel, panel_step, zero, out);
   });
 }
 

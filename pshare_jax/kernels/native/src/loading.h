@@ -46,11 +46,11 @@ struct Strided {
   long k, n, row_step, column_step;
 };
 
-// Packs a matrix, see gemm.h: `panel_step` is 2 where another matrix's panels come between.
+// Packs a matrix, see gemm.h: `panel_step` is 2 where another matrix's panels come between. `zero` is
+// the word of zeros, and what every word differs by from the numbers' own bits.
 template <class Part>  // of a unit's word: uint32_t is one row, uint16_t has two, uint8_t four
-void pack_panels(const Strided& m, long columns, long panel_step, uint32_t* out) {
+void pack_panels(const Strided& m, long columns, long panel_step, uint32_t zero, uint32_t* out) {
   constexpr long unit = sizeof(uint32_t) / sizeof(Part);
-  constexpr uint32_t zero = unit == 4 ? 0x80808080u : 0;  // bytes are stored plus 128, see int8.h
   const Part* in = reinterpret_cast<const Part*>(m.data);
   long units = (m.k + unit - 1) / unit, panels = (m.n + columns - 1) / columns;
   auto at = [&](long row, long column) -> uint32_t {

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from pshare_jax.config import DecodeConfig, ModelEntry, PrefillConfig, ServeConfig
+from pshare_jax.config import DecodeConfig, ModelEntry, PrefillConfig, ServeConfig, WeightFormat
 from pshare_jax.convert.conversions import import_model, make_decoder
 from pshare_jax.engine.devices import compute_dtype
 from pshare_jax.engine.loader import WeightLoader
@@ -28,8 +28,9 @@ from tests.helpers import tiny_config
 from tests.models.test_quantise import dequantised
 
 
-def test_greedy_tokens_are_the_oracles() -> None:
-    config = in_format(tiny_config(architecture="qwen3"), "int8")
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+def test_greedy_tokens_are_the_oracles(form: WeightFormat) -> None:
+    config = in_format(tiny_config(architecture="qwen3"), form)
     models = Models(config)
     models.add_identity("identity")
     models.add_full("full", 1, tail=2)
@@ -80,9 +81,11 @@ def configured(folder, **entries: Any) -> ServeConfig:
     return ServeConfig(base=str(folder / "base"), models=models, weights="int8")
 
 
-def test_checkpoints_are_quantised_when_they_are_loaded(served) -> None:
-    base, sources = checkpoint_sources(configured(served), "float32")
-    assert base.config.weight_format == "int8"
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+def test_checkpoints_are_quantised_when_they_are_loaded(served, form) -> None:
+    config = dataclasses.replace(configured(served), weights=form)
+    base, sources = checkpoint_sources(config, "float32")
+    assert base.config.weight_format == form
     mesh = carve_one(jax.devices(), 1, 1)[0]
     weights = base.load(weight_shardings(mesh, weight_specs(base.config)))
     expected = quantise(base.config, random_weights(model_config()))
@@ -94,11 +97,11 @@ def test_checkpoints_are_quantised_when_they_are_loaded(served) -> None:
         dataclasses.replace(configured(served), weights="plain"), "float32"
     )
     specs = model_specs(base, sources, 1)
-    assert {spec.namespace for spec in specs.values()} == {f"{plain.fingerprint}/int8"}
+    assert {spec.namespace for spec in specs.values()} == {f"{plain.fingerprint}/{form}"}
     assert plain.kv_name == plain.fingerprint == base.fingerprint
 
 
-FORMS = [("int8", "xla"), ("int8", "cpu_ffi"), ("int8-dynamic", "cpu_ffi")]
+FORMS = [("int8", "xla"), ("int8", "cpu_ffi"), ("int8-dynamic", "cpu_ffi"), ("fp8", "cpu_ffi")]
 
 
 @pytest.mark.parametrize(("form", "backend"), FORMS)

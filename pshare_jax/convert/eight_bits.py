@@ -1,7 +1,8 @@
-"""Weights that a source has as whole numbers of 8 bits, kept as they are.
+"""Weights that a source has in 8 bits, kept as they are.
 
 That is possible where each output of every projection has one scale and its zero is 0: such a
-weight is one of `weights: int8` already (`models.quantise`), with no rounding but the source's own.
+weight is one of `weights: int8` or `weights: fp8` already (`models.quantise`), with no rounding but
+the source's own.
 """
 
 from __future__ import annotations
@@ -14,23 +15,25 @@ from functools import partial
 import numpy as np
 
 from pshare_jax.convert.names import hf_sources, native_outputs, read_native
-from pshare_jax.convert.tensors import DTYPES, INT8, LazyTensor
+from pshare_jax.convert.tensors import DTYPES, LazyTensor
 from pshare_jax.models.config import ModelConfig, WeightFormat
-from pshare_jax.models.weights import SCALE, weight_specs
+from pshare_jax.models.weights import SCALE, narrow_specs, weight_specs
 
 KEPT: dict[WeightFormat, str] = {
-    "int8": "the source's whole numbers of 8 bits, a scale for each output",
-    "int8-layers": "the source's whole numbers of 8 bits, a scale for each output; a plain head",
+    "int8": "whole numbers of 8 bits, a scale for each output",
+    "int8-layers": "whole numbers of 8 bits, a scale for each output; a plain head",
+    "fp8": "FP8 numbers (e4m3), a scale for each output",
+    "fp8-layers": "FP8 numbers (e4m3), a scale for each output; a plain head",
 }
 """Forms that a checkpoint may have beside `plain`, for people; the first that fits counts."""
 
 
 @dataclass(frozen=True)
-class WholeNumbers:
+class EightBitWeight:
     """A weight of Hugging Face's layout.
 
     Args:
-        numbers: `[out, in]` int8.
+        numbers: `[out, in]` of one of `tensors.NARROW`.
         scale: `[out]` float32.
     """
 
@@ -50,8 +53,8 @@ def scale_of_outputs(scales: LazyTensor, outputs: int) -> LazyTensor | None:
     return LazyTensor((outputs,), DTYPES["float32"], read)
 
 
-def native_whole_numbers(
-    config: ModelConfig, found: Mapping[str, WholeNumbers]
+def native_eight_bits(
+    config: ModelConfig, found: Mapping[str, EightBitWeight]
 ) -> dict[str, LazyTensor]:
     """Kernels and their scales by native name, of those that all of is found.
 
@@ -59,37 +62,39 @@ def native_whole_numbers(
         config: the architecture.
         found: by Hugging Face name; of the shapes that `config` implies.
     """
+    # Those of any form have the same shapes.
     specs = weight_specs(config.with_weights("int8"))
-    whole: dict[str, LazyTensor] = {}
+    kept: dict[str, LazyTensor] = {}
     for native, names in hf_sources(config).items():
         if len(names) != 1 or names[0] not in found or native + SCALE not in specs:
             continue
         of, shape = found[names[0]], specs[native + SCALE].shape
         numbers = partial(read_native, native, config, lambda _, of=of: of.numbers.read())
         scale = partial(_scale, native, config, names[0], of, shape)
-        whole[native] = LazyTensor(specs[native].shape, INT8, numbers)
-        whole[native + SCALE] = LazyTensor(shape, DTYPES["float32"], scale)
-    return whole
+        kept[native] = LazyTensor(specs[native].shape, of.numbers.dtype, numbers)
+        kept[native + SCALE] = LazyTensor(shape, DTYPES["float32"], scale)
+    return kept
 
 
 def _scale(
-    native: str, config: ModelConfig, name: str, of: WholeNumbers, shape: tuple[int, ...]
+    native: str, config: ModelConfig, name: str, of: EightBitWeight, shape: tuple[int, ...]
 ) -> np.ndarray:
     return native_outputs(native, config, name, of.scale.read()).reshape(shape)
 
 
-def form_of(config: ModelConfig, whole: Mapping[str, LazyTensor]) -> WeightFormat:
-    """In which form a checkpoint can keep what `native_whole_numbers` gives; `plain` if in none."""
+def form_of(config: ModelConfig, found: Mapping[str, LazyTensor]) -> WeightFormat:
+    """In which form a checkpoint can keep what `native_eight_bits` gives; `plain` if in none."""
+    if config.has_experts:
+        return "plain"
     for form in KEPT:
-        specs = weight_specs(config.with_weights(form)) if not config.has_experts else {}
-        needed = {name for name, spec in specs.items() if spec.dtype == INT8.name}
-        if needed and needed <= set(whole):
+        needed = narrow_specs(config.with_weights(form)).items()
+        if all(name in found and found[name].dtype.name == spec.dtype for name, spec in needed):
             return form
     return "plain"
 
 
 def stood_for(numbers: LazyTensor, scale: LazyTensor) -> LazyTensor:
-    """What a kernel `[*in, *out]` of whole numbers stands for, float32; its scale is `[*out]`."""
+    """What a kernel `[*in, *out]` of 8 bits stands for, float32; its scale is `[*out]`."""
 
     def read() -> np.ndarray:
         return numbers.read().astype(np.float32) * scale.read()
@@ -98,11 +103,11 @@ def stood_for(numbers: LazyTensor, scale: LazyTensor) -> LazyTensor:
 
 
 def as_stored(
-    config: ModelConfig, tensors: Mapping[str, LazyTensor], whole: Mapping[str, LazyTensor]
+    config: ModelConfig, tensors: Mapping[str, LazyTensor], found: Mapping[str, LazyTensor]
 ) -> tuple[Mapping[str, LazyTensor], WeightFormat]:
-    """What a checkpoint stores of a full module's `tensors`, some of them as `whole`; its form."""
-    form = form_of(config, whole)
+    """What a checkpoint stores of a full module's `tensors`, some of them as `found`; its form."""
+    form = form_of(config, found)
     if form == "plain":
         return tensors, form
     specs = weight_specs(config.with_weights(form))
-    return {n: whole[n] if spec.dtype else tensors[n] for n, spec in specs.items()}, form
+    return {n: found[n] if spec.dtype else tensors[n] for n, spec in specs.items()}, form

@@ -16,17 +16,18 @@ LAYERS = 4
 
 @pytest.mark.compile
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("form", ["int8", "fp8"])
 @pytest.mark.parametrize("name", ["v6e:2x4", "h100"])
-def test_weights_stay_in_8_bits(name):
+def test_weights_stay_in_8_bits(name, form):
     accelerator, sizes = ACCELERATORS[name], Sizes(batch=8)
     plain = replace(MODELS["Llama-3.1-8B"], num_layers=LAYERS)
-    forms = {form: in_format(plain, form) for form in ("plain", "int8")}
+    configs = {each: in_format(plain, each) for each in ("plain", form)}
     programs = {
-        form: {program.name: program for program in step_programs(accelerator, config, sizes)}
-        for form, config in forms.items()
+        each: {program.name: program for program in step_programs(accelerator, config, sizes)}
+        for each, config in configs.items()
     }
     for step in STEPS:
-        program = programs["int8"][step]
+        program = programs[form][step]
         # Embeddings are not quantised.
         assert program.weight_bytes < 0.75 * programs["plain"][step].weight_bytes
         result = compile_program(accelerator, program, LAYERS)

@@ -1,4 +1,4 @@
-"""`bench int8`: what weights of 8 bits save of memory, and what they change of the answers."""
+"""`bench weights`: what weights of 8 bits save of memory, and what they change of the answers."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from pshare_jax.config import WeightFormat
 from pshare_jax.convert.orbax import open_weights
 from pshare_jax.convert.seals import open_checkpoint
 from pshare_jax.convert.streamed import Head, hidden_states
-from pshare_jax.convert.tensors import DTYPES, LazyTensor
+from pshare_jax.convert.tensors import DTYPES, STORED_DTYPES, LazyTensor
 from pshare_jax.kernels.matmul.rounded import rounded
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.quantise import in_format, quantise
+from pshare_jax.models.weight_formats import rounds
 from pshare_jax.models.weights import SCALE, weight_specs
 
-FORMS: tuple[WeightFormat, ...] = ("int8", "int8-dynamic")
+FORMS: tuple[WeightFormat, ...] = ("int8", "int8-dynamic", "fp8")
 
 
 @dataclass(frozen=True)
-class Int8Options(TextsOptions):
+class WeightsOptions(TextsOptions):
     """What is measured.
 
     Args:
@@ -40,14 +41,14 @@ class Int8Options(TextsOptions):
     processes: int = 3
 
 
-def run(options: Int8Options) -> dict[str, Any]:
+def run(options: WeightsOptions) -> dict[str, Any]:
     """Bytes of the weights in each form, what engines' processes grow by when they load them, and
     how far the next-token distributions are apart.
 
     Logits are computed in float32, so that only the rounding counts that a form is.
 
     Returns:
-        `{"options", "machine", "positions", "plain", "int8", "int8-dynamic"}`: of each form
+        `{"options", "machine", "positions", "plain", "int8", "int8-dynamic", "fp8"}`: of each form
         `bytes`, `memory` (bytes, one number a process) and `perplexity`, and of those of 8 bits
         `mean_kl` (nats) and `same_best` (share of positions) beside the plain one.
 
@@ -106,10 +107,9 @@ def _compared(
     expected: np.ndarray,
 ) -> dict[str, float]:
     """What the weights in the form of `config` give, beside the logits of plain ones."""
-    rounds = config.weight_format == "int8-dynamic"
     tensors = _quantised(config, plain)
     hidden = hidden_states(config, tensors, encoded)
-    if rounds:
+    if rounds(config.weight_format):
         whole, scale = rounded(jnp.asarray(hidden))
         values = (whole * scale[..., None]).reshape(len(hidden), -1)
         hidden = np.asarray(values)[:, : config.hidden_size]
@@ -124,12 +124,12 @@ def _compared(
 
 def _bytes(config: ModelConfig) -> int:
     """Of all weights, those without a dtype of their own in bfloat16."""
-    size = {"int8": 1, "float32": 4, None: 2}
-    return sum(math.prod(spec.shape) * size[spec.dtype] for spec in weight_specs(config).values())
+    specs = weight_specs(config).values()
+    return sum(math.prod(s.shape) * STORED_DTYPES[s.dtype or "bfloat16"].itemsize for s in specs)
 
 
 def _quantised(config: ModelConfig, plain: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """The weights in the form of `config`, in float32: whole numbers and their scales.
+    """The weights in the form of `config`, in float32: numbers of 8 bits and their scales.
 
     What is read by rows, not multiplied, has the values that these stand for.
     """
@@ -140,7 +140,7 @@ def _quantised(config: ModelConfig, plain: Mapping[str, LazyTensor]) -> dict[str
         if part == name and not name.startswith("layers.") and name + SCALE in found:
             scale = found[name + SCALE]
             scale = scale[:, None] if specs[name].axes[0] == "vocab" else scale
-            return np.asarray(found[name] * scale)
+            return np.asarray(found[name].astype(jnp.float32) * scale)
         return np.asarray(found[part].astype(jnp.float32))
 
     return {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +29,7 @@ from tests.models.test_packed import (
     random_lora,
     written,
 )
+from tests.pairwise import some
 
 TOLERANCE = {"float32": 5e-3, "bfloat16": 4e-2}
 """Relative error. What is rounded to the nearest on one side may go the other way on the other,
@@ -35,7 +38,9 @@ where both have it a little differently."""
 # Biases; norms of heads; norms after blocks, windows and caps; norms that add one; multipliers.
 NAMES = ("qwen2", "qwen3", "gemma2", "gemma3", "granite", "odd sizes")
 CASES = [*((name, "bfloat16") for name in NAMES), ("odd sizes", "float32")]
-FORMS: tuple[WeightFormat, ...] = ("int8", "int8-dynamic")
+FORMS: tuple[WeightFormat, ...] = ("int8", "int8-dynamic", "fp8")
+PACKED = {"int8": jnp.uint8, "fp8": jnp.float8_e4m3fn}
+"""What panels are made of, by form; neither rounds what it multiplies."""
 
 
 def dynamic(name: str) -> ModelConfig:
@@ -65,9 +70,15 @@ def test_same_numbers_as_xla(name, dtype):
     np.testing.assert_array_equal(best, np.asarray(logits).argmax(axis=-1))
 
 
-@pytest.mark.parametrize(("name", "dtype"), CASES)
-def test_same_numbers_as_xla_where_nothing_else_is_rounded(name, dtype):
-    assert_same_as_xla(in_format(CONFIGS[name], "int8"), dtype)
+@pytest.mark.parametrize(
+    ("name", "dtype", "form"),
+    some(
+        itertools.product(NAMES, TOLERANCE, PACKED),
+        [*((*case, "int8") for case in CASES), *((*case, "fp8") for case in CASES[-2:])],
+    ),
+)
+def test_same_numbers_as_xla_where_nothing_else_is_rounded(name, dtype, form):
+    assert_same_as_xla(in_format(CONFIGS[name], form), dtype)
 
 
 def test_the_numbers_are_not_those_of_plain_weights():
@@ -102,17 +113,20 @@ def test_adapters_of_unlike_shape_in_one_batch():
     np.testing.assert_array_equal(logits[3], alone[3])
 
 
-def test_a_plain_head_over_layers_of_8_bits():
-    config = in_format(CONFIGS["llama"], "int8-layers")
+@pytest.mark.parametrize("form", PACKED)
+def test_a_plain_head_over_layers_of_8_bits(form):
+    config = in_format(CONFIGS["llama"], f"{form}-layers")
     assert not config.tie_word_embeddings
     packed = pack_weights(config, init_weights(config, 1, jnp.bfloat16))
-    assert (packed["layers"].matrices.dtype, packed["head"].dtype) == (jnp.uint8, jnp.bfloat16)
+    assert (packed["layers"].matrices.dtype, packed["head"].dtype) == (PACKED[form], jnp.bfloat16)
     assert_same_as_xla(config, "bfloat16")
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_adapters_where_nothing_else_is_rounded(dtype):
-    config = in_format(CONFIGS["odd sizes"], "int8")
+@pytest.mark.parametrize(
+    ("dtype", "form"), [("float32", "int8"), ("bfloat16", "int8"), ("bfloat16", "fp8")]
+)
+def test_adapters_where_nothing_else_is_rounded(dtype, form):
+    config = in_format(CONFIGS["odd sizes"], form)
     modules = [
         random_lora(config, 3, LORA_TARGETS, 6.0, 1, dtype),
         random_lora(config, 40, ("o", "gate", "down"), 20.0, 3, dtype),
@@ -148,7 +162,7 @@ def test_a_row_depends_on_nothing_beside_it(dtype, form):
             )
 
 
-HEADS = [("int8-dynamic", False), ("int8-dynamic", True), ("int8", False)]
+HEADS = [("int8-dynamic", False), ("int8-dynamic", True), ("int8", False), ("fp8", False)]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -167,7 +181,7 @@ def test_a_head_of_8_bits(form, tied, dtype):
     logits, best = decoder.logits(x, np.ones(3, np.int32), jnp.asarray(True), mask)
     allowed = np.where(may[:, :131], logits, -np.inf)
     np.testing.assert_array_equal(best, allowed.argmax(axis=1))
-    if form == "int8":
+    if form in PACKED:
         wide = {name: jnp.asarray(weights[name], jnp.float32) for name in weights}
         normed = x / jnp.sqrt(jnp.mean(x**2, axis=1, keepdims=True) + config.rms_norm_eps)
         read = (normed * wide["final_norm.scale"]).astype(dtype).astype(jnp.float32)
