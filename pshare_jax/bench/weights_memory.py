@@ -1,4 +1,4 @@
-"""What an engine with weights in some form adds to the memory of its process, for `bench weights`."""
+"""What an engine with weights in some form adds to its process, for `bench weights`."""
 
 from __future__ import annotations
 
