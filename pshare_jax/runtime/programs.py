@@ -135,11 +135,10 @@ class Programs:
         self.scatter = moving.scatter
         self.history = _empty_history(mesh, decode.max_num_seqs, max_model_len)
         self.admit = _admit(mesh)
-        steps = _steps(spec, layout, mesh, decode.steps_per_dispatch)
-        self.chunk = steps.chunk
-        self.replay = steps.replay
-        self.decode = steps.decode
-        self.choose = steps.choose
+        self.chunk = _chunk(spec, layout, mesh)
+        self.replay = _replay(spec, layout, mesh)
+        self.decode = _decode(spec, layout, mesh, decode.steps_per_dispatch)
+        self.choose = _choose(spec, mesh)
         self.stage = functools.partial(put, sharding=self.staging)
         """Puts pages of the host on the mesh, `staged_shape(count)`."""
 
@@ -253,8 +252,7 @@ class _Moving:
 
 @functools.lru_cache(maxsize=16)
 def _moving(layout: PageLayout, mesh: Mesh, backend: str) -> _Moving:
-    sharding = pool_sharding(mesh, layout.num_kv_heads)
-    pages = layout.placement(sharding)
+    sharding, pages = pool_sharding(mesh, layout.num_kv_heads), _pages(layout, mesh)
     checksum = _checksum(mesh, backend, alone=False)
     return _Moving(
         copy=jax.jit(
@@ -291,39 +289,45 @@ def _admit(mesh: Mesh) -> Any:
     return jax.jit(admit, donate_argnums=0, out_shardings=replicated(mesh))
 
 
-@dataclass(frozen=True)
-class _Steps:
-    """The steps of a model on a mesh, under jit; see `Programs`."""
-
-    chunk: Any
-    replay: Any
-    decode: Any
-    choose: Any
+@functools.lru_cache(maxsize=16)
+def _chunk(spec: StepSpec, layout: PageLayout, mesh: Mesh) -> Any:
+    return jax.jit(
+        functools.partial(prefill_chunk, spec),
+        donate_argnums=1,
+        out_shardings=(_pages(layout, mesh), replicated(mesh)),
+    )
 
 
 @functools.lru_cache(maxsize=16)
-def _steps(spec: StepSpec, layout: PageLayout, mesh: Mesh, steps_per_dispatch: int) -> _Steps:
-    pages = layout.placement(pool_sharding(mesh, layout.num_kv_heads))
-    everywhere = replicated(mesh)
-    return _Steps(
-        chunk=jax.jit(
-            functools.partial(prefill_chunk, spec),
-            donate_argnums=1,
-            out_shardings=(pages, everywhere),
-        ),
-        replay=jax.jit(
-            functools.partial(replay_chunk, spec),
-            donate_argnums=2,
-            out_shardings=(pages, everywhere),
-        ),
-        decode=jax.jit(
-            functools.partial(decode_steps, spec, steps_per_dispatch),
-            donate_argnums=(2, 3),
-            # What is left to `choose` stays as it is: split over the vocabulary, if on a mesh.
-            out_shardings=(pages, everywhere, everywhere, None),
-        ),
-        choose=jax.jit(functools.partial(choose, spec), donate_argnums=1, out_shardings=everywhere),
+def _replay(spec: StepSpec, layout: PageLayout, mesh: Mesh) -> Any:
+    return jax.jit(
+        functools.partial(replay_chunk, spec),
+        donate_argnums=2,
+        out_shardings=(_pages(layout, mesh), replicated(mesh)),
     )
+
+
+@functools.lru_cache(maxsize=16)
+def _decode(spec: StepSpec, layout: PageLayout, mesh: Mesh, steps_per_dispatch: int) -> Any:
+    everywhere = replicated(mesh)
+    return jax.jit(
+        functools.partial(decode_steps, spec, steps_per_dispatch),
+        donate_argnums=(2, 3),
+        # What is left to `choose` stays as it is: split over the vocabulary, if on a mesh.
+        out_shardings=(_pages(layout, mesh), everywhere, everywhere, None),
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _choose(spec: StepSpec, mesh: Mesh) -> Any:
+    return jax.jit(
+        functools.partial(choose, spec), donate_argnums=1, out_shardings=replicated(mesh)
+    )
+
+
+def _pages(layout: PageLayout, mesh: Mesh) -> Any:
+    """How the pages of a layer lie on a mesh, for `out_shardings`."""
+    return layout.placement(pool_sharding(mesh, layout.num_kv_heads))
 
 
 def _staging(pool: NamedSharding) -> NamedSharding:
