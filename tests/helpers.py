@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pshare_jax.models.config import Experts, LayerSpec, ModelConfig
+from pshare_jax.models.lora import LoraModule, stack_adapters
 from pshare_jax.models.rope import LinearRopeScaling, Llama3RopeScaling, LongRopeScaling, Rope
+from pshare_jax.models.weights import Weights
 
 _FAMILY_FIELDS: dict[str, dict[str, Any]] = {
     "llama": {
@@ -113,6 +115,16 @@ def tiny_config(**overrides: Any) -> ModelConfig:
 def on_device(values: np.ndarray, dtype: Any = jnp.float32) -> jax.Array:
     """As `jnp.asarray`, which compiles a program for each shape that it converts, or takes over."""
     return jax.device_put(np.asarray(values, np.float32).astype(jnp.dtype(dtype)))
+
+
+def stacked(modules: Sequence[LoraModule]) -> Weights:
+    """As `stack_adapters`, which compiles a program for each shape, in a single one."""
+
+    def stack(weights: list[Weights]) -> Weights:
+        parts = zip(modules, weights, strict=True)
+        return stack_adapters([module._replace(weights=own) for module, own in parts])
+
+    return jax.jit(stack)([module.weights for module in modules])
 
 
 def set_optimisations(on: bool) -> None:

@@ -20,6 +20,7 @@ from pshare_jax.models.decoder import bind
 from pshare_jax.models.weights import Weights
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _step(
     config: ModelConfig, weights: Weights, cache: list[KV], token: jax.Array, position: jax.Array
 ) -> tuple[jax.Array, list[KV]]:
@@ -42,7 +43,7 @@ class Monolithic:
         self._kv_dtype = kv_dtype
         self._config = config
         self._max_len = max_len
-        self._step = jax.jit(functools.partial(_step, config))
+        self._step = functools.partial(_step, config)
 
     def generate(
         self,

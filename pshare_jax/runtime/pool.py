@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from typing import TypeVar
@@ -18,6 +19,13 @@ Pages = tuple[jax.Array, ...]
 R = TypeVar("R")
 
 
+@functools.lru_cache(maxsize=16)
+def _allocating(layout: PageLayout, num_pages: int, sharding: Sharding) -> Callable[[], jax.Array]:
+    """Makes the pages of a layer; kept, so that pools alike compile it once."""
+    shape, placement = layout.layer_shape(num_pages), layout.placement(sharding)
+    return jax.jit(lambda: jnp.zeros(shape, layout.dtype), out_shardings=placement)
+
+
 class PagePool:
     """All pages of one mesh.
 
@@ -30,8 +38,7 @@ class PagePool:
         self.num_pages = num_pages
         self.placement = layout.placement(sharding)
         """For the `out_shardings` of steps that return the arrays."""
-        shape = layout.layer_shape(num_pages)
-        allocate = jax.jit(lambda: jnp.zeros(shape, layout.dtype), out_shardings=self.placement)
+        allocate = _allocating(layout, num_pages, sharding)
         self._pages: Pages = tuple(allocate() for _ in range(layout.num_layers))
         self._owner: int | None = None
 

@@ -126,21 +126,19 @@ class Programs:
         self.staging = _staging(self.pool_sharding)
         """How pages lie that are on their way to or from a pool of this mesh."""
         self.everywhere = replicated(mesh)
-        jitted = _jitted(
-            spec, layout, mesh, decode.max_num_seqs, max_model_len, decode.steps_per_dispatch
-        )
-        self.history = jitted.history
-        self.chunk = jitted.chunk
-        self.copy = jitted.copy
-        self.gather = jitted.gather
-        self.checksum = jitted.checksum
-        self.checksum_beside = jitted.checksum_beside
+        moving = _moving(layout, mesh, spec.backend)
+        self.copy = moving.copy
+        self.gather = moving.gather
+        self.checksum = moving.checksum
+        self.checksum_beside = moving.checksum_beside
         """The same, for threads beside the one that computes: see `page_checksums`."""
-        self.scatter = jitted.scatter
-        self.admit = jitted.admit
-        self.replay = jitted.replay
-        self.decode = jitted.decode
-        self.choose = jitted.choose
+        self.scatter = moving.scatter
+        self.history = _empty_history(mesh, decode.max_num_seqs, max_model_len)
+        self.admit = _admit(mesh)
+        self.chunk = _chunk(spec, layout, mesh)
+        self.replay = _replay(spec, layout, mesh)
+        self.decode = _decode(spec, layout, mesh, decode.steps_per_dispatch)
+        self.choose = _choose(spec, mesh)
         self.stage = functools.partial(put, sharding=self.staging)
         """Puts pages of the host on the mesh, `staged_shape(count)`."""
 
@@ -237,51 +235,26 @@ class Programs:
         return self.inputs.rows([], [], [], batch)
 
 
-@dataclass(frozen=True)
-class _Jitted:
-    """The functions of a mesh under jit, see `Programs`."""
+# What is under jit is kept, so that an engine like an earlier one of this process compiles nothing
+# anew; and each by no more than it depends on, so that unlike engines share what they can.
 
-    history: Any
-    chunk: Any
+
+@dataclass(frozen=True)
+class _Moving:
+    """What moves pages on a mesh, under jit; see `Programs`."""
+
     copy: Any
     gather: Any
     checksum: Any
     checksum_beside: Any
     scatter: Any
-    admit: Any
-    replay: Any
-    decode: Any
-    choose: Any
 
 
 @functools.lru_cache(maxsize=16)
-def _jitted(
-    spec: StepSpec,
-    layout: PageLayout,
-    mesh: Mesh,
-    max_num_seqs: int,
-    max_model_len: int,
-    steps_per_dispatch: int,
-) -> _Jitted:
-    """Kept, so that an engine like an earlier one of this process compiles nothing anew."""
-    sharding, everywhere = pool_sharding(mesh, layout.num_kv_heads), replicated(mesh)
-    pages, backend = layout.placement(sharding), spec.backend
-
-    def sums(*, alone: bool) -> Any:
-        checksums = functools.partial(page_checksums, backend=backend, alone=alone)
-        return jax.jit(checksums, out_shardings=everywhere)
-
-    checksum = sums(alone=False)
-    return _Jitted(
-        history=jax.jit(
-            functools.partial(empty_history, max_num_seqs, max_model_len),
-            out_shardings=everywhere,
-        ),
-        chunk=jax.jit(
-            functools.partial(prefill_chunk, spec),
-            donate_argnums=1,
-            out_shardings=(pages, everywhere),
-        ),
+def _moving(layout: PageLayout, mesh: Mesh, backend: str) -> _Moving:
+    sharding, pages = pool_sharding(mesh, layout.num_kv_heads), _pages(layout, mesh)
+    checksum = _checksum(mesh, backend, alone=False)
+    return _Moving(
         copy=jax.jit(
             functools.partial(copy_pages, backend=backend), donate_argnums=0, out_shardings=pages
         ),
@@ -290,26 +263,71 @@ def _jitted(
         ),
         checksum=checksum,
         # One program where there is no team to be left to others.
-        checksum_beside=sums(alone=True) if backend == "cpu_ffi" else checksum,
+        checksum_beside=_checksum(mesh, backend, alone=True) if backend == "cpu_ffi" else checksum,
         scatter=jax.jit(
             functools.partial(scatter_pages, backend=backend),
             donate_argnums=0,
             out_shardings=pages,
         ),
-        admit=jax.jit(admit, donate_argnums=0, out_shardings=everywhere),
-        replay=jax.jit(
-            functools.partial(replay_chunk, spec),
-            donate_argnums=2,
-            out_shardings=(pages, everywhere),
-        ),
-        decode=jax.jit(
-            functools.partial(decode_steps, spec, steps_per_dispatch),
-            donate_argnums=(2, 3),
-            # What is left to `choose` stays as it is: split over the vocabulary, if on a mesh.
-            out_shardings=(pages, everywhere, everywhere, None),
-        ),
-        choose=jax.jit(functools.partial(choose, spec), donate_argnums=1, out_shardings=everywhere),
     )
+
+
+@functools.lru_cache(maxsize=16)
+def _checksum(mesh: Mesh, backend: str, *, alone: bool) -> Any:
+    checksums = functools.partial(page_checksums, backend=backend, alone=alone)
+    return jax.jit(checksums, out_shardings=replicated(mesh))
+
+
+@functools.lru_cache(maxsize=16)
+def _empty_history(mesh: Mesh, max_num_seqs: int, max_model_len: int) -> Any:
+    empty = functools.partial(empty_history, max_num_seqs, max_model_len)
+    return jax.jit(empty, out_shardings=replicated(mesh))
+
+
+@functools.lru_cache(maxsize=16)
+def _admit(mesh: Mesh) -> Any:
+    return jax.jit(admit, donate_argnums=0, out_shardings=replicated(mesh))
+
+
+@functools.lru_cache(maxsize=16)
+def _chunk(spec: StepSpec, layout: PageLayout, mesh: Mesh) -> Any:
+    return jax.jit(
+        functools.partial(prefill_chunk, spec),
+        donate_argnums=1,
+        out_shardings=(_pages(layout, mesh), replicated(mesh)),
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _replay(spec: StepSpec, layout: PageLayout, mesh: Mesh) -> Any:
+    return jax.jit(
+        functools.partial(replay_chunk, spec),
+        donate_argnums=2,
+        out_shardings=(_pages(layout, mesh), replicated(mesh)),
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _decode(spec: StepSpec, layout: PageLayout, mesh: Mesh, steps_per_dispatch: int) -> Any:
+    everywhere = replicated(mesh)
+    return jax.jit(
+        functools.partial(decode_steps, spec, steps_per_dispatch),
+        donate_argnums=(2, 3),
+        # What is left to `choose` stays as it is: split over the vocabulary, if on a mesh.
+        out_shardings=(_pages(layout, mesh), everywhere, everywhere, None),
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _choose(spec: StepSpec, mesh: Mesh) -> Any:
+    return jax.jit(
+        functools.partial(choose, spec), donate_argnums=1, out_shardings=replicated(mesh)
+    )
+
+
+def _pages(layout: PageLayout, mesh: Mesh) -> Any:
+    """How the pages of a layer lie on a mesh, for `out_shardings`."""
+    return layout.placement(pool_sharding(mesh, layout.num_kv_heads))
 
 
 def _staging(pool: NamedSharding) -> NamedSharding:

@@ -53,7 +53,7 @@ def with_gradients(attend, q, k, v, gradient, mask):
 
 def in_float32(*arrays):
     *wide, mask = arrays
-    return with_gradients(dense_attention, *(a.astype(jnp.float32) for a in wide), mask)
+    return with_gradients(dense_attention, *map(on_device, wide), mask)
 
 
 def assert_close(ours, theirs):

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,6 +17,8 @@ from pshare_jax.models.attention import (
     init_cache,
 )
 from tests.helpers import on_device, tiny_config
+
+attend = jax.jit(dense_attention)
 
 
 def by_definition(q, k, v, mask):
@@ -43,13 +47,14 @@ def test_dense_attention_equals_its_definition():
     rng = np.random.default_rng(1)
     mask = rng.random((2, 3, 7)) < 0.5
     mask[:, :, 2] = True
-    actual = dense_attention(q, k, v, jnp.asarray(mask))
+    actual = attend(q, k, v, mask)
     np.testing.assert_allclose(actual, by_definition(q, k, v, mask), atol=1e-5)
 
 
 @pytest.mark.parametrize("window", [None, 1, 3])
 def test_causal_mask(window):
-    mask = causal_mask(jnp.asarray([[4, 5], [0, 1]]), jnp.arange(7), window)
+    masked = jax.jit(functools.partial(causal_mask, sliding_window=window))
+    mask = np.asarray(masked(np.asarray([[4, 5], [0, 1]]), np.arange(7)))
     assert mask.shape == (2, 2, 7)
     for (row, t), position in {(0, 0): 4, (0, 1): 5, (1, 0): 0, (1, 1): 1}.items():
         first = 0 if window is None else max(position - window + 1, 0)
@@ -58,24 +63,28 @@ def test_causal_mask(window):
 
 def test_bfloat16_scores_are_accumulated_in_float32():
     q, k, v = random_qkv(4, 4)
-    mask = jnp.tril(jnp.ones((4, 4), bool))
-    wide = dense_attention(q, k, v, mask)
-    narrow = dense_attention(*(x.astype(jnp.bfloat16) for x in (q, k, v)), mask)
+    mask = np.tril(np.ones((4, 4), bool))
+    wide = attend(q, k, v, mask)
+    narrow = attend(*(on_device(x, jnp.bfloat16) for x in (q, k, v)), mask)
     assert narrow.dtype == jnp.bfloat16
-    np.testing.assert_allclose(narrow.astype(jnp.float32), wide, atol=0.03)
+    np.testing.assert_allclose(np.asarray(narrow, np.float32), wide, atol=0.03)
 
 
 @pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("start", [4, jnp.asarray([4, 0])], ids=["one start", "a start each row"])
+@pytest.mark.parametrize("start", [4, np.asarray([4, 0])], ids=["one start", "a start each row"])
 def test_dense_cache_writes_and_attends(window, start):
     """New KV lands at `start`, queries see what is there up to themselves, other slots stay."""
     config = dataclasses.replace(tiny_config(), sliding_window=window)
     length, T = 9, 3
     _, old_k, old_v = random_qkv(T, length, seed=1)
     q, k, v = random_qkv(T, T, seed=2)
-    io = DenseCache(config, [(old_k, old_v)] * 2, start)
 
-    out = io.attend(1, q, k, v)
+    @jax.jit
+    def attended(start, cache):
+        io = DenseCache(config, cache, start)
+        return io.attend(1, q, k, v), io.cache
+
+    out, cache = attended(start, [(old_k, old_v)] * 2)
 
     want_k, want_v, mask = np.array(old_k), np.array(old_v), np.zeros((2, T, length), bool)
     for row, first in enumerate(np.broadcast_to(start, 2)):
@@ -85,9 +94,9 @@ def test_dense_cache_writes_and_attends(window, start):
             position = first + t
             low = 0 if window is None else max(position - window + 1, 0)
             mask[row, t, low : position + 1] = True
-    np.testing.assert_array_equal(io.cache[1][0], want_k)
-    np.testing.assert_array_equal(io.cache[1][1], want_v)
-    np.testing.assert_array_equal(io.cache[0][0], old_k)
+    np.testing.assert_array_equal(cache[1][0], want_k)
+    np.testing.assert_array_equal(cache[1][1], want_v)
+    np.testing.assert_array_equal(cache[0][0], old_k)
     np.testing.assert_allclose(out, by_definition(q, want_k, want_v, mask), atol=1e-5)
 
 

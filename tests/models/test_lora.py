@@ -13,7 +13,7 @@ from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.decoder import bind, init_weights
 from pshare_jax.models.lora import Adapters, LoraModule, check_lora, merge, stack_adapters
 from pshare_jax.models.weights import LORA_TARGETS, Weights, lora_specs
-from tests.helpers import on_device, tiny_config
+from tests.helpers import on_device, stacked, tiny_config
 
 TOLERANCE = 1e-5
 
@@ -52,7 +52,7 @@ def test_rows_with_different_adapters_equal_merged_weights():
     rows = [2, -1, 0, 1, 0, -1]
     tokens = jnp.asarray(np.random.default_rng(4).integers(0, 256, (len(rows), 5)), jnp.int32)
 
-    actual, cache = run(config, base, tokens, stack_adapters(modules), jnp.asarray(rows))
+    actual, cache = run(config, base, tokens, stacked(modules), jnp.asarray(rows))
 
     seen = []
     for row, index in enumerate(rows):
@@ -75,7 +75,7 @@ def test_every_target_takes_part(target):
     module = random_module(config, 3, targets=(target,), seed=5)
     tokens = jnp.asarray([[5, 6, 7], [8, 9, 10]], jnp.int32)
 
-    adapted, _ = run(config, base, tokens, stack_adapters([module]), jnp.asarray([0, -1]))
+    adapted, _ = run(config, base, tokens, stacked([module]), jnp.asarray([0, -1]))
     merged, _ = run(config, merge(base, module), tokens)
     plain, _ = run(config, base, tokens)
 
@@ -91,7 +91,7 @@ def test_a_broken_adapter_does_not_harm_the_base():
     broken = module._replace(weights={n: w * jnp.inf for n, w in module.weights.items()})
     tokens = jnp.asarray([[5, 6, 7], [8, 9, 10]], jnp.int32)
 
-    adapted, _ = run(config, base, tokens, stack_adapters([broken]), jnp.asarray([0, -1]))
+    adapted, _ = run(config, base, tokens, stacked([broken]), jnp.asarray([0, -1]))
     plain, _ = run(config, base, tokens)
 
     assert np.isnan(adapted[0]).all()
@@ -113,7 +113,7 @@ def test_write_kv_uses_the_adapters():
         bind(config, weights).write_kv(tokens, positions, io, adapters)
         return io.cache
 
-    actual = write(base, stack_adapters([module]))
+    actual = write(base, stacked([module]))
     expected = write(merge(base, module), None)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE), actual, expected
@@ -148,8 +148,8 @@ def test_bfloat16_adapters_stay_near_float32():
     module = random_module(config, 4)
     tokens = jnp.asarray([[5, 6, 7, 8]], jnp.int32)
     rows = jnp.zeros(1, jnp.int32)
-    wide, _ = run(config, base, tokens, stack_adapters([module]), rows)
-    half = {name: on_device(x, jnp.bfloat16) for name, x in stack_adapters([module]).items()}
+    wide, _ = run(config, base, tokens, stacked([module]), rows)
+    half = {name: on_device(x, jnp.bfloat16) for name, x in stacked([module]).items()}
     narrow_base = {name: on_device(x, jnp.bfloat16) for name, x in base.items()}
     narrow, _ = run(config, narrow_base, tokens, half, rows, "bfloat16")
     assert narrow.dtype == jnp.float32

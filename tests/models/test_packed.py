@@ -16,10 +16,10 @@ from pshare_jax.kernels.native.library import require_library
 from pshare_jax.kernels.paged_attention.api import paged_attention
 from pshare_jax.models.config import Experts, ModelConfig
 from pshare_jax.models.decoder import bind, init_weights
-from pshare_jax.models.lora import Adapters, LoraModule, stack_adapters
+from pshare_jax.models.lora import Adapters, LoraModule
 from pshare_jax.models.packed import PackedDecoder, pack_adapters, pack_weights
 from pshare_jax.models.weights import LORA_TARGETS, lora_specs
-from tests.helpers import ARCHITECTURES, on_device, tiny_config
+from tests.helpers import ARCHITECTURES, on_device, stacked, tiny_config
 from tests.pairwise import some
 
 PAGE, WIDTH, TOKENS = 4, 24, 7
@@ -58,12 +58,13 @@ CONFIGS = {
 
 
 class PagedIO:
-    """AttentionIO over pages in plain XLA."""
+    """AttentionIO over pages, with attention by a backend in plain XLA."""
 
-    def __init__(self, config: ModelConfig, pages, rows):
+    def __init__(self, config: ModelConfig, pages, rows, backend: str):
         self.pages = list(pages)
         self._config = config
         self._rows = rows
+        self._backend = backend
 
     def store(self, layer, k, v):
         self.pages[layer] = kv_write(self.pages[layer], k, v, *self._rows)
@@ -79,6 +80,7 @@ class PagedIO:
             sliding_window=window,
             soft_cap=soft_cap,
             sinks=sinks,
+            backend=self._backend,
         )
 
 
@@ -102,9 +104,13 @@ def batch(config: ModelConfig, dtype: str):
     return tokens, positions, (table, START, LENS), tuple(pages)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def in_xla(config, weights, adapters, index, tokens, positions, rows, pages):
-    io = PagedIO(config, pages, rows)
+@functools.partial(jax.jit, static_argnums=0, static_argnames="attention")
+def in_xla(
+    config, weights, adapters, index, tokens, positions, rows, pages, *, attention="reference"
+):
+    """The logits of all tokens, and the pages. By default attention is that of the definition,
+    which compiles in half the time; the one that serves is compared with it by its own tests."""
+    io = PagedIO(config, pages, rows, attention)
     decoder = bind(config, weights)
     stacked = None if adapters is None else Adapters(adapters, index)
     hidden = decoder.hidden(tokens, positions, io, stacked)
@@ -159,13 +165,13 @@ def written(pages, table) -> np.ndarray:
 def assert_same_as_xla(config: ModelConfig, dtype: str, modules=(), index=(0, 0, 0, 0)) -> None:
     weights = init_weights(config, 1, jnp.dtype(dtype))
     index = np.asarray(index, np.int32)
-    stacked = stack_adapters(modules) if modules else None
-    packed = pack_adapters(config, stacked) if modules else None
+    adapters = stacked(modules) if modules else None
+    packed = pack_adapters(config, adapters) if modules else None
     inputs = batch(config, dtype)
     table = inputs[2][0]
 
     expected, expected_pages = in_xla(
-        config, widened(weights), widened(stacked), index, *widened(inputs)
+        config, widened(weights), widened(adapters), index, *widened(inputs)
     )
     logits, best, pages = in_cpp(config, pack_weights(config, weights), packed, index, *inputs)
     kv_only = in_cpp(config, pack_weights(config, weights), packed, index, *inputs, kv_only=True)[2]
@@ -215,7 +221,7 @@ def test_a_broken_adapter_harms_no_other_row():
     index = np.asarray([0, -1, 0, 1], np.int32)
     logits = {
         name: np.asarray(
-            in_cpp(config, weights, pack_adapters(config, stack_adapters(pair)), index, *inputs)[0]
+            in_cpp(config, weights, pack_adapters(config, stacked(pair)), index, *inputs)[0]
         )
         for name, pair in {"good": [whole, whole], "bad": [whole, broken]}.items()
     }
@@ -231,7 +237,7 @@ def assert_rows_of_the_base_are_the_same(run, config, base, adapters, inputs) ->
         table = inputs[2][0]
         kv = [np.asarray(layer, np.float32)[table[0]] for layer in out[-1]]
         # Of XLA's tokens past a row's length anything may come.
-        logits = out[0][0, : LENS[0]] if run is in_xla else out[0][0]
+        logits = out[0][0] if run is in_cpp else out[0][0, : LENS[0]]
         seen.append((np.asarray(logits), *kv))
     for other in seen[1:]:
         for expected, actual in zip(seen[0], other, strict=True):
@@ -244,7 +250,7 @@ def with_adapters(name: str, dtype: str):
     targets = tuple("qkvo") if config.has_experts else LORA_TARGETS
     modules = [random_lora(config, r, targets, 4.0, r, dtype) for r in (3, 16)]
     weights = init_weights(config, 1, jnp.dtype(dtype))
-    return config, weights, stack_adapters(modules), batch(config, dtype)
+    return config, weights, stacked(modules), batch(config, dtype)
 
 
 @pytest.mark.parametrize(
@@ -252,8 +258,8 @@ def with_adapters(name: str, dtype: str):
     some(itertools.product(CONFIGS, TOLERANCE), zip(CONFIGS, itertools.cycle(TOLERANCE))),
 )
 def test_rows_of_the_base_are_the_same_among_rows_of_adapters(name, dtype):
-    config, weights, stacked, inputs = with_adapters(name, dtype)
-    base, adapters = pack_weights(config, weights), pack_adapters(config, stacked)
+    config, weights, unpacked, inputs = with_adapters(name, dtype)
+    base, adapters = pack_weights(config, weights), pack_adapters(config, unpacked)
     assert_rows_of_the_base_are_the_same(in_cpp, config, base, adapters, inputs)
 
 
@@ -264,8 +270,9 @@ IN_XLA = {"qwen2": "float32", "gpt_oss": "float32", "llama": "bfloat16"}
     ("name", "dtype"), some(itertools.product(CONFIGS, TOLERANCE), IN_XLA.items())
 )
 def test_rows_of_the_base_are_the_same_among_rows_of_adapters_in_xla(name, dtype):
-    config, weights, stacked, inputs = with_adapters(name, dtype)
-    assert_rows_of_the_base_are_the_same(in_xla, config, weights, stacked, inputs)
+    config, weights, adapters, inputs = with_adapters(name, dtype)
+    served = functools.partial(in_xla, attention="xla")
+    assert_rows_of_the_base_are_the_same(served, config, weights, adapters, inputs)
 
 
 def test_a_tied_head_gives_the_embedding_back():
@@ -324,7 +331,7 @@ def test_a_row_depends_on_nothing_beside_it(name, dtype):
     weights = pack_weights(config, init_weights(config, 1, jnp.dtype(dtype)))
     targets = tuple("qkvo") if config.has_experts else LORA_TARGETS
     modules = [random_lora(config, r, targets, 4.0, r, dtype) for r in (2, 5)]
-    adapters, index = pack_adapters(config, stack_adapters(modules)), np.asarray([1, 0, 0, -1])
+    adapters, index = pack_adapters(config, stacked(modules)), np.asarray([1, 0, 0, -1])
     index = index.astype(np.int32)
     tokens, positions, rows, pages = batch(config, dtype)
     logits, _, after = in_cpp(config, weights, adapters, index, tokens, positions, rows, pages)

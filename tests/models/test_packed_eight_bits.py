@@ -13,11 +13,10 @@ from pshare_jax.kernels.decoder_layer.packing import unpack_columns
 from pshare_jax.kernels.native.library import require_library
 from pshare_jax.models.config import ModelConfig, WeightFormat
 from pshare_jax.models.decoder import init_weights
-from pshare_jax.models.lora import stack_adapters
 from pshare_jax.models.packed import PackedDecoder, pack_adapters, pack_weights, unsupported
 from pshare_jax.models.quantise import in_format
 from pshare_jax.models.weights import LORA_TARGETS
-from tests.helpers import tiny_config
+from tests.helpers import stacked, tiny_config
 from tests.models.test_packed import (
     CONFIGS,
     LENS,
@@ -99,10 +98,10 @@ def test_adapters_of_unlike_shape_in_one_batch():
         random_lora(config, 40, ("o", "gate", "down"), 20.0, 3, "bfloat16"),
     ]
     weights, inputs = init_weights(config, 1, jnp.bfloat16), batch(config, "bfloat16")
-    stacked = stack_adapters(modules)
+    adapters = stacked(modules)
     index = np.asarray([2, 0, 1, -1], np.int32)
-    expected, expected_pages = in_xla(config, weights, stacked, index, *inputs)
-    packed = pack_weights(config, weights), pack_adapters(config, stacked)
+    expected, expected_pages = in_xla(config, weights, adapters, index, *inputs)
+    packed = pack_weights(config, weights), pack_adapters(config, adapters)
     logits, _, pages = in_cpp(config, *packed, index, *inputs)
     valid, table = np.flatnonzero(LENS), inputs[2][0]
     ends = np.asarray(expected)[valid, LENS[valid] - 1]
@@ -141,7 +140,7 @@ def test_a_row_depends_on_nothing_beside_it(dtype, form):
     config = in_format(CONFIGS["qwen3"], form)
     weights = pack_weights(config, init_weights(config, 1, jnp.dtype(dtype)))
     modules = [random_lora(config, r, LORA_TARGETS, 4.0, r, dtype) for r in (2, 5)]
-    adapters = pack_adapters(config, stack_adapters(modules))
+    adapters = pack_adapters(config, stacked(modules))
     for first in (1, -1):
         index = np.asarray([first, 0, 0, -1], np.int32)
         tokens, positions, rows, pages = batch(config, dtype)

@@ -17,7 +17,7 @@ from pshare_jax.models.packed import unsupported
 from pshare_jax.models.quantise import in_format, kv_name, quantise
 from pshare_jax.models.weights import Weights, check_weights, lora_specs, weight_specs
 from pshare_jax.sharding.rules import weight_shardings
-from tests.helpers import tiny_config
+from tests.helpers import on_device, tiny_config
 
 PLAIN = tiny_config(architecture="qwen2", tie_word_embeddings=False)
 DTYPES = {"int8": jnp.dtype(jnp.int8), "fp8": jnp.dtype(jnp.float8_e4m3fn)}
@@ -32,7 +32,12 @@ def dequantised(weights: Weights) -> Weights:
         if name.endswith("_scale"):
             continue
         scale = weights.get(f"{name}_scale")
-        plain[name] = weight if scale is None else weight.astype(jnp.float32) * scale
+        # By NumPy: each shape would be compiled.
+        plain[name] = (
+            weight
+            if scale is None
+            else on_device(np.asarray(weight, np.float32) * np.asarray(scale))
+        )
     return plain
 
 

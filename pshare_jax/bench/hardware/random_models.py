@@ -37,26 +37,29 @@ def weight_bytes(model: ModelConfig, dtype: Any) -> int:
     return count * jnp.dtype(dtype).itemsize
 
 
+@functools.cache
+def _maker(shape: tuple[int, ...], inputs: int | None, dtype: Any, sharding: Sharding) -> Any:
+    """Makes a weight of a key, compiled once for all that are alike; a norm has no inputs."""
+
+    def make(key: jax.Array) -> jax.Array:
+        if inputs is None:
+            return jnp.ones(shape, dtype)
+        # In the weights' own dtype: float32 of a large embedding would double the peak.
+        return jax.random.normal(key, shape, dtype) * jnp.asarray(inputs**-0.5, dtype)
+
+    return jax.jit(make, out_shardings=sharding)
+
+
 def random_weights(model: ModelConfig, seed: int, dtype: Any) -> LoadTensors:
     """Loads weights that keep activations near unit scale, as `models.decoder.init_weights`, but
     made on the device that they are for."""
-
-    @functools.cache
-    def maker(shape: tuple[int, ...], inputs: int, is_norm: bool, sharding: Sharding) -> Any:
-        def make(key: jax.Array) -> jax.Array:
-            if is_norm:
-                return jnp.ones(shape, dtype)
-            # In the weights' own dtype: float32 of a large embedding would double the peak.
-            return jax.random.normal(key, shape, dtype) * jnp.asarray(inputs**-0.5, dtype)
-
-        return jax.jit(make, out_shardings=sharding)
 
     def load(shardings: Mapping[str, Sharding]) -> Weights:
         weights: Weights = {}
         for number, (name, spec) in enumerate(weight_specs(model).items()):
             key = jax.random.fold_in(jax.random.key(seed), number)
             is_norm = name.endswith(".scale")
-            make = maker(spec.shape, 1 if is_norm else spec.inputs, is_norm, shardings[name])
+            make = _maker(spec.shape, None if is_norm else spec.inputs, dtype, shardings[name])
             weights[name] = make(key)
         return weights
 
