@@ -3,6 +3,7 @@
 import gc
 import os
 import sys
+import threading
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import jax
 import pytest
 from xdist.scheduler import LoadFileScheduling
 
+from pshare_jax.kernels.native.library import load_library
 from pshare_jax.runtime.host_memory import return_freed_memory
 from tests.helpers import optimisations, set_optimisations
 
@@ -50,6 +52,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile | Non
     return ByFile(config, log) if config.getoption("dist") == "loadfile" else None
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """C++ is compiled while tests are collected, not when all processes wait for it."""
+    if session.config.getoption("numprocesses", None):
+        threading.Thread(target=load_library).start()
+
+
 def pytest_collection_finish() -> None:
     """What was imported stays: garbage collections need not walk it again and again.
 
@@ -75,7 +83,7 @@ def pytest_runtest_teardown(
 ) -> Generator[None, None, None]:
     """What the tests of one folder have compiled takes no memory from the next one's."""
     yield
-    if nextitem is None or nextitem.path.parent != item.path.parent:
+    if nextitem is not None and nextitem.path.parent != item.path.parent:
         jax.clear_caches()
         return_freed_memory()
 

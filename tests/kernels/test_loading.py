@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from pathlib import Path
 
@@ -21,7 +22,12 @@ from pshare_jax.kernels.native.loading import (
     read_tensor,
 )
 
-COLUMNS = require_library().panel_columns
+
+@functools.cache
+def columns() -> int:
+    return require_library().panel_columns
+
+
 BITS = {"float32": np.uint32, "bfloat16": np.uint16, "int8": np.uint8, "float8_e4m3fn": np.uint8}
 
 
@@ -36,9 +42,9 @@ def by_definition(matrices: list[np.ndarray], interleave: bool) -> np.ndarray:
     packed = []
     for m in matrices:
         k, n = m.shape
-        padded = np.zeros((-(-k // unit) * unit, -(-n // COLUMNS) * COLUMNS), m.dtype)
+        padded = np.zeros((-(-k // unit) * unit, -(-n // columns()) * columns()), m.dtype)
         padded[:k, :n] = m
-        split = padded.reshape(-1, unit, padded.shape[1] // COLUMNS, COLUMNS)
+        split = padded.reshape(-1, unit, padded.shape[1] // columns(), columns())
         packed.append(split.transpose(2, 0, 3, 1))
     whole = np.stack(packed, axis=1) if interleave else np.concatenate(packed)
     # Whole numbers are written plus 128.
@@ -50,8 +56,8 @@ def by_definition(matrices: list[np.ndarray], interleave: bool) -> np.ndarray:
 @pytest.mark.parametrize("dtype", BITS)
 def test_panels_are_what_they_are_by_definition(dtype: str, interleave: bool, nice: int) -> None:
     rng = np.random.default_rng(0)
-    for k, n in itertools.product((1, 2, 7, 64), (1, COLUMNS - 1, COLUMNS, 3 * COLUMNS + 5)):
-        widths = (n, n) if interleave else (n, 1, 2 * COLUMNS)
+    for k, n in itertools.product((1, 2, 7, 64), (1, columns() - 1, columns(), 3 * columns() + 5)):
+        widths = (n, n) if interleave else (n, 1, 2 * columns())
         matrices = [matrix(rng, dtype, k, width) for width in widths]
         # Columns that lie together, as those of a tied head do, and rows with gaps between.
         matrices[0] = np.ascontiguousarray(matrices[0].T).T
@@ -68,7 +74,7 @@ def test_what_does_not_fit_is_refused() -> None:
     one = np.zeros((4, 3), np.float32)
     with pytest.raises(ValueError, match="do not fit"):
         pack_into(library, [one], np.zeros(3, np.float32))
-    pair = [one, np.zeros((4, COLUMNS + 1), np.float32)]
+    pair = [one, np.zeros((4, columns() + 1), np.float32)]
     out = np.zeros(packed_size(library, pair), np.float32)
     with pytest.raises(ValueError, match="one shape"):
         pack_into(library, pair, out, interleave=True)
