@@ -65,7 +65,7 @@ Micro-batches of {train_batch} rows: {train_prompt} prompt tokens, read from the
 {train_answer} answer tokens; bfloat16 computation, float32 masters, moments and gradients, remat.
 The mesh is data x fsdp x tensor, over all devices of the machine. A step is `gradients`, then
 `update`; `base KV` is computed once for all epochs.{layers} For TPUs XLA compiles these with its
-least effort (`exec_time_optimization_effort` and `memory_fitting_effort` of -1): a backward pass
+least effort (`optimization_level` and `memory_fitting_level` O0): a backward pass
 takes it 20 times as long otherwise. Temporaries and estimates are those of such a program.
 
 - **Total of memory** counts what lies beside the program: moments during `gradients`, masters

@@ -32,7 +32,8 @@ from pshare_jax.train.step import Computations, Gradients
 from pshare_jax.train.weights import trainable_specs
 
 _LORA = LoraShape(rank=16, alpha=32.0, targets=LORA_TARGETS)
-_LEAST_EFFORT = {"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0}
+_O0 = 9  # of XLA's effort levels
+_LEAST_EFFORT = {"optimization_level": _O0, "memory_fitting_level": _O0}
 """XLA for TPUs takes 20 times as long to compile a backward pass with its default effort."""
 _STEPS = 1000  # of the learning rate's schedule; no shape depends on it
 

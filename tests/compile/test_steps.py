@@ -40,10 +40,11 @@ def test_steps_compile_fit_and_keep_the_pool_in_place(name, model):
     }
     assert tuple(compiled) == STEPS
     # What it takes beside the logits is a few copies of the device's part of them, and where they
-    # are split, all of them, which the limits of sampling look at on each device.
+    # are split, all of them, which the limits of sampling look at on each device; libtpu 0.0.50
+    # keeps two of these.
     choice = compiled.pop(CHOICE)
     gathered = sizes.batch * config.vocab_size * 4
-    assert choice.temp_bytes < 8 * choice.least_bytes + gathered
+    assert choice.temp_bytes < 8 * choice.least_bytes + 2 * gathered
     for step, result in compiled.items():
         assert result.pool_in_place, step
         assert result.temp_bytes < result.pool_bytes / config.num_layers, step
