@@ -18,7 +18,7 @@ REPORT = $(BIN)/python -m pshare_jax.bench report --results="[$$(for result in \
   $(patsubst %,docs/results/agents-%.json,$(BENCHES) $(BENCHES_VLLM)); do \
   if [ -f $$result ]; then echo $$result; fi; done | paste -sd,)]"
 
-.PHONY: demo serve serve-cluster bench bench-vllm modules results test quick exhaustive test-e2e test-cpus test-browser test-clients test-deploy test-ray test-compile test-newest test-compile-newest docs attack chaos soak soak-short lock audit lint format clean
+.PHONY: demo serve serve-cluster bench bench-vllm modules results test quick exhaustive test-all test-attack test-bench test-e2e test-cpus test-browser test-clients test-deploy test-ray test-compile test-newest test-compile-newest docs attack chaos soak soak-short lock audit lint format clean
 
 demo: .venv/.run $(MODULES)
 	$(BIN)/python -m pshare_jax.demo
@@ -59,7 +59,17 @@ modules: .venv/.study $(BASE)/pshare.json
 # Folder by folder: what the files of one share is made once a process.
 PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 test: .venv/.test
-	$(BIN)/python -m pytest $(PARALLEL)
+	$(BIN)/python -m pytest $(PARALLEL) --ignore=tests/attack --ignore=tests/bench
+
+# Whatever needs nothing but .venv.
+test-all: test test-attack test-bench test-e2e test-cpus
+
+# Random attacks, three series of each.
+test-attack: .venv/.test
+	$(BIN)/python -m pytest $(PARALLEL) tests/attack
+
+test-bench: .venv/.test
+	$(BIN)/python -m pytest $(PARALLEL) tests/bench
 
 # Clusters of processes, the examples, the real model (93 MB from PyPI), the study in small, the wheel.
 test-e2e: .venv/.test

@@ -18,6 +18,8 @@ import beartype
 import jax
 import jaxtyping
 
+from pshare_jax.runtime import programs
+
 PACKAGES = ("pshare_jax.kernels.", "pshare_jax.models.")
 NAMES = {**vars(jaxtyping), "Array": jax.Array}
 
@@ -72,11 +74,20 @@ def checked() -> Iterator[set[str]]:
         ]
     for patch in patches:
         patch.start()
+    _forget_programs()
     try:
         yield called
     finally:
         for patch in reversed(patches):
             patch.stop()
+        _forget_programs()
+
+
+def _forget_programs() -> None:
+    """What engines of this process keep under jit has the functions of when it was made."""
+    for kept in vars(programs).values():
+        if hasattr(kept, "cache_clear"):
+            kept.cache_clear()
 
 
 def _shapes(function: Callable[..., Any]) -> dict[str, str]:
