@@ -21,7 +21,6 @@ namespace pshare {
 constexpr long kTileTokens = 64, kLeastTileTokens = 16;
 constexpr long kTilesOfThread = 2;
 constexpr long kBlockKeys = 2 * kPanel;
-constexpr long kBlockQueries = 2 * kTileRows;  // whose scores and weights stay in the nearest cache
 static_assert(kChunkKeys % kBlockKeys == 0);
 
 // Over pages of E, with queries and results of T.
@@ -197,7 +196,8 @@ class Attention {
       }
     }
 #endif
-    long some = std::min(queries, kBlockQueries);
+    // Queries whose scores and weights stay in the nearest cache.
+    long some = std::min<long>(queries, 2 * kTileRows<E>);
     s.scores.resize(some * kBlockKeys);
     s.weights.resize(some * kBlockKeys);
     s.keys.resize(kBlockKeys * dims);

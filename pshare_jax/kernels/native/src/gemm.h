@@ -19,11 +19,16 @@ namespace pshare {
 constexpr int kVectors = 2;
 constexpr int kPanel = kVectors * kWidth;
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kTileRows = 12;  // 32 registers: 24 accumulators
+constexpr bool kManyRegisters = true;  // 32 of them
 #else
-constexpr int kTileRows = 6;  // 16 registers: 12 accumulators
+constexpr bool kManyRegisters = false;  // 16
 #endif
-constexpr long kBlockRows = 96;     // rows whose left-hand side stays in the second-level cache
+// Rows of a tile: 24 accumulators of 32 registers, 12 of 16. Two elements of a unit that are widened
+// one after the other need a register besides: one accumulator in memory takes twice the time.
+template <class E>
+constexpr int kTileRows = kManyRegisters ? 12 : Unit<E>::passes == 2 ? 5 : 6;
+constexpr long kWholeTiles = kManyRegisters ? 12 : 30;  // rows that are whole tiles of each height
+constexpr long kBlockRows = kManyRegisters ? 96 : 90;   // whose left-hand side stays in the second-level cache
 constexpr long kBlockUnits = 1024;  // units whose part of a panel does
 
 inline long round_up(long x, long multiple) { return (x + multiple - 1) / multiple * multiple; }
@@ -85,7 +90,7 @@ inline void tile(const Left<E>* a, long lda, const E* b, long count, float* c, l
   }
 }
 
-template <class E, int R = kTileRows>
+template <class E, int R = kTileRows<E>>
 inline void tile_of(long rows, const Left<E>* a, long lda, const E* b, long count, float* c, long ldc,
                     bool add) {
   if (rows == R) return tile<E, R>(a, lda, b, count, c, ldc, add);
@@ -108,8 +113,8 @@ void multiply_panel(long rows, const Left<E>* a, long lda, const E* b, long coun
 #endif
   for (long k = 0; k < count; k += kBlockUnits) {
     long part = std::min(kBlockUnits, count - k);
-    for (long i = 0; i < rows; i += kTileRows) {
-      tile_of<E>(std::min<long>(kTileRows, rows - i), a + i * lda + k * U, lda,
+    for (long i = 0; i < rows; i += kTileRows<E>) {
+      tile_of<E>(std::min<long>(kTileRows<E>, rows - i), a + i * lda + k * U, lda,
                  b + k * kPanel * U, part, c + i * ldc, ldc, add || k > 0);
     }
   }
@@ -148,7 +153,7 @@ void share_panels(Team& team, long rows, long first, long last, int group, Done 
                   Product product) {
   long blocks = (rows + kBlockRows - 1) / kBlockRows;
   if (blocks == 0) return team.loop(0, [](long) {});
-  long block = round_up((rows + blocks - 1) / blocks, kTileRows);
+  long block = round_up((rows + blocks - 1) / blocks, kWholeTiles);
   long groups = (last - first) / group;
   // Enough shares for an even end. With many rows there are at least some, small enough to keep
   // their panels in the cache.

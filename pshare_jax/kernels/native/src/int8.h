@@ -225,7 +225,9 @@ inline void int8_tile(const RoundedRows& a, long row, const Int8* b, const float
   }
 }
 
-template <int R = kTileRows>
+constexpr int kInt8Rows = kTileRows<float>;
+
+template <int R = kInt8Rows>
 inline void int8_tile_of(long rows, const RoundedRows& a, long row, const Int8* b,
                          const float* scales, float* c, long ldc) {
   if (rows == R) return int8_tile<R>(a, row, b, scales, c, ldc);
@@ -236,8 +238,8 @@ inline void int8_tile_of(long rows, const RoundedRows& a, long row, const Int8* 
 inline void multiply_panel(const RoundedRows& a, long row, long rows, const Matrix<Int8>& m,
                            long panel, float* c, long ldc) {
   const Int8* b = m.panels + panel * panel_size<Int8>(a.k);
-  for (long i = 0; i < rows; i += kTileRows) {
-    int8_tile_of<>(std::min<long>(kTileRows, rows - i), a, row + i, b, m.scales + panel * kPanel,
+  for (long i = 0; i < rows; i += kInt8Rows) {
+    int8_tile_of<>(std::min<long>(kInt8Rows, rows - i), a, row + i, b, m.scales + panel * kPanel,
                    c + i * ldc, ldc);
   }
 }

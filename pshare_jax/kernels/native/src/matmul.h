@@ -148,7 +148,7 @@ void multiply_side(Team& team, const Pair& pair, const Pair* more, const bf16* p
   long lines = pair.left.lines, columns = pair.right.lines;
   long blocks = (lines + kBlockRows - 1) / kBlockRows;
   if (blocks == 0) return;
-  long block = round_up((lines + blocks - 1) / blocks, kTileRows);
+  long block = round_up((lines + blocks - 1) / blocks, kWholeTiles);
   // Four items a thread or more, for an even end.
   long shares = std::min(count, std::max<long>(1, (4 * team.size() + blocks - 1) / blocks));
   team.loop(blocks * shares, [&](long item) {

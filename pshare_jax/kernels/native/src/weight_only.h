@@ -148,7 +148,7 @@ void multiply_panel(long rows, const Left<E>* a, long lda, const Matrix<Narrow<N
   using W = Narrow<N, E>;
   const W* b = m.panels + panel * panel_size<W>(k);
   long all = units<W>(k), done = 0;
-  if (rows <= kTileRows && !by_tiles<E>()) {
+  if (rows <= kTileRows<W> && !by_tiles<E>()) {
     // Whole units: behind those of a row lies anything.
     done = k / 4;
     if (done > 0) tile_of<W>(rows, a, lda, b, done, c, ldc, false);
