@@ -108,7 +108,7 @@ def _split(name: str, scheme: Scheme) -> tuple[str, str]:
 def _read(name: str, scheme: Scheme, parts: Parts, shape: tuple[int, ...]) -> np.ndarray:
     try:
         weight = scheme.weight(parts)
-    except (KeyError, ValueError, IndexError) as error:
+    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
         raise CheckpointError(f"tensor {name}: its parts do not fit together: {error}") from error
     if weight.shape != shape:
         raise CheckpointError(f"tensor {name}: its parts make up {list(weight.shape)}")
