@@ -20,6 +20,7 @@ from pshare_jax.convert.orbax import open_weights
 from pshare_jax.convert.seals import open_checkpoint
 from pshare_jax.convert.streamed import Head, hidden_states
 from pshare_jax.convert.tensors import DTYPES, STORED_DTYPES, LazyTensor
+from pshare_jax.errors import BenchmarkError
 from pshare_jax.kernels.matmul.rounded import rounded
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.quantise import in_format, quantise
@@ -53,11 +54,17 @@ def run(options: WeightsOptions) -> dict[str, Any]:
         `mean_kl` (nats) and `same_best` (share of positions) beside the plain one.
 
     Raises:
-        BenchmarkError: memory could not be measured.
+        BenchmarkError: memory could not be measured, or the checkpoint has weights of 8 bits
+            already, as which an engine loads what is called plain here.
         CheckpointError: no such checkpoint.
         ConfigError: its architecture has no weights of 8 bits.
     """
     manifest = open_checkpoint(options.base)
+    if manifest.weights != "plain":
+        raise BenchmarkError(
+            f"{options.base}: its weights are {manifest.weights} already; take a base that was "
+            "imported with --dequantise"
+        )
     config = manifest.config
     forms = {form: in_format(config, form) for form in FORMS}
     encoded = options.encoded(manifest)

@@ -75,27 +75,27 @@ def _modules(
         if part in scheme.dropped:
             continue
         if part in scheme.parts:
-            modules.setdefault(module, {})[part] = _without_nan(name, tensor)
+            modules.setdefault(module, {})[part] = _checked(name, part, tensor)
         else:
             others[name] = tensor
     return modules, others
 
 
-def _without_nan(name: str, tensor: LazyTensor) -> LazyTensor:
-    """FP8 numbers that are refused where one is NaN, which no weight is; all else as it is."""
-    if tensor.dtype != FP8:
+def _checked(name: str, part: str, tensor: LazyTensor) -> LazyTensor:
+    """FP8 numbers and scales, which are refused where one is not finite; all else as it is."""
+    if tensor.dtype.kind in "iu" or (part == "weight" and tensor.dtype != FP8):
         return tensor
 
     def read() -> np.ndarray:
         values = tensor.read()
-        if (where := np.argwhere(values.view(np.uint8) & 0x7F == 0x7F)).size:
+        if len(where := np.argwhere(~np.isfinite(values))):
             raise CheckpointError(
-                f"tensor {name}: is NaN (byte 0x7f or 0xff of FP8) at {where[0].tolist()}; the "
-                "source is damaged, or was not quantised well"
+                f"tensor {name}: is {values[tuple(where[0])]} at {where[0].tolist()}; the source "
+                "is damaged, or was not quantised well"
             )
         return values
 
-    return LazyTensor(tensor.shape, FP8, read)
+    return LazyTensor(tensor.shape, tensor.dtype, read)
 
 
 def _split(name: str, scheme: Scheme) -> tuple[str, str]:
@@ -108,7 +108,7 @@ def _split(name: str, scheme: Scheme) -> tuple[str, str]:
 def _read(name: str, scheme: Scheme, parts: Parts, shape: tuple[int, ...]) -> np.ndarray:
     try:
         weight = scheme.weight(parts)
-    except (KeyError, ValueError, IndexError) as error:
+    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
         raise CheckpointError(f"tensor {name}: its parts do not fit together: {error}") from error
     if weight.shape != shape:
         raise CheckpointError(f"tensor {name}: its parts make up {list(weight.shape)}")

@@ -174,26 +174,44 @@ def _blocks(
         return scales.reshape(1, 1)
     if scales.ndim == 1:
         scales = scales[:, None]
-    rows, columns = block or (math.ceil(n / m) for n, m in zip(shape, scales.shape, strict=True))
-    if (math.ceil(shape[0] / rows), math.ceil(shape[1] / columns)) != scales.shape:
+    if block is None:
+        # Blocks of a size that is not stated are alike.
+        if any(m == 0 or n % m for n, m in zip(shape, scales.shape, strict=True)):
+            raise ValueError(f"scales of shape {list(scales.shape)} for {list(shape)}")
+        block = shape[0] // scales.shape[0], shape[1] // scales.shape[1]
+    rows, columns = block
+    if _count(shape, block) != scales.shape:
         raise ValueError(f"scales of shape {list(scales.shape)} for {list(shape)}")
     return scales.repeat(rows, 0).repeat(columns, 1)[: shape[0], : shape[1]]
 
 
-def _fp8(about: Fields) -> Scheme:
-    """FP8 with a scale for each block, as Qwen and DeepSeek publish it, or the whole."""
-    block = about.values.get("weight_block_size")
-    if block is not None and not (
+def _count(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
+    """The number of blocks that cover each axis."""
+    return tuple(math.ceil(n / m) for n, m in zip(shape, block, strict=True))
+
+
+def _block(about: Fields, name: str) -> tuple[int, int] | None:
+    """The size of blocks `[out, in]` that a field states, if it does."""
+    block = about.values.get(name)
+    if block is None:
+        return None
+    if not (
         isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block)
     ):
-        raise about.fail("weight_block_size", f"is {reprlib.repr(block)}, not two sizes")
+        raise about.fail(name, f"is {reprlib.repr(block)}, not two sizes")
+    return block[0], block[1]
+
+
+def _fp8(about: Fields) -> Scheme:
+    """FP8 with a scale for each block, as Qwen and DeepSeek publish it, or the whole."""
+    block = _block(about, "weight_block_size")
 
     def scales(parts: Parts) -> LazyTensor:
         return parts["weight_scale_inv" if "weight_scale_inv" in parts else "weight_scale"]
 
     def weight(parts: Parts) -> np.ndarray:
         values = parts["weight"].read().astype(np.float32)
-        return values * _blocks(scales(parts).read(), values.shape, tuple(block) if block else None)
+        return values * _blocks(scales(parts).read(), values.shape, block)
 
     def eight_bits(parts: Parts) -> EightBitWeight | None:
         return None if block else _of_rows(parts["weight"], scales(parts))
@@ -228,11 +246,16 @@ def _compressed(about: Fields) -> Scheme:
         raise about.fail("sparsity_config.format", f"is {reprlib.repr(sparsity)}; not supported")
     if about.part("transform_config").values.get("config_groups"):
         raise about.fail("transform_config", "rotates weights, which is not supported")
-    widths = {
-        groups.part(name).part("weights").positive("num_bits", int)
+    weights = [
+        groups.part(name).part("weights")
         for name in groups.values
         if groups.part(name).values.get("weights") is not None
-    }
+    ]
+    widths = {group.positive("num_bits", int) for group in weights}
+    blocks = {_block(group, "block_structure") for group in weights} - {None}
+    if len(blocks) > 1:
+        raise about.fail("config_groups", "has blocks of several sizes, which is not supported")
+    block = next(iter(blocks), None)
     if "pack-quantized" in forms and (len(widths) != 1 or not widths <= {2, 4, 8}):
         raise about.fail(
             "config_groups", f"has weights of {sorted(widths)} bits; 2, 4 or 8 are supported"
@@ -249,6 +272,12 @@ def _compressed(about: Fields) -> Scheme:
         if rows != out or not 0 < columns <= words * 32 // bits:
             raise ValueError("weight_shape is another shape")
         return rows, columns
+
+    def laid_out(scales: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        # Not every group has blocks.
+        return _blocks(
+            scales, shape, block if block and _count(shape, block) == scales.shape else None
+        )
 
     def weight(parts: Parts) -> np.ndarray:
         if "weight" in parts:
@@ -267,8 +296,8 @@ def _compressed(about: Fields) -> Scheme:
                 values = values - zeros.astype(np.float32)[:, group]
             return values * scales.astype(np.float32)[:, group]
         if zeros is not None:
-            values = values - _blocks(zeros, values.shape, None)
-        return values * _blocks(scales, values.shape, None)
+            values = values - laid_out(zeros, values.shape)
+        return values * laid_out(scales, values.shape)
 
     def eight_bits(parts: Parts) -> EightBitWeight | None:
         out, inputs = shape(parts)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 MOST_RUNS = 500
-"""Runs of a batch (see `_Runs`) from which on no further ones from which rows fall are looked at.
+"""Runs of a batch (see `_Runs`) from which on each further node has only that which all rows see.
 
 Random prefixes within prefixes of 64 rows have up to 250 with a sliding window.
 """
@@ -71,8 +71,8 @@ def best_prefixes(trie: Prefixes, first: np.ndarray, limit: int) -> list[tuple[i
 
     No other groups of rows save more, and every node returned saves something, while there are
     fewer than `MOST_RUNS` runs. Where all rows see page 0 there are as many runs as nodes, and no
-    limit. Beyond it, groups may be missed that have a row which is also below the node of another
-    one, but sees pages before the first that is read of that.
+    limit. Beyond it, further nodes are read from the first page that any of their rows sees, so
+    groups may be missed without the rows that see pages before the others.
 
     Args:
         trie: of B rows.
@@ -110,6 +110,8 @@ class _Runs:
             # A run from the last of these on has one row. Without a window all are page 0.
             starts = sorted(page for page in first[rows].tolist() if page < pages)[:-1]
             starts = list(dict.fromkeys(starts))
+            if len(self.since) >= MOST_RUNS:
+                starts = starts[:1]
             seen = np.maximum(pages - first, 0)
             for since in starts:
                 self._add(since, 0, seen)

@@ -52,7 +52,7 @@ def quantise(config: ModelConfig, weights: Weights) -> Weights:
     Returns:
         The same, laid out alike, with `.kernel` of the form's dtype and `.kernel_scale` float32, an
         embedding likewise if `config` wants that. An output with a weight that is not finite has a
-        scale that is not.
+        scale that is not; one of weights whose scale would be less than 1.2e-38 has zeros.
     """
     specs = narrow_specs(config)
     quantised: Weights = {}
@@ -109,8 +109,10 @@ def _quantise(
 ) -> tuple[jax.Array, jax.Array]:
     wide = weight.astype(jnp.float32)
     largest = jnp.max(jnp.abs(wide), axis=inputs, keepdims=True)
-    # An output of zeros has zeros for any scale.
-    scale = jnp.where(largest == 0, 1.0, largest) / LARGEST[dtype]
+    # An output of zeros has zeros for any scale; so has one whose own scale would not be a normal
+    # number, which processors may take for zero: FP8 would become NaN.
+    least = LARGEST[dtype] * float(jnp.finfo(jnp.float32).tiny)
+    scale = jnp.where(largest < least, 1.0, largest) / LARGEST[dtype]
     numbers = wide / scale
     if jnp.issubdtype(dtype, jnp.integer):
         numbers = jnp.round(numbers)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from pshare_jax.bench import weights, weights_memory
 from pshare_jax.bench.weights import WeightsOptions
 from pshare_jax.convert.conversions import import_model
+from pshare_jax.errors import BenchmarkError
 from tests.convert.helpers import model_config, random_weights, write_hf_folder
 
 
@@ -60,3 +63,11 @@ def test_a_tied_embedding_has_8_bits_where_activations_have(tmp_path):
     assert [weights.lines(result)[row].split("|")[3].strip() for row in (2, 3, 4, 5)] == [""] * 4
     assert result["int8"]["bytes"] - result["int8-dynamic"]["bytes"] == 416 * 48 - 4 * 416
     assert 0 < result["int8-dynamic"]["mean_kl"] < 3e-3
+
+
+def test_a_base_that_has_8_bits_already_is_refused(tmp_path, monkeypatch):
+    folder = write_hf_folder(tmp_path / "hf", model_config(), random_weights(model_config()))
+    manifest = replace(import_model(folder, tmp_path / "base"), weights="fp8")
+    monkeypatch.setattr(weights, "open_checkpoint", lambda base: manifest)
+    with pytest.raises(BenchmarkError, match=r"weights are fp8 already; .* with --dequantise"):
+        weights.run(WeightsOptions(str(tmp_path / "base")))

@@ -401,16 +401,30 @@ def test_fp8_with_a_scale_of_all_or_of_each_output(shape, block, kept):
     np.testing.assert_array_equal(found["a.weight"].scale.read(), expected)
 
 
-@pytest.mark.parametrize(("byte", "dequantise"), [(0x7F, False), (0xFF, True)])
-def test_a_weight_that_is_nan_in_fp8_is_refused(byte, dequantise, tmp_path):
-    name = "model.layers.1.mlp.down_proj.weight"
+@pytest.mark.parametrize("dequantise", [False, True])
+@pytest.mark.parametrize(
+    ("part", "value", "words"),
+    [
+        ("weight", np.uint8(0x7F).view(FP8), r"nan at \[3, 0\]"),
+        ("weight", np.uint8(0xFF).view(FP8), r"nan at \[3, 0\]"),
+        ("weight_scale", np.nan, r"nan at \[3, 0\]"),
+        ("weight_scale", np.inf, r"inf at \[3, 0\]"),
+        ("weight_scale", np.asarray(np.nan, np.float32), r"nan at \[\]"),
+    ],
+    ids=["NaN", "-NaN", "a scale of NaN", "an infinite scale", "a scale of all"],
+)
+def test_fp8_that_is_not_finite_is_refused(part, value, words, dequantise, tmp_path):
+    name = f"model.layers.1.mlp.down_proj.{part}"
     write_folder(tmp_path / "hf", "fp8")
     path = tmp_path / "hf" / "model.safetensors"
     names = hf.files_in(path.parent, path.name)
     tensors = {name: hf.lazy_tensor(path, name, raw=True).read() for name in names}
-    tensors[name].view(np.uint8)[3, 2] = byte
+    if isinstance(value, np.ndarray):
+        tensors[name] = value
+    else:
+        tensors[name][3, 0] = value
     save(path, tensors)
-    with pytest.raises(CheckpointError, match=rf"tensor {name}: is NaN .* at \[3, 2\]"):
+    with pytest.raises(CheckpointError, match=rf"tensor {name}: is {words}"):
         import_model(tmp_path / "hf", tmp_path / "base", dequantise=dequantise)
     assert not (tmp_path / "base").exists()
 

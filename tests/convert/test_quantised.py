@@ -169,6 +169,28 @@ def test_compressed_tensors_are_read_as_their_library_does(scheme):
     np.testing.assert_allclose(tensor.read(), expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("stated", [True, False])
+def test_blocks_that_do_not_divide_a_weight_are_those_that_are_stated(stated):
+    """Of 250 rows the second block of 128 has 122; where none is stated, nothing is guessed."""
+    weights = {"num_bits": 8, "type": "float"} | (
+        {"strategy": "block", "block_structure": [128, 32]} if stated else {}
+    )
+    about = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+    about["config_groups"] = {"group_0": {"weights": weights, "targets": ["Linear"]}}
+    scheme = read_scheme({"quantization_config": about})
+    assert scheme is not None
+    ones = np.ones((250, 80), ml_dtypes.float8_e4m3fn)
+    scales = np.arange(6, dtype=np.float32).reshape(2, 3)
+    found = plain_tensors(scheme, {"a.weight": as_lazy(ones), "a.weight_scale": as_lazy(scales)})
+    if not stated:
+        words = r"a.weight: its parts do not fit together: scales of shape \[2, 3\] for \[250, 80\]"
+        with pytest.raises(CheckpointError, match=words):
+            found["a.weight"].read()
+        return
+    expected = scales.repeat(128, 0).repeat(32, 1)[:250, :80]
+    np.testing.assert_array_equal(found["a.weight"].read(), expected)
+
+
 def test_mxfp4_are_nibbles_times_powers_of_two():
     scheme = read_scheme({"quantization_config": {"quant_method": "mxfp4"}})
     assert scheme is not None
@@ -195,6 +217,16 @@ def test_mxfp4_are_nibbles_times_powers_of_two():
         ({"quant_method": "awq", "bits": 8}, "bits is 8; supported is 4"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version is 'gemv'"),
         ({"quant_method": "fp8", "weight_block_size": [0, 1]}, "weight_block_size"),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {
+                    name: {"weights": {"num_bits": 8, "block_structure": [size, size]}}
+                    for name, size in (("a", 64), ("b", 128))
+                },
+            },
+            "config_groups has blocks of several sizes",
+        ),
         (
             {"quant_method": "compressed-tensors", "format": "marlin-24"},
             "format is 'marlin-24'; supported are float-quantized",
@@ -238,6 +270,10 @@ Q = "model.layers.1.self_attn.q_proj"
     [
         (lambda t: t.pop(f"{Q}.qweight"), rf"tensors {Q}\.\*: g_idx, qzeros, scales are no weight"),
         (lambda t: t.pop(f"{Q}.scales"), f"{Q}.weight: its parts do not fit together: 'scales'"),
+        (
+            lambda t: t.update({f"{Q}.scales": t[f"{Q}.scales"][:0]}) or t.pop(f"{Q}.g_idx"),
+            f"{Q}.weight: its parts do not fit together",
+        ),
         (lambda t: t[f"{Q}.g_idx"].fill(99), f"{Q}.weight: its parts do not fit together"),
         (lambda t: t[f"{Q}.g_idx"].fill(-1), "g_idx gives no group for each input"),
         (

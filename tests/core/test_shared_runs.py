@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -165,6 +166,22 @@ def test_no_other_groups_save_more(batch, limit, window) -> None:
         reads = [len([p for p in pages_read(positions[row], window) if p < pages]) for row in group]
         saved += sum(reads) - max(reads)
     assert saved == found.saved_pages
+
+
+def test_what_a_choice_takes_is_bounded_with_a_window_too() -> None:
+    """Each row of 128 continues the one before it, and no two see the same first page."""
+    count, prompt = 128, 1000
+    table = np.zeros((count, prompt + count + 1), np.int32)
+    positions = [(prompt + row) * PAGE for row in range(count)]
+    for row in range(count):
+        table[row, : prompt + row] = np.arange(1, prompt + row + 1)
+    tracemalloc.start()
+    found = shared_runs(table, positions, PAGE, 8, sliding_window=900 * PAGE)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 20_000_000  # 200 million with a run for each pair of rows
+    # One group of all would save what all see of the prompt, but for the first row.
+    assert found.saved_pages > sum(prompt - (p // PAGE - 899) for p in positions[1:])
 
 
 @pytest.mark.parametrize(("least_share", "groups"), [(0.0, 1), (0.25, 1), (0.26, 0)])

@@ -85,6 +85,18 @@ def test_each_value_is_the_nearest_that_there_is(form, largest):
 
 
 @pytest.mark.parametrize("form", DTYPES)
+def test_an_output_whose_scale_would_be_no_normal_number_is_zero(form):
+    outputs = [1e-44, 1e-38, 1e-37, 1e-35, 1e-30]
+    kernel = WEIGHTS[NAME].at[:, :5].set(jnp.asarray([outputs, [0.0] * 5] * 24))
+    weights = quantise(CONFIGS[form], {NAME: kernel})
+    numbers, scale = (np.asarray(w).astype(np.float32) for w in weights.values())
+    values = (numbers.astype(np.float64) * scale)[0, :5]
+    np.testing.assert_allclose(values, [0, 0, 0, 1e-35, 1e-30], rtol=1e-6)
+    assert np.isfinite(numbers).all()
+    assert scale.min() >= np.finfo(np.float32).tiny
+
+
+@pytest.mark.parametrize("form", DTYPES)
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_weight_that_is_not_finite_shows_in_its_output_alone(form, value):
     weights = quantise(CONFIGS[form], {NAME: WEIGHTS[NAME].at[5, 2].set(value)})
