@@ -30,16 +30,16 @@ void attend(const E* q, const E* pages, const fp8* small_pages, const Rows& rows
 
 }  // namespace pshare
 
-// The layer over weights W, and attention, in E; of the namespace pshare.
-#define PSHARE_LAYER(E, W)                                                                        \
-  template void run(const Layer<E, W>&, const Rows&, long, float*, const float*, const float*, E*, \
-                    fp8*);
-#define PSHARE_DTYPE(E)                                                                          \
-  namespace pshare {                                                                             \
-  PSHARE_LAYER(E, E)                                                                             \
-  PSHARE_LAYER(E, Fp8As<E>)                                                                      \
-  PSHARE_LAYER(E, Int8)                                                                          \
-  PSHARE_LAYER(E, Int8As<E>)                                                                     \
-  template void attend(const E*, const E*, const fp8*, const Rows&, const Geometry&,             \
-                       const std::vector<long>&, bool, E*);                                      \
+// The layer over weights of every kind, and attention, in E.
+#define PSHARE_LAYER(E, W)                                                                     \
+  template void run(const Layer<E, W>&, const Rows&, long, float*, const float*, const float*, \
+                    E*, fp8*);
+#define PSHARE_DTYPE(E)                                                                        \
+  namespace pshare {                                                                           \
+  PSHARE_LAYER(E, E)                                                                           \
+  PSHARE_LAYER(E, Fp8As<E>)                                                                    \
+  PSHARE_LAYER(E, Int8)                                                                        \
+  PSHARE_LAYER(E, Int8As<E>)                                                                   \
+  template void attend(const E*, const E*, const fp8*, const Rows&, const Geometry&,           \
+                       const std::vector<long>&, bool, E*);                                    \
   }

@@ -1,5 +1,5 @@
-// What handlers call and other files compile, side by side: the decoder layer and attention, by dtype
-// in bfloat16.cc and float32.cc, and the head, in head.cc.
+// What handlers call and other files compile, side by side: the decoder layer and attention, by
+// dtype, in bfloat16.cc and float32.cc, and the head, in head.cc.
 #pragma once
 
 #include <vector>

@@ -61,8 +61,8 @@ ffi::Error paged_attention(ffi::RemainingArgs args, ffi::RemainingRets rets,
     bool small = has_small_pages(call, 1);
     bool alike = small || call.arg(1).element_type() == call.arg(0).element_type();
     if (!call.good(alike ? "" : "pages are of another dtype than queries")) return;
-    attend(q, small ? nullptr : call.data<E>(1), small ? call.data<fp8>(1) : nullptr, rows, g, first,
-           tokens == 1, out);
+    attend(q, small ? nullptr : call.data<E>(1), small ? call.data<fp8>(1) : nullptr, rows, g,
+           first, tokens == 1, out);
   });
 }
 

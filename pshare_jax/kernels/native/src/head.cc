@@ -4,9 +4,9 @@
 
 namespace pshare {
 
-#define PSHARE_HEAD(W)                                                                             \
-  template void head(const float*, const float*, const Matrix<W>&, const int32_t*, long, long, long, \
-                     float, bool, const uint32_t*, long, float*, int32_t*);
+#define PSHARE_HEAD(W)                                                                           \
+  template void head(const float*, const float*, const Matrix<W>&, const int32_t*, long, long,   \
+                     long, float, bool, const uint32_t*, long, float*, int32_t*);
 
 PSHARE_HEAD(float)
 PSHARE_HEAD(bf16)
