@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from pshare_jax.errors import ConfigError
 from pshare_jax.kernels.backends import backend_for
-from pshare_jax.kernels.native import library
+from pshare_jax.kernels.native import compiling, library
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,7 +31,8 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Sources that compile in no time; returns their folder."""
     sources = tmp_path / "src"
     sources.mkdir()
-    (sources / "ffi.cc").write_text('extern "C" int answer() { return 42; }\n')
+    (sources / "ffi.cc").write_text('int half();\nextern "C" int answer() { return 2 * half(); }\n')
+    (sources / "part.cc").write_text("int half() { return 21; }\n")
     monkeypatch.setattr(library, "SOURCES", sources)
     return sources
 
@@ -134,12 +138,69 @@ def test_no_compiler_is_one_line_and_xla(anew, tmp_path, monkeypatch, caplog):
 
 def test_a_compiler_that_fails_is_one_line_and_xla(small, anew, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    (small / "ffi.cc").write_text("#error something is missing\n")
+    (small / "part.cc").write_text("#error something is missing\n")
     with caplog.at_level(logging.INFO, "pshare_jax"):
         assert library.load_library() is None
     (line,) = caplog.messages
     assert "something is missing" in line
-    assert not list((tmp_path / "cache").rglob("*.so"))
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+COMPILER = """#!/bin/sh
+case "$*" in
+  *--version*) exit ;;
+  *ffi.cc*) sleep 1000 & echo $! > "$HELD"; wait ;;
+esac
+while ! test -s "$HELD"; do sleep 0.01; done
+test "$OUTCOME" = fails || sleep 1000
+echo "part.cc: error: of its own" >&2
+exit 1
+"""
+
+
+@pytest.mark.parametrize("outcome", ["fails", "interrupted", "takes too long"])
+def test_no_compiler_and_no_file_is_left(small, tmp_path, monkeypatch, outcome):
+    """A compiler's own children neither."""
+    script, held = tmp_path / "c++", tmp_path / "held"
+    script.write_text(COMPILER)
+    script.chmod(0o700)
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setenv("HELD", str(held))
+    monkeypatch.setenv("OUTCOME", outcome)
+    monkeypatch.setattr(compiling, "_cpus", lambda: 2)
+
+    clock = SimpleNamespace(monotonic=lambda: 0.0, sleep=lambda _: look())
+
+    def look() -> None:
+        time.sleep(0.01)
+        if held.exists() and held.read_text():  # the compiler's child runs
+            clock.monotonic = lambda: 1e6 if outcome == "takes too long" else 0.0
+            if outcome == "interrupted":
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(compiling, "time", clock)
+    raised, said = {
+        "fails": (library.NativeBuildError, f"{script} failed: part.cc: error: of its own"),
+        "interrupted": (KeyboardInterrupt, ""),
+        "takes too long": (library.NativeBuildError, f"{script}: it takes longer than 600 seconds"),
+    }[outcome]
+    with pytest.raises(raised, match=f"^{re.escape(said)}$"):
+        library.build(tmp_path / "cache")
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    deadline = time.monotonic() + 30
+    while is_running(
+        int(held.read_text())
+    ):  # what has been killed ends at once, but not at this line
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def is_running(process: int) -> bool:
+    status = Path(f"/proc/{process}/stat")
+    try:
+        return status.read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_a_cache_that_cannot_be_written_is_one_line_and_a_temporary_folder(

@@ -32,6 +32,12 @@ import numpy as np
 
 from pshare_jax import runtime_files
 from pshare_jax.errors import ConfigError
+from pshare_jax.kernels.native.compiling import (
+    TIMEOUT_SECONDS,
+    NativeBuildError,
+    compile_library,
+    failed,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +48,9 @@ if it is not set. The CPU must have what it names."""
 FLAGS = (
     "-O3",
     f"-march={os.environ.get(MARCH_VARIABLE) or 'native'}",
-    *("-std=c++17", "-fPIC", "-shared", "-pthread", "-w"),
+    *("-std=c++17", "-fPIC", "-pthread", "-w"),
 )
+LINK_FLAGS = ("-shared",)
 TARGETS = (
     "pshare_kv_write",
     "pshare_paged_attention",
@@ -57,7 +64,6 @@ TARGETS = (
     "pshare_copy_pages",
     "pshare_page_checksums",
 )
-TIMEOUT_SECONDS = 600
 _STAGES_BYTES = 1 << 14
 AMX_VARIABLE = "PSHARE_AMX"
 """Of the environment: `0` leaves a CPU's matrix unit alone, so that vectors multiply bfloat16."""
@@ -71,10 +77,6 @@ _WHY_VECTORS = {
 _lock = threading.Lock()
 
 
-class NativeBuildError(Exception):
-    """The library cannot be compiled on this machine; the message says why in one line."""
-
-
 @dataclass(frozen=True)
 class Library:
     """The loaded library.
@@ -84,7 +86,7 @@ class Library:
         panel_columns: columns of one panel of a packed matrix, see `src/gemm.h`.
         multiplier: of bfloat16 in this process: `amx`, Intel's matrix unit; `vectors`; or `twin`,
             that unit in C++, of a library compiled for tests. Each sums in an order of its own.
-        kv_encode: codes a KV page, see `src/ffi.cc`; host memory by address, without the GIL.
+        kv_encode: codes a KV page, see `src/host.cc`; host memory by address, without the GIL.
         kv_decode: the inverse.
         pack: a matrix into panels, see `loading.pack_into`.
         read_tensor: a tensor of a checkpoint, see `loading.read_tensor`.
@@ -275,9 +277,9 @@ def build(cache: Path) -> Path:
 def _compile(compiler: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
-        include = f"-I{jax.ffi.include_dir()}"
+        with_flags = (compiler, *FLAGS, f"-I{jax.ffi.include_dir()}")
         started = time.monotonic()
-        _run([compiler, *FLAGS, include, str(SOURCES / "ffi.cc"), "-o", str(made)])
+        compile_library(with_flags, LINK_FLAGS, SOURCES, made)
         checksum = Path(folder) / "checksum"
         checksum.write_text(_sha256(made))
         os.replace(made, path)
@@ -324,7 +326,8 @@ def _key(compiler: str) -> str:
     digest = hashlib.sha256()
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + source.read_bytes())
-    for text in (_run([compiler, "--version"]), " ".join(FLAGS), version("jaxlib"), _cpu()):
+    flags = " ".join(FLAGS + LINK_FLAGS)
+    for text in (_run([compiler, "--version"]), flags, version("jaxlib"), _cpu()):
         digest.update(text.encode())
     return digest.hexdigest()[:16]
 
@@ -347,6 +350,5 @@ def _run(command: list[str]) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NativeBuildError(f"{command[0]}: {error}") from error
     if done.returncode != 0:
-        lines = [line for line in done.stderr.splitlines() if "error" in line] or [done.stderr]
-        raise NativeBuildError(f"{command[0]} failed: {lines[0].strip()}")
+        raise failed(command[0], done.stderr)
     return done.stdout

@@ -1,171 +1,14 @@
 // The XLA FFI handlers of the CPU kernels; pshare_jax/kernels/native/library.py registers them.
 
-#include <string>
-#include <type_traits>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
-#include "head.h"
-#include "kv_codec.h"
-#include "layer.h"
-#include "loading.h"
+#include "call.h"
+#include "computed.h"
 #include "masked_attention.h"
 #include "matmul.h"
-#include "tile_check.h"
-#include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
 using namespace pshare;
 
 namespace {
-
-// The dtype of packed weights W of 8 bits, which have a scale for each column; INVALID for others.
-template <class W>
-constexpr ffi::DataType narrow_dtype = ffi::DataType::INVALID;
-template <>
-constexpr ffi::DataType narrow_dtype<Int8> = ffi::DataType::U8;
-template <class E>
-constexpr ffi::DataType narrow_dtype<Narrow<WholeNumbers, E>> = ffi::DataType::U8;
-template <class E>
-constexpr ffi::DataType narrow_dtype<Narrow<SmallFloats, E>> = ffi::DataType::F8E4M3FN;
-template <class W>
-constexpr bool is_narrow = narrow_dtype<W> != ffi::DataType::INVALID;
-
-// The dtype of what is read as T; INVALID where that is bytes of whatever it is.
-template <class T>
-constexpr ffi::DataType dtype_of() {
-  if (std::is_same_v<T, float>) return ffi::DataType::F32;
-  if (std::is_same_v<T, bf16>) return ffi::DataType::BF16;
-  if (std::is_same_v<T, fp8>) return ffi::DataType::F8E4M3FN;
-  if (is_narrow<T>) return narrow_dtype<T>;
-  if (std::is_same_v<T, int32_t>) return ffi::DataType::S32;
-  if (std::is_same_v<T, uint32_t>) return ffi::DataType::U32;
-  if (std::is_same_v<T, bool>) return ffi::DataType::PRED;
-  static_assert(std::is_same_v<T, float> || std::is_same_v<T, bf16> || std::is_same_v<T, fp8> ||
-                is_narrow<T> || std::is_same_v<T, int32_t> || std::is_same_v<T, uint32_t> ||
-                std::is_same_v<T, bool> || std::is_same_v<T, char>);
-  return ffi::DataType::INVALID;
-}
-
-// As numpy calls it.
-std::string name_of(ffi::DataType dtype) {
-  switch (dtype) {
-    case ffi::DataType::F32: return "float32";
-    case ffi::DataType::F64: return "float64";
-    case ffi::DataType::F16: return "float16";
-    case ffi::DataType::BF16: return "bfloat16";
-    case ffi::DataType::F8E4M3FN: return "float8_e4m3fn";
-    case ffi::DataType::S8: return "int8";
-    case ffi::DataType::U8: return "uint8";
-    case ffi::DataType::S32: return "int32";
-    case ffi::DataType::U32: return "uint32";
-    case ffi::DataType::S64: return "int64";
-    case ffi::DataType::PRED: return "bool";
-    default: return "XLA's type " + std::to_string(static_cast<int>(dtype));
-  }
-}
-
-// The buffers of a call, in order; a problem is kept for `error`, once.
-class Call {
- public:
-  Call(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dictionary attrs)
-      : args_(args), rets_(rets), attrs_(attrs) {}
-
-  ffi::AnyBuffer arg(size_t i) { return checked(args_.get<ffi::AnyBuffer>(i), i); }
-  ffi::AnyBuffer ret(size_t i) {
-    auto found = rets_.get<ffi::AnyBuffer>(i);
-    if (!found.has_value()) return arg(args_.size());
-    return **found;
-  }
-  // What is read as T must be T; to be looked at after `good` alone, of its contents too.
-  template <class T>
-  const T* data(size_t i, const std::string& name = "") {
-    auto buffer = arg(i);
-    if (dtype_of<T>() != ffi::DataType::INVALID && buffer.element_type() != dtype_of<T>()) {
-      good((name.empty() ? "operand " + std::to_string(i) : name) + ": the dtype is " +
-           name_of(buffer.element_type()) + ", not " + name_of(dtype_of<T>()));
-    }
-    return buffer.element_count() ? static_cast<const T*>(buffer.untyped_data()) : nullptr;
-  }
-  long dim(size_t i, size_t axis) { return arg(i).dimensions()[axis]; }
-  template <class T>
-  T attr(const char* name) {
-    auto found = attrs_.get<T>(name);
-    if (!found.has_value()) {
-      error_ = std::string("attribute ") + name + " is missing or of the wrong type";
-      return T{};
-    }
-    return *found;
-  }
-  const std::string& error() const { return error_; }
-  // Notes what is wrong, if anything is; true if nothing is, here and before.
-  bool good(const std::string& problem) {
-    if (error_.empty()) error_ = problem;
-    return error_.empty();
-  }
-
-  // To be looked at after `good` alone.
-  Rows rows(size_t i) {
-    return Rows{data<int32_t>(i), data<int32_t>(i + 1), data<int32_t>(i + 2), dim(i, 0), dim(i, 1)};
-  }
-  Geometry geometry(size_t pages, long heads) {
-    long kv_heads = dim(pages, 2);
-    return Geometry{kv_heads,      heads / kv_heads,         dim(pages, 3), dim(pages, 4),
-                    attr<int64_t>("window"), attr<float>("soft_cap")};
-  }
-
- private:
-  template <class Found>
-  ffi::AnyBuffer checked(Found found, size_t i) {
-    if (!found.has_value()) {
-      error_ = "buffer " + std::to_string(i) + " is missing";
-      return arg(0);
-    }
-    return *found;
-  }
-
-  ffi::RemainingArgs args_;
-  ffi::RemainingRets rets_;
-  ffi::Dictionary attrs_;
-  std::string error_;
-};
-
-// The result's memory, holding what the operand holds: XLA lets them be one and the same.
-void* updated(ffi::AnyBuffer operand, ffi::AnyBuffer result) {
-  if (operand.untyped_data() != result.untyped_data()) {
-    std::memcpy(result.untyped_data(), operand.untyped_data(), operand.size_bytes());
-  }
-  return result.untyped_data();
-}
-
-// Calls `body(E{})` with the element type of buffer `i`.
-template <class Body>
-ffi::Error typed(Call& call, size_t i, Body body) {
-  switch (call.arg(i).element_type()) {
-    case ffi::DataType::F32:
-      body(float{});
-      break;
-    case ffi::DataType::BF16:
-      body(bf16{});
-      break;
-    default:
-      return ffi::Error::InvalidArgument("the dtype must be float32 or bfloat16");
-  }
-  return call.error().empty() ? ffi::Error::Success() : ffi::Error::InvalidArgument(call.error());
-}
-
-// As `typed`, for pages of 8 bits too.
-template <class Body>
-ffi::Error typed_pages(Call& call, size_t i, Body body) {
-  if (call.arg(i).element_type() != ffi::DataType::F8E4M3FN) return typed(call, i, body);
-  body(fp8{});
-  return call.error().empty() ? ffi::Error::Success() : ffi::Error::InvalidArgument(call.error());
-}
-
-bool has_small_pages(Call& call, size_t i) {
-  return call.arg(i).element_type() == ffi::DataType::F8E4M3FN;
-}
 
 // pages, k, v, page_table, start, lens -> pages
 ffi::Error kv_write(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dictionary attrs) {
@@ -215,19 +58,11 @@ ffi::Error paged_attention(ffi::RemainingArgs args, ffi::RemainingRets rets,
       std::fill(out + (b * tokens + valid) * width, out + (b + 1) * tokens * width, E{});
     }
     const E* q = call.data<E>(0);
-    if (has_small_pages(call, 1)) {
-      WidenedPages<E> wide(call.data<fp8>(1), rows, g);
-      Attention<E, E> attention(q, out, wide.pages(), wide.rows(), g, first, tokens == 1);
-      Pool::instance().run([&](Team& team) {
-        wide.widen(team);
-        attention.run(team);
-      });
-      return;
-    }
-    bool alike = call.arg(1).element_type() == call.arg(0).element_type();
+    bool small = has_small_pages(call, 1);
+    bool alike = small || call.arg(1).element_type() == call.arg(0).element_type();
     if (!call.good(alike ? "" : "pages are of another dtype than queries")) return;
-    Attention<E, E> attention(q, out, call.data<E>(1), rows, g, first, tokens == 1);
-    Pool::instance().run([&](Team& team) { attention.run(team); });
+    attend(q, small ? nullptr : call.data<E>(1), small ? call.data<fp8>(1) : nullptr, rows, g,
+           first, tokens == 1, out);
   });
 }
 
@@ -277,10 +112,8 @@ void run_layer(Call& call) {
                                  rows.batch, call.attr<int64_t>("targets")))) {
     return;
   }
-  LayerCall<E, W>(layer, rows, tokens, x, cosine, sine,
-                  small ? nullptr : static_cast<E*>(pages),
-                  small ? static_cast<fp8*>(pages) : nullptr)
-      .run();
+  run(layer, rows, tokens, x, cosine, sine, small ? nullptr : static_cast<E*>(pages),
+      small ? static_cast<fp8*>(pages) : nullptr);
 }
 
 // See decoder_layer/cpu_ffi.py for the operands -> x, pages
@@ -532,10 +365,6 @@ ffi::Error masked_attention_gradient_handler(ffi::RemainingArgs args, ffi::Remai
 
 }  // namespace
 
-#define PSHARE_HANDLER(name, function)                                                    \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(                                                          \
-      name, function, ffi::Ffi::Bind().RemainingArgs().RemainingRets().Attrs())
-
 PSHARE_HANDLER(pshare_kv_write, kv_write);
 PSHARE_HANDLER(pshare_paged_attention, paged_attention);
 PSHARE_HANDLER(pshare_decoder_layer, decoder_layer);
@@ -547,106 +376,3 @@ PSHARE_HANDLER(pshare_gather_pages, gather_pages);
 PSHARE_HANDLER(pshare_scatter_pages, scatter_pages);
 PSHARE_HANDLER(pshare_copy_pages, copy_pages);
 PSHARE_HANDLER(pshare_page_checksums, page_checksums);
-
-// Asks for large pages where the memory of an array lies: weights and KV are read at a third more
-// bytes a second from them. Advice only; what lies in the same large page as an end of the array
-// is moved with it, where all of that page is there.
-extern "C" void pshare_large_pages(char* memory, size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t large = 2 << 20;
-  constexpr int collapse = 25;  // MADV_COLLAPSE, of Linux 6.1
-  auto advise = [](uintptr_t first, uintptr_t last) {
-    void* start = reinterpret_cast<void*>(first);
-    if (first < last && madvise(start, last - first, MADV_HUGEPAGE) == 0) {
-      madvise(start, last - first, collapse);
-    }
-  };
-  uintptr_t begin = reinterpret_cast<uintptr_t>(memory), end = begin + bytes;
-  uintptr_t first = (begin + large - 1) / large * large, last = end / large * large;
-  // In one call, since each of them makes every core empty its lists of pages.
-  advise(first, last);
-  if (begin < first) advise(first - large, first);
-  if (last < end && last >= first) advise(last, last + large);
-#else
-  (void)memory;
-  (void)bytes;
-#endif
-}
-
-// One page's record, see kv_codec.h; called with the memory of host arrays, not by XLA.
-extern "C" long pshare_kv_encode(int planes, const uint16_t* x, long layers, long stride,
-                                 long values, long block, long channels, const uint8_t* book,
-                                 uint8_t* out, long capacity) {
-  CodedPage page{layers, stride, values, block, channels, book};
-  return planes == 3 ? encode_page<3>(x, page, out, capacity)
-                     : encode_page<4>(x, page, out, capacity);
-}
-
-extern "C" int pshare_kv_decode(int planes, const uint8_t* in, long length, long layers,
-                                long stride, long values, long block, long channels,
-                                const uint8_t* book, uint16_t* x) {
-  CodedPage page{layers, stride, values, block, channels, book};
-  return planes == 3 ? decode_page<3>(in, length, page, x) : decode_page<4>(in, length, page, x);
-}
-
-// A matrix into panels, see loading.h; `bytes` a number, `nice` steps below the caller's priority.
-extern "C" void pshare_pack(const char* data, long k, long n, long row_step, long column_step,
-                            int bytes, long panel_step, uint32_t* out, uint32_t zero, int nice) {
-  Strided matrix{data, k, n, row_step, column_step};
-  at_priority(nice, [&] {
-    if (bytes == 1) return pack_panels<uint8_t>(matrix, kPanel, panel_step, zero, out);
-    if (bytes == 2) return pack_panels<uint16_t>(matrix, kPanel, panel_step, zero, out);
-    pack_panels<uint32_t>(matrix, kPanel, panel_step, zero, out);
-  });
-}
-
-// A tensor of a checkpoint, see loading.h. 0 if the file is not exactly what is written.
-extern "C" int pshare_read_tensor(const char* path, long rows, long chunks, long run, int bytes,
-                                  uint8_t* out, int wanted, int nice) {
-  bool whole = false;
-  at_priority(nice, [&] { whole = read_tensor(path, {rows, chunks, run, bytes}, out, wanted); });
-  return whole;
-}
-
-// Bytes in which pages of 8 bits are widened, see small_pages.h.
-extern "C" long pshare_widened_bytes() { return WideMemory::instance().bytes(); }
-
-// Columns of a panel of a packed matrix: what the Python side packs by.
-extern "C" int pshare_panel_columns() { return kPanel; }
-
-// Threads of the team.
-extern "C" int pshare_threads() { return Pool::instance().size(); }
-
-extern "C" void pshare_limit_threads(int threads) { Pool::instance().limit(threads); }
-
-// Loops of `count` iterations of `spins` pauses each, `loops` times: what sharing out costs.
-extern "C" void pshare_share_out(long loops, long count, long spins) {
-  Pool::instance().run([&](Team& team) {
-    for (long n = 0; n < loops; n++) {
-      team.loop(count, [&](long) {
-        for (long i = 0; i < spins; i++) pshare::pause();
-      });
-    }
-  });
-}
-
-// See trace.h. At the end entries are copied to `out`, as many as it has room for, and names of stages, each
-// followed by a newline, to `stages`; the answer is their number, or -1 if no trace was begun.
-extern "C" void pshare_start_trace(int threads) { Pool::instance().start_trace(threads); }
-extern "C" long pshare_trace_length() { return Pool::instance().trace_length(); }
-extern "C" long pshare_end_trace(Trace::Entry* out, long capacity, char* stages, long length) {
-  std::unique_ptr<Trace> trace = Pool::instance().end_trace();
-  if (trace == nullptr) return -1;
-  std::string names;
-  for (const char* stage : trace->stages) names += std::string(stage) + "\n";
-  long count = static_cast<long>(trace->entries.size());
-  std::copy_n(trace->entries.begin(), std::min(count, capacity), out);
-  std::snprintf(stages, length, "%s", names.c_str());
-  return count;
-}
-
-// Decides what multiplies bfloat16, before anything does; see tile_check.h. Once for good.
-extern "C" int pshare_start_tiles(int wanted) {
-  static const Multiplier decided = start_tiles(wanted != 0);
-  return static_cast<int>(decided);
-}
