@@ -109,7 +109,8 @@ test-compile: .venv-compile/.ready
 
 # What depends on versions, with the newest Python and jax: .venv has the oldest that we support.
 NEWEST ?= python3.13
-NEWER := $(QUICK) tests/kernels tests/models tests/engine/test_rule_2_oracle.py \
+NEWER := $(QUICK) tests/kernels/test_paged_attention.py tests/kernels/test_matmul.py \
+  tests/kernels/test_experts.py tests/models/test_families.py tests/engine/test_rule_2_oracle.py \
   tests/engine/test_rule_7_no_surprise_compiles.py tests/bench/test_hardware.py
 test-newest: .venv-newest/.ready
 	.venv-newest/bin/python -m pytest $(PARALLEL) $(NEWER)
