@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -20,6 +21,15 @@ from tests.text.tiny import write_byte_level
 
 TOKENIZER_FILES = {"tokenizer.json": b"{}", "tokenizer_config.json": b"{}"}
 VOCAB_SIZE = 416
+SAVED_AS = {
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "float32": "F32",
+    "float8_e4m3fn": "F8_E4M3",
+    "int8": "I8",
+    "int32": "I32",
+}
+"""Dtypes as safetensors names them."""
 
 GGUF_ARCHITECTURES = {
     "llama": gguf.MODEL_ARCH.LLAMA,
@@ -190,3 +200,15 @@ def same_bits(a, b) -> bool:
 def with_config(config: ModelConfig, **fields) -> ModelConfig:
     """`config` with `fields` replaced."""
     return dataclasses.replace(config, **fields)
+
+
+def save_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """A file with FP8 too, which the library's numpy side cannot write."""
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, value in tensors.items():
+        entry = {"dtype": SAVED_AS[value.dtype.name], "shape": value.shape}
+        header[name] = entry | {"data_offsets": [offset, offset := offset + value.nbytes]}
+    text = json.dumps(header).encode()
+    values = b"".join(np.ascontiguousarray(value).tobytes() for value in tensors.values())
+    path.write_bytes(len(text).to_bytes(8, "little") + text + values)

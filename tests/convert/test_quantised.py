@@ -28,6 +28,7 @@ from tests.convert.helpers import (
     model_config,
     random_weights,
     same_bits,
+    save_safetensors,
     write_hf_folder,
 )
 from tests.golden import GOLDEN
@@ -103,19 +104,6 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def save(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """As safetensors, FP8 too, which the library's numpy side cannot write."""
-    names = {"float8_e4m3fn": "F8_E4M3", "int32": "I32", "float16": "F16", "float32": "F32"}
-    header: dict[str, Any] = {}
-    offset = 0
-    for name, value in tensors.items():
-        entry = {"dtype": names[value.dtype.name], "shape": value.shape}
-        header[name] = entry | {"data_offsets": [offset, offset := offset + value.nbytes]}
-    text = json.dumps(header).encode()
-    values = b"".join(np.ascontiguousarray(v).tobytes() for v in tensors.values())
-    path.write_bytes(len(text).to_bytes(8, "little") + text + values)
-
-
 def write_quantised(folder: Path, case: str) -> dict[str, np.ndarray]:
     """A folder with quantised projections; returns the tensors that these stand for."""
     make, about = CASES[case]
@@ -130,7 +118,7 @@ def write_quantised(folder: Path, case: str) -> dict[str, np.ndarray]:
         module = name.removesuffix(".weight")
         parts, plain[name] = make(value, seed, **about)
         stored |= {f"{module}.{part}": array for part, array in parts.items()}
-    save(folder / "model.safetensors", stored)
+    save_safetensors(folder / "model.safetensors", stored)
     return plain
 
 
@@ -255,7 +243,7 @@ def test_what_is_not_supported_is_named(tmp_path, about, words):
 def rewrite(path: Path, change) -> None:
     tensors = {name: hf.lazy_tensor(path, name, raw=True).read() for name in load_names(path)}
     change(tensors)
-    save(path, tensors)
+    save_safetensors(path, tensors)
 
 
 def load_names(path: Path) -> list[str]:
