@@ -21,6 +21,7 @@ import jaxtyping
 from pshare_jax.runtime import programs
 
 PACKAGES = ("pshare_jax.kernels.", "pshare_jax.models.")
+_JITTED = jax.jit(lambda: None)
 NAMES = {**vars(jaxtyping), "Array": jax.Array}
 
 
@@ -31,15 +32,20 @@ def annotated() -> dict[str, tuple[Any, str, Callable[..., Any]]]:
         classes = [c for c in vars(module).values() if inspect.isclass(c)]
         for owner in (module, *(c for c in classes if c.__module__ == module.__name__)):
             for name, function in vars(owner).items():
-                own = inspect.isfunction(function) and function.__module__ == module.__name__
-                if own and _shapes(function):
-                    full = f"{module.__name__}.{function.__qualname__}"
+                plain = _without_jit(function)
+                own = inspect.isfunction(plain) and plain.__module__ == module.__name__
+                if own and _shapes(plain):
+                    full = f"{module.__name__}.{plain.__qualname__}"
                     found[full.removeprefix("pshare_jax.")] = (owner, name, function)
     return found
 
 
 def checking(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A copy of a function that checks its annotated shapes, and those of its result."""
+    """A copy of a function that checks its annotated shapes, and those of its result.
+
+    One that is under jit by itself is not: what has been traced before would not be checked.
+    """
+    function = _without_jit(function)
     copy = types.FunctionType(
         function.__code__,
         function.__globals__,
@@ -88,6 +94,10 @@ def _forget_programs() -> None:
     for kept in vars(programs).values():
         if hasattr(kept, "cache_clear"):
             kept.cache_clear()
+
+
+def _without_jit(function: Any) -> Any:
+    return inspect.unwrap(function) if isinstance(function, type(_JITTED)) else function
 
 
 def _shapes(function: Callable[..., Any]) -> dict[str, str]:

@@ -8,6 +8,7 @@ needs no sort.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -84,6 +85,16 @@ class Sampled(NamedTuple):
     top_logprobs: jax.Array
 
 
+def no_samples(steps: int, batch: int) -> Sampled:
+    """Room for the results of `steps` steps: zeros with a leading axis."""
+    return Sampled(
+        tokens=jnp.zeros((steps, batch), jnp.int32),
+        logprobs=jnp.zeros((steps, batch), jnp.float32),
+        top_ids=jnp.zeros((steps, batch, MAX_LOGPROBS), jnp.int32),
+        top_logprobs=jnp.zeros((steps, batch, MAX_LOGPROBS), jnp.float32),
+    )
+
+
 def pack_rows(
     params: list[SamplingParams], seeds: list[int], prompt_lens: list[int], batch: int
 ) -> SamplingRows:
@@ -133,6 +144,8 @@ def needs_logits(rows: SamplingRows) -> jax.Array:
     return rows.any_penalty | rows.any_bias | rows.any_random | rows.any_logprobs
 
 
+# Under jit: the programs of unlike steps have it traced once.
+@functools.partial(jax.jit, static_argnames="mesh")
 def sample(
     logits: jax.Array,
     rows: SamplingRows,
@@ -303,12 +316,7 @@ def _logprobs(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Arra
 
 
 def _no_logprobs(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    batch = tokens.shape[0]
-    return (
-        jnp.zeros(batch, jnp.float32),
-        jnp.zeros((batch, MAX_LOGPROBS), jnp.int32),
-        jnp.zeros((batch, MAX_LOGPROBS), jnp.float32),
-    )
+    return tuple(array[0] for array in no_samples(1, len(tokens))[1:])
 
 
 def empty_history(num_slots: int, max_len: int) -> History:

@@ -23,7 +23,14 @@ from pshare_jax.models.lora import Adapters
 from pshare_jax.models.packed import PackedDecoder, is_packed
 from pshare_jax.models.weights import Weights
 from pshare_jax.runtime.pool import Pages
-from pshare_jax.runtime.sampler import History, Sampled, SamplingRows, needs_logits, sample
+from pshare_jax.runtime.sampler import (
+    History,
+    Sampled,
+    SamplingRows,
+    needs_logits,
+    no_samples,
+    sample,
+)
 
 
 class Rows(NamedTuple):
@@ -257,9 +264,6 @@ def decode_steps(
         pages, history, sampled, left = step(0, first, pages, history)
         return pages, history, Sampled(*(array[None] for array in sampled)), left
 
-    shapes, last = jax.eval_shape(lambda: step(0, first, pages, history)[2:])
-    outputs = Sampled(*(jnp.zeros((max_steps, *s.shape), s.dtype) for s in shapes))
-
     def body(i: jax.Array, carry: tuple) -> tuple:
         tokens, pages, history, outputs, _ = carry
         pages, history, sampled, left = step(i, tokens, pages, history)
@@ -268,7 +272,9 @@ def decode_steps(
         )
         return sampled.tokens, pages, history, outputs, left
 
-    carry = first, pages, history, outputs, jnp.zeros(last.shape, last.dtype)
+    width = spec.config.hidden_size if spec.packed else spec.config.vocab_size
+    left = jnp.zeros((len(first), width), jnp.float32)
+    carry = first, pages, history, no_samples(max_steps, len(first)), left
     _, *results = lax.fori_loop(0, inputs.num_steps, body, carry)
     return tuple(results)
 

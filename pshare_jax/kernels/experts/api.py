@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
+import jax
 from jax.sharding import Mesh
 
 from pshare_jax.kernels.backends import select_backend
@@ -28,6 +30,8 @@ BACKENDS = {
 """`ragged_dot` is XLA's own grouped product, which alone has gradients: the one for training."""
 
 
+# Under jit: layers alike are traced once, and a program has them once, which XLA inlines.
+@functools.partial(jax.jit, static_argnames=("limit", "mesh", "backend"))
 def experts(
     x: Float[Array, "N embed"],
     weights: Float[Array, "N k"],

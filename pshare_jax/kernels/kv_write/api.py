@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
+import jax
 from jax.sharding import Mesh
 
 from pshare_jax.kernels.backends import select_backend
@@ -26,6 +28,8 @@ BACKENDS = {
 }
 
 
+# Under jit: layers alike are traced once, and a program has them once, which XLA inlines.
+@functools.partial(jax.jit, static_argnames=("mesh", "backend"))
 def kv_write(
     pages: Float[Array, "num_pages 2 kv_heads page_size head_dim"],
     k: Float[Array, "B T kv_heads head_dim"],

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
+import jax
 from jax.sharding import Mesh
 
 from pshare_jax.kernels.backends import select_backend
@@ -27,6 +29,8 @@ BACKENDS = {
 }
 
 
+# Under jit: layers alike are traced once, and a program has them once, which XLA inlines.
+@functools.partial(jax.jit, static_argnames=("sliding_window", "soft_cap", "mesh", "backend"))
 def paged_attention(
     q: Float[Array, "B T heads head_dim"],
     pages: Float[Array, "num_pages 2 kv_heads page_size head_dim"],

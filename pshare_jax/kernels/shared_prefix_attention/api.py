@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
+import jax
 from jax.sharding import Mesh
 
 from pshare_jax.kernels.backends import select_backend
@@ -37,6 +39,8 @@ BACKENDS = {name: READS_RUNS_ONCE.get(name) or without_runs(plain) for name, pla
 plain paged attention."""
 
 
+# Under jit: layers alike are traced once, and a program has them once, which XLA inlines.
+@functools.partial(jax.jit, static_argnames=("sliding_window", "soft_cap", "mesh", "backend"))
 def shared_prefix_attention(
     q: Float[Array, "B 1 heads head_dim"],
     pages: Float[Array, "num_pages 2 kv_heads page_size head_dim"],
