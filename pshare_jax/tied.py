@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
     Args:
         argv: id of the process that it is to end with; the command.
     """
-    parent, command = int(argv[0]), argv[1:]
+    parent, command = int(argv[0]), list(argv[1:])
     prctl = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None
     if prctl is not None:
         # What becomes of a process that it executes, too.
