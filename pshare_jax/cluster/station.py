@@ -12,17 +12,16 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import msgspec
 from aiohttp import WSMsgType, web
 
 from pshare_jax.cluster import wire
 from pshare_jax.cluster.looks import PoolLooks
-from pshare_jax.cluster.modules import ModuleEntry
 from pshare_jax.cluster.outbox import FrameQueue
+from pshare_jax.cluster.station_modules import StationModules
 from pshare_jax.cluster.thread import WorkerThread
 from pshare_jax.core import messages as m
 from pshare_jax.core.messages import DISPATCHER, Message
@@ -55,37 +54,6 @@ class _Frontend:
     socket: web.WebSocketResponse
     gone: asyncio.Event = field(default_factory=asyncio.Event)
     left: asyncio.Event = field(default_factory=asyncio.Event)
-
-
-class StationModules(Protocol):
-    """Decode modules that come and go, see `engine.hosted_modules`. Belongs to the station's loop.
-
-    Attributes:
-        broadcast: sends a frame to all frontends.
-    """
-
-    broadcast: Callable[[wire.Frame], None]
-
-    @property
-    def entries(self) -> Mapping[str, ModuleEntry]:
-        """What has come and gone, by name."""
-        ...
-
-    def hosting(self) -> Iterable[wire.Frame]:
-        """What of that is hosted here."""
-        ...
-
-    def hear(self, frontend: int, frame: wire.Load | wire.Retired | wire.Modules) -> None:
-        """Takes in what a frontend says, by its incarnation."""
-        ...
-
-    def leave(self, frontend: int) -> None:
-        """A frontend is not linked any more, and nothing that it had sent is left."""
-        ...
-
-    def lacks(self, message: Message, to: str) -> str:
-        """The model that a sequence needs and a worker does not have, or nothing."""
-        ...
 
 
 class Station:

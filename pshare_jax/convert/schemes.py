@@ -30,6 +30,10 @@ FP4_VALUES = np.concatenate([_FP4, -_FP4])
 """What the 16 nibbles of MXFP4 stand for."""
 
 
+_FP8_BLOCK = (128, 128)
+"""Of `quant_method: fp8` where no other size is stated."""
+
+
 @dataclass(frozen=True)
 class Scheme:
     """How weights are quantised.
@@ -175,10 +179,15 @@ def _blocks(
     if scales.ndim == 1:
         scales = scales[:, None]
     if block is None:
-        # Blocks of a size that is not stated are alike.
-        if any(m == 0 or n % m for n, m in zip(shape, scales.shape, strict=True)):
-            raise ValueError(f"scales of shape {list(scales.shape)} for {list(shape)}")
-        block = shape[0] // scales.shape[0], shape[1] // scales.shape[1]
+        # A scale for each output, or for groups of its inputs. No format has any along the inputs
+        # alone, and `[1, out]` could be either where a weight is square.
+        columns = scales.shape[-1]
+        if scales.shape != (shape[0], columns) or not columns or shape[1] % columns:
+            raise ValueError(
+                f"scales of shape {list(scales.shape)} for {list(shape)} are neither one, nor some "
+                "for each output, and no size of blocks is stated that would give as many"
+            )
+        block = 1, shape[1] // columns
     rows, columns = block
     if _count(shape, block) != scales.shape:
         raise ValueError(f"scales of shape {list(scales.shape)} for {list(shape)}")
@@ -203,7 +212,7 @@ def _block(about: Fields, name: str) -> tuple[int, int] | None:
 
 
 def _fp8(about: Fields) -> Scheme:
-    """FP8 with a scale for each block, as Qwen and DeepSeek publish it, or the whole."""
+    """FP8 with a scale for each block, as Qwen and DeepSeek have it, for each output or for all."""
     block = _block(about, "weight_block_size")
 
     def scales(parts: Parts) -> LazyTensor:
@@ -211,7 +220,11 @@ def _fp8(about: Fields) -> Scheme:
 
     def weight(parts: Parts) -> np.ndarray:
         values = parts["weight"].read().astype(np.float32)
-        return values * _blocks(scales(parts).read(), values.shape, block)
+        found = scales(parts).read()
+        size = block
+        if block is None and found.ndim == 2 and found.shape == _count(values.shape, _FP8_BLOCK):
+            size = _FP8_BLOCK
+        return values * _blocks(found, values.shape, size)
 
     def eight_bits(parts: Parts) -> EightBitWeight | None:
         return None if block else _of_rows(parts["weight"], scales(parts))

@@ -11,6 +11,7 @@ import itertools
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 
+from pshare_jax.core import attempt_end
 from pshare_jax.core import messages as m
 from pshare_jax.core.balance import BalancePolicy
 from pshare_jax.core.foresight import Foresight
@@ -148,7 +149,7 @@ class Dispatcher:
         self._live[request.id] = live
         self._attempt(live)
         self._foresight.asked(live)
-        self._say_expected(live)
+        self._say_ahead(live, self._foresight.expected(live))
 
     def routed(self, request_id: str, now: float) -> None:
         """Notes when a request that was just submitted had its workers; for who has a clock."""
@@ -165,15 +166,11 @@ class Dispatcher:
             return
         live.aborted = True
         if complete:
-            self._say_replied(live)
-        sequence = live.sequence
-        if sequence is None:
+            self._say_ahead(live, self._foresight.reply(live))
+        if live.sequence is None:
             self._finish(live, FinishReason.ABORT)
             return
-        to = sequence.prefill_worker
-        if live.started or sequence.moved or to in self._lost_workers:
-            to = sequence.decode_worker
-        self.outbox.append((to, m.Abort(sequence.id, sequence.decode_worker)))
+        self.outbox += attempt_end.aborted(live, self._lost_workers)
 
     def fail_all(self, error: str) -> None:
         """Ends all requests with an error."""
@@ -206,12 +203,7 @@ class Dispatcher:
 
     def needs(self, worker: str) -> bool:
         """Whether any sequence waits for something of a worker."""
-        return any(
-            sequence.decode_worker == worker
-            or (sequence.prefill_worker == worker and not live.started)
-            for live in self._live.values()
-            if (sequence := live.sequence) is not None
-        )
+        return any(attempt_end.needs(live, worker) for live in self._live.values())
 
     def running(self) -> Counter[str]:
         """Sequences that have a slot, by the model's id; another thread may ask."""
@@ -261,19 +253,8 @@ class Dispatcher:
         self._router.lose(worker)
         self.outbox += self._roles.wake(self._models.all_hosts())
         for live in tuple(self._live.values()):
-            sequence = live.sequence
-            if sequence is None:
-                continue
-            if sequence.decode_worker == worker:
-                if sequence.prefill_worker not in self._lost_workers:
-                    # In this order: between the two the prompt may become complete.
-                    self.outbox.append((sequence.prefill_worker, m.Abort(sequence.id)))
-                    self.outbox.append((sequence.prefill_worker, m.Release(sequence.held_id)))
-                self._retry(live, f"{worker}: {reason}")
-            elif sequence.prefill_worker == worker and not live.started:
-                self.outbox.append((sequence.decode_worker, m.Abort(sequence.id)))
-                if sequence.lender and sequence.lender not in self._lost_workers:
-                    self.outbox.append((sequence.lender, m.Repaid(sequence.id)))
+            if attempt_end.needs(live, worker):
+                self.outbox += attempt_end.bereaved(live, worker, self._lost_workers)
                 self._retry(live, f"{worker}: {reason}")
 
     def _about(self, live: LiveRequest, message: m.OfAttempt, now: float) -> None:
@@ -355,21 +336,11 @@ class Dispatcher:
         what = error or f"no worker of model {model.name} has come"
         return f"{what} ({causes})"
 
-    def _say_expected(self, live: LiveRequest) -> None:
-        """A call of a session begins or ends: the worker that covers its prompts is told which of
-        them to expect next."""
-        if live.sequence is not None and live.sequence.prefill_worker not in self._lost_workers:
-            worker = live.sequence.prefill_worker
-            self.outbox += [(worker, expected) for expected in self._foresight.expected(live)]
-
-    def _say_replied(self, live: LiveRequest) -> None:
-        """Tells the worker that has covered a prompt of the reply to it."""
+    def _say_ahead(self, live: LiveRequest, messages: list[m.Expected] | list[m.Replied]) -> None:
+        """Tells the worker that has covered a prompt what to do for what comes after it."""
         sequence = live.sequence
-        if sequence is None or sequence.prefill_worker in self._lost_workers:
-            return
-        message = self._foresight.reply(live)
-        if message is not None:
-            self.outbox.append((sequence.prefill_worker, message))
+        if sequence is not None and sequence.prefill_worker not in self._lost_workers:
+            self.outbox += [(sequence.prefill_worker, message) for message in messages]
 
     def _retry(self, live: LiveRequest, reason: str) -> None:
         live.lost += 1
@@ -393,12 +364,12 @@ class Dispatcher:
         live.output += tokens
         event = live.event(tokens, logprobs, reason)
         if reason is not None:
-            self._say_replied(live)
-            self._say_expected(live)
+            self._say_ahead(live, self._foresight.reply(live))
+            self._say_ahead(live, self._foresight.expected(live))
             self._end(live, reason)
         elif self._foresight.is_due(live):
             live.told = len(live.output)
-            self._say_replied(live)
+            self._say_ahead(live, self._foresight.reply(live))
         self.outputs.append(event)
 
     def _finish(self, live: LiveRequest, reason: FinishReason, error: str | None = None) -> None:

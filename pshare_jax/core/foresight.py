@@ -45,13 +45,14 @@ class Foresight:
             for one in self._agents.expected(key, request.model, hints, sequence)
         ]
 
-    def reply(self, live: LiveRequest) -> Replied | None:
-        """What is to be done about the reply so far; None when nothing is."""
+    def reply(self, live: LiveRequest) -> list[Replied]:
+        """What is to be done about the reply so far, if anything."""
         sequence = live.sequence
         if sequence is None or sequence.probe:
-            return None
+            return []
         sequence = msgspec.structs.replace(sequence, output=tuple(live.output))
-        return replied(self._policy, live.request, sequence, next(self._ids), self._page_size)
+        told = replied(self._policy, live.request, sequence, next(self._ids), self._page_size)
+        return [] if told is None else [told]
 
     def is_due(self, live: LiveRequest) -> bool:
         """Whether a reply that goes on should be covered so far."""

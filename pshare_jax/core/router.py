@@ -23,8 +23,6 @@ than its further calls are worth.
 
 from __future__ import annotations
 
-import itertools
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from collections.abc import Sequence as Sequence_
 
@@ -36,6 +34,7 @@ from pshare_jax.core.lender import lender_of
 from pshare_jax.core.messages import IndexChanged, IndexSnapshot
 from pshare_jax.core.sequences import Sequence
 from pshare_jax.core.sessions import SessionKey, SessionTable
+from pshare_jax.core.stored_keys import StoredKeys
 from pshare_jax.core.worker_view import WorkerInfo, WorkerView
 
 __all__ = ["NoWorkerError", "Router", "WorkerInfo"]
@@ -48,9 +47,6 @@ STAY_TOKENS = 1024
 
 STAY_SHARE = 4
 """A session stays with a decode worker that has more to read, up to this part of its pool."""
-
-MAX_STORED = 2**18
-"""Keys that the KV store is known to have; those that were heard of first are forgotten."""
 
 MEET_TOKENS = 1024
 """Tokens of waiting that a sequence bears to meet with what other routers send."""
@@ -82,7 +78,7 @@ class Router:
     ):
         self._lends = lends
         self._policy = policy
-        self._stored: OrderedDict[bytes, None] = OrderedDict()
+        self._stored = StoredKeys()
         self._covering = Fleet(lambda view: view.pending_tokens + view.others, spreads=True)
         self._generating = Fleet(lambda view: view.load + view.others, spreads=False)
         self._prefill, self._decode = self._covering.views, self._generating.views
@@ -190,7 +186,7 @@ class Router:
         self._sessions.went(session, prefill.info.name, decode.info.name)
         lender = ""
         if self._lends:
-            lacking = min(uncached, self._not_stored(sequence, prefill.info.page_size))
+            lacking = min(uncached, self._stored.lacking(sequence, prefill.info.page_size))
             lender = lender_of(sequence, lacking, prefill, decode, self._covering, self._generating)
         prefill.set_pending(sequence.id, uncached)
         prefill.remember(sequence.chain)
@@ -276,13 +272,7 @@ class Router:
 
     def store_changed(self, added: list[bytes], removed: list[bytes]) -> None:
         """A prefill worker says which keys the KV store has, and which it has no longer."""
-        for key in added:
-            self._stored[key] = None
-            self._stored.move_to_end(key)
-        for key in removed:
-            self._stored.pop(key, None)
-        while len(self._stored) > MAX_STORED:
-            self._stored.popitem(last=False)
+        self._stored.changed(added, removed)
 
     def note_others(self, worker: str, load: int) -> None:
         """A worker says what it has of sequences that other routers have sent."""
@@ -357,7 +347,7 @@ class Router:
         """The cheapest worker where what the KV store has is everywhere, as `_best_prefill`."""
         fleet = self._covering
         page_size = fleet.at(able.slots[0]).info.page_size
-        lacking = self._not_stored(sequence, page_size)
+        lacking = self._stored.lacking(sequence, page_size)
 
         def cost(slot: int) -> tuple[int, int, Cost]:
             view = fleet.at(slot)
@@ -368,13 +358,6 @@ class Router:
 
         _, tokens, best = min(map(cost, able.slots))
         return fleet.at(best.slot), min(tokens, lacking)
-
-    def _not_stored(self, sequence: Sequence, page_size: int) -> int:
-        """Prompt tokens whose KV the store is not known to have."""
-        if sequence.last_key in self._stored:
-            return 0
-        run = itertools.takewhile(self._stored.__contains__, sequence.keys)
-        return sequence.covered - page_size * sum(1 for _ in run)
 
     def _best_decode(
         self,

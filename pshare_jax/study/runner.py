@@ -37,6 +37,7 @@ from pshare_jax.study.config import (
 from pshare_jax.study.relay import ROLES, task_of
 from pshare_jax.study.tasks import SUMMARY_FILE, TOOL_PARSER, make_tasks, write_plain
 from pshare_jax.study.teams import play_as_team
+from pshare_jax.tied import tied
 from pshare_jax.train.config import KVCacheConfig
 from pshare_jax.train.output import MODULE_FOLDER, RECORD_FILE
 from pshare_jax.train.report import Reporter
@@ -319,13 +320,15 @@ class Study:
 
 
 def run_trainer(command: Sequence[str]) -> int:
-    """Runs a trainer to its end and gives its exit code.
+    """Runs a trainer to its end and gives its exit code; from the main thread.
+
+    If this process is killed, the trainer is told, saves its checkpoint and ends.
 
     Raises:
         KeyboardInterrupt: a signal stopped the trainer, or this process: then the trainer is told,
             and has saved its checkpoint.
     """
-    trainer = subprocess.Popen(command)
+    trainer = subprocess.Popen(tied(command))
     interrupted = False
     while True:
         try:

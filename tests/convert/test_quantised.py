@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from pshare_jax.convert import hf, names
 from pshare_jax.convert.conversions import export, import_model
-from pshare_jax.convert.quantised import plain_tensors
+from pshare_jax.convert.quantised import eight_bit_weights, plain_tensors
 from pshare_jax.convert.schemes import FP4_VALUES, read_scheme
 from pshare_jax.convert.second_reader import read_folder
 from pshare_jax.convert.sources import open_source
@@ -177,6 +178,38 @@ def test_blocks_that_do_not_divide_a_weight_are_those_that_are_stated(stated):
         return
     expected = scales.repeat(128, 0).repeat(32, 1)[:250, :80]
     np.testing.assert_array_equal(found["a.weight"].read(), expected)
+
+
+@pytest.mark.parametrize(
+    ("method", "shape", "rows", "columns"),
+    [
+        ("fp8", (256, 1), 1, 256),
+        ("fp8", (256,), 1, 256),
+        ("compressed-tensors", (256, 4), 1, 64),
+        ("fp8", (2, 2), 128, 128),  # as transformers has it unless another size is stated
+        ("compressed-tensors", (2, 2), None, None),
+        ("fp8", (1, 256), None, None),
+        ("compressed-tensors", (1, 256), None, None),
+        ("fp8", (64,), None, None),
+    ],
+)
+def test_scales_whose_blocks_are_not_stated(method, shape, rows, columns):
+    about: dict[str, Any] = {"quant_method": method, "format": "float-quantized"}
+    about["config_groups"] = {"group_0": {"weights": {"num_bits": 8}, "targets": ["Linear"]}}
+    scheme = read_scheme({"quantization_config": about})
+    assert scheme is not None
+    ones = np.ones((256, 256), ml_dtypes.float8_e4m3fn)
+    scales = np.arange(1, 1 + math.prod(shape), dtype=np.float32).reshape(shape)
+    parts = {"a.weight": as_lazy(ones), "a.weight_scale": as_lazy(scales)}
+    found = plain_tensors(scheme, parts)["a.weight"]
+    if rows is None:
+        said = rf"a.weight: .* scales of shape \[{shape[0]}.* are neither one, nor some for each"
+        with pytest.raises(CheckpointError, match=said):
+            found.read()
+        assert not eight_bit_weights(scheme, parts)
+    else:
+        expected = np.kron(scales.reshape(shape[0], -1), np.ones((rows, columns)))
+        np.testing.assert_array_equal(found.read(), expected)
 
 
 def test_mxfp4_are_nibbles_times_powers_of_two():

@@ -16,6 +16,7 @@ import pytest
 from pshare_jax.errors import ConfigError
 from pshare_jax.kernels.backends import backend_for
 from pshare_jax.kernels.native import compiling, library
+from pshare_jax.kernels.native.instructions import _used, lacking
 
 ROOT = Path(__file__).parents[2]
 
@@ -144,6 +145,46 @@ def test_a_compiler_that_fails_is_one_line_and_xla(small, anew, tmp_path, monkey
     (line,) = caplog.messages
     assert "something is missing" in line
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+TWO_CPUS = """#!/bin/sh
+case "$*" in
+  *=native*) ;;
+  *=greater*) echo "#define __AVX512F__ 1"; echo "#define __AVX512FP16__ 1" ;;
+  *=keys*) echo "#define __PKU__ 1"; echo "#define __keys__ 1"; echo "#define __AMX_TILE__ 1" ;;
+  *) echo "cc1plus: error: bad value for '-march='" >&2; exit 1 ;;
+esac
+echo "#define __AVX2__ 1"
+"""
+
+
+@pytest.mark.parametrize(
+    ("march", "said"),
+    [
+        ("greater", "this CPU lacks AVX512F, AVX512FP16; name a lesser one, such as x86-64-v3"),
+        ("unknown", "{} failed: cc1plus: error: bad value for '-march='"),
+        ("keys", None),  # which no kernel uses unasked
+    ],
+)
+def test_code_for_a_cpu_that_has_more_is_refused(anew, tmp_path, monkeypatch, march, said):
+    script = tmp_path / "c++"
+    script.write_text(TWO_CPUS)
+    script.chmod(0o700)
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(library, "MARCH", march)
+    if said is None:
+        assert library.load_library() is None  # since that compiler makes no library
+    else:
+        with pytest.raises(ConfigError, match=re.escape(said.format(script))) as refused:
+            library.load_library()
+        assert str(refused.value).startswith(f"PSHARE_MARCH={march}: ")
+
+
+def test_a_real_compiler_says_what_it_uses():
+    baseline = {"x86_64": "x86-64", "aarch64": "armv8-a"}[os.uname().machine]
+    assert lacking(library._compiler(), baseline) == []
+    assert _used(library._compiler(), baseline)
 
 
 COMPILER = """#!/bin/sh

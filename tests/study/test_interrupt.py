@@ -1,4 +1,4 @@
-"""Ctrl-C lets the trainer save its checkpoint, and says how to go on."""
+"""Ctrl-C lets the trainer save its checkpoint, and says how to go on; SIGKILL lets it save, too."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from pshare_jax.tied import tied
+
 ROOT = Path(__file__).parents[2]
+STOPPED = "pshare_jax.study: stopped; the same command goes on from there\n"
 
 # Stops as the trainer does, and takes longer for its checkpoint than `subprocess.run` would wait.
 TRAINER = """
@@ -42,8 +45,15 @@ sys.exit(__main__.main(["run", "--base=b", "--tasks=[]", "--runs=[]", *folders])
 """
 
 
-@pytest.mark.parametrize("whom", ["the group, as a terminal does", "the study"])
-def test_an_interrupted_trainer_saves_first(tmp_path, whom):
+@pytest.mark.parametrize(
+    ("whom", "code", "said"),
+    [
+        ("the group, as a terminal does", 130, STOPPED),
+        ("the study", 130, STOPPED),
+        ("the study, by SIGKILL", -signal.SIGKILL, ""),
+    ],
+)
+def test_an_interrupted_trainer_saves_first(tmp_path, whom, code, said):
     study = subprocess.Popen(
         [sys.executable, "-c", STUDY, TRAINER, str(tmp_path)],
         stderr=subprocess.PIPE,
@@ -59,8 +69,11 @@ def test_an_interrupted_trainer_saves_first(tmp_path, whom):
             time.sleep(0.05)
         if whom == "the study":
             study.send_signal(signal.SIGINT)
+        elif whom == "the study, by SIGKILL":
+            study.kill()
         else:
             os.killpg(study.pid, signal.SIGINT)
+        # The trainer has the pipe, too, so this waits for both.
         _, stderr = study.communicate(timeout=60)
     finally:
         # The trainer too; nothing is left of the group when all went well.
@@ -69,10 +82,11 @@ def test_an_interrupted_trainer_saves_first(tmp_path, whom):
             left = True
         except ProcessLookupError:
             left = False
-    assert stderr == "pshare_jax.study: stopped; the same command goes on from there\n"
-    assert study.returncode == 130
+    assert stderr == said
+    assert study.returncode == code
     assert (tmp_path / "saved").exists()
-    assert not left
+    # An orphan stays in the table until whoever has adopted it looks.
+    assert not left or code < 0
 
 
 @pytest.mark.parametrize(("code", "stopped"), [(130, True), (2, False)])
@@ -85,3 +99,13 @@ def test_a_trainer_that_was_stopped_itself(code, stopped):
             run_trainer(command)
     else:
         assert run_trainer(command) == code
+
+
+def test_a_command_whose_parent_has_ended_is_not_started():
+    command = tied([sys.executable, "-c", "print('started')"])
+    assert subprocess.run(command, capture_output=True, text=True).stdout == "started\n"
+    command[command.index(str(os.getpid()))] = "2147483647"
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == ""
+    assert done.returncode == 1
+    assert "not started, since process 2147483647 has ended" in done.stderr

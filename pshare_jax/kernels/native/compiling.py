@@ -101,6 +101,23 @@ def _started(command: Sequence[str], folder: Path) -> Iterator[_Running]:
                 process.wait()
 
 
+def output_of(command: Sequence[str]) -> str:
+    """What a compiler writes to standard output.
+
+    Raises:
+        NativeBuildError: it fails, or takes too long.
+    """
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NativeBuildError(f"{command[0]}: {error}") from error
+    if done.returncode != 0:
+        raise failed(command[0], done.stderr)
+    return done.stdout
+
+
 def failed(compiler: str, errors: str) -> NativeBuildError:
     """What to raise for a compiler that has written `errors`: the first of them in one line."""
     lines = [line for line in errors.splitlines() if "error" in line] or [errors]

@@ -18,7 +18,6 @@ import logging
 import os
 import platform
 import shutil
-import subprocess
 import tempfile
 import threading
 import time
@@ -32,22 +31,19 @@ import numpy as np
 
 from pshare_jax import runtime_files
 from pshare_jax.errors import ConfigError
-from pshare_jax.kernels.native.compiling import (
-    TIMEOUT_SECONDS,
-    NativeBuildError,
-    compile_library,
-    failed,
-)
+from pshare_jax.kernels.native.compiling import NativeBuildError, compile_library, output_of
+from pshare_jax.kernels.native.instructions import lacking
 
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "src"
 MARCH_VARIABLE = "PSHARE_MARCH"
 """Of the environment: the compiler's `-march`, for code that is as on a lesser CPU; this one's own
-if it is not set. The CPU must have what it names."""
+if it is not set. One that names what this CPU lacks is refused."""
+MARCH = os.environ.get(MARCH_VARIABLE) or "native"
 FLAGS = (
     "-O3",
-    f"-march={os.environ.get(MARCH_VARIABLE) or 'native'}",
+    f"-march={MARCH}",
     *("-std=c++17", "-fPIC", "-pthread", "-w"),
 )
 LINK_FLAGS = ("-shared",)
@@ -143,7 +139,11 @@ class Library:
 
 
 def load_library() -> Library | None:
-    """The library, compiled if need be; None where it cannot be had, which is logged once."""
+    """The library, compiled if need be; None where it cannot be had, which is logged once.
+
+    Raises:
+        ConfigError: `PSHARE_MARCH` names what this CPU lacks, or the compiler does not know.
+    """
     with _lock:
         return _load()
 
@@ -152,7 +152,7 @@ def require_library() -> Library:
     """The library.
 
     Raises:
-        ConfigError: it cannot be had on this machine; the log says why.
+        ConfigError: it cannot be had on this machine, and the log says why; or see `load_library`.
     """
     library = load_library()
     if library is None:
@@ -172,6 +172,8 @@ def widened_bytes() -> int:
 @functools.cache
 def _load() -> Library | None:
     try:
+        if MARCH != "native":
+            _check_march(_compiler())
         path, library = _open_somewhere()
     except (NativeBuildError, OSError) as error:
         logger.warning("CPU kernels are not available, XLA takes their place: %s", error)
@@ -186,6 +188,20 @@ def _load() -> Library | None:
     return Library(
         path, columns, multiplier, *_codec(library), *_loading(library), _widened(library), library
     )
+
+
+def _check_march(compiler: str) -> None:
+    """Raises ConfigError, where the first instruction that the CPU lacks would end the process."""
+    asked = f"{MARCH_VARIABLE}={MARCH}"
+    try:
+        missing = lacking(compiler, MARCH)
+    except NativeBuildError as error:
+        raise ConfigError(f"{asked}: {error}") from error
+    if missing:
+        raise ConfigError(
+            f"{asked}: this CPU lacks {', '.join(missing)}; name a lesser one, such as "
+            "x86-64-v3, or unset it for the CPU's own"
+        )
 
 
 def _start_multiplier(library: ctypes.CDLL) -> str:
@@ -327,7 +343,7 @@ def _key(compiler: str) -> str:
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + source.read_bytes())
     flags = " ".join(FLAGS + LINK_FLAGS)
-    for text in (_run([compiler, "--version"]), flags, version("jaxlib"), _cpu()):
+    for text in (output_of([compiler, "--version"]), flags, version("jaxlib"), _cpu()):
         digest.update(text.encode())
     return digest.hexdigest()[:16]
 
@@ -340,15 +356,3 @@ def _cpu() -> str:
     names = ("model name", "flags", "CPU part", "Features")
     lines = info.read_text().split("\n\n")[0].splitlines()
     return "\n".join(line for line in lines if line.startswith(names))
-
-
-def _run(command: list[str]) -> str:
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise NativeBuildError(f"{command[0]}: {error}") from error
-    if done.returncode != 0:
-        raise failed(command[0], done.stderr)
-    return done.stdout
