@@ -291,12 +291,19 @@ class Choice(NamedTuple):
 
 
 def choose(
-    spec: StepSpec, weights: Weights | None, history: History, left: jax.Array, choice: Choice
+    head: StepSpec | None,
+    mesh: Mesh | None,
+    weights: Weights | None,
+    history: History,
+    left: jax.Array,
+    choice: Choice,
 ) -> tuple[History, Sampled]:
     """The tokens of a decode step whose sampling was deferred, since masks were not known yet.
 
     Args:
-        spec: as of the step.
+        head: as of the step if its weights are packed, so that their head is left to this; else
+            None, and unlike models have one program.
+        mesh: as of the step.
         weights: packed ones, as of the step; else None.
         history: of all slots.
         left: what `decode_steps` has left, float32.
@@ -306,11 +313,11 @@ def choose(
     """
     mask, slots, start, lens, sampling = choice
     logits, best = left, None
-    if weights is not None:
-        decoder = PackedDecoder(spec.config, weights)
+    if head is not None and weights is not None:
+        decoder = PackedDecoder(head.config, weights)
         logits, best = decoder.logits(left, lens, needs_logits(sampling), mask)
     view = History(*(array[slots] for array in history))
-    sampled = sample(logits, sampling, view, start + 1, best, mask, spec.mesh)
+    sampled = sample(logits, sampling, view, start + 1, best, mask, mesh)
     written = history.tokens.at[slots, start + 1].set(sampled.tokens, mode="drop")
     return history._replace(tokens=written), Sampled(*(array[None] for array in sampled))
 
