@@ -25,12 +25,19 @@ def config_of(base, data, output, **optimizer):
     return train_config(base, data, output, tail=2, optimizer={**constant, **optimizer})
 
 
-@pytest.fixture
-def finished(base, data, tmp_path):
+@pytest.fixture(scope="module")
+def short_run(base, data, tmp_path_factory):
     """A run of three steps."""
-    config = config_of(base, data, tmp_path / "run", max_steps=3)
+    config = config_of(base, data, tmp_path_factory.mktemp("short") / "run", max_steps=3)
     train(config, QUIET)
     return config
+
+
+@pytest.fixture
+def finished(short_run, tmp_path):
+    """The same, in a folder that may be changed."""
+    shutil.copytree(short_run.folder, tmp_path / "run")
+    return dataclasses.replace(short_run, output=str(tmp_path / "run"))
 
 
 def longer(config, **optimizer):
