@@ -87,14 +87,14 @@ def _scale_by_rate() -> optax.GradientTransformationExtraArgs:
     that of `optax.adamw`, whose state earlier versions have saved.
     """
 
-    def update(
-        updates: Any, state: Any, params: Any = None, *, rate: Any, **_: Any
-    ) -> tuple[Any, optax.ScaleByScheduleState]:
+    def init(params: Any) -> Any:
         del params
-        count = optax.safe_increment(state.count)
-        scaled = jax.tree.map(lambda update: -rate * update, updates)
-        return scaled, optax.ScaleByScheduleState(count)
+        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
 
-    return optax.GradientTransformationExtraArgs(
-        lambda _: optax.ScaleByScheduleState(jnp.zeros((), jnp.int32)), update
-    )
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        del params
+        rate = extra["rate"]
+        scaled = jax.tree.map(lambda update: -rate * update, updates)
+        return scaled, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(init, update)
