@@ -133,7 +133,7 @@ class _Training:
         )
         yield self._program(
             "update",
-            (self.trainable, self.state, gradients),
+            (self.trainable, self.state, gradients, scalar),
             (self.trainable, self.state),
             0.0,
             resident=frozen,

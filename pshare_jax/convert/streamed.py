@@ -20,6 +20,9 @@ from pshare_jax.models.weights import Weights
 COLUMNS = 4096
 """Rows of the vocabulary that are float32 at once."""
 
+SHORTEST = 32
+"""Tokens to which shorter prompts are padded: to compile for them alone takes longer."""
+
 
 def hidden_states(
     config: ModelConfig,
@@ -42,7 +45,7 @@ def hidden_states(
     states = []
     for tokens in prompts:
         # Lengths are padded to powers of two to compile few shapes; attention is causal.
-        padded = np.zeros(1 << (len(tokens) - 1).bit_length(), np.int32)
+        padded = np.zeros(max(1 << (len(tokens) - 1).bit_length(), SHORTEST), np.int32)
         padded[: len(tokens)] = tokens
         rows = np.clip(padded, 0, config.vocab_size - 1)
         states.append(jax.device_put(embedding[rows].astype(np.float32)[None]))
@@ -58,12 +61,9 @@ def hidden_states(
         # The first layer of its kind stands for all: one program serves them.
         kind = config.layer_specs.index(spec)
         states = [jax.block_until_ready(_layer(config, kind, kv_dtype, weights, x)) for x in states]
-    weights = {"final_norm.scale": _float32(tensors["final_norm.scale"])}
-    norm = RMSNorm("final_norm", weights, config.rms_norm_eps, adds_one=config.norm_adds_one)
-    normed = (norm(x)[0] for x in states)
-    return np.concatenate(
-        [np.asarray(x)[: len(p)] for x, p in zip(normed, prompts, strict=True)], axis=0
-    )
+    rows = [np.asarray(x)[0, : len(p)] for x, p in zip(states, prompts, strict=True)]
+    scale = _float32(tensors["final_norm.scale"])
+    return np.asarray(_normed(config, scale, np.concatenate(rows)))
 
 
 def _float32(tensor: LazyTensor) -> jax.Array:
@@ -77,6 +77,13 @@ def _layer(
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
     layer = make_layer("layer", weights, config, index)
     return layer(x, rope_tables(config, positions), CausalAttention(config, kv_dtype), None)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _normed(config: ModelConfig, scale: jax.Array, x: jax.Array) -> jax.Array:
+    weights = {"final_norm.scale": scale}
+    norm = RMSNorm("final_norm", weights, config.rms_norm_eps, adds_one=config.norm_adds_one)
+    return norm(x)
 
 
 class Head:

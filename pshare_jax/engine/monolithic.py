@@ -106,8 +106,10 @@ class Monolithic:
         tail: int | SplitRule,
     ) -> tuple[Weights, jax.Array, list[KV]]:
         """Reads a prompt: the weights that answer, the logits after it, and its KV."""
-        dtype = self._kv_dtype or prefill_weights["final_norm.scale"].dtype
-        cache = init_cache(self._config, 1, self._max_len, dtype)
+        scale = prefill_weights["final_norm.scale"]
+        cache = init_cache(self._config, 1, self._max_len, self._kv_dtype or scale.dtype)
+        # Where a step leaves it: the first step is the same program as the others.
+        cache = jax.device_put(cache, getattr(scale, "sharding", None))
         split = (LastTokens(tail) if isinstance(tail, int) else tail).split(prompt)
         own_weights = decode_weights if split.invoked else prefill_weights
         logits = jnp.zeros(self._config.vocab_size)

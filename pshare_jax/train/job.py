@@ -32,7 +32,7 @@ from pshare_jax.train.inputs import Inputs, read_inputs
 from pshare_jax.train.kv_store import KVStore, open_store, store_key
 from pshare_jax.train.layout import Row, make_row
 from pshare_jax.train.loss import LoraShape, Recipe
-from pshare_jax.train.optimizer import make_optimizer
+from pshare_jax.train.optimizer import make_optimizer, step_rates
 from pshare_jax.train.output import open_run
 from pshare_jax.train.report import Reporter
 from pshare_jax.train.step import Computations
@@ -52,6 +52,7 @@ class Job:
         identity: what `run.json` says.
         rows: training rows, then evaluation rows.
         plan: the steps.
+        rates: the learning rate of each: `[steps]` float32.
         evaluation: micro-batches of the evaluation rows; empty without.
         computations: the compiled functions.
         trainable: float32 master weights at the start.
@@ -66,6 +67,7 @@ class Job:
     identity: dict[str, Any]
     rows: list[Row]
     plan: Plan
+    rates: np.ndarray
     evaluation: list[MicroBatch]
     computations: Computations
     trainable: Weights
@@ -174,6 +176,7 @@ def prepare(config: TrainConfig, reporter: Reporter) -> Job:
         identity,
         rows,
         plan,
+        step_rates(config.optimizer, len(plan.steps)),
         evaluation,
         computations,
         trainable,

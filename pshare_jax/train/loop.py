@@ -162,7 +162,8 @@ class _Run:
             more = self._compute.gradients(self._state.trainable, self._job.frozen, kv, batch)
             total = more if total is None else self._compute.add(total, more)
         assert total is not None
-        trainable, optimizer, update = self._compute.update(*self._state, total)
+        rate = self._job.rates[self._step]
+        trainable, optimizer, update = self._compute.update(*self._state, total, rate)
         self._state = TrainState(trainable, optimizer)
         self._step += 1
         self.eval_loss = None

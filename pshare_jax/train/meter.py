@@ -10,7 +10,6 @@ import numpy as np
 from pshare_jax.errors import TrainingError
 from pshare_jax.train.flops import measure_peak, row_flops
 from pshare_jax.train.job import Job
-from pshare_jax.train.optimizer import learning_rate
 from pshare_jax.train.report import MetricsLog, Reporter
 from pshare_jax.train.step import Update
 
@@ -34,7 +33,6 @@ class Meter:
         self._reporter = reporter
         self._log = log
         self._total = len(job.plan.steps)
-        self._rate = learning_rate(job.config.optimizer, self._total)
         recipe = job.computations.recipe
         self._flops = [row_flops(recipe, row, kv_kept=job.store is not None) for row in job.rows]
         peak = job.config.report.peak_tflops * 1e12 or measure_peak(recipe.dtype)
@@ -75,7 +73,7 @@ class Meter:
         figures = {
             "epoch": step / self._job.plan.steps_per_epoch,
             "loss": self.loss,
-            "learning_rate": float(np.asarray(self._rate(step - 1))),
+            "learning_rate": float(self._job.rates[step - 1]),
             "gradient_norm": float(update.norm),
             "target_tokens": int(update.tokens),
             "tokens_per_second": tokens / seconds,

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from pshare_jax.errors import ConfigError
@@ -13,24 +17,25 @@ from pshare_jax.train.config import OptimizerConfig
 from pshare_jax.train.hooks import load_hook
 
 
-def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """The rate of each step of a run of `steps`: linear warm-up, then the schedule.
+def step_rates(config: OptimizerConfig, steps: int) -> np.ndarray:
+    """The learning rates of a run of `steps`, `[steps]` float32: linear warm-up, then the schedule.
 
     The first step has a rate above zero already, and the last one too.
     """
-    peak = config.learning_rate
     warmup = math.ceil(config.warmup * steps)
-    rest = max(steps - warmup, 1)
+    rising = np.arange(1, warmup + 1) / max(warmup, 1)
+    done = np.arange(steps - warmup) / max(steps - warmup, 1)
     after = {
-        "cosine": optax.schedules.cosine_decay_schedule(peak, rest),
-        "linear": optax.schedules.linear_schedule(peak, 0.0, rest),
-        "constant": optax.schedules.constant_schedule(peak),
+        "cosine": (1 + np.cos(np.pi * done)) / 2,
+        "linear": 1 - done,
+        "constant": np.ones_like(done),
     }[config.schedule]
-    if not warmup:
-        return after
-    first = peak / warmup
-    rising = optax.schedules.linear_schedule(first, peak, max(warmup - 1, 1))
-    return optax.schedules.join_schedules([rising, after], [warmup])
+    return (config.learning_rate * np.concatenate([rising, after])).astype(np.float32)
+
+
+def _schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    rates = step_rates(config, steps)
+    return lambda count: jnp.asarray(rates)[count]
 
 
 def decays(weights: Weights) -> dict[str, bool]:
@@ -38,35 +43,58 @@ def decays(weights: Weights) -> dict[str, bool]:
     return {name: not name.endswith((".scale", ".bias")) for name in weights}
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW with the schedule of a run of `steps` and, if asked for, clipping by global norm; or
-    what `config.factory` makes of the configuration and the schedule.
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformationExtraArgs:
+    """AdamW and, if asked for, clipping by global norm; or what `config.factory` makes of the
+    configuration and the schedule of a run of `steps`.
+
+    Returns:
+        What takes the rate of a step as `update(..., rate=)`, see `step_rates`; one of the factory
+        has it from its schedule, and ignores that.
 
     Raises:
         ConfigError: the factory cannot be used, or does not give an optimizer.
     """
     if config.factory:
-        made = load_hook(config.factory, "optimizer.factory")(config, learning_rate(config, steps))
+        made = load_hook(config.factory, "optimizer.factory")(config, _schedule(config, steps))
         if not isinstance(made, optax.GradientTransformation):
             raise ConfigError(
                 f"optimizer.factory: {config.factory} gave a {type(made).__name__}, not an optax "
                 "gradient transformation"
             )
-        return made
-    return _adamw(config, steps)
+        return optax.with_extra_args_support(made)
+    return _adamw(config.beta1, config.beta2, config.epsilon, config.weight_decay, config.clip_norm)
 
 
 @functools.lru_cache(maxsize=4)
-def _adamw(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def _adamw(
+    beta1: float, beta2: float, epsilon: float, weight_decay: float, clip_norm: float
+) -> optax.GradientTransformationExtraArgs:
     """Kept, so that a run like an earlier one of this process compiles no update."""
-    adamw = optax.adamw(
-        learning_rate(config, steps),
-        b1=config.beta1,
-        b2=config.beta2,
-        eps=config.epsilon,
-        weight_decay=config.weight_decay,
-        mask=decays,
+    adamw = optax.chain(
+        optax.scale_by_adam(beta1, beta2, epsilon),
+        optax.add_decayed_weights(weight_decay, decays),
+        _scale_by_rate(),
     )
-    if not config.clip_norm:
+    if not clip_norm:
         return adamw
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    return optax.chain(optax.clip_by_global_norm(clip_norm), adamw)
+
+
+def _scale_by_rate() -> optax.GradientTransformationExtraArgs:
+    """Minus the rate that a step is told, times what it is given.
+
+    As an argument: runs that differ in their schedules have the same program. The count of steps is
+    that of `optax.adamw`, whose state earlier versions have saved.
+    """
+
+    def init(params: Any) -> Any:
+        del params
+        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        del params
+        rate = extra["rate"]
+        scaled = jax.tree.map(lambda update: -rate * update, updates)
+        return scaled, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import math
@@ -200,7 +201,7 @@ def write_module(
     record = {
         **identity,
         **results,
-        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "packages": {name: _version(name) for name in _PACKAGES},
     }
     stored = {name: weight.astype(DTYPES[base.dtype]) for name, weight in weights.items()}
     is_lora = bool(config.lora.rank)
@@ -220,6 +221,9 @@ def write_module(
 
 
 _LENGTH = ("optimizer.epochs", "optimizer.max_steps")
+
+
+_version = functools.cache(importlib.metadata.version)
 
 
 def _check_resumable(

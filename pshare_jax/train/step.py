@@ -52,7 +52,7 @@ class Computations:
     def __init__(
         self,
         recipe: Recipe,
-        optimizer: optax.GradientTransformation,
+        optimizer: optax.GradientTransformationExtraArgs,
         mesh: Mesh,
         specs: Mapping[str, WeightSpec],
     ):
@@ -115,10 +115,10 @@ class Computations:
         return self._add(total, more)
 
     def update(
-        self, trainable: Weights, state: Any, gradients: Gradients
+        self, trainable: Weights, state: Any, gradients: Gradients, rate: np.float32
     ) -> tuple[Weights, Any, Update]:
-        """One optimizer step; weights and state are donated."""
-        return self._update(trainable, state, gradients)
+        """One optimizer step at the learning rate `rate`; weights and state are donated."""
+        return self._update(trainable, state, gradients, rate)
 
     def loss(
         self,
@@ -173,7 +173,7 @@ class _OfOptimizer(NamedTuple):
 
 @functools.lru_cache(maxsize=4)
 def _of_optimizer(
-    optimizer: optax.GradientTransformation, mesh: Mesh, specs: Specs
+    optimizer: optax.GradientTransformationExtraArgs, mesh: Mesh, specs: Specs
 ) -> _OfOptimizer:
     scalar, trainable = replicated(mesh), weight_shardings(mesh, dict(specs))
     abstract = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in specs}
@@ -213,12 +213,16 @@ def _add(total: Gradients, more: Gradients) -> Gradients:
 
 
 def _update(
-    optimizer: optax.GradientTransformation, trainable: Weights, state: Any, total: Gradients
+    optimizer: optax.GradientTransformationExtraArgs,
+    trainable: Weights,
+    state: Any,
+    total: Gradients,
+    rate: jax.Array,
 ) -> tuple[Weights, Any, Update]:
     # A product, since XLA would write the quotients to memory before it uses them.
     share = 1 / total.tokens
     gradients = {name: weight * share for name, weight in total.weights.items()}
-    updates, state = optimizer.update(gradients, state, trainable)
+    updates, state = optimizer.update(gradients, state, trainable, rate=rate)
     metrics = Update(total.loss / total.tokens, total.tokens, share * _norm(total.weights))
     return optax.apply_updates(trainable, updates), state, metrics  # type: ignore[return-value]
 

@@ -94,6 +94,12 @@ def activated_logits(
     config: ModelConfig, weights: Weights, module: LoraModule, tokens: jax.Array, start: int
 ) -> jax.Array:
     """Of the tokens from `start` on, over the base's KV of those before."""
+    return jax.jit(functools.partial(_activated_logits, config, module, start))(weights, tokens)
+
+
+def _activated_logits(
+    config: ModelConfig, module: LoraModule, start: int, weights: Weights, tokens: jax.Array
+) -> jax.Array:
     positions = jnp.arange(tokens.shape[1])[None]
     decoder = bind(config, weights)
     written = DenseCache(config, init_cache(config, 1, tokens.shape[1], jnp.dtype("float32")), 0)

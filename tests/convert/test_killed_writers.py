@@ -84,7 +84,7 @@ def test_a_folder_that_is_not_locked_yet_is_kept_for_a_minute(tmp_path, monkeypa
 
 def test_import_after_kill(tmp_path):
     """The command itself, killed while it writes."""
-    config = gguf_config(num_layers=60)
+    config = gguf_config(num_layers=30)
     write_gguf(tmp_path / "m.gguf", config, random_weights(config))
     command = [sys.executable, "-m", "pshare_jax.convert", "import", tmp_path / "m.gguf"]
     dest = tmp_path / "dest" / "out"

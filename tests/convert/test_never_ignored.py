@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import gguf
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -44,11 +46,12 @@ def rewrite(folder, change) -> None:
     save_file(tensors, path, {"format": "pt"})
 
 
-def logits(config, weights) -> np.ndarray:
+@functools.partial(jax.jit, static_argnums=0)
+def logits(config, weights) -> jax.Array:
     tokens = jnp.asarray([[1, 5, 9, 300]])
     decoder = bind(config, weights)
     hidden = decoder.hidden(tokens, jnp.arange(4)[None], CausalAttention(config))
-    return np.asarray(decoder.logits(hidden))
+    return decoder.logits(hidden)
 
 
 # A head of its own although the config ties it

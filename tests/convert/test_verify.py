@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 import weakref
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from pshare_jax.convert.tensors import DTYPES, LazyTensor, as_lazy, common_dtype
 from pshare_jax.convert.verify import Model, compare, load_model, read_prompts
 from pshare_jax.errors import CertificateError, CheckpointError
 from pshare_jax.models.attention import CausalAttention
+from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.decoder import bind
 from pshare_jax.text.tokenizer import Tokenizer
 from tests.convert.helpers import model_config, random_weights, write_hf_folder
@@ -48,10 +51,24 @@ def changed(model: Model, scale: float) -> Model:
 
 
 def logits_of(model: Model, tokens: list[int]) -> np.ndarray:
-    decoder = bind(CONFIG, {name: tensor.read() for name, tensor in model.tensors.items()})
-    positions = jnp.arange(len(tokens))[None]
-    hidden = decoder.hidden(jnp.asarray([tokens]), positions, CausalAttention(CONFIG))
-    return np.asarray(decoder.logits(hidden)[0], np.float64)
+    return plain(CONFIG, model, tokens)[1].astype(np.float64)
+
+
+def plain(config: ModelConfig, model: Model, tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Last hidden states and logits of a prompt, at once; padded, so that all have one program."""
+    weights = {name: tensor.read() for name, tensor in model.tensors.items()}
+    padded = np.zeros((1, 48), np.int32)
+    padded[0, : len(tokens)] = tokens
+    hidden, logits = _plain(config, weights, padded)
+    return np.asarray(hidden)[0, : len(tokens)], np.asarray(logits)[0, : len(tokens)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _plain(config, weights, tokens):
+    decoder = bind(config, weights)
+    positions = jnp.arange(tokens.shape[1])[None]
+    hidden = decoder.hidden(tokens, positions, CausalAttention(config))
+    return hidden, decoder.logits(hidden)
 
 
 def test_a_model_equals_itself_in_every_form(folder):
@@ -248,15 +265,13 @@ def test_every_family_is_the_plain_computation(tmp_path, architecture):
     model = load_model(tmp_path / "hf")
     prompts = [[3, 5, 300, 7, 2], [9], list(range(20))]
     states = hidden_states(model.config, model.tensors, prompts)
-    decoder = bind(model.config, {n: t.read() for n, t in model.tensors.items()})
     start = 0
     for prompt in prompts:
-        positions = jnp.arange(len(prompt))[None]
-        hidden = decoder.hidden(jnp.asarray([prompt]), positions, CausalAttention(model.config))
+        hidden, logits = plain(config, model, prompt)
         mine = states[start : start + len(prompt)]
-        np.testing.assert_allclose(mine, hidden[0], rtol=2e-5, atol=2e-6)
-        logits = Head(model.config, model.tensors).logits(mine)
-        np.testing.assert_allclose(logits, decoder.logits(hidden)[0], rtol=2e-5, atol=2e-6)
+        np.testing.assert_allclose(mine, hidden, rtol=2e-5, atol=2e-6)
+        head = Head(model.config, model.tensors)
+        np.testing.assert_allclose(head.logits(mine), logits, rtol=2e-5, atol=2e-6)
         start += len(prompt)
 
 

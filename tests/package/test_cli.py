@@ -62,7 +62,7 @@ def test_a_command_is_its_module_run_as_main(command, code, expected, monkeypatc
 def test_exit_code_and_message_are_the_commands_own(tmp_path):
     def run(*command: str) -> tuple[int, str]:
         done = subprocess.run(
-            [sys.executable, "-m", *command, "inspect", "nowhere"],
+            [sys.executable, "-m", *command, "compare", "nowhere", "nowhere"],
             cwd=tmp_path,
             capture_output=True,
             text=True,
@@ -71,10 +71,10 @@ def test_exit_code_and_message_are_the_commands_own(tmp_path):
         )
         return done.returncode, done.stderr
 
-    plain = run("pshare_jax.convert")
+    plain = run("pshare_jax.evals")
     assert plain[0] == 2
-    assert plain[1].startswith("error: nowhere")
-    assert run("pshare_jax.cli", "convert") == plain
+    assert plain[1].startswith("pshare_jax.evals: nowhere: cannot be read")
+    assert run("pshare_jax.cli", "eval") == plain
 
 
 def test_the_demo_says_that_it_needs_a_checkout(tmp_path, monkeypatch, capsys):

@@ -15,6 +15,7 @@ from pshare_jax.errors import ConfigError
 from pshare_jax.study import plots, report, runner
 from pshare_jax.study.config import SHARES, Runs, StudyConfig, TaskConfig, expand
 from pshare_jax.study.runner import Study
+from pshare_jax.train import generate
 from pshare_jax.train.__main__ import main as train_main
 from pshare_jax.train.report import Reporter
 from tests.train.helpers import SHALLOW, write_base
@@ -25,9 +26,10 @@ TASK = TaskConfig("code", 24, 4, 6, 4)
 
 
 def train_here(command: Sequence[str]) -> int:
-    """In this process, and without measuring the machine; one of the quick study has its own."""
+    """In this process, in one shape and without measuring the machine; one of the quick study has
+    its own."""
     assert list(command[:3]) == [sys.executable, "-m", "pshare_jax.train"]
-    return train_main([*command[3:], "--report.peak_tflops=1"])
+    return train_main([*command[3:], "--data.buckets=1", "--report.peak_tflops=1"])
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +49,14 @@ def study(tmp_path_factory) -> StudyConfig:
             Runs("code", "lora", 8, [1e-3], test=True),
         ],
         batch_size=4,
+        eval_batch_size=8,
         lora_rank=2,
         kv_cache_gb=1,
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "run_trainer", train_here)
+        # Prompts of all lengths are answered in one shape.
+        patch.setattr(generate, "_PROMPT_MULTIPLE", 256)
         Study(config, Reporter(active=False)).make()
     return config
 

@@ -238,7 +238,7 @@ def test_keeping_needs_a_folder(base, data, tmp_path):
 
 def test_runs_with_other_tails_share_a_file(base, data, tmp_path):
     kept = KVCacheConfig(disk_gb=1, folder=str(tmp_path / "kv"), keep=True)
-    for tail in (1, 3):
+    for tail in (1, 2):
         anew = train_config(
             base, data, tmp_path / f"anew{tail}", tail=tail, kv_cache=KVCacheConfig(memory_gb=0)
         )

@@ -9,7 +9,7 @@ from pshare_jax.models.weights import lora_specs, weight_specs
 from pshare_jax.train.config import MeshConfig, OptimizerConfig
 from pshare_jax.train.distributed import make_mesh
 from pshare_jax.train.loss import LoraShape, Recipe
-from pshare_jax.train.optimizer import decays, learning_rate, make_optimizer
+from pshare_jax.train.optimizer import decays, make_optimizer, step_rates
 from pshare_jax.train.step import Computations
 from pshare_jax.train.weights import trainable_specs
 from tests.train.helpers import MODEL
@@ -17,7 +17,7 @@ from tests.train.helpers import MODEL
 
 def rates(schedule: str, warmup: float = 0.2, steps: int = 10) -> list[float]:
     config = OptimizerConfig(learning_rate=1.0, schedule=schedule, warmup=warmup)
-    return [float(learning_rate(config, steps)(step)) for step in range(steps)]
+    return step_rates(config, steps).tolist()
 
 
 def test_schedules_rise_linearly_then_fall():
@@ -39,7 +39,7 @@ def test_only_matrices_decay():
 @pytest.mark.parametrize("clip", [0.0, 0.5])
 def test_adamw_step_by_hand(clip):
     config = OptimizerConfig(
-        learning_rate=0.1, schedule="constant", warmup=0, weight_decay=0.1, clip_norm=clip
+        learning_rate=0.3, schedule="constant", warmup=0, weight_decay=0.1, clip_norm=clip
     )
     optimizer = make_optimizer(config, 10)
     weight, gradient = np.array([1.0, -2.0]), np.array([3.0, 4.0])
@@ -48,7 +48,7 @@ def test_adamw_step_by_hand(clip):
     gradients = dict.fromkeys(params, jax.numpy.asarray(gradient))
     moments = np.zeros(2), np.zeros(2)
     for step in (1, 2):
-        updates, state = optimizer.update(gradients, state, params)
+        updates, state = optimizer.update(gradients, state, params, rate=0.1)
         norm = np.sqrt(2 * np.sum(gradient**2))
         clipped = gradient * min(1, clip / norm) if clip else gradient
         moments = 0.9 * moments[0] + 0.1 * clipped, 0.999 * moments[1] + 0.001 * clipped**2

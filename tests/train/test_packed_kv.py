@@ -29,9 +29,11 @@ def served_kv(spec: StepSpec, packed, tokens: np.ndarray, chunk: int) -> np.ndar
         ids[0, : len(part)] = part
         rows = Rows(table, jnp.array([start], jnp.int32), jnp.array([len(part)], jnp.int32))
         pages, _ = prefill_chunk(spec, packed, pages, jnp.asarray(ids), rows)
-    kv = jnp.stack(pages)[:, 1:]  # [layers, count, 2, kv_heads, PAGE, head_dim]
+    kv = np.stack([np.asarray(page, np.float32) for page in pages])[
+        :, 1:
+    ]  # [layers, count, 2, kv_heads, PAGE, head_dim]
     kv = kv.transpose(1, 4, 0, 2, 3, 5).reshape(count * PAGE, *kv.shape[:1], *kv.shape[2:4], -1)
-    return np.asarray(kv[: len(tokens)].astype(jnp.float32))
+    return kv[: len(tokens)]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -43,7 +45,7 @@ def test_training_reads_the_kv_that_is_served(architecture):
     compute = jax.jit(base_kv, static_argnums=0)
     kv = compute(Recipe(config, "bfloat16", matmul="cpu_ffi"), packed, jnp.asarray(prompt))
     assert kv.shape == (3, PADDED, config.num_layers, 2, config.num_kv_heads, config.head_dim)
-    kv = np.asarray(kv.astype(jnp.float32))
+    kv = np.asarray(kv, np.float32)
     spec = StepSpec(config, "cpu_ffi")
     for row, length in enumerate(LENGTHS):
         for chunk in (PADDED, 8):

@@ -23,6 +23,9 @@ LORA = LoraShape(4, 8.0, LORA_TARGETS)
 BUCKET = Bucket(24, 24, 8, 32)
 
 
+compiled_kv = jax.jit(base_kv, static_argnums=0)
+
+
 def batch() -> dict[str, jax.Array]:
     rng = np.random.default_rng(0)
     rows = []
@@ -38,7 +41,7 @@ def gradients(dtype: str, backend: str, base: Weights, own: Weights | None) -> W
     recipe = Recipe(CONFIG, dtype, own and LORA, matmul=backend, barriers=False)
     arrays = batch()
     low = {name: weight.astype(dtype) for name, weight in base.items()}
-    kv = base_kv(Recipe(CONFIG, dtype), low, arrays["prompt"])
+    kv = compiled_kv(Recipe(CONFIG, dtype), low, arrays["prompt"])
     gradient = jax.jit(
         jax.grad(lambda trained: loss_sum(recipe, trained, {"base": low}, kv, arrays))
     )
