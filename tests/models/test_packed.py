@@ -127,6 +127,12 @@ def in_cpp(config, weights, adapters, index, tokens, positions, rows, pages, *, 
     return *decoder.logits(ends, rows[2], jnp.asarray(True)), pages
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def in_cpp_and_kv_only(config, *args):
+    """What `in_cpp` gives, and the pages that it gives with `kv_only`; one program."""
+    return *in_cpp(config, *args), in_cpp(config, *args, kv_only=True)[2]
+
+
 def random_lora(config: ModelConfig, rank: int, targets, alpha: float, seed: int, dtype: str):
     rng = np.random.default_rng(seed)
     weights = {
@@ -173,8 +179,9 @@ def assert_same_as_xla(config: ModelConfig, dtype: str, modules=(), index=(0, 0,
     expected, expected_pages = in_xla(
         config, widened(weights), widened(adapters), index, *widened(inputs)
     )
-    logits, best, pages = in_cpp(config, pack_weights(config, weights), packed, index, *inputs)
-    kv_only = in_cpp(config, pack_weights(config, weights), packed, index, *inputs, kv_only=True)[2]
+    logits, best, pages, kv_only = in_cpp_and_kv_only(
+        config, pack_weights(config, weights), packed, index, *inputs
+    )
 
     valid = np.flatnonzero(LENS)
     assert_close(logits[valid], np.asarray(expected)[valid, LENS[valid] - 1], dtype)

@@ -24,6 +24,7 @@ from tests.models.test_packed import (
     assert_same_as_xla,
     batch,
     in_cpp,
+    in_cpp_and_kv_only,
     in_xla,
     random_lora,
     written,
@@ -59,8 +60,7 @@ def test_same_numbers_as_xla(name, dtype):
     inputs, packed = batch(config, dtype), pack_weights(config, weights)
     assert packed["layers"].matrices.dtype == packed["head"].dtype == jnp.uint8
     expected, expected_pages = in_xla(config, weights, None, index, *inputs)
-    logits, best, pages = in_cpp(config, packed, None, index, *inputs)
-    kv_only = in_cpp(config, packed, None, index, *inputs, kv_only=True)[2]
+    logits, best, pages, kv_only = in_cpp_and_kv_only(config, packed, None, index, *inputs)
     valid, table = np.flatnonzero(LENS), inputs[2][0]
     ends = np.asarray(expected)[valid, LENS[valid] - 1]
     assert error(logits[valid], ends) < TOLERANCE[dtype]
