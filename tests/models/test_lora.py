@@ -79,6 +79,7 @@ def test_every_target_takes_part(target):
     merged, _ = run(config, merge(base, module), tokens)
     plain, _ = run(config, base, tokens)
 
+    adapted, merged, plain = map(np.asarray, (adapted, merged, plain))
     np.testing.assert_allclose(adapted[0], merged[0], rtol=0, atol=TOLERANCE)
     np.testing.assert_allclose(adapted[1], plain[1], rtol=0, atol=TOLERANCE)
     assert np.abs(merged[0] - plain[0]).max() > 1e-2
@@ -141,7 +142,9 @@ def test_stack_shapes():
 def test_stack_keeps_bfloat16_and_merge_the_kernels_dtype():
     config = tiny_config()
     module = random_module(config, 2)
-    half = module._replace(weights={k: v.astype(jnp.bfloat16) for k, v in module.weights.items()})
+    half = module._replace(
+        weights={k: on_device(v, jnp.bfloat16) for k, v in module.weights.items()}
+    )
     found = stack_adapters([half])
     assert {a.dtype for a in found.values()} == {jnp.dtype(jnp.bfloat16)}
     for name, array in stacked([half]).items():
