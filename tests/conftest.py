@@ -25,6 +25,7 @@ from xdist.scheduler import LoadFileScheduling
 from pshare_jax.kernels.native.library import load_library
 from pshare_jax.runtime.host_memory import return_freed_memory
 from tests.helpers import optimisations, set_optimisations
+from tests.lowering import share_contexts
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,15 +37,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-CLUSTERS = ("tests/e2e/test_cluster", "tests/e2e/test_gang")
+TOGETHER = {
+    "clusters": ("tests/e2e/test_cluster", "tests/e2e/test_gang"),
+    "clients": ("tests/clients/",),
+}
+"""Files that go to one process: two clusters at a time would only wait for each other, and clients
+are large to import."""
 
 
 class ByFile(LoadFileScheduling):
-    """Each file goes to one process, and all that start clusters to the same: two at a time would
-    only wait for each other."""
+    """Each file goes to one process."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return "clusters" if nodeid.startswith(CLUSTERS) else super()._split_scope(nodeid)
+        for scope, files in TOGETHER.items():
+            if nodeid.startswith(files):
+                return scope
+        return super()._split_scope(nodeid)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -109,6 +117,8 @@ def optimised() -> Iterator[None]:
         yield
 
 
+if not USERS:
+    share_contexts()
 jax.config.update("jax_num_cpu_devices", 8)
 # Hundreds of processes import the same modules: none compiles them again, whatever the shell says.
 sys.dont_write_bytecode = False

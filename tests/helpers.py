@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pshare_jax.models.config import Experts, LayerSpec, ModelConfig
-from pshare_jax.models.lora import LoraModule, stack_adapters
+from pshare_jax.models.lora import LoraModule
 from pshare_jax.models.rope import LinearRopeScaling, Llama3RopeScaling, LongRopeScaling, Rope
 from pshare_jax.models.weights import Weights
 
@@ -118,13 +118,24 @@ def on_device(values: np.ndarray, dtype: Any = jnp.float32) -> jax.Array:
 
 
 def stacked(modules: Sequence[LoraModule]) -> Weights:
-    """As `stack_adapters`, which compiles a program for each shape, in a single one."""
-
-    def stack(weights: list[Weights]) -> Weights:
-        parts = zip(modules, weights, strict=True)
-        return stack_adapters([module._replace(weights=own) for module, own in parts])
-
-    return jax.jit(stack)([module.weights for module in modules])
+    """The bits of `stack_adapters`, which compiles a program for each shape, by NumPy."""
+    rank = max(module.rank for module in modules)
+    found = {}
+    for name in sorted({name for module in modules for name in module.weights}):
+        is_a = name.endswith(".lora_a")
+        template = next(m.weights[name] for m in modules if name in m.weights)
+        rows = (*template.shape[:-1], rank) if is_a else (rank, *template.shape[1:])
+        parts = np.zeros((len(modules), *rows), template.dtype)
+        for part, module in zip(parts, modules, strict=True):
+            if name in module.weights:
+                factor = np.asarray(module.weights[name])
+                if is_a:
+                    part[..., : module.rank] = factor
+                else:
+                    scale = np.float32(module.alpha / module.rank)
+                    part[: module.rank] = (factor.astype(np.float32) * scale).astype(factor.dtype)
+        found[name] = jax.device_put(np.moveaxis(parts, 0, -2) if is_a else parts)
+    return found
 
 
 def set_optimisations(on: bool) -> None:

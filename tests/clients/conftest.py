@@ -1,11 +1,15 @@
 """The real server over scripted answers, for real clients of frameworks.
 
 The clients come with the extra `clients`. Nothing here reaches another host: tracing is off.
+To import the frameworks takes seconds, and every process collects all tests: so those that run the
+tests import them, and all of this folder runs in one process.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -46,6 +50,39 @@ def answers(served, monkeypatch) -> Answers:
 @pytest.fixture
 def base_url(served) -> str:
     return f"{served.url}/v1"
+
+
+@pytest.fixture(scope="session")
+def agents() -> Any:
+    return importlib.import_module("agents")
+
+
+@pytest.fixture(scope="session")
+def pydantic_ai() -> Any:
+    return importlib.import_module("pydantic_ai")
+
+
+@pytest.fixture(scope="session")
+def smolagents() -> Any:
+    return importlib.import_module("smolagents")
+
+
+@pytest.fixture(scope="session")
+def city_weather(smolagents) -> Any:
+    """A tool of smolagents."""
+
+    tool = smolagents.tool  # which looks for its own name in the source
+
+    @tool
+    def get_weather(city: str) -> str:
+        """The weather in a city.
+
+        Args:
+            city: its name.
+        """
+        return f"sunny in {city}"
+
+    return get_weather
 
 
 @pytest.fixture

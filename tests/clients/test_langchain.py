@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import openai
 import pytest
-from langchain.agents import create_agent
-from langchain_core.tools import tool
-from langchain_openai import ChatOpenAI
 
 from tests.clients.conftest import ANSWER, CALL
 
 
-@tool
-def get_weather(city: str) -> str:
-    """The weather in a city."""
-    return f"sunny in {city}"
+@pytest.fixture(scope="module")
+def get_weather():
+    from langchain_core.tools import tool
+
+    @tool
+    def get_weather(city: str) -> str:
+        """The weather in a city."""
+        return f"sunny in {city}"
+
+    return get_weather
 
 
 @pytest.fixture(params=[False, True], ids=["chat", "responses"])
 async def model(request, base_url):
+    from langchain_openai import ChatOpenAI
+
     with openai.DefaultHttpxClient() as client:
         async with openai.DefaultAsyncHttpxClient() as async_client:
             yield ChatOpenAI(
@@ -52,14 +57,14 @@ def test_stream(model, answers):
     assert "".join(texts) == ANSWER
 
 
-def test_a_tool_call(model, answers):
+def test_a_tool_call(model, answers, get_weather):
     answers(CALL)
     message = model.bind_tools([get_weather]).invoke("weather?")
     (call,) = message.tool_calls
     assert (call["name"], call["args"]) == ("get_weather", {"city": "Paris"})
 
 
-def test_a_streamed_tool_call(model, answers):
+def test_a_streamed_tool_call(model, answers, get_weather):
     answers(CALL)
     whole = None
     for chunk in model.bind_tools([get_weather]).stream("weather?"):
@@ -68,7 +73,9 @@ def test_a_streamed_tool_call(model, answers):
     assert (call["name"], call["args"]) == ("get_weather", {"city": "Paris"})
 
 
-def test_an_agent_of_langgraph(model, answers, prompts):
+def test_an_agent_of_langgraph(model, answers, prompts, get_weather):
+    from langchain.agents import create_agent
+
     answers(CALL, "It is sunny.")
     agent = create_agent(model, tools=[get_weather], system_prompt="You forecast.")
     messages = agent.invoke({"messages": [("user", "weather?")]})["messages"]

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import agents
 import openai
 import pytest
 
 from tests.clients.conftest import ANSWER, CALL
 
 
-@agents.function_tool
-def get_weather(city: str) -> str:
-    """The weather in a city."""
-    return f"sunny in {city}"
-
-
-@pytest.fixture(params=[agents.OpenAIChatCompletionsModel, agents.OpenAIResponsesModel])
-async def model(request, base_url):
+@pytest.fixture(params=["OpenAIChatCompletionsModel", "OpenAIResponsesModel"])
+async def model(request, agents, base_url):
     async with openai.AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0) as client:
-        yield request.param(model="planner", openai_client=client)
+        yield getattr(agents, request.param)(model="planner", openai_client=client)
 
 
-async def test_text(model, answers, prompts):
+async def test_text(agents, model, answers, prompts):
     answers(ANSWER)
     agent = agents.Agent("greeter", instructions="Be kind.", model=model)
     result = await agents.Runner.run(agent, "hi")
@@ -32,7 +25,7 @@ async def test_text(model, answers, prompts):
     assert usage.output_tokens > 0
 
 
-async def test_stream(model, answers):
+async def test_stream(agents, model, answers):
     answers(ANSWER)
     stream = agents.Runner.run_streamed(agents.Agent("greeter", model=model), "hi")
     deltas = [
@@ -44,7 +37,12 @@ async def test_stream(model, answers):
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-async def test_a_tool_is_called_and_its_result_read(model, answers, prompts, streamed):
+async def test_a_tool_is_called_and_its_result_read(agents, model, answers, prompts, streamed):
+    @agents.function_tool
+    def get_weather(city: str) -> str:
+        """The weather in a city."""
+        return f"sunny in {city}"
+
     answers(CALL, "It is sunny.")
     agent = agents.Agent("forecaster", model=model, tools=[get_weather])
     if streamed:
@@ -59,7 +57,7 @@ async def test_a_tool_is_called_and_its_result_read(model, answers, prompts, str
     assert "[tool]sunny in Paris" in second
 
 
-async def test_agents_hand_over(model, answers, prompts):
+async def test_agents_hand_over(agents, model, answers, prompts):
     answers(
         '<tool_call>\n{"name": "transfer_to_critic", "arguments": {}}\n</tool_call>', "All good."
     )

@@ -4,27 +4,16 @@ from __future__ import annotations
 
 import openai
 import pytest
-from smolagents import CodeAgent, OpenAIServerModel, tool
 
 from tests.clients.conftest import ANSWER
 
 USER = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
 
 
-@tool
-def get_weather(city: str) -> str:
-    """The weather in a city.
-
-    Args:
-        city: its name.
-    """
-    return f"sunny in {city}"
-
-
 @pytest.fixture
-def model(base_url):
+def model(base_url, smolagents):
     with openai.DefaultHttpxClient() as client:
-        yield OpenAIServerModel(
+        yield smolagents.OpenAIServerModel(
             "planner", api_base=base_url, api_key="none", client_kwargs={"http_client": client}
         )
 
@@ -42,8 +31,8 @@ def test_stream(model, answers):
     assert "".join(deltas) == ANSWER
 
 
-def test_an_agent_that_writes_code(model, answers, prompts):
+def test_an_agent_that_writes_code(smolagents, model, answers, prompts, city_weather):
     answers('<code>\nfinal_answer(get_weather(city="Paris"))\n</code>')
-    agent = CodeAgent(tools=[get_weather], model=model, verbosity_level=0, max_steps=2)
+    agent = smolagents.CodeAgent(tools=[city_weather], model=model, verbosity_level=0, max_steps=2)
     assert agent.run("weather?") == "sunny in Paris"
     assert "weather?" in prompts()[0]

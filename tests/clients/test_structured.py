@@ -6,18 +6,11 @@ back is what each client makes an object of.
 
 from __future__ import annotations
 
-import agents
 import openai
-import pydantic_ai
 import pytest
-from langchain_openai import ChatOpenAI
 from pydantic import BaseModel
-from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
-from pydantic_ai.providers.openai import OpenAIProvider
-from smolagents import OpenAIServerModel, ToolCallingAgent
 
 from tests.clients.conftest import CALL
-from tests.clients.test_smolagents import get_weather
 
 
 class Person(BaseModel):
@@ -98,6 +91,8 @@ def test_openai_forces_a_tool(api, answers, choice):
     ids=["json_schema", "json_mode", "function_calling"],
 )
 def test_langchain_with_structured_output(base_url, answers, method, text):
+    from langchain_openai import ChatOpenAI
+
     answers(text)
     with openai.DefaultHttpxClient() as client:
         model = ChatOpenAI(
@@ -106,36 +101,42 @@ def test_langchain_with_structured_output(base_url, answers, method, text):
         assert model.with_structured_output(Person, method=method).invoke("who? JSON") == ANNA
 
 
-@pytest.mark.parametrize("kind", [agents.OpenAIChatCompletionsModel, agents.OpenAIResponsesModel])
-async def test_openai_agents_output_type(async_api, answers, kind):
+@pytest.mark.parametrize("kind", ["OpenAIChatCompletionsModel", "OpenAIResponsesModel"])
+async def test_openai_agents_output_type(agents, async_api, answers, kind):
     answers(JSON)
-    model = kind(model="planner", openai_client=async_api)
+    model = getattr(agents, kind)(model="planner", openai_client=async_api)
     agent = agents.Agent("who", model=model, output_type=Person)
     assert (await agents.Runner.run(agent, "who?")).final_output == ANNA
 
 
-@pytest.mark.parametrize("kind", [OpenAIChatModel, OpenAIResponsesModel])
+@pytest.mark.parametrize("kind", ["OpenAIChatModel", "OpenAIResponsesModel"])
 @pytest.mark.parametrize(
-    ("output", "text"),
+    ("output", "named", "text"),
     [
-        (pydantic_ai.NativeOutput(Person), JSON),
-        (pydantic_ai.PromptedOutput(Person), JSON),
-        (pydantic_ai.ToolOutput(Person, name="person"), call("person")),
+        ("NativeOutput", {}, JSON),
+        ("PromptedOutput", {}, JSON),
+        ("ToolOutput", {"name": "person"}, call("person")),
     ],
     ids=["native", "prompted", "tool"],
 )
-async def test_pydantic_ai_output_type(async_api, answers, kind, output, text):
+async def test_pydantic_ai_output_type(pydantic_ai, async_api, answers, kind, output, named, text):
+    from pydantic_ai.models import openai as models
+    from pydantic_ai.providers.openai import OpenAIProvider
+
     answers(text)
-    model = kind("planner", provider=OpenAIProvider(openai_client=async_api))
-    assert (await pydantic_ai.Agent(model, output_type=output).run("who?")).output == ANNA
+    model = getattr(models, kind)("planner", provider=OpenAIProvider(openai_client=async_api))
+    output_type = getattr(pydantic_ai, output)(Person, **named)
+    assert (await pydantic_ai.Agent(model, output_type=output_type).run("who?")).output == ANNA
 
 
-def test_a_tool_calling_agent_of_smolagents(base_url, answers):
+def test_a_tool_calling_agent_of_smolagents(smolagents, base_url, answers, city_weather):
     """Every step of it forces a call."""
     answers(CALL, call("final_answer", '{"answer": "sunny"}'))
     with openai.DefaultHttpxClient() as client:
-        model = OpenAIServerModel(
+        model = smolagents.OpenAIServerModel(
             "planner", api_base=base_url, api_key="none", client_kwargs={"http_client": client}
         )
-        agent = ToolCallingAgent(tools=[get_weather], model=model, verbosity_level=0, max_steps=3)
+        agent = smolagents.ToolCallingAgent(
+            tools=[city_weather], model=model, verbosity_level=0, max_steps=3
+        )
         assert agent.run("weather?") == "sunny"

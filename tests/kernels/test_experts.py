@@ -41,6 +41,7 @@ def arguments(tokens: int, count: int, per_token: int, dtype: str = "float32"):
 def by_definition(x, weights, chosen, gate, up, down):
     """One token and one expert at a time, in float64."""
     x, weights, gate, up, down = (np.asarray(a, np.float64) for a in (x, weights, gate, up, down))
+    chosen = np.asarray(chosen)
     out = np.zeros(x.shape)
     for n, i in np.ndindex(*chosen.shape):
         of = int(chosen[n, i])

@@ -68,12 +68,12 @@ def test_one_value_comes_back_as_it_is(backend, dtype):
     pages = np.zeros((7, 2, 2, PAGE, 128), np.float32)
     pages[3, 1, :, 0] = finite.reshape(2, 128)
     attend = jax.jit(functools.partial(paged_attention, sliding_window=None, backend=backend))
-    one = jnp.ones(1, jnp.int32)
+    one = np.ones(1, np.int32)
     out = attend(
-        jnp.ones((1, 1, 2, 128), dtype), jnp.asarray(pages).astype(FP8), TABLE[:1], one * 0, one
+        on_device(np.ones((1, 1, 2, 128)), dtype), pages.astype(FP8), TABLE[:1], one * 0, one
     )
     assert out.dtype == dtype
-    np.testing.assert_array_equal(np.asarray(out[0, 0], np.float32), finite.reshape(2, 128))
+    np.testing.assert_array_equal(np.asarray(out, np.float32)[0, 0], finite.reshape(2, 128))
 
 
 in_float32 = jax.jit(
@@ -86,11 +86,11 @@ in_float32 = jax.jit(
 def test_attention_is_that_over_the_widened_pages(backend, tokens):
     rng = np.random.default_rng(tokens)
     pages = on_device(rng.standard_normal((7, 2, KV_HEADS, PAGE, DIM)))
-    small = pages.astype(FP8)
+    small = jax.device_put(np.asarray(pages).astype(FP8))
     q = on_device(rng.standard_normal((2, tokens, KV_HEADS * GROUP, DIM)))
     rows = TABLE, jnp.asarray([5, 3], jnp.int32), jnp.full(2, tokens, jnp.int32)
     attend = jax.jit(functools.partial(paged_attention, sliding_window=4, backend=backend))
-    wide = small.astype(jnp.float32)
+    wide = on_device(small)
     expected = in_float32(q, wide, *rows, sliding_window=4)
     np.testing.assert_allclose(attend(q, small, *rows), expected, atol=2e-5)
     if tokens == 1:

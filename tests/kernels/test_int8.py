@@ -45,7 +45,7 @@ class Products:
     def __init__(self, flags: str, folder: Path):
         (folder / "product.cc").write_text(SOURCE)
         made = folder / "product.so"
-        command = [library._compiler(), "-O2", "-std=c++17", "-fPIC", "-shared", "-pthread", "-w"]
+        command = [library._compiler(), "-O1", "-std=c++17", "-fPIC", "-shared", "-pthread", "-w"]
         command += [*flags.split(), f"-I{library.SOURCES}"]
         subprocess.run([*command, str(folder / "product.cc"), "-o", str(made)], check=True)
         self._loaded = ctypes.CDLL(str(made))

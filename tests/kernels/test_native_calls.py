@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pshare_jax.kernels.decoder_layer.cpu_ffi import LayerShape, decoder_layer, lm_head
@@ -16,14 +17,14 @@ from pshare_jax.kernels.native.library import require_library, widened_bytes
 from pshare_jax.kernels.paged_attention.api import paged_attention
 
 SHAPE = LayerShape(2, 8, 1e-6, None, None, 1.0, 1.0, gelu=False)
-ROWS = jnp.ones((1, 1), jnp.int32), jnp.zeros(1, jnp.int32), jnp.ones(1, jnp.int32)
+ROWS = np.ones((1, 1), np.int32), np.zeros(1, np.int32), np.ones(1, np.int32)
 
 
 def operands(**dtypes: str) -> dict[str, Any]:
     """Of a layer over pages of 8 bits that computes in float32, but for some dtypes."""
 
     def array(name: str, *shape: int, dtype: str = "float32") -> jax.Array:
-        return jnp.ones(shape, dtypes.get(name, dtype))
+        return jax.device_put(np.ones(shape, jnp.dtype(dtypes.get(name, dtype))))
 
     columns = require_library().panel_columns
     count = columns * (8 * 3 + 8 + 8 * 2 + 8)
@@ -110,9 +111,10 @@ def test_memory_of_widened_pages_is_counted() -> None:
 def test_page_numbers_of_another_dtype_are_refused_before_they_are_read(dtype: str) -> None:
     """The narrower ones would be read beyond their ends."""
     require_library()
-    pages, staged = jnp.ones((2, 2, 1, 4, 8)), jnp.ones((1, 3, 2, 1, 4, 8))
-    good, wrong = jnp.ones(3, jnp.int32), jnp.ones(3, dtype)
-    calls: tuple[tuple[str, jax.Array, tuple[jax.Array, ...], int], ...] = (
+    pages = np.ones((2, 2, 1, 4, 8), np.float32)
+    staged = np.ones((1, 3, 2, 1, 4, 8), np.float32)
+    good, wrong = np.ones(3, np.int32), np.ones(3, dtype)
+    calls: tuple[tuple[str, np.ndarray, tuple[np.ndarray, ...], int], ...] = (
         ("pshare_gather_pages", staged, (pages, wrong), 1),
         ("pshare_scatter_pages", pages, (pages, staged, wrong), 2),
         ("pshare_copy_pages", pages, (pages, wrong, good), 1),

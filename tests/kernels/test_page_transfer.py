@@ -66,7 +66,7 @@ def test_scatter(backend, dtype, data):
     after = compiled(scatter_pages, backend)(pool, staged, index)
     for layer in range(LAYERS):
         expected = np.array(pool[layer])
-        expected[index] = np.asarray(staged[layer])
+        expected[index] = np.asarray(staged)[layer]
         assert after[layer].dtype == dtype
         np.testing.assert_array_equal(np.asarray(after[layer])[1:], expected[1:])
 

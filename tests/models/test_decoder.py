@@ -114,7 +114,7 @@ def test_write_kv_leaves_out_what_the_kv_does_not_need():
         if name.startswith(("final_norm", "lm_head")) or (
             name.startswith("layers.1.") and any(part in name for part in unread)
         ):
-            weights[name] = jnp.full_like(weights[name], jnp.nan)
+            weights[name] = on_device(np.full(weights[name].shape, np.nan))
     tokens = jnp.asarray([[3, 4, 5]], jnp.int32)
 
     @jax.jit

@@ -79,6 +79,7 @@ def test_every_target_takes_part(target):
     merged, _ = run(config, merge(base, module), tokens)
     plain, _ = run(config, base, tokens)
 
+    adapted, merged, plain = map(np.asarray, (adapted, merged, plain))
     np.testing.assert_allclose(adapted[0], merged[0], rtol=0, atol=TOLERANCE)
     np.testing.assert_allclose(adapted[1], plain[1], rtol=0, atol=TOLERANCE)
     assert np.abs(merged[0] - plain[0]).max() > 1e-2
@@ -123,21 +124,31 @@ def test_write_kv_uses_the_adapters():
 def test_stack_shapes():
     config = tiny_config()
     modules = [random_module(config, 2, targets=("q",)), random_module(config, 5, targets=("o",))]
-    stacked = stack_adapters(modules)
+    found = stack_adapters(modules)
+    # Those of the tests, which need no program.
+    same = stacked(modules)
+    assert set(found) == set(same)
+    for name, array in found.items():
+        np.testing.assert_array_equal(array, same[name], err_msg=name)
 
     e, h, d = config.hidden_size, config.num_heads, config.head_dim
-    assert stacked["layers.0.attn.q.lora_a"].shape == (e, 2, 5)
-    assert stacked["layers.0.attn.q.lora_b"].shape == (2, 5, h, d)
-    assert stacked["layers.1.attn.o.lora_a"].shape == (h, d, 2, 5)
-    assert stacked["layers.1.attn.o.lora_b"].shape == (2, 5, e)
-    assert set(stacked) == set(modules[0].weights) | set(modules[1].weights)
+    assert found["layers.0.attn.q.lora_a"].shape == (e, 2, 5)
+    assert found["layers.0.attn.q.lora_b"].shape == (2, 5, h, d)
+    assert found["layers.1.attn.o.lora_a"].shape == (h, d, 2, 5)
+    assert found["layers.1.attn.o.lora_b"].shape == (2, 5, e)
+    assert set(found) == set(modules[0].weights) | set(modules[1].weights)
 
 
 def test_stack_keeps_bfloat16_and_merge_the_kernels_dtype():
     config = tiny_config()
     module = random_module(config, 2)
-    half = module._replace(weights={k: v.astype(jnp.bfloat16) for k, v in module.weights.items()})
-    assert {a.dtype for a in stack_adapters([half]).values()} == {jnp.dtype(jnp.bfloat16)}
+    half = module._replace(
+        weights={k: on_device(v, jnp.bfloat16) for k, v in module.weights.items()}
+    )
+    found = stack_adapters([half])
+    assert {a.dtype for a in found.values()} == {jnp.dtype(jnp.bfloat16)}
+    for name, array in stacked([half]).items():
+        np.testing.assert_array_equal(array, found[name], err_msg=name)
     merged = merge(init_weights(config, 1, jnp.bfloat16), half)
     assert {a.dtype for a in merged.values()} == {jnp.dtype(jnp.bfloat16)}
 

@@ -112,9 +112,9 @@ def test_a_weight_that_is_not_finite_shows_in_its_output_alone(form, value):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_logits_are_those_of_the_values(dtype, form):
     config = CONFIGS[form]
-    plain = {name: weight.astype(dtype) for name, weight in WEIGHTS.items()}
+    plain = {name: on_device(weight, dtype) for name, weight in WEIGHTS.items()}
     weights = quantise(config, plain)
-    values = {name: value.astype(dtype) for name, value in dequantised(weights).items()}
+    values = {name: on_device(value, dtype) for name, value in dequantised(weights).items()}
     # Of bfloat16 the values are rounded once more, which the numbers of 8 bits are not.
     tolerance = 1e-5 if dtype == "float32" else 0.1
     found = logits(config, weights)

@@ -1,8 +1,8 @@
 """Anthropic's Messages API, with the real client."""
 
+import importlib
 import json
 
-import anthropic
 import pytest
 
 from pshare_jax.text.tokenizer import Tokenizer
@@ -32,8 +32,14 @@ def server(tmp_path_factory):
         yield client
 
 
+@pytest.fixture(scope="module")
+def anthropic():
+    # Where it is used: every process collects all tests.
+    return importlib.import_module("anthropic")
+
+
 @pytest.fixture
-def api(server):
+def api(anthropic, server):
     with anthropic.Anthropic(base_url=server.url, api_key="secret", max_retries=0) as api:
         yield api.messages
 
@@ -159,7 +165,7 @@ def test_why_it_ended(server, api, stream, fields, reason, sequence):
     assert (message.stop_reason, message.stop_sequence) == (reason, sequence)
 
 
-def test_errors_are_anthropics(server, api):
+def test_errors_are_anthropics(anthropic, server, api):
     with pytest.raises(anthropic.NotFoundError) as caught:
         api.create(model="nobody", max_tokens=5, messages=USER)
     assert caught.value.body["error"]["type"] == "not_found_error"

@@ -4,7 +4,6 @@ import json
 import re
 from typing import Literal
 
-import anthropic
 import jsonschema
 import openai
 import pydantic
@@ -300,6 +299,8 @@ def test_calls_that_are_forced_come_before_the_format_of_text(server):
 
 
 def test_anthropic_tool_choice(server):
+    import anthropic
+
     tools = [{"name": "get_weather", "input_schema": SCHEMA}, {"name": "halt", "input_schema": {}}]
     ask = {"model": "hermes", "max_tokens": 300, "messages": [{"role": "user", "content": "x"}]}
     with anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0) as api:
