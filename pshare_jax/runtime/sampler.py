@@ -316,7 +316,8 @@ def _logprobs(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Arra
 
 
 def _no_logprobs(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    return tuple(array[0] for array in no_samples(1, len(tokens))[1:])
+    none = no_samples(1, len(tokens))
+    return none.logprobs[0], none.top_ids[0], none.top_logprobs[0]
 
 
 def empty_history(num_slots: int, max_len: int) -> History:
