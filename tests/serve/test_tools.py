@@ -188,7 +188,8 @@ class TestReasoning:
             [i for i, t in enumerate(thoughts) if t],
             [i for i, c in enumerate(contents) if c],
         )
-        assert max(thinks) < min(answers)
+        # The last thought and the first of the answer may come in one, then.
+        assert max(thinks) <= min(answers)
 
     def test_a_template_may_open_them(self, server):
         script(server.engine, "hmm</think>Yes.")
