@@ -16,7 +16,10 @@ def share_contexts() -> None:
 
     Nothing else changes: a program's text and its key in the compilation cache are the same.
     """
-    make, own = mlir.make_ir_context, threading.local()
+    # A name of JAX's own, which a later version may not have.
+    make, own = getattr(mlir, "make_ir_context", None), threading.local()
+    if make is None:
+        return
 
     def shared() -> Any:
         if getattr(own, "left", 0) == 0:

@@ -30,10 +30,6 @@ FP4_VALUES = np.concatenate([_FP4, -_FP4])
 """What the 16 nibbles of MXFP4 stand for."""
 
 
-_FP8_BLOCK = (128, 128)
-"""Of `quant_method: fp8` where no other size is stated."""
-
-
 @dataclass(frozen=True)
 class Scheme:
     """How weights are quantised.
@@ -209,6 +205,10 @@ def _block(about: Fields, name: str) -> tuple[int, int] | None:
     ):
         raise about.fail(name, f"is {reprlib.repr(block)}, not two sizes")
     return block[0], block[1]
+
+
+_FP8_BLOCK = (128, 128)
+"""Of `quant_method: fp8` where no other size is stated."""
 
 
 def _fp8(about: Fields) -> Scheme:

@@ -26,6 +26,7 @@ from pshare_jax.kernels.page_transfer.api import (
     page_checksums,
     scatter_pages,
 )
+from pshare_jax.models.config import ModelConfig
 from pshare_jax.runtime.decode_inputs import DecodeInputs
 from pshare_jax.runtime.host_arrays import host_array
 from pshare_jax.runtime.layout import PageLayout
@@ -138,7 +139,7 @@ class Programs:
         self.chunk = _chunk(spec, layout, mesh)
         self.replay = _replay(spec, layout, mesh)
         self.decode = _decode(spec, layout, mesh, decode.steps_per_dispatch)
-        self.choose = _choose(spec if spec.packed else None, spec.mesh, mesh)
+        self.choose = _choose(spec.config if spec.packed else None, spec.mesh, mesh)
         self.stage = functools.partial(put, sharding=self.staging)
         """Puts pages of the host on the mesh, `staged_shape(count)`."""
 
@@ -319,9 +320,9 @@ def _decode(spec: StepSpec, layout: PageLayout, mesh: Mesh, steps_per_dispatch: 
 
 
 @functools.lru_cache(maxsize=16)
-def _choose(head: StepSpec | None, split: Mesh | None, mesh: Mesh) -> Any:
+def _choose(config: ModelConfig | None, split: Mesh | None, mesh: Mesh) -> Any:
     return jax.jit(
-        functools.partial(choose, head, split), donate_argnums=1, out_shardings=replicated(mesh)
+        functools.partial(choose, config, split), donate_argnums=1, out_shardings=replicated(mesh)
     )
 
 

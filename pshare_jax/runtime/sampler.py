@@ -316,8 +316,12 @@ def _logprobs(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Arra
 
 
 def _no_logprobs(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    none = no_samples(1, len(tokens))
-    return none.logprobs[0], none.top_ids[0], none.top_logprobs[0]
+    batch = tokens.shape[0]
+    return (
+        jnp.zeros(batch, jnp.float32),
+        jnp.zeros((batch, MAX_LOGPROBS), jnp.int32),
+        jnp.zeros((batch, MAX_LOGPROBS), jnp.float32),
+    )
 
 
 def empty_history(num_slots: int, max_len: int) -> History:

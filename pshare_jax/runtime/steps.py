@@ -291,7 +291,7 @@ class Choice(NamedTuple):
 
 
 def choose(
-    head: StepSpec | None,
+    config: ModelConfig | None,
     mesh: Mesh | None,
     weights: Weights | None,
     history: History,
@@ -301,8 +301,8 @@ def choose(
     """The tokens of a decode step whose sampling was deferred, since masks were not known yet.
 
     Args:
-        head: as of the step if its weights are packed, so that their head is left to this; else
-            None, and unlike models have one program.
+        config: of the step's model if its weights are packed, so that their head is left to this;
+            else None, and unlike models have one program.
         mesh: as of the step.
         weights: packed ones, as of the step; else None.
         history: of all slots.
@@ -313,8 +313,8 @@ def choose(
     """
     mask, slots, start, lens, sampling = choice
     logits, best = left, None
-    if head is not None and weights is not None:
-        decoder = PackedDecoder(head.config, weights)
+    if config is not None and weights is not None:
+        decoder = PackedDecoder(config, weights)
         logits, best = decoder.logits(left, lens, needs_logits(sampling), mask)
     view = History(*(array[slots] for array in history))
     sampled = sample(logits, sampling, view, start + 1, best, mask, mesh)

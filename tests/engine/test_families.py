@@ -49,19 +49,19 @@ CHOSEN = [
     ("qwen3_moe", "full"),
     ("olmo2", "full"),
     ("mixtral", "lora"),
-    ("gpt_oss", "lora"),
+    ("gpt_oss", "both"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("architecture", "kind"), some(itertools.product(DEGREES, ("full", "lora")), CHOSEN)
+    ("architecture", "kind"), some(itertools.product(DEGREES, ("full", "lora", "both")), CHOSEN)
 )
 def test_greedy_tokens_are_the_oracles(architecture: str, kind: str) -> None:
     models = Models(config_of(architecture))
     models.add_identity("identity")
-    if kind == "full":
+    if kind != "lora":
         models.add_full("full", 1, tail=2)
-    else:
+    if kind != "full":
         models.add_lora("lora", lora_module(models.config, 3, rank=2, targets=("q", "v")))
     contexts = np.random.default_rng(0).integers(0, 256, (2, 41)).tolist()
     prompts = [tuple(context[:n]) for context in contexts for n in (1, 9, 24, 41)]

@@ -16,7 +16,7 @@ import pytest
 from pshare_jax.errors import ConfigError
 from pshare_jax.kernels.backends import backend_for
 from pshare_jax.kernels.native import compiling, library
-from pshare_jax.kernels.native.instructions import _used, lacking
+from pshare_jax.kernels.native.instructions import lacking, used
 
 ROOT = Path(__file__).parents[2]
 
@@ -151,7 +151,10 @@ TWO_CPUS = """#!/bin/sh
 case "$*" in
   *=native*) ;;
   *=greater*) echo "#define __AVX512F__ 1"; echo "#define __AVX512FP16__ 1" ;;
-  *=keys*) echo "#define __PKU__ 1"; echo "#define __keys__ 1"; echo "#define __AMX_TILE__ 1" ;;
+  *=keys*)
+    echo "#define __PKU__ 1"
+    echo "#define __AVX512VP2INTERSECT__ 1"
+    echo "#define __AMX_TILE__ 1" ;;
   *) echo "cc1plus: error: bad value for '-march='" >&2; exit 1 ;;
 esac
 echo "#define __AVX2__ 1"
@@ -184,7 +187,7 @@ def test_code_for_a_cpu_that_has_more_is_refused(anew, tmp_path, monkeypatch, ma
 def test_a_real_compiler_says_what_it_uses():
     baseline = {"x86_64": "x86-64", "aarch64": "armv8-a"}[os.uname().machine]
     assert lacking(library._compiler(), baseline) == []
-    assert _used(library._compiler(), baseline)
+    assert used(library._compiler(), baseline)
 
 
 COMPILER = """#!/bin/sh

@@ -188,7 +188,7 @@ class TestReasoning:
             [i for i, t in enumerate(thoughts) if t],
             [i for i, c in enumerate(contents) if c],
         )
-        # The last thought and the first of the answer may come in one, then.
+        # The last thought and the first of the answer may come in one, whose fields have no order.
         assert max(thinks) <= min(answers)
 
     def test_a_template_may_open_them(self, server):
