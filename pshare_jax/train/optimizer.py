@@ -34,8 +34,10 @@ def step_rates(config: OptimizerConfig, steps: int) -> np.ndarray:
 
 
 def _schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    rates = step_rates(config, steps)
-    return lambda count: jnp.asarray(rates)[count]
+    """Of a count of steps, as optax's are: the first rate before the run, the end after it."""
+    end = config.learning_rate if config.schedule == "constant" else 0.0
+    rates = np.append(step_rates(config, steps), np.float32(end))
+    return lambda count: jnp.asarray(rates)[jnp.clip(jnp.asarray(count, jnp.int32), 0, steps)]
 
 
 def decays(weights: Weights) -> dict[str, bool]:
@@ -91,10 +93,11 @@ def _scale_by_rate() -> optax.GradientTransformationExtraArgs:
         del params
         return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        del params
-        rate = extra["rate"]
-        scaled = jax.tree.map(lambda update: -rate * update, updates)
+    def update(
+        updates: Any, state: Any, params: Any = None, *, rate: Any, **extra: Any
+    ) -> tuple[Any, Any]:
+        del params, extra
+        scaled = jax.tree.map(lambda leaf: -rate * leaf, updates)
         return scaled, optax.ScaleByScheduleState(optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -10,7 +10,9 @@ import optax
 import pytest
 
 from pshare_jax.errors import ConfigError
+from pshare_jax.train.config import OptimizerConfig
 from pshare_jax.train.loop import train
+from pshare_jax.train.optimizer import make_optimizer, step_rates
 from pshare_jax.train.report import Reporter
 from tests.train.helpers import losses, train_config
 
@@ -32,6 +34,9 @@ def short(logits, batch):
 
 def plain_descent(config, schedule):
     return optax.sgd(schedule)
+
+def rates_at_counts(config, schedule):
+    return optax.stateless(lambda counts, params: jax.tree.map(schedule, counts))
 
 def nothing(config, schedule):
     return None
@@ -64,9 +69,6 @@ def test_a_loss_of_ones_own(base, data, hooks, tmp_path):
 
 
 def test_an_optimizer_of_ones_own(base, data, hooks, tmp_path):
-    from pshare_jax.train.config import OptimizerConfig
-    from pshare_jax.train.optimizer import make_optimizer
-
     config = OptimizerConfig(0.5, "constant", warmup=0.0, factory="my_hooks:plain_descent")
     optimizer = make_optimizer(config, 4)
     params = {"a": jax.numpy.ones(3)}
@@ -81,6 +83,15 @@ def test_an_optimizer_of_ones_own(base, data, hooks, tmp_path):
     train(run, QUIET)
     curve = losses(run.folder)
     assert curve[-1] < curve[0]
+
+
+@pytest.mark.parametrize(("kind", "end"), [("linear", 0.0), ("cosine", 0.0), ("constant", 0.5)])
+def test_the_schedule_holds_outside_the_run_as_those_of_optax(hooks, kind, end):
+    config = OptimizerConfig(0.5, kind, warmup=0.0, factory="my_hooks:rates_at_counts")
+    counts = np.array([-1.0, 0.0, 3.0, 4.0, 9.0])
+    rates, _ = make_optimizer(config, 4).update(counts, optax.EmptyState())
+    inside = step_rates(config, 4)
+    np.testing.assert_array_equal(rates, [inside[0], inside[0], inside[3], end, end])
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,9 @@ from pshare_jax.models.split import check_certificate
 from pshare_jax.models.weights import lora_specs
 from pshare_jax.train.config import DistillConfig, LoraConfig
 from pshare_jax.train.loop import StopRequestedError, train
+from pshare_jax.train.optimizer import step_rates
 from pshare_jax.train.report import Reporter
+from pshare_jax.train.step import Computations
 from tests.train.helpers import (
     MODEL,
     chats,
@@ -98,7 +100,21 @@ def config(base, data, held_out, tmp_path):
     )
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits(config, plain_run, tmp_path):
+@pytest.fixture
+def rates(monkeypatch) -> list[float]:
+    """The learning rate of each step that is computed."""
+    taken = []
+    compute = Computations.update
+
+    def update(self, trainable, state, gradients, rate):
+        taken.append(float(rate))
+        return compute(self, trainable, state, gradients, rate)
+
+    monkeypatch.setattr(Computations, "update", update)
+    return taken
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(config, plain_run, tmp_path, rates):
     folder = tmp_path / "run"
     for stop_after in (4, 3):
         asked = itertools.count(1)
@@ -111,6 +127,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(config, plain_run, tmp_path):
     assert record["train_loss"] == plain_run.record["train_loss"]
     assert record["eval_loss"] == plain_run.record["eval_loss"]
     assert losses(folder) == losses(plain_run.folder)
+    assert rates == step_rates(config.optimizer, 10).tolist()
     assert_same_weights(folder, plain_run.folder)
 
 
@@ -126,7 +143,7 @@ def test_a_finished_run_is_left_alone(config, plain_run, tmp_path):
 
 
 def test_what_a_run_tells_and_leaves_in_the_home_folder(
-    config, plain_run, tmp_path, monkeypatch, capsys
+    config, plain_run, tmp_path, monkeypatch, capsys, rates
 ):
     monkeypatch.setenv("HOME", str(tmp_path))
     report = dataclasses.replace(config.report, peak_tflops=1e-6)
@@ -144,10 +161,13 @@ def test_what_a_run_tells_and_leaves_in_the_home_folder(
         r"training 10/10  loss (\S+)  (\S+) tokens/s  (\S+)% of peak  0:00:00 left", last
     )
     assert shown is not None, last
-    logged = next(line for line in reversed(metrics(tmp_path / "mine")) if "loss" in line)
-    loss, rate, utilisation = (float(text.replace(",", "")) for text in shown.groups())
+    steps = [line for line in metrics(tmp_path / "mine") if "loss" in line]
+    assert rates == step_rates(config.optimizer, 10).tolist()
+    assert rates == [line["learning_rate"] for line in steps]
+    logged = steps[-1]
+    loss, speed, utilisation = (float(text.replace(",", "")) for text in shown.groups())
     assert loss == pytest.approx(logged["loss"], abs=1e-4)
-    assert rate == pytest.approx(logged["tokens_per_second"], abs=1)
+    assert speed == pytest.approx(logged["tokens_per_second"], abs=1)
     assert utilisation == pytest.approx(100 * logged["utilisation"], abs=1)
     assert any(re.fullmatch(r"step 10: eval loss \d\.\d{4}", line) for line in lines)
     assert any(line.startswith("without the kept KV it would take ") for line in lines)
