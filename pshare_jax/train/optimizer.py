@@ -100,4 +100,4 @@ def _scale_by_rate() -> optax.GradientTransformationExtraArgs:
         scaled = jax.tree.map(lambda leaf: -rate * leaf, updates)
         return scaled, optax.ScaleByScheduleState(optax.safe_increment(state.count))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)  # type: ignore[arg-type]

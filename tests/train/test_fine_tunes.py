@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -13,13 +14,15 @@ from safetensors.numpy import load_file, save_file
 from pshare_jax.convert.conversions import export
 from pshare_jax.convert.manifest import read_manifest
 from pshare_jax.convert.orbax import load_weights
-from pshare_jax.errors import ConfigError, PshareError
+from pshare_jax.core.split_rule import LastTokens
+from pshare_jax.errors import CertificateError, ConfigError, PshareError
 from pshare_jax.models.lora import LoraModule, merge
+from pshare_jax.models.split import check_certificate
 from pshare_jax.train.config import DistillConfig, LoraConfig
 from pshare_jax.train.fine_tune import FineTune
-from pshare_jax.train.loop import train
+from pshare_jax.train.loop import StopRequestedError, train
 from pshare_jax.train.report import Reporter
-from tests.train.helpers import losses, train_config
+from tests.train.helpers import losses, metrics, train_config
 
 QUIET = Reporter(active=False)
 LORA = LoraConfig(rank=2, alpha=8.0, targets=["q", "v", "up"])
@@ -49,6 +52,66 @@ def merged(base, lora_run) -> dict[str, np.ndarray]:
     weights = load_weights(lora_run / "decode_module", dtype=jnp.float32)
     module = LoraModule(weights, LORA.alpha, LORA.rank, tuple(LORA.targets))
     return merge(load_weights(base, dtype=jnp.float32), module)
+
+
+def assert_distils(config, share: float) -> None:
+    """The loss of the rows held out ends below `share` of what it is after one step."""
+    folder = config.folder
+    with pytest.raises(StopRequestedError):
+        train(config, QUIET, lambda: True)
+    first = metrics(folder)[-1]["eval_loss"]
+    seldom = dataclasses.replace(config.report, eval_every=0)
+    record = train(dataclasses.replace(config, report=seldom), QUIET)
+    assert record["eval_loss"] < share * first
+
+
+def test_ordinary_fine_tuning_may_not_share(ordinary_run, base):
+    curve = losses(ordinary_run)
+    assert np.mean(curve[-2:]) < 0.7 * curve[0]
+    certificate = read_manifest(ordinary_run / "decode_module").certificate
+    assert certificate is not None
+    assert certificate.tail == LastTokens(1)
+    fingerprint = read_manifest(base).fingerprint
+    check_certificate(certificate, fingerprint, "isolated")
+    with pytest.raises(CertificateError, match="sharing: isolated"):
+        check_certificate(certificate, fingerprint, "shared")
+
+
+def test_distilling_moves_a_fine_tune_onto_the_shared_kv(
+    ordinary_run, base, data, held_out, tmp_path
+):
+    # The teacher as it would come from elsewhere: a Hugging Face folder.
+    export(ordinary_run / "decode_module", tmp_path / "teacher", base=base)
+    folder = tmp_path / "run"
+    config = train_config(
+        base,
+        data,
+        folder,
+        mode="distill",
+        distill=DistillConfig(teacher=str(tmp_path / "teacher")),
+        data={"eval": [held_out]},
+        optimizer={"epochs": 3, "learning_rate": 3e-3},
+        report={"eval_every": 1},
+    )
+    assert_distils(config, 0.6)
+    certificate = read_manifest(folder / "decode_module").certificate
+    assert certificate is not None
+    assert certificate.cache_conditioned
+
+
+def test_a_teacher_must_be_a_fine_tune_of_the_base(base, data, plain_run, tmp_path):
+    def distill_from(teacher):
+        config = train_config(
+            base,
+            data,
+            tmp_path / "run",
+            mode="distill",
+            distill=DistillConfig(teacher=str(teacher)),
+        )
+        train(config, QUIET)
+
+    with pytest.raises(ConfigError, match="no decode module"):
+        distill_from(base)
 
 
 def test_ordinary_lora_fine_tuning_may_not_share(base, lora_run):
@@ -90,9 +153,9 @@ def test_distilling_from_pefts_folder(base, data, held_out, peft, tmp_path):
         distill=DistillConfig(teacher=str(peft)),
         data={"eval": [held_out]},
         optimizer={"epochs": 3, "learning_rate": 0.05},
+        report={"eval_every": 1},
     )
-    record = train(config, QUIET)
-    assert record["eval_loss"] < 0.6 * losses(folder)[0]
+    assert_distils(config, 0.3)
     certificate = read_manifest(folder / "decode_module").certificate
     assert certificate is not None
     assert certificate.cache_conditioned

@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 
 from pshare_jax.config import ServeConfig
-from pshare_jax.convert.conversions import export
 from pshare_jax.convert.orbax import open_weights, read_manifest
 from pshare_jax.core.split_rule import LastTokens
 from pshare_jax.engine.orchestrator import compute_dtype
-from pshare_jax.errors import CertificateError, ConfigError, DataError, TrainingError
+from pshare_jax.errors import ConfigError, DataError, TrainingError
 from pshare_jax.models.split import check_certificate
 from pshare_jax.models.weights import lora_specs
-from pshare_jax.train.config import DistillConfig, LoraConfig
+from pshare_jax.train.config import LoraConfig
 from pshare_jax.train.loop import StopRequestedError, train
 from pshare_jax.train.optimizer import step_rates
 from pshare_jax.train.report import Reporter
@@ -311,54 +310,6 @@ def test_lora_trains_factors_only(base, data, held_out, tmp_path):
     assert [step for step, _ in events["loss"]] == list(range(1, 16))
     assert [value for _, value in events["loss"]] == pytest.approx(losses(folder))
     assert [step for step, _ in events["eval_loss"]] == [15]
-
-
-def test_ordinary_fine_tuning_may_not_share(ordinary_run, base):
-    assert_learned(ordinary_run)
-    certificate = read_manifest(ordinary_run / "decode_module").certificate
-    assert certificate is not None
-    assert certificate.tail == LastTokens(1)
-    fingerprint = read_manifest(base).fingerprint
-    check_certificate(certificate, fingerprint, "isolated")
-    with pytest.raises(CertificateError, match="sharing: isolated"):
-        check_certificate(certificate, fingerprint, "shared")
-
-
-def test_distilling_moves_a_fine_tune_onto_the_shared_kv(
-    ordinary_run, base, data, held_out, tmp_path
-):
-    # The teacher as it would come from elsewhere: a Hugging Face folder.
-    export(ordinary_run / "decode_module", tmp_path / "teacher", base=base)
-    folder = tmp_path / "run"
-    config = train_config(
-        base,
-        data,
-        folder,
-        mode="distill",
-        distill=DistillConfig(teacher=str(tmp_path / "teacher")),
-        data={"eval": [held_out]},
-        optimizer={"epochs": 3, "learning_rate": 3e-3},
-    )
-    record = train(config, QUIET)
-    assert record["eval_loss"] < 0.5 * losses(folder)[0]
-    certificate = read_manifest(folder / "decode_module").certificate
-    assert certificate is not None
-    assert certificate.cache_conditioned
-
-
-def test_a_teacher_must_be_a_fine_tune_of_the_base(base, data, plain_run, tmp_path):
-    def distill_from(teacher):
-        config = train_config(
-            base,
-            data,
-            tmp_path / "run",
-            mode="distill",
-            distill=DistillConfig(teacher=str(teacher)),
-        )
-        train(config, QUIET)
-
-    with pytest.raises(ConfigError, match="no decode module"):
-        distill_from(base)
 
 
 def test_the_best_weights_are_exported_on_demand(base, data, held_out, tmp_path):

@@ -45,7 +45,7 @@ def test_adamw_step_by_hand(clip):
     weight, gradient = np.array([1.0, -2.0]), np.array([3.0, 4.0])
     params = {"a.kernel": jax.numpy.asarray(weight), "a.scale": jax.numpy.asarray(weight)}
     state = optimizer.init(params)
-    # Checkpoints of versions that used it whole.
+    # Earlier versions used it whole, and their checkpoints load.
     whole = optax.adamw(lambda count: 0.1, weight_decay=0.1, mask=decays)
     if clip:
         whole = optax.chain(optax.clip_by_global_norm(clip), whole)
