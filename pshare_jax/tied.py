@@ -15,9 +15,10 @@ _PR_SET_PDEATHSIG = 1
 
 
 def tied(command: Sequence[str]) -> list[str]:
-    """What to run in place of `command`, so that it gets SIGTERM when the caller has ended.
+    """What to run in place of `command`, so that it gets SIGUSR1 when the caller has ended.
 
-    However the caller ends, by SIGKILL too. Linux tells the end of the thread that starts the
+    However the caller ends, by SIGKILL too. SIGUSR1 ends whoever does not handle it, and may come
+    once for each of the caller's threads. Linux tells the end of the thread that starts the
     process, so it must be one that lives as long as the caller; other systems tell nothing, and the
     command runs as it is.
     """
@@ -34,7 +35,7 @@ def main(argv: Sequence[str]) -> None:
     prctl = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None
     if prctl is not None:
         # What becomes of a process that it executes, too.
-        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        prctl(_PR_SET_PDEATHSIG, signal.SIGUSR1, 0, 0, 0)
         if os.getppid() != parent:
             sys.exit(f"{' '.join(command)}: not started, since process {parent} has ended")
     os.execvp(command[0], command)

@@ -61,6 +61,8 @@ def hidden_states(
         # The first layer of its kind stands for all: one program serves them.
         kind = config.layer_specs.index(spec)
         states = [jax.block_until_ready(_layer(config, kind, kv_dtype, weights, x)) for x in states]
+        # Before the next layer is read: arrays may be what was read, not copies.
+        del weights
     rows = [np.asarray(x)[0, : len(p)] for x, p in zip(states, prompts, strict=True)]
     scale = _float32(tensors["final_norm.scale"])
     return np.asarray(_normed(config, scale, np.concatenate(rows)))

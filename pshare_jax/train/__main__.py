@@ -27,11 +27,15 @@ _DESCRIPTION = (
 
 
 class _StopSignal:
-    """Within its block, remembers the first SIGINT or SIGTERM; a second one ends the process."""
+    """Within its block, remembers the first SIGINT or SIGTERM; a second one ends the process.
+
+    SIGUSR1 is remembered too, however often it comes: batch systems send it before they end a job,
+    and `tied` when the process that started this one has ended, once for each of its threads.
+    """
 
     def __init__(self, active: bool):
         self.received = False
-        self._numbers = (signal.SIGINT, signal.SIGTERM) if active else ()
+        self._numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1) if active else ()
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> _StopSignal:
@@ -44,7 +48,8 @@ class _StopSignal:
 
     def _handle(self, number: int, frame: object) -> None:
         self.received = True
-        signal.signal(number, signal.SIG_DFL)
+        if number != signal.SIGUSR1:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _show(config: TrainConfig) -> None:

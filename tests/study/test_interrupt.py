@@ -33,7 +33,10 @@ sys.exit(130)
 """
 
 STUDY = """
-import signal, sys
+import signal, sys, threading, time
+# Whose end the kernel tells to the trainer one by one.
+for _ in range(8):
+    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
 # What a shell starts in the background ignores SIGINT.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from pshare_jax.study import __main__, runner
