@@ -13,7 +13,7 @@ import numpy as np
 
 from pshare_jax.convert.manifest import TOKENIZER_FOLDER, read_manifest
 from pshare_jax.convert.orbax import load_weights
-from pshare_jax.core.split_rule import LAST_TOKEN, TailSetting
+from pshare_jax.core.split_rule import LAST_TOKEN, Invocation, TailSetting
 from pshare_jax.errors import ConfigError
 from pshare_jax.evals.grading import grade
 from pshare_jax.evals.intervals import bootstrap_interval
@@ -105,9 +105,10 @@ class Evaluator:
             self._weights = load_weights(own, dtype=jnp.float32)
             certificate = own.certificate
             assert certificate is not None
-            # Not `shared`: what naive sharing costs is measured too.
+            # Not `shared` but for what must be: what naive sharing costs is measured too.
+            sharing = "shared" if isinstance(certificate.tail, Invocation) else "isolated"
             check_certificate(
-                certificate, manifest.fingerprint, "isolated", str(module), manifest.former
+                certificate, manifest.fingerprint, sharing, str(module), manifest.former
             )
             if certificate.lora_targets is not None:
                 assert certificate.lora_rank is not None

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
 
 from pshare_jax.convert.orbax import write_decode, write_prefill
+from pshare_jax.core.split_rule import Invocation
 from pshare_jax.errors import CertificateError, ConfigError
 from pshare_jax.evals.items import Item
 from pshare_jax.models.decoder import init_weights
+from pshare_jax.models.weights import lora_specs
 from pshare_jax.study.evaluate import Evaluator, cover_share
 from pshare_jax.study.recompute import recomputed_kv
 from pshare_jax.train.config import KVCacheConfig
@@ -19,13 +23,44 @@ from tests.train.helpers import MODEL, write_base
 
 def test_a_module_of_another_base_is_refused(tmp_path):
     base = write_base(tmp_path)
-    files = {path.name: path.read_bytes() for path in (base / "tokenizer").iterdir()}
+    files = _tokenizer(tmp_path)
     other = write_prefill(tmp_path / "other", MODEL, init_weights(MODEL, 1), files)
     module = tmp_path / "module"
     write_decode(module, other, init_weights(MODEL, 2), cache_conditioned=True)
     Evaluator(str(tmp_path / "other"), module, 2, KVCacheConfig())
     with pytest.raises(CertificateError, match="module"):
         Evaluator(str(base), module, 2, KVCacheConfig())
+
+
+def test_activated_lora_is_evaluated_from_its_invocation_on(tmp_path):
+    """Though it can be served shared only, and what is naive is evaluated too."""
+    base = write_prefill(tmp_path / "base", MODEL, init_weights(MODEL, 0), _tokenizer(tmp_path))
+    factors = {
+        name: np.zeros(spec.shape, np.float32)
+        for name, spec in lora_specs(MODEL, 2, ("q",)).items()
+    }
+    module = tmp_path / "module"
+    write_decode(
+        module,
+        base,
+        factors,
+        tail=Invocation((5, 6)),
+        cache_conditioned=True,
+        lora_rank=2,
+        lora_alpha=2.0,
+        lora_targets=("q",),
+    )
+    evaluator = Evaluator(str(base.folder), module, 2, KVCacheConfig())
+    assert evaluator.cover_by({"invocation": [5, 6]})([1, 5, 6, 2]) == 1
+    plain = Evaluator(str(base.folder), None, 2, KVCacheConfig())
+    rule = cover_share(1.0)
+    answers = (e.answer(items(3), rule, 2, lambda count: None) for e in (evaluator, plain))
+    assert len({tuple(answer.texts) for answer in answers}) == 1  # factors of zero change nothing
+
+
+def _tokenizer(folder: Path) -> dict[str, bytes]:
+    base = write_base(folder / "with-a-tokenizer")
+    return {path.name: path.read_bytes() for path in (base / "tokenizer").iterdir()}
 
 
 def items(count: int) -> list[Item]:
