@@ -8,7 +8,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from pshare_jax.convert.tensors import FP8, INT8
+from pshare_jax.convert import hf
+from pshare_jax.convert.tensors import FP8, INT8, LazyTensor
 from tests.convert.helpers import (
     hf_tensors,
     model_config,
@@ -16,6 +17,7 @@ from tests.convert.helpers import (
     save_safetensors,
     write_hf_folder,
 )
+from tests.golden import GOLDEN
 
 CONFIG = model_config(architecture="qwen2", intermediate_size=96, tie_word_embeddings=False)
 """With biases, and a head of its own."""
@@ -27,6 +29,14 @@ WRITTEN = {
     "int8": ("int-quantized", {"num_bits": 8}),
     "fp8": ("float-quantized", {"num_bits": 8, "type": "float"}),
 }
+
+
+def written_by_compressed_tensors(scheme: str) -> tuple[dict[str, LazyTensor], np.ndarray]:
+    """A weight that this library has written by `scheme`: its parts, and what they stand for."""
+    path = GOLDEN / "stored" / "compressed.safetensors"
+    names = [name for name in hf.files_in(path.parent, path.name) if name.startswith(f"{scheme}/")]
+    parts = {"x." + name.partition("/")[2]: hf.lazy_tensor(path, name, raw=True) for name in names}
+    return parts, parts.pop("x.expected").read()
 
 
 def numbers_of(shape: tuple[int, ...], seed: int, form: str = "int8") -> np.ndarray:

@@ -12,7 +12,12 @@ from pshare_jax.convert.quantised import eight_bit_weights
 from pshare_jax.convert.schemes import read_scheme
 from pshare_jax.convert.tensors import FP8, INT8, as_lazy
 from pshare_jax.errors import CheckpointError
-from tests.convert.eight_bits import bytes_of, numbers_of, write_folder
+from tests.convert.eight_bits import (
+    bytes_of,
+    numbers_of,
+    write_folder,
+    written_by_compressed_tensors,
+)
 from tests.convert.helpers import (
     model_config,
     random_weights,
@@ -20,7 +25,6 @@ from tests.convert.helpers import (
     write_hf_folder,
 )
 from tests.convert.test_quantised import packed
-from tests.golden import GOLDEN
 
 
 @pytest.mark.parametrize(
@@ -70,10 +74,7 @@ def test_an_untied_head_is_plain(tmp_path):
 def test_what_their_library_has_written(scheme, how, dtype):
     about = {"quant_method": "compressed-tensors", "format": f"{how}-quantized"}
     about |= {"config_groups": {"group_0": {"weights": {"num_bits": 8}, "targets": ["Linear"]}}}
-    path = GOLDEN / "stored" / "compressed.safetensors"
-    names = [name for name in hf.files_in(path.parent, path.name) if name.startswith(f"{scheme}/")]
-    parts = {"x." + name.partition("/")[2]: hf.lazy_tensor(path, name, raw=True) for name in names}
-    expected = parts.pop("x.expected").read()
+    parts, expected = written_by_compressed_tensors(scheme)
     found = read_scheme({"quantization_config": about})
     assert found is not None
     (whole,) = eight_bit_weights(found, parts).values()

@@ -23,6 +23,7 @@ from pshare_jax.convert.tensors import as_lazy
 from pshare_jax.errors import CheckpointError
 from pshare_jax.models.config import with_layers
 from pshare_jax.models.rope import Rope, YarnRopeScaling
+from tests.convert.eight_bits import written_by_compressed_tensors
 from tests.convert.helpers import (
     gguf_config,
     hf_tensors,
@@ -32,7 +33,6 @@ from tests.convert.helpers import (
     save_safetensors,
     write_hf_folder,
 )
-from tests.golden import GOLDEN
 
 CONFIG = gguf_config()
 """Its rows come in whole groups of 32."""
@@ -147,10 +147,7 @@ def test_compressed_tensors_are_read_as_their_library_does(scheme):
     weights = {"num_bits": 4 if "4" in scheme else 8}
     about = {"quant_method": "compressed-tensors", "format": form}
     about["config_groups"] = {"group_0": {"weights": weights, "targets": ["Linear"]}}
-    path = GOLDEN / "stored" / "compressed.safetensors"
-    names = [name for name in hf.files_in(path.parent, path.name) if name.startswith(f"{scheme}/")]
-    parts = {"x." + name.partition("/")[2]: hf.lazy_tensor(path, name, raw=True) for name in names}
-    expected = parts.pop("x.expected").read()
+    parts, expected = written_by_compressed_tensors(scheme)
     found = read_scheme({"quantization_config": about})
     assert found is not None
     (tensor,) = plain_tensors(found, parts).values()

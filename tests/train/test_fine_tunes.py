@@ -54,15 +54,29 @@ def merged(base, lora_run) -> dict[str, np.ndarray]:
     return merge(load_weights(base, dtype=jnp.float32), module)
 
 
-def assert_distils(config, share: float) -> None:
-    """The loss of the rows held out ends below `share` of what it is after one step."""
-    folder = config.folder
+def assert_distils(base, data, held_out, folder, teacher, *, share, rate, **more) -> None:
+    """The loss of the rows held out ends below `share` of what it is after one step, at a learning
+    rate of `rate`, and the module may read the base's KV."""
+    config = train_config(
+        base,
+        data,
+        folder,
+        mode="distill",
+        distill=DistillConfig(teacher=str(teacher)),
+        data={"eval": [held_out]},
+        optimizer={"epochs": 3, "learning_rate": rate},
+        report={"eval_every": 1},
+        **more,
+    )
     with pytest.raises(StopRequestedError):
         train(config, QUIET, lambda: True)
     first = metrics(folder)[-1]["eval_loss"]
     seldom = dataclasses.replace(config.report, eval_every=0)
     record = train(dataclasses.replace(config, report=seldom), QUIET)
     assert record["eval_loss"] < share * first
+    certificate = read_manifest(folder / "decode_module").certificate
+    assert certificate is not None
+    assert certificate.cache_conditioned
 
 
 def test_ordinary_fine_tuning_may_not_share(ordinary_run, base):
@@ -82,21 +96,8 @@ def test_distilling_moves_a_fine_tune_onto_the_shared_kv(
 ):
     # The teacher as it would come from elsewhere: a Hugging Face folder.
     export(ordinary_run / "decode_module", tmp_path / "teacher", base=base)
-    folder = tmp_path / "run"
-    config = train_config(
-        base,
-        data,
-        folder,
-        mode="distill",
-        distill=DistillConfig(teacher=str(tmp_path / "teacher")),
-        data={"eval": [held_out]},
-        optimizer={"epochs": 3, "learning_rate": 3e-3},
-        report={"eval_every": 1},
-    )
-    assert_distils(config, 0.6)
-    certificate = read_manifest(folder / "decode_module").certificate
-    assert certificate is not None
-    assert certificate.cache_conditioned
+    teacher = tmp_path / "teacher"
+    assert_distils(base, data, held_out, tmp_path / "run", teacher, share=0.6, rate=3e-3)
 
 
 def test_a_teacher_must_be_a_fine_tune_of_the_base(base, data, plain_run, tmp_path):
@@ -143,22 +144,7 @@ def _mesh():
 
 
 def test_distilling_from_pefts_folder(base, data, held_out, peft, tmp_path):
-    folder = tmp_path / "run"
-    config = train_config(
-        base,
-        data,
-        folder,
-        mode="distill",
-        lora=LORA,
-        distill=DistillConfig(teacher=str(peft)),
-        data={"eval": [held_out]},
-        optimizer={"epochs": 3, "learning_rate": 0.05},
-        report={"eval_every": 1},
-    )
-    assert_distils(config, 0.3)
-    certificate = read_manifest(folder / "decode_module").certificate
-    assert certificate is not None
-    assert certificate.cache_conditioned
+    assert_distils(base, data, held_out, tmp_path / "run", peft, share=0.3, rate=0.05, lora=LORA)
 
 
 def test_a_student_of_all_weights_starts_as_its_lora_teacher(base, data, peft, tmp_path):
