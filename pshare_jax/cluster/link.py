@@ -158,9 +158,12 @@ class Link:
         finally:
             # A process that does not run would not answer a close, either.
             closing = asyncio.ensure_future(socket.close())
-            await asyncio.wait({closing}, timeout=self._times.beat_seconds)
-            closing.cancel()
-            await asyncio.gather(closing, return_exceptions=True)
+            try:
+                await asyncio.wait({closing}, timeout=self._times.beat_seconds)
+            finally:
+                # Also when it is cancelled meanwhile: else the connection outlives us.
+                closing.cancel()
+                await asyncio.gather(closing, return_exceptions=True)
 
     async def _serve(self, socket: aiohttp.ClientWebSocketResponse, queue: FrameQueue) -> None:
         tasks = {

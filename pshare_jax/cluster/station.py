@@ -96,6 +96,7 @@ class Station:
             modules.broadcast = self._broadcast
         self._looks = PoolLooks(pools)
         self._shows: set[asyncio.Task[None]] = set()
+        self._endings: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self._frontends: dict[int, _Frontend] = {}
         self._arriving: set[web.WebSocketResponse] = set()
@@ -211,7 +212,7 @@ class Station:
             self._arriving.discard(socket)
 
     async def _welcome(self, socket: web.WebSocketResponse) -> _Frontend | None:
-        """Hears who it is, and takes it or refuses it."""
+        """Hears who it is, and takes it, so that `_serve` must follow, or refuses it."""
         try:
             async with asyncio.timeout(HELLO_SECONDS):
                 hello = wire.decode(await socket.receive_bytes())[0]
@@ -226,19 +227,12 @@ class Station:
             await socket.send_bytes(wire.encode([refusal]))
             return None
         assert isinstance(hello, wire.Hello)
-        old = self._frontends.get(hello.incarnation)
-        if old is not None:
+        while (old := self._frontends.get(hello.incarnation)) is not None:
             # It has noticed the end of its link before us.
             await old.socket.close()
             await old.gone.wait()
         frontend = _Frontend(hello.incarnation, hello.process, FrameQueue(self._loop), socket)
         self._frontends[hello.incarnation] = frontend
-        entries = dict(self._modules.entries) if self._modules else {}
-        welcome = wire.Welcome(self.incarnation, self._parts, self._shape.dtype, entries)
-        for frame in self._modules.hosting() if self._modules else ():
-            frontend.queue.put(frame)
-        await socket.send_bytes(wire.encode([welcome]))
-        await self._in_thread(lambda: self._join(frontend))
         return frontend
 
     def _refusal(self, hello: wire.Frame) -> wire.Refused | None:
@@ -267,21 +261,41 @@ class Station:
 
     async def _serve(self, frontend: _Frontend) -> None:
         """Reads and writes frames until the link ends; then all that came by it is given up."""
-        writing = asyncio.create_task(frontend.queue.send_to(frontend.socket))
-        reading = asyncio.create_task(self._read(frontend))
+        carrying: list[asyncio.Task[None]] = []
         try:
-            await asyncio.wait({writing, reading}, return_when=asyncio.FIRST_COMPLETED)
+            await self._greet(frontend)
+            carrying.append(asyncio.create_task(frontend.queue.send_to(frontend.socket)))
+            carrying.append(asyncio.create_task(self._read(frontend)))
+            await asyncio.wait(carrying, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in (writing, reading):
-                task.cancel()
-            for ended in await asyncio.gather(writing, reading, return_exceptions=True):
-                if isinstance(ended, Exception):
-                    logger.warning("a frontend's link has ended: %r", ended)
-            await asyncio.shield(self._in_thread(lambda: self._leave(frontend.incarnation)))
-            if self._modules is not None:
-                self._modules.leave(frontend.incarnation)
-            self._frontends.pop(frontend.incarnation, None)
-            frontend.gone.set()
+            # A task of its own: a request is cancelled whose connection is lost, now or meanwhile,
+            # and until all is given up the frontend cannot come again.
+            ending = asyncio.create_task(self._end(frontend, carrying))
+            self._endings.add(ending)
+            ending.add_done_callback(self._endings.discard)
+            await asyncio.shield(ending)
+
+    async def _greet(self, frontend: _Frontend) -> None:
+        """Tells a frontend what is here, and all that happens from then on."""
+        entries = dict(self._modules.entries) if self._modules else {}
+        welcome = wire.Welcome(self.incarnation, self._parts, self._shape.dtype, entries)
+        for frame in self._modules.hosting() if self._modules else ():
+            frontend.queue.put(frame)
+        await frontend.socket.send_bytes(wire.encode([welcome]))
+        await self._in_thread(lambda: self._join(frontend))
+
+    async def _end(self, frontend: _Frontend, carrying: Sequence[asyncio.Task[None]]) -> None:
+        """Gives up what came by a link that has ended, and lets its frontend come again."""
+        for task in carrying:
+            task.cancel()
+        for ended in await asyncio.gather(*carrying, return_exceptions=True):
+            if isinstance(ended, Exception):
+                logger.warning("a frontend's link has ended: %r", ended)
+        await self._in_thread(lambda: self._leave(frontend.incarnation))
+        if self._modules is not None:
+            self._modules.leave(frontend.incarnation)
+        self._frontends.pop(frontend.incarnation, None)
+        frontend.gone.set()
 
     async def _read(self, frontend: _Frontend) -> None:
         assert self._thread is not None

@@ -43,6 +43,19 @@ class Loop:
         self.loop.close()
 
 
+async def end_server(runner: web.AppRunner, sock: socket.socket) -> None:
+    """Ends a server while clients are coming: what has been accepted is served first.
+
+    A connection that is accepted as an asyncio server closes is left open and belongs to nobody
+    (python/cpython issue 109564).
+    """
+    if runner.server is not None:
+        asyncio.get_running_loop().remove_reader(sock)
+        for _ in range(3):
+            await asyncio.sleep(0)
+    await runner.cleanup()
+
+
 class Host:
     """One worker process's contents."""
 
@@ -50,8 +63,8 @@ class Host:
         self.name, self.role = name, role
         self._loop = Loop()
         self._tls = cluster_tls(config.cluster)
-        sock = socket.create_server(("127.0.0.1", port))
-        self.port = sock.getsockname()[1]
+        self._sock = socket.create_server(("127.0.0.1", port))
+        self.port = self._sock.getsockname()[1]
         self.address = f"127.0.0.1:{self.port}"
         self.hosted: HostedWorkers = HostedWorkers(
             config,
@@ -62,12 +75,12 @@ class Host:
             url=f"{'https' if self._tls else 'http'}://{self.address}",
             peers=Peers(TOKEN, self._tls.client if self._tls else None),
         )
-        self._loop.run(self._listen(config, sock))
+        self._loop.run(self._listen(config))
         self.failures: list[str] = []
         self.hosted.start(self.station.send, lambda *failure: self.failures.append(str(failure)))
         self._loop.run(self._open())
 
-    async def _listen(self, config: ServeConfig, sock: socket.socket) -> None:
+    async def _listen(self, config: ServeConfig) -> None:
         hosted = self.hosted
         beat = config.cluster.beat_seconds
         self.station = Station(
@@ -83,7 +96,7 @@ class Host:
         self.runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
         await self.runner.setup()
         context = self._tls.server if self._tls else None
-        await web.SockSite(self.runner, sock, ssl_context=context).start()
+        await web.SockSite(self.runner, self._sock, ssl_context=context).start()
 
     async def _open(self) -> None:
         assert self.hosted.thread is not None
@@ -107,14 +120,14 @@ class Host:
         async def cut() -> None:
             for frontend in tuple(self.station._frontends.values()):
                 frontend.socket._writer.transport.abort()  # type: ignore[union-attr]
-            await self.runner.cleanup()
+            await end_server(self.runner, self._sock)
 
         self._loop.run(cut())
         self.stop()
 
     def stop(self) -> None:
         self._loop.run(self.station.close())
-        self._loop.run(self.runner.cleanup())
+        self._loop.run(end_server(self.runner, self._sock))
         self.hosted.stop()
         self._loop.close()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import queue
 import secrets
+import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,7 +47,7 @@ from pshare_jax.engine.shape import cluster_shape
 from pshare_jax.engine.snapshot import worker_stats
 from pshare_jax.engine.sources import BaseSource, ModelSource, model_specs
 from pshare_jax.models.split import Certificate
-from tests.cluster.harness import Loop
+from tests.cluster.harness import Loop, end_server
 from tests.core.symbolic import (
     Link,
     SymbolicConnector,
@@ -177,8 +178,9 @@ class Host:
         app.router.add_get(wire.PATH, self.station.handle)
         self.runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
         await self.runner.setup()
-        await web.TCPSite(self.runner, "127.0.0.1", port).start()
-        self.port = self.runner.addresses[0][1]
+        self._sock = socket.create_server(("127.0.0.1", port))
+        await web.SockSite(self.runner, self._sock).start()
+        self.port = self._sock.getsockname()[1]
         self.address = f"127.0.0.1:{self.port}"
         self.thread = WorkerThread(self.name, [self.worker], self.station.send, self._failed)
         self.thread.start()
@@ -207,7 +209,7 @@ class Host:
         async def cut() -> None:
             for frontend in tuple(self.station._frontends.values()):
                 frontend.socket._writer.transport.abort()  # type: ignore[union-attr]
-            await self.runner.cleanup()
+            await end_server(self.runner, self._sock)
 
         self._loop.run(cut())
         self.stop()
@@ -215,7 +217,7 @@ class Host:
     def stop(self) -> None:
         self.go_on()
         self._loop.run(self.station.close())
-        self._loop.run(self.runner.cleanup())
+        self._loop.run(end_server(self.runner, self._sock))
         self.thread.stop()
         self._link.drop_worker(self.name)
 

@@ -48,23 +48,35 @@ class Linked:
 
 
 async def test_it_is_taken_once_what_it_had_has_been_given_up(cluster: Cluster) -> None:
-    """Else that would be done to what it sends by the new link."""
+    """Else that would be done to what it sends by the new link.
+
+    That comes to an end though the request is cancelled meanwhile, as when a connection is lost.
+    """
     host = cluster.hosts["prefill0"]
-    station, may_go = host.station, threading.Event()
-    leave = station._leave
+    station, going, may_go = host.station, threading.Event(), threading.Event()
+    leave, serve = station._leave, station._serve
+    requests: list[asyncio.Task[None] | None] = []
 
     def slowly(incarnation: int) -> None:
+        going.set()
         may_go.wait(60)
         leave(incarnation)
 
+    async def noted(frontend: cluster_station._Frontend) -> None:
+        requests.append(asyncio.current_task())
+        await serve(frontend)
+
     station._leave = slowly  # type: ignore[method-assign]
+    station._serve = noted  # type: ignore[method-assign]
     async with aiohttp.ClientSession() as session:
         first, second = Linked(cluster, session), Linked(cluster, session)
         await first.hello()
         await first.until(wire.Welcome)
         (old,) = station._frontends.values()
         await second.hello()
-        await asyncio.to_thread(wait_until, lambda: old.socket.closed)
+        await asyncio.to_thread(wait_until, lambda: old.socket.closed and going.is_set())
+        assert requests[0] is not None
+        station._loop.call_soon_threadsafe(requests[0].cancel)
         try:
             for _ in range(20):
                 assert [*station._frontends.values()] == [old], "it was taken too early"
