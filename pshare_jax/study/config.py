@@ -21,6 +21,8 @@ _LORA = ("ordinary-lora", "lora", "alora")
 Tail = int | Literal["last-message"]
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Shares of a prompt that are read from the base's KV, as in the paper's Figure 2."""
+AS_SERVED = "test, as served"
+"""Names the evaluation in which the server's engine answers the test set."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,13 @@ class Evaluation:
             that was trained on the base's KV is served.
         layers: first and end of those in which the module computes its own KV of what is read from
             the base's in all others, from the base's hidden states before them.
+        served: whether the server's engine answers, in the dtype that it serves in.
     """
 
     split: str
     share: float | None
     layers: tuple[int, int] | None = None
+    served: bool = False
 
 
 @dataclass(frozen=True)
@@ -179,7 +183,7 @@ class StudyConfig:
         runs: the training runs, in the order in which they are made.
         teams: teams of modules for the task `relay`, after all runs.
         document: Markdown file whose section `study` a report replaces; empty: it is printed.
-        dtype: of activations and KV in training; evaluations are in float32.
+        dtype: of activations and KV in training; evaluations are in float32, but those as served.
         batch_size: examples a step.
         lora_rank: rank of LoRA runs.
         invocation: the token ids that activated LoRA is invoked by: those with which the base's
@@ -191,6 +195,7 @@ class StudyConfig:
             kept in `folder` for all runs on it; a larger one is computed anew in each run.
         max_length: most tokens of an example.
         eval_batch_size: prompts that are answered together.
+        as_served: whether runs that are evaluated on the test set are evaluated as served too.
 
     Raises:
         ConfigError: a run of no task, or of a part of a step.
@@ -213,6 +218,7 @@ class StudyConfig:
     kv_cache_gb: float = 0.0
     max_length: int = 1024
     eval_batch_size: int = 32
+    as_served: bool = False
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:

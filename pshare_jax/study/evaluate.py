@@ -1,4 +1,5 @@
-"""Evaluation of a trained decode module by the trainer's own decoding, at any split of a prompt."""
+"""Evaluation of a trained decode module: by the trainer's own decoding, at any split of a prompt,
+and as it is served."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pshare_jax.config import DType, ModelEntry, Sharing
 from pshare_jax.convert.manifest import TOKENIZER_FOLDER, read_manifest
 from pshare_jax.convert.orbax import load_weights
 from pshare_jax.core.split_rule import LAST_TOKEN, Invocation, TailSetting
@@ -24,6 +26,7 @@ from pshare_jax.frontend.params import Limits
 from pshare_jax.frontend.tool_prompt import ToolPrompt
 from pshare_jax.models.split import check_certificate
 from pshare_jax.study.recompute import recomputed_kv
+from pshare_jax.study.served import served_texts
 from pshare_jax.study.tasks import TOOL_PARSER, plain_question
 from pshare_jax.text.openings import split_rule
 from pshare_jax.text.tokenizer import Tokenizer
@@ -93,6 +96,7 @@ class Evaluator:
         plain_text: bool = False,
     ):
         manifest = read_manifest(base)
+        self._folders = (base, module)
         self._base = load_weights(manifest, dtype=jnp.float32)
         self._weights = self._base
         self._batch_size = batch_size
@@ -153,10 +157,34 @@ class Evaluator:
             report=report,
         )
         texts = [self._tokenizer.decode(tokens) for tokens in outputs]
-        correct = [grade(item, text).correct for item, text in zip(items, texts, strict=True)]
-        total = sum(map(len, tokens))
         own = 0.0 if layers is None else (layers[1] - layers[0]) / self._recipe.config.num_layers
-        return Answers(texts, correct, total, covered / total * (1 - own))
+        return _graded(items, texts, tokens, covered * (1 - own))
+
+    def answer_as_served(
+        self,
+        items: Sequence[Item],
+        tail: TailSetting | None,
+        max_tokens: int,
+        report: Callable[[int], None],
+        dtype: DType = "auto",
+    ) -> Answers:
+        """As `answer`, by the server's engine.
+
+        Args:
+            items: see `pshare_jax.evals`.
+            tail: the module's; None: it is served isolated.
+            max_tokens: most tokens of an answer.
+            report: gets the number of items done, now and then.
+            dtype: as of `ServeConfig`.
+        """
+        base, module = self._folders
+        checkpoint = "identity" if module is None else str(module)
+        sharing: Sharing = "isolated" if tail is None else "shared"
+        entry = ModelEntry("evaluated", checkpoint, sharing)
+        prompts = [self._prompt(item) for item in items]
+        texts = served_texts(str(base), entry, prompts, max_tokens, dtype, report)
+        cover = cover_share(0.0) if tail is None else self.cover_by(tail)
+        return _graded(items, texts, prompts, sum(map(cover, prompts)))
 
     def cover_by(self, tail: TailSetting) -> Cover:
         """As a module of that `tail` is served."""
@@ -199,6 +227,14 @@ class Evaluator:
         limits = Limits(self._tokenizer.vocab_size, self._recipe.config.max_position_embeddings)
         messages = chat_messages(item.messages)
         return list(chat_prompt(self._tokenizer, limits, messages, item.tools, options).token_ids)
+
+
+def _graded(
+    items: Sequence[Item], texts: list[str], prompts: Sequence[Sequence[int]], covered: float
+) -> Answers:
+    correct = [grade(item, text).correct for item, text in zip(items, texts, strict=True)]
+    total = sum(map(len, prompts))
+    return Answers(texts, correct, total, covered / total)
 
 
 def cover_share(share: float) -> Cover:

@@ -15,7 +15,7 @@ from pshare_jax.evals.intervals import (
     mcnemar,
     paired_bootstrap_interval,
 )
-from pshare_jax.study.config import ORDINARY, TEAM_TASK, tail_name
+from pshare_jax.study.config import AS_SERVED, ORDINARY, TEAM_TASK, tail_name
 from pshare_jax.study.tasks import SUMMARY_FILE
 
 Result = Mapping[str, Any]
@@ -85,8 +85,8 @@ def _test_table(task: str, results: Sequence[Result]) -> str:
     if not rows:
         return f"**{task}**: not measured yet.\n"
     head = (
-        f"**{task}**\n\n| | examples | seeds | test accuracy % (95 % interval) | "
-        "steps, min | the base's KV, min |\n|---|--:|--:|--:|--:|--:|\n"
+        f"**{task}**\n\n| | examples | seeds | test accuracy % (95 % interval) | as served % | "
+        "steps, min | the base's KV, min |\n|---|--:|--:|--:|--:|--:|--:|\n"
     )
     return head + "\n".join(rows) + "\n"
 
@@ -122,10 +122,24 @@ def _row(name: str, group: Sequence[Result], evaluation: str, trained: Sequence[
         f"{group[0]['examples']:,}" if group[0].get("examples") else "-",
         str(len(group)),
         f"{100 * statistics.mean(accuracies):.1f} ({100 * low:.1f} - {100 * high:.1f})",
+        _as_served(trained),
         _minutes(trained, "step_seconds"),
         _minutes(trained, "kv_batch_seconds"),
     )
     return f"| {' | '.join(cells)} |"
+
+
+def _as_served(group: Sequence[Result]) -> str:
+    """Mean accuracy of the runs that were evaluated so, beside that of the same runs."""
+    found = [r["evaluations"] for r in group if AS_SERVED in r["evaluations"]]
+    if not found:
+        return "-"
+    served, own = (
+        100 * statistics.mean(e[name]["accuracy"] for e in found) for name in (AS_SERVED, "test")
+    )
+    # Of some seeds only: what they are to be compared with.
+    partly = f" (for {own:.1f}, {len(found)} of {len(group)} seeds)"
+    return f"{served:.1f}" + (partly if len(found) < len(group) else "")
 
 
 def _flags(result: Result, evaluation: str) -> list[bool]:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from pshare_jax.core.split_rule import TailSetting
 from pshare_jax.errors import DataError
 from pshare_jax.evals.items import Item, read_items
 from pshare_jax.study.config import (
+    AS_SERVED,
     ORDINARY,
     Evaluation,
     Run,
@@ -226,6 +228,9 @@ class Study:
                 found[name] = found["test"]
             else:
                 found[name] = self._evaluate(runs.task, module, evaluation, tail)
+        if self._config.as_served and runs.test:
+            served = replace(runs.evaluations["test"], served=True)
+            found[AS_SERVED] = self._evaluate(runs.task, module, served, tail)
         return found
 
     def _train(self, run: Run, folder: Path) -> dict[str, Any]:
@@ -294,16 +299,17 @@ class Study:
         evaluator = Evaluator(
             config.base, module, config.eval_batch_size, kv_cache, config.plain_text
         )
-        answers = evaluator.answer(
-            items,
-            evaluator.cover_by(tail) if share is None else cover_share(share),
-            self._config.task(task).max_tokens,
-            report,
-            evaluation.layers,
-        )
+        max_tokens = config.task(task).max_tokens
+        if evaluation.served:
+            own_tail = tail if share is None else None
+            answers = evaluator.answer_as_served(items, own_tail, max_tokens, report)
+        else:
+            cover = evaluator.cover_by(tail) if share is None else cover_share(share)
+            answers = evaluator.answer(items, cover, max_tokens, report, evaluation.layers)
         self._reporter.stop()
         graded = answers.as_json()
         said = f"layers {evaluation.layers}" if evaluation.layers else f"share {share}"
+        said = "as served" if evaluation.served else said
         self._reporter.say(f"{title}, {said}: {graded['accuracy']:.3f}")
         return graded | {"seconds": round(time.perf_counter() - start, 1)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Iterable
@@ -9,6 +10,7 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 
+from pshare_jax.kernels.matmul.api import matmul
 from pshare_jax.models.config import ModelConfig
 from pshare_jax.models.weights import used_parameters
 from pshare_jax.train.layout import Row
@@ -46,11 +48,16 @@ def row_flops(recipe: Recipe, row: Row, *, kv_kept: bool) -> float:
     return total
 
 
-def measure_peak(dtype: str) -> float:
-    """Operations a second of one device on a large matrix product: the best of a few."""
+def measure_peak(dtype: str, backend: str) -> float:
+    """Operations a second of one device on a large matrix product: the best of a few.
+
+    Args:
+        dtype: of the matrices.
+        backend: of the decoder's products, see `kernels/matmul`; another may be slower than they.
+    """
     size = 2048 if jax.default_backend() == "cpu" else 8192
     matrix = jnp.ones((size, size), dtype)
-    product = jax.jit(jnp.dot)
+    product = jax.jit(functools.partial(matmul, backend=backend))
     product(matrix, matrix).block_until_ready()
     best = math.inf
     for _ in range(4):

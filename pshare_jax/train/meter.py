@@ -35,7 +35,7 @@ class Meter:
         self._total = len(job.plan.steps)
         recipe = job.computations.recipe
         self._flops = [row_flops(recipe, row, kv_kept=job.store is not None) for row in job.rows]
-        peak = job.config.report.peak_tflops * 1e12 or measure_peak(recipe.dtype)
+        peak = job.config.report.peak_tflops * 1e12 or measure_peak(recipe.dtype, recipe.matmul)
         self._peak = peak * job.computations.mesh.size
         self._seen: set[Hashable] = set()
         self._steady: list[float] = []

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pshare_jax.convert.orbax import write_decode, write_prefill
-from pshare_jax.core.split_rule import Invocation
+from pshare_jax.core.split_rule import LAST_TOKEN, Invocation, LastTokens
 from pshare_jax.errors import CertificateError, ConfigError
 from pshare_jax.evals.items import Item
 from pshare_jax.models.decoder import init_weights
@@ -56,6 +56,23 @@ def test_activated_lora_is_evaluated_from_its_invocation_on(tmp_path):
     rule = cover_share(1.0)
     answers = (e.answer(items(3), rule, 2, lambda count: None) for e in (evaluator, plain))
     assert len({tuple(answer.texts) for answer in answers}) == 1  # factors of zero change nothing
+
+
+@pytest.mark.parametrize("tail", [8, None], ids=["shared", "isolated"])
+def test_the_servers_engine_answers_as_the_trainers_decoding(tmp_path, tail):
+    base = write_prefill(tmp_path / "base", MODEL, init_weights(MODEL, 0), _tokenizer(tmp_path))
+    module = tmp_path / "module"
+    rule = LAST_TOKEN if tail is None else LastTokens(tail)
+    own = init_weights(MODEL, 1)
+    write_decode(module, base, own, tail=rule, cache_conditioned=tail is not None)
+    evaluator = Evaluator(str(base.folder), module, 2, KVCacheConfig())
+    cover = cover_share(0.0) if tail is None else evaluator.cover_by(tail)
+    expected = evaluator.answer(items(3), cover, 6, lambda count: None)
+    done: list[int] = []
+    served = evaluator.answer_as_served(items(3), tail, 6, done.append, "float32")
+    assert served == expected
+    assert len(set(served.texts)) > 1
+    assert sum(done) == 3
 
 
 def _tokenizer(folder: Path) -> dict[str, bytes]:

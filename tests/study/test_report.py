@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pshare_jax.study import plots, report
-from pshare_jax.study.config import SHARES
+from pshare_jax.study.config import AS_SERVED, SHARES
 
 NAIVE = "test, share 1.0"
 
@@ -37,16 +37,26 @@ def test_seeds_are_averaged_and_items_resampled():
     right = "1" * 50 + "0" * 50
     one = report.tables([result("full", right)])
     both = report.tables([result("full", right), result("full", right, seed=1)])
-    assert "| full fine-tuning | 1,600 | 1 | 50.0 (40.0 - 60.0) | 1.0 | - |" in one
-    assert "| full fine-tuning | 1,600 | 2 | 50.0 (40.0 - 60.0) | 1.0 | - |" in both
+    assert "| full fine-tuning | 1,600 | 1 | 50.0 (40.0 - 60.0) | - | 1.0 | - |" in one
+    assert "| full fine-tuning | 1,600 | 2 | 50.0 (40.0 - 60.0) | - | 1.0 | - |" in both
 
 
 def test_the_kv_that_training_reads_has_its_own_time():
     lora = result("lora", "10")
     lora["training"]["kv_batch_seconds"] = 1.2
-    assert "| PrefillShare, LoRA | 1,600 | 1 | 50.0 (0.0 - 100.0) | 1.0 | 2.0 |" in report.tables(
-        [lora]
+    assert (
+        "| PrefillShare, LoRA | 1,600 | 1 | 50.0 (0.0 - 100.0) | - | 1.0 | 2.0 |"
+        in report.tables([lora])
     )
+
+
+def test_what_was_served_stands_beside_the_runs_that_it_is_of():
+    lora = [result("lora", "1" * 8 + "0" * 2, seed) for seed in (0, 1)]
+    assert "| 80.0 (50.0 - 100.0) | - |" in report.tables(lora)
+    lora[0] = result("lora", "1" * 6 + "0" * 4)
+    lora[0]["evaluations"][AS_SERVED] = {"accuracy": 0.5, "correct": "1" * 5 + "0" * 5}
+    assert "| 50.0 (for 60.0, 1 of 2 seeds) | 1.0 | - |" in report.tables(lora)
+    assert "| 60.0 (30.0 - 90.0) | 50.0 | 1.0 | - |" in report.tables(lora[:1])
 
 
 def test_methods_are_compared_with_full_fine_tuning_by_seed_and_item():
