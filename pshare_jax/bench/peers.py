@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from contextlib import contextmanager, suppress
 from typing import IO
 
 from pshare_jax.errors import BenchmarkError
+from pshare_jax.tied import tied
 
 READY_SECONDS = 600.0
 LOG_LINES = 15
@@ -36,17 +38,16 @@ def running_peer(
             its log.
     """
     port = _free_port()
+    if shutil.which(command[0]) is None:
+        raise BenchmarkError(f"{what}: {command[0]}: there is no such program")
     with tempfile.TemporaryFile(mode="w+") as log:
-        try:
-            process = subprocess.Popen(
-                [*command, "--host", "127.0.0.1", "--port", str(port)],
-                stdout=log,
-                stderr=log,
-                env=os.environ | (environment or {}),
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise BenchmarkError(f"{what}: {command[0]}: {error.strerror or error}") from None
+        process = subprocess.Popen(
+            tied([*command, "--host", "127.0.0.1", "--port", str(port)]),
+            stdout=log,
+            stderr=log,
+            env=os.environ | (environment or {}),
+            start_new_session=True,
+        )
         with process:
             try:
                 _wait_until_ready(what, process, f"http://127.0.0.1:{port}", log)

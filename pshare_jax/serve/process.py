@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import IO
 
 from pshare_jax.errors import EngineDeadError
+from pshare_jax.tied import tied
 
 SERVE = (sys.executable, "-m", "pshare_jax.serve")
 READY = "pshare_jax: ready at "
@@ -27,6 +28,8 @@ def running_server(
     checkout: str | None = None,
 ) -> Generator[str]:
     """Runs a server on a free port of 127.0.0.1; gives its URL once it is ready.
+
+    It ends with this process, however that ends, so it is started in a thread that lives as long.
 
     Args:
         args: its flags.
@@ -58,7 +61,7 @@ def server_process(
     with (
         tempfile.TemporaryFile(mode="w+") as log,
         subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=checkout, env=there
+            tied(command), stdout=subprocess.PIPE, stderr=log, text=True, cwd=checkout, env=there
         ) as process,
     ):
         try:

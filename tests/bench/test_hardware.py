@@ -157,7 +157,7 @@ def test_a_part_ends_alone(body, status, error, figures, tmp_path, monkeypatch):
     real = run.subprocess.Popen
 
     def popen(command, **options):
-        process = real([sys.executable, str(program), *command[3:]], **options)
+        process = real([sys.executable, str(program), *command[-3:]], **options)
         wait, file = process.wait, Path(command[-1])
 
         def until_it_hangs(timeout=None):

@@ -17,6 +17,7 @@ from pshare_jax.bench import machine
 from pshare_jax.bench.hardware import report
 from pshare_jax.bench.hardware.parts import FAILED, PARTS, SCALES, SKIPPED, measure
 from pshare_jax.errors import ConfigError
+from pshare_jax.tied import tied
 
 LEAST_SECONDS = 20
 """With less time left a part is not begun."""
@@ -134,7 +135,7 @@ def _bounded(command: list[str], log: Path, seconds: float) -> str | None:
     with log.open("w") as output:
         # A group of its own, so that its helpers (compilers, say) end with it.
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            tied(command), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
             code = process.wait(timeout=seconds)

@@ -28,8 +28,9 @@ using Tiles = AmxTiles;
 #else
 using Tiles = TwinTiles;
 #endif
-// Set once, before anything is computed, by `start_tiles` (tile_check.h).
-inline bool use_tiles = false;
+// Set once, before anything is computed, by `start_tiles` (tile_check.h). Of this library alone: an
+// inline variable that is visible is one for all libraries of a process.
+[[gnu::visibility("hidden")]] inline bool use_tiles = false;
 inline bool has_tiles() { return use_tiles; }
 inline void release_tiles() { release_shape<Tiles>(); }
 #else
