@@ -37,6 +37,8 @@ def served_texts(
         [entry],
         dtype,
         max_model_len=max(map(len, prompts)) + max_tokens,
+        # On one device, as training is.
+        connector="same-mesh",
         # Replies have no next call.
         reply_kv="off",
         prefill=PrefillConfig(chunk_buckets=[_CHUNK]),
