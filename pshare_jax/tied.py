@@ -38,7 +38,10 @@ def main(argv: Sequence[str]) -> None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGUSR1, 0, 0, 0)
         if os.getppid() != parent:
             sys.exit(f"{' '.join(command)}: not started, since process {parent} has ended")
-    os.execvp(command[0], command)
+    try:
+        os.execvp(command[0], command)
+    except OSError as error:
+        sys.exit(f"{command[0]}: {error.strerror}")
 
 
 if __name__ == "__main__":

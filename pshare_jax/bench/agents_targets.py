@@ -62,7 +62,7 @@ def started(
 
 @contextmanager
 def exiting_on_sigterm() -> Iterator[None]:
-    """Has SIGTERM raise `SystemExit` in the block: by default it would leave servers behind."""
+    """Has SIGTERM raise `SystemExit` in the block: by default servers would not be waited for."""
     before = signal.signal(signal.SIGTERM, _exit)
     try:
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -38,14 +39,15 @@ def running_peer(
             its log.
     """
     port = _free_port()
-    if shutil.which(command[0]) is None:
-        raise BenchmarkError(f"{what}: {command[0]}: there is no such program")
+    there = os.environ | (environment or {})
+    if shutil.which(command[0], path=there.get("PATH")) is None:
+        raise BenchmarkError(f"{what}: {command[0]}: {os.strerror(errno.ENOENT)}")
     with tempfile.TemporaryFile(mode="w+") as log:
         process = subprocess.Popen(
             tied([*command, "--host", "127.0.0.1", "--port", str(port)]),
             stdout=log,
             stderr=log,
-            env=os.environ | (environment or {}),
+            env=there,
             start_new_session=True,
         )
         with process:

@@ -220,20 +220,21 @@ class Station:
             if not self._closed:
                 logger.warning("a link without a hello: %s", error)
             return None
-        refusal = self._refusal(hello)
-        if refusal is not None:
-            if not refusal.again:
-                logger.warning("refused a frontend: %s", refusal.reason)
-            await socket.send_bytes(wire.encode([refusal]))
-            return None
-        assert isinstance(hello, wire.Hello)
-        while (old := self._frontends.get(hello.incarnation)) is not None:
+        while (refusal := self._refusal(hello)) is None:
+            assert isinstance(hello, wire.Hello)
+            old = self._frontends.get(hello.incarnation)
+            if old is None:
+                queue = FrameQueue(self._loop)
+                new = _Frontend(hello.incarnation, hello.process, queue, socket)
+                self._frontends[new.incarnation] = new
+                return new
             # It has noticed the end of its link before us.
             await old.socket.close()
             await old.gone.wait()
-        frontend = _Frontend(hello.incarnation, hello.process, FrameQueue(self._loop), socket)
-        self._frontends[hello.incarnation] = frontend
-        return frontend
+        if not refusal.again:
+            logger.warning("refused a frontend: %s", refusal.reason)
+        await socket.send_bytes(wire.encode([refusal]))
+        return None
 
     def _refusal(self, hello: wire.Frame) -> wire.Refused | None:
         if not isinstance(hello, wire.Hello):
@@ -291,11 +292,13 @@ class Station:
         for ended in await asyncio.gather(*carrying, return_exceptions=True):
             if isinstance(ended, Exception):
                 logger.warning("a frontend's link has ended: %r", ended)
-        await self._in_thread(lambda: self._leave(frontend.incarnation))
-        if self._modules is not None:
-            self._modules.leave(frontend.incarnation)
-        self._frontends.pop(frontend.incarnation, None)
-        frontend.gone.set()
+        try:
+            await self._in_thread(lambda: self._leave(frontend.incarnation))
+            if self._modules is not None:
+                self._modules.leave(frontend.incarnation)
+        finally:
+            self._frontends.pop(frontend.incarnation, None)
+            frontend.gone.set()
 
     async def _read(self, frontend: _Frontend) -> None:
         assert self._thread is not None

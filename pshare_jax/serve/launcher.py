@@ -305,7 +305,8 @@ def _at_once(actions: Sequence[Callable[[], None]]) -> None:
 def launch(config: ServeConfig, args: Sequence[str]) -> int:
     """Runs a cluster, or scales that of Kubernetes, until a signal; returns the exit code.
 
-    SIGTERM and SIGINT end it in good order; SIGHUP replaces all processes, see `Launcher.restart`.
+    SIGTERM and SIGINT end it in good order, as does SIGUSR1, however often that comes (see `tied`);
+    SIGHUP replaces all processes, see `Launcher.restart`.
 
     Raises:
         ConfigError: a configuration that cannot be launched, an address that cannot be had, or a
@@ -339,12 +340,13 @@ def _run(launcher: Launcher, *, keep: bool = False) -> int:
     wakeup = threading.Event()
 
     def hear(number: int, _: object) -> None:
-        if number != signal.SIGHUP and any(n != signal.SIGHUP for n in wanted):
+        is_second = any(n != signal.SIGHUP for n in wanted)
+        if is_second and number not in (signal.SIGHUP, signal.SIGUSR1):
             os._exit(128 + number)
         wanted.append(number)
         wakeup.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, hear)
     launcher.start()
     announced = False

@@ -29,7 +29,8 @@ def running_server(
 ) -> Generator[str]:
     """Runs a server on a free port of 127.0.0.1; gives its URL once it is ready.
 
-    It ends with this process, however that ends, so it is started in a thread that lives as long.
+    On Linux it ends with this process, however that ends, so it is started in a thread that lives
+    as long. A cluster that it launches ends with it.
 
     Args:
         args: its flags.

@@ -54,7 +54,7 @@ class Evaluation:
             that was trained on the base's KV is served.
         layers: first and end of those in which the module computes its own KV of what is read from
             the base's in all others, from the base's hidden states before them.
-        served: whether the server's engine answers, in the dtype that it serves in.
+        served: whether the server's engine answers.
     """
 
     split: str
@@ -183,7 +183,7 @@ class StudyConfig:
         runs: the training runs, in the order in which they are made.
         teams: teams of modules for the task `relay`, after all runs.
         document: Markdown file whose section `study` a report replaces; empty: it is printed.
-        dtype: of activations and KV in training; evaluations are in float32, but those as served.
+        dtype: of activations and KV in training, and as served; other evaluations are in float32.
         batch_size: examples a step.
         lora_rank: rank of LoRA runs.
         invocation: the token ids that activated LoRA is invoked by: those with which the base's
@@ -195,7 +195,8 @@ class StudyConfig:
             kept in `folder` for all runs on it; a larger one is computed anew in each run.
         max_length: most tokens of an example.
         eval_batch_size: prompts that are answered together.
-        as_served: whether runs that are evaluated on the test set are evaluated as served too.
+        as_served: whether the server's engine answers the test sets too, in `dtype`, of runs that
+            are made from then on.
 
     Raises:
         ConfigError: a run of no task, or of a part of a step.

@@ -165,22 +165,21 @@ class Evaluator:
         items: Sequence[Item],
         tail: TailSetting | None,
         max_tokens: int,
+        dtype: DType,
         report: Callable[[int], None],
-        dtype: DType = "auto",
     ) -> Answers:
-        """As `answer`, by the server's engine.
+        """As `answer`, by the server's engine; of a decode module.
 
         Args:
             items: see `pshare_jax.evals`.
             tail: the module's; None: it is served isolated.
             max_tokens: most tokens of an answer.
+            dtype: that it is served in.
             report: gets the number of items done, now and then.
-            dtype: as of `ServeConfig`.
         """
         base, module = self._folders
-        checkpoint = "identity" if module is None else str(module)
         sharing: Sharing = "isolated" if tail is None else "shared"
-        entry = ModelEntry("evaluated", checkpoint, sharing)
+        entry = ModelEntry("evaluated", str(module), sharing)
         prompts = [self._prompt(item) for item in items]
         texts = served_texts(str(base), entry, prompts, max_tokens, dtype, report)
         cover = cover_share(0.0) if tail is None else self.cover_by(tail)

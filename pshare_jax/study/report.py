@@ -138,7 +138,7 @@ def _as_served(group: Sequence[Result]) -> str:
         100 * statistics.mean(e[name]["accuracy"] for e in found) for name in (AS_SERVED, "test")
     )
     # Of some seeds only: what they are to be compared with.
-    partly = f" (for {own:.1f}, {len(found)} of {len(group)} seeds)"
+    partly = f" ({own:.1f} in float32; {len(found)} of {len(group)} seeds)"
     return f"{served:.1f}" + (partly if len(found) < len(group) else "")
 
 

@@ -302,7 +302,7 @@ class Study:
         max_tokens = config.task(task).max_tokens
         if evaluation.served:
             own_tail = tail if share is None else None
-            answers = evaluator.answer_as_served(items, own_tail, max_tokens, report)
+            answers = evaluator.answer_as_served(items, own_tail, max_tokens, config.dtype, report)
         else:
             cover = evaluator.cover_by(tail) if share is None else cover_share(share)
             answers = evaluator.answer(items, cover, max_tokens, report, evaluation.layers)

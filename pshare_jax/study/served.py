@@ -26,23 +26,27 @@ def served_texts(
         entry: the model that answers.
         prompts: token ids.
         max_tokens: most tokens of an answer.
-        dtype: of weights, activations and KV.
+        dtype: of weights, activations and KV; not `auto`, which differs between machines.
         report: gets the number of prompts done, now and then.
 
     Raises:
         CheckpointError, CertificateError, ConfigError: the model cannot be served so.
     """
+    longest = max(map(len, prompts)) + max_tokens
+    pages = -(-longest // ServeConfig.page_size) + 1
     config = ServeConfig(
         base,
         [entry],
         dtype,
-        max_model_len=max(map(len, prompts)) + max_tokens,
+        max_model_len=longest,
         # On one device, as training is.
         connector="same-mesh",
         # Replies have no next call.
         reply_kv="off",
         prefill=PrefillConfig(chunk_buckets=[_CHUNK]),
-        decode=DecodeConfig(batch_buckets=[_BATCH], max_num_seqs=_BATCH),
+        decode=DecodeConfig(
+            num_pages=_BATCH * pages + 1, batch_buckets=[_BATCH], max_num_seqs=_BATCH
+        ),
     )
     with Engine.from_config(config) as engine:
         completions = engine.generate(

@@ -94,6 +94,57 @@ async def test_it_is_taken_once_what_it_had_has_been_given_up(cluster: Cluster) 
             pass
 
 
+async def test_it_is_taken_again_when_it_was_lost_in_the_middle_of_its_welcome(
+    cluster: Cluster,
+) -> None:
+    station, going, may_go = cluster.hosts["prefill0"].station, threading.Event(), threading.Event()
+    join, serve = station._join, station._serve
+    requests: list[asyncio.Task[None] | None] = []
+
+    def slowly(frontend: cluster_station._Frontend) -> None:
+        going.set()
+        may_go.wait(60)
+        join(frontend)
+
+    async def noted(frontend: cluster_station._Frontend) -> None:
+        requests.append(asyncio.current_task())
+        await serve(frontend)
+
+    station._join = slowly  # type: ignore[method-assign]
+    station._serve = noted  # type: ignore[method-assign]
+    async with aiohttp.ClientSession() as session:
+        first, second = Linked(cluster, session), Linked(cluster, session)
+        await first.hello()
+        await asyncio.to_thread(wait_until, going.is_set)
+        assert requests[0] is not None
+        station._loop.call_soon_threadsafe(requests[0].cancel)
+        may_go.set()
+        await second.hello()
+        await second.until(wire.Welcome)
+    assert len(requests) == 2
+
+
+async def test_who_waits_while_it_begins_to_drain_is_told_to_come_again(cluster: Cluster) -> None:
+    station, may_go = cluster.hosts["prefill0"].station, threading.Event()
+    leave = station._leave
+
+    def slowly(incarnation: int) -> None:
+        may_go.wait(60)
+        leave(incarnation)
+
+    station._leave = slowly  # type: ignore[method-assign]
+    async with aiohttp.ClientSession() as session:
+        first, second = Linked(cluster, session), Linked(cluster, session)
+        await first.hello()
+        await first.until(wire.Welcome)
+        (old,) = station._frontends.values()
+        await second.hello()
+        await asyncio.to_thread(wait_until, lambda: old.socket.closed)
+        station._draining = True
+        may_go.set()
+        assert await second.until(wire.Refused) == wire.Refused("draining", again=True)
+
+
 async def test_who_comes_while_it_drains_is_told_to_come_again(cluster: Cluster) -> None:
     """With nobody linked it is done at once; it would end under whoever comes now."""
     assert await asyncio.to_thread(cluster.hosts["prefill0"].drain)

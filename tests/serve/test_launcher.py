@@ -8,11 +8,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from pshare_jax.config import ServerConfig
-from pshare_jax.serve import supervision
+from pshare_jax.serve import launcher, supervision
 from pshare_jax.serve.launcher import Launcher
 from pshare_jax.serve.local_host import LocalHost
 from pshare_jax.serve.supervision import BAD_CONFIG, Child, Spec
@@ -127,6 +128,29 @@ def test_who_hangs_is_killed_and_started_again(
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)
     eventually(lambda: one.pid not in (None, pid) and one.is_ready.is_set())
+
+
+def test_a_cluster_ends_once_however_often_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By SIGUSR1: the kernel sends it for each thread of whoever has started the launcher."""
+    ended: list[str] = []
+
+    def tell() -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    def stop() -> None:
+        tell()
+        ended.append("in good order")
+
+    cluster = SimpleNamespace(start=tell, stop=stop, failed="", is_ready=False)
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in signals}
+    monkeypatch.setattr(os, "_exit", ended.append)
+    try:
+        assert launcher._run(cluster) == 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert ended == ["in good order"]
 
 
 def test_one_of_each_side_is_replaced_at_a_time(

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.serve.server import eventually
+
 ROOT = Path(__file__).parents[2]
 
 # Holds a lock for as long as it runs.
@@ -15,7 +17,7 @@ import fcntl, sys, time
 file = open(sys.argv[1], "w")
 fcntl.flock(file, fcntl.LOCK_EX)
 print("pshare_jax: ready at http://there", flush=True)
-time.sleep(600)
+time.sleep(100)
 """
 
 HOLDER = """
@@ -38,4 +40,12 @@ def test_a_server_ends_with_who_has_started_it(tmp_path: Path) -> None:
         finally:
             holder.kill()
     with lock.open() as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # waits for the server's end
+
+        def is_free() -> bool:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            return True
+
+        eventually(is_free)

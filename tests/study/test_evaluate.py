@@ -14,6 +14,7 @@ from pshare_jax.errors import CertificateError, ConfigError
 from pshare_jax.evals.items import Item
 from pshare_jax.models.decoder import init_weights
 from pshare_jax.models.weights import lora_specs
+from pshare_jax.study import served as served_module
 from pshare_jax.study.evaluate import Evaluator, cover_share
 from pshare_jax.study.recompute import recomputed_kv
 from pshare_jax.train.config import KVCacheConfig
@@ -59,7 +60,9 @@ def test_activated_lora_is_evaluated_from_its_invocation_on(tmp_path):
 
 
 @pytest.mark.parametrize("tail", [8, None], ids=["shared", "isolated"])
-def test_the_servers_engine_answers_as_the_trainers_decoding(tmp_path, tail):
+def test_the_servers_engine_answers_as_the_trainers_decoding(tmp_path, monkeypatch, tail):
+    configs = []
+    monkeypatch.setattr(served_module.Engine, "from_config", keeping(configs))
     base = write_prefill(tmp_path / "base", MODEL, init_weights(MODEL, 0), _tokenizer(tmp_path))
     module = tmp_path / "module"
     rule = LAST_TOKEN if tail is None else LastTokens(tail)
@@ -69,10 +72,22 @@ def test_the_servers_engine_answers_as_the_trainers_decoding(tmp_path, tail):
     cover = cover_share(0.0) if tail is None else evaluator.cover_by(tail)
     expected = evaluator.answer(items(3), cover, 6, lambda count: None)
     done: list[int] = []
-    served = evaluator.answer_as_served(items(3), tail, 6, done.append, "float32")
+    served = evaluator.answer_as_served(items(3), tail, 6, "float32", done.append)
     assert served == expected
     assert len(set(served.texts)) > 1
+    assert configs[0].connector == "same-mesh"  # there is one device where a study runs
     assert sum(done) == 3
+
+
+def keeping(configs: list):
+    """`Engine.from_config`, which keeps what it is given."""
+    real = served_module.Engine.from_config
+
+    def from_config(config):
+        configs.append(config)
+        return real(config)
+
+    return from_config
 
 
 def _tokenizer(folder: Path) -> dict[str, bytes]:

@@ -55,7 +55,7 @@ def test_what_was_served_stands_beside_the_runs_that_it_is_of():
     assert "| 80.0 (50.0 - 100.0) | - |" in report.tables(lora)
     lora[0] = result("lora", "1" * 6 + "0" * 4)
     lora[0]["evaluations"][AS_SERVED] = {"accuracy": 0.5, "correct": "1" * 5 + "0" * 5}
-    assert "| 50.0 (for 60.0, 1 of 2 seeds) | 1.0 | - |" in report.tables(lora)
+    assert "| 50.0 (60.0 in float32; 1 of 2 seeds) | 1.0 | - |" in report.tables(lora)
     assert "| 60.0 (30.0 - 90.0) | 50.0 | 1.0 | - |" in report.tables(lora[:1])
 
 

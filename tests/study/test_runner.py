@@ -13,7 +13,7 @@ from pshare_jax.config_files import load_config
 from pshare_jax.convert.files import replace_section
 from pshare_jax.errors import ConfigError
 from pshare_jax.study import plots, report, runner
-from pshare_jax.study.config import SHARES, Runs, StudyConfig, TaskConfig, expand
+from pshare_jax.study.config import AS_SERVED, SHARES, Runs, StudyConfig, TaskConfig, expand
 from pshare_jax.study.runner import Study
 from pshare_jax.train import generate
 from pshare_jax.train.__main__ import main as train_main
@@ -52,6 +52,7 @@ def study(tmp_path_factory) -> StudyConfig:
         eval_batch_size=8,
         lora_rank=2,
         kv_cache_gb=1,
+        as_served=True,
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "run_trainer", train_here)
@@ -71,12 +72,19 @@ def test_every_run_leaves_a_result(study):
         "validation",
         "test",
         *(f"test, share {share}" for share in (0.0, 0.25, 0.5, 0.75, 1.0)),
+        AS_SERVED,
     }
     # An ordinary fine-tune reads its prompt itself.
     assert (
         full["evaluations"]["test"]["correct"] == full["evaluations"]["test, share 0.0"]["correct"]
     )
     assert len(full["evaluations"]["test"]["correct"]) == TASK.test
+    # It is served so too.
+    lora = results["code-lora-0.001-8-0.json"]
+    for made, same in ((full, "test, share 0.0"), (lora, "test")):
+        served, own = made["evaluations"][AS_SERVED], made["evaluations"][same]
+        assert served["first_answers"] == own["first_answers"]
+        assert served["saved"] == own["saved"]
     assert full["training"]["steps"] == 2
     assert full["machine"]["packages"]["jax"]
     assert "test" not in results["code-prefillshare-0.001-8-0.json"]["evaluations"]

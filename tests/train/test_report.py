@@ -7,6 +7,7 @@ import pytest
 
 from pshare_jax.core.split_rule import LAST_TOKEN
 from pshare_jax.errors import CheckpointError
+from pshare_jax.train import flops
 from pshare_jax.train.config import LoraConfig, ReportConfig
 from pshare_jax.train.data import Example, Turn
 from pshare_jax.train.flops import row_flops
@@ -35,6 +36,18 @@ def test_arithmetic_of_a_row_by_hand():
     assert row_flops(lora, ROW, kv_kept=True) == 2 * decode
     distilled = Recipe(MODEL, "float32", teacher=MODEL)
     assert row_flops(distilled, ROW, kv_kept=True) == 3 * decode + whole
+
+
+def test_the_peak_is_of_the_products_of_the_run(monkeypatch):
+    asked = []
+
+    def product(x, kernel, *, backend):
+        asked.append((x.dtype, backend))
+        return x
+
+    monkeypatch.setattr(flops, "matmul", product)
+    assert flops.measure_peak("bfloat16", "cpu_ffi") > 0
+    assert asked == [("bfloat16", "cpu_ffi")]
 
 
 def test_lines_where_there_is_no_terminal(capsys):

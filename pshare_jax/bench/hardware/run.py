@@ -100,7 +100,7 @@ def _device(options: HardwareOptions) -> dict[str, Any]:
         return describe()
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _DEVICE],
+            tied([sys.executable, "-c", _DEVICE]),
             capture_output=True,
             text=True,
             check=False,
