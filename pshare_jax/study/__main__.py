@@ -91,7 +91,7 @@ def _report(config: StudyConfig) -> None:
                 link = os.path.relpath(plot, Path(config.document).parent)
                 text += f"\n![{task.name}: {title}]({link})\n"
     if config.document:
-        replace_section(config.document, "study", text)
+        replace_section(config.document, config.section, text)
         print(f"{config.document}: {len(results)} results")
     else:
         print(text)

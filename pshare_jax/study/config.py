@@ -182,7 +182,8 @@ class StudyConfig:
         tasks: the tasks.
         runs: the training runs, in the order in which they are made.
         teams: teams of modules for the task `relay`, after all runs.
-        document: Markdown file whose section `study` a report replaces; empty: it is printed.
+        document: Markdown file of which a report replaces a section; empty: it is printed.
+        section: name of that section.
         dtype: of activations and KV in training, and as served; other evaluations are in float32.
         batch_size: examples a step.
         lora_rank: rank of LoRA runs.
@@ -209,6 +210,7 @@ class StudyConfig:
     runs: list[Runs]
     teams: list[Team] = field(default_factory=list)
     document: str = ""
+    section: str = "study"
     # Not `auto`: it would differ between the machines on which a study's runs are made.
     dtype: Literal["float32", "bfloat16"] = "float32"
     batch_size: int = 16

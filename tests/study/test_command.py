@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from pshare_jax.config_files import load_config
 from pshare_jax.study.__main__ import main
-from pshare_jax.study.config import SHARES
+from pshare_jax.study.config import SHARES, StudyConfig
 
 ROOT = Path(__file__).parents[2]
 TASK = '{"name": "t", "train": 1, "validation": 1, "test": 1, "max_tokens": 1}'
@@ -46,6 +47,18 @@ def test_results_may_lie_anywhere(folder, capsys, absolute):
     assert capsys.readouterr().out == "docs/training.md: 1 results\n"
 
 
+def test_the_rest_of_a_document_stays(folder):
+    document = folder / "docs/training.md"
+    first = document.read_text()
+    document.write_text(f"{first}<!-- other: begin -->\nolder\n<!-- other: end -->\nc\n")
+    assert report("--document=docs/training.md", "--section=other") == 0
+    text = document.read_text()
+    assert text.startswith(f"{first}<!-- other: begin -->\n")
+    assert text.endswith("\n<!-- other: end -->\nc\n")
+    assert "| base, not trained | - | 1 | 50.0" in text
+    assert "older" not in text
+
+
 def test_a_study_without_a_document_is_printed(folder, capsys):
     before = (folder / "docs/training.md").read_text()
     assert report() == 0
@@ -55,10 +68,17 @@ def test_a_study_without_a_document_is_printed(folder, capsys):
     assert (folder / "docs/training.md").read_text() == before
 
 
-def test_only_the_study_of_the_document_writes_it(folder):
-    """`make modules` runs a part of it, which must not take its place."""
-    named = [p.name for p in ROOT.glob("configs/study/*.yaml") if "\ndocument:" in p.read_text()]
-    assert named == ["smollm2-135m.yaml"]
+def test_only_one_study_writes_a_section_of_the_document(folder):
+    """`make modules` runs a part of one, which must not take its place."""
+    sections = {
+        path.name: (config.document, config.section)
+        for path in ROOT.glob("configs/study/*.yaml")
+        if (config := load_config(StudyConfig, ["--config", str(path)], "study")).document
+    }
+    assert sections == {
+        "smollm2-135m.yaml": ("docs/training.md", "study"),
+        "gemma3-270m.yaml": ("docs/training.md", "study-gemma3"),
+    }
     before = (folder / "docs/training.md").read_text()
     config = ROOT / "configs/study/modules.yaml"
     assert main(["report", "--config", str(config), "--results=results"]) == 0
