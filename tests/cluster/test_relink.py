@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import aiohttp
 import pytest
@@ -47,42 +48,63 @@ class Linked:
                         return frame
 
 
+class Held:
+    """A method of a station that is done in the workers' thread: it waits until it may go on."""
+
+    def __init__(self, station: cluster_station.Station, name: str):
+        self._station = station
+        self._going, self._may_go = threading.Event(), threading.Event()
+        self._requests: list[asyncio.Task[None]] = []
+        plain, serve = getattr(station, name), station._serve
+
+        def held(*args: Any) -> None:
+            self._going.set()
+            self._may_go.wait(60)
+            plain(*args)
+
+        async def noted(frontend: cluster_station._Frontend) -> None:
+            request = asyncio.current_task()
+            assert request is not None
+            self._requests.append(request)
+            await serve(frontend)
+
+        setattr(station, name, held)
+        station._serve = noted  # type: ignore[method-assign]
+
+    async def begun(self) -> None:
+        """Waits until it is being done."""
+        await asyncio.to_thread(wait_until, self._going.is_set)
+
+    def cancel_first(self) -> None:
+        """Cancels the request of the first link, as when its connection is lost."""
+        self._station._loop.call_soon_threadsafe(self._requests[0].cancel)
+
+    def go_on(self) -> None:
+        self._may_go.set()
+
+
 async def test_it_is_taken_once_what_it_had_has_been_given_up(cluster: Cluster) -> None:
     """Else that would be done to what it sends by the new link.
 
     That comes to an end though the request is cancelled meanwhile, as when a connection is lost.
     """
     host = cluster.hosts["prefill0"]
-    station, going, may_go = host.station, threading.Event(), threading.Event()
-    leave, serve = station._leave, station._serve
-    requests: list[asyncio.Task[None] | None] = []
-
-    def slowly(incarnation: int) -> None:
-        going.set()
-        may_go.wait(60)
-        leave(incarnation)
-
-    async def noted(frontend: cluster_station._Frontend) -> None:
-        requests.append(asyncio.current_task())
-        await serve(frontend)
-
-    station._leave = slowly  # type: ignore[method-assign]
-    station._serve = noted  # type: ignore[method-assign]
+    station, leaving = host.station, Held(host.station, "_leave")
     async with aiohttp.ClientSession() as session:
         first, second = Linked(cluster, session), Linked(cluster, session)
         await first.hello()
         await first.until(wire.Welcome)
         (old,) = station._frontends.values()
         await second.hello()
-        await asyncio.to_thread(wait_until, lambda: old.socket.closed and going.is_set())
-        assert requests[0] is not None
-        station._loop.call_soon_threadsafe(requests[0].cancel)
+        await leaving.begun()
+        assert old.socket.closed
+        leaving.cancel_first()
         try:
             for _ in range(20):
                 assert [*station._frontends.values()] == [old], "it was taken too early"
                 await asyncio.sleep(0.01)
         finally:
-            may_go.set()
+            leaving.go_on()
         await second.until(wire.Welcome)
         # What the worker's index holds; from then on it is told of all.
         await second.until(wire.Carry)
@@ -97,51 +119,28 @@ async def test_it_is_taken_once_what_it_had_has_been_given_up(cluster: Cluster) 
 async def test_it_is_taken_again_when_it_was_lost_in_the_middle_of_its_welcome(
     cluster: Cluster,
 ) -> None:
-    station, going, may_go = cluster.hosts["prefill0"].station, threading.Event(), threading.Event()
-    join, serve = station._join, station._serve
-    requests: list[asyncio.Task[None] | None] = []
-
-    def slowly(frontend: cluster_station._Frontend) -> None:
-        going.set()
-        may_go.wait(60)
-        join(frontend)
-
-    async def noted(frontend: cluster_station._Frontend) -> None:
-        requests.append(asyncio.current_task())
-        await serve(frontend)
-
-    station._join = slowly  # type: ignore[method-assign]
-    station._serve = noted  # type: ignore[method-assign]
+    joining = Held(cluster.hosts["prefill0"].station, "_join")
     async with aiohttp.ClientSession() as session:
         first, second = Linked(cluster, session), Linked(cluster, session)
         await first.hello()
-        await asyncio.to_thread(wait_until, going.is_set)
-        assert requests[0] is not None
-        station._loop.call_soon_threadsafe(requests[0].cancel)
-        may_go.set()
+        await joining.begun()
+        joining.cancel_first()
+        joining.go_on()
         await second.hello()
-        await second.until(wire.Welcome)
-    assert len(requests) == 2
+        assert await second.until(wire.Welcome)
 
 
 async def test_who_waits_while_it_begins_to_drain_is_told_to_come_again(cluster: Cluster) -> None:
-    station, may_go = cluster.hosts["prefill0"].station, threading.Event()
-    leave = station._leave
-
-    def slowly(incarnation: int) -> None:
-        may_go.wait(60)
-        leave(incarnation)
-
-    station._leave = slowly  # type: ignore[method-assign]
+    station = cluster.hosts["prefill0"].station
+    leaving = Held(station, "_leave")
     async with aiohttp.ClientSession() as session:
         first, second = Linked(cluster, session), Linked(cluster, session)
         await first.hello()
         await first.until(wire.Welcome)
-        (old,) = station._frontends.values()
         await second.hello()
-        await asyncio.to_thread(wait_until, lambda: old.socket.closed)
+        await leaving.begun()
         station._draining = True
-        may_go.set()
+        leaving.go_on()
         assert await second.until(wire.Refused) == wire.Refused("draining", again=True)
 
 
