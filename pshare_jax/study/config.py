@@ -75,7 +75,9 @@ class Runs:
             the finished runs of this task and method with a tail of 1 and the fewest examples.
         seeds: one run for each.
         tail: the split rule's: a number of tokens, or `last-message`.
-        test: whether to evaluate on the test set besides the validation set.
+        test: whether to evaluate on the test set.
+        validation: whether to evaluate on the validation set; not needed where nothing is chosen
+            by it.
         shares: evaluate on the test set also with these shares, 0 to 1, of the prompt read from
             the base's KV; `SHARES` for a plot.
         recompute: evaluate on the validation and the test set also with the base's KV in all layers
@@ -90,6 +92,7 @@ class Runs:
     seeds: list[int] = field(default_factory=lambda: [0])
     tail: Tail = 1
     test: bool = False
+    validation: bool = True
     shares: list[float] = field(default_factory=list)
     recompute: list[tuple[int, int]] = field(default_factory=list)
     keep: bool = False
@@ -101,13 +104,18 @@ class Runs:
             raise ConfigError(f"runs: recompute is for {' and '.join(ORDINARY)}, not {self.method}")
         if any(not 0 <= first < end for first, end in self.recompute):
             raise ConfigError(f"runs: recompute must be pairs first < end, got {self.recompute}")
+        if not self.validation and (not self.test or self.recompute):
+            raise ConfigError(
+                f"runs: {self.task}, {self.method}: validation may be false only beside test: true "
+                "and without recompute, whose layers are chosen on the validation set"
+            )
 
     @property
     def evaluations(self) -> dict[str, Evaluation]:
         """What is evaluated, by name."""
         # An ordinary fine-tune reads the prompt itself.
         share = 0.0 if self.method in ORDINARY else None
-        named = {"validation": Evaluation("validation", share)}
+        named = {"validation": Evaluation("validation", share)} if self.validation else {}
         if self.test:
             named["test"] = Evaluation("test", share)
         for other in map(float, self.shares):

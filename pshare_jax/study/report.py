@@ -252,7 +252,7 @@ def _validation_table(results: Iterable[Result]) -> str:
                 f"{100 * evaluation['accuracy']:.1f} ({100 * low:.1f} - {100 * high:.1f}) |"
             )
     head = (
-        "Every run, on the validation sets that settings were chosen on:\n\n"
+        "Runs on the validation sets that settings were chosen on:\n\n"
         "| task | method | tail | learning rate | examples | seed | accuracy % (95 % interval) |\n"
         "|---|---|--:|--:|--:|--:|--:|\n"
     )

@@ -151,6 +151,9 @@ def test_the_best_rate_is_that_of_the_sweep(tmp_path):
     for rate, accuracy, examples in ((1e-4, 0.3, 10), (1e-3, 0.5, 10), (1e-2, 0.9, 100)):
         made = result(rate, accuracy, examples)
         (tmp_path / f"t-full-{rate:g}-{examples}-0.json").write_text(json.dumps(made))
+    # Runs whose rate was given are not evaluated on the validation set.
+    given = {**result(3e-4, 0, 10), "evaluations": {"test": {"accuracy": 1.0}}}
+    (tmp_path / "t-full-0.0003-10-1.json").write_text(json.dumps(given))
     assert study.best_rate(runs) == 1e-3
     assert [run.name for run in expand(runs, 1e-3)] == ["t-full-0.001-100-0"]
 

@@ -177,6 +177,14 @@ def test_examples_are_whole_steps(config, examples):
         dataclasses.replace(config, runs=[dataclasses.replace(FULL, examples=examples)])
 
 
+def test_what_is_chosen_by_the_validation_set_needs_it():
+    """A run whose settings are given is evaluated on the test set alone."""
+    assert set(Runs("code", "lora", 8, test=True, validation=False).evaluations) == {"test"}
+    for other in ({}, {"test": True, "recompute": [(0, 1)]}):
+        with pytest.raises(ConfigError, match="code, full: validation may be false only beside"):
+            Runs("code", "full", 8, validation=False, **other)
+
+
 def test_a_run_of_no_task(config):
     with pytest.raises(ConfigError, match="no task 'math'"):
         dataclasses.replace(config, runs=[Runs("math", "full", 8)])
