@@ -90,8 +90,25 @@ def wilson_interval(correct: Sequence[bool], *, confidence: float = 0.95) -> Int
     Raises:
         ValueError: there are no answers.
     """
-    values = _flags(correct)
-    size, share = values.size, float(values.mean())
+    return item_wilson_interval(_flags(correct).tolist(), confidence=confidence)
+
+
+def item_wilson_interval(values: Sequence[float], *, confidence: float = 0.95) -> Interval:
+    """Wilson's score interval of a mean over items of shares, 0 to 1.
+
+    For several runs on the same items, a share is that of the runs that were right. Runs count for
+    as many answers as make their mean vary as it does from item to item (Kish's effective sample
+    size): for no more than one run where all of them answer alike.
+
+    Raises:
+        ValueError: there are no values.
+    """
+    array = np.asarray(values, np.float64)
+    if array.size == 0:
+        raise ValueError("there are no values")
+    share, variance = float(array.mean()), float(array.var())
+    # Values that are all the same tell nothing of how runs vary: each item counts once.
+    size = array.size * (share * (1 - share) / variance if variance > 1e-12 else 1.0)
     z = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
     middle = (share + z * z / (2 * size)) / (1 + z * z / size)
     half = z * math.sqrt(share * (1 - share) / size + z * z / (4 * size * size))
@@ -106,13 +123,28 @@ def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> McNemar:
     Raises:
         ValueError: there are no answers, or not as many of one as of the other.
     """
-    from scipy.special import bdtr  # scipy.stats takes a second to import
-
     first, second = _pair(a, b)
     only_a, only_b = int(np.sum(first & ~second)), int(np.sum(second & ~first))
+    return McNemar(only_a, only_b, _as_uneven(only_a, only_b))
+
+
+def sign_test(differences: Sequence[float]) -> float:
+    """The exact sign test's two-sided p-value: are items better as often as they are worse?
+
+    Args:
+        differences: one an item; 0 counts for neither. Of two runs' answers, 1, 0 or -1 each, the
+            test is McNemar's.
+    """
+    array = np.asarray(differences, np.float64)
+    return _as_uneven(int(np.sum(array > 1e-12)), int(np.sum(array < -1e-12)))
+
+
+def _as_uneven(first: int, second: int) -> float:
+    """How likely a split is that is at least as uneven, if both sides are equally likely."""
+    from scipy.special import bdtr  # scipy.stats takes a second to import
+
     # Either split is as likely as its mirror image; an even one is as even as can be.
-    as_uneven = 2 * float(bdtr(min(only_a, only_b), only_a + only_b, 0.5))
-    return McNemar(only_a, only_b, min(as_uneven, 1.0))
+    return min(2 * float(bdtr(min(first, second), first + second, 0.5)), 1.0)
 
 
 def _flags(correct: Sequence[bool]) -> np.ndarray:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pshare_jax.config_files import load_config
 from pshare_jax.errors import PshareError
 from pshare_jax.study.config import StudyConfig
+from pshare_jax.study.rows import Result
 
 _USAGE = (
     "usage: python -m pshare_jax.study run|report --config FILE.yaml [--key=value ...]\n"
@@ -73,14 +74,27 @@ def _quick(folder: Path) -> None:
 def _report(config: StudyConfig) -> None:
     """Writes the plots beside the results, and the tables into the document, if there is one."""
     from pshare_jax.convert.files import replace_section
-    from pshare_jax.study import plots, report
+    from pshare_jax.study import report
     from pshare_jax.study.teams import team_table
 
     folder = Path(config.results).expanduser()
     results = report.read_results(folder)
-    text = report.tables(results, config.margin)
+    parts = [report.glance(results), *_plots(config, results, folder)]
+    parts.append(report.tables(results, config.margin))
     if config.teams:
-        text += "\n" + team_table(report.read_teams(folder), report.METHODS)
+        parts.append(team_table(report.read_teams(folder)))
+    text = "\n".join(part for part in parts if part)
+    if config.document:
+        replace_section(config.document, config.section, text)
+        print(f"{config.document}: {len(results)} results")
+    else:
+        print(text)
+
+
+def _plots(config: StudyConfig, results: Sequence[Result], folder: Path) -> Iterator[str]:
+    """Draws what there is to draw beside the results; yields links from the document."""
+    from pshare_jax.study import plots
+
     for task in config.tasks:
         for kind, title, draw in (
             ("shares", "accuracy by share", plots.plot_shares),
@@ -89,12 +103,7 @@ def _report(config: StudyConfig) -> None:
             plot = folder / f"{task.name}-{kind}.png"
             if draw(results, task.name, plot):
                 link = os.path.relpath(plot, Path(config.document).parent)
-                text += f"\n![{task.name}: {title}]({link})\n"
-    if config.document:
-        replace_section(config.document, config.section, text)
-        print(f"{config.document}: {len(results)} results")
-    else:
-        print(text)
+                yield f"![{task.name}: {title}]({link})\n"
 
 
 if __name__ == "__main__":

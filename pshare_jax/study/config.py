@@ -21,6 +21,7 @@ _LORA = ("ordinary-lora", "lora", "alora")
 Tail = int | Literal["last-message"]
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Shares of a prompt that are read from the base's KV, as in the paper's Figure 2."""
+MARGIN = 0.02
 AS_SERVED = "test, as served"
 """Names the evaluation in which the server's engine answers the test set."""
 
@@ -200,6 +201,7 @@ class StudyConfig:
         plain_text: whether questions are plain texts, for a base without a chat template.
         margin: a method is called not inferior to full fine-tuning if it is right on at most so
             much less of the test items (0 to 1): the 95 % interval of the difference lies above it.
+            0: nothing is called so, while full fine-tuning is not tuned on this base.
         kv_cache_gb: largest size (10^9 bytes) of the base's KV of a task's training set that is
             kept in `folder` for all runs on it; a larger one is computed anew in each run.
         max_length: most tokens of an example.
@@ -225,7 +227,7 @@ class StudyConfig:
     lora_rank: int = 8
     invocation: list[int] = field(default_factory=list)
     plain_text: bool = False
-    margin: float = 0.02
+    margin: float = MARGIN
     kv_cache_gb: float = 0.0
     max_length: int = 1024
     eval_batch_size: int = 32

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pshare_jax.errors import ConfigError
-from pshare_jax.study.config import ORDINARY, SHARES
-from pshare_jax.study.report import METHODS, NAIVE, Result, best_layers, name_of
+from pshare_jax.study.config import ORDINARY, SHARES, tail_name
+from pshare_jax.study.rows import METHODS, NAIVE, Result, Row, rows_of
+
+_FEWEST_POINTS = 3
+"""Two are a line of a table."""
 
 
 def plot_shares(results: Sequence[Result], task: str, path: Path) -> bool:
@@ -48,84 +51,86 @@ def plot_shares(results: Sequence[Result], task: str, path: Path) -> bool:
 
 def plot_saved(results: Sequence[Result], task: str, path: Path) -> bool:
     """Test accuracy against the share of prefill that a module did not compute itself, all methods
-    in one plot, as a PNG; whether there is anything to plot.
-
-    Of each method the results with the most examples; seeds are averaged.
+    in one plot, as a PNG; whether there is enough to plot.
 
     Raises:
-        ConfigError: there is something, and matplotlib is not installed.
+        ConfigError: there is, and matplotlib is not installed.
     """
-    own = [r for r in results if r["task"] == task and r["method"] != "base"]
-    series: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for group in _largest_groups(own):
-        for name, evaluation in _labelled(group):
-            found = [r["evaluations"][evaluation] for r in group]
-            saved = [_saved(r, evaluation, own) for r in group]
-            if None not in saved:
-                accuracy = 100 * statistics.mean(f["accuracy"] for f in found)
-                series[name].append((100 * statistics.mean(saved), accuracy))  # type: ignore[type-var]
-    if not series:
+    examples, lines = saved_lines([r for r in results if r["task"] == task])
+    if sum(map(len, lines.values())) < _FEWEST_POINTS:
         return False
     figure, axes = _figure()
-    for name, points in sorted(series.items()):
-        x, y = zip(*sorted(points), strict=True)
-        axes.plot(x, y, marker="o", label=name)
+    named = set()
+    for name, points in sorted(lines.items()):
+        x, y, labels = zip(*sorted(points), strict=True)
+        axes.plot(x, y, marker="o", markersize=4, label=name)
+        for *at, label in zip(x, y, labels, strict=True):
+            # Methods with the same tail share as much: once is enough.
+            if (label, round(at[0])) not in named:
+                named.add((label, round(at[0])))
+                axes.annotate(label, at, xytext=(0, 5), textcoords="offset points", fontsize=7)
     axes.set_xlabel("share of prefill that is not computed for the model, %")
     axes.set_ylabel("test accuracy, %")
-    axes.set_title(task)
-    axes.set_ylim(0, 102)
+    axes.set_title(f"{task}, {examples:,} examples")
+    axes.set_ylim(0, 110)
+    axes.set_yticks(range(0, 101, 20))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
     return True
 
 
-def _largest_groups(results: Sequence[Result]) -> list[list[Result]]:
-    """Results on a test set by method and tail, those with the most examples."""
-    groups: dict[tuple[str, str], list[Result]] = defaultdict(list)
-    for result in results:
-        if "test" in result["evaluations"]:
-            groups[result["method"], str(result["tail"])].append(result)
-    largest = []
-    for group in groups.values():
-        most = max(r["examples"] for r in group)
-        largest.append([r for r in group if r["examples"] == most])
-    return largest
+def saved_lines(
+    results: Sequence[Result],
+) -> tuple[int, dict[str, list[tuple[float, float, str]]]]:
+    """The lines of `plot_saved`, by name: the prefill that is saved and the accuracy, in percent,
+    and what distinguishes a point: its tail, or the layers that are computed anew.
 
+    Args:
+        results: on one task. Those count that have as many examples as full fine-tuning, or,
+            without it, the most that there are; seeds are averaged.
 
-def _labelled(group: Sequence[Result]) -> Iterator[tuple[str, str]]:
-    """Names and evaluations of one method: as it is served, with shares of the prompt shared
-    naively, and with layers computed anew."""
-    result = group[0]
-    yield name_of(result), "test"
-    if result["method"] not in ORDINARY:
-        return
-    for share in SHARES:
-        if all((name := f"test, share {share}") in r["evaluations"] for r in group):
-            yield f"{NAIVE}: {METHODS[result['method']]}", name
-    for name in best_layers(group):
-        yield f"layers computed anew: {METHODS[result['method']]}", name
-
-
-def _saved(result: Result, evaluation: str, others: Sequence[Result]) -> float | None:
-    """The share, 0 to 1, of prefill that was saved; None where it cannot be told.
-
-    Results of earlier versions do not state it; for a tail of so many tokens it follows from the
-    mean length of the prompts, which any other result on the task tells.
+    Returns:
+        The number of examples, and the lines.
     """
-    found = result["evaluations"][evaluation]
-    if "saved" in found:
-        return found["saved"]
-    if evaluation.startswith("test, share "):
-        return float(evaluation.removeprefix("test, share "))
-    if result["method"] in ORDINARY:
-        return 0.0
-    for other in others:
-        test = other["evaluations"].get("test", {})
-        if "prompt_tokens" in test and isinstance(result["tail"], int):
-            mean = test["prompt_tokens"] / len(test["correct"])
-            return max(1 - result["tail"] / mean, 0.0)
-    return None
+    own = [r for r in results if r["method"] != "base"]
+    rows = [*rows_of(own), *_shares(own)]
+    full = [row.examples for row in rows if row.method == "full"]
+    examples = max(full or [row.examples for row in rows], default=0)
+    lines: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
+    for row in rows:
+        saved = row.saved(own)
+        if row.examples == examples and saved is not None:
+            accuracy = 100 * statistics.mean(row.accuracies())
+            lines[_line(row)].append((100 * saved, accuracy, _point(row)))
+    return examples, lines
+
+
+def _shares(results: Sequence[Result]) -> list[Row]:
+    """Ordinary fine-tunes that read some share of the prompt from the base, of one task."""
+    rows = []
+    for row in rows_of(results):
+        if row.method in ORDINARY and row.evaluation == "test":
+            for share in SHARES[1:-1]:
+                name = f"test, share {share}"
+                if runs := [run for run in row.runs if name in run["evaluations"]]:
+                    rows.append(Row(NAIVE, runs, name))
+    return rows
+
+
+def _line(row: Row) -> str:
+    """What a point's line is called."""
+    method = METHODS[row.method]
+    if row.evaluation == "test":
+        return method
+    return f"{'layers computed anew' if 'layers' in row.evaluation else NAIVE} ({method})"
+
+
+def _point(row: Row) -> str:
+    """What distinguishes a point on its line."""
+    if row.evaluation != "test":
+        return row.evaluation.removeprefix("test, ") if "layers" in row.evaluation else ""
+    return tail_name(row.runs[0]["tail"]) if row.method in ("prefillshare", "lora") else ""
 
 
 def _figure() -> tuple[Any, Any]:

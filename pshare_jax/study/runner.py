@@ -97,8 +97,7 @@ class Study:
         found = [
             result
             for path in sorted(self._results.glob(f"{runs.task}-{runs.method}-*.json"))
-            if (result := read_json(path))["tail"] == 1
-            and "validation" in result["evaluations"]
+            if (result := read_json(path))["tail"] == 1 and "validation" in result["evaluations"]
         ]
         if not found:
             return None

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from pshare_jax.core.split_rule import TailSetting
-from pshare_jax.evals.intervals import bootstrap_interval, item_bootstrap_interval
+from pshare_jax.evals.intervals import bootstrap_interval
 from pshare_jax.evals.items import Item
 from pshare_jax.study.relay import ROLES, play
+from pshare_jax.study.report import interval
+from pshare_jax.study.rows import name_of
 
 Answer = Callable[[Path, Sequence[Item], float | None, TailSetting], Sequence[str]]
 """From a module's folder, items, the share of the base's KV and the tail to the answers."""
@@ -44,19 +46,18 @@ def play_as_team(
     return {"turns": found, "seconds": round(time.perf_counter() - start, 1)}
 
 
-def team_table(results: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
+def team_table(results: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: accuracy by turn of each team and way to read the context; seeds are averaged.
 
     Args:
         results: what `Study` keeps of teams.
-        names: methods in words.
     """
     if not results:
         return "**relay** (several modules in one conversation): not measured yet.\n"
     groups: dict[tuple[str, str, int], list[Mapping[str, Any]]] = defaultdict(list)
     for result in results:
         for mode in result["modes"]:
-            key = (f"{names[result['method']]}, tail {result['tail']}", mode, result["examples"])
+            key = (name_of(result), mode, result["examples"])
             groups[key].append(result["modes"][mode]["turns"])
     turns = (*ROLES, "all turns")
     lines = [
@@ -70,8 +71,6 @@ def team_table(results: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -
         for turn in turns:
             flags = [[right == "1" for right in one[turn]["correct"]] for one in group]
             means = [statistics.mean(item) for item in zip(*flags, strict=True)]
-            low, high = item_bootstrap_interval(means)
-            mean = statistics.mean(means)
-            cells.append(f"{100 * mean:.1f} ({100 * low:.1f} - {100 * high:.1f})")
+            cells.append(interval(means))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -6,8 +6,10 @@ import pytest
 from pshare_jax.evals.intervals import (
     bootstrap_interval,
     item_bootstrap_interval,
+    item_wilson_interval,
     mcnemar,
     paired_bootstrap_interval,
+    sign_test,
     wilson_interval,
 )
 
@@ -61,6 +63,27 @@ def test_wilson():
     assert wilson_interval(flags(0, 20)) == pytest.approx((0.0, 0.1611), abs=5e-5)
     assert wilson_interval(flags(1, 28)) == pytest.approx((0.0061, 0.1718), abs=5e-5)
     assert wilson_interval(flags(20, 0))[1] == 1.0
+
+
+def test_runs_on_the_same_items_count_as_far_as_they_differ():
+    right, wrong = [1.0] * 30, [0.0] * 20
+    one = wilson_interval(flags(30, 20))
+    # Two runs that answer alike are one; two that answer independently are twice as many items.
+    assert item_wilson_interval(right + wrong) == pytest.approx(one)
+    apart = [1.0] * 18 + [0.5] * 24 + [0.0] * 8
+    assert item_wilson_interval(apart) == pytest.approx(wilson_interval(flags(60, 40)), abs=1e-6)
+    assert item_wilson_interval([1.0] * 20) == pytest.approx(wilson_interval(flags(20, 0)))
+    with pytest.raises(ValueError, match="no values"):
+        item_wilson_interval([])
+
+
+def test_the_sign_test_of_two_runs_is_mcnemars():
+    a, b = flags(10, 10), [*flags(0, 1), *flags(15, 4)]
+    differences = [float(x) - float(y) for x, y in zip(b, a, strict=True)]
+    assert sign_test(differences) == mcnemar(a, b).p_value < 1
+    # Means of several runs: how much an item differs does not count.
+    assert sign_test([1 / 3, 1 / 3, 2 / 3, 0.0]) == pytest.approx(2 / 8)
+    assert sign_test([0.1 + 0.2 - 0.3, 0.0]) == 1.0
 
 
 def test_mcnemar_is_the_sign_test_of_what_differs():

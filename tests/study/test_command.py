@@ -40,7 +40,7 @@ def test_results_may_lie_anywhere(folder, capsys, absolute):
     results = str(folder / "results") if absolute else "results"
     assert report("--document=docs/training.md", results=results) == 0
     text = (folder / "docs/training.md").read_text()
-    assert "| base, not trained | - | 1 | 50.0" in text
+    assert "| base, not trained | - | 1 | - | 50.0 (" in text
     assert "](../results/t-shares.png)\n" in text
     assert (folder / "docs/../results/t-shares.png").is_file()
     assert "old" not in text
@@ -55,7 +55,7 @@ def test_the_rest_of_a_document_stays(folder):
     text = document.read_text()
     assert text.startswith(f"{first}<!-- other: begin -->\n")
     assert text.endswith("\n<!-- other: end -->\nc\n")
-    assert "| base, not trained | - | 1 | 50.0" in text
+    assert "| base, not trained | - | 1 | - | 50.0 (" in text
     assert "older" not in text
 
 
@@ -63,7 +63,7 @@ def test_a_study_without_a_document_is_printed(folder, capsys):
     before = (folder / "docs/training.md").read_text()
     assert report() == 0
     out = capsys.readouterr().out
-    assert "| base, not trained | - | 1 | 50.0" in out
+    assert "| base, not trained | - | 1 | - | 50.0 (" in out
     assert "](results/t-shares.png)\n" in out
     assert (folder / "docs/training.md").read_text() == before
 
