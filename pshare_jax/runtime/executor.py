@@ -379,7 +379,10 @@ class DecodeExecutor:
         if forced:
             for token_id in forced:
                 mask.accept(token_id)
-            self._write(step.known[row], mask.tokens)
+            admit = step.known[row]
+            # The row may have gone while its step ran, and its slot be another sequence's.
+            if self._slots.get(admit.slot) is admit:
+                self._write(admit, mask.tokens)
         return [*tokens, *forced]
 
 

@@ -14,6 +14,8 @@ import pytest
 
 from pshare_jax.config import DecodeConfig, ServeConfig
 from pshare_jax.core.constraints import GrammarSpec, Thoughts
+from pshare_jax.core.messages import Abort
+from pshare_jax.core.plans import DecodePlan, Landed
 from pshare_jax.core.requests import FinishReason
 from pshare_jax.engine.orchestrator import Orchestrator
 from pshare_jax.errors import RequestError
@@ -147,6 +149,37 @@ def test_what_has_no_choice_is_not_sampled(client: Client, tokenizer: Tokenizer)
     with_logprobs = client.generate("full", PROMPT, 100, grammar=spec, logprobs=3)
     assert with_logprobs.tokens == reply.tokens
     assert len(with_logprobs.logprobs) == len(reply.tokens)
+
+
+def test_a_row_that_has_gone_writes_nothing_into_its_slot(
+    models: Models, tokenizer: Tokenizer
+) -> None:
+    """Its step may still be under way when the slot gets another sequence; what a grammar forces
+    after that step's token is not told to the device any more."""
+    slot = DecodeConfig(batch_buckets=[1], max_num_seqs=1, replay_buckets=[4], num_pages=28)
+    forcing = GrammarSpec("regex", "[a-d]{3}the quick brown fox jumps over the lazy dog")
+    for client in started(models, tokenizer, serve_config(decode=slot, connector="same-mesh")):
+        expected = client.generate("full", PROMPT, 30).tokens
+        worker = client.engine.workers.decode[0]
+        executor, begin = worker.executor, worker.executor.begin
+        steps: list[int] = []
+
+        def begin_and_lose(plan: DecodePlan) -> list[Landed]:
+            landed = begin(plan)
+            if plan.step is not None and len(steps) < 3:
+                steps.append(plan.step.rows[0].id)
+                if len(steps) == 3:  # the last token that is free; the text is forced after it
+                    worker.core.receive(Abort(steps[-1]))
+            return landed
+
+        executor.begin = begin_and_lose  # type: ignore[method-assign]
+        first = client.submit("full", PROMPT, 60, grammar=forcing)
+        second = client.submit("full", PROMPT, 30)
+        assert second.wait().tokens == expected
+        assert len(steps) == 3
+        assert len(set(steps)) == 1
+        executor.begin = begin  # type: ignore[method-assign]
+        client.abort(first)
 
 
 def test_a_lost_worker_changes_nothing(models: Models, tokenizer: Tokenizer) -> None:
