@@ -170,10 +170,11 @@ class WorkerThread:
     def _flush(self) -> bool:
         """Carries messages: first those to workers here, until none of them has more to say.
 
-        So what others hear of is complete. Says whether there were any to workers here.
+        So what others hear of is complete. Says whether there were any: who had something to say may
+        have more to do now, such as prompts that waited for one that is covered.
         """
         others: list[tuple[str, str, Message]] = []
-        more, delivered = True, False
+        more, carried = True, False
         while more:
             more = False
             for worker in tuple(self._alive.values()):
@@ -181,13 +182,13 @@ class WorkerThread:
                     to, message = worker.outbox.pop(0)
                     if to in self.busy_seconds:
                         self._receive(to, message)
-                        more = delivered = True
+                        more = carried = True
                     else:
                         others.append((worker.name, to, message))
         for source, to, message in others:
             self._send(source, to, message)
             self._hands_over |= isinstance(message, Covered)
-        return delivered
+        return carried or bool(others)
 
     def _work(self) -> bool:
         """One piece of work of the worker whose turn it is; False when nobody has any."""

@@ -155,11 +155,8 @@ class PrefillCore:
         store, alone = self._store_plan(now)
         if store is not None and alone:
             return PrefillPlan(withdrawn=withdrawn, store=store)
-        self._start_waiting()
+        batch = self._batch()
         store = self._with_looks(store)
-        batch = self.chunks.batch(self.queue.tasks)
-        for task in self.chunks.take_covered():
-            self._cover(task)
         self._publish()
         if not batch:
             # An empty plan has the executor look at what it pulls.
@@ -324,6 +321,18 @@ class PrefillCore:
                 self._begin(task)
         for task in store.take_ready() if store is not None else ():
             self._begin(task)
+
+    def _batch(self) -> list[PrefillTask]:
+        """The prompts of the next call; empty where nothing can be computed now."""
+        while True:
+            self._start_waiting()
+            batch = self.chunks.batch(self.queue.tasks)
+            covered = self.chunks.take_covered()
+            for task in covered:
+                self._cover(task)
+            # One that turned out to be covered lets in those that waited for its pages.
+            if batch or not covered:
+                return batch
 
     def _looked_for(self) -> list[PrefillTask]:
         """Prompts that have pages, and wait for those of other workers or of the store."""

@@ -142,6 +142,8 @@ class PrefillQueue:
         return max(self.reserve, self._cache.num_usable // _RESERVE * depth // MAX_DEPTH)
 
     def _uncomputed(self, task: PrefillTask) -> list[bytes]:
+        if task.remaining == 0:
+            return []
         return task.sequence.chain[task.filled // self._cache.page_size :]
 
 

@@ -46,6 +46,22 @@ def test_a_message_that_comes_during_planning_is_not_lost() -> None:
         wait_until(lambda: len(worker.received) >= 50)
 
 
+def test_who_has_said_something_elsewhere_is_asked_again() -> None:
+    """It may have more to do now: a prompt that is covered lets in those that waited for it."""
+    worker = FakeWorker("a", [])
+    plain = worker.plan
+
+    def plan(now: float) -> Callable[[], bool] | None:
+        if worker.plans < 3:
+            worker.outbox.append(("elsewhere", Abort(worker.plans)))
+        return plain(now)
+
+    worker.plan = plan  # type: ignore[method-assign]
+    with running(worker) as hosted:
+        wait_until(lambda: worker.plans == 4)
+    assert [message for _, _, message in hosted.sent] == [Abort(0), Abort(1), Abort(2)]
+
+
 def test_stop_wakes_a_sleeper_and_is_idempotent() -> None:
     hosted = Hosted(FakeWorker("a", []))
     hosted.thread.stop()

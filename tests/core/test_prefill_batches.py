@@ -65,6 +65,14 @@ def pages_of(plan: PrefillPlan) -> dict[int, list[int]]:
     return {chunk.id: chunk.pages for chunk in plan.chunks}
 
 
+def test_prompts_that_lack_nothing_are_covered_at_once(bench: Bench) -> None:
+    """None of them waits for another one's page, which is there; nothing would wake it."""
+    for id in (1, 2, 3):
+        bench.ask(id, BEGINNING)
+    assert bench.core.schedule() is None
+    bench.done(1, 2, 3)
+
+
 def test_of_two_that_go_on_from_half_a_page_one_has_a_copy(bench: Bench) -> None:
     """Both are computed in one call: they would write to the same places."""
     bench.ask(1, [*BEGINNING, 10, 11])
