@@ -170,8 +170,8 @@ class WorkerThread:
     def _flush(self) -> bool:
         """Carries messages: first those to workers here, until none of them has more to say.
 
-        So what others hear of is complete. Says whether there were any: who had something to say may
-        have more to do now, such as prompts that waited for one that is covered.
+        So what others hear of is complete. Says whether there were any: who had something to say
+        may have more to do now, such as prompts that waited for one that is covered.
         """
         others: list[tuple[str, str, Message]] = []
         more, carried = True, False

@@ -66,6 +66,7 @@ def _check_masks(params: SamplingParams, vocab_size: int) -> None:
     if not all(params.bad_words):
         raise RequestError("bad_words must hold no empty word", "bad_words")
     ids = {
+        "stop_token_ids": params.stop_token_ids,
         "allowed_token_ids": params.allowed_token_ids,
         "bad_words": [token_id for word in params.bad_words for token_id in word],
     }

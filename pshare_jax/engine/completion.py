@@ -15,9 +15,9 @@ from pshare_jax.text.tokenizer import Tokenizer
 class Completion:
     """What a model generated for one prompt.
 
-    `token_ids` include the end token, if one ended it; `text` contains neither it nor the stop
-    string. `logprobs` has an entry for each token when they were asked for, `prompt_logprobs` one
-    for each prompt token, None for the first.
+    `token_ids` include the end token, or the stop token, that ended it; `text` contains neither it
+    nor the stop string. `logprobs` has an entry for each token when they were asked for,
+    `prompt_logprobs` one for each prompt token, None for the first.
     """
 
     text: str
@@ -92,9 +92,12 @@ class Collector:
             raise EngineDeadError(event.error)
         self._usage = event.usage or self._usage
         self._prompt_logprobs += event.prompt_logprobs or ()
+        last = len(event.token_ids) - 1
         for i, token in enumerate(event.token_ids):
             self._tokens.append(token)
             self._logprobs += event.logprobs[i : i + 1]
+            if i == last and event.stop_token is not None:
+                break
             text, may_end = self._detokenizer.push(token), len(self._tokens) > self._min_tokens
             self._text.append(self._matcher.push(text, may_end=may_end))
             if self._matcher.matched is not None:

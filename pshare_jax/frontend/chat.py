@@ -172,7 +172,7 @@ def chat_prompt(
     keep = _truncation(options.truncate, limits)
     plain = PlainText(tokenizer)
     text = render_chat(tokenizer, template_messages(messages), tools, options, plain)
-    check_length(tokenizer, text, limits, "messages", keep)
+    check_length(tokenizer, plain.shown(text), limits, "messages", keep)
     ids = plain.encode(text, options.add_special_tokens)
     ids = cut_to_fit(ids, limits, "messages", keep)
     if not ids:

@@ -48,17 +48,22 @@ class PlainText:
             raise RequestError("messages or tools are nested too deeply", "messages") from None
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Token ids of the rendered `text`."""
-        if not self._hidden:
+        """Token ids of the rendered `text`.
+
+        Raises:
+            RequestError: it is not valid Unicode.
+        """
+        pattern = self._tokenizer.special_pattern
+        if not self._hidden or pattern is None:
             return self._tokenizer.encode(text, add_special_tokens)
-        ids: list[int] = []
-        # Odd parts are the numbers of hidden tokens.
-        for position, part in enumerate(re.split(f"x{self._nonce}x([0-9]+)x", text)):
-            if position % 2:
-                ids += self._tokenizer.encode_literally(self._hidden[int(part)])
-            elif part or position == 0:
-                ids += self._tokenizer.encode(part, add_special_tokens and position == 0)
-        return ids
+        literal = self._tokenizer.literal
+        return literal.encode(self.shown(literal.mark(text, pattern)), add_special_tokens)
+
+    def shown(self, text: str) -> str:
+        """`text` as it was before special tokens in it were hidden."""
+        if not self._hidden:
+            return text
+        return re.sub(f"x{self._nonce}x([0-9]+)x", lambda m: self._hidden[int(m[1])], text)
 
     def _hide(self, match: re.Match[str]) -> str:
         if match[0] not in self._hidden:

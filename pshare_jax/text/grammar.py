@@ -161,13 +161,13 @@ class GrammarCompiler:
         """Keeps `spec` compiled until it is released as often.
 
         Raises:
-            RequestError: see `compile`.
+            RequestError, QueueFullError: see `compile`; then it is not kept.
         """
         with self._lock:
             self._held[spec] += 1
         try:
             self.compile(spec, param)
-        except RequestError:
+        except BaseException:
             self.release(spec)
             raise
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pshare_jax.errors import CheckpointError, RequestError
 from pshare_jax.text.detokenizer import IncrementalDetokenizer, decode
+from pshare_jax.text.literal import LiteralEncoder
 from pshare_jax.text.token_bytes import TokenBytes, read_token_bytes
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class Tokenizer:
 
     Args:
         backend: the Hugging Face tokenizer.
-        eos_token_ids: ids that end a sequence.
+        eos_token_ids: ids that end a sequence; those that no token has end nothing.
         generation_config: the checkpoint's `generation_config.json`.
 
     Attributes:
@@ -55,7 +56,7 @@ class Tokenizer:
         self._fast.no_truncation()
         self._fast.no_padding()
         self.vocab_size = max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
-        self.eos_token_ids = eos_token_ids
+        self.eos_token_ids = self._of_tokens(eos_token_ids)
         added = self._fast.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         specials = sorted((added[i].content for i in self.special_ids), key=len, reverse=True)
@@ -124,8 +125,12 @@ class Tokenizer:
             own._hf.chat_template = (
                 templates if len(templates) > 1 else templates.get("default", "")
             )
-        own.eos_token_ids = tuple(dict.fromkeys((*ends, *self.eos_token_ids)))
+        own.eos_token_ids = self._of_tokens(tuple(dict.fromkeys((*ends, *self.eos_token_ids))))
         return own
+
+    def _of_tokens(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Those ids that tokens may have."""
+        return tuple(i for i in ids if 0 <= i < self.vocab_size)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; special tokens are the ones the tokenizer puts around a text.
@@ -145,15 +150,10 @@ class Tokenizer:
         """Finds special tokens that are spelled out in a text; None if there are none."""
         return self._special_pattern
 
-    def encode_literally(self, text: str) -> list[int]:
-        """Token ids of `text`, in which special tokens are letters like any others."""
-        return self._literal.encode(text, add_special_tokens=False).ids
-
     @cached_property
-    def _literal(self) -> Any:
-        literal = type(self._fast).from_str(self._fast.to_str())
-        literal.encode_special_tokens = True
-        return literal
+    def literal(self) -> LiteralEncoder:
+        """Encodes texts in which special tokens are letters."""
+        return LiteralEncoder(self._fast)
 
     def min_tokens(self, text: str) -> int:
         """A lower bound of the number of tokens of `text`, without tokenising it."""

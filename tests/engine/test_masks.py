@@ -12,6 +12,7 @@ from typing import Any
 import jsonschema
 import pytest
 
+from pshare_jax.cluster.worker import DecodeWorker
 from pshare_jax.config import DecodeConfig, ServeConfig
 from pshare_jax.core.constraints import GrammarSpec, Thoughts
 from pshare_jax.core.messages import Abort
@@ -19,6 +20,7 @@ from pshare_jax.core.plans import DecodePlan, Landed
 from pshare_jax.core.requests import FinishReason
 from pshare_jax.engine.orchestrator import Orchestrator
 from pshare_jax.errors import RequestError
+from pshare_jax.runtime.executor import DecodeExecutor
 from pshare_jax.text.tokenizer import Tokenizer
 from tests.engine.harness import Client, Models, lora_module, serve_config
 from tests.helpers import tiny_config
@@ -151,6 +153,23 @@ def test_what_has_no_choice_is_not_sampled(client: Client, tokenizer: Tokenizer)
     assert len(with_logprobs.logprobs) == len(reply.tokens)
 
 
+def lose(worker: DecodeWorker[DecodeExecutor], after: int) -> list[int]:
+    """Has a sequence go while its step number `after` is under way; which steps had whom."""
+    steps: list[int] = []
+    begin = worker.executor.begin
+
+    def begin_and_lose(plan: DecodePlan) -> list[Landed]:
+        landed = begin(plan)
+        if plan.step is not None and len(steps) < after:
+            steps.append(plan.step.rows[0].id)
+            if len(steps) == after:
+                worker.core.receive(Abort(steps[-1]))
+        return landed
+
+    worker.executor.begin = begin_and_lose  # type: ignore[method-assign]
+    return steps
+
+
 def test_a_row_that_has_gone_writes_nothing_into_its_slot(
     models: Models, tokenizer: Tokenizer
 ) -> None:
@@ -160,25 +179,13 @@ def test_a_row_that_has_gone_writes_nothing_into_its_slot(
     forcing = GrammarSpec("regex", "[a-d]{3}the quick brown fox jumps over the lazy dog")
     for client in started(models, tokenizer, serve_config(decode=slot, connector="same-mesh")):
         expected = client.generate("full", PROMPT, 30).tokens
-        worker = client.engine.workers.decode[0]
-        executor, begin = worker.executor, worker.executor.begin
-        steps: list[int] = []
-
-        def begin_and_lose(plan: DecodePlan) -> list[Landed]:
-            landed = begin(plan)
-            if plan.step is not None and len(steps) < 3:
-                steps.append(plan.step.rows[0].id)
-                if len(steps) == 3:  # the last token that is free; the text is forced after it
-                    worker.core.receive(Abort(steps[-1]))
-            return landed
-
-        executor.begin = begin_and_lose  # type: ignore[method-assign]
+        # Of the third token, the last that is free.
+        steps = lose(client.engine.workers.decode[0], after=3)
         first = client.submit("full", PROMPT, 60, grammar=forcing)
         second = client.submit("full", PROMPT, 30)
         assert second.wait().tokens == expected
         assert len(steps) == 3
         assert len(set(steps)) == 1
-        executor.begin = begin  # type: ignore[method-assign]
         client.abort(first)
 
 
@@ -251,6 +258,8 @@ def test_thoughts_are_free_and_the_answer_is_not(client: Client, tokenizer: Toke
         ({"min_tokens": 9}, "min_tokens"),
         ({"min_tokens": -1}, "min_tokens"),
         ({"allowed_token_ids": (10_000,)}, "allowed_token_ids"),
+        ({"stop_token_ids": (10_000,), "min_tokens": 2}, "stop_token_ids"),
+        ({"stop_token_ids": (-1,), "min_tokens": 2}, "stop_token_ids"),
         ({"bad_words": ((),)}, "bad_words"),
         ({"bad_words": ((1, -1),)}, "bad_words"),
         ({"grammar": GrammarSpec("regex", "a(b")}, "grammar"),

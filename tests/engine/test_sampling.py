@@ -139,5 +139,6 @@ def test_stop_tokens(client: Client, client2x2: Client) -> None:
             first = free.index(free[i])
             assert reply.tokens == free[: first + 1]
             assert reply.reason is FinishReason.STOP
-        reply = engine.generate("full", PROMPT, 14, stop_token_ids=(999,))
+        unused = next(token for token in range(100) if token not in free)
+        reply = engine.generate("full", PROMPT, 14, stop_token_ids=(unused,))
         assert (reply.tokens, reply.reason) == (free, FinishReason.LENGTH)

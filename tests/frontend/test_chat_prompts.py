@@ -14,7 +14,7 @@ from pshare_jax.frontend.requests import ChatMessage
 from pshare_jax.frontend.tool_calls.json_blocks import Hermes
 from pshare_jax.frontend.tool_calls.pythonic import Pythonic
 from pshare_jax.text.tokenizer import Tokenizer
-from tests.text.tiny import write_byte_level
+from tests.text.tiny import write_byte_level, write_metaspace, write_sentencepiece
 
 PLAIN = (
     "{% for m in messages %}{{ '[' + m.role + ']' + m.content }}{% endfor %}"
@@ -54,6 +54,17 @@ def rendered(tokenizer: Tokenizer, messages: list, tools: list, tool_prompt: str
         TemplateOptions(tool_prompt=tool_prompt),  # type: ignore[arg-type]
     )
     return tokenizer.decode(prompt.token_ids, skip_special_tokens=False)
+
+
+@pytest.mark.parametrize("write", [write_byte_level, write_sentencepiece, write_metaspace])
+def test_a_special_token_in_a_message_adds_no_space(tmp_path, write):
+    """Tokenizers that add a space to what begins add none beside a token that is only text."""
+    folder = write(tmp_path)
+    (folder / "chat_template.jinja").write_text(PLAIN)
+    tokenizer = Tokenizer.load(folder)
+    token = tokenizer.token_string(2)
+    text = rendered(tokenizer, [{"role": "user", "content": f"hi{token}hi {token}"}], [], "hermes")
+    assert text == f"[user]hi{token}hi {token}[assistant]"
 
 
 def test_hermes_describes_tools_in_a_system_message(plain):

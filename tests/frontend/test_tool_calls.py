@@ -72,6 +72,15 @@ CASES = [
     ("hermes", tagged(call("get_weather", WEATHER), call("noop", "{}")), "", [W, ["noop", "{}"]]),
     ("hermes", "<tool_call>" + call("noop", "{}") + "</tool_call> then", " then", [["noop", "{}"]]),
     ("hermes", tagged('{"name": "noop"}'), "", [["noop", "{}"]]),
+    # The last brace is forgotten.
+    ("hermes", tagged(call("get_weather", WEATHER)[:-1]), "", [W]),
+    (
+        "hermes",
+        tagged(call("noop", "{}")[:-1], call("get", "{}")),
+        "",
+        [["noop", "{}"], ["get", "{}"]],
+    ),
+    ("hermes", "<tool_call>" + call("noop", "{}")[:-1] + " and so", "and so", [["noop", "{}"]]),
     ("hermes", tagged('{"name": "noop", "arguments": null}'), "", [["noop", "{}"]]),
     ("hermes", tagged('{"arguments": {"x": 1}, "name": "get"}'), "", [["get", '{"x": 1}']]),
     (

@@ -363,8 +363,11 @@ def test_a_thread_that_is_not_to_be_had_is_said(tokenizer, monkeypatch):
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", start)
-    with pytest.raises(QueueFullError, match="no thread to compile"):
-        GrammarCompiler(tokenizer).compile(GrammarSpec("regex", "a"), "grammar")
+    compiler = GrammarCompiler(tokenizer)
+    for compile in (compiler.compile, compiler.hold):
+        with pytest.raises(QueueFullError, match="no thread to compile"):
+            compile(GrammarSpec("regex", "a"), "grammar")
+    assert not compiler._held
     assert threading.stack_size() == 0
 
 

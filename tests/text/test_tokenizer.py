@@ -26,6 +26,15 @@ def test_end_tokens_come_from_generation_config_else_from_the_tokenizer(byte_lev
     assert sentencepiece.eos_token_ids == (2,)
 
 
+def test_end_tokens_that_no_token_has_end_nothing(tmp_path, byte_level):
+    """A mask of what may come would have no place for them."""
+    folder = write_byte_level(tmp_path)
+    ends = [2, 99_999, -1]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    assert Tokenizer.load(folder).eos_token_ids == (2,)
+    assert byte_level.of_module(folder).eos_token_ids == (2, 0)
+
+
 def test_a_malformed_end_token_is_refused(tmp_path):
     folder = write_byte_level(tmp_path)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": "2"}))

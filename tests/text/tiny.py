@@ -59,9 +59,24 @@ def write_words(folder: Path) -> Path:
 
 def write_sentencepiece(folder: Path) -> Path:
     """SentencePiece's way: a leading space is added and stripped, unknown bytes are tokens."""
+    tokenizer = _sentencepiece()
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    return _write_sentencepiece(folder, tokenizer)
+
+
+def write_metaspace(folder: Path) -> Path:
+    """The same, as newer files have it: the space is added at the beginning of a text alone."""
+    tokenizer = _sentencepiece()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    return _write_sentencepiece(folder, tokenizer)
+
+
+def _sentencepiece() -> Tokenizer:
     words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     words += ["\u2581", "h", "i", "\u2581h", "\u2581hi", "é"]
-    tokenizer = Tokenizer(
+    return Tokenizer(
         models.BPE(
             {word: index for index, word in enumerate(words)},
             [("\u2581", "h"), ("\u2581h", "i")],
@@ -69,9 +84,9 @@ def write_sentencepiece(folder: Path) -> Path:
             unk_token="<unk>",
         )
     )
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
-    )
+
+
+def _write_sentencepiece(folder: Path, tokenizer: Tokenizer) -> Path:
     tokenizer.decoder = decoders.Sequence(
         [
             decoders.Replace("\u2581", " "),

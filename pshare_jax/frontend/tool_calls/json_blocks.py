@@ -98,10 +98,14 @@ class JsonBlocks(ToolParser):
         if reader.done:
             self._reader, self._step_now = None, self._between
         elif reader.failed or self._ended:
-            if reader.name is None:
-                self._say(self._block + reader.raw)
             self._reader = None
-            self._leave()
+            if reader.name is not None and self.closing:
+                # Small models forget the last brace; the closing tag is no text even so.
+                self._step_now = self._between
+            else:
+                if reader.name is None:
+                    self._say(self._block + reader.raw)
+                self._leave()
         else:
             return False
         return True
