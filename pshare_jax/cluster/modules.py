@@ -12,6 +12,8 @@ from collections.abc import Mapping
 
 import msgspec
 
+from pshare_jax.config import Reasoning
+
 
 class ModuleEntry(msgspec.Struct, frozen=True):
     """What is served under a name since `version`.
@@ -21,12 +23,16 @@ class ModuleEntry(msgspec.Struct, frozen=True):
         id: of the model, see `ModelSpec.name`; empty is that nothing is served.
         folder: the module's checkpoint, as all hosts see it.
         weights: fingerprint of the weights that were there.
+        tool_parser: see `ModelEntry`; all frontends read and write calls alike.
+        reasoning: likewise.
     """
 
     version: int
     id: str = ""
     folder: str = ""
     weights: str = ""
+    tool_parser: str = "auto"
+    reasoning: Reasoning = "auto"
 
 
 class ModuleTable:

@@ -20,7 +20,7 @@ from pshare_jax.cluster.link import LinkTimes
 from pshare_jax.cluster.links import Links
 from pshare_jax.cluster.secret import read_token
 from pshare_jax.cluster.tls import cluster_tls
-from pshare_jax.config import ServeConfig
+from pshare_jax.config import Reasoning, ServeConfig
 from pshare_jax.convert.manifest import TOKENIZER_FOLDER
 from pshare_jax.core import messages as m
 from pshare_jax.core.dispatcher import Dispatcher
@@ -207,7 +207,15 @@ class ClusterEngine(Front):
             raise EngineDeadError("the dispatcher does not get on")
         return found[0]
 
-    def load_module(self, name: str, folder: str | Path, *, replace: bool = False) -> ModelInfo:
+    def load_module(
+        self,
+        name: str,
+        folder: str | Path,
+        *,
+        replace: bool = False,
+        tool_parser: str | None = None,
+        reasoning: Reasoning | None = None,
+    ) -> ModelInfo:
         """Serves one more decode module, at all frontends, once a decode worker has loaded it.
 
         Blocks meanwhile; from any thread. See `ClusterModules.load`.
@@ -218,7 +226,8 @@ class ClusterEngine(Front):
             CheckpointError, CertificateError, ConfigError: no decode module of this base.
         """
         self._check_running()
-        return self._modules.load(name, folder, replace=replace)
+        entry = self._served.entry(name, str(folder), tool_parser, reasoning)
+        return self._modules.load(entry, replace=replace)
 
     def unload_module(self, name: str) -> None:
         """Takes no more requests for a decode module; those that run end with it.

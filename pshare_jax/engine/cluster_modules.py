@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from pathlib import Path
 
 from pshare_jax.cluster import wire
 from pshare_jax.cluster.modules import ModuleEntry, ModuleTable
@@ -76,18 +75,26 @@ class ClusterModules:
         with contextlib.suppress(RuntimeError, CancelledError):
             self._reader.submit(lambda: None).result()
 
-    def load(self, name: str, folder: str | Path, *, replace: bool) -> ModelInfo:
-        """Serves the decode module in a folder under `name`, see `ServedModels.load`. Blocks.
+    def load(self, served: ModelEntry, *, replace: bool) -> ModelInfo:
+        """Serves a decode module at all frontends, see `ServedModels.load`. Blocks.
 
         Raises:
             RequestError: a name that is taken, or no decode worker has room, or none has answered.
             CheckpointError, CertificateError, ConfigError: no decode module of this base.
         """
+        name = served.name
         with self._changing:
             self._served.check_name(name, replace)
             version = self._table.next_version(name)
-            source = self._source(name, str(folder))
-            entry = ModuleEntry(version, f"{name}@{version:x}", str(folder), _print(source))
+            source = self._source(served)
+            entry = ModuleEntry(
+                version,
+                f"{name}@{version:x}",
+                served.checkpoint,
+                _print(source),
+                served.tool_parser,
+                served.reasoning,
+            )
             load = self._load_of(name, entry, source)
             self._use(load)
             try:
@@ -139,9 +146,9 @@ class ClusterModules:
         if known is not None:
             self._tell(wire.Retired(id), "")
 
-    def _source(self, name: str, folder: str) -> ModelSource:
+    def _source(self, served: ModelEntry) -> ModelSource:
         """What a checkpoint says of itself; its weights are not read."""
-        return model_source(ModelEntry(name, folder), self._base, None)
+        return model_source(served, self._base, None)
 
     def _load_of(self, name: str, entry: ModuleEntry, source: ModelSource) -> wire.Load:
         spec = loaded_spec(source, self._base, entry.id, BASE, -1, 0)
@@ -202,15 +209,17 @@ class ClusterModules:
                 self._served.unload(name, lambda name: self._serve(name, None))
                 logger.info("model %r is not served any more", name)
             return
-        source = self._source(name, entry.folder)
+        told = ModelEntry(
+            name, entry.folder, tool_parser=entry.tool_parser, reasoning=entry.reasoning
+        )
+        source = self._source(told)
         if _print(source) != entry.weights:
             raise CheckpointError(f"{entry.folder}: another module lies there by now")
         load = self._load_of(name, entry, source)
         self._use(load)
-        # Whoever serves it must know of it before anybody asks, and what it says of itself after.
+        # Whoever serves it must know of it before anybody asks.
         self.heard(name)
         self._add(name, source, load.spec)
-        self.heard(name)
         logger.info("model %r is served from %s", name, entry.folder)
 
 

@@ -11,7 +11,6 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from pshare_jax.cluster.thread import DispatcherThread
 from pshare_jax.config import DecodeConfig, ServeConfig
@@ -63,7 +62,7 @@ class Front(ABC):
         lacking: what no worker does at present, such as `cover prompts`, so that requests wait for
             one to come; empty if nothing.
         heard: called with a name under which another process has a module served here; from any
-            thread, before anybody can ask for it, and again when it is known.
+            thread, before anybody can ask for it.
     """
 
     def __init__(
@@ -83,7 +82,7 @@ class Front(ABC):
         if tokenizer is not None and tokenizer.eos_token_ids:
             self.grammars = GrammarCompiler(tokenizer, trial=True)
         self._tokenizer = tokenizer
-        self._tokenizers: dict[tuple[Path, int], Tokenizer] = {}
+        self._tokenizers: dict[str, tuple[ModelInfo, Tokenizer]] = {}
         self._served = served
         self._order = order
         self._failed: dict[str, str] = {}
@@ -135,11 +134,12 @@ class Front(ABC):
         folder = info.tokenizer_folder if info else None
         if folder is None or info is None:
             return self.tokenizer
+        of, tokenizer = self._tokenizers.get(model, (None, None))
         # A module that is loaded anew may have others.
-        key = (folder, info.created)
-        if key not in self._tokenizers:
-            self._tokenizers[key] = self.tokenizer.of_module(folder)
-        return self._tokenizers[key]
+        if tokenizer is None or of is not info:
+            tokenizer = self.tokenizer.of_module(folder)
+            self._tokenizers[model] = info, tokenizer
+        return tokenizer
 
     @property
     def models(self) -> dict[str, ModelInfo]:

@@ -12,13 +12,13 @@ from typing import Any
 
 import msgspec
 
-from pshare_jax.config import ModelEntry, ServeConfig
+from pshare_jax.config import ServeConfig
 from pshare_jax.config_files import load_serve_config
 from pshare_jax.core.requests import Request, RequestOutput, SamplingParams
 from pshare_jax.engine import restrictions
 from pshare_jax.engine.completion import ChatAnswer, Collector, Completion, ToolCall
 from pshare_jax.engine.orchestrator import Orchestrator
-from pshare_jax.errors import QueueFullError, RequestError
+from pshare_jax.errors import QueueFullError, RequestError, UnknownModelError
 from pshare_jax.frontend.answers import joined
 from pshare_jax.frontend.chat import (
     TemplateOptions,
@@ -26,7 +26,7 @@ from pshare_jax.frontend.chat import (
     chat_prompt,
     parameter_schemas,
 )
-from pshare_jax.frontend.model_format import ModelFormat, model_format
+from pshare_jax.frontend.model_format import ModelFormat, check_tool_parser, model_format
 from pshare_jax.frontend.params import Limits
 
 Prompt = str | Sequence[int]
@@ -43,7 +43,6 @@ class Engine:
     def __init__(self, orchestrator: Orchestrator):
         self._orchestrator = orchestrator
         self._ids = itertools.count()
-        self._formats: dict[str, ModelFormat] = {}
         orchestrator.start()
 
     @classmethod
@@ -200,30 +199,36 @@ class Engine:
         )
 
     def _format(self, model: str) -> ModelFormat:
-        """How a model writes calls and thoughts."""
-        if model not in self._formats:
-            entries = {entry.name: entry for entry in self._orchestrator.config.models}
-            template = self._orchestrator.tokenizer_of(model).chat_template
-            self._formats[model] = model_format(entries.get(model, ModelEntry(model)), template)
-        return self._formats[model]
+        """How a model writes calls and thoughts.
+
+        Raises:
+            UnknownModelError: no such model is served.
+        """
+        info = self._orchestrator.models.get(model)
+        if info is None:
+            raise UnknownModelError(f"model {model!r} is not served", "model")
+        template = self._orchestrator.tokenizer_of(model).chat_template
+        return model_format(model, info.tool_parser, info.reasoning, template)
 
     def load_module(
-        self, name: str, folder: str | Path, *, replace: bool = False, tool_parser: str = "auto"
+        self,
+        name: str,
+        folder: str | Path,
+        *,
+        replace: bool = False,
+        tool_parser: str | None = None,
     ) -> None:
         """Serves the decode module in `folder` under `name` from now on.
 
         There must be room for it: `decode.max_loras`, `decode.max_full`. With `replace` it takes
-        the place of a module of that name. `tool_parser` is as in `config.ModelEntry`.
+        the place of a module of that name. `tool_parser` is as in `config.ModelEntry`; None: as
+        before under that name, or as configured for it.
 
         Raises:
             RequestError, CheckpointError, ConfigError: see `Orchestrator.load_module`.
         """
-        entry = ModelEntry(name, str(folder), tool_parser=tool_parser)
-        # Before anything is loaded: a wrong `tool_parser` is refused.
-        self._formats[name] = model_format(entry, self._orchestrator.tokenizer.chat_template)
-        self._orchestrator.load_module(name, folder, replace=replace)
-        own = self._orchestrator.tokenizer_of(name)
-        self._formats[name] = model_format(entry, own.chat_template)
+        check_tool_parser(tool_parser)
+        self._orchestrator.load_module(name, folder, replace=replace, tool_parser=tool_parser)
 
     def unload_module(self, name: str) -> None:
         """Serves a decode module no more; what runs goes on to its end.

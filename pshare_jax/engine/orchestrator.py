@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from pshare_jax.cluster.thread import WorkerThread
-from pshare_jax.config import ServeConfig
+from pshare_jax.config import Reasoning, ServeConfig
 from pshare_jax.convert.manifest import TOKENIZER_FOLDER, read_manifest
 from pshare_jax.core.balance import BalancePolicy
 from pshare_jax.core.dispatcher import Dispatcher
@@ -168,7 +168,13 @@ class Orchestrator(Front):
         self.ready = True
 
     def load_module(
-        self, name: str, folder: str | Path | ModelSource, *, replace: bool = False
+        self,
+        name: str,
+        folder: str | Path | ModelSource,
+        *,
+        replace: bool = False,
+        tool_parser: str | None = None,
+        reasoning: Reasoning | None = None,
     ) -> ModelInfo:
         """Serves one more decode module; compiles nothing, and others go on meanwhile.
 
@@ -187,6 +193,8 @@ class Orchestrator(Front):
             self._modules,
             lambda name, spec: self._control.post(lambda: self._dispatcher.set_model(name, spec)),
             replace=replace,
+            tool_parser=tool_parser,
+            reasoning=reasoning,
         )
 
     def unload_module(self, name: str) -> None:

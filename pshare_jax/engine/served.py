@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pshare_jax.config import ModelEntry, ServeConfig, Sharing
+from pshare_jax.config import ModelEntry, Reasoning, ServeConfig, Sharing
 from pshare_jax.core.dispatcher import Dispatcher
 from pshare_jax.core.messages import WeightsFreed
 from pshare_jax.core.models import ModelKind, ModelSpec
@@ -28,8 +28,9 @@ K = TypeVar("K")
 @dataclass(frozen=True)
 class ModelInfo:
     """A served model as clients see it; `tail` is the split rule as its certificate states it,
-    `created` is in Unix seconds, `tokenizer_folder` has its own template and end tokens, and
-    `fingerprint` names its weights, and the KV that it reads."""
+    `created` is in Unix seconds, `tokenizer_folder` has its own template and end tokens,
+    `fingerprint` names its weights, and the KV that it reads, and `tool_parser` and `reasoning` are
+    those of `ModelEntry`."""
 
     name: str
     parent: str
@@ -39,6 +40,8 @@ class ModelInfo:
     created: int
     tokenizer_folder: Path | None
     fingerprint: str
+    tool_parser: str
+    reasoning: Reasoning
 
 
 class ServedModels:
@@ -87,6 +90,8 @@ class ServedModels:
         tell: Callable[[str, ModelSpec], None],
         *,
         replace: bool,
+        tool_parser: str | None = None,
+        reasoning: Reasoning | None = None,
     ) -> ModelInfo:
         """Serves the decode module in a folder under `name`. Blocks while it is loaded.
 
@@ -97,6 +102,8 @@ class ServedModels:
             tell: has the dispatcher know of it; called before clients can ask for it.
             replace: whether it takes the place of a module of that name; requests that run go on
                 with what they had.
+            tool_parser: see `entry`.
+            reasoning: see `entry`.
 
         Raises:
             RequestError: a name that is taken, or no room; see `Modules.load`.
@@ -107,11 +114,32 @@ class ServedModels:
             source = folder
             if not isinstance(source, ModelSource):
                 dtype = compute_dtype(self._config, self._base.config)
-                source = model_source(ModelEntry(name, str(folder)), self._base, dtype, gentle=True)
+                entry = self.entry(name, str(folder), tool_parser, reasoning)
+                source = model_source(entry, self._base, dtype, gentle=True)
             spec = modules.load(name, source, anew=replace)
             self.count_as(spec.name, name)
             tell(name, spec)
             return self.add(name, source, spec)
+
+    def entry(
+        self, name: str, folder: str, tool_parser: str | None, reasoning: Reasoning | None
+    ) -> ModelEntry:
+        """A module in a folder that is to be served under `name`.
+
+        Args:
+            name: what clients ask for.
+            folder: its checkpoint.
+            tool_parser: see `ModelEntry`; None: as what has the name now, or as configured for it.
+            reasoning: likewise.
+        """
+        configured = {entry.name: entry for entry in self._config.models}
+        before = self.infos.get(name) or configured.get(name) or ModelEntry(name)
+        return ModelEntry(
+            name,
+            folder,
+            tool_parser=tool_parser or before.tool_parser,
+            reasoning=reasoning or before.reasoning,
+        )
 
     def add(self, name: str, source: ModelSource, spec: ModelSpec) -> ModelInfo:
         """Has clients ask for a module under `name` from now on."""
@@ -181,6 +209,8 @@ class ServedModels:
             int(time.time()),
             source.tokenizer_folder,
             f"{self._base.kv_name} {own}",
+            source.tool_parser,
+            source.reasoning,
         )
 
 

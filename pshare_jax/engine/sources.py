@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pshare_jax.config import KvDtype, ModelEntry, ServeConfig, Sharing
+from pshare_jax.config import KvDtype, ModelEntry, Reasoning, ServeConfig, Sharing
 from pshare_jax.convert.manifest import TOKENIZER_FOLDER
 from pshare_jax.convert.seals import open_checkpoint
 from pshare_jax.core.models import ModelKind, ModelSpec
@@ -50,7 +50,8 @@ class BaseSource:
 class ModelSource:
     """One served model: its certificate (None for the base's own weights) and how to load it.
 
-    `tokenizer_folder` has its own chat template and end tokens, where it has some.
+    `tokenizer_folder` has its own chat template and end tokens, where it has some; `tool_parser`
+    and `reasoning` are those of `ModelEntry`.
     """
 
     name: str
@@ -60,6 +61,8 @@ class ModelSource:
     certificate: Certificate | None = None
     decode_engines: tuple[int, ...] = ()
     tokenizer_folder: Path | None = None
+    tool_parser: str = "auto"
+    reasoning: Reasoning = "auto"
 
     @property
     def split_rule(self) -> SplitRule:
@@ -96,7 +99,15 @@ def model_source(
     """
     engines = tuple(entry.decode_engines)
     if entry.checkpoint == "identity":
-        return ModelSource(entry.name, "identity", entry.sharing, base.load, None, engines)
+        return ModelSource(
+            entry.name,
+            "identity",
+            entry.sharing,
+            base.load,
+            decode_engines=engines,
+            tool_parser=entry.tool_parser,
+            reasoning=entry.reasoning,
+        )
     manifest = open_checkpoint(entry.checkpoint, gentle=gentle)
     if manifest.certificate is None:
         raise ConfigError(
@@ -114,6 +125,8 @@ def model_source(
         manifest.certificate,
         engines,
         own if (own := manifest.folder / TOKENIZER_FOLDER).is_dir() else None,
+        entry.tool_parser,
+        entry.reasoning,
     )
 
 

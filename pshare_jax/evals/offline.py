@@ -99,11 +99,9 @@ class OfflineBackend:
     ) -> list[tuple[int, ...]]:
         prompts: list[tuple[int, ...]] = []
         tokenizer = self._engine.orchestrator.tokenizer_of(self._model)
-        entries = self._engine.orchestrator.config.models
-        entry = next(entry for entry in entries if entry.name == self._model)
-        options = TemplateOptions(
-            tool_prompt=model_format(entry, tokenizer.chat_template).tool_prompt
-        )
+        info = self._engine.orchestrator.models[self._model]
+        style = model_format(info.name, info.tool_parser, info.reasoning, tokenizer.chat_template)
+        options = TemplateOptions(tool_prompt=style.tool_prompt)
         for item, body in zip(items, bodies, strict=True):
             try:
                 prompt = chat_prompt(tokenizer, limits, body.messages, body.tools, options)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from pshare_jax.config import ModelEntry
+from pshare_jax.config import Reasoning
 from pshare_jax.frontend.answers import AnswerReader
 from pshare_jax.frontend.reasoning import CLOSING, OPENING, ReasoningSplitter
 from pshare_jax.frontend.tool_calls import detect, parser_named
@@ -64,23 +64,41 @@ def tool_prompt(parser: str | None, chat_template: str) -> ToolPrompt:
     return "pythonic" if parser == "pythonic" else "hermes"
 
 
-def model_format(entry: ModelEntry, chat_template: str) -> ModelFormat:
-    """What the configuration says of a model, or its chat template where that says `auto`.
+def check_tool_parser(name: str | None) -> None:
+    """Checks a setting `tool_parser`, or that there is none, before a model is loaded with it.
+
+    Raises:
+        ConfigError: no parser of that name.
+    """
+    if name not in (None, "auto", "none"):
+        parser_named(name)
+
+
+def model_format(
+    model: str, tool_parser: str, reasoning: Reasoning, chat_template: str
+) -> ModelFormat:
+    """What was said of a model, or its chat template says where that was `auto`.
+
+    Args:
+        model: its name.
+        tool_parser: see `ModelEntry`.
+        reasoning: see `ModelEntry`.
+        chat_template: its own.
 
     Raises:
         ConfigError: no parser of the configured name.
     """
     knows_tools = bool(_TOOLS.search(chat_template))
-    name = entry.tool_parser
+    name = tool_parser
     if name == "auto":
         name = detect(chat_template) if knows_tools else "hermes"
         if name is None:
             log.warning(
                 "model %s: the chat template's format of tool calls is not known; calls are handed "
                 "on as text. Name a parser: models[].tool_parser",
-                entry.name,
+                model,
             )
     parser = None if name in (None, "none") else parser_named(name)
     prompt = tool_prompt(name, chat_template)
-    reasoning = entry.reasoning == "on" or (entry.reasoning == "auto" and OPENING in chat_template)
-    return ModelFormat(parser, prompt, reasoning)
+    splits = reasoning == "on" or (reasoning == "auto" and OPENING in chat_template)
+    return ModelFormat(parser, prompt, splits)

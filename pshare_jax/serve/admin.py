@@ -8,9 +8,9 @@ import logging
 from aiohttp import web
 from msgspec import Struct
 
-from pshare_jax.config import ModelEntry, Reasoning
+from pshare_jax.config import Reasoning
 from pshare_jax.errors import CheckpointError, ConfigError
-from pshare_jax.frontend.model_format import model_format
+from pshare_jax.frontend.model_format import check_tool_parser
 from pshare_jax.serve.access import KEY
 from pshare_jax.serve.adapter_paths import adapter_folder
 from pshare_jax.serve.errors import ApiError
@@ -24,7 +24,7 @@ class LoadAdapter(Struct):
     """`POST /v1/load_lora_adapter`. With `load_inplace` it may take the place of a module.
 
     `tool_parser` and `reasoning` are as beside a model's name in the configuration; without them
-    they are `auto`, or what they were for a name that has been served before.
+    they are as of what has that name now, or as configured for it, or `auto`.
     """
 
     lora_name: str
@@ -51,25 +51,12 @@ async def load_adapter(request: web.Request) -> web.Response:
             f"{body.lora_name!r} is an alias of model {service.canonical(body.lora_name)!r}",
             param="lora_name",
         )
-    # A thread of its own: it takes seconds, and requests go on meanwhile.
-    before = service.entries.get(body.lora_name) or ModelEntry(body.lora_name, body.lora_path)
-    entry = ModelEntry(
-        body.lora_name,
-        body.lora_path,
-        tool_parser=body.tool_parser or before.tool_parser,
-        reasoning=body.reasoning or before.reasoning,
-    )
     try:
-        style = model_format(entry, service.tokenizer.chat_template)
+        check_tool_parser(body.tool_parser)
     except ConfigError as error:
         raise ApiError(400, str(error), param="tool_parser") from error
-    # Known before anybody can ask for it.
-    service.formats.setdefault(body.lora_name, style)
+    # A thread of its own: it takes seconds, and requests go on meanwhile.
     await asyncio.to_thread(_load, service, body)
-    # What replaces a module may have another chat template than that had.
-    own = service.tokenizer_of(body.lora_name)
-    service.formats[body.lora_name] = model_format(entry, own.chat_template)
-    service.entries[body.lora_name] = entry
     service.metrics.add_model(body.lora_name)
     log.info("model %s is served from %s", ascii(body.lora_name), ascii(body.lora_path))
     return web.Response(text=f"Success: LoRA adapter '{body.lora_name}' added successfully.")
@@ -87,7 +74,13 @@ async def unload_adapter(request: web.Request) -> web.Response:
 def _load(service: Service, body: LoadAdapter) -> None:
     folder = adapter_folder(service.config.adapter_root, body.lora_path)
     try:
-        service.engine.load_module(body.lora_name, folder, replace=bool(body.load_inplace))
+        service.engine.load_module(
+            body.lora_name,
+            folder,
+            replace=bool(body.load_inplace),
+            tool_parser=body.tool_parser,
+            reasoning=body.reasoning,
+        )
     except (CheckpointError, ConfigError) as error:
         raise ApiError(400, str(error), param="lora_path", code="invalid_module") from error
 

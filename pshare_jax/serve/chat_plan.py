@@ -86,7 +86,7 @@ async def plan_chat(
     Raises:
         RequestError: what cannot be served.
     """
-    model = service.formats[body.model]
+    model = service.format_of(body.model)
     output = output_params(body, service.limits.max_n, model.markers)
     sampling = sampling_params(body, service.limits, 1, output.logprobs, service.sampling_defaults)
     tools = usable_tools(body)
@@ -138,7 +138,7 @@ async def chat_prompt_of(service: Service, body: ChatRequest, large: bool) -> Pr
         body.chat_template_kwargs,
         bool(body.add_special_tokens),
         body.truncate_prompt_tokens,
-        service.formats[body.model].tool_prompt,
+        service.format_of(body.model).tool_prompt,
         service.config.special_tokens_in_text,
     )
     return await service.offload.run(

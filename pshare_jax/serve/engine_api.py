@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from pshare_jax.config import ServeConfig
+from pshare_jax.config import Reasoning, ServeConfig
 from pshare_jax.core.pages.sharing_map import SharingMap
 from pshare_jax.core.requests import Request, RequestOutput
 from pshare_jax.core.stats import EngineStats
@@ -38,6 +38,16 @@ class ModelInfo(Protocol):
     @property
     def kind(self) -> str:
         """`identity`, `full` or `lora`."""
+        ...
+
+    @property
+    def tool_parser(self) -> str:
+        """The form in which it writes calls, see `ModelEntry`."""
+        ...
+
+    @property
+    def reasoning(self) -> Reasoning:
+        """Whether its thoughts are split off, see `ModelEntry`."""
         ...
 
     @property
@@ -142,8 +152,17 @@ class Engine(Submitter, Protocol):
         """Compiles everything and starts the threads; returns when ready."""
         ...
 
-    def load_module(self, name: str, folder: Path, *, replace: bool = False) -> ModelInfo:
-        """Serves one more decode module; blocks until it does.
+    def load_module(
+        self,
+        name: str,
+        folder: Path,
+        *,
+        replace: bool = False,
+        tool_parser: str | None = None,
+        reasoning: Reasoning | None = None,
+    ) -> ModelInfo:
+        """Serves one more decode module; blocks until it does. `tool_parser` and `reasoning` are
+        as before under that name, or as configured for it, where they are None.
 
         Raises:
             RequestError: the name is taken, or there is no room.

@@ -212,7 +212,7 @@ def _digest(service: Service, jobs: Sequence[Job | ApiError]) -> str:
         else (
             job.model,
             service.model(job.model).fingerprint,
-            str(service.formats.get(job.model)),
+            str(service.format_of(job.model)),
             [prompt.token_ids for prompt in job.prompts],
             job.sampling,
             str(job.output),

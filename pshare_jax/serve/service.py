@@ -10,7 +10,6 @@ from typing import Literal
 
 from aiohttp import web
 
-from pshare_jax.config import ModelEntry
 from pshare_jax.core.requests import Request
 from pshare_jax.errors import EngineDeadError, UnknownModelError
 from pshare_jax.frontend.model_format import ModelFormat, model_format
@@ -61,11 +60,10 @@ class Service:
         self.aliases = {
             alias: entry.name for entry in engine.config.models for alias in entry.aliases
         }
-        self.entries = {entry.name: entry for entry in engine.config.models}
-        self.formats = {
-            name: model_format(entry, engine.tokenizer_of(name).chat_template)
-            for name, entry in self.entries.items()
-        }
+        self._formats: dict[str, tuple[ModelInfo, ModelFormat]] = {}
+        for name in engine.models:
+            # A parser that is not there is refused before anybody asks.
+            self.format_of(name)
         self.access = Access(self.config)
         self.metrics = Metrics(engine.models, engine.stats, self.access)
         self.metrics.register(EngineInfo(engine))
@@ -85,9 +83,6 @@ class Service:
 
     def _heard(self, name: str) -> None:
         """Another frontend of a cluster has something served under `name`."""
-        own = self.engine.tokenizer_of(name)
-        if own is not self.tokenizer or name not in self.formats:
-            self.formats[name] = model_format(ModelEntry(name, ""), own.chat_template)
         self.metrics.add_model(name)
 
     @property
@@ -164,8 +159,19 @@ class Service:
         return self.engine.tokenizer_of(self.model(name).name)
 
     def format_of(self, name: str | None) -> ModelFormat:
-        """The format of a model; of the first one if none is named."""
-        return self.formats[next(iter(self.formats)) if name is None else self.canonical(name)]
+        """The format of a model; of the first one if none is named.
+
+        Raises:
+            UnknownModelError: there is no such model.
+        """
+        info = self.model(next(iter(self.engine.models)) if name is None else name)
+        of, found = self._formats.get(info.name, (None, None))
+        # What takes a module's place may write in another way.
+        if found is None or of is not info:
+            template = self.engine.tokenizer_of(info.name).chat_template
+            found = model_format(info.name, info.tool_parser, info.reasoning, template)
+            self._formats[info.name] = info, found
+        return found
 
     def warn_once(self, warning: str) -> None:
         """Logs `warning` unless this process has said it before."""

@@ -1,5 +1,9 @@
 """Texts in which control tokens are letters, unless they are marked."""
 
+# tokenizers does not say its types.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import re

@@ -120,6 +120,21 @@ def test_what_one_frontend_loads_all_serve(cluster: Cluster, disk: OnDisk) -> No
         first.submit("new", PROMPT)
 
 
+def test_all_frontends_read_and_write_calls_alike(cluster: Cluster, disk: OnDisk) -> None:
+    """As it was said where the module was loaded; in place, as before where nothing is said."""
+
+    def written() -> list[tuple[str, str]]:
+        infos = [client.engine.models["new"] for client in cluster.clients]
+        return [(info.tool_parser, info.reasoning) for info in infos]
+
+    load(cluster, "new", disk.folder / "a", tool_parser="pythonic", reasoning="on")
+    assert written() == [("pythonic", "on")] * 2
+    load(cluster, "new", disk.folder / "b", 1, replace=True, reasoning="off")
+    assert written() == [("pythonic", "off")] * 2
+    load(cluster, "new", disk.folder / "a", replace=True, tool_parser="auto")
+    assert written() == [("auto", "off")] * 2
+
+
 def test_requests_go_on_with_what_they_had(cluster: Cluster, disk: OnDisk) -> None:
     """Replaced at one frontend and unloaded at the other, while replies are under way."""
     first, second = cluster.clients
@@ -190,7 +205,9 @@ def test_what_cannot_be_loaded_leaves_nothing_behind(
     # What workers find in the folder is not what the frontend has found there.
     shutil.copytree(disk.folder / "a", tmp_path / "a")
     source = engine._modules._source
-    engine._modules._source = lambda name, folder: source(name, str(disk.folder / "b"))
+    engine._modules._source = lambda entry: source(
+        replace(entry, checkpoint=str(disk.folder / "b"))
+    )
     engine.unload_module("a")
     settled(cluster, ["base", "full", "b"])
     with pytest.raises(CheckpointError, match="another module lies there by now"):

@@ -5,7 +5,6 @@ import json
 import msgspec
 import pytest
 
-from pshare_jax.config import ModelEntry
 from pshare_jax.errors import ConfigError
 from pshare_jax.frontend.chat import TemplateOptions, chat_prompt
 from pshare_jax.frontend.model_format import ModelFormat, model_format
@@ -100,6 +99,10 @@ def test_pythonic_asks_as_the_tools_module_has_learned(plain):
     )
 
 
+def formatted(template, tool_parser="auto", reasoning="auto") -> ModelFormat:
+    return model_format("m", tool_parser, reasoning, template)
+
+
 @pytest.mark.parametrize(
     ("entry", "template", "expected"),
     [
@@ -114,12 +117,12 @@ def test_pythonic_asks_as_the_tools_module_has_learned(plain):
     ],
 )
 def test_a_models_format_is_configured_or_detected(entry, template, expected):
-    assert model_format(ModelEntry("m", **entry), template) == expected
+    assert formatted(template, **entry) == expected
 
 
 def test_an_unknown_parser_is_a_configuration_error():
     with pytest.raises(ConfigError, match="no tool parser 'nope'"):
-        model_format(ModelEntry("m", tool_parser="nope"), PLAIN)
+        formatted(PLAIN, tool_parser="nope")
 
 
 @pytest.mark.parametrize(

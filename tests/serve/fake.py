@@ -37,6 +37,8 @@ class FakeModelInfo:
     tail: int = TAIL
     created: int = 1_700_000_000
     fingerprint: str = ""
+    tool_parser: str = "auto"
+    reasoning: str = "auto"
 
 
 @dataclass
@@ -78,7 +80,17 @@ class FakeOrchestrator:
 
     def __post_init__(self):
         self.model_config = ModelConfig("llama", self.tokenizer.vocab_size + 8, 8, 8, 1, 1, 1, 8)
-        self.models = {name: FakeModelInfo(name, sharing) for name, sharing in MODELS.items()}
+        entries = {name: ModelEntry(name) for name in MODELS}
+        entries |= {entry.name: entry for entry in self.config.models}
+        self.models = {
+            name: FakeModelInfo(
+                name,
+                sharing,
+                tool_parser=entries[name].tool_parser,
+                reasoning=entries[name].reasoning,
+            )
+            for name, sharing in MODELS.items()
+        }
         self.grammars = GrammarCompiler(self.tokenizer) if self.tokenizer.eos_token_ids else None
         self._lock = threading.Condition()
         self._running: dict[str, Running] = {}
@@ -174,11 +186,26 @@ class FakeOrchestrator:
                 },
             )
 
-    def load_module(self, name: str, folder: Path, *, replace: bool = False) -> FakeModelInfo:
+    def load_module(
+        self,
+        name: str,
+        folder: Path,
+        *,
+        replace: bool = False,
+        tool_parser: str | None = None,
+        reasoning: str | None = None,
+    ) -> FakeModelInfo:
         if self.load_error is not None:
             raise self.load_error
         self.loaded.append((name, folder, replace))
-        self.models[name] = FakeModelInfo(name, "shared", kind="lora")
+        before = self.models.get(name) or FakeModelInfo(name, "shared")
+        self.models[name] = FakeModelInfo(
+            name,
+            "shared",
+            kind="lora",
+            tool_parser=tool_parser or before.tool_parser,
+            reasoning=reasoning or before.reasoning,
+        )
         return self.models[name]
 
     def unload_module(self, name: str) -> None:

@@ -72,7 +72,7 @@ def test_how_it_writes_calls(client):
         ({"reasoning": "auto"}, None, False),
     ):
         assert load(client, "coder", name="caller", load_inplace=True, **fields).status == 200
-        style = client.server.service.formats["caller"]
+        style = client.server.service.format_of("caller")
         assert (style.parser and style.parser.__name__) == parser
         assert style.reasoning == reasoning
     answer = load(client, "coder", name="caller", load_inplace=True, tool_parser="morse")
@@ -81,19 +81,20 @@ def test_how_it_writes_calls(client):
 
 def test_what_takes_a_modules_place_writes_calls_as_its_own_template_says(client, tmp_path):
     (tmp_path / "chat_template.jinja").write_text("{% if tools %}func_name1({% endif %}")
-    own, formats = client.engine.tokenizer.of_module(tmp_path), client.server.service.formats
+    own = client.engine.tokenizer.of_module(tmp_path)
+    style = client.server.service.format_of
     client.engine.tokenizers["changing"] = own
     assert load(client, "coder", name="changing").status == 200
-    assert formats["changing"].parser.__name__ == "Pythonic"
+    assert style("changing").parser.__name__ == "Pythonic"
     del client.engine.tokenizers["changing"]
     assert load(client, "coder", name="changing", load_inplace=True).status == 200
-    assert formats["changing"] == formats["planner"]
+    assert style("changing") == style("planner")
     # What was said of it by name stays.
     client.engine.tokenizers["changing"] = own
     fields = {"load_inplace": True, "tool_parser": "mistral"}
     assert load(client, "coder", name="changing", **fields).status == 200
     assert load(client, "coder", name="changing", load_inplace=True).status == 200
-    assert formats["changing"].parser.__name__ == "Mistral"
+    assert style("changing").parser.__name__ == "Mistral"
 
 
 @pytest.mark.parametrize(

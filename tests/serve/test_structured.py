@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from typing import Literal
 
 import jsonschema
@@ -47,7 +48,7 @@ def server(tokenizer):
     )
     engine = fake_engine(tokenizer, config)
     model = next(iter(engine.models.values()))
-    engine.models = dict.fromkeys(STYLES, model)
+    engine.models = {style: replace(model, name=style, tool_parser=style) for style in STYLES}
     engine.script = masked_answers(engine)
     with running_server(engine) as client:
         yield client
