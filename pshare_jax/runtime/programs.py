@@ -131,8 +131,7 @@ class Programs:
         self.copy = moving.copy
         self.gather = moving.gather
         self.checksum = moving.checksum
-        self.checksum_beside = moving.checksum_beside
-        """The same, for threads beside the one that computes: see `page_checksums`."""
+        self._checksum_beside = moving.checksum_beside
         self.scatter = moving.scatter
         self.history = _empty_history(mesh, decode.max_num_seqs, max_model_len)
         self.admit = _admit(mesh)
@@ -151,6 +150,11 @@ class Programs:
         """
         for name in NAMES:
             setattr(self, name, wrapper(name, getattr(self, name)))
+
+    @property
+    def checksum_beside(self) -> Any:
+        """`checksum` for threads beside the one that computes: see `page_checksums`."""
+        return self.checksum if self._checksum_beside is None else self._checksum_beside
 
     def staged_shape(self, count: int) -> tuple[int, ...]:
         """Shape of `count` pages of all layers on their way."""
@@ -178,8 +182,7 @@ class Programs:
         """What storing pages that have come runs."""
         for count in TRANSFER_BUCKETS:
             yield Call("checksum", self.checksum, (Slot.STAGED,), (None,), (count,))
-            if self.checksum_beside is not self.checksum:
-                beside = self.checksum_beside
+            if (beside := self._checksum_beside) is not None:
                 yield Call("checksum", beside, (Slot.STAGED,), (None,), (count,))
             arguments = (Slot.POOL, Slot.STAGED, _ints(count))
             yield Call("scatter", self.scatter, arguments, (Slot.POOL,), (count,))
@@ -247,14 +250,13 @@ class _Moving:
     copy: Any
     gather: Any
     checksum: Any
-    checksum_beside: Any
+    checksum_beside: Any | None
     scatter: Any
 
 
 @functools.lru_cache(maxsize=16)
 def _moving(layout: PageLayout, mesh: Mesh, backend: str) -> _Moving:
     sharding, pages = pool_sharding(mesh, layout.num_kv_heads), _pages(layout, mesh)
-    checksum = _checksum(mesh, backend, alone=False)
     return _Moving(
         copy=jax.jit(
             functools.partial(copy_pages, backend=backend), donate_argnums=0, out_shardings=pages
@@ -262,9 +264,9 @@ def _moving(layout: PageLayout, mesh: Mesh, backend: str) -> _Moving:
         gather=jax.jit(
             functools.partial(gather_pages, backend=backend), out_shardings=_staging(sharding)
         ),
-        checksum=checksum,
+        checksum=_checksum(mesh, backend, alone=False),
         # One program where there is no team to be left to others.
-        checksum_beside=_checksum(mesh, backend, alone=True) if backend == "cpu_ffi" else checksum,
+        checksum_beside=_checksum(mesh, backend, alone=True) if backend == "cpu_ffi" else None,
         scatter=jax.jit(
             functools.partial(scatter_pages, backend=backend),
             donate_argnums=0,
