@@ -68,6 +68,7 @@ class Station:
         pools: gives what the pools hold; called in other threads.
         prepare: what a message needs that takes too long for the workers' thread, if anything;
             done in another one before the message is heard, and so are those after it.
+        taken: called with a message after that, before a worker hears it.
 
     Attributes:
         incarnation: of this process; random.
@@ -83,6 +84,7 @@ class Station:
         prepare: Callable[[Message], Callable[[], None] | None] = lambda message: None,
         modules: StationModules | None = None,
         pools: Callable[[], Sequence[PoolView]] = tuple,
+        taken: Callable[[Message], None] = lambda message: None,
     ):
         self.incarnation = secrets.token_hex(8)
         self.ready = False
@@ -91,6 +93,7 @@ class Station:
         self._stats = stats
         self._beat_seconds = beat_seconds
         self._prepare = prepare
+        self._taken = taken
         self._modules = modules
         if modules is not None:
             modules.broadcast = self._broadcast
@@ -312,6 +315,7 @@ class Station:
                         continue
                     if (preparation := self._prepare(frame.message)) is not None:
                         await asyncio.to_thread(preparation)
+                    self._taken(frame.message)
                     self._thread.post(frame.to, frame.message)
                 elif isinstance(frame, wire.Left):
                     frontend.left.set()

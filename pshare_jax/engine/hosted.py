@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import os
@@ -25,7 +24,7 @@ from pshare_jax.cluster.wire import Part, Shape
 from pshare_jax.cluster.worker import DecodeWorker, PrefillWorker, Worker
 from pshare_jax.config import Role, ServeConfig
 from pshare_jax.convert.manifest import TOKENIZER_FOLDER, read_manifest
-from pshare_jax.core.messages import Covered, Message, Prefill
+from pshare_jax.core.messages import Message
 from pshare_jax.core.models import ModelSpec
 from pshare_jax.core.pages.sharing_map import PoolView, pool_views
 from pshare_jax.core.router import WorkerInfo
@@ -33,6 +32,7 @@ from pshare_jax.core.stats import EngineStats
 from pshare_jax.engine.assembly import Assembly
 from pshare_jax.engine.devices import compute_dtype, page_dtype, prepare_jax
 from pshare_jax.engine.gang import hosts_of, mirror_of, replay_of
+from pshare_jax.engine.hosted_grammars import HostedGrammars
 from pshare_jax.engine.hosted_modules import HostedModules
 from pshare_jax.engine.hosted_pages import HostedPages
 from pshare_jax.engine.kv_store import EngineStore
@@ -44,7 +44,7 @@ from pshare_jax.engine.shape import cluster_shape, dtype_of_pages
 from pshare_jax.engine.snapshot import worker_stats
 from pshare_jax.engine.sources import BaseSource, ModelSource, checkpoint_sources, model_specs
 from pshare_jax.engine.weight_format import served_model
-from pshare_jax.errors import ConfigError, PshareError
+from pshare_jax.errors import ConfigError
 from pshare_jax.kernels.backends import backend_for
 from pshare_jax.kv.peers import Peers
 from pshare_jax.runtime.compiles import compile_count
@@ -124,12 +124,11 @@ class HostedWorkers:
         self.shape: Shape = cluster_shape(config, base, sources, specs, pages)
         backend = backend_for(config.kernel_backend, jax.default_backend())
         loader = WeightLoader(base, sources, backend, config.decode, dtype)
-        self._grammars: GrammarCompiler | None = None
+        compiler: GrammarCompiler | None = None
         if tokenizer is not None and tokenizer.eos_token_ids and role != "prefill":
-            self._grammars = GrammarCompiler(tokenizer, _FRONTENDS_JUDGE)
-        assembly = Assembly(
-            config, base.config, layout, sizes, backend, loader, specs, self._grammars
-        )
+            compiler = GrammarCompiler(tokenizer, _FRONTENDS_JUDGE)
+        self._grammars = None if compiler is None else HostedGrammars(compiler)
+        assembly = Assembly(config, base.config, layout, sizes, backend, loader, specs, compiler)
         self.pages = HostedPages(config, role, layout, mesh.size, url, peers, host)
         self.prefill: list[PrefillWorker[Any]] = []
         self.decode: list[DecodeWorker[Any]] = []
@@ -234,6 +233,8 @@ class HostedWorkers:
         self._turns = self._host_turns()
 
         def carry(source: str, to: str, message: Message) -> None:
+            if self._grammars is not None:
+                self._grammars.sent(message)
             send(source, to, self.pages.addressed(source, to, message))
 
         thread = WorkerThread("engine", self.workers, carry, on_failure, host_turns=self._turns)
@@ -272,19 +273,12 @@ class HostedWorkers:
         The grammar of an answer is compiled. Pages that are on offer begin to be read.
         """
         self.pages.read_ahead(message)
-        grammars = self._grammars
-        grammar = (
-            message.sequence.params.grammar if isinstance(message, Covered | Prefill) else None
-        )
-        if grammars is None or grammar is None or grammars.has(grammar):
-            return None
+        return None if self._grammars is None else self._grammars.prepare(message)
 
-        def compile_it() -> None:
-            # What is wrong with it is said when the sequence gets a slot.
-            with contextlib.suppress(PshareError):
-                grammars.compile(grammar, "grammar")
-
-        return compile_it
+    def taken(self, message: Message) -> None:
+        """A worker is about to hear a message, which has been prepared."""
+        if self._grammars is not None:
+            self._grammars.taken(message)
 
     def _places(
         self,

@@ -189,6 +189,7 @@ async def _serve(
         hosted.prepare,
         hosted.modules,
         hosted.pools,
+        hosted.taken,
     )
     app = worker_app(hosted, station, secrets.token, certified=tls is not None)
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True)

@@ -171,8 +171,13 @@ class GrammarCompiler:
             self.release(spec)
             raise
 
+    def keep(self, spec: GrammarSpec) -> None:
+        """As `hold`, of what has been compiled or is known to fail; takes no time."""
+        with self._lock:
+            self._held[spec] += 1
+
     def release(self, spec: GrammarSpec) -> None:
-        """Undoes one `hold`."""
+        """Undoes one `hold` or `keep`."""
         with self._lock:
             self._held[spec] -= 1
             if self._held[spec] == 0:

@@ -72,6 +72,7 @@ class Host:
             name,
             models.base_source,
             models.sources,
+            models.tokenizer,
             url=f"{'https' if self._tls else 'http'}://{self.address}",
             peers=Peers(TOKEN, self._tls.client if self._tls else None),
         )
@@ -91,6 +92,7 @@ class Host:
             hosted.prepare,
             hosted.modules,
             hosted.pools,
+            hosted.taken,
         )
         app = worker_app(hosted, self.station, TOKEN, certified=self._tls is not None)
         self.runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
@@ -172,7 +174,8 @@ class Cluster:
         config = config or self.config
         addresses = [host.address for host in self.hosts.values()]
         config = replace(config, cluster=replace(config.cluster, workers=addresses))
-        engine = ClusterEngine(config, self.models.base_source, self.models.sources)
+        models = self.models
+        engine = ClusterEngine(config, models.base_source, models.sources, models.tokenizer)
         starting = threading.Thread(target=engine.start, daemon=True)
         starting.start()
         if ready:

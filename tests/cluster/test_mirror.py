@@ -126,15 +126,6 @@ def test_the_twins_have_the_same_pages(
     }
 
 
-def test_whatever_may_run_is_told_first(cluster: Cluster) -> None:
-    """Warming up too: a program that only one process runs could leave the others waiting."""
-    for host in cluster.hosts.values():
-        programs = host.hosted.workers[0].executor.programs
-        functions = [programs.checksum_beside, *(call.function for call in programs.all_calls())]
-        assert len(functions) > 20
-        assert not [function for function in functions if hasattr(function, "lower")]
-
-
 def test_arrays_that_are_not_needed_any_more_are_forgotten(
     cluster: Cluster, twins: dict[str, Twin]
 ) -> None:

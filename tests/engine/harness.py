@@ -36,6 +36,7 @@ from pshare_jax.models.decoder import init_weights
 from pshare_jax.models.lora import LoraModule, merge
 from pshare_jax.models.split import Certificate
 from pshare_jax.models.weights import LORA_TARGETS, Weights, lora_specs
+from pshare_jax.text.tokenizer import Tokenizer
 from tests.helpers import on_device, tiny_config
 
 MAX_LEN = 128
@@ -75,10 +76,12 @@ def loader(weights: Weights) -> LoadTensors:
 
 
 class Models:
-    """A base with decode modules over it; `full_weights` gives each one's for the oracle."""
+    """A base with decode modules over it; `full_weights` gives each one's for the oracle. Processes
+    of a cluster have its `tokenizer`, if any."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, tokenizer: Tokenizer | None = None):
         self.config = config
+        self.tokenizer = tokenizer
         self.base = init_weights(config, seed=0)
         self.full_weights: dict[str, Weights] = {}
         self.sources: list[ModelSource] = []
