@@ -104,8 +104,10 @@ test-ray: .venv/.ray
 test-clients: .venv/.test $(CLIENTS)
 	$(BIN)/python -m pytest tests/frameworks -m clients
 
+# Each compile is work of one thread; libtpu takes several processes only if it is told to.
+COMPILE := ALLOW_MULTIPLE_LIBTPU_LOAD=1
 test-compile: .venv-compile/.ready
-	.venv-compile/bin/python -m pytest tests/compile -m compile
+	$(COMPILE) .venv-compile/bin/python -m pytest --numprocesses 2 --dist worksteal tests/compile -m compile
 
 # What depends on versions, with the newest Python and jax: .venv has the oldest that we support.
 NEWEST ?= python3.13
@@ -116,7 +118,7 @@ test-newest: .venv-newest/.ready
 	.venv-newest/bin/python -m pytest $(PARALLEL) $(NEWER)
 
 test-compile-newest: .venv-compile-newest/.ready
-	.venv-compile-newest/bin/python -m pytest tests/compile -m compile
+	$(COMPILE) .venv-compile-newest/bin/python -m pytest --numprocesses 2 --dist worksteal tests/compile -m compile
 
 # The documentation as a site, in build/site; a link that leads nowhere is an error.
 docs: .venv/.docs

@@ -92,7 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--cache-conditioned",
         action="store_true",
-        help="the fine-tune was trained on the base's KV cache, so it may share it",
+        help="the fine-tune was trained on the base's KV cache, so it may share it; with --tail, "
+        "unless it says its own",
     )
 
     command = commands.add_parser("export", help="make a Hugging Face or PEFT folder")

@@ -125,25 +125,34 @@ def make_decoder(
         lora: a PEFT folder; an adapter that is more than low-rank updates is merged into a full
             module, an activated LoRA has its invocation as tail.
         tail: which tokens of a prompt the module reads itself, see `text.openings.split_rule`; None
-            is what the folder says of itself, see `exported`, or 1.
+            is what the folder says of itself, see `exported`, or 1 for what is not said to have
+            been trained on the base's KV.
         cache_conditioned: asserts that the fine-tune or LoRA was trained on the base's KV. A copy
             of the base always is, and so is an activated LoRA, and what says so of itself.
 
     Raises:
         CheckpointError: names file and tensor, or the base's chat template does not tell how a
             message begins; nothing is left at `dest`.
-        CertificateError: the fine-tune says that it belongs to another base, or `tail` is no rule.
+        CertificateError: the fine-tune says that it belongs to another base, `tail` is no rule, or
+            nothing tells the tail of what is said to have been trained on the base's KV.
     """
     dest = Path(dest)
     check_absent(dest)
     prefill = open_checkpoint(base)
-    if (stated := exported.read_statement(lora or fine_tune, prefill)) is not None:
+    source = lora or fine_tune
+    if (stated := exported.read_statement(source, prefill)) is not None:
         cache_conditioned = cache_conditioned or stated.cache_conditioned
     if tail is not None:
         tokenizer = prefill.folder / TOKENIZER_FOLDER
         rule = split_rule(tail, lambda: Tokenizer.load(tokenizer))
     else:
         rule = stated.tail if stated else LAST_TOKEN
+        if source is not None and cache_conditioned and stated is None:
+            raise CertificateError(
+                f"{source}: what was trained on the base's KV must be served with the tail that it "
+                "was trained with, which this folder does not say; name it: --tail 32, if it was "
+                "trained with the defaults"
+            )
     adapter = None
     if lora is not None:
         adapter = peft.read_adapter(lora, prefill.config)

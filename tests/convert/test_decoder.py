@@ -219,7 +219,7 @@ def test_an_exported_module_says_what_it_was(base, tmp_path):
 
 def test_an_exported_module_stays_with_its_base(base, tmp_path):
     folder = write_peft(tmp_path / "peft", factors_for("q"))
-    make_decoder(base, tmp_path / "m", lora=folder, cache_conditioned=True)
+    make_decoder(base, tmp_path / "m", lora=folder, tail=1, cache_conditioned=True)
     export(tmp_path / "m", tmp_path / "out")
     hf = write_hf_folder(tmp_path / "hf", CONFIG, random_weights(CONFIG, seed=5))
     import_model(hf, tmp_path / "other")
@@ -411,3 +411,14 @@ def test_a_folder_without_an_adapter(base, tmp_path):
     check_refused(
         lambda dest: make_decoder(base, dest, lora=tmp_path), tmp_path / "m", "adapter_config.json"
     )
+
+
+def test_what_shares_needs_the_tail_that_it_was_trained_with(base, tmp_path):
+    """One that was trained with 32 would answer wrongly with 1, and say nothing."""
+    folder = write_peft(tmp_path / "peft", factors_for("q"))
+    with pytest.raises(CertificateError, match=r"peft: .* name it: --tail 32"):
+        make_decoder(base, tmp_path / "m", lora=folder, cache_conditioned=True)
+    assert not (tmp_path / "m").exists()
+    made = make_decoder(base, tmp_path / "m", lora=folder)
+    assert made.certificate is not None
+    assert made.certificate.tail == LastTokens(1)

@@ -71,7 +71,7 @@ def served(tmp_path_factory):
     import_model(write_hf_folder(folder / "hf", config, random_weights(config)), folder / "base")
     make_decoder(folder / "base", folder / "full")
     lora = write_peft(folder / "peft", factors_for("q"))
-    make_decoder(folder / "base", folder / "lora", lora=lora, cache_conditioned=True)
+    make_decoder(folder / "base", folder / "lora", lora=lora, tail=1, cache_conditioned=True)
     return folder
 
 
