@@ -126,6 +126,16 @@ class WorkerThread:
     def _run(self) -> None:
         for worker in self.workers:
             self._guard(worker, worker.setup)
+        try:
+            self._take_turns()
+        except BaseException as error:
+            # Between pieces of work, which are guarded. Nobody may seem to go on without a thread.
+            logger.exception("%s has failed", self.name)
+            for worker in tuple(self._alive.values()):
+                self._fail(worker, f"{type(error).__name__}: {error}")
+
+    def _take_turns(self) -> None:
+        """Works and sleeps until the thread is to end."""
         idle = False
         while True:
             with self._condition:
@@ -333,10 +343,17 @@ class WorkerThread:
             reason = f"{type(error).__name__}: {error}"
             for other in tuple(self._alive.values()):
                 if worker is not None and other.cache is worker.cache:
-                    del self._alive[other.name]
-                    other.release_all()
-                    self._on_failure(other.name, reason)
+                    self._fail(other, reason)
             return None
+
+    def _fail(self, worker: Worker, reason: str) -> None:
+        """A worker has failed: it gets no more work, and who asked for it is told."""
+        del self._alive[worker.name]
+        try:
+            worker.release_all()
+        except Exception:
+            logger.exception("%s: its pages", worker.name)
+        self._on_failure(worker.name, reason)
 
 
 class DispatcherThread:

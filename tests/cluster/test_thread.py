@@ -12,6 +12,7 @@ import pytest
 
 from pshare_jax.cluster.thread import DispatcherThread
 from pshare_jax.core.messages import Abort, Message
+from pshare_jax.core.pages.page_cache import PageCache
 from tests.cluster.workers import FakeWorker, Hosted, running, wait_until
 
 
@@ -60,6 +61,29 @@ def test_who_has_said_something_elsewhere_is_asked_again() -> None:
     with running(worker) as hosted:
         wait_until(lambda: worker.plans == 4)
     assert [message for _, _, message in hosted.sent] == [Abort(0), Abort(1), Abort(2)]
+
+
+def test_a_fault_between_pieces_of_work_is_that_of_all_workers() -> None:
+    """Without a thread nobody works: none may seem to go on."""
+
+    class Faulty(FakeWorker):
+        @property
+        def first_due(self) -> bool:  # type: ignore[override]
+            if self.received:
+                raise RuntimeError("lost count")
+            return False
+
+    faulty, other = Faulty("a", []), FakeWorker("b", [])
+    other.cache = PageCache(4, 2)
+    with running(faulty, other) as hosted:
+        hosted.thread.post("a", Abort(1))
+        wait_until(lambda: len(hosted.failures) == 2)
+    assert sorted(hosted.failures) == [
+        ("a", "RuntimeError: lost count"),
+        ("b", "RuntimeError: lost count"),
+    ]
+    assert faulty.released
+    assert other.released
 
 
 def test_stop_wakes_a_sleeper_and_is_idempotent() -> None:
