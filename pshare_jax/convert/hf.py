@@ -24,7 +24,6 @@ from pshare_jax.convert.names import (
     hf_tensors,
     is_redundant,
     read_native,
-    to_native,
 )
 from pshare_jax.convert.progress import Report, quiet
 from pshare_jax.convert.quantised import eight_bit_weights, plain_tensors
@@ -325,13 +324,6 @@ def _read_native(
     native: str, config: ModelConfig, found: Mapping[str, LazyTensor], dtype: np.dtype
 ) -> np.ndarray:
     return read_native(native, config, lambda name: found[name].astype(dtype).read())
-
-
-def in_native_layout(
-    native: str, tensor: LazyTensor, config: ModelConfig, shape: tuple[int, ...]
-) -> LazyTensor:
-    """A Hugging Face tensor laid out as native weight `native` of `shape`."""
-    return LazyTensor(shape, tensor.dtype, lambda: to_native(native, tensor.read(), config))
 
 
 def write_safetensors(
