@@ -31,6 +31,8 @@ ROOM = 3
 class OnDisk:
     """A base that is served, and full modules that lie beside it; the oracle knows them, too."""
 
+    tokenizer = None
+
     def __init__(self, folder: Path):
         config = tiny_config()
         self.folder = folder
