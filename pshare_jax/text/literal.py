@@ -10,8 +10,6 @@ import re
 import secrets
 from typing import Any
 
-from tokenizers import AddedToken
-
 
 class LiteralEncoder:
     """Encodes texts in which a special token that is spelled out is text like any other.
@@ -25,6 +23,9 @@ class LiteralEncoder:
     """
 
     def __init__(self, fast: Any):
+        # Imported late: who only knows of tokenizers does without the package.
+        from tokenizers import AddedToken
+
         self._fast = type(fast).from_str(fast.to_str())
         self._fast.no_truncation()
         self._fast.no_padding()
