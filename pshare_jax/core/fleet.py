@@ -40,12 +40,16 @@ class Cost(msgspec.Struct, frozen=True, order=True):
 
     Args:
         total: what it waits for and what it adds, in the unit of the router.
-        num_known: keys that the worker has: among equals the emptiest, so that new sessions spread.
+        added: what of that it adds: among equals where least is done that was done elsewhere. A
+            last page that is not full is known by its tokens only to the worker that has it, so
+            that such a worker may cost less than is seen here.
+        num_known: keys that the worker has: then the emptiest, so that new sessions spread.
         slot: of the worker; the first among those that are equal in all.
         run: leading keys of the sequence that it has.
     """
 
     total: int
+    added: int
     num_known: int
     slot: int
     run: int
@@ -140,7 +144,8 @@ class Fleet:
     def cost(self, view: WorkerView, run: int, price: Callable[[int], int]) -> Cost:
         """What a sequence costs at a worker that has its first `run` keys; see `cheapest`."""
         rank = self._ranks[view.slot]
-        return Cost((rank >> _KNOWN_BITS) + price(run), rank & _KNOWN, view.slot, run)
+        added = price(run)
+        return Cost((rank >> _KNOWN_BITS) + added, added, rank & _KNOWN, view.slot, run)
 
     def cheapest(
         self,
@@ -189,7 +194,8 @@ class Fleet:
         for slot in self._from(_point(new), peers):
             if self._ranks[slot] >> _KNOWN_BITS <= busiest:
                 more = (self._ranks[slot] >> _KNOWN_BITS) - (busiest - meeting)
-                return Cost(best.total + more, self._ranks[slot] & _KNOWN, slot, best.run)
+                known = self._ranks[slot] & _KNOWN
+                return Cost(best.total + more, best.added, known, slot, best.run)
         return best
 
     def _from(self, start: int, mask: Mask) -> Iterator[int]:

@@ -17,10 +17,12 @@ def make_sequence(
     output: tuple[int, ...] = (),
     max_tokens: int = 16,
     end_token_ids: frozenset[int] = frozenset(),
+    tail: int = 1,
 ) -> Sequence:
-    """A sequence whose last prompt token is the decode module's; `order` is `id` if not given."""
+    """A sequence whose last `tail` prompt tokens are the decode module's; `order` is `id` if not
+    given."""
     root = root_key("base", "")
-    covered = len(prompt) - 1
+    covered = len(prompt) - tail
     keys = block_keys(root, prompt[:covered], page_size)
     rest = prompt[len(keys) * page_size : covered]
     return Sequence(

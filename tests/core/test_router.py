@@ -78,6 +78,17 @@ def test_a_fan_out_goes_to_one_worker(length: int) -> None:
     assert [sequence.num_uncached for sequence in sent] == [length - 1] + [0] * 7
 
 
+def test_among_equals_a_prompt_goes_where_most_of_it_is() -> None:
+    """A module whose tail is longer asks about the same prompt: its last page is another one, so
+    that by what is known it would cost as much where nothing of the prompt is."""
+    fleet = Fleet()
+    first = fleet.send([1, 2, 3, 4, 5])
+    sequence = make_sequence(99, [1, 2, 3, 4, 5], page_size=PAGE, tail=2)
+    routed = fleet.router.route(sequence, BOTH)
+    assert (first.num_uncached, routed.num_uncached) == (4, 1)
+    assert routed.prefill_worker == first.prefill_worker
+
+
 def test_a_session_stays_until_its_worker_is_overloaded() -> None:
     fleet = Fleet()
     context = list(range(40))
