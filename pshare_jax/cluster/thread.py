@@ -74,6 +74,7 @@ class WorkerThread:
         self._condition = threading.Condition()
         self._stopping = False
         self._hands_over = False
+        self._carried = False
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -117,11 +118,13 @@ class WorkerThread:
             Whether it got on; otherwise there is nothing to do until something is heard.
         """
         self._take_in()
+        self._carried = False
         progress = self._work() or self._work_ahead()
         if not progress and self._host_turns is not None:
             self._host_turns.rests()
         # Planning alone may have something to say, such as that a prompt was all cached.
-        return self._flush() or progress
+        self._flush()
+        return progress or self._carried
 
     def _run(self) -> None:
         for worker in self.workers:
@@ -156,6 +159,7 @@ class WorkerThread:
         with self._condition:
             inbox, self._inbox = self._inbox, []
             calls, self._calls = self._calls, []
+        self._carried |= bool(inbox or calls)
         for to, message in inbox:
             self._receive(to, message)
         for action in calls:
@@ -177,14 +181,15 @@ class WorkerThread:
         except Exception:
             logger.exception("%s: what it was asked to do has failed", self.name)
 
-    def _flush(self) -> bool:
+    def _flush(self) -> None:
         """Carries messages: first those to workers here, until none of them has more to say.
 
-        So what others hear of is complete. Says whether there were any: who had something to say
-        may have more to do now, such as prompts that waited for one that is covered.
+        So what others hear of is complete. Notes whether there were any: who has heard something,
+        or had something to say, may have more to do now, such as prompts that waited for one that
+        is covered. It may have been asked for work before that.
         """
         others: list[tuple[str, str, Message]] = []
-        more, carried = True, False
+        more = True
         while more:
             more = False
             for worker in tuple(self._alive.values()):
@@ -192,13 +197,13 @@ class WorkerThread:
                     to, message = worker.outbox.pop(0)
                     if to in self.busy_seconds:
                         self._receive(to, message)
-                        more = carried = True
+                        more = self._carried = True
                     else:
                         others.append((worker.name, to, message))
         for source, to, message in others:
             self._send(source, to, message)
             self._hands_over |= isinstance(message, Covered)
-        return carried or bool(others)
+        self._carried |= bool(others)
 
     def _work(self) -> bool:
         """One piece of work of the worker whose turn it is; False when nobody has any."""
@@ -353,7 +358,10 @@ class WorkerThread:
             worker.release_all()
         except Exception:
             logger.exception("%s: its pages", worker.name)
-        self._on_failure(worker.name, reason)
+        try:
+            self._on_failure(worker.name, reason)
+        except Exception:
+            logger.exception("%s: who asked for it was not told", worker.name)
 
 
 class DispatcherThread:

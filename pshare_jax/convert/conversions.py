@@ -147,12 +147,7 @@ def make_decoder(
         rule = split_rule(tail, lambda: Tokenizer.load(tokenizer))
     else:
         rule = stated.tail if stated else LAST_TOKEN
-        if source is not None and cache_conditioned and stated is None:
-            raise CertificateError(
-                f"{source}: what was trained on the base's KV must be served with the tail that it "
-                "was trained with, which this folder does not say; name it: --tail 32, if it was "
-                "trained with the defaults"
-            )
+    lacks_tail = source is not None and cache_conditioned and tail is None and stated is None
     adapter = None
     if lora is not None:
         adapter = peft.read_adapter(lora, prefill.config)
@@ -162,7 +157,11 @@ def make_decoder(
         module = peft.as_lora(adapter, prefill.config)
         if module.invocation is not None:
             rule, cache_conditioned = _invocation(folder, module.invocation, rule, tail), True
+        elif lacks_tail:
+            raise _lacks_tail(folder)
         return _write_lora(dest, prefill, module, folder, rule, cache_conditioned)
+    if lacks_tail:
+        raise _lacks_tail(source)
     source_config: Mapping[str, Any] | None
     form: WeightFormat = "plain"
     if adapter is not None:
@@ -230,6 +229,14 @@ def _own_tokenizer(folder: Path, base: Manifest, rule: SplitRule) -> dict[str, b
     files = own_tokenizer_files(folder, base)
     check_rule(folder, files, rule)
     return files
+
+
+def _lacks_tail(source: str | Path | None) -> CertificateError:
+    return CertificateError(
+        f"{source}: what was trained on the base's KV must be served with the tail that it was "
+        "trained with, which this folder does not say; name it: --tail 32, if it was trained with "
+        "the defaults"
+    )
 
 
 def _invocation(

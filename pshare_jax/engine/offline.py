@@ -26,7 +26,7 @@ from pshare_jax.frontend.chat import (
     chat_prompt,
     parameter_schemas,
 )
-from pshare_jax.frontend.model_format import ModelFormat, check_tool_parser, model_format
+from pshare_jax.frontend.model_format import ModelFormat, ModelFormats, check_tool_parser
 from pshare_jax.frontend.params import Limits
 
 Prompt = str | Sequence[int]
@@ -42,6 +42,7 @@ class Engine:
 
     def __init__(self, orchestrator: Orchestrator):
         self._orchestrator = orchestrator
+        self._formats = ModelFormats(lambda name: orchestrator.tokenizer_of(name).chat_template)
         self._ids = itertools.count()
         orchestrator.start()
 
@@ -175,7 +176,7 @@ class Engine:
         """
         engine = self._orchestrator
         limits = Limits(engine.model_config.vocab_size, engine.config.max_model_len)
-        style = self._format(model)
+        style = self.format_of(model)
         options = template_options or TemplateOptions()
         options = dataclasses.replace(options, tool_prompt=style.tool_prompt)
         conversation = chat_messages(messages)
@@ -198,7 +199,7 @@ class Engine:
             tool_calls=[ToolCall(name, arguments) for name, arguments in calls],
         )
 
-    def _format(self, model: str) -> ModelFormat:
+    def format_of(self, model: str) -> ModelFormat:
         """How a model writes calls and thoughts.
 
         Raises:
@@ -207,8 +208,7 @@ class Engine:
         info = self._orchestrator.models.get(model)
         if info is None:
             raise UnknownModelError(f"model {model!r} is not served", "model")
-        template = self._orchestrator.tokenizer_of(model).chat_template
-        return model_format(model, info.tool_parser, info.reasoning, template)
+        return self._formats.of(info)
 
     def load_module(
         self,

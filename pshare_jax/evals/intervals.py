@@ -93,12 +93,20 @@ def wilson_interval(correct: Sequence[bool], *, confidence: float = 0.95) -> Int
     return item_wilson_interval(_flags(correct).tolist(), confidence=confidence)
 
 
-def item_wilson_interval(values: Sequence[float], *, confidence: float = 0.95) -> Interval:
+def item_wilson_interval(
+    values: Sequence[float], *, runs: int = 1, confidence: float = 0.95
+) -> Interval:
     """Wilson's score interval of a mean over items of shares, 0 to 1.
 
     For several runs on the same items, a share is that of the runs that were right. Runs count for
     as many answers as make their mean vary as it does from item to item (Kish's effective sample
-    size): for no more than one run where all of them answer alike.
+    size): for no more than one run where all of them answer alike, and never for more than there
+    are.
+
+    Args:
+        values: one an item.
+        runs: how many of them a value is the mean of.
+        confidence: of the interval.
 
     Raises:
         ValueError: there are no values.
@@ -109,6 +117,7 @@ def item_wilson_interval(values: Sequence[float], *, confidence: float = 0.95) -
     share, variance = float(array.mean()), float(array.var())
     # Values that are all the same tell nothing of how runs vary: each item counts once.
     size = array.size * (share * (1 - share) / variance if variance > 1e-12 else 1.0)
+    size = min(size, float(array.size * runs))
     z = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
     middle = (share + z * z / (2 * size)) / (1 + z * z / size)
     half = z * math.sqrt(share * (1 - share) / size + z * z / (4 * size * size))
@@ -128,15 +137,25 @@ def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> McNemar:
     return McNemar(only_a, only_b, _as_uneven(only_a, only_b))
 
 
-def sign_test(differences: Sequence[float]) -> float:
-    """The exact sign test's two-sided p-value: are items better as often as they are worse?
+def sign_flip_test(differences: Sequence[float], *, runs: int = 1) -> float:
+    """The exact two-sided p-value of a mean difference over items (Fisher's permutation test).
+
+    How likely a mean is that is at least as far from 0, if each item's difference were as likely to
+    be the other way round.
 
     Args:
-        differences: one an item; 0 counts for neither. Of two runs' answers, 1, 0 or -1 each, the
-            test is McNemar's.
+        differences: one an item. Of two runs' answers, 1, 0 or -1 each, the test is McNemar's.
+        runs: how many such a value is the mean of.
     """
-    array = np.asarray(differences, np.float64)
-    return _as_uneven(int(np.sum(array > 1e-12)), int(np.sum(array < -1e-12)))
+    units = np.rint(np.asarray(differences, np.float64) * runs).astype(int)
+    total, seen = int(np.abs(units).sum()), abs(int(units.sum()))
+    # Of each sum, from -total on.
+    chances = np.zeros(2 * total + 1)
+    chances[total] = 1.0
+    for unit in np.abs(units[units != 0]).tolist():
+        chances = (np.roll(chances, unit) + np.roll(chances, -unit)) / 2
+    beyond = chances[total + seen :].sum() + chances[: total - seen + 1].sum()
+    return min(float(beyond), 1.0)
 
 
 def _as_uneven(first: int, second: int) -> float:

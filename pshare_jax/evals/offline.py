@@ -14,7 +14,6 @@ from pshare_jax.errors import EvaluationError, RequestError, UnknownModelError
 from pshare_jax.evals.backend import Answer, OnAnswer, Sampling, chat_request
 from pshare_jax.evals.items import Item
 from pshare_jax.frontend.chat import TemplateOptions, chat_prompt
-from pshare_jax.frontend.model_format import model_format
 from pshare_jax.frontend.params import (
     Limits,
     output_params,
@@ -99,9 +98,7 @@ class OfflineBackend:
     ) -> list[tuple[int, ...]]:
         prompts: list[tuple[int, ...]] = []
         tokenizer = self._engine.orchestrator.tokenizer_of(self._model)
-        info = self._engine.orchestrator.models[self._model]
-        style = model_format(info.name, info.tool_parser, info.reasoning, tokenizer.chat_template)
-        options = TemplateOptions(tool_prompt=style.tool_prompt)
+        options = TemplateOptions(tool_prompt=self._engine.format_of(self._model).tool_prompt)
         for item, body in zip(items, bodies, strict=True):
             try:
                 prompt = chat_prompt(tokenizer, limits, body.messages, body.tools, options)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Protocol
 
 from pshare_jax.config import Reasoning
 from pshare_jax.frontend.answers import AnswerReader
@@ -102,3 +103,48 @@ def model_format(
     prompt = tool_prompt(name, chat_template)
     splits = reasoning == "on" or (reasoning == "auto" and OPENING in chat_template)
     return ModelFormat(parser, prompt, splits)
+
+
+class FormattedModel(Protocol):
+    """What a served model says of its format."""
+
+    @property
+    def name(self) -> str:
+        """Under which it is served."""
+        ...
+
+    @property
+    def tool_parser(self) -> str:
+        """See `ModelEntry`."""
+        ...
+
+    @property
+    def reasoning(self) -> Reasoning:
+        """See `ModelEntry`."""
+        ...
+
+
+class ModelFormats:
+    """The formats of the models that are served at present, each worked out once.
+
+    Args:
+        template_of: the chat template of the model of a name.
+    """
+
+    def __init__(self, template_of: Callable[[str], str]):
+        self._template_of = template_of
+        self._known: dict[str, tuple[FormattedModel, ModelFormat]] = {}
+
+    def of(self, model: FormattedModel) -> ModelFormat:
+        """The format of a model.
+
+        Raises:
+            ConfigError: see `model_format`.
+        """
+        of, found = self._known.get(model.name, (None, None))
+        # What takes a module's place may write in another way.
+        if found is None or of is not model:
+            template = self._template_of(model.name)
+            found = model_format(model.name, model.tool_parser, model.reasoning, template)
+            self._known[model.name] = model, found
+        return found

@@ -14,7 +14,7 @@ import msgspec
 
 from pshare_jax.errors import RequestError
 from pshare_jax.plain_data import is_object, is_sequence
-from pshare_jax.text.tokenizer import Tokenizer
+from pshare_jax.text.tokenizer import Tokenizer, check_unicode
 
 
 class PlainText:
@@ -37,15 +37,19 @@ class PlainText:
         """`value`, JSON-like, without special tokens in its texts and keys.
 
         Raises:
-            RequestError: it is nested too deeply.
+            RequestError: it is nested too deeply, or is not valid Unicode.
         """
         pattern = self._tokenizer.special_pattern
-        if pattern is None or not pattern.search(msgspec.json.encode(value).decode()):
-            return value
         try:
+            if pattern is None or not pattern.search(msgspec.json.encode(value).decode()):
+                return value
             return _map_texts(value, lambda text: pattern.sub(self._hide, text))
         except RecursionError:
             raise RequestError("messages or tools are nested too deeply", "messages") from None
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"messages or tools are not valid Unicode: {error.reason}", "messages"
+            ) from error
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids of the rendered `text`.
@@ -56,6 +60,7 @@ class PlainText:
         pattern = self._tokenizer.special_pattern
         if not self._hidden or pattern is None:
             return self._tokenizer.encode(text, add_special_tokens)
+        check_unicode(text)
         literal = self._tokenizer.literal
         return literal.encode(self.shown(literal.mark(text, pattern)), add_special_tokens)
 

@@ -12,7 +12,7 @@ from aiohttp import web
 
 from pshare_jax.core.requests import Request
 from pshare_jax.errors import EngineDeadError, UnknownModelError
-from pshare_jax.frontend.model_format import ModelFormat, model_format
+from pshare_jax.frontend.model_format import ModelFormat, ModelFormats
 from pshare_jax.frontend.params import Limits, SamplingDefaults, sampling_defaults
 from pshare_jax.serve.access import Access
 from pshare_jax.serve.engine_api import Engine, ModelInfo
@@ -60,7 +60,7 @@ class Service:
         self.aliases = {
             alias: entry.name for entry in engine.config.models for alias in entry.aliases
         }
-        self._formats: dict[str, tuple[ModelInfo, ModelFormat]] = {}
+        self._formats = ModelFormats(lambda name: engine.tokenizer_of(name).chat_template)
         for name in engine.models:
             # A parser that is not there is refused before anybody asks.
             self.format_of(name)
@@ -164,14 +164,9 @@ class Service:
         Raises:
             UnknownModelError: there is no such model.
         """
-        info = self.model(next(iter(self.engine.models)) if name is None else name)
-        of, found = self._formats.get(info.name, (None, None))
-        # What takes a module's place may write in another way.
-        if found is None or of is not info:
-            template = self.engine.tokenizer_of(info.name).chat_template
-            found = model_format(info.name, info.tool_parser, info.reasoning, template)
-            self._formats[info.name] = info, found
-        return found
+        return self._formats.of(
+            self.model(next(iter(self.engine.models)) if name is None else name)
+        )
 
     def warn_once(self, warning: str) -> None:
         """Logs `warning` unless this process has said it before."""

@@ -12,7 +12,7 @@ from pshare_jax.errors import DataError
 from pshare_jax.evals.intervals import (
     item_bootstrap_interval,
     item_wilson_interval,
-    sign_test,
+    sign_flip_test,
 )
 from pshare_jax.study.config import AS_SERVED, MARGIN, TEAM_TASK
 from pshare_jax.study.rows import METHODS, Result, Row, name_of, pairs, place, rows_of
@@ -51,9 +51,9 @@ def tables(results: Sequence[Result], margin: float = MARGIN) -> str:
     return "\n".join([*parts, *_rates(results)])
 
 
-def interval(accuracies: Sequence[float]) -> str:
-    """A mean over items, in percent, with its interval."""
-    low, high = item_wilson_interval(accuracies)
+def interval(accuracies: Sequence[float], runs: int) -> str:
+    """A mean over items, in percent, with its interval; each is of that many runs."""
+    low, high = item_wilson_interval(accuracies, runs=runs)
     return f"{100 * statistics.mean(accuracies):.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
@@ -119,7 +119,7 @@ def _task_table(task: str, results: Sequence[Result], margin: float) -> str:
             f"{row.examples:,}" if row.examples else "-",
             str(len(row.runs)),
             "-" if saved is None else f"{100 * saved:.0f}",
-            interval(row.accuracies()),
+            interval(row.accuracies(), len(row.runs)),
             _as_served(row),
         ]
         if reference is not None:
@@ -159,7 +159,8 @@ def _compared(row: Row, references: Sequence[Row], margin: float) -> list[str]:
     if data != row.examples:
         said += f"; of {data:,}"
         verdict = "-"
-    return [said, f"{sign_test(differences):.2g}", *([verdict] if margin else [])]
+    p = sign_flip_test(differences, runs=len(paired))
+    return [said, f"{p:.2g}", *([verdict] if margin else [])]
 
 
 def _rates(results: Iterable[Result]) -> list[str]:

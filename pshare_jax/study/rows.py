@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,18 +68,22 @@ class Row:
 
 def rows_of(results: Sequence[Result]) -> list[Row]:
     """The rows of one task, in the order of `METHODS`; runs without a test set have none."""
-    groups: dict[tuple[str, int, Tail], list[Result]] = defaultdict(list)
+    groups: dict[tuple[str, int, Tail, float], list[Result]] = defaultdict(list)
     for result in results:
         if "test" in result["evaluations"]:
             key = (result["method"], result.get("examples", 0), result.get("tail", 1))
-            groups[key].append(result)
+            groups[*key, result.get("learning_rate", 0.0)].append(result)
+    rates = Counter(key[:3] for key in groups)
     rows = []
-    for (method, _, _), group in groups.items():
-        rows.append(Row(name_of(group[0]), group))
+    for key, group in groups.items():
+        method = key[0]
+        # What differs in nothing else is told apart by it.
+        also = f", learning rate {key[3]:g}" if rates[key[:3]] > 1 else ""
+        rows.append(Row(name_of(group[0]) + also, group))
         if method in ORDINARY and all(NAIVE_SHARE in r["evaluations"] for r in group):
-            rows.append(Row(f"{NAIVE} ({METHODS[method]})", group, NAIVE_SHARE))
+            rows.append(Row(f"{NAIVE} ({METHODS[method]}{also})", group, NAIVE_SHARE))
         for name in best_layers(group):
-            label = f"{name.removeprefix('test, ')} computed anew ({METHODS[method]})"
+            label = f"{name.removeprefix('test, ')} computed anew ({METHODS[method]}{also})"
             rows.append(Row(label, group, name))
     return sorted(rows, key=lambda row: (*place(row), row.examples))
 

@@ -71,6 +71,6 @@ def team_table(results: Sequence[Mapping[str, Any]]) -> str:
         for turn in turns:
             flags = [[right == "1" for right in one[turn]["correct"]] for one in group]
             means = [statistics.mean(item) for item in zip(*flags, strict=True)]
-            cells.append(interval(means))
+            cells.append(interval(means, len(group)))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

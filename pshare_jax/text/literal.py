@@ -34,6 +34,7 @@ class LiteralEncoder:
         nonce = secrets.token_hex(16)
         added = fast.get_added_tokens_decoder()
         special = {i: token for i, token in added.items() if token.special}
+        self._leave_ids_alone(nonce)
         self._marks = {token.content: f"x{nonce}x{i}x" for i, token in special.items()}
         self._fast.add_tokens(
             [
@@ -51,6 +52,15 @@ class LiteralEncoder:
         self._ids = {
             self._fast.token_to_id(self._marks[token.content]): i for i, token in special.items()
         }
+
+    def _leave_ids_alone(self, nonce: str) -> None:
+        """Has tokens that are added from now on get ids that no token has.
+
+        They are numbered from the vocabulary's size on, where a vocabulary with gaps has tokens.
+        """
+        vocabulary = self._fast.get_vocab(with_added_tokens=True)
+        missing = max(vocabulary.values()) + 1 - len(vocabulary)
+        self._fast.add_tokens([f"x{nonce}x{i}f" for i in range(missing)])
 
     def mark(self, text: str, pattern: re.Pattern[str]) -> str:
         """`text` with marks for the special tokens in it.

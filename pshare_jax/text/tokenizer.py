@@ -28,6 +28,18 @@ if TYPE_CHECKING:
 Message = Mapping[str, Any]
 
 
+def check_unicode(text: str) -> None:
+    """Checks that a text can be encoded.
+
+    Raises:
+        RequestError: it holds a lone surrogate, which no encoding has.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"the text is not valid Unicode: {error.reason}") from error
+
+
 class Tokenizer:
     """Wraps a Hugging Face fast tokenizer; safe to use from several threads.
 
@@ -138,10 +150,7 @@ class Tokenizer:
         Raises:
             RequestError: `text` holds a lone surrogate, which no encoding has.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RequestError(f"the text is not valid Unicode: {error.reason}") from error
+        check_unicode(text)
         # The batch call releases the GIL and computes no offsets.
         return self._fast.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 

@@ -86,6 +86,28 @@ def test_a_fault_between_pieces_of_work_is_that_of_all_workers() -> None:
     assert other.released
 
 
+def test_a_worker_whose_failure_cannot_be_told_does_not_silence_the_others() -> None:
+    faulty, other = FakeWorker("a", [], pieces=1), FakeWorker("b", [])
+    other.cache = faulty.cache
+
+    def fail() -> None:
+        raise RuntimeError("broken")
+
+    faulty.on_piece = fail
+    hosted = Hosted(faulty, other)
+    told: list[str] = []
+
+    def on_failure(name: str, reason: str) -> None:
+        told.append(name)
+        raise OSError("nobody listens")
+
+    hosted.thread._on_failure = on_failure
+    hosted.thread.turn()
+    assert sorted(told) == ["a", "b"]
+    assert faulty.released
+    assert other.released
+
+
 def test_stop_wakes_a_sleeper_and_is_idempotent() -> None:
     hosted = Hosted(FakeWorker("a", []))
     hosted.thread.stop()

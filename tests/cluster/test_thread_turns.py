@@ -130,6 +130,27 @@ def test_a_prompt_that_is_covered_is_handed_over() -> None:
     assert worker.log == ["begins", "a", "hands over", "begins", "a", "ends"]
 
 
+def test_who_hears_something_in_a_turn_is_asked_again() -> None:
+    """A prompt that turned out to be cached is told of while it is planned, after its decode worker
+    was asked for work: nothing else would wake that."""
+    log: list[str] = []
+    decode, prefill = FakeWorker("decode", log), FakeWorker("prefill", log, pieces=1)
+    hosted = Hosted(decode, prefill)
+    hosted.thread._host_turns = FakeTurns(log)
+
+    def plan(now: float) -> None:
+        prefill.pieces = 0
+        prefill.outbox += [("decode", Abort(1))]
+        prefill.plan = lambda now: None  # type: ignore[method-assign]
+
+    prefill.plan = plan  # type: ignore[method-assign]
+    assert hosted.thread.turn()
+    asked = decode.plans
+    assert decode.received == [Abort(1)]
+    assert not hosted.thread.turn()
+    assert decode.plans > asked
+
+
 def test_looking_for_what_needs_no_computation_takes_no_turn() -> None:
     worker = FakeWorker("a", [])
     hosted, _ = in_turns(worker)

@@ -419,6 +419,13 @@ def test_what_shares_needs_the_tail_that_it_was_trained_with(base, tmp_path):
     with pytest.raises(CertificateError, match=r"peft: .* name it: --tail 32"):
         make_decoder(base, tmp_path / "m", lora=folder, cache_conditioned=True)
     assert not (tmp_path / "m").exists()
+    with pytest.raises(CertificateError, match="name it: --tail 32"):
+        make_decoder(base, tmp_path / "m", fine_tune=base, cache_conditioned=True)
     made = make_decoder(base, tmp_path / "m", lora=folder)
     assert made.certificate is not None
     assert made.certificate.tail == LastTokens(1)
+    # An activated LoRA says it, whatever is asserted besides.
+    activated = write_peft(tmp_path / "alora", factors_for("q"), alora_invocation_tokens=[7, 9])
+    made = make_decoder(base, tmp_path / "a", lora=activated, cache_conditioned=True)
+    assert made.certificate is not None
+    assert made.certificate.tail == Invocation((7, 9))

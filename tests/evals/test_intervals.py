@@ -1,5 +1,7 @@
 """Intervals and tests of accuracies, against textbooks and brute force."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,7 @@ from pshare_jax.evals.intervals import (
     item_wilson_interval,
     mcnemar,
     paired_bootstrap_interval,
-    sign_test,
+    sign_flip_test,
     wilson_interval,
 )
 
@@ -71,19 +73,37 @@ def test_runs_on_the_same_items_count_as_far_as_they_differ():
     # Two runs that answer alike are one; two that answer independently are twice as many items.
     assert item_wilson_interval(right + wrong) == pytest.approx(one)
     apart = [1.0] * 18 + [0.5] * 24 + [0.0] * 8
-    assert item_wilson_interval(apart) == pytest.approx(wilson_interval(flags(60, 40)), abs=1e-6)
+    assert item_wilson_interval(apart, runs=2) == pytest.approx(
+        wilson_interval(flags(60, 40)), abs=1e-6
+    )
     assert item_wilson_interval([1.0] * 20) == pytest.approx(wilson_interval(flags(20, 0)))
     with pytest.raises(ValueError, match="no values"):
         item_wilson_interval([])
 
 
-def test_the_sign_test_of_two_runs_is_mcnemars():
+def test_runs_that_differ_evenly_count_for_no_more_than_there_are():
+    values = [0.5] * 9 + [1.0]
+    twice = wilson_interval(flags(11, 9))
+    assert item_wilson_interval(values, runs=2) == pytest.approx(twice, abs=1e-6)
+    assert item_wilson_interval(values)[0] < twice[0]
+
+
+def test_the_sign_flip_test_of_two_runs_is_mcnemars():
     a, b = flags(10, 10), [*flags(0, 1), *flags(15, 4)]
     differences = [float(x) - float(y) for x, y in zip(b, a, strict=True)]
-    assert sign_test(differences) == mcnemar(a, b).p_value < 1
-    # Means of several runs: how much an item differs does not count.
-    assert sign_test([1 / 3, 1 / 3, 2 / 3, 0.0]) == pytest.approx(2 / 8)
-    assert sign_test([0.1 + 0.2 - 0.3, 0.0]) == 1.0
+    assert sign_flip_test(differences) == pytest.approx(mcnemar(a, b).p_value)
+    assert sign_flip_test([0.0, 0.0]) == sign_flip_test([1.0, -1.0]) == 1.0
+    assert sign_flip_test([-1.0] * 300) == pytest.approx(2.0**-299, rel=1e-9)
+
+
+def test_the_sign_flip_test_weighs_how_much_items_differ():
+    differences = [1.0, 2 / 3, 1 / 3, -1 / 3, 0.1 + 0.2 - 0.3]
+    signs = np.array(list(itertools.product([-1, 1], repeat=5)))
+    means = signs @ np.array([3, 2, 1, -1, 0])
+    expected = np.mean(np.abs(means) >= 5)
+    assert sign_flip_test(differences, runs=3) == pytest.approx(expected)
+    # One of three runs worse on three items, all three better on one: neither is ahead.
+    assert sign_flip_test([1.0, -1 / 3, -1 / 3, -1 / 3], runs=3) == 1.0
 
 
 def test_mcnemar_is_the_sign_test_of_what_differs():

@@ -1,13 +1,15 @@
 """Prompts with tools: through a template that knows them, and through one that does not."""
 
+import dataclasses
 import json
 
 import msgspec
 import pytest
 
-from pshare_jax.errors import ConfigError
+from pshare_jax.config import Reasoning
+from pshare_jax.errors import ConfigError, RequestError
 from pshare_jax.frontend.chat import TemplateOptions, chat_prompt
-from pshare_jax.frontend.model_format import ModelFormat, model_format
+from pshare_jax.frontend.model_format import ModelFormat, ModelFormats, model_format
 from pshare_jax.frontend.params import Limits
 from pshare_jax.frontend.requests import ChatMessage
 from pshare_jax.frontend.tool_calls.json_blocks import Hermes
@@ -142,3 +144,37 @@ def test_signatures_of_tools_whose_schemas_are_none(plain, function, line):
     tool = {"type": "function", "function": {"name": "f", **function}}
     text = rendered(plain, HISTORY[:1], [tool], "pythonic")
     assert text.startswith(f"[user]{line}\n")
+
+
+@dataclasses.dataclass(eq=False)
+class Served:
+    """What a model says of its format."""
+
+    name: str
+    tool_parser: str = "auto"
+    reasoning: Reasoning = "auto"
+
+
+def test_a_format_is_worked_out_once_until_another_model_has_the_name():
+    asked: list[str] = []
+
+    def template_of(name: str) -> str:
+        asked.append(name)
+        return "<think>"
+
+    formats = ModelFormats(template_of)
+    model = Served("m")
+    first = formats.of(model)
+    assert first.reasoning
+    assert formats.of(model) is first
+    assert asked == ["m"]
+    assert not formats.of(Served("m", reasoning="off")).reasoning
+    assert asked == ["m", "m"]
+
+
+@pytest.mark.parametrize("content", ["a\ud800", "a<|im_end|>\ud800"])
+def test_what_is_no_unicode_is_refused(tmp_path, content):
+    tokenizer = Tokenizer.load(write_byte_level(tmp_path))
+    messages = [ChatMessage(role="user", content=content)]
+    with pytest.raises(RequestError, match="not valid Unicode"):
+        chat_prompt(tokenizer, Limits(400, 1000), messages, None, TemplateOptions())

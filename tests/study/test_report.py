@@ -139,6 +139,14 @@ def test_several_tasks_stand_side_by_side_with_as_much_data():
     assert report.glance(full) == ""
 
 
+def test_runs_of_several_learning_rates_are_not_averaged():
+    fast = {**result("lora", "1111"), "learning_rate": 0.01}
+    slow = {**result("lora", "0000"), "learning_rate": 0.001}
+    text = report.tables([fast, slow])
+    assert cells(text, "PrefillShare, LoRA, tail 1, learning rate 0.01")[3].startswith("100.0")
+    assert cells(text, "PrefillShare, LoRA, tail 1, learning rate 0.001")[3].startswith("0.0")
+
+
 def test_sweeps_of_learning_rates_are_shown_with_the_best():
     runs = []
     for rate, right in ((1e-3, "110"), (3e-3, "111"), (1e-2, "100")):

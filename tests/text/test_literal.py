@@ -1,6 +1,10 @@
 """Special tokens that a text spells out, beside those that are meant."""
 
+import re
+
 import pytest
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import models
 
 from pshare_jax.text.literal import LiteralEncoder
 from pshare_jax.text.tokenizer import Tokenizer
@@ -51,3 +55,12 @@ def test_the_tokenizer_itself_stays_as_it_is(tokenizer, token):
     before = tokenizer.vocab_size, tokenizer.encode(f"hi{token}", False)
     LiteralEncoder(tokenizer._fast)
     assert (tokenizer.vocab_size, tokenizer.encode(f"hi{token}", False)) == before
+
+
+def test_marks_do_not_take_ids_of_a_vocabulary_with_gaps():
+    words = {**{word: i for i, word in enumerate("abcdefghijkl")}, "z": 14}
+    fast = FastTokenizer(models.BPE({**words, "<s>": 12}, []))
+    fast.add_special_tokens(["<s>"])
+    literal = LiteralEncoder(fast)
+    assert literal.encode("abz", False) == fast.encode("abz").ids == [0, 1, 14]
+    assert literal.encode(literal.mark("a<s>z", re.compile("<s>")), False) == [0, 12, 14]
