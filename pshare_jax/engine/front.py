@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from pshare_jax.cluster.thread import DispatcherThread
+from pshare_jax.cluster.dispatcher_thread import DispatcherThread
 from pshare_jax.config import DecodeConfig, ServeConfig
 from pshare_jax.core.constraints import GrammarSpec
 from pshare_jax.core.dispatcher import Dispatcher

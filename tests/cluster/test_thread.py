@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pshare_jax.cluster.thread import DispatcherThread
+from pshare_jax.cluster.dispatcher_thread import DispatcherThread
 from pshare_jax.core.messages import Abort, Message
 from pshare_jax.core.pages.page_cache import PageCache
 from tests.cluster.workers import FakeWorker, Hosted, running, wait_until
