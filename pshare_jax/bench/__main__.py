@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from pshare_jax.bench import (
     agents_plots,
     agents_report,
     compile_report,
-    failover,
     machine,
     micro,
     micro_report,
@@ -33,8 +32,7 @@ from pshare_jax.bench import (
     training,
 )
 from pshare_jax.bench import compile as compile_bench
-from pshare_jax.bench.hardware import run as hardware
-from pshare_jax.bench.plain import PLAIN, PlainCommand
+from pshare_jax.bench.plain import PLAIN, PlainCommand, never_failed
 from pshare_jax.bench.plan import command as plan
 from pshare_jax.bench.plan import plots as plan_plots
 from pshare_jax.bench.plan import report as plan_report
@@ -53,114 +51,71 @@ _FILE_WIDTH = 150
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    parser = jsonargparse.ArgumentParser(
-        prog="pshare_jax.bench", description="Measures the engine and the server."
-    )
-    micro_parser = jsonargparse.ArgumentParser(
-        description="Prefill and decode speed of one model through the engine."
-    )
-    micro_parser.add_class_arguments(micro.MicroOptions)
-    compile_parser = jsonargparse.ArgumentParser(
-        description="Compiles kernels and steps for TPUs and GPUs that need not be there."
-    )
-    compile_parser.add_class_arguments(compile_bench.CompileOptions)
-    compile_parser.add_argument(
-        "--plot", type=str | None, default=None, help="PNG of the bytes that shared prefixes save"
-    )
-    compile_parser.add_argument("--markdown", type=str | None, default=None, help="file for tables")
-    compile_parser.add_argument(
-        "--merge", type=list[str], default=[], help="files of --json whose other rows are kept"
-    )
-    agents_parser = jsonargparse.ArgumentParser(
-        description="Sessions of several models over one context, over HTTP."
-    )
-    agents_parser.add_argument("--config", action="config", help="YAML file with the keys below")
-    agents_parser.add_class_arguments(agents.AgentsOptions)
-    agents_parser.add_argument(
-        "--plots", type=str | None, default=None, help="folder for plots (PNG); needs matplotlib"
-    )
-    plan_parser = jsonargparse.ArgumentParser(
-        description="Predicts throughput and latency by a simulation of the serving system."
-    )
-    plan_parser.add_argument("--config", action="config", help="YAML file with the keys below")
-    plan_parser.add_class_arguments(plan.PlanOptions)
-    plan_parser.add_argument(
-        "--markdown", type=str | None, default=None, help="document with markers for the tables"
-    )
-    plan_parser.add_argument(
-        "--plots", type=str | None, default=None, help="folder for plots (PNG); needs matplotlib"
-    )
-    train_parser = jsonargparse.ArgumentParser(
-        description="Seconds a training step takes, in each way to train."
-    )
-    train_parser.add_class_arguments(training.TrainingOptions)
-    soak_parser = jsonargparse.ArgumentParser(
-        description="Mixed traffic for a while: does anything grow, or go wrong?"
-    )
-    soak_parser.add_class_arguments(soak_options.SoakOptions)
-    report_parser = jsonargparse.ArgumentParser(
-        description="Writes results of `bench agents` into a document, with plots beside them."
-    )
-    report_parser.add_class_arguments(ReportOptions)
-    plain_parsers = {name: _plain_parser(plain) for name, plain in PLAIN.items()}
-    measured = (micro_parser, compile_parser, agents_parser, plan_parser, train_parser, soak_parser)
-    for command in (*measured, *plain_parsers.values()):
-        command.add_argument("--json", type=str | None, default=None, help="file for the figures")
-    commands = parser.add_subcommands(dest="command")
-    commands.add_subcommand("micro", micro_parser)
-    commands.add_subcommand("compile", compile_parser)
-    commands.add_subcommand("agents", agents_parser)
-    commands.add_subcommand("plan", plan_parser)
-    commands.add_subcommand("train", train_parser)
-    commands.add_subcommand("soak", soak_parser)
-    for name, plain_parser in plain_parsers.items():
-        commands.add_subcommand(name, plain_parser)
-    commands.add_subcommand("report", report_parser)
-    benches = {
-        "micro": _micro,
-        "compile": _compile,
-        "agents": _agents,
-        "plan": _plan,
-        "train": _train,
-        "soak": _soak,
-        **{name: partial(_plain, plain) for name, plain in PLAIN.items()},
-    }
-    draws = {"agents": agents_plots.draw, "plan": plan_plots.draw}
+    parser = _parser()
     try:
         arguments = parser.instantiate(parser.parse_args(None if argv is None else list(argv)))
         options = dict(arguments[arguments.command])
         if arguments.command == "report":
             _report(ReportOptions(**options))
             return 0
-        json_file, plots = options.pop("json"), options.pop("plots", None)
-        if plots is not None:
-            agents_plots.check_installed()
-
-        def keep(figures: dict[str, Any]) -> None:
-            if json_file is not None:
-                replace_file(json_file, json.dumps(figures, indent=2) + "\n")
-
-        result = benches[arguments.command](options, keep)
-        # The figures first: plots can be drawn again.
-        keep(result)
-        if arguments.command == "soak" and not all(v["kept"] for v in result["verdicts"].values()):
-            return 1
-        if arguments.command == "hardware" and hardware.failed(result):
-            return 1
-        if arguments.command == "failover" and failover.failed(result):
-            return 1
-        if plots is not None:
-            draws[arguments.command](result, Path(plots))
+        return _measure(_COMMANDS[arguments.command], options)
     except PshareError as error:
         print(f"pshare_jax.bench: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
-def _plain_parser(plain: PlainCommand) -> jsonargparse.ArgumentParser:
-    parser = jsonargparse.ArgumentParser(description=plain.description)
-    parser.add_class_arguments(plain.options)
+def _parser() -> jsonargparse.ArgumentParser:
+    parser = jsonargparse.ArgumentParser(
+        prog="pshare_jax.bench", description="Measures the engine and the server."
+    )
+    commands = parser.add_subcommands(dest="command")
+    for name, command in _COMMANDS.items():
+        of_command = jsonargparse.ArgumentParser(description=command.description)
+        if command.configurable:
+            of_command.add_argument(
+                "--config", action="config", help="YAML file with the keys below"
+            )
+        of_command.add_class_arguments(command.options)
+        for flag, (kind, default, meaning) in command.flags.items():
+            of_command.add_argument(flag, type=kind, default=default, help=meaning)
+        if command.draw is not None:
+            of_command.add_argument(
+                "--plots",
+                type=str | None,
+                default=None,
+                help="folder for plots (PNG); needs matplotlib",
+            )
+        of_command.add_argument(
+            "--json", type=str | None, default=None, help="file for the figures"
+        )
+        commands.add_subcommand(name, of_command)
+    report = jsonargparse.ArgumentParser(
+        description="Writes results of `bench agents` into a document, with plots beside them."
+    )
+    report.add_class_arguments(ReportOptions)
+    commands.add_subcommand("report", report)
     return parser
+
+
+def _measure(command: _Command, options: dict[str, Any]) -> int:
+    """Runs a benchmark and keeps what it found; the exit code."""
+    options.pop("config", None)
+    json_file, plots = options.pop("json"), options.pop("plots", None)
+    if plots is not None:
+        agents_plots.check_installed()
+
+    def keep(figures: dict[str, Any]) -> None:
+        if json_file is not None:
+            replace_file(json_file, json.dumps(figures, indent=2) + "\n")
+
+    result = command.run(options, keep)
+    # The figures first: plots can be drawn again.
+    keep(result)
+    if command.failed(result):
+        return 1
+    if command.draw is not None and plots is not None:
+        command.draw(result, Path(plots))
+    return 0
 
 
 def _plain(plain: PlainCommand, options: dict[str, Any], _: Keep) -> dict[str, Any]:
@@ -197,7 +152,6 @@ def _report(options: ReportOptions) -> None:
 
 
 def _agents(options: dict[str, Any], _: Keep) -> dict[str, Any]:
-    options.pop("config", None)
     with _bar("calls") as progress:
         result = agents.run(agents.AgentsOptions(**options), progress)
     result["machine"] = machine.describe()
@@ -225,7 +179,6 @@ def _soak(options: dict[str, Any], _: Keep) -> dict[str, Any]:
 
 
 def _plan(options: dict[str, Any], _: Keep) -> dict[str, Any]:
-    options.pop("config", None)
     document = options.pop("markdown")
     if document is not None:
         check_section(document, "plan")
@@ -274,6 +227,76 @@ def _compile(options: dict[str, Any], keep: Keep) -> dict[str, Any]:
     if markdown_file is not None:
         Path(markdown_file).write_text(compile_report.markdown(result))
     return result
+
+
+@dataclass(frozen=True)
+class _Command:
+    """A command of `bench`.
+
+    Args:
+        description: for `--help`.
+        options: the class of its options.
+        run: what it does; gets the options, with those of `flags`, and keeps figures so far.
+        flags: options that are not of the class: type, default, meaning.
+        configurable: whether a YAML file may give them.
+        draw: draws plots of the result into a folder.
+        failed: whether the result is a failure.
+    """
+
+    description: str
+    options: type
+    run: Callable[[dict[str, Any], Keep], dict[str, Any]]
+    flags: Mapping[str, tuple[Any, Any, str]] = field(default_factory=dict)
+    configurable: bool = False
+    draw: Callable[[dict[str, Any], Path], object] | None = None
+    failed: Callable[[dict[str, Any]], bool] = never_failed
+
+
+_COMMANDS: dict[str, _Command] = {
+    "micro": _Command(
+        "Prefill and decode speed of one model through the engine.", micro.MicroOptions, _micro
+    ),
+    "compile": _Command(
+        "Compiles kernels and steps for TPUs and GPUs that need not be there.",
+        compile_bench.CompileOptions,
+        _compile,
+        flags={
+            "--plot": (str | None, None, "PNG of the bytes that shared prefixes save"),
+            "--markdown": (str | None, None, "file for tables"),
+            "--merge": (list[str], [], "files of --json whose other rows are kept"),
+        },
+    ),
+    "agents": _Command(
+        "Sessions of several models over one context, over HTTP.",
+        agents.AgentsOptions,
+        _agents,
+        configurable=True,
+        draw=agents_plots.draw,
+    ),
+    "plan": _Command(
+        "Predicts throughput and latency by a simulation of the serving system.",
+        plan.PlanOptions,
+        _plan,
+        flags={"--markdown": (str | None, None, "document with markers for the tables")},
+        configurable=True,
+        draw=plan_plots.draw,
+    ),
+    "train": _Command(
+        "Seconds a training step takes, in each way to train.", training.TrainingOptions, _train
+    ),
+    "soak": _Command(
+        "Mixed traffic for a while: does anything grow, or go wrong?",
+        soak_options.SoakOptions,
+        _soak,
+        failed=lambda result: not all(v["kept"] for v in result["verdicts"].values()),
+    ),
+    **{
+        name: _Command(
+            plain.description, plain.options, partial(_plain, plain), failed=plain.failed
+        )
+        for name, plain in PLAIN.items()
+    },
+}
 
 
 @contextmanager

@@ -36,14 +36,20 @@ from pshare_jax.bench.hardware import report as hardware_report
 from pshare_jax.bench.hardware import run as hardware
 
 
+def never_failed(result: dict[str, Any]) -> bool:
+    """Of a benchmark that measures: whatever it finds is a result."""
+    return False
+
+
 @dataclass(frozen=True)
 class PlainCommand:
-    """A command that takes options alone, and prints lines."""
+    """A command that takes options alone, and prints lines; `failed` ends it with exit code 1."""
 
     description: str
     options: type
     run: Callable[[Any], dict[str, Any]]
     lines: Callable[[dict[str, Any]], Sequence[str]]
+    failed: Callable[[dict[str, Any]], bool] = never_failed
 
 
 PLAIN: dict[str, PlainCommand] = {
@@ -124,6 +130,7 @@ PLAIN: dict[str, PlainCommand] = {
         failover.FailoverOptions,
         failover.run,
         failover.lines,
+        failover.failed,
     ),
     "autoscale": PlainCommand(
         "Workers that change sides while the load changes, in virtual time.",
@@ -184,5 +191,6 @@ PLAIN: dict[str, PlainCommand] = {
         hardware.HardwareOptions,
         hardware.run,
         hardware_report.lines,
+        hardware.failed,
     ),
 }

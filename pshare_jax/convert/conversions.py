@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -148,54 +148,68 @@ def make_decoder(
     else:
         rule = stated.tail if stated else LAST_TOKEN
     lacks_tail = source is not None and cache_conditioned and tail is None and stated is None
-    adapter = None
     if lora is not None:
+        folder = Path(lora)
         adapter = peft.read_adapter(lora, prefill.config)
         adapter = peft.without_copies(adapter, prefill.config, open_weights(prefill))
-    folder = None if lora is None else Path(lora)
-    if adapter is not None and folder is not None and adapter.is_lora:
-        module = peft.as_lora(adapter, prefill.config)
-        if module.invocation is not None:
+        module = peft.as_lora(adapter, prefill.config) if adapter.is_lora else None
+        if module is not None and module.invocation is not None:
             rule, cache_conditioned = _invocation(folder, module.invocation, rule, tail), True
         elif lacks_tail:
             raise _lacks_tail(folder)
-        return _write_lora(dest, prefill, module, folder, rule, cache_conditioned)
-    if lacks_tail:
-        raise _lacks_tail(source)
-    source_config: Mapping[str, Any] | None
-    form: WeightFormat = "plain"
-    if adapter is not None:
-        found = merged_tensors(adapter, prefill.config, open_weights(prefill))
-        tensors = hf.native_tensors(prefill.config, found)
-        if prefill.weights != "plain":
-            tensors = {name: t.astype(DTYPES[prefill.dtype]) for name, t in tensors.items()}
-        source_config = prefill.source_config
-    elif fine_tune is None:
-        tensors, form = open_stored(prefill), prefill.weights
-        source_config = prefill.source_config
+        if module is not None:
+            return _write_lora(dest, prefill, module, folder, rule, cache_conditioned)
+        full = _merged(prefill, adapter, folder)
+    elif fine_tune is not None:
+        if lacks_tail:
+            raise _lacks_tail(fine_tune)
+        full = _fine_tuned(prefill, fine_tune)
     else:
-        long_context = uses_long_factors(prefill.config)
-        source = open_source(fine_tune, tokenizer=False, long_context=long_context)
-        if source.config.vocab_size > prefill.config.vocab_size:
-            source = without_padding(source, fine_tune, prefill.config.vocab_size)
-        if not prefill.config.tie_word_embeddings:
-            source = untied(source)
-        source = source.astype(prefill.dtype)
-        _check_same_shape(source.config, prefill, fine_tune)
-        tensors, source_config = dict(source.tensors), source.hf_config
-        folder = source.folder
-    with progress_bar(f"decoder {dest.name}", total_bytes(tensors)) as report:
+        full = _FullModule(open_stored(prefill), prefill.source_config, None, prefill.weights)
+    with progress_bar(f"decoder {dest.name}", total_bytes(full.tensors)) as report:
         return write_decode(
             dest,
             prefill,
-            tensors,
+            full.tensors,
             tail=rule,
-            cache_conditioned=cache_conditioned or (fine_tune is None and lora is None),
-            source_config=source_config,
-            tokenizer_files=_own_tokenizer(folder, prefill, rule) if folder else None,
-            weights=form,
+            cache_conditioned=cache_conditioned or source is None,
+            source_config=full.source_config,
+            tokenizer_files=_own_tokenizer(full.folder, prefill, rule) if full.folder else None,
+            weights=full.weights,
             report=report,
         )
+
+
+@dataclass(frozen=True)
+class _FullModule:
+    """All weights of a module to be; its folder may bring a tokenizer of its own."""
+
+    tensors: Mapping[str, Any]
+    source_config: Mapping[str, Any] | None
+    folder: Path | None
+    weights: WeightFormat = "plain"
+
+
+def _merged(base: Manifest, adapter: peft.AdapterSource, folder: Path) -> _FullModule:
+    """The base with an adapter that is more than low-rank updates."""
+    found = merged_tensors(adapter, base.config, open_weights(base))
+    tensors = hf.native_tensors(base.config, found)
+    if base.weights != "plain":
+        tensors = {name: t.astype(DTYPES[base.dtype]) for name, t in tensors.items()}
+    return _FullModule(tensors, base.source_config, folder)
+
+
+def _fine_tuned(base: Manifest, fine_tune: str | Path) -> _FullModule:
+    """A full fine-tune of the base, in its dtype and with as many tokens."""
+    long_context = uses_long_factors(base.config)
+    source = open_source(fine_tune, tokenizer=False, long_context=long_context)
+    if source.config.vocab_size > base.config.vocab_size:
+        source = without_padding(source, fine_tune, base.config.vocab_size)
+    if not base.config.tie_word_embeddings:
+        source = untied(source)
+    source = source.astype(base.dtype)
+    _check_same_shape(source.config, base, fine_tune)
+    return _FullModule(dict(source.tensors), source.hf_config, source.folder)
 
 
 def _write_lora(
@@ -231,7 +245,7 @@ def _own_tokenizer(folder: Path, base: Manifest, rule: SplitRule) -> dict[str, b
     return files
 
 
-def _lacks_tail(source: str | Path | None) -> CertificateError:
+def _lacks_tail(source: str | Path) -> CertificateError:
     return CertificateError(
         f"{source}: what was trained on the base's KV must be served with the tail that it was "
         "trained with, which this folder does not say; name it: --tail 32, if it was trained with "

@@ -248,17 +248,8 @@ def _same_shape(parts: Parts) -> tuple[int, ...]:
 
 def _compressed(about: Fields) -> Scheme:
     """compressed-tensors (LLM Compressor): FP8, INT8, and whole numbers packed into words."""
-    supported = ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized")
-    form = about.values.get("format")
     groups = about.part("config_groups")
-    forms = {form, *(groups.part(name).values.get("format") for name in groups.values)} - {None}
-    if wrong := sorted(map(str, forms - set(supported))):
-        raise about.fail("format", f"is {wrong[0]!r}; supported are {', '.join(supported)}")
-    sparsity = about.part("sparsity_config").values.get("format")
-    if sparsity not in (None, "dense"):
-        raise about.fail("sparsity_config.format", f"is {reprlib.repr(sparsity)}; not supported")
-    if about.part("transform_config").values.get("config_groups"):
-        raise about.fail("transform_config", "rotates weights, which is not supported")
+    forms = _compressed_forms(about, groups)
     weights = [
         groups.part(name).part("weights")
         for name in groups.values
@@ -268,71 +259,12 @@ def _compressed(about: Fields) -> Scheme:
     blocks = {_block(group, "block_structure") for group in weights} - {None}
     if len(blocks) > 1:
         raise about.fail("config_groups", "has blocks of several sizes, which is not supported")
-    block = next(iter(blocks), None)
     if "pack-quantized" in forms and (len(widths) != 1 or not widths <= {2, 4, 8}):
         raise about.fail(
             "config_groups", f"has weights of {sorted(widths)} bits; 2, 4 or 8 are supported"
         )
-    bits = next(iter(widths), 8)
-
-    def shape(parts: Parts) -> tuple[int, ...]:
-        if "weight" in parts:
-            return parts["weight"].shape
-        out, words = parts["weight_packed"].shape
-        if (stated := parts.get("weight_shape")) is None:
-            return out, words * 32 // bits
-        rows, columns = (int(n) for n in stated.read())
-        if rows != out or not 0 < columns <= words * 32 // bits:
-            raise ValueError("weight_shape is another shape")
-        return rows, columns
-
-    def laid_out(scales: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        # Not every group has blocks.
-        return _blocks(
-            scales, shape, block if block and _count(shape, block) == scales.shape else None
-        )
-
-    def weight(parts: Parts) -> np.ndarray:
-        if "weight" in parts:
-            values = parts["weight"].read().astype(np.float32)
-        else:
-            values = _unpacked(parts["weight_packed"].read(), bits, 1) - (1 << (bits - 1))
-            values = values[:, : shape(parts)[1]]
-        scales = parts["weight_scale"].read()
-        zeros: np.ndarray | None = None
-        if "weight_zero_point" in parts:
-            zeros = parts["weight_zero_point"].read()
-            if zeros.dtype == np.int32:
-                zeros = _unpacked(zeros, bits, 0)[: len(scales)] - (1 << (bits - 1))
-        if "weight_g_idx" in parts and (group := parts["weight_g_idx"].read()).min() >= 0:
-            if zeros is not None:
-                values = values - zeros.astype(np.float32)[:, group]
-            return values * scales.astype(np.float32)[:, group]
-        if zeros is not None:
-            values = values - laid_out(zeros, values.shape)
-        return values * laid_out(scales, values.shape)
-
-    def eight_bits(parts: Parts) -> EightBitWeight | None:
-        out, inputs = shape(parts)
-        if "weight_zero_point" in parts:
-            zeros = parts["weight_zero_point"].read()
-            # In words a zero of 0 is the middle of what 8 bits are.
-            if (zeros.view(np.uint8) != (128 if zeros.dtype == np.int32 else 0)).any():
-                return None
-        if "weight_g_idx" in parts and (parts["weight_g_idx"].read() > 0).any():
-            return None
-        if "weight" in parts:
-            return _of_rows(parts["weight"], parts["weight_scale"])
-        if bits != 8:
-            return None
-
-        def numbers() -> np.ndarray:
-            unsigned = _unpacked(parts["weight_packed"].read(), bits, 1)
-            return (unsigned - 128).astype(np.int8)[:, :inputs]
-
-        return _of_rows(LazyTensor((out, inputs), INT8, numbers), parts["weight_scale"])
-
-    title = f"compressed-tensors, {' and '.join(sorted(map(str, forms)))}"
+    read = _Compressed(next(iter(widths), 8), next(iter(blocks), None))
+    title = f"compressed-tensors, {' and '.join(sorted(forms))}"
     parts = (
         "weight",
         "weight_packed",
@@ -342,7 +274,92 @@ def _compressed(about: Fields) -> Scheme:
         "weight_g_idx",
     )
     dropped = ("input_scale", "input_zero_point", "output_scale", "k_scale", "v_scale", "q_scale")
-    return Scheme(title, parts, shape, weight, dropped, eight_bits=eight_bits)
+    return Scheme(title, parts, read.shape, read.weight, dropped, eight_bits=read.eight_bits)
+
+
+def _compressed_forms(about: Fields, groups: Fields) -> set[str]:
+    """The formats of all groups; sparse and rotated weights are refused."""
+    supported = ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized")
+    stated = (about.values, *(groups.part(name).values for name in groups.values))
+    forms = {values.get("format") for values in stated} - {None}
+    if wrong := sorted(map(str, forms - set(supported))):
+        raise about.fail("format", f"is {wrong[0]!r}; supported are {', '.join(supported)}")
+    sparsity = about.part("sparsity_config").values.get("format")
+    if sparsity not in (None, "dense"):
+        raise about.fail("sparsity_config.format", f"is {reprlib.repr(sparsity)}; not supported")
+    if about.part("transform_config").values.get("config_groups"):
+        raise about.fail("transform_config", "rotates weights, which is not supported")
+    return set(map(str, forms))
+
+
+@dataclass(frozen=True)
+class _Compressed:
+    """Reads a weight of compressed-tensors.
+
+    Args:
+        bits: of a number that is packed into words.
+        block: the size `[out, in]` of blocks, of those groups that have any.
+    """
+
+    bits: int
+    block: tuple[int, int] | None
+
+    def shape(self, parts: Parts) -> tuple[int, ...]:
+        if "weight" in parts:
+            return parts["weight"].shape
+        out, words = parts["weight_packed"].shape
+        if (stated := parts.get("weight_shape")) is None:
+            return out, words * 32 // self.bits
+        rows, columns = (int(n) for n in stated.read())
+        if rows != out or not 0 < columns <= words * 32 // self.bits:
+            raise ValueError("weight_shape is another shape")
+        return rows, columns
+
+    def weight(self, parts: Parts) -> np.ndarray:
+        middle = 1 << (self.bits - 1)
+        if "weight" in parts:
+            values = parts["weight"].read().astype(np.float32)
+        else:
+            values = _unpacked(parts["weight_packed"].read(), self.bits, 1) - middle
+            values = values[:, : self.shape(parts)[1]]
+        scales = parts["weight_scale"].read()
+        zeros: np.ndarray | None = None
+        if "weight_zero_point" in parts:
+            zeros = parts["weight_zero_point"].read()
+            if zeros.dtype == np.int32:
+                zeros = _unpacked(zeros, self.bits, 0)[: len(scales)] - middle
+        if "weight_g_idx" in parts and (group := parts["weight_g_idx"].read()).min() >= 0:
+            if zeros is not None:
+                values = values - zeros.astype(np.float32)[:, group]
+            return values * scales.astype(np.float32)[:, group]
+        if zeros is not None:
+            values = values - self._laid_out(zeros, values.shape)
+        return values * self._laid_out(scales, values.shape)
+
+    def _laid_out(self, scales: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        # Not every group has blocks.
+        has_blocks = self.block and _count(shape, self.block) == scales.shape
+        return _blocks(scales, shape, self.block if has_blocks else None)
+
+    def eight_bits(self, parts: Parts) -> EightBitWeight | None:
+        out, inputs = self.shape(parts)
+        if "weight_zero_point" in parts:
+            zeros = parts["weight_zero_point"].read()
+            # In words a zero of 0 is the middle of what 8 bits are.
+            if (zeros.view(np.uint8) != (128 if zeros.dtype == np.int32 else 0)).any():
+                return None
+        if "weight_g_idx" in parts and (parts["weight_g_idx"].read() > 0).any():
+            return None
+        if "weight" in parts:
+            return _of_rows(parts["weight"], parts["weight_scale"])
+        if self.bits != 8:
+            return None
+
+        def numbers() -> np.ndarray:
+            unsigned = _unpacked(parts["weight_packed"].read(), 8, 1)
+            return (unsigned - 128).astype(np.int8)[:, :inputs]
+
+        return _of_rows(LazyTensor((out, inputs), INT8, numbers), parts["weight_scale"])
 
 
 def _mxfp4(about: Fields) -> Scheme:

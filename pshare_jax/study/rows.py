@@ -123,8 +123,9 @@ def best_layers(group: Sequence[Result]) -> list[str]:
 def saved(result: Result, evaluation: str, others: Sequence[Result]) -> float | None:
     """The share, 0 to 1, of prefill that the module did not compute; None where it is unknown.
 
-    Results of earlier versions do not state it; for a tail of so many tokens it follows from the
-    mean length of the prompts, which any other result on the task tells.
+    Results of earlier versions do not state it; it follows from the mean length of the prompts,
+    which any other result on the task tells: a module computes its tail, or with a share of the
+    base's KV the last token at least.
 
     Args:
         result: of one run.
@@ -134,15 +135,23 @@ def saved(result: Result, evaluation: str, others: Sequence[Result]) -> float | 
     found = result["evaluations"][evaluation]
     if "saved" in found:
         return found["saved"]
-    if evaluation.startswith(_SHARE):
-        return float(evaluation.removeprefix(_SHARE))
-    if result["method"] in ORDINARY:
+    if not evaluation.startswith(_SHARE) and result["method"] in ORDINARY:
         return 0.0
-    for other in others:
-        test = other["evaluations"].get("test", {})
-        if "prompt_tokens" in test and isinstance(result.get("tail"), int):
-            mean = test["prompt_tokens"] / len(test["correct"])
-            return max(1 - result["tail"] / mean, 0.0)
+    mean = _mean_prompt(others)
+    if evaluation.startswith(_SHARE):
+        share = float(evaluation.removeprefix(_SHARE))
+        return share if mean is None else min(share, 1 - 1 / mean)
+    if mean is None or not isinstance(result.get("tail"), int):
+        return None
+    return max(1 - result["tail"] / mean, 0.0)
+
+
+def _mean_prompt(results: Sequence[Result]) -> float | None:
+    """Mean tokens of the test set's prompts, where a result tells it."""
+    for result in results:
+        test = result["evaluations"].get("test", {})
+        if "prompt_tokens" in test:
+            return test["prompt_tokens"] / len(test["correct"])
     return None
 
 

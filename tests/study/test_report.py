@@ -190,6 +190,11 @@ def test_accuracy_is_plotted_against_the_prefill_that_is_saved(tmp_path):
     full["evaluations"][NAIVE] = {"accuracy": 0.0, "correct": "00"}
     assert rows.saved(full, "test", [full]) == 0
     assert rows.saved(full, NAIVE, [full]) == 1
+    # The module always reads the last of the 40 tokens itself.
+    assert rows.saved(full, NAIVE, [full, new]) == pytest.approx(39 / 40)
+    half = NAIVE.replace("1.0", "0.5")
+    full["evaluations"][half] = {"accuracy": 0.0, "correct": "00"}
+    assert rows.saved(full, half, [full, new]) == 0.5
     assert plots.plot_saved([full, old, new], "t", tmp_path / "saved.png")
     assert (tmp_path / "saved.png").read_bytes().startswith(b"\x89PNG")
     # Two points are a line of a table.
