@@ -52,6 +52,11 @@ def call(name: str, arguments: str, key: str = "arguments") -> str:
     return f'{{"name": "{name}", "{key}": {arguments}}}'
 
 
+def unclosed(arguments: str) -> str:
+    """A call without the braces at its end."""
+    return f'<tool_call>{{"name": "f", "arguments": {arguments}</tool_call>'
+
+
 def tagged(*calls: str) -> str:
     return "\n".join(f"<tool_call>\n{one}\n</tool_call>" for one in calls)
 
@@ -81,6 +86,11 @@ CASES = [
         [["noop", "{}"], ["get", "{}"]],
     ),
     ("hermes", "<tool_call>" + call("noop", "{}")[:-1] + " and so", "and so", [["noop", "{}"]]),
+    # So is that of the arguments; a tag within a text is a part of it.
+    ("hermes", unclosed('{"x": 1') + " then", " then", [["f", '{"x": 1}']]),
+    ("hermes", unclosed('{"x": "</tool_call>"\n'), "", [["f", '{"x": "</tool_call>"\n}']]),
+    # More than a brace is not made up.
+    ("hermes", unclosed('{"x": [1'), "", [["f", '{"x": [1']]),
     ("hermes", tagged('{"name": "noop", "arguments": null}'), "", [["noop", "{}"]]),
     ("hermes", tagged('{"arguments": {"x": 1}, "name": "get"}'), "", [["get", '{"x": 1}']]),
     (

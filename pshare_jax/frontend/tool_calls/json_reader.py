@@ -119,8 +119,17 @@ class JsonCallReader:
         elif self._depth == 0 and (char in "}]," or char in _SPACE):
             self._end_value()
             self._after_value(char)
+        elif char == "<":
+            self._meet_tag()
         else:
             self._take(char)
+
+    def _meet_tag(self) -> None:
+        """JSON has no `<` outside texts: a closing tag, where small models forget braces."""
+        if self.name is not None and self._arguments is None and self._depth == 1:
+            # Nothing else is open: the arguments are whole but for their own brace.
+            self._told.append("}")
+        self.failed = True
 
     def _after_value(self, char: str) -> None:
         if char == ",":
